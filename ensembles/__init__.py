@@ -1,0 +1,18 @@
+"""Ensembles: graphs of models, checked at load and executed as batches."""
+
+from collections.abc import Callable
+
+from ensembles.executor import EnsembleExecutor
+from ensembles.graph import plan
+from tutti.model import Model
+from tutti.repository import ModelFolder
+from tutti.statistics import ModelStatistics
+from tutti.types import Infer
+
+
+def load(
+    folder: ModelFolder, version: int, statistics: ModelStatistics, model_of: Callable[[str, str], Model]
+) -> Infer:
+    """What executes an ensemble over the models `model_of` finds. Raises ConfigError for a graph that cannot run."""
+    checked = plan(folder.config, lambda name, wanted: model_of(name, wanted).config)
+    return EnsembleExecutor(checked, str(version), model_of, statistics)

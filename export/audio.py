@@ -1,0 +1,132 @@
+"""Speech detection: Silero VAD's 16 kHz network over a whole clip at once, and its segments.
+
+The graph takes 16 kHz mono PCM of any length: framing, the STFT (as a convolution) and the recurrence are inside.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from export import layout, onnx, parity
+from export.errors import ExportError
+from export.formats import Format, model_files
+from export.parity import Report
+from export.sources import Source
+from tutti.config import TensorSpec
+
+SAMPLE_RATE = 16_000
+FRAME = 512
+CONTEXT = 64
+MAX_BATCH_SIZE = 32
+TOLERANCE = 1e-4
+_SEGMENT_PARAMETERS = {
+    "frame_s": str(FRAME / SAMPLE_RATE),
+    "threshold": "0.5",
+    "min_speech_s": "0.25",
+    "min_silence_s": "0.3",
+}
+# TorchScript parameter -> ours. The network is the one of Silero VAD's 16 kHz model.
+_WEIGHTS = {
+    "stft.forward_basis_buffer": "stft.weight",
+    **{f"encoder.{i}.reparam_conv.{kind}": f"encoder.{i}.{kind}" for i in range(4) for kind in ("weight", "bias")},
+    **{f"decoder.rnn.{kind}_{gate}": f"lstm.{kind}_{gate}_l0" for kind in ("weight", "bias") for gate in ("ih", "hh")},
+    **{f"decoder.decoder.2.{kind}": f"head.{kind}" for kind in ("weight", "bias")},
+}
+
+
+class SpeechDetector(torch.nn.Module):
+    """AUDIO [batch, samples] FP32 in [-1, 1] -> speech probability per 32 ms frame [batch, ceil(samples / 512)]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stft = torch.nn.Conv1d(1, 258, 256, stride=128, bias=False)
+        channels = ((129, 128, 1), (128, 64, 2), (64, 64, 2), (64, 128, 1))
+        self.encoder = torch.nn.ModuleList(
+            torch.nn.Conv1d(inside, outside, 3, stride=stride, padding=1) for inside, outside, stride in channels
+        )
+        self.lstm = torch.nn.LSTM(128, 128, batch_first=True)
+        self.head = torch.nn.Conv1d(128, 1, 1)
+
+    def forward(self, AUDIO: torch.Tensor) -> torch.Tensor:  # noqa: N803 - the tensor's name in the repository
+        # Each frame sees the 64 samples before it; the last one is filled up with zeros.
+        frames = F.pad(AUDIO, (CONTEXT, FRAME - 1)).unfold(1, CONTEXT + FRAME, FRAME)
+        flat = frames.reshape(-1, CONTEXT + FRAME)
+        spectrum = self.stft(F.pad(flat, (0, 64), mode="reflect").unsqueeze(1))
+        features = (spectrum[:, :129] ** 2 + spectrum[:, 129:] ** 2).sqrt()
+        for layer in self.encoder:
+            features = layer(features).relu()
+        states, _ = self.lstm(features.reshape(AUDIO.shape[0], -1, 128))
+        return self.head(states.relu().transpose(1, 2)).sigmoid().squeeze(1)  # type: ignore[no-any-return]
+
+
+def load(source: Source) -> tuple[SpeechDetector, Any]:
+    """The detector with the weights of Silero's TorchScript file, and that file's own network as the reference."""
+    try:
+        reference = torch.jit.load(str(source.path), map_location="cpu").eval()
+    except RuntimeError as error:
+        raise ExportError(f"'{source.location}' is no TorchScript file: {error}") from None
+    given = {name.removeprefix("_model."): tensor for name, tensor in reference.state_dict().items()}
+    missing = sorted(set(_WEIGHTS) - set(given))
+    if missing:
+        raise ExportError(f"'{source.location}' is not Silero VAD: it lacks {missing[:3]}")
+    detector = SpeechDetector()
+    detector.load_state_dict({ours: given[theirs] for theirs, ours in _WEIGHTS.items()})
+    return detector.eval(), reference
+
+
+def reference_probabilities(reference: Any, audio: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Frame by frame, as the package runs it: [batch, samples] -> [batch, frames]."""
+    rows = []
+    for row in audio:
+        reference.reset_states()
+        padded = np.pad(row, (0, -len(row) % FRAME))
+        chunks = torch.from_numpy(padded).split(FRAME)
+        with torch.inference_mode():
+            rows.append([float(reference(chunk, SAMPLE_RATE)) for chunk in chunks])
+    return np.array(rows, dtype=np.float32)
+
+
+def _cases() -> list[Mapping[str, np.ndarray[Any, Any]]]:
+    rng = np.random.default_rng(0)
+    cases = []
+    for batch, samples in ((1, 1), (1, FRAME), (2, FRAME + 1), (3, 16_000), (1, 50_001)):
+        loudness = np.abs(np.sin(np.arange(samples) / 3000)) * 0.3
+        cases.append({"AUDIO": (rng.normal(size=(batch, samples)) * loudness).astype(np.float32)})
+    return cases
+
+
+def export(source: Source, repository: Path, name: str, format: Format, work: Path) -> list[Report]:
+    """Publish NAME_vad and NAME_segments. Raises ParityError, and publishes nothing, where the graph differs."""
+    detector, reference = load(source)
+    path = work / "model.onnx"
+    example = {"AUDIO": torch.randn(2, 4 * FRAME + 100)}
+    onnx.save(detector, path, example, ["SPEECH_PROBS"], {"AUDIO": {0: onnx.BATCH, 1: "samples"}})
+    report = parity.check(
+        path, lambda case: {"SPEECH_PROBS": reference_probabilities(reference, case["AUDIO"])}, _cases(), TOLERANCE
+    )
+    inputs, outputs = onnx.tensor_specs(path)
+    second = SAMPLE_RATE
+    profile = {"AUDIO": ((1, FRAME), (8, 10 * second), (MAX_BATCH_SIZE, 30 * second))}
+    backend, files = model_files(format, path, profile)
+    layout.publish(
+        repository,
+        [
+            layout.Entry(
+                f"{name}_vad", backend, inputs, outputs, files, MAX_BATCH_SIZE, {"intra_op_thread_count": "1"}
+            ),
+            layout.Entry(
+                f"{name}_segments",
+                "python",
+                outputs,
+                [TensorSpec("SEGMENTS", "FP32", (-1, 2))],
+                {"model.py": layout.step_file("speech_segments")},
+                MAX_BATCH_SIZE,
+                _SEGMENT_PARAMETERS,
+            ),
+        ],
+    )
+    return [report]

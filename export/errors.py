@@ -1,0 +1,16 @@
+"""Why an export was not published.
+
+TuttiError
+└── ExportError      the source, the graph or an option is wrong
+    └── ParityError  the exported graph does not answer as PyTorch does
+"""
+
+from tutti.errors import TuttiError
+
+
+class ExportError(TuttiError):
+    """The export cannot be done; the message says what was expected and what came."""
+
+
+class ParityError(ExportError):
+    """Outputs differ from PyTorch's by more than the tolerance."""

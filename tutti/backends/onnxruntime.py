@@ -1,0 +1,148 @@
+"""ONNX Runtime: requests of a batch are joined, executed once and split again.
+
+Honours the parameters of Triton's onnxruntime backend: `intra_op_thread_count`, `inter_op_thread_count`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import onnxruntime as ort
+
+from tutti import backends, rows
+from tutti.config import ModelConfig
+from tutti.dtypes import NUMPY
+from tutti.errors import ConfigError, Internal
+from tutti.repository import ModelFolder
+from tutti.scheduler import Backend
+from tutti.types import InferRequest, InferResponse, Tensor
+
+_ORT_TYPES = {
+    "tensor(bool)": "BOOL", "tensor(uint8)": "UINT8", "tensor(uint16)": "UINT16", "tensor(uint32)": "UINT32",
+    "tensor(uint64)": "UINT64", "tensor(int8)": "INT8", "tensor(int16)": "INT16", "tensor(int32)": "INT32",
+    "tensor(int64)": "INT64", "tensor(float16)": "FP16", "tensor(float)": "FP32", "tensor(double)": "FP64",
+    "tensor(bfloat16)": "BF16", "tensor(string)": "BYTES",
+}  # fmt: skip
+
+
+def load(folder: ModelFolder, version: int) -> list[Backend]:
+    """One session, shared by the model's instances: ONNX Runtime's Run is thread-safe and weights are kept once."""
+    config = folder.config
+    path = backends.model_file(folder, version, "model.onnx")
+    try:
+        session = ort.InferenceSession(path, _options(config), providers=_providers(config))
+    except Exception as error:
+        raise ConfigError(f"model '{config.name}': onnxruntime cannot load {path.name}: {error}") from None
+    _check_tensors(config, session)
+    return [OnnxBackend(config, str(version), session) for _ in range(backends.instance_count(config))]
+
+
+def _options(config: ModelConfig) -> Any:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    # Threads that spin between runs take the cores that the other models and the front-ends need.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    for key in ("intra_op_thread_count", "inter_op_thread_count"):
+        text = config.parameters.get(key, "0")
+        if not text.isdecimal():
+            raise ConfigError(f"model '{config.name}': parameters.{key}: expected a whole number, got '{text}'")
+        setattr(options, key.replace("thread_count", "num_threads"), int(text))
+    return options
+
+
+def _providers(config: ModelConfig) -> list[str]:
+    kinds = {group.kind for group in config.instance_groups}
+    has_cuda = "CUDAExecutionProvider" in ort.get_available_providers()
+    if kinds == {"cpu"} or not has_cuda:
+        if kinds == {"gpu"}:
+            raise ConfigError(f"model '{config.name}': instance_group.kind: KIND_GPU, but onnxruntime finds no CUDA")
+        return ["CPUExecutionProvider"]
+    return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+
+def _check_tensors(config: ModelConfig, session: Any) -> None:
+    for kind, specs, nodes in (
+        ("input", config.inputs, session.get_inputs()),
+        ("output", config.outputs, session.get_outputs()),
+    ):
+        in_graph = {node.name: _ORT_TYPES.get(node.type, node.type) for node in nodes}
+        for spec in specs:
+            if spec.name not in in_graph:
+                raise ConfigError(f"model '{config.name}': {kind} '{spec.name}': the graph has {sorted(in_graph)}")
+            if in_graph[spec.name] != spec.datatype:
+                raise ConfigError(
+                    f"model '{config.name}': {kind} '{spec.name}': configured as {spec.datatype}, "
+                    f"the graph has {in_graph[spec.name]}"
+                )
+
+
+class OnnxBackend:
+    """One instance over a session."""
+
+    def __init__(self, config: ModelConfig, version: str, session: Any) -> None:
+        self._config = config
+        self._version = version
+        self._session = session
+        self._datatypes = {spec.name: spec.datatype for spec in config.outputs}
+        self._text_inputs = frozenset(spec.name for spec in config.inputs if spec.datatype == "BYTES")
+
+    def execute(self, requests: Sequence[InferRequest]) -> Sequence[InferResponse | Exception]:
+        """One run for all. Where that fails, each request runs alone, so that only the culprit fails."""
+        try:
+            return self._run(requests)
+        except Internal as error:
+            if len(requests) == 1:
+                return [error]
+        return [answer for request in requests for answer in self.execute([request])]
+
+    def close(self) -> None:
+        """The session ends with its last instance."""
+
+    def _run(self, requests: Sequence[InferRequest]) -> list[InferResponse | Exception]:
+        asked = {name for request in requests for name in request.outputs or self._datatypes}
+        names = [name for name in self._datatypes if name in asked]
+        feed = {name: self._input(requests, name) for name in requests[0].inputs}
+        try:
+            arrays = self._session.run(names, feed)
+        except Exception as error:
+            raise Internal(self._explain(requests[0], error)) from None
+        outputs = [self._output(name, array) for name, array in zip(names, arrays, strict=True)]
+        return list(self._answers(requests, outputs))
+
+    def _input(self, requests: Sequence[InferRequest], name: str) -> Any:
+        array = rows.join(requests, name)
+        if name in self._text_inputs:
+            return array.astype(str)  # the string tensors of ONNX Runtime are text
+        return array
+
+    def _output(self, name: str, array: Any) -> Tensor:
+        datatype = self._datatypes[name]
+        if array.dtype != NUMPY[datatype]:
+            array = array.astype(NUMPY[datatype])
+        return Tensor(name, datatype, array.shape, array)
+
+    def _answers(self, requests: Sequence[InferRequest], outputs: list[Tensor]) -> list[InferResponse]:
+        name, version = self._config.name, self._version
+        if len(requests) == 1:
+            return [InferResponse(name, version, _ordered(outputs, requests[0].outputs))]
+        first_input = next(iter(requests[0].inputs))
+        sizes = [request.inputs[first_input].shape[0] for request in requests]
+        columns = [rows.split(output, sizes) for output in outputs]
+        return [
+            InferResponse(name, version, _ordered(list(parts), request.outputs))
+            for request, parts in zip(requests, zip(*columns, strict=True), strict=True)
+        ]
+
+    def _explain(self, request: InferRequest, error: Exception) -> str:
+        empty = [tensor.name for tensor in request.inputs.values() if 0 in tensor.shape]
+        if empty:
+            shape = list(request.inputs[empty[0]].shape)
+            return f"model '{self._config.name}': input '{empty[0]}' is empty: expected elements, got shape {shape}"
+        shapes = ", ".join(f"'{t.name}' {t.datatype}{list(t.shape)}" for t in request.inputs.values())
+        return f"model '{self._config.name}': onnxruntime failed on input {shapes}: {error}"
+
+
+def _ordered(outputs: list[Tensor], asked: tuple[str, ...]) -> list[Tensor]:
+    if not asked:
+        return outputs
+    by_name = {output.name: output for output in outputs}
+    return [by_name[name] for name in asked]

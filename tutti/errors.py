@@ -1,0 +1,54 @@
+"""Every error that leaves a public function.
+
+TuttiError
+├── ConfigError             a model configuration or repository that cannot be served; names the field's path
+└── InferError              one request that cannot be answered
+    ├── InvalidArgument     the request itself is wrong
+    ├── NotFound            no such model or version
+    ├── Unavailable         a queue is full, or nothing is there to execute (may pass: try again)
+    ├── Unsupported         the request asks for something this server does not do
+    ├── Cancelled           the caller went away before the work began
+    └── Internal            a backend failed
+
+Knows nothing of HTTP or gRPC: each front-end maps these classes to its status codes in one table.
+"""
+
+
+class TuttiError(Exception):
+    """Root of all errors raised on purpose."""
+
+
+class ConfigError(TuttiError):
+    """A model cannot be loaded as configured. The message names the model and the field's path."""
+
+
+class InferError(TuttiError):
+    """A request failed. The message names the model, the tensor, what was expected and what came."""
+
+    @property
+    def message(self) -> str:
+        return str(self.args[0]) if self.args else type(self).__name__
+
+
+class InvalidArgument(InferError):
+    """The request does not fit the model or the protocol."""
+
+
+class NotFound(InferError):
+    """No such model or version."""
+
+
+class Unavailable(InferError):
+    """Refused for now: the queue is full, the model is not ready or no replica is there."""
+
+
+class Unsupported(InferError):
+    """Valid, but not offered by this server."""
+
+
+class Cancelled(InferError):
+    """The caller went away before the work began."""
+
+
+class Internal(InferError):
+    """A backend failed while it executed the request."""

@@ -1,0 +1,73 @@
+"""The questions both front-ends answer besides inference, as plain data, and the settings they share."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from tutti import SERVER_NAME, __version__
+from tutti.config import ModelConfig
+from tutti.engine import Engine
+from tutti.model import Model
+from tutti.statistics import Duration
+
+
+EXTENSIONS = ["binary_tensor_data", "model_configuration", "model_repository", "statistics"]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Sizes in bytes."""
+
+    max_input_size: int = 64 * 1024 * 1024
+    max_grpc_message_size: int = 2**31 - 1
+
+
+def server_metadata() -> dict[str, Any]:
+    return {"name": SERVER_NAME, "version": __version__, "extensions": EXTENSIONS}
+
+
+def model_metadata(engine: Engine, model: Model) -> dict[str, Any]:
+    config = model.config
+    return {
+        "name": config.name,
+        "versions": engine.versions(config.name),
+        "platform": config.platform,
+        "inputs": _tensors(config, "inputs"),
+        "outputs": _tensors(config, "outputs"),
+    }
+
+
+def _tensors(config: ModelConfig, which: str) -> list[dict[str, Any]]:
+    specs = getattr(config, which)
+    return [{"name": s.name, "datatype": s.datatype, "shape": list(config.wire_shape(s))} for s in specs]
+
+
+def model_statistics(model: Model) -> dict[str, Any]:
+    """Triton's statistics extension, times in nanoseconds."""
+    counts = model.statistics.counts
+    empty = Duration()
+    stats = {
+        "success": counts.success, "fail": counts.fail, "queue": counts.queue,
+        "compute_input": counts.compute_input, "compute_infer": counts.compute_infer,
+        "compute_output": counts.compute_output, "cache_hit": empty, "cache_miss": empty,
+    }  # fmt: skip
+    return {
+        "name": model.config.name,
+        "version": str(model.version),
+        "last_inference": counts.last_inference_ms,
+        "inference_count": counts.inferences,
+        "execution_count": counts.executions,
+        "inference_stats": {key: _duration(value) for key, value in stats.items()},
+        "batch_stats": [
+            {
+                "batch_size": size,
+                "compute_input": _duration(durations[0]),
+                "compute_infer": _duration(durations[1]),
+                "compute_output": _duration(durations[2]),
+            }
+            for size, durations in sorted(counts.batches.items())
+        ],
+    }
+
+
+def _duration(duration: Duration) -> dict[str, int]:
+    return {"count": duration.count, "ns": duration.ns}

@@ -1,0 +1,143 @@
+"""ModelInfer messages: protobuf in and out. Pure."""
+
+import math
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from tritonclient.grpc import service_pb2 as pb
+
+from tutti import dtypes
+from tutti.errors import InvalidArgument, Unsupported
+from tutti.frontends import http_codec
+from tutti.types import InferRequest, InferResponse, Parameters, Shape, Tensor
+
+# Where typed `contents` hold each datatype. FP16 and BF16 travel raw only.
+_CONTENTS = {
+    "BOOL": "bool_contents", "UINT8": "uint_contents", "UINT16": "uint_contents", "UINT32": "uint_contents",
+    "UINT64": "uint64_contents", "INT8": "int_contents", "INT16": "int_contents", "INT32": "int_contents",
+    "INT64": "int64_contents", "FP32": "fp32_contents", "FP64": "fp64_contents", "BYTES": "bytes_contents",
+}  # fmt: skip
+# ModelInferResponse.raw_output_contents is field 6, length-delimited; id is field 3.
+_RAW_TAG = b"\x32"
+_ID_TAG = b"\x1a"
+
+
+def decode(payload: bytes) -> InferRequest:
+    """A serialized ModelInferRequest. Raises InvalidArgument naming the model and the tensor."""
+    try:
+        message = pb.ModelInferRequest.FromString(payload)
+    except Exception:
+        raise InvalidArgument("the request is not a ModelInferRequest message") from None
+    model = message.model_name
+    raw = message.raw_input_contents
+    if raw and len(raw) != len(message.inputs):
+        raise _bad(model, f"expected {len(message.inputs)} raw_input_contents, one per input, got {len(raw)}")
+    inputs: dict[str, Tensor] = {}
+    for index, item in enumerate(message.inputs):
+        name, datatype = item.name, item.datatype
+        shape = tuple(item.shape)
+        if name in inputs:
+            raise _bad(model, f"input '{name}' is given more than once")
+        if datatype not in dtypes.NUMPY:
+            raise _bad(model, f"input '{name}': expected a datatype of {', '.join(dtypes.NUMPY)}, got '{datatype}'")
+        http_codec.check_shape(model, name, shape)
+        _refuse_parameters(model, name, item.parameters)
+        if raw:
+            if item.HasField("contents"):
+                raise _bad(model, f"input '{name}': both contents and raw_input_contents are given")
+            inputs[name] = tensor = Tensor(name, datatype, shape, raw[index])
+            http_codec.check_size(model, tensor, len(raw[index]))
+        else:
+            inputs[name] = Tensor(name, datatype, shape, _typed(model, name, datatype, shape, item.contents))
+    return InferRequest(
+        model, inputs, message.model_version, message.id, _outputs(model, message), _parameters(message.parameters)
+    )
+
+
+def encode(response: InferResponse, request_id: str) -> bytes:
+    """A serialized ModelInferResponse; every output goes raw.
+
+    Concatenated protobuf messages merge, so the unchanging head is serialized once per signature.
+    """
+    signature = tuple([(t.name, t.datatype, t.shape) for t in response.outputs])
+    head = _head(response.model_name, response.model_version, signature)
+    parts = [head]
+    if request_id:
+        encoded = request_id.encode()
+        parts += (_ID_TAG, _varint(len(encoded)), encoded)
+    if response.parameters:
+        parts.append(_parameters_message(response.parameters))
+    for tensor in response.outputs:
+        raw = tensor.raw()
+        parts += (_RAW_TAG, _varint(len(raw)), raw)  # type: ignore[arg-type]
+    return b"".join(parts)
+
+
+def _bad(model: str, why: str) -> InvalidArgument:
+    return InvalidArgument(f"model '{model}': {why}")
+
+
+def _refuse_parameters(model: str, name: str, parameters: Any) -> None:
+    for key in parameters:
+        raise Unsupported(f"model '{model}': tensor '{name}': parameter '{key}' is not supported")
+
+
+def _typed(model: str, name: str, datatype: str, shape: Shape, contents: Any) -> Any:
+    field = _CONTENTS.get(datatype)
+    if field is None:
+        raise _bad(model, f"input '{name}': {datatype} data must be in raw_input_contents")
+    values = getattr(contents, field)
+    filled = [descriptor.name for descriptor, _ in contents.ListFields()]
+    if filled not in ([], [field]):
+        raise _bad(model, f"input '{name}': expected {field} for {datatype}, got {', '.join(filled)}")
+    if len(values) != math.prod(shape):
+        raise _bad(model, f"input '{name}': expected {math.prod(shape)} elements for {list(shape)}, got {len(values)}")
+    if datatype == "BYTES":
+        elements = np.empty(len(values), dtype=object)
+        elements[:] = list(values)
+        return elements.reshape(shape)
+    try:
+        return np.array(values, dtype=dtypes.NUMPY[datatype]).reshape(shape)
+    except OverflowError:
+        raise _bad(model, f"input '{name}': an element does not fit {datatype}") from None
+
+
+def _outputs(model: str, message: Any) -> tuple[str, ...]:
+    names = []
+    for item in message.outputs:
+        if item.name in names:
+            raise _bad(model, f"output '{item.name}' is asked for more than once")
+        _refuse_parameters(model, item.name, item.parameters)
+        names.append(item.name)
+    return tuple(names)
+
+
+def _parameters(parameters: Any) -> Parameters:
+    return {key: getattr(value, value.WhichOneof("parameter_choice") or "string_param") for key, value in parameters.items()}
+
+
+def _parameters_message(parameters: Parameters) -> bytes:
+    message = pb.ModelInferResponse()
+    for key, value in parameters.items():
+        field = {bool: "bool_param", int: "int64_param", float: "double_param", str: "string_param"}[type(value)]
+        setattr(message.parameters[key], field, value)
+    return bytes(message.SerializeToString())
+
+
+@lru_cache(maxsize=4096)
+def _head(model: str, version: str, signature: tuple[tuple[str, str, Shape], ...]) -> bytes:
+    tensor = pb.ModelInferResponse.InferOutputTensor
+    outputs = [tensor(name=name, datatype=datatype, shape=shape) for name, datatype, shape in signature]
+    return bytes(pb.ModelInferResponse(model_name=model, model_version=version, outputs=outputs).SerializeToString())
+
+
+def _varint(value: int) -> bytes:
+    if value < 0x80:
+        return bytes((value,))
+    out = bytearray()
+    while value >= 0x80:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)

@@ -1,0 +1,124 @@
+"""Every HTTP route but infer, as an ordinary ASGI app. Nothing here is on the hot path."""
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import orjson
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from tutti.config import as_json
+from tutti.engine import Engine
+from tutti.errors import InferError, InvalidArgument
+from tutti.frontends import api
+from tutti.frontends.http_status import status_of
+from tutti.model import Model
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+def json_response(value: Any, status: int = 200) -> Response:
+    return Response(orjson.dumps(value), status, media_type="application/json")
+
+
+def make_app(engine: Engine) -> Starlette:
+    """Health, metadata, configuration, statistics and the repository index."""
+    routes = _Routes(engine)
+    model, versioned = "/v2/models/{model}", "/v2/models/{model}/versions/{version}"
+    return Starlette(
+        routes=[
+            Route("/-/healthz", routes.live),
+            Route("/v2", routes.server),
+            Route("/v2/health/live", routes.live),
+            Route("/v2/health/ready", routes.ready),
+            Route("/v2/models/stats", routes.all_statistics),
+            Route("/v2/repository/index", routes.index, methods=["POST"]),
+            *(
+                Route(prefix + suffix, handler)
+                for prefix in (model, versioned)
+                for suffix, handler in (
+                    ("", routes.metadata),
+                    ("/ready", routes.model_ready),
+                    ("/config", routes.config),
+                    ("/stats", routes.statistics),
+                )
+            ),
+        ],
+        exception_handlers={InferError: _infer_error, HTTPException: _http_error},
+    )
+
+
+def metrics_app(render: Callable[[], tuple[bytes, str]]) -> Starlette:
+    """`GET /metrics`; `render` gives the page and its content type."""
+
+    async def metrics(_: Request) -> Response:
+        page, content_type = render()
+        return Response(page, headers={"content-type": content_type})
+
+    return Starlette(routes=[Route("/metrics", metrics)], exception_handlers={HTTPException: _http_error})
+
+
+async def _infer_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, InferError)
+    return json_response({"error": error.message}, status_of(error))
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    what = {404: "no such route", 405: "method not allowed"}.get(error.status_code, error.detail)
+    return json_response({"error": f"{what}: {request.method} {request.url.path}"}, error.status_code)
+
+
+class _Routes:
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def _model(self, request: Request) -> Model:
+        return self._engine.model(request.path_params["model"], request.path_params.get("version", ""))
+
+    async def live(self, _: Request) -> Response:
+        return Response()
+
+    async def ready(self, _: Request) -> Response:
+        return Response(status_code=200 if self._engine.is_ready() else 400)
+
+    async def server(self, _: Request) -> Response:
+        return json_response(api.server_metadata())
+
+    async def metadata(self, request: Request) -> Response:
+        return json_response(api.model_metadata(self._engine, self._model(request)))
+
+    async def model_ready(self, request: Request) -> Response:
+        model = self._model(request)
+        if not model.is_ready():
+            raise InvalidArgument(f"model '{model.config.name}' is not ready")
+        return Response()
+
+    async def config(self, request: Request) -> Response:
+        return json_response(as_json(self._model(request).config.proto))
+
+    async def statistics(self, request: Request) -> Response:
+        return json_response({"model_stats": [api.model_statistics(self._model(request))]})
+
+    async def all_statistics(self, _: Request) -> Response:
+        return json_response({"model_stats": [api.model_statistics(model) for model in self._engine.models()]})
+
+    async def index(self, request: Request) -> Response:
+        body = await request.body()
+        only_ready = False
+        if body:
+            try:
+                asked = orjson.loads(body)
+            except orjson.JSONDecodeError as error:
+                raise InvalidArgument(f"repository index: the request's JSON does not parse: {error}") from None
+            only_ready = isinstance(asked, dict) and bool(asked.get("ready", False))
+        return json_response(
+            [
+                {"name": e.name, "version": e.version, "state": e.state, "reason": e.reason}
+                for e in self._engine.index()
+                if e.state == "READY" or not only_ready
+            ]
+        )

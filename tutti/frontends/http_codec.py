@@ -1,0 +1,268 @@
+"""The KServe v2 infer request and response over HTTP: JSON, binary tensors and raw bodies. Pure.
+
+Sizes and positions are bytes. Rules follow Triton's binary tensor data extension.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import orjson
+
+from tutti import dtypes
+from tutti.config import ModelConfig
+from tutti.errors import InvalidArgument, Unsupported
+from tutti.types import InferRequest, InferResponse, Raw, Shape, Tensor
+
+MAX_DIMENSIONS = 32
+MAX_ELEMENTS = 2**40
+
+
+@dataclass(frozen=True, slots=True)
+class ReplyFormat:
+    """Which outputs go as binary: those named in `binary`, by default the others as `default_is_binary` says."""
+
+    default_is_binary: bool = False
+    binary: Mapping[str, bool] = field(default_factory=dict)
+
+    def is_binary(self, name: str) -> bool:
+        return self.binary.get(name, self.default_is_binary)
+
+
+JSON_REPLY = ReplyFormat()
+BINARY_REPLY = ReplyFormat(default_is_binary=True)
+
+
+def decode(name: str, version: str, body: Raw, header_length: int | None) -> tuple[InferRequest, ReplyFormat]:
+    """A request body with a JSON header of `header_length` bytes, or all JSON for None.
+
+    Raises InvalidArgument naming the model and the tensor.
+    """
+    view = memoryview(body)
+    if header_length is None:
+        header_length = len(view)
+    elif header_length > len(view):
+        raise _bad(name, f"Inference-Header-Content-Length is {header_length}, the body has {len(view)} bytes")
+    try:
+        header = orjson.loads(view[:header_length])
+    except orjson.JSONDecodeError as error:
+        raise _bad(name, f"the request's JSON does not parse: {error}") from None
+    if not isinstance(header, dict):
+        raise _bad(name, "the request's JSON: expected an object")
+    inputs, used = _inputs(name, header, view[header_length:])
+    left = len(view) - header_length - used
+    if left:
+        raise _bad(name, f"{left} bytes of binary data are left over after the last input")
+    parameters = _object(name, header, "parameters")
+    outputs, reply = _outputs(name, header, parameters)
+    request_id = header.get("id", "")
+    if not isinstance(request_id, str):
+        raise _bad(name, "'id': expected a string")
+    return InferRequest(name, inputs, version, request_id, outputs, parameters), reply
+
+
+def decode_raw(config: ModelConfig, version: str, body: Raw) -> InferRequest:
+    """A whole body that is the model's one input. Its one variable dimension, if any, follows from the size."""
+    if len(config.inputs) != 1:
+        raise _bad(config.name, f"a raw request needs a model with one input, this one has {len(config.inputs)}")
+    spec = config.inputs[0]
+    if spec.datatype == "BYTES":
+        shape: Shape = (1,) * max(1, len(spec.dims))
+        element = np.empty(shape, dtype=object)
+        element.reshape(-1)[0] = bytes(body)
+        tensor = Tensor(spec.name, "BYTES", shape, element)
+    else:
+        shape = _raw_shape(config, spec.dims, len(body), dtypes.NUMPY[spec.datatype].itemsize)
+        tensor = Tensor(spec.name, spec.datatype, shape, body)
+    if config.is_batched:
+        tensor = Tensor(spec.name, spec.datatype, (1, *tensor.shape), _with_row(tensor))
+    return InferRequest(config.name, {spec.name: tensor}, version)
+
+
+def encode(response: InferResponse, request_id: str, reply: ReplyFormat) -> tuple[int | None, bytes]:
+    """(header length, body); the length is None when the body is all JSON.
+
+    Raises Unsupported for a datatype that JSON cannot carry.
+    """
+    shown: dict[str, Any] = {"model_name": response.model_name, "model_version": response.model_version}
+    if request_id:
+        shown["id"] = request_id
+    if response.parameters:
+        shown["parameters"] = response.parameters
+    outputs, binaries = [], []
+    for tensor in response.outputs:
+        entry: dict[str, Any] = {"name": tensor.name, "datatype": tensor.datatype, "shape": tensor.shape}
+        if reply.is_binary(tensor.name):
+            raw = tensor.raw()
+            entry["parameters"] = {"binary_data_size": len(raw)}
+            binaries.append(raw)
+        else:
+            entry["data"] = _json_data(response.model_name, tensor)
+        outputs.append(entry)
+    shown["outputs"] = outputs
+    header = orjson.dumps(shown, option=orjson.OPT_SERIALIZE_NUMPY)
+    if not any(binaries):
+        return None, header
+    return len(header), b"".join([header, *binaries])
+
+
+def _bad(model: str, why: str) -> InvalidArgument:
+    return InvalidArgument(f"model '{model}': {why}")
+
+
+def _object(model: str, parent: Mapping[str, Any], key: str) -> dict[str, Any]:
+    value = parent.get(key)
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise _bad(model, f"'{key}': expected an object")
+    return value
+
+
+def _list(model: str, parent: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
+    value = parent.get(key, [])
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise _bad(model, f"'{key}': expected an array of objects")
+    return value
+
+
+def _inputs(model: str, header: Mapping[str, Any], binary: memoryview) -> tuple[dict[str, Tensor], int]:
+    """The tensors, and how many bytes of `binary` they used."""
+    inputs: dict[str, Tensor] = {}
+    at = 0
+    for item in _list(model, header, "inputs"):
+        name = item.get("name")
+        if not isinstance(name, str):
+            raise _bad(model, "an input has no 'name'")
+        if name in inputs:
+            raise _bad(model, f"input '{name}' is given more than once")
+        datatype = item.get("datatype")
+        if datatype not in dtypes.NUMPY:
+            raise _bad(model, f"input '{name}': 'datatype': expected one of {', '.join(dtypes.NUMPY)}, got {datatype!r}")
+        shape = _shape(model, name, item.get("shape"))
+        size = _object(model, item, "parameters").get("binary_data_size")
+        if (size is None) == ("data" not in item):
+            raise _bad(model, f"input '{name}': expected either 'data' or 'binary_data_size'")
+        if size is None:
+            inputs[name] = Tensor(name, datatype, shape, _from_json(model, name, datatype, shape, item["data"]))
+            continue
+        if not isinstance(size, int) or isinstance(size, bool) or size < 0:
+            raise _bad(model, f"input '{name}': 'binary_data_size': expected a whole number, got {size!r}")
+        if at + size > len(binary):
+            raise _bad(model, f"input '{name}': expected {size} bytes of binary data, only {len(binary) - at} are left")
+        inputs[name] = Tensor(name, datatype, shape, binary[at : at + size])
+        check_size(model, inputs[name], size)
+        at += size
+    return inputs, at
+
+
+def check_size(model: str, tensor: Tensor, size: int) -> None:
+    """Raise InvalidArgument unless `size` bytes are what the tensor's shape and datatype take."""
+    if tensor.datatype == "BYTES":
+        return
+    expected = math.prod(tensor.shape) * dtypes.NUMPY[tensor.datatype].itemsize
+    if size != expected:
+        shape = f"{tensor.datatype}{list(tensor.shape)}"
+        raise _bad(model, f"input '{tensor.name}': expected {expected} bytes for {shape}, got {size}")
+
+
+def check_shape(model: str, name: str, shape: Shape) -> None:
+    """Raise InvalidArgument for negative, too many or too large dimensions."""
+    if len(shape) > MAX_DIMENSIONS or min(shape, default=0) < 0 or math.prod(shape) > MAX_ELEMENTS:
+        limits = f"at most {MAX_DIMENSIONS} sizes of 0 or more with a product of at most {MAX_ELEMENTS}"
+        raise _bad(model, f"input '{name}': 'shape': expected {limits}, got {list(shape)[:40]}")
+
+
+def _shape(model: str, name: str, value: Any) -> Shape:
+    if not isinstance(value, list) or not all(isinstance(n, int) and not isinstance(n, bool) for n in value):
+        raise _bad(model, f"input '{name}': 'shape': expected an array of whole numbers, got {str(value)[:100]}")
+    shape = tuple(value)
+    check_shape(model, name, shape)
+    return shape
+
+
+def _from_json(model: str, name: str, datatype: str, shape: Shape, data: Any) -> Any:
+    if datatype in ("FP16", "BF16"):
+        raise _bad(model, f"input '{name}': {datatype} data must be binary, JSON cannot carry it")
+    flat: list[Any] = []
+    _flatten(data if isinstance(data, list) else [data], flat)
+    if len(flat) != math.prod(shape):
+        raise _bad(model, f"input '{name}': expected {math.prod(shape)} elements for shape {list(shape)}, got {len(flat)}")
+    if datatype == "BYTES":
+        return _text_array(model, name, flat).reshape(shape)
+    allowed = {"b": (bool,), "i": (int,), "u": (int,), "f": (int, float)}[dtypes.NUMPY[datatype].kind]
+    for element in flat:
+        if not isinstance(element, allowed) or (isinstance(element, bool) and datatype != "BOOL"):
+            raise _bad(model, f"input '{name}': expected {datatype} elements, got {str(element)[:40]!r}")
+    try:
+        return np.array(flat, dtype=dtypes.NUMPY[datatype]).reshape(shape)
+    except OverflowError:
+        raise _bad(model, f"input '{name}': an element does not fit {datatype}") from None
+
+
+def _flatten(value: list[Any], flat: list[Any]) -> None:
+    for item in value:
+        if isinstance(item, list):
+            _flatten(item, flat)
+        else:
+            flat.append(item)
+
+
+def _text_array(model: str, name: str, flat: list[Any]) -> Any:
+    if not all(isinstance(element, str) for element in flat):
+        raise _bad(model, f"input '{name}': expected BYTES elements as strings")
+    array = np.empty(len(flat), dtype=object)
+    array[:] = [element.encode() for element in flat]
+    return array
+
+
+def _outputs(
+    model: str, header: Mapping[str, Any], parameters: dict[str, Any]
+) -> tuple[tuple[str, ...], ReplyFormat]:
+    """Names asked for, and their form. Takes the wire-only `binary_data_output` out of the parameters."""
+    default = parameters.pop("binary_data_output", False)
+    if not isinstance(default, bool):
+        raise _bad(model, f"'binary_data_output': expected true or false, got {default!r}")
+    items = _list(model, header, "outputs")
+    if not items:
+        return (), BINARY_REPLY if default else JSON_REPLY
+    names: list[str] = []
+    binary = {}
+    for item in items:
+        name = item.get("name")
+        if not isinstance(name, str):
+            raise _bad(model, "an output has no 'name'")
+        if name in binary:
+            raise _bad(model, f"output '{name}' is asked for more than once")
+        wanted = _object(model, item, "parameters")
+        for key in wanted:
+            if key != "binary_data":
+                raise Unsupported(f"model '{model}': output '{name}': parameter '{key}' is not supported")
+        names.append(name)
+        binary[name] = bool(wanted.get("binary_data", False))
+    return tuple(names), ReplyFormat(default, binary)
+
+
+def _raw_shape(config: ModelConfig, dims: Shape, size: int, item_size: int) -> Shape:
+    known = math.prod(dim for dim in dims if dim != -1) * item_size
+    variable = dims.count(-1)
+    if variable > 1:
+        raise _bad(config.name, f"a raw request needs at most one variable dimension, the input has {list(dims)}")
+    if size % known or (not variable and size != known):
+        raise _bad(config.name, f"a raw request of {size} bytes does not fit input dims {list(dims)}")
+    return tuple(size // known if dim == -1 else dim for dim in dims)
+
+
+def _with_row(tensor: Tensor) -> Any:
+    return tensor.data[np.newaxis] if isinstance(tensor.data, np.ndarray) else tensor.data
+
+
+def _json_data(model: str, tensor: Tensor) -> Any:
+    if tensor.datatype in ("FP16", "BF16"):
+        raise Unsupported(f"model '{model}': output '{tensor.name}': {tensor.datatype} needs binary output")
+    array = tensor.array().reshape(-1)
+    if tensor.datatype == "BYTES":
+        return [element.decode("utf-8", "replace") if isinstance(element, bytes) else str(element) for element in array]
+    return np.ascontiguousarray(array)

@@ -1,0 +1,16 @@
+"""The one table from errors to HTTP status codes."""
+
+from tutti import errors
+
+_STATUS: dict[type[errors.InferError], int] = {
+    errors.InvalidArgument: 400,
+    errors.NotFound: 404,
+    errors.Unavailable: 503,
+    errors.Unsupported: 501,
+    errors.Cancelled: 499,
+    errors.Internal: 500,
+}
+
+
+def status_of(error: errors.InferError) -> int:
+    return next((_STATUS[kind] for kind in type(error).__mro__ if kind in _STATUS), 500)

@@ -1,0 +1,131 @@
+"""One served model version: checks each request against the configuration, then passes it to what executes it.
+
+What executes is any `Infer`: a scheduler over local instances, an ensemble's executor, or a pool of replicas.
+"""
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+
+from tutti.config import ModelConfig, TensorSpec
+from tutti.errors import InferError, InvalidArgument
+from tutti.statistics import ModelStatistics
+from tutti.types import Call, Infer, InferRequest, Shape, Tensor, now_ns, settle
+
+_MAX_SIGNATURES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What executes a model's checked calls, and how to tell its state and end it. `close` drains first."""
+
+    infer: Infer
+    close: Callable[[], None]
+    is_ready: Callable[[], bool] = lambda: True
+
+
+class Model:
+    """An `Infer` for one model version."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        version: int,
+        labels: Mapping[str, tuple[str, ...]],
+        served: Served,
+        statistics: ModelStatistics,
+    ) -> None:
+        self.config = config
+        self.version = version
+        self.labels = labels
+        self.statistics = statistics
+        self._served = served
+        self._checked: dict[Hashable, tuple[int, Hashable]] = {}
+        self._output_names = frozenset(spec.name for spec in config.outputs)
+
+    def __call__(self, calls: Sequence[Call]) -> None:
+        failed: list[Call] = []
+        passed: list[Call] = []
+        now = now_ns()
+        for call in calls:
+            call.arrived_ns = now
+            try:
+                call.rows, call.key = self._check(call.request)
+                passed.append(call)
+            except InferError as error:
+                call.answer = error
+                failed.append(call)
+        if failed:
+            self.statistics.record_failures(failed, now)
+            settle(failed)
+        if passed:
+            self._served.infer(passed)
+
+    def is_ready(self) -> bool:
+        return self._served.is_ready()
+
+    def close(self) -> None:
+        self._served.close()
+
+    def _check(self, request: InferRequest) -> tuple[int, Hashable]:
+        """(rows, batch key) of a request. Requests of one signature are checked once."""
+        tensors = request.inputs.values()
+        signature = tuple([(t.name, t.datatype, t.shape) for t in tensors]) + request.outputs
+        known = self._checked.get(signature)
+        if known is None:
+            known = check_request(self.config, self._output_names, request)
+            if len(self._checked) < _MAX_SIGNATURES:
+                self._checked[signature] = known
+        return known
+
+
+def check_request(config: ModelConfig, output_names: frozenset[str], request: InferRequest) -> tuple[int, Hashable]:
+    """Check tensors and requested outputs against the configuration.
+
+    Returns the request's rows and its batch key: names, and shapes without the batch axis. Raises InvalidArgument
+    naming the model, the tensor, what was expected and what came.
+    """
+    specs = {spec.name: spec for spec in config.inputs}
+    given = request.inputs
+    missing = [spec.name for spec in config.inputs if not spec.is_optional and spec.name not in given]
+    if missing:
+        raise InvalidArgument(
+            f"model '{config.name}': missing input {_names(missing)}; expected {_names(specs)}, got {_names(given)}"
+        )
+    for name, tensor in given.items():
+        if name not in specs:
+            raise InvalidArgument(f"model '{config.name}': unexpected input '{name}'; expected {_names(specs)}")
+        _check_tensor(config, specs[name], tensor)
+    for name in request.outputs:
+        if name not in output_names:
+            outputs = [spec.name for spec in config.outputs]
+            raise InvalidArgument(f"model '{config.name}': unexpected output '{name}'; expected {_names(outputs)}")
+    return _rows(config, given), tuple((name, given[name].shape[config.is_batched :]) for name in sorted(given))
+
+
+def _names(names: Sequence[str] | Mapping[str, object]) -> str:
+    return ", ".join(f"'{name}'" for name in names) or "none"
+
+
+def _check_tensor(config: ModelConfig, spec: TensorSpec, tensor: Tensor) -> None:
+    if tensor.datatype != spec.datatype:
+        raise InvalidArgument(
+            f"model '{config.name}': input '{spec.name}': expected datatype {spec.datatype}, got {tensor.datatype}"
+        )
+    body: Shape = tensor.shape[1:] if config.is_batched else tensor.shape
+    if (config.is_batched and not tensor.shape) or not spec.accepts(body):
+        raise InvalidArgument(
+            f"model '{config.name}': input '{spec.name}': expected shape {list(config.wire_shape(spec))}, "
+            f"got {list(tensor.shape)}"
+        )
+
+
+def _rows(config: ModelConfig, inputs: Mapping[str, Tensor]) -> int:
+    if not config.is_batched:
+        return 1
+    sizes = {name: tensor.shape[0] for name, tensor in inputs.items()}
+    rows = next(iter(sizes.values()), 1)
+    if any(size != rows for size in sizes.values()):
+        raise InvalidArgument(f"model '{config.name}': inputs disagree on the batch size: {sizes}")
+    if not 1 <= rows <= config.max_batch_size:
+        raise InvalidArgument(f"model '{config.name}': expected a batch of 1 to {config.max_batch_size}, got {rows}")
+    return rows

@@ -1,0 +1,46 @@
+"""Joining requests into one batch along the first axis, and splitting the outputs back. Pure."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from tutti import dtypes
+from tutti.dtypes import Array
+from tutti.types import InferRequest, Tensor
+
+
+def join(requests: Sequence[InferRequest], name: str) -> Array:
+    """Input `name` of all requests, concatenated along the first axis: one copy, none for a single request.
+
+    The requests share a batch key, so all but the first axis agree.
+    """
+    tensors = [request.inputs[name] for request in requests]
+    first = tensors[0]
+    if len(tensors) == 1:
+        return first.array()
+    if first.datatype == "BYTES" or any(isinstance(tensor.data, np.ndarray) for tensor in tensors):
+        return np.concatenate([tensor.array() for tensor in tensors])
+    joined = b"".join([tensor.data for tensor in tensors])  # type: ignore[misc]
+    return np.frombuffer(joined, dtypes.NUMPY[first.datatype]).reshape(-1, *first.shape[1:])
+
+
+def split(tensor: Tensor, rows: Sequence[int]) -> list[Tensor]:
+    """The inverse of join for an output: consecutive slices of `rows` rows each, without a copy."""
+    if len(rows) == 1:
+        return [tensor]
+    name, datatype, tail = tensor.name, tensor.datatype, tensor.shape[1:]
+    parts = []
+    at = 0
+    if datatype == "BYTES":
+        array = tensor.array()
+        for n in rows:
+            parts.append(Tensor(name, datatype, (n, *tail), array[at : at + n]))
+            at += n
+        return parts
+    view = memoryview(tensor.raw())
+    row_size = len(view) // max(1, tensor.shape[0])
+    for n in rows:
+        size = n * row_size
+        parts.append(Tensor(name, datatype, (n, *tail), view[at : at + size]))
+        at += size
+    return parts

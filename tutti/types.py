@@ -1,0 +1,153 @@
+"""What flows through the server: tensors, requests, answers, and the one callable type that serves them.
+
+Everything that serves is an `Infer`: it takes calls that arrived together and settles each on its own. A model, an
+ensemble and a pool of replicas all are one, so they compose. Knows nothing of protocols, threads or Ray.
+"""
+
+import math
+import time
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from tutti import dtypes
+from tutti.dtypes import Array
+from tutti.errors import InferError, InvalidArgument
+
+Shape = tuple[int, ...]
+Parameters = dict[str, bool | int | float | str]
+Raw = bytes | bytearray | memoryview
+
+
+@dataclass(slots=True)
+class Tensor:
+    """A named tensor whose data is either the wire's bytes or a numpy array; each form is made on demand.
+
+    Wire bytes are row-major and little-endian; BYTES elements carry a 4-byte length each.
+    """
+
+    name: str
+    datatype: str
+    shape: Shape
+    data: Raw | Array
+
+    @classmethod
+    def of(cls, name: str, array: Array) -> "Tensor":
+        """A tensor over `array`, without a copy. Raises InvalidArgument for a dtype Triton has no name for."""
+        return cls(name, dtypes.from_numpy(array.dtype), array.shape, array)
+
+    def array(self) -> Array:
+        """The numpy view (object array of bytes for BYTES). Raises InvalidArgument if data and shape disagree."""
+        if isinstance(self.data, np.ndarray):
+            return self.data
+        if self.datatype == "BYTES":
+            count = math.prod(self.shape)
+            elements = np.empty(count, dtype=object)
+            try:
+                elements[:] = dtypes.decode_bytes(memoryview(self.data), count)
+            except InvalidArgument as error:
+                raise InvalidArgument(f"tensor '{self.name}': {error.message}") from None
+            self.data = elements.reshape(self.shape)
+        else:
+            self.data = np.frombuffer(self.data, dtypes.NUMPY[self.datatype]).reshape(self.shape)
+        return self.data
+
+    def raw(self) -> Raw:
+        """The wire form. No copy for a C-contiguous array or for bytes."""
+        if not isinstance(self.data, np.ndarray):
+            return self.data
+        if self.datatype == "BYTES":
+            return dtypes.encode_bytes(self.data.reshape(-1))
+        if self.data.size == 0:
+            return b""
+        return memoryview(np.ascontiguousarray(self.data).reshape(-1)).cast("B")
+
+
+@dataclass(slots=True)
+class InferRequest:
+    """One inference request. `model_version` "" means the version policy's newest; `outputs` () means all."""
+
+    model_name: str
+    inputs: dict[str, Tensor]
+    model_version: str = ""
+    id: str = ""
+    outputs: tuple[str, ...] = ()
+    parameters: Parameters = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class InferResponse:
+    """The answer to one request; outputs in the model's order, or the order they were asked for."""
+
+    model_name: str
+    model_version: str
+    outputs: list[Tensor]
+    parameters: Parameters = field(default_factory=dict)
+
+    def tensor(self, name: str) -> Tensor:
+        return next(output for output in self.outputs if output.name == name)
+
+
+Answer = InferResponse | InferError
+
+
+class Sink(Protocol):
+    """Where settled calls go. Called from any thread, once per group of calls settled together."""
+
+    def settle(self, calls: Sequence["Call"]) -> None: ...
+
+
+class Call:
+    """A request on its way: who asked, and the answer once there is one.
+
+    `token` belongs to the sink. `rows` and `key` are set by the model that queues the call: calls with equal keys
+    may share a batch. Setting `is_cancelled` is all a caller does to cancel: a queue then drops the call, its
+    batch-mates unaffected.
+    """
+
+    __slots__ = ("answer", "arrived_ns", "is_cancelled", "key", "request", "rows", "sink", "token")
+
+    def __init__(self, request: InferRequest, sink: Sink, token: Any = None) -> None:
+        self.request = request
+        self.sink = sink
+        self.token = token
+        self.answer: Answer | None = None
+        self.rows = 1
+        self.key: Hashable = None
+        self.arrived_ns = 0
+        self.is_cancelled = False
+
+
+class Infer(Protocol):
+    """Takes calls that arrived together; each is settled exactly once, at any time, from any thread. Never raises."""
+
+    def __call__(self, calls: Sequence[Call]) -> None: ...
+
+
+def settle(calls: Sequence[Call]) -> None:
+    """Hand answered calls to their sinks, one trip per sink."""
+    first = calls[0].sink
+    if all(call.sink is first for call in calls):
+        first.settle(calls)
+        return
+    groups: dict[int, list[Call]] = {}
+    for call in calls:
+        groups.setdefault(id(call.sink), []).append(call)
+    for group in groups.values():
+        group[0].sink.settle(group)
+
+
+def settle_all(calls: Iterable[Call], error: InferError) -> None:
+    """Settle every call with the same error."""
+    failed = list(calls)
+    for call in failed:
+        call.answer = error
+    if failed:
+        settle(failed)
+
+
+def now_ns() -> int:
+    """The clock of queues and statistics: monotonic nanoseconds."""
+    return time.monotonic_ns()
