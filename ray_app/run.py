@@ -1,0 +1,111 @@
+"""`tutti serve --ray`: start or join a cluster, run the application, and leave nothing behind."""
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ray_app import environment, processes
+
+environment.apply()  # before ray.serve is imported
+
+_log = logging.getLogger("tutti")
+
+APP = "tutti"
+READY_TIMEOUT_S = 120.0
+STOP_TIMEOUT_S = 20.0
+
+
+def serve_on_ray(options: argparse.Namespace) -> int:
+    """Serve until SIGINT or SIGTERM; returns the exit status."""
+    stop = threading.Event()
+    is_ours = options.ray_address is None
+    if is_ours:
+        processes.adopt_orphans()
+    try:
+        _start_ray(options, is_ours)
+        for number in (signal.SIGINT, signal.SIGTERM):  # after ray.init, which sets handlers of its own
+            signal.signal(number, lambda *_: stop.set())
+        with _loop() as loop:
+            _run(options, stop, loop)
+            _stop_serving(is_ours)
+    finally:
+        if is_ours:
+            processes.end_descendants(grace_s=5.0)
+    logging.shutdown()
+    # Ray's own exit handlers would wait for the processes that have just been ended.
+    os._exit(0)
+
+
+def _start_ray(options: argparse.Namespace, is_ours: bool) -> None:
+    import ray
+
+    ray.init(
+        address="local" if is_ours else options.ray_address,
+        num_gpus=options.num_gpus if is_ours else None,
+        include_dashboard=False if is_ours else None,
+        log_to_driver=bool(options.log_verbose),
+        logging_level=logging.WARNING,
+        runtime_env={"env_vars": environment.SETTINGS},
+    )
+
+
+def _run(options: argparse.Namespace, stop: threading.Event, loop: asyncio.AbstractEventLoop) -> None:
+    from ray import serve
+
+    from ray_app.app import Arguments, build
+
+    # Serve's own proxies stay off: the gateway owns the ports.
+    serve.start(proxy_location="Disabled")
+    given = {name: getattr(options, name) for name in Arguments.model_fields if hasattr(options, name)}
+    arguments = Arguments(**{**given, "model_repository": str(options.model_repository)})
+    handle = serve.run(build(arguments), name=APP, route_prefix=None)
+    asyncio.run_coroutine_threadsafe(_report_ready(handle, stop), loop).result()
+    stop.wait()
+    _log.info("stopping")
+
+
+async def _report_ready(handle: Any, stop: threading.Event) -> None:
+    """Say where the gateway listens, and wait for its first pool. Raises TimeoutError when none comes up."""
+    taken = await handle.addresses.remote()
+    ports = f"http {taken.http_port}, grpc {taken.grpc_port}, metrics {taken.metrics_port}"
+    _log.info("listening on %s: %s", taken.host, ports)
+    async with asyncio.timeout(READY_TIMEOUT_S):
+        while not stop.is_set() and not await handle.is_ready.remote():
+            await asyncio.sleep(0.1)
+    _log.info("ready on Ray")
+
+
+def _stop_serving(is_ours: bool) -> None:
+    import ray
+    from ray import serve
+
+    _within(STOP_TIMEOUT_S, serve.shutdown if is_ours else lambda: serve.delete(APP))
+    _within(STOP_TIMEOUT_S, ray.shutdown)
+
+
+def _within(timeout_s: float, work: Callable[[], object]) -> None:
+    """Run `work`, but wait no longer: a cluster that has died under us cannot be shut down politely."""
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    if thread.is_alive():
+        _log.warning("the cluster did not stop within %g s", timeout_s)
+
+
+@contextmanager
+def _loop() -> Iterator[asyncio.AbstractEventLoop]:
+    """An event loop in a thread of its own: a Serve handle needs one for as long as it lives."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="serve-handle", daemon=True)
+    thread.start()
+    try:
+        yield loop
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(timeout=1.0)
