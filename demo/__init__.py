@@ -1,0 +1,1 @@
+"""The demonstration: real samples through the sample repository, checked and drawn."""

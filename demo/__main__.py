@@ -1,0 +1,189 @@
+"""`make demo`: serve the sample repository on Ray, send real samples with tritonclient, check, print and draw.
+
+Exits non-zero if any answer is wrong, or if the server leaves a process behind.
+"""
+
+import csv
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from demo.client import Arrays, Client, Item, as_bytes, load_items
+from demo.picture import draw
+from export import digits
+
+REPOSITORY = Path("model_repository")
+LABELLED = Path("export/data/moderation.tsv")
+PICTURE = Path("demo/content_intelligence.png")
+START_TIMEOUT_S = 120.0
+STOP_TIMEOUT_S = 60.0
+BOUNDARY_S = 0.15
+TOLERANCE = 1e-4
+BATCH = 32
+
+
+class Checks:
+    """What was expected and what came; the exit status."""
+
+    def __init__(self) -> None:
+        self.failures: list[str] = []
+
+    def expect(self, is_right: bool, what: str) -> None:
+        if not is_right:
+            self.failures.append(what)
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports nobody listens on now."""
+    held = [socket.socket() for _ in range(count)]
+    for one in held:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in held]
+    for one in held:
+        one.close()
+    return ports
+
+
+def start_server(log: Any) -> tuple[subprocess.Popen[bytes], list[Client]]:
+    """`tutti serve --ray` on free ports. Raises RuntimeError with the end of its log when it does not come up."""
+    http_port, grpc_port, metrics_port = free_ports(3)
+    command = [
+        sys.executable, "-m", "tutti.cli", "serve", str(REPOSITORY), "--ray",
+        "--http-port", str(http_port), "--grpc-port", str(grpc_port), "--metrics-port", str(metrics_port),
+    ]  # fmt: skip
+    server = subprocess.Popen(command, stdout=log, stderr=log)
+    clients = [Client("http", f"127.0.0.1:{http_port}"), Client("grpc", f"127.0.0.1:{grpc_port}")]
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while not all(client.is_ready() for client in clients):
+        if server.poll() is not None or time.monotonic() > deadline:
+            log.flush()
+            raise RuntimeError("the server did not come up:\n" + Path(log.name).read_text()[-3000:])
+        time.sleep(0.1)
+    return server, clients
+
+
+def stop_server(server: subprocess.Popen[bytes], checks: Checks) -> None:
+    """SIGTERM, and see that the server takes all its processes with it."""
+    family = psutil.Process(server.pid).children(recursive=True)
+    server.send_signal(signal.SIGTERM)
+    try:
+        server.wait(STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        server.kill()
+        checks.expect(False, f"the server did not stop within {STOP_TIMEOUT_S:g} s")
+    _, alive = psutil.wait_procs(family, timeout=15)
+    for process in alive:
+        process.kill()
+    checks.expect(not alive, f"the server left {len(alive)} processes behind")
+
+
+def boundaries_found(known: Sequence[Sequence[float]], found: np.ndarray[Any, Any]) -> int:
+    """How many of the known starts and ends have a found one of the same kind within BOUNDARY_S."""
+    pairs = [(float(start), float(end)) for start, end in found if start >= 0]
+    return sum(
+        any(abs(pair[side] - segment[side]) <= BOUNDARY_S for pair in pairs) for segment in known for side in (0, 1)
+    )
+
+
+def same(a: Arrays, b: Arrays) -> bool:
+    return a.keys() == b.keys() and all(
+        a[name].shape == b[name].shape and np.abs(a[name] - b[name]).max(initial=0.0) <= TOLERANCE for name in a
+    )
+
+
+def run_items(clients: list[Client], labels: list[str], checks: Checks) -> list[tuple[Item, Arrays]]:
+    """Every item over both protocols: one line of the table each."""
+    print(f"\n{'item':<13} {'speech segments':<16} {'text says':<18} {'picture shows':<14} {'moderation':<10} answers")
+    answered = []
+    for item in load_items():
+        (over_http, pool), (over_grpc, _) = (client.infer("content_intelligence", item.inputs()) for client in clients)
+        segments = over_http["SEGMENTS"][0]
+        label = labels[int(over_http["LABEL_SCORES"][0].argmax())]
+        digit = int(over_http["IMAGE_SCORES"][0].argmax())
+        equal = same(over_http, over_grpc)
+        checks.expect(equal, f"{item.name}: HTTP and gRPC answers differ")
+        checks.expect(len(segments) == len(item.segments_s), f"{item.name}: {len(segments)} segments of speech")
+        checks.expect(label == item.label, f"{item.name}: text label {label}, expected {item.label}")
+        checks.expect(digit == item.digit, f"{item.name}: digit {digit}, expected {item.digit}")
+        speech_s = float((segments[:, 1] - segments[:, 0]).sum())
+        text = f"{label} {over_http['LABEL_SCORES'][0].max():.2f}"
+        picture = f"{digit} ({over_http['IMAGE_SCORES'][0].max():.2f})"
+        score = float(over_http["MODERATION_SCORE"][0, 0])
+        agreement = "http = grpc" if equal else "DIFFERENT"
+        shown = f"{len(segments)} of {len(item.segments_s)}, {speech_s:.1f} s"
+        print(f"{item.name:<13} {shown:<16} {text:<18} {picture:<14} {score:<10.3f} {agreement}, {pool} pool")
+        answered.append((item, over_http))
+    return answered
+
+
+def check_quality(clients: list[Client], answered: list[tuple[Item, Arrays]], labels: list[str], checks: Checks) -> None:
+    """Held-out quality, through the server."""
+    clips = {tuple(map(tuple, item.segments_s)): answer["SEGMENTS"][0] for item, answer in answered}
+    known = sum(2 * len(segments) for segments in clips)
+    found = sum(boundaries_found(segments, got) for segments, got in clips.items())
+    texts, expected = held_out_texts()
+    embedded = in_batches(clients[1], ("text_tokenizer", "text_encoder", "text_classifier"), as_bytes(texts), "TEXT")
+    text_right = sum(labels[int(scores.argmax())] == label for scores, label in zip(embedded, expected, strict=True))
+    _, _, pictures, numbers = digits.load()
+    files = as_bytes([digits.to_png(picture) for picture in pictures])
+    scored = in_batches(clients[0], ("image_decoder", "image_classifier"), files, "IMAGE")
+    digits_right = sum(int(scores.argmax()) == number for scores, number in zip(scored, numbers, strict=True))
+    print(f"\n{'held-out quality':<44} {'right':>11}  {'share':>6}  required")
+    for what, right, total, required in (
+        (f"speech boundaries within {BOUNDARY_S:g} s", found, known, 0.90),
+        ("text labels (test split, 4 classes)", text_right, len(texts), 0.90),
+        ("digits (held-out fifth of scikit-learn's)", digits_right, len(numbers), 0.97),
+    ):
+        share = right / total
+        print(f"{what:<44} {right:>4} of {total:<4} {share:>6.3f}  {required:.2f}")
+        checks.expect(share >= required, f"{what}: {share:.3f}, required is {required}")
+
+
+def held_out_texts() -> tuple[list[bytes], list[str]]:
+    with LABELLED.open(encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE) if row["split"] == "test"]
+    return [row["text"].encode() for row in rows], [row["label"] for row in rows]
+
+
+def in_batches(client: Client, models: Sequence[str], rows: np.ndarray[Any, Any], name: str) -> list[np.ndarray[Any, Any]]:
+    """Rows through one model after another, BATCH at a time; the last model's only output, row by row."""
+    results: list[np.ndarray[Any, Any]] = []
+    for at in range(0, len(rows), BATCH):
+        outputs: Arrays = {name: rows[at : at + BATCH]}
+        for model in models:
+            outputs, _ = client.infer(model, outputs)
+        (only,) = outputs.values()
+        results.extend(only)
+    return results
+
+
+def main() -> int:
+    checks = Checks()
+    labels = (REPOSITORY / "text_classifier" / "labels.txt").read_text().split()
+    started = time.monotonic()
+    with open("demo/server.log", "w+", encoding="utf-8") as log:
+        server, clients = start_server(log)
+        print(f"tutti serve {REPOSITORY} --ray: ready after {time.monotonic() - started:.1f} s")
+        try:
+            answered = run_items(clients, labels, checks)
+            check_quality(clients, answered, labels, checks)
+            draw(answered, labels, PICTURE)
+            print(f"\npicture: {PICTURE}")
+        finally:
+            stop_server(server, checks)
+    for failure in checks.failures:
+        print(f"WRONG: {failure}")
+    print("all answers are right" if not checks.failures else f"{len(checks.failures)} checks failed")
+    return 1 if checks.failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
