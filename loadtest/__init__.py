@@ -1,0 +1,1 @@
+"""Load tests with Locust against any Triton server. Imports no server code."""

@@ -1,0 +1,106 @@
+"""A real tritonserver, from the nvidia-pytriton wheel in an environment of its own (`make triton`).
+
+It has no onnxruntime backend, so one written for its python backend stands in: the repository is served unchanged.
+"""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = ROOT / ".venv-triton"
+START_TIMEOUT_S = 90.0
+_ONNX_BACKEND = Path(__file__).with_name("onnx_backend.py")
+
+
+@dataclass(frozen=True)
+class Running:
+    """Addresses of a server that is ready."""
+
+    http: str
+    grpc: str
+    pid: int
+
+
+def is_installed() -> bool:
+    return (ENVIRONMENT / ".ready").exists()
+
+
+def free_ports(count: int) -> list[int]:
+    held = [socket.socket() for _ in range(count)]
+    for one in held:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in held]
+    for one in held:
+        one.close()
+    return ports
+
+
+def _site_packages() -> Path:
+    return next((ENVIRONMENT / "lib").glob("python3.*/site-packages"))
+
+
+def _backends(folder: Path) -> Path:
+    """A backend folder: Triton's python backend with its stub, and our onnxruntime on top of it."""
+    server = _site_packages() / "pytriton" / "tritonserver"
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    shutil.copytree(server / "backends" / "python", folder / "python")
+    stub = shutil.copy(server / "python_backend_stubs" / version / "triton_python_backend_stub", folder / "python")
+    os.chmod(stub, 0o755)
+    (folder / "onnxruntime").mkdir()
+    shutil.copy(_ONNX_BACKEND, folder / "onnxruntime" / "model.py")
+    return folder
+
+
+@contextmanager
+def running(repository: Path, scratch: Path, *flags: str) -> Iterator[Running]:
+    """Serve `repository` until the block ends. Raises RuntimeError with the server's log if it does not start."""
+    packages = _site_packages()
+    http, grpc, metrics = free_ports(3)
+    libraries = [packages / "nvidia_pytriton.libs", Path(sysconfig.get_config_var("LIBDIR") or "/usr/lib")]
+    environment = {
+        **os.environ,
+        "LD_LIBRARY_PATH": ":".join(map(str, libraries)),
+        "PYTHONPATH": str(packages),
+    }
+    command = [
+        str(packages / "pytriton" / "tritonserver" / "bin" / "tritonserver"),
+        f"--model-repository={repository}", f"--backend-directory={_backends(scratch / 'backends')}",
+        f"--http-port={http}", f"--grpc-port={grpc}", f"--metrics-port={metrics}", "--http-address=127.0.0.1",
+        "--grpc-address=127.0.0.1", "--disable-auto-complete-config", *flags,
+    ]  # fmt: skip
+    log_path = scratch / "tritonserver.log"
+    with log_path.open("wb") as log:
+        # The stub's interpreter searches its working directory first, and PYTHONPATH not in every build.
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=packages)
+        try:
+            _wait_until_ready(server, http, log_path)
+            yield Running(f"127.0.0.1:{http}", f"127.0.0.1:{grpc}", server.pid)
+        finally:
+            server.send_signal(signal.SIGTERM)
+            try:
+                server.wait(30)
+            except subprocess.TimeoutExpired:
+                server.kill()
+                server.wait()
+
+
+def _wait_until_ready(server: "subprocess.Popen[bytes]", port: int, log: Path) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline and server.poll() is None:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/v2/health/ready", timeout=1):
+                return
+        except OSError:
+            time.sleep(0.1)
+    raise RuntimeError("tritonserver did not start:\n" + log.read_text(errors="replace"))
