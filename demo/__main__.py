@@ -124,7 +124,9 @@ def run_items(clients: list[Client], labels: list[str], checks: Checks) -> list[
     return answered
 
 
-def check_quality(clients: list[Client], answered: list[tuple[Item, Arrays]], labels: list[str], checks: Checks) -> None:
+def check_quality(
+    clients: list[Client], answered: list[tuple[Item, Arrays]], labels: list[str], checks: Checks
+) -> None:
     """Held-out quality, through the server."""
     clips = {tuple(map(tuple, item.segments_s)): answer["SEGMENTS"][0] for item, answer in answered}
     known = sum(2 * len(segments) for segments in clips)
@@ -153,7 +155,9 @@ def held_out_texts() -> tuple[list[bytes], list[str]]:
     return [row["text"].encode() for row in rows], [row["label"] for row in rows]
 
 
-def in_batches(client: Client, models: Sequence[str], rows: np.ndarray[Any, Any], name: str) -> list[np.ndarray[Any, Any]]:
+def in_batches(
+    client: Client, models: Sequence[str], rows: np.ndarray[Any, Any], name: str
+) -> list[np.ndarray[Any, Any]]:
     """Rows through one model after another, BATCH at a time; the last model's only output, row by row."""
     results: list[np.ndarray[Any, Any]] = []
     for at in range(0, len(rows), BATCH):

@@ -46,7 +46,7 @@ def as_bytes(elements: list[bytes]) -> np.ndarray[Any, Any]:
 def read_wav(path: Path) -> np.ndarray[Any, np.dtype[np.float32]]:
     """16 kHz mono 16-bit PCM -> [-1, 1]."""
     with wave.open(str(path)) as file:
-        return np.frombuffer(file.readframes(file.getnframes()), "<i2").astype(np.float32) / 32768
+        return np.frombuffer(file.readframes(file.getnframes()), "<i2").astype(np.float32) / np.float32(32768)
 
 
 def load_items() -> list[Item]:
@@ -76,7 +76,7 @@ class Client:
     def is_ready(self) -> bool:
         try:
             return bool(self._client.is_server_ready())
-        except Exception:  # noqa: BLE001 - not listening yet
+        except Exception:
             return False
 
     def infer(self, model: str, inputs: Mapping[str, np.ndarray[Any, Any]]) -> tuple[Arrays, str]:

@@ -62,7 +62,8 @@ def say(voice: str, sentence: str) -> Audio:
         subprocess.run(["flite", "-voice", voice, "-t", sentence, "-o", file.name], check=True)
         with wave.open(file.name) as spoken:
             assert spoken.getframerate() == RATE
-            audio = np.frombuffer(spoken.readframes(spoken.getnframes()), np.int16).astype(np.float32) / 32768
+            pcm = np.frombuffer(spoken.readframes(spoken.getnframes()), np.int16)
+    audio = pcm.astype(np.float32) / np.float32(32768)
     audio *= 0.6 / np.abs(audio).max()
     loudness = np.sqrt(np.convolve(audio * audio, np.ones(320) / 320, "same"))
     audible = np.flatnonzero(loudness > AUDIBLE)
@@ -107,7 +108,9 @@ def main() -> None:
     items = []
     for name, (clip, sentence, label, digit, form) in ITEMS.items():
         (SAMPLES / f"{name}.{form}").write_bytes(make_picture(digit, form))
-        items.append({"name": name, "clip": clip, "text": sentence, "label": label, "image": f"{name}.{form}", "digit": digit})
+        items.append(
+            {"name": name, "clip": clip, "text": sentence, "label": label, "image": f"{name}.{form}", "digit": digit}
+        )
     (SAMPLES / "samples.json").write_text(json.dumps({"segments_s": clips, "items": items}, indent=1) + "\n")
 
 

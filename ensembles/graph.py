@@ -133,9 +133,7 @@ def _check_fit(
 
 def _shapes_fit(expected: Shape, given: Shape) -> bool:
     """Whether some tensor can have both shapes: -1 is any size."""
-    return len(expected) == len(given) and all(
-        a == b or -1 in (a, b) for a, b in zip(expected, given, strict=True)
-    )
+    return len(expected) == len(given) and all(a == b or -1 in (a, b) for a, b in zip(expected, given, strict=True))
 
 
 def _check_outputs(

@@ -1,1 +1,1 @@
-"""Export scripts: PyTorch -> ONNX or TensorRT -> a Triton model repository, checked against PyTorch before publishing."""
+"""Export scripts: PyTorch -> ONNX or TensorRT -> a Triton model repository, checked before it is published."""

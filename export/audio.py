@@ -92,7 +92,7 @@ def reference_probabilities(reference: Any, audio: np.ndarray[Any, Any]) -> np.n
 
 def _cases() -> list[Mapping[str, np.ndarray[Any, Any]]]:
     rng = np.random.default_rng(0)
-    cases = []
+    cases: list[Mapping[str, np.ndarray[Any, Any]]] = []
     for batch, samples in ((1, 1), (1, FRAME), (2, FRAME + 1), (3, 16_000), (1, 50_001)):
         loudness = np.abs(np.sin(np.arange(samples) / 3000)) * 0.3
         cases.append({"AUDIO": (rng.normal(size=(batch, samples)) * loudness).astype(np.float32)})

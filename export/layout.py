@@ -48,7 +48,7 @@ class Entry:
             proto.dynamic_batching.SetInParent()
         for key, value in sorted(self.parameters.items()):
             proto.parameters[key].string_value = value
-        text = _HEADER + text_format.MessageToString(proto)
+        text: str = _HEADER + text_format.MessageToString(proto)
         config.parse(text, self.name)
         return text
 

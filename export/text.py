@@ -64,7 +64,9 @@ class Encoder:
 def load(source: Source) -> Encoder:
     """An encoder from a hub id or a local folder."""
     from transformers import AutoModel, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()
     if source.location is None:
         raise ExportError("a text encoder needs a tokenizer: give a hub id or a local folder, not config:")
     try:
@@ -81,7 +83,7 @@ def load(source: Source) -> Encoder:
 
 def _cases(vocabulary: int, max_length: int) -> list[Mapping[str, np.ndarray[Any, Any]]]:
     rng = np.random.default_rng(0)
-    cases = []
+    cases: list[Mapping[str, np.ndarray[Any, Any]]] = []
     for batch, length in ((1, 2), (1, 16), (2, 32), (5, 33), (3, max_length)):
         mask = np.ones((batch, length), dtype=np.int64)
         mask[-1, max(1, length // 2) :] = 0
@@ -171,7 +173,9 @@ def export_classifier(
     linear.bias.data = torch.from_numpy(np.asarray(fitted.intercept_, dtype=np.float32))
     module = _Classifier(linear).eval()
     path = work / "classifier.onnx"
-    onnx.save(module, path, {"EMBEDDING": torch.from_numpy(embeddings[:2])}, ["LABEL_SCORES"], {"EMBEDDING": {0: onnx.BATCH}})
+    onnx.save(
+        module, path, {"EMBEDDING": torch.from_numpy(embeddings[:2])}, ["LABEL_SCORES"], {"EMBEDDING": {0: onnx.BATCH}}
+    )
     cases = [{"EMBEDDING": embeddings[:n]} for n in (1, 2, 7, MAX_BATCH_SIZE)]
     report = parity.check(path, _reference(module, "LABEL_SCORES"), cases, TOLERANCE)
     inputs, outputs = onnx.tensor_specs(path)

@@ -74,9 +74,10 @@ def _preprocessing(source: Source, config: Any) -> tuple[list[float], list[float
     except (OSError, ValueError):
         _log.warning("'%s' has no image processor: mean and deviation 0.5, size %s", source.location, plain)
         return [0.5] * 3, [0.5] * 3, plain
-    size = dict(processor.size)
+    size: dict[str, Any] = dict(processor.size)
     edge = size.get("shortest_edge", plain[0])
-    return list(processor.image_mean), list(processor.image_std), (size.get("height", edge), size.get("width", edge))
+    fitted = (int(size.get("height") or edge), int(size.get("width") or edge))
+    return list(processor.image_mean), list(processor.image_std), fitted
 
 
 def train_on_digits(classifier: ImageClassifier, size: tuple[int, int]) -> float:
@@ -153,7 +154,14 @@ def export(
                 MAX_BATCH_SIZE,
             ),
             layout.Entry(
-                f"{name}_classifier", backend, inputs, outputs, files, MAX_BATCH_SIZE, {"intra_op_thread_count": "1"}, labels
+                f"{name}_classifier",
+                backend,
+                inputs,
+                outputs,
+                files,
+                MAX_BATCH_SIZE,
+                {"intra_op_thread_count": "1"},
+                labels,
             ),
         ],
     )

@@ -73,9 +73,7 @@ def make_engine(root: Path, router: Router, slots: int, timer: Any) -> Engine:
     def load(folder: ModelFolder, version: int, statistics: ModelStatistics) -> Served:
         config = folder.config
         rows = max(config.max_batch_size, MIN_HOP_ROWS)
-        scheduler = Scheduler(
-            config.name, BatchQueue(BatchingPolicy(rows), config.max_queued_rows), statistics, timer
-        )
+        scheduler = Scheduler(config.name, BatchQueue(BatchingPolicy(rows), config.max_queued_rows), statistics, timer)
         attach(scheduler, config.name, router, statistics, slots)
 
         def infer(calls: Sequence[Call]) -> None:

@@ -25,7 +25,9 @@ def plan_pools(gpus: float, gpu_replicas: int | None, cpu_replicas: int, num_cpu
     """
     wanted = int(gpus) if gpu_replicas is None else gpu_replicas
     if wanted < 0 or cpu_replicas < 0:
-        raise ConfigError(f"expected 0 or more replicas, got {wanted} for the gpu pool and {cpu_replicas} for the cpu pool")
+        raise ConfigError(
+            f"expected 0 or more replicas, got {wanted} for the gpu pool and {cpu_replicas} for the cpu pool"
+        )
     if wanted > gpus:
         raise ConfigError(f"the gpu pool: expected at most {gpus:g} replicas, one per GPU of the cluster, got {wanted}")
     if not wanted and not cpu_replicas:

@@ -130,7 +130,7 @@ class Router:
                 if pool.status.is_up:
                     raise
                 lost = f"the {pool.status.name} pool went down"
-            except Exception as error:  # noqa: BLE001 - replicas pack their own errors: what is raised is a lost replica
+            except Exception as error:
                 lost = f"{type(error).__name__}: {error}"
                 self._fail(pool)
             else:
@@ -189,7 +189,7 @@ class Router:
             answers = await pool.handle.broadcast("describe").results_async(
                 timeout_s=PROBE_TIMEOUT_S, return_exceptions=True
             )
-        except Exception as error:  # noqa: BLE001 - no answer is an answer
+        except Exception as error:
             _log.debug("pool '%s' did not answer a probe: %s", pool.status.name, error)
             pool.status.missed()
             return

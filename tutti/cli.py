@@ -82,7 +82,8 @@ def _serve(options: argparse.Namespace) -> int:
         return serve_on_ray(options)
     import uvloop
 
-    return uvloop.run(_serve_here(options))
+    status: int = uvloop.run(_serve_here(options))
+    return status
 
 
 def addresses(options: argparse.Namespace) -> Addresses:

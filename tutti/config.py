@@ -237,8 +237,7 @@ def _build(proto: Any) -> ModelConfig:
         outputs=tuple(_spec(spec) for spec in proto.output),
         batching=_batching(proto) if is_dynamic else None,
         max_queued_rows=policy.default_queue_policy.max_queue_size or DEFAULT_MAX_QUEUED_ROWS,
-        instance_groups=tuple(_group(proto, index) for index in range(len(proto.instance_group)))
-        or (InstanceGroup(),),
+        instance_groups=tuple(_group(proto, index) for index in range(len(proto.instance_group))) or (InstanceGroup(),),
         version_policy=_version_policy(proto),
         parameters=MappingProxyType({key: value.string_value for key, value in proto.parameters.items()}),
         steps=_steps(proto),

@@ -65,7 +65,9 @@ class Engine:
 
     def __call__(self, calls: Sequence[Call]) -> None:
         first = calls[0].request
-        if all(c.request.model_name == first.model_name and c.request.model_version == first.model_version for c in calls):
+        if all(
+            c.request.model_name == first.model_name and c.request.model_version == first.model_version for c in calls
+        ):
             self._route(first.model_name, first.model_version, calls)
             return
         groups: dict[tuple[str, str], list[Call]] = {}

@@ -95,7 +95,9 @@ class Scheduler:
         """Refuse new calls, execute the waiting ones, close the instances. Past the timeout what waits is refused."""
         with self._condition:
             self._is_closing = True
-            self._condition.wait_for(lambda: self._queue.rows == 0 and len(self._free) == len(self._instances), timeout_s)
+            self._condition.wait_for(
+                lambda: self._queue.rows == 0 and len(self._free) == len(self._instances), timeout_s
+            )
             left = self._queue.drain()
         settle_all(left, Unavailable(f"model '{self._name}' is being unloaded"))
         for instance in self._instances:
@@ -166,7 +168,7 @@ class ThreadInstance:
         start_ns = now_ns()
         try:
             answers = self._backend.execute([call.request for call in batch])
-        except Exception as error:  # noqa: BLE001 - whatever a backend raises belongs to its callers
+        except Exception as error:
             _log.debug("instance %s failed a batch of %d", self._name, len(batch), exc_info=True)
             answers = [as_infer_error(self._name, error)] * len(batch)
         end_ns = now_ns()

@@ -62,7 +62,8 @@ class Tensor:
             return dtypes.encode_bytes(self.data.reshape(-1))
         if self.data.size == 0:
             return b""
-        return memoryview(np.ascontiguousarray(self.data).reshape(-1)).cast("B")
+        flat: Any = np.ascontiguousarray(self.data).reshape(-1)
+        return memoryview(flat).cast("B")
 
 
 @dataclass(slots=True)

@@ -26,9 +26,7 @@ class TritonPythonModel:
         return [self._answer(request) for request in requests]
 
     def _answer(self, request):
-        rows = [
-            self._segments(row) for row in pb_utils.get_input_tensor_by_name(request, "SPEECH_PROBS").as_numpy()
-        ]
+        rows = [self._segments(row) for row in pb_utils.get_input_tensor_by_name(request, "SPEECH_PROBS").as_numpy()]
         most = max(len(row) for row in rows)
         segments = np.full((len(rows), most, 2), -1.0, dtype=np.float32)
         for index, row in enumerate(rows):

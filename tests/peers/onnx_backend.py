@@ -23,12 +23,12 @@ class TritonPythonModel:
     def execute(self, requests):
         """One run for the whole batch: the batcher joins only requests of equal shape."""
         arrays = [[pb_utils.get_input_tensor_by_name(r, name).as_numpy() for r in requests] for name in self.inputs]
-        feed = {name: np.concatenate(parts) for name, parts in zip(self.inputs, arrays)}
+        feed = {name: np.concatenate(parts) for name, parts in zip(self.inputs, arrays, strict=True)}
         results = self.session.run(self.outputs, feed)
         responses, at = [], 0
         for part in arrays[0]:
             rows = len(part)
-            tensors = [pb_utils.Tensor(name, y[at : at + rows]) for name, y in zip(self.outputs, results)]
+            tensors = [pb_utils.Tensor(name, y[at : at + rows]) for name, y in zip(self.outputs, results, strict=True)]
             responses.append(pb_utils.InferenceResponse(tensors))
             at += rows
         return responses

@@ -130,7 +130,8 @@ class PythonBackend:
             raise Internal(f"model '{self._config.name}': its response lacks output '{name}'")
         if tensor.datatype != spec.datatype and (tensor.datatype, spec.datatype) != ("UINT16", "BF16"):
             raise Internal(
-                f"model '{self._config.name}': output '{name}': expected {spec.datatype}, model.py made {tensor.datatype}"
+                f"model '{self._config.name}': output '{name}': expected {spec.datatype}, "
+                f"model.py made {tensor.datatype}"
             )
         tensor.datatype = spec.datatype
         return tensor

@@ -6,17 +6,18 @@ Names, arguments and results are those of Triton's module, so such a file runs u
 import json
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
+from tritonclient.grpc import model_config_pb2 as pb
 
-from tutti import config, dtypes, errors
+from tutti import dtypes, errors
 from tutti.dtypes import Array
 from tutti.types import InferRequest
 from tutti.types import Tensor as _Tensor
 
 
-class TritonModelException(Exception):  # noqa: N818 - Triton's name
+class TritonModelException(Exception):
     """Raise from initialize to refuse the load, or from execute to fail the whole batch."""
 
 
@@ -24,7 +25,7 @@ class TritonError:
     """An error of one response. `code` is one of the class's constants."""
 
     UNKNOWN, INTERNAL, NOT_FOUND, INVALID_ARG, UNAVAILABLE, UNSUPPORTED, ALREADY_EXISTS, CANCELLED = range(8)
-    _CLASSES = {
+    _CLASSES: ClassVar[dict[int, type[errors.InferError]]] = {
         NOT_FOUND: errors.NotFound,
         INVALID_ARG: errors.InvalidArgument,
         UNAVAILABLE: errors.Unavailable,
@@ -178,13 +179,13 @@ def using_decoupled_model_transaction_policy(model_config: dict[str, Any]) -> bo
 
 def triton_to_numpy_type(data_type: int) -> Any:
     """DataType's number -> numpy type."""
-    return triton_string_to_numpy(config.pb.DataType.Name(data_type))
+    return triton_string_to_numpy(pb.DataType.Name(data_type))
 
 
 def numpy_to_triton_type(numpy_type: Any) -> int:
     """Numpy type -> DataType's number."""
     name = dtypes.to_config(dtypes.from_numpy(np.dtype(numpy_type)))
-    return int(config.pb.DataType.Value(name))
+    return int(pb.DataType.Value(name))
 
 
 def triton_string_to_numpy(type_name: str) -> Any:

@@ -9,7 +9,6 @@ from tutti.engine import Engine
 from tutti.model import Model
 from tutti.statistics import Duration
 
-
 EXTENSIONS = ["binary_tensor_data", "model_configuration", "model_repository", "statistics"]
 
 

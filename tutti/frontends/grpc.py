@@ -100,7 +100,9 @@ class GrpcFront:
     def _decode(self, call_id: int, payload: bytes) -> Call | None:
         limit = self._limits.max_grpc_message_size
         if len(payload) > limit:
-            self._front.fail(call_id, _RESOURCE_EXHAUSTED, f"the message has {len(payload)} bytes, at most {limit} pass")
+            self._front.fail(
+                call_id, _RESOURCE_EXHAUSTED, f"the message has {len(payload)} bytes, at most {limit} pass"
+            )
             return None
         try:
             call = Call(grpc_codec.decode(payload), self, call_id)

@@ -114,7 +114,9 @@ def _outputs(model: str, message: Any) -> tuple[str, ...]:
 
 
 def _parameters(parameters: Any) -> Parameters:
-    return {key: getattr(value, value.WhichOneof("parameter_choice") or "string_param") for key, value in parameters.items()}
+    return {
+        key: getattr(value, value.WhichOneof("parameter_choice") or "string_param") for key, value in parameters.items()
+    }
 
 
 def _parameters_message(parameters: Parameters) -> bytes:

@@ -270,6 +270,7 @@ class Connection(asyncio.Protocol):
         self._is_closing = False
         self._is_write_paused = False
         self._is_read_paused = False
+        self._body: list[bytes] = []
         self._start_message()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -386,7 +387,7 @@ class Connection(asyncio.Protocol):
         self._url = b""
         self._headers: list[tuple[bytes, bytes]] = []
         self._header_size = 0
-        self._body: list[bytes] = []
+        self._body = []
         self._body_size = 0
 
     def _count_header(self, size: int) -> None:

@@ -140,7 +140,9 @@ def _inputs(model: str, header: Mapping[str, Any], binary: memoryview) -> tuple[
             raise _bad(model, f"input '{name}' is given more than once")
         datatype = item.get("datatype")
         if datatype not in dtypes.NUMPY:
-            raise _bad(model, f"input '{name}': 'datatype': expected one of {', '.join(dtypes.NUMPY)}, got {datatype!r}")
+            raise _bad(
+                model, f"input '{name}': 'datatype': expected one of {', '.join(dtypes.NUMPY)}, got {datatype!r}"
+            )
         shape = _shape(model, name, item.get("shape"))
         size = _object(model, item, "parameters").get("binary_data_size")
         if (size is None) == ("data" not in item):
@@ -189,7 +191,9 @@ def _from_json(model: str, name: str, datatype: str, shape: Shape, data: Any) ->
     flat: list[Any] = []
     _flatten(data if isinstance(data, list) else [data], flat)
     if len(flat) != math.prod(shape):
-        raise _bad(model, f"input '{name}': expected {math.prod(shape)} elements for shape {list(shape)}, got {len(flat)}")
+        raise _bad(
+            model, f"input '{name}': expected {math.prod(shape)} elements for shape {list(shape)}, got {len(flat)}"
+        )
     if datatype == "BYTES":
         return _text_array(model, name, flat).reshape(shape)
     allowed = {"b": (bool,), "i": (int,), "u": (int,), "f": (int, float)}[dtypes.NUMPY[datatype].kind]
@@ -218,9 +222,7 @@ def _text_array(model: str, name: str, flat: list[Any]) -> Any:
     return array
 
 
-def _outputs(
-    model: str, header: Mapping[str, Any], parameters: dict[str, Any]
-) -> tuple[tuple[str, ...], ReplyFormat]:
+def _outputs(model: str, header: Mapping[str, Any], parameters: dict[str, Any]) -> tuple[tuple[str, ...], ReplyFormat]:
     """Names asked for, and their form. Takes the wire-only `binary_data_output` out of the parameters."""
     default = parameters.pop("binary_data_output", False)
     if not isinstance(default, bool):

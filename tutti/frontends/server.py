@@ -26,7 +26,9 @@ class Addresses:
 class Server:
     """The listening front-ends. Lives on one event loop."""
 
-    def __init__(self, engine: Engine, addresses: Addresses, limits: Limits | None = None, extra: Collect | None = None):
+    def __init__(
+        self, engine: Engine, addresses: Addresses, limits: Limits | None = None, extra: Collect | None = None
+    ):
         self._engine = engine
         self._addresses = addresses
         self._limits = limits or Limits()
