@@ -1,0 +1,28 @@
+"""Fixtures every test may use: small model repositories in a temporary folder, and the built sample repository."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests import models
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> models.Repository:
+    """An empty model repository to fill with small models."""
+    return models.Repository(tmp_path / "models")
+
+
+@pytest.fixture(scope="session")
+def sample_repository() -> Path:
+    """The sample repository with its weights built."""
+    root = ROOT / "model_repository"
+    if not (root / "text_encoder" / "1" / "model.onnx").exists():
+        message = "the sample repository is not built: run `make models`"
+        if os.environ.get("CI"):
+            pytest.fail(message)
+        pytest.skip(message)
+    return root

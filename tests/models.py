@@ -1,0 +1,85 @@
+"""Small models for tests: ONNX graphs made by hand, and python models from a few lines."""
+
+import textwrap
+from pathlib import Path
+
+import onnx
+from onnx import TensorProto, helper
+
+
+def onnx_add_one(width: int = 4) -> bytes:
+    """y = x + 1, [batch, width] FP32."""
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", width])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", width])
+    one = helper.make_tensor("one", TensorProto.FLOAT, [1], [1.0])
+    graph = helper.make_graph([helper.make_node("Add", ["x", "one"], ["y"])], "add_one", [x], [y], [one])
+    return _serialized(graph)
+
+
+def onnx_gather() -> bytes:
+    """y = table[ids], ids [batch, -1] INT64: an id of 4 or more fails at run time."""
+    ids = helper.make_tensor_value_info("ids", TensorProto.INT64, ["batch", "length"])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", "length"])
+    table = helper.make_tensor("table", TensorProto.FLOAT, [4], [0.0, 10.0, 20.0, 30.0])
+    graph = helper.make_graph([helper.make_node("Gather", ["table", "ids"], ["y"])], "gather", [ids], [y], [table])
+    return _serialized(graph)
+
+
+def _serialized(graph: onnx.GraphProto) -> bytes:
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+    onnx.checker.check_model(model)
+    return bytes(model.SerializeToString())
+
+
+class Repository:
+    """A model repository being filled."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        root.mkdir()
+
+    def add(self, name: str, config: str, files: dict[str, str | bytes], version: int = 1) -> None:
+        """One model version; `config` without its name."""
+        folder = self.root / name / str(version)
+        folder.mkdir(parents=True)
+        (self.root / name / "config.pbtxt").write_text(f'name: "{name}"\n{textwrap.dedent(config)}')
+        for filename, content in files.items():
+            path = folder / filename
+            path.write_bytes(content if isinstance(content, bytes) else textwrap.dedent(content).encode())
+
+    def add_onnx(self, name: str = "add_one", max_batch_size: int = 8, extra: str = "dynamic_batching {}") -> None:
+        self.add(
+            name,
+            f"""
+            backend: "onnxruntime" max_batch_size: {max_batch_size}
+            input {{ name: "x" data_type: TYPE_FP32 dims: 4 }}
+            output {{ name: "y" data_type: TYPE_FP32 dims: 4 }}
+            {extra}
+            """,
+            {"model.onnx": onnx_add_one()},
+        )
+
+    def add_gather(self, name: str = "gather") -> None:
+        self.add(
+            name,
+            """
+            backend: "onnxruntime" max_batch_size: 8
+            input { name: "ids" data_type: TYPE_INT64 dims: -1 }
+            output { name: "y" data_type: TYPE_FP32 dims: -1 }
+            dynamic_batching {}
+            """,
+            {"model.onnx": onnx_gather()},
+        )
+
+    def add_python(self, name: str, config: str, execute: str, initialize: str = "pass") -> None:
+        """A python model; `execute` is the body of `def answer(self, request)` and returns a response."""
+        body = textwrap.indent(textwrap.dedent(execute).strip(), "        ")
+        setup = textwrap.indent(textwrap.dedent(initialize).strip(), "        ")
+        source = (
+            "import json\nimport numpy as np\nimport triton_python_backend_utils as pb_utils\n\n\n"
+            "class TritonPythonModel:\n"
+            f"    def initialize(self, args):\n{setup}\n\n"
+            "    def execute(self, requests):\n        return [self.answer(request) for request in requests]\n\n"
+            f"    def answer(self, request):\n{body}\n"
+        )
+        self.add(name, config, {"model.py": source})

@@ -1,0 +1,106 @@
+"""Serving in tests: an engine in this process, calls that wait for their answers, and real server processes."""
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import ensembles
+from tests.peers.tritonserver import free_ports
+from tutti import local
+from tutti.engine import Engine
+from tutti.types import Answer, Call, Infer, InferRequest
+
+START_TIMEOUT_S = 120.0
+
+
+def timer(delay_s: float, callback: object) -> None:
+    one = threading.Timer(delay_s, callback)  # type: ignore[arg-type]
+    one.daemon = True
+    one.start()
+
+
+@contextmanager
+def engine_over(root: Path) -> Iterator[Engine]:
+    """An engine with everything loaded, closed at the end."""
+    engine = local.make_engine(root, timer, ensembles.load)
+    engine.load_all()
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+class Gather:
+    """A sink that waits for a number of calls."""
+
+    def __init__(self, count: int) -> None:
+        self._left = count
+        self._condition = threading.Condition()
+
+    def settle(self, calls: Sequence[Call]) -> None:
+        with self._condition:
+            self._left -= len(calls)
+            self._condition.notify_all()
+
+    def wait(self) -> None:
+        with self._condition:
+            assert self._condition.wait_for(lambda: self._left <= 0, timeout=60), f"{self._left} calls never settled"
+            assert self._left == 0, "a call was settled more than once"
+
+
+def infer(serve: Infer, requests: Sequence[InferRequest]) -> list[Answer]:
+    """Submit together and wait for all answers."""
+    gather = Gather(len(requests))
+    calls = [Call(request, gather) for request in requests]
+    serve(calls)
+    gather.wait()
+    return [call.answer for call in calls if call.answer is not None]
+
+
+@dataclass(frozen=True)
+class Served:
+    """Addresses of a server process that is ready."""
+
+    http: str
+    grpc: str
+    metrics: str
+    process: "subprocess.Popen[bytes]"
+
+
+@contextmanager
+def serving(root: Path, log: Path, *flags: str, python: str = sys.executable) -> Iterator[Served]:
+    """`tutti serve ROOT` in a process of its own, ready. Raises RuntimeError with its log if it does not start."""
+    http, grpc, metrics = free_ports(3)
+    ports = ["--http-port", str(http), "--grpc-port", str(grpc), "--metrics-port", str(metrics)]
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            [python, "-m", "tutti.cli", "serve", str(root), *ports, *flags], stdout=file, stderr=file, cwd="/"
+        )
+        try:
+            wait_until_ready(process, http, log)
+            yield Served(f"127.0.0.1:{http}", f"127.0.0.1:{grpc}", f"127.0.0.1:{metrics}", process)
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise
+
+
+def wait_until_ready(process: "subprocess.Popen[bytes]", port: int, log: Path) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/v2/health/ready", timeout=1):
+                return
+        except OSError:
+            threading.Event().wait(0.05)
+    raise RuntimeError("the server did not start:\n" + log.read_text(errors="replace"))

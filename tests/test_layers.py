@@ -1,0 +1,108 @@
+"""The architecture's layers: imports run downward only, and heavy libraries stay in the files named after them."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("tutti", "ensembles", "ray_app", "export", "loadtest", "demo", "benchmarks")
+
+# The layer of each module; a package's entry covers what lies below it.
+LAYERS = {
+    "tutti": 0, "tutti.types": 0, "tutti.dtypes": 0, "tutti.errors": 0,
+    "tutti.batching": 1, "tutti.config": 1, "tutti.rows": 1, "ensembles.graph": 1, "tutti.statistics": 1,
+    "tutti.frontends.http_codec": 1, "tutti.frontends.grpc_codec": 1, "tutti.frontends.http_status": 1,
+    "tutti.frontends": 1, "ray_app.wire": 1, "ray_app.placement": 1, "ray_app": 1, "ray_app.environment": 1,
+    "tutti.repository": 2, "tutti.scheduler": 2, "tutti.backends": 2, "tutti.model": 2, "ensembles.executor": 2,
+    "ensembles": 2,
+    "tutti.engine": 3, "tutti.local": 3, "tutti.metrics": 3,
+    "tutti.frontends.api": 4, "tutti.frontends.http_api": 4, "tutti.frontends.http": 4, "tutti.frontends.grpc": 4,
+    "tutti.frontends.server": 4, "ray_app.pools": 4, "ray_app.replica": 4, "ray_app.gateway": 4,
+    "tutti.cli": 5, "ray_app.app": 5, "ray_app.run": 5, "ray_app.processes": 1,
+}  # fmt: skip
+ROOTS = {"tutti.cli", "ray_app.app", "ray_app.run"}
+# Heavy library -> the files that may import it. export/ may import what it exports with.
+HEAVY = {
+    "ray": {"ray_app.app", "ray_app.run"},
+    "torch": set(),
+    "transformers": set(),
+    "tensorrt": set(),
+    "onnxruntime": {"tutti.backends.onnxruntime"},
+    "psutil": {"ray_app.processes"},
+}
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for package in PACKAGES:
+        for path in (ROOT / package).rglob("*.py"):
+            relative = path.relative_to(ROOT).with_suffix("")
+            name = ".".join(relative.parts).removesuffix(".__init__")
+            if "steps" not in relative.parts:  # model.py files, which run inside a server
+                found[name] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imports(name: str) -> set[str]:
+    """Names of the modules that `name` imports anywhere in its file."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                inside = f"{node.module}.{alias.name}"
+                found.add(inside if inside in MODULES else node.module)
+    return found
+
+
+def layer(name: str) -> int:
+    while name not in LAYERS:
+        name, dot, _ = name.rpartition(".")
+        assert dot, "give the module a layer"
+    return LAYERS[name]
+
+
+SERVER = sorted(name for name in MODULES if name.split(".")[0] in ("tutti", "ensembles", "ray_app"))
+
+
+@pytest.mark.parametrize("name", SERVER)
+def test_imports_run_downward(name: str) -> None:
+    # A root may hand over to another root: the command to Ray's, both lazily.
+    above = {
+        other
+        for other in imports(name) & set(MODULES)
+        if other.split(".")[0] in ("tutti", "ensembles", "ray_app") and layer(other) > layer(name)
+    }
+    assert not above
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_nobody_imports_a_root(name: str) -> None:
+    if name not in ROOTS:
+        assert not imports(name) & ROOTS
+
+
+def test_the_engine_does_not_know_ensembles() -> None:
+    assert not {other for other in imports("tutti.engine") | imports("tutti.local") if other.startswith("ensembles")}
+
+
+@pytest.mark.parametrize("name", sorted(name for name in MODULES if name.startswith("export")))
+def test_export_imports_only_the_pure_layers_of_the_server(name: str) -> None:
+    server = {other for other in imports(name) if other in MODULES and other.split(".")[0] == "tutti"}
+    assert all(layer(other) <= 1 for other in server)
+
+
+@pytest.mark.parametrize("name", sorted(name for name in MODULES if name.startswith("loadtest")))
+def test_loadtest_imports_no_server_code(name: str) -> None:
+    assert not {other for other in imports(name) if other.split(".")[0] in ("tutti", "ensembles", "ray_app", "export")}
+
+
+@pytest.mark.parametrize("name", SERVER)
+def test_heavy_libraries_stay_where_they_belong(name: str) -> None:
+    used = {other.split(".")[0] for other in imports(name)} & set(HEAVY)
+    assert all(name in HEAVY[library] for library in used)

@@ -1,0 +1,144 @@
+"""Which calls make a batch: tables for the rules, and seeded random runs against a slow, obvious oracle."""
+
+import random
+
+import pytest
+
+from tutti.batching import BatchingPolicy, BatchQueue, Decision
+from tutti.types import Call, InferRequest
+
+MS = 1_000_000
+
+
+def call(rows: int = 1, key: str = "a", at_ns: int = 0) -> Call:
+    made = Call(InferRequest("m", {}), sink=None)  # type: ignore[arg-type]
+    made.rows, made.key, made.arrived_ns = rows, key, at_ns
+    return made
+
+
+def queue(policy: BatchingPolicy | None, *calls: Call) -> BatchQueue:
+    waiting = BatchQueue(policy, max_rows=1000)
+    for one in calls:
+        waiting.push(one)
+    return waiting
+
+
+@pytest.mark.parametrize(
+    ("policy", "waiting", "age_ns", "taken"),
+    [
+        (BatchingPolicy(8), 3, 0, 3),
+        (BatchingPolicy(8), 20, 0, 8),
+        (BatchingPolicy(8, max_queue_delay_ns=MS), 3, 0, 0),
+        (BatchingPolicy(8, max_queue_delay_ns=MS), 3, MS, 3),
+        (BatchingPolicy(8, max_queue_delay_ns=MS), 8, 0, 8),
+        (BatchingPolicy(8, (4,), MS), 5, 0, 4),
+        (BatchingPolicy(8, (4,), MS), 3, 0, 0),
+        (BatchingPolicy(8, (4,), MS), 3, MS, 3),
+        (BatchingPolicy(8, (2, 6), MS), 7, 0, 6),
+    ],
+)
+def test_rows_to_take(policy: BatchingPolicy, waiting: int, age_ns: int, taken: int) -> None:
+    assert policy.rows_to_take(waiting, age_ns) == taken
+
+
+def test_without_a_policy_each_call_is_a_batch_of_its_own() -> None:
+    first, second = call(), call()
+    waiting = queue(None, first, second)
+    assert waiting.take(0).batch == [first]
+    assert waiting.take(0).batch == [second]
+    assert waiting.take(0) == Decision([], [])
+
+
+def test_only_equal_keys_share_a_batch_and_the_oldest_head_goes_first() -> None:
+    a1, b1, a2 = call(key="a", at_ns=1), call(key="b", at_ns=2), call(key="a", at_ns=3)
+    waiting = queue(BatchingPolicy(8), a1, b1, a2)
+    assert waiting.take(5).batch == [a1, a2]
+    assert waiting.take(5).batch == [b1]
+
+
+def test_a_call_is_never_split() -> None:
+    small, large = call(rows=3), call(rows=6)
+    waiting = queue(BatchingPolicy(8), small, large)
+    assert waiting.take(0).batch == [small]
+    assert waiting.take(0).batch == [large]
+
+
+def test_a_full_lane_does_not_wait_behind_one_that_may() -> None:
+    young, *full = call(key="a", at_ns=0), *(call(key="b", at_ns=1) for _ in range(4))
+    waiting = queue(BatchingPolicy(4, max_queue_delay_ns=MS), young, *full)
+    assert waiting.take(2).batch == full
+    decision = waiting.take(3)
+    assert decision.batch == []
+    assert decision.wake_ns == MS
+
+
+def test_cancelled_calls_are_dropped_and_their_batch_mates_run() -> None:
+    calls = [call() for _ in range(5)]
+    calls[0].is_cancelled = calls[3].is_cancelled = True
+    decision = queue(BatchingPolicy(8), *calls).take(0)
+    assert decision.batch == [calls[1], calls[2], calls[4]]
+    assert decision.dropped == [calls[0], calls[3]]
+
+
+def test_the_queue_is_bounded_in_rows_but_takes_any_call_when_empty() -> None:
+    waiting = BatchQueue(BatchingPolicy(8), max_rows=10)
+    assert waiting.has_room(call(rows=50))
+    waiting.push(call(rows=8))
+    assert waiting.has_room(call(rows=2))
+    assert not waiting.has_room(call(rows=3))
+
+
+def oracle(waiting: list[Call], policy: BatchingPolicy | None, now_ns: int) -> list[Call]:
+    """The rule of batching.py, said slowly: over all keys by their oldest call, the first batch that need not wait."""
+    alive = [one for one in waiting if not one.is_cancelled]
+    keys = sorted({one.key for one in alive}, key=lambda key: min(o.arrived_ns for o in alive if o.key == key))  # type: ignore[type-var,arg-type,return-value]
+    for key in keys:
+        mine = [one for one in waiting if one.key == key]
+        while mine[0].is_cancelled:
+            mine.pop(0)
+        if policy is None:
+            return mine[:1]
+        limit = policy.rows_to_take(sum(one.rows for one in mine), now_ns - mine[0].arrived_ns)
+        if not limit:
+            continue
+        batch, rows = [mine[0]], mine[0].rows
+        for one in mine[1:]:
+            if rows + one.rows > limit:
+                break
+            if not one.is_cancelled:
+                batch.append(one)
+                rows += one.rows
+        return batch
+    return []
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_random_traces_agree_with_the_oracle(seed: int) -> None:
+    rng = random.Random(seed)
+    limit = rng.choice([1, 4, 8])
+    preferred = tuple(sorted(rng.sample(range(1, limit + 1), rng.randint(0, min(2, limit)))))
+    policy = None if rng.random() < 0.1 else BatchingPolicy(limit, preferred, rng.choice([0, 5, 50]))
+    queue = BatchQueue(policy, max_rows=10_000)
+    waiting: list[Call] = []
+    pushed, ended = 0, []
+    for now in range(200):
+        if rng.random() < 0.6:
+            one = call(rng.randint(1, limit), rng.choice("abc"), now)
+            queue.push(one)
+            waiting.append(one)
+            pushed += 1
+        if waiting and rng.random() < 0.1:
+            rng.choice(waiting).is_cancelled = True
+        if rng.random() < 0.5:
+            expected = oracle(waiting, policy, now)
+            decision = queue.take(now)
+            assert decision.batch == expected
+            assert all(one.is_cancelled for one in decision.dropped)
+            if decision.wake_ns is not None:
+                assert decision.wake_ns > now
+            gone = decision.batch + decision.dropped
+            ended += gone
+            waiting = [one for one in waiting if one not in gone]
+            assert queue.rows == sum(one.rows for one in waiting)
+    ended += queue.drain()
+    assert len(ended) == len(set(map(id, ended))) == pushed
