@@ -1,0 +1,134 @@
+"""config.pbtxt: what is read, and that everything else is refused with its path."""
+
+from pathlib import Path
+
+import pytest
+
+from tutti import config, repository
+from tutti.errors import ConfigError
+from tests.models import Repository
+
+TENSORS = """
+    input { name: "x" data_type: TYPE_FP32 dims: [ -1, 3 ] }
+    output { name: "y" data_type: TYPE_STRING dims: 2 }
+"""
+
+
+def parse(text: str) -> config.ModelConfig:
+    return config.parse(text, "m")
+
+
+def test_a_full_configuration() -> None:
+    model = parse(
+        f"""
+        backend: "onnxruntime" max_batch_size: 8 {TENSORS}
+        dynamic_batching {{
+          preferred_batch_size: [ 8, 4 ] max_queue_delay_microseconds: 250
+          default_queue_policy {{ max_queue_size: 7 }}
+        }}
+        instance_group {{ kind: KIND_CPU count: 2 }}
+        version_policy {{ latest {{ num_versions: 3 }} }}
+        parameters {{ key: "a" value {{ string_value: "b" }} }}
+        """
+    )
+    assert model.name == "m"
+    assert model.inputs[0] == config.TensorSpec("x", "FP32", (-1, 3))
+    assert model.outputs[0].datatype == "BYTES"
+    assert model.batching is not None
+    assert model.batching.preferred_batch_sizes == (4, 8)
+    assert model.batching.max_queue_delay_ns == 250_000
+    assert model.max_queued_rows == 7
+    assert model.instance_groups == (config.InstanceGroup("cpu", 2),)
+    assert model.version_policy.select([1, 2, 3, 4]) == [2, 3, 4]
+    assert model.parameters["a"] == "b"
+    assert model.wire_shape(model.inputs[0]) == (-1, -1, 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [
+        ('backend: "b" max_batch_size: -3' + TENSORS, "max_batch_size"),
+        ('name: "other" backend: "b"' + TENSORS, "name"),
+        ('backend: "b" output { name: "y" data_type: TYPE_FP32 dims: 1 }', "input"),
+        (TENSORS, "backend"),
+        ('backend: "b" dynamic_batching {}' + TENSORS, "dynamic_batching"),
+        ('backend: "b" sequence_batching {}' + TENSORS, "sequence_batching"),
+        ('backend: "b" response_cache { enable: true }' + TENSORS, "response_cache.enable"),
+        ('backend: "b" model_transaction_policy { decoupled: true }' + TENSORS, "model_transaction_policy.decoupled"),
+        ('backend: "b" instance_group { kind: KIND_MODEL }' + TENSORS, "instance_group[0].kind"),
+        (
+            'backend: "b" max_batch_size: 4 dynamic_batching { preferred_batch_size: 9 }' + TENSORS,
+            "dynamic_batching.preferred_batch_size",
+        ),
+        (
+            'backend: "b" max_batch_size: 4 dynamic_batching { preserve_ordering: true }' + TENSORS,
+            "dynamic_batching.preserve_ordering",
+        ),
+        (
+            'backend: "b" input { name: "x" data_type: TYPE_FP32 dims: 0 } output { name: "y" data_type: TYPE_FP32 }',
+            "input[0].dims",
+        ),
+        ('backend: "b" input { name: "x" dims: 1 } output { name: "y" data_type: TYPE_FP32 }', "input[0].data_type"),
+        ('backend: "b" input { name: "x" data_type: TYPE_INT8 reshape {} }' + TENSORS, "input.reshape"),
+        ("this is not a configuration", "does not parse"),
+    ],
+)
+def test_what_is_wrong_or_not_supported_is_refused_with_its_path(text: str, path: str) -> None:
+    with pytest.raises(ConfigError, match="model 'm'") as caught:
+        parse(text)
+    assert path in str(caught.value)
+
+
+def test_version_policies() -> None:
+    assert parse('backend: "b"' + TENSORS).version_policy.select([1, 10, 9]) == [10]
+    every = parse('backend: "b" version_policy { all {} }' + TENSORS).version_policy
+    assert every.select([3, 1]) == [1, 3]
+    some = parse('backend: "b" version_policy { specific { versions: [ 1, 7 ] } }' + TENSORS).version_policy
+    assert some.select([1, 2, 3]) == [1]
+
+
+def test_as_json_keeps_numbers_numbers_and_leaves_unset_messages_out() -> None:
+    shown = config.as_json(parse('backend: "b" max_batch_size: 2' + TENSORS).proto)
+    assert shown["input"][0]["dims"] == [-1, 3]
+    assert shown["input"][0]["data_type"] == "TYPE_FP32"
+    assert "dynamic_batching" not in shown
+
+
+def test_the_repository_lists_model_folders_only(repository: Repository, tmp_path: Path) -> None:
+    repository.add_onnx()
+    (repository.root / "no_config").mkdir()
+    (repository.root / ".hidden").mkdir()
+    assert repository_names(repository.root) == ["add_one"]
+    with pytest.raises(ConfigError, match="not a folder"):
+        repository_names(tmp_path / "nowhere")
+
+
+def repository_names(root: Path) -> list[str]:
+    return repository.model_names(root)
+
+
+@pytest.mark.parametrize("name", ["../outside", "a/b", "", ".hidden", "-x"])
+def test_names_that_leave_the_repository_are_refused(repository: Repository, name: str) -> None:
+    from tutti import repository as folders
+
+    with pytest.raises(ConfigError):
+        folders.open_model(repository.root, name)
+
+
+def test_a_model_without_versions_is_refused(repository: Repository) -> None:
+    from tutti import repository as folders
+
+    repository.add_onnx()
+    (repository.root / "add_one" / "1").rename(repository.root / "add_one" / "v1")
+    with pytest.raises(ConfigError, match="no version folder"):
+        folders.open_model(repository.root, "add_one")
+
+
+def test_a_label_file_outside_the_folder_is_refused(repository: Repository) -> None:
+    from tutti import repository as folders
+
+    repository.add_onnx()
+    path = repository.root / "add_one" / "config.pbtxt"
+    path.write_text(path.read_text().replace("output {", 'output { label_filename: "../../secret" '))
+    with pytest.raises(ConfigError, match="label_filename"):
+        folders.open_model(repository.root, "add_one").labels()

@@ -1,0 +1,82 @@
+"""ModelInfer messages, against the protobuf library's own reading of them."""
+
+import numpy as np
+import pytest
+from tritonclient.grpc import service_pb2 as pb
+
+from tutti.errors import InferError
+from tutti.frontends import grpc_codec
+from tutti.types import InferResponse, Tensor
+
+TENSOR = pb.ModelInferRequest.InferInputTensor
+
+
+def message(*inputs: object, raw: tuple[bytes, ...] = (), **fields: object) -> bytes:
+    return pb.ModelInferRequest(model_name="m", inputs=inputs, raw_input_contents=raw, **fields).SerializeToString()
+
+
+def test_raw_and_typed_contents() -> None:
+    x = TENSOR(name="x", datatype="FP32", shape=[1, 2])
+    request = grpc_codec.decode(message(x, raw=(np.float32([1, 2]).tobytes(),), id="7", model_version="2"))
+    assert request.inputs["x"].array().tolist() == [[1, 2]]
+    assert (request.id, request.model_version) == ("7", "2")
+    x.contents.fp32_contents.extend([3, 4])
+    assert grpc_codec.decode(message(x)).inputs["x"].array().tolist() == [[3, 4]]
+    small = TENSOR(name="x", datatype="INT8", shape=[2], contents=pb.InferTensorContents(int_contents=[-1, 2]))
+    assert grpc_codec.decode(message(small)).inputs["x"].array().dtype == np.int8
+
+
+def test_parameters_keep_their_types() -> None:
+    sent = pb.ModelInferRequest(model_name="m")
+    sent.parameters["a"].int64_param = 5
+    sent.parameters["b"].string_param = "s"
+    sent.parameters["c"].bool_param = True
+    sent.parameters["d"].double_param = 0.5
+    request = grpc_codec.decode(sent.SerializeToString())
+    assert request.parameters == {"a": 5, "b": "s", "c": True, "d": 0.5}
+
+
+def contents(**fields: object) -> object:
+    return pb.InferTensorContents(**fields)
+
+
+@pytest.mark.parametrize(
+    ("payload", "says"),
+    [
+        (b"\xff\xff", "not a ModelInferRequest"),
+        (message(TENSOR(name="x", datatype="FP32", shape=[2]), raw=(b"\0" * 4,)), "expected 8 bytes"),
+        (message(TENSOR(name="x", datatype="FP32", shape=[2]), raw=(b"\0" * 8, b"")), "raw_input_contents"),
+        (message(TENSOR(name="x", datatype="FP9", shape=[2])), "datatype"),
+        (message(TENSOR(name="x", datatype="FP32", shape=[-2]), raw=(b"",)), "'shape'"),
+        (message(TENSOR(name="x", datatype="FP16", shape=[1])), "raw_input_contents"),
+        (
+            message(TENSOR(name="x", datatype="FP32", shape=[1], contents=contents(fp32_contents=[1])), raw=(b"\0" * 4,)),
+            "both contents and raw",
+        ),
+        (message(TENSOR(name="x", datatype="FP32", shape=[1], contents=contents(int_contents=[1]))), "fp32_contents"),
+        (message(TENSOR(name="x", datatype="FP32", shape=[3], contents=contents(fp32_contents=[1]))), "expected 3"),
+        (message(TENSOR(name="x", datatype="INT8", shape=[1], contents=contents(int_contents=[300]))), "does not fit"),
+        (message(*[TENSOR(name="x", datatype="FP32", shape=[0])] * 2, raw=(b"", b"")), "more than once"),
+    ],
+)
+def test_mistakes_are_named(payload: bytes, says: str) -> None:
+    with pytest.raises(InferError) as caught:
+        grpc_codec.decode(payload)
+    assert says in caught.value.message
+
+
+def test_a_response_reads_as_the_message_it_stands_for() -> None:
+    big = np.arange(100_000, dtype=np.float32).reshape(1, -1)
+    response = InferResponse(
+        "m", "3", [Tensor.of("a", big), Tensor.of("b", np.array([b"hi"], dtype=object))], {"pool": "cpu", "n": 3}
+    )
+    for request_id in ("", "id-1"):
+        read = pb.ModelInferResponse.FromString(grpc_codec.encode(response, request_id))
+        assert (read.model_name, read.model_version, read.id) == ("m", "3", request_id)
+        assert [(o.name, o.datatype, list(o.shape)) for o in read.outputs] == [
+            ("a", "FP32", [1, 100_000]),
+            ("b", "BYTES", [1]),
+        ]
+        assert list(read.raw_output_contents) == [big.tobytes(), b"\x02\x00\x00\x00hi"]
+        assert read.parameters["pool"].string_param == "cpu"
+        assert read.parameters["n"].int64_param == 3

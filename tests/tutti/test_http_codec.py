@@ -1,0 +1,132 @@
+"""Infer requests and responses over HTTP, as bytes."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tutti import config
+from tutti.errors import InferError, InvalidArgument
+from tutti.frontends import http_codec
+from tutti.frontends.http_codec import BINARY_REPLY, JSON_REPLY, ReplyFormat
+from tutti.types import InferResponse, Tensor
+
+
+def body(header: dict, binary: bytes = b"") -> tuple[bytes, int]:
+    head = json.dumps(header).encode()
+    return head + binary, len(head)
+
+
+def x(**fields: object) -> dict:
+    return {"inputs": [{"name": "x", "shape": [1, 2], "datatype": "FP32", **fields}]}
+
+
+def test_json_data_may_be_nested_or_flat() -> None:
+    for data in ([1, 2.5], [[1, 2.5]]):
+        request, reply = http_codec.decode("m", "", body(x(data=data))[0], None)
+        np.testing.assert_array_equal(request.inputs["x"].array(), np.float32([[1, 2.5]]))
+        assert reply == JSON_REPLY
+
+
+def test_binary_data_is_a_view_of_the_body() -> None:
+    raw = np.float32([[1, 2]]).tobytes()
+    payload, length = body(x(parameters={"binary_data_size": 8}), raw)
+    request, _ = http_codec.decode("m", "3", payload, length)
+    assert isinstance(request.inputs["x"].data, memoryview)
+    assert request.inputs["x"].array().tolist() == [[1, 2]]
+    assert request.model_version == "3"
+
+
+def test_outputs_and_their_form() -> None:
+    header = x(data=[1, 2])
+    header["outputs"] = [{"name": "a", "parameters": {"binary_data": True}}, {"name": "b"}]
+    header["parameters"] = {"binary_data_output": True, "priority": 2}
+    header["id"] = "seven"
+    request, reply = http_codec.decode("m", "", body(header)[0], None)
+    assert request.outputs == ("a", "b")
+    assert (reply.is_binary("a"), reply.is_binary("b"), reply.is_binary("c")) == (True, False, True)
+    assert request.parameters == {"priority": 2}
+    assert request.id == "seven"
+
+
+@pytest.mark.parametrize(
+    ("header", "binary", "says"),
+    [
+        (x(), b"", "either 'data' or 'binary_data_size'"),
+        (x(data=[1, 2], parameters={"binary_data_size": 8}), b"\0" * 8, "either 'data' or"),
+        (x(data=[1, 2, 3]), b"", "expected 2 elements"),
+        (x(data=["a", "b"]), b"", "expected FP32 elements"),
+        (x(data=[True, False]), b"", "expected FP32 elements"),
+        (x(data=[1, 2], shape=[-1, 2]), b"", "'shape'"),
+        (x(data=[1, 2], shape=["1", 2]), b"", "'shape'"),
+        (x(data=[1, 2], shape=[2**40, 2**40]), b"", "'shape'"),
+        (x(data=[1, 2], datatype="FLOAT"), b"", "'datatype'"),
+        (x(data=[1, 2], datatype="FP16"), b"", "must be binary"),
+        (x(data=[1, 300], datatype="UINT8"), b"", "does not fit UINT8"),
+        (x(data=[1.5, 2], datatype="INT32"), b"", "expected INT32 elements"),
+        (x(parameters={"binary_data_size": 8}), b"\0" * 7, "only 7 are left"),
+        (x(parameters={"binary_data_size": 7}), b"\0" * 7, "expected 8 bytes"),
+        (x(parameters={"binary_data_size": -8}), b"", "'binary_data_size'"),
+        (x(parameters={"binary_data_size": 8}), b"\0" * 9, "left over"),
+        ({"inputs": [x(data=[1, 2])["inputs"][0]] * 2}, b"", "more than once"),
+        ({"inputs": 3}, b"", "'inputs'"),
+        ({**x(data=[1, 2]), "id": 5}, b"", "'id'"),
+        ({**x(data=[1, 2]), "outputs": [{"name": "y"}, {"name": "y"}]}, b"", "more than once"),
+        ({**x(data=[1, 2]), "parameters": []}, b"", "'parameters'"),
+    ],
+)
+def test_mistakes_are_named(header: dict, binary: bytes, says: str) -> None:
+    payload, length = body(header, binary)
+    with pytest.raises(InferError, match="model 'm'") as caught:
+        http_codec.decode("m", "", payload, length)
+    assert says in caught.value.message
+
+
+@pytest.mark.parametrize("payload", [b"", b"{", b"[]", b"\xff", b"{}{}"])
+def test_bodies_that_are_no_request(payload: bytes) -> None:
+    with pytest.raises(InvalidArgument):
+        http_codec.decode("m", "", payload, None)
+
+
+def test_a_header_longer_than_the_body_is_refused() -> None:
+    with pytest.raises(InvalidArgument, match="Inference-Header-Content-Length"):
+        http_codec.decode("m", "", b"{}", 3)
+
+
+def test_responses_as_json_binary_and_mixed() -> None:
+    response = InferResponse(
+        "m", "1", [Tensor.of("a", np.float32([[1, 2]])), Tensor.of("b", np.array([[b"hi"]], dtype=object))]
+    )
+    length, encoded = http_codec.encode(response, "id1", JSON_REPLY)
+    shown = json.loads(encoded)
+    assert length is None
+    assert shown["id"] == "id1"
+    assert [output["data"] for output in shown["outputs"]] == [[1.0, 2.0], ["hi"]]
+    length, encoded = http_codec.encode(response, "", BINARY_REPLY)
+    assert length is not None
+    shown = json.loads(encoded[:length])
+    assert "id" not in shown
+    assert [output["parameters"]["binary_data_size"] for output in shown["outputs"]] == [8, 6]
+    assert encoded[length:] == np.float32([1, 2]).tobytes() + b"\x02\x00\x00\x00hi"
+    length, encoded = http_codec.encode(response, "", ReplyFormat(False, {"b": True}))
+    assert encoded.endswith(b"hi")
+
+
+def raw_config(dims: str, kind: str = "TYPE_FP32", batch: int = 4) -> config.ModelConfig:
+    return config.parse(
+        f'backend: "b" max_batch_size: {batch} input {{ name: "x" data_type: {kind} dims: {dims} }}'
+        ' output { name: "y" data_type: TYPE_FP32 dims: 1 }',
+        "m",
+    )
+
+
+def test_raw_requests() -> None:
+    request = http_codec.decode_raw(raw_config("[ -1, 2 ]"), "", np.arange(6, dtype=np.float32).tobytes())
+    assert request.inputs["x"].shape == (1, 3, 2)
+    assert request.inputs["x"].array()[0, 2, 1] == 5
+    text = http_codec.decode_raw(raw_config("1", "TYPE_STRING"), "", b"hello")
+    assert text.inputs["x"].array().tolist() == [[b"hello"]]
+    with pytest.raises(InvalidArgument, match="does not fit"):
+        http_codec.decode_raw(raw_config("3"), "", b"\0" * 8)
+    with pytest.raises(InvalidArgument, match="at most one variable"):
+        http_codec.decode_raw(raw_config("[ -1, -1 ]"), "", b"\0" * 8)

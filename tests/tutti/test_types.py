@@ -1,0 +1,74 @@
+"""Tensors, datatypes, errors, and the row arithmetic of batches."""
+
+import pickle
+
+import numpy as np
+import pytest
+
+from tutti import dtypes, errors, rows
+from tutti.errors import InvalidArgument
+from tutti.types import InferRequest, Tensor
+
+
+def test_bytes_survive_encoding() -> None:
+    elements = [b"", b"a", "ü".encode(), b"\x00" * 300]
+    assert dtypes.decode_bytes(dtypes.encode_bytes(elements), 4) == elements
+
+
+@pytest.mark.parametrize(
+    ("raw", "count"),
+    [
+        (b"\x01\x00\x00", 1),
+        (b"\x05\x00\x00\x00abc", 1),
+        (b"\xff\xff\xff\xffabc", 1),
+        (b"\x01\x00\x00\x00a", 2),
+        (b"\x01\x00\x00\x00a\x00", 1),
+    ],
+)
+def test_broken_bytes_are_refused(raw: bytes, count: int) -> None:
+    with pytest.raises(InvalidArgument):
+        dtypes.decode_bytes(raw, count)
+
+
+@pytest.mark.parametrize("datatype", [name for name in dtypes.NUMPY if name != "BYTES"])
+def test_a_tensor_goes_to_wire_and_back(datatype: str) -> None:
+    array = np.arange(6).reshape(2, 3).astype(dtypes.NUMPY[datatype])
+    raw = Tensor("x", datatype, (2, 3), array).raw()
+    back = Tensor("x", datatype, (2, 3), bytes(raw)).array()
+    np.testing.assert_array_equal(back, array)
+
+
+def test_raw_of_a_transposed_array_is_row_major() -> None:
+    array = np.arange(6, dtype=np.int32).reshape(2, 3).T
+    assert bytes(Tensor.of("x", array).raw()) == np.ascontiguousarray(array).tobytes()
+
+
+def request(array: np.ndarray, as_bytes: bool) -> InferRequest:
+    tensor = Tensor.of("x", array)
+    if as_bytes:
+        tensor.data = bytes(tensor.raw())
+    return InferRequest("m", {"x": tensor})
+
+
+@pytest.mark.parametrize("as_bytes", [True, False])
+def test_join_and_split_are_inverse(as_bytes: bool) -> None:
+    parts = [np.random.default_rng(i).random((n, 3), dtype=np.float32) for i, n in enumerate((1, 4, 2))]
+    joined = rows.join([request(part, as_bytes) for part in parts], "x")
+    np.testing.assert_array_equal(joined, np.concatenate(parts))
+    for part, tensor in zip(parts, rows.split(Tensor.of("y", joined), [1, 4, 2]), strict=True):
+        assert tensor.shape == part.shape
+        np.testing.assert_array_equal(tensor.array(), part)
+
+
+def test_join_and_split_of_bytes() -> None:
+    parts = [np.array([[b"a"]], dtype=object), np.array([[b"b"], [b"cc"]], dtype=object)]
+    joined = rows.join([request(parts[0], True), request(parts[1], False)], "x")
+    assert joined.tolist() == [[b"a"], [b"b"], [b"cc"]]
+    assert rows.split(Tensor.of("y", joined), [1, 2])[1].array().tolist() == [[b"b"], [b"cc"]]
+
+
+@pytest.mark.parametrize("kind", errors.InferError.__subclasses__())
+def test_errors_survive_pickling(kind: type[errors.InferError]) -> None:
+    back = pickle.loads(pickle.dumps(kind("model 'm': no")))
+    assert type(back) is kind
+    assert back.message == "model 'm': no"
