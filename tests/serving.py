@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +62,15 @@ def infer(serve: Infer, requests: Sequence[InferRequest]) -> list[Answer]:
     serve(calls)
     gather.wait()
     return [call.answer for call in calls if call.answer is not None]
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+    """Poll until `condition` holds; fails the test when it never does."""
+    pause = threading.Event()
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "the condition never held"
+        pause.wait(0.005)
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,9 @@ class GrpcFront:
         self._handlers = _handlers(engine)
         paths = ["ModelInfer", *self._handlers]
         self._by_id: list[Callable[[bytes], bytes] | None] = [None, *self._handlers.values()]
-        self._front = NativeGrpcFront(f"{host}:{port}", [(_path(name), False) for name in paths], io_threads=1)
+        # Only with call_details does the front tell of unary calls that were cancelled or ran out of time.
+        methods = [(_path(name), False) for name in paths]
+        self._front = NativeGrpcFront(f"{host}:{port}", methods, io_threads=1, call_details=True)
         self._open: dict[int, Call] = {}
         self._thread = threading.Thread(target=self._receive, name="grpc", daemon=True)
 

@@ -292,8 +292,8 @@ class Connection(asyncio.Protocol):
         self._last_read = self._front._loop.time()
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            self._refuse(400, "protocol upgrades are not supported")
+        except httptools.HttpParserUpgrade:  # refused in on_message_complete
+            return
         except httptools.HttpParserCallbackError:
             _log.exception("a connection's callback failed")
             self._refuse(500, "internal error while reading the request")
@@ -339,6 +339,8 @@ class Connection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         self._is_reading = False
+        if self._parser.should_upgrade():
+            self._refuse(400, "protocol upgrades are not supported")
         if self._is_closing:
             return
         exchange = Exchange(self, self._parser.get_method(), self._url, self._parser.should_keep_alive())

@@ -1,0 +1,125 @@
+"""The gRPC front with a real channel: answers, statuses, limits, cancellation."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from tritonclient.grpc import service_pb2 as pb
+from tritonclient.grpc import service_pb2_grpc
+
+from tests.models import Repository
+from tests.serving import engine_over, wait_until
+from tutti.engine import Engine
+from tutti.frontends.api import Limits
+from tutti.frontends.grpc import GrpcFront
+
+LIMIT = 100_000
+HELD = """
+    import threading
+    threading.Event().wait(float(pb_utils.get_input_tensor_by_name(request, "s").as_numpy()[0, 0]))
+    return pb_utils.InferenceResponse([pb_utils.Tensor("n", np.zeros((1, 1), np.float32))])
+"""
+
+
+@dataclass
+class Running:
+    stub: Any
+    channel: grpc.Channel
+    engine: Engine
+
+
+@pytest.fixture
+def server(repository: Repository) -> Iterator[Running]:
+    repository.add_onnx()
+    repository.add_python(
+        "slow",
+        """
+        backend: "python" max_batch_size: 1
+        input { name: "s" data_type: TYPE_FP32 dims: 1 }
+        output { name: "n" data_type: TYPE_FP32 dims: 1 }
+        """,
+        HELD,
+    )
+    with engine_over(repository.root) as engine:
+        front = GrpcFront(engine, "127.0.0.1", 0, Limits(max_grpc_message_size=LIMIT))
+        port = front.start()
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            yield Running(service_pb2_grpc.GRPCInferenceServiceStub(channel), channel, engine)
+        front.stop()
+
+
+def request(value: float = 1.0, width: int = 4, model: str = "add_one", name: str = "x") -> Any:
+    tensor = pb.ModelInferRequest.InferInputTensor(name=name, datatype="FP32", shape=[1, width])
+    raw = np.full(width, value, np.float32).tobytes()
+    return pb.ModelInferRequest(model_name=model, inputs=[tensor], raw_input_contents=[raw])
+
+
+def test_many_calls_in_flight_each_get_their_own_answer(server: Running) -> None:
+    futures = [server.stub.ModelInfer.future(request(n), timeout=20) for n in range(300)]
+    for n, future in enumerate(futures):
+        assert np.frombuffer(future.result().raw_output_contents[0], np.float32).tolist() == [n + 1] * 4
+    counts = server.engine.model("add_one").statistics.counts
+    assert counts.success.count == 300
+    assert counts.executions < 300
+
+
+@pytest.mark.parametrize(
+    ("sent", "code", "says"),
+    [
+        (request(model="nope"), grpc.StatusCode.NOT_FOUND, "nope"),
+        (request(width=5), grpc.StatusCode.INVALID_ARGUMENT, "expected shape [-1, 4], got [1, 5]"),
+        (request(width=LIMIT // 4 + 1), grpc.StatusCode.RESOURCE_EXHAUSTED, f"at most {LIMIT} pass"),
+    ],
+)
+def test_errors_carry_status_and_reason(server: Running, sent: Any, code: grpc.StatusCode, says: str) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        server.stub.ModelInfer(sent, timeout=20)
+    assert caught.value.code() == code
+    assert says in caught.value.details()
+    assert server.stub.ModelInfer(request(), timeout=20).model_name == "add_one"
+
+
+def test_bytes_that_are_no_message(server: Running) -> None:
+    for method in ("ModelInfer", "ModelMetadata"):
+        call = server.channel.unary_unary(f"/inference.GRPCInferenceService/{method}")
+        with pytest.raises(grpc.RpcError) as caught:
+            call(b"\xff\xff\xff", timeout=20)
+        assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_a_method_that_is_not_offered(server: Running) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        server.stub.TraceSetting(pb.TraceSettingRequest(), timeout=20)
+    assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
+
+
+def test_control_methods(server: Running) -> None:
+    stub = server.stub
+    assert stub.ServerLive(pb.ServerLiveRequest()).live
+    assert stub.ServerReady(pb.ServerReadyRequest()).ready
+    assert stub.ModelReady(pb.ModelReadyRequest(name="add_one", version="1")).ready
+    assert stub.ServerMetadata(pb.ServerMetadataRequest()).name == "tutti"
+    assert list(stub.ModelMetadata(pb.ModelMetadataRequest(name="add_one")).inputs[0].shape) == [-1, 4]
+    assert stub.ModelConfig(pb.ModelConfigRequest(name="add_one")).config.max_batch_size == 8
+    names = [model.name for model in stub.RepositoryIndex(pb.RepositoryIndexRequest()).models]
+    assert names == ["add_one", "slow"]
+    assert len(stub.ModelStatistics(pb.ModelStatisticsRequest()).model_stats) == 2
+    check = server.channel.unary_unary("/grpc.health.v1.Health/Check")
+    assert check(b"", timeout=20) == b"\x08\x01"
+
+
+def test_a_cancelled_call_is_not_executed(server: Running) -> None:
+    waiting: Any = server.engine.model("slow")._served.infer
+    running = server.stub.ModelInfer.future(request(0.5, 1, "slow", "s"), timeout=20)
+    wait_until(lambda: not waiting._free)
+    queued = [server.stub.ModelInfer.future(request(5.0, 1, "slow", "s"), timeout=20) for _ in range(3)]
+    wait_until(lambda: waiting.queued_rows() == 3)
+    for future in queued:
+        future.cancel()
+    running.result()
+    last = server.stub.ModelInfer(request(0.0, 1, "slow", "s"), timeout=20)
+    assert last.model_name == "slow"
+    assert server.engine.model("slow").statistics.counts.executions == 2

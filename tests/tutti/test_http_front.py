@@ -1,0 +1,302 @@
+"""The duties of an HTTP/1.1 server, tried with plain sockets and literal bytes."""
+
+import asyncio
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import uvloop
+
+from tests.models import Repository
+from tests.serving import engine_over, wait_until
+from tutti.engine import Engine
+from tutti.frontends import http, http_api
+from tutti.frontends.api import Limits
+from tutti.frontends.http import HttpFront
+
+MAX_BODY = 10_000
+SLOW = """
+    import threading
+    event = threading.Event()
+    event.wait(float(pb_utils.get_input_tensor_by_name(request, "s").as_numpy()[0, 0]))
+    return pb_utils.InferenceResponse([pb_utils.Tensor("n", np.zeros((1, 1), np.float32))])
+"""
+
+
+@dataclass
+class Running:
+    """A front in a loop's thread."""
+
+    port: int
+    engine: Engine
+    front: HttpFront
+    loop: asyncio.AbstractEventLoop
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=20)
+
+
+@pytest.fixture
+def server(repository: Repository) -> Iterator[Running]:
+    repository.add_onnx()
+    repository.add_python(
+        "slow",
+        """
+        backend: "python" max_batch_size: 1
+        input { name: "s" data_type: TYPE_FP32 dims: 1 }
+        output { name: "n" data_type: TYPE_FP32 dims: 1 }
+        """,
+        SLOW,
+    )
+    loop = uvloop.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+
+    async def start(engine: Engine) -> tuple[HttpFront, int]:
+        front = HttpFront(http_api.make_app(engine), engine, Limits(max_input_size=MAX_BODY))
+        return front, await front.start("127.0.0.1", 0)
+
+    with engine_over(repository.root) as engine:
+        front, port = asyncio.run_coroutine_threadsafe(start(engine), loop).result(10)
+        yield Running(port, engine, front, loop)
+        asyncio.run_coroutine_threadsafe(front.stop(), loop).result(10)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(10)
+    loop.close()
+
+
+def infer_request(model: str = "add_one", value: float = 1.0, extra: bytes = b"", request_id: str = "") -> bytes:
+    name = "x" if model == "add_one" else "s"
+    width = 4 if model == "add_one" else 1
+    tensor = {"name": name, "shape": [1, width], "datatype": "FP32", "data": [value] * width}
+    body = json.dumps({"id": request_id, "inputs": [tensor]}).encode()
+    return b"POST /v2/models/%s/infer HTTP/1.1\r\nhost: t\r\n%scontent-length: %d\r\n\r\n" % (
+        model.encode(),
+        extra,
+        len(body),
+    ) + body
+
+
+def read_response(connection: socket.socket, buffer: bytearray) -> tuple[int, dict[str, str], bytes]:
+    """Status, headers and body of the next response; raises EOFError when the server has closed."""
+    while b"\r\n\r\n" not in buffer:
+        _fill(connection, buffer)
+    head, _, rest = bytes(buffer).partition(b"\r\n\r\n")
+    lines = head.decode().split("\r\n")
+    headers = dict(line.lower().split(": ", 1) for line in lines[1:])
+    length = int(headers.get("content-length", 0))
+    while len(buffer) < len(head) + 4 + length:
+        _fill(connection, buffer)
+    body = bytes(buffer[len(head) + 4 : len(head) + 4 + length])
+    del buffer[: len(head) + 4 + length]
+    return int(lines[0].split()[1]), headers, body
+
+
+def _fill(connection: socket.socket, buffer: bytearray) -> None:
+    data = connection.recv(65536)
+    if not data:
+        raise EOFError
+    buffer += data
+
+
+def exchange(server: Running, data: bytes) -> tuple[int, dict[str, str], bytes]:
+    with server.connect() as connection:
+        connection.sendall(data)
+        return read_response(connection, bytearray())
+
+
+def is_closed(connection: socket.socket) -> bool:
+    try:
+        return connection.recv(1) == b""
+    except ConnectionResetError:
+        return True
+
+
+def test_pipelined_requests_are_answered_in_order(server: Running) -> None:
+    """The first one is slow, so that the later answers are ready before it."""
+    with server.connect() as connection:
+        requests = [infer_request("slow", 0.2, request_id="0")]
+        requests += [infer_request(request_id=str(n), value=n) for n in range(1, 30)]
+        connection.sendall(b"".join(requests) + b"GET /v2/health/live HTTP/1.1\r\nhost: t\r\n\r\n")
+        buffer = bytearray()
+        ids = [json.loads(read_response(connection, buffer)[2])["id"] for _ in range(30)]
+        assert ids == [str(n) for n in range(30)]
+        assert read_response(connection, buffer)[0] == 200
+
+
+def test_a_request_may_arrive_byte_by_byte(server: Running) -> None:
+    with server.connect() as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for byte in infer_request():
+            connection.sendall(bytes([byte]))
+        assert read_response(connection, bytearray())[0] == 200
+
+
+def test_chunked_bodies(server: Running) -> None:
+    head, _, body = infer_request().partition(b"\r\n\r\n")
+    head = head.split(b"content-length")[0] + b"transfer-encoding: chunked"
+    chunks = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (body[:7], body[7:])) + b"0\r\n\r\n"
+    assert exchange(server, head + b"\r\n\r\n" + chunks)[0] == 200
+
+
+def test_binary_tensors(server: Running) -> None:
+    tensor = {"name": "x", "shape": [1, 4], "datatype": "FP32", "parameters": {"binary_data_size": 16}}
+    head = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}}).encode()
+    body = head + np.float32([1, 2, 3, 4]).tobytes()
+    lines = b"inference-header-content-length: %d\r\ncontent-length: %d" % (len(head), len(body))
+    status, headers, got = exchange(server, b"POST /v2/models/add_one/infer HTTP/1.1\r\nhost: t\r\n" + lines + b"\r\n\r\n" + body)
+    assert status == 200
+    at = int(headers["inference-header-content-length"])
+    assert np.frombuffer(got[at:], np.float32).tolist() == [2, 3, 4, 5]
+
+
+def test_expect_100_continue(server: Running) -> None:
+    request = infer_request(extra=b"expect: 100-continue\r\n")
+    head, separator, body = request.partition(b"\r\n\r\n")
+    with server.connect() as connection:
+        connection.sendall(head + separator)
+        buffer = bytearray()
+        assert read_response(connection, buffer)[0] == 100
+        connection.sendall(body)
+        assert read_response(connection, buffer)[0] == 200
+
+
+def test_connection_close_and_http_1_0(server: Running) -> None:
+    for request in (infer_request(extra=b"connection: close\r\n"), infer_request().replace(b"HTTP/1.1", b"HTTP/1.0")):
+        with server.connect() as connection:
+            connection.sendall(request)
+            status, headers, _ = read_response(connection, bytearray())
+            assert status == 200
+            assert headers["connection"] == "close"
+            assert is_closed(connection)
+
+
+def test_keep_alive_serves_many_requests(server: Running) -> None:
+    with server.connect() as connection:
+        buffer = bytearray()
+        for value in range(20):
+            connection.sendall(infer_request(value=value))
+            assert json.loads(read_response(connection, buffer)[2])["outputs"][0]["data"] == [value + 1] * 4
+
+
+@pytest.mark.parametrize(
+    ("data", "status"),
+    [
+        (b"NONSENSE\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nbroken header\r\n\r\n", 400),
+        (b"POST /v2 HTTP/1.1\r\ncontent-length: 3\r\ncontent-length: 4\r\n\r\nabcd", 400),
+        (b"POST /v2 HTTP/1.1\r\ncontent-length: 3\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+        (b"POST /v2 HTTP/1.1\r\ncontent-length: -3\r\n\r\n", 400),
+        (b"POST /v2 HTTP/1.1\r\ncontent-length: 3x\r\n\r\nabc", 400),
+        (b"POST /v2 HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n", 400),
+        (b"POST /v2 HTTP/1.1\r\ntransfer-encoding: chunked, identity\r\n\r\n0\r\n\r\n", 400),
+        (b"GET /v2 HTTP/1.1\r\nhost: t\r\nupgrade: websocket\r\nconnection: upgrade\r\n\r\n", 400),
+        (b"GET /v2 HTTP/1.1\r\nx: " + b"a" * http.MAX_HEADER_BYTES + b"\r\n\r\n", 431),
+        (b"GET /" + b"a" * http.MAX_HEADER_BYTES + b" HTTP/1.1\r\n\r\n", 431),
+        (b"POST /v2/models/add_one/infer HTTP/1.1\r\ncontent-length: 10001\r\n\r\n", 413),
+        (b"POST /v2 HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n2711\r\n" + b"a" * 10001 + b"\r\n0\r\n\r\n", 413),
+    ],
+)
+def test_malformed_ambiguous_and_oversized_requests_end_the_connection(
+    server: Running, data: bytes, status: int
+) -> None:
+    with server.connect() as connection:
+        connection.sendall(data)
+        got, _, body = read_response(connection, bytearray())
+        assert got == status
+        assert json.loads(body)["error"]
+        assert is_closed(connection)
+    assert exchange(server, infer_request())[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (b"GET /v2/models/add_one/infer HTTP/1.1\r\nhost: t\r\n\r\n", 405),
+        (b"GET /v2/nothing HTTP/1.1\r\nhost: t\r\n\r\n", 404),
+        (b"DELETE /v2 HTTP/1.1\r\nhost: t\r\n\r\n", 405),
+        (b"GET /v2/models/none HTTP/1.1\r\nhost: t\r\n\r\n", 404),
+        (b"GET /v2/models/add_one/versions/7 HTTP/1.1\r\nhost: t\r\n\r\n", 404),
+        (b"POST /v2/models/none/infer HTTP/1.1\r\nhost: t\r\ncontent-length: 2\r\n\r\n{}", 404),
+        (b"POST /v2/models/add_one/infer HTTP/1.1\r\nhost: t\r\ncontent-length: 1\r\n\r\n{", 400),
+        (b"POST /v2/models/add_one/infer HTTP/1.1\r\nhost: t\r\n\r\n", 400),
+        (infer_request(extra=b"inference-header-content-length: -1\r\n"), 400),
+        (infer_request(extra=b"inference-header-content-length: 999999\r\n"), 400),
+        (infer_request(extra=b"inference-header-content-length: abc\r\n"), 400),
+        (infer_request(extra=b"content-encoding: gzip\r\n"), 501),
+    ],
+)
+def test_wrong_requests_get_a_json_error_and_keep_the_connection(
+    server: Running, request_: bytes, status: int
+) -> None:
+    with server.connect() as connection:
+        buffer = bytearray()
+        connection.sendall(request_)
+        got, _, body = read_response(connection, buffer)
+        assert (got, "error" in json.loads(body)) == (status, True)
+        connection.sendall(infer_request())
+        assert read_response(connection, buffer)[0] == 200
+
+
+def test_routes(server: Running) -> None:
+    def get(path: str) -> tuple[int, bytes]:
+        status, _, body = exchange(server, b"GET %s HTTP/1.1\r\nhost: t\r\n\r\n" % path.encode())
+        return status, body
+
+    assert get("/-/healthz")[0] == get("/v2/health/live")[0] == get("/v2/health/ready")[0] == 200
+    assert json.loads(get("/v2")[1])["name"] == "tutti"
+    metadata = json.loads(get("/v2/models/add_one")[1])
+    assert metadata["inputs"] == [{"name": "x", "datatype": "FP32", "shape": [-1, 4]}]
+    assert get("/v2/models/add_one/ready")[0] == 200
+    assert get("/v2/models/add_one/versions/1/ready")[0] == 200
+    assert json.loads(get("/v2/models/add_one/config")[1])["max_batch_size"] == 8
+    assert json.loads(get("/v2/models/stats")[1])["model_stats"][0]["name"] == "add_one"
+    assert get("/v2/models/add_one%2F..%2Fslow")[0] == 404
+
+
+def test_a_client_that_leaves_cancels_its_queued_calls(server: Running) -> None:
+    """One slow call runs; those queued behind it are dropped when their client goes."""
+    with server.connect() as first:
+        first.sendall(infer_request("slow", 0.5))
+        slow = server.engine.model("slow")
+        wait_until(lambda: not slow._served.infer._free)  # type: ignore[attr-defined]
+        with server.connect() as second:
+            second.sendall(b"".join(infer_request("slow", 5.0) for _ in range(3)))
+            wait_until(lambda: slow._served.infer.queued_rows() == 3)  # type: ignore[attr-defined]
+        assert read_response(first, bytearray())[0] == 200
+        wait_until(lambda: slow.statistics.counts.fail.count == 3)
+        assert slow.statistics.counts.executions == 1
+
+
+def test_a_client_that_does_not_read_is_not_read_from(server: Running) -> None:
+    """Answers that nobody takes pause the connection instead of filling memory."""
+    with server.connect() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(2)
+        request = b"GET /v2/models/add_one/config HTTP/1.1\r\nhost: t\r\n\r\n"
+        sent = 0
+        with pytest.raises(TimeoutError):
+            while sent < 500_000_000:
+                sent += connection.send(request * 1000)
+        (stuck,) = server.front.connections
+        assert len(stuck.pending) <= http.MAX_PIPELINED + 1000
+    assert exchange(server, infer_request())[0] == 200
+
+
+def test_idle_connections_are_closed_and_slow_requests_refused(server: Running) -> None:
+    with server.connect() as idle, server.connect() as slow:
+        slow.sendall(infer_request()[:40])
+        wait_until(lambda: sum(c._is_reading for c in server.front.connections) == 1)
+
+        def sweep() -> None:
+            later = server.loop.time() + http.IDLE_TIMEOUT_S + 1
+            for connection in list(server.front.connections):
+                connection.close_if_idle(later)
+
+        server.loop.call_soon_threadsafe(sweep)
+        assert is_closed(idle)
+        assert read_response(slow, bytearray())[0] == 408
