@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ray_app import environment, processes
+from tutti.errors import ConfigError
 
 environment.apply()  # before ray.serve is imported
 
@@ -27,19 +28,25 @@ def serve_on_ray(options: argparse.Namespace) -> int:
     is_ours = options.ray_address is None
     if is_ours:
         processes.adopt_orphans()
+    status = 0
     try:
         _start_ray(options, is_ours)
         for number in (signal.SIGINT, signal.SIGTERM):  # after ray.init, which sets handlers of its own
             signal.signal(number, lambda *_: stop.set())
         with _loop() as loop:
-            _run(options, stop, loop)
-            _stop_serving(is_ours)
+            try:
+                _run(options, stop, loop)
+            finally:
+                _stop_serving(is_ours)
+    except Exception as error:  # whatever Ray raises: the processes must be ended all the same
+        _log.error("cannot serve on Ray: %s", error)
+        status = 1
     finally:
         if is_ours:
             processes.end_descendants(grace_s=5.0)
     logging.shutdown()
     # Ray's own exit handlers would wait for the processes that have just been ended.
-    os._exit(0)
+    os._exit(status)
 
 
 def _start_ray(options: argparse.Namespace, is_ours: bool) -> None:
@@ -64,10 +71,22 @@ def _run(options: argparse.Namespace, stop: threading.Event, loop: asyncio.Abstr
     serve.start(proxy_location="Disabled")
     given = {name: getattr(options, name) for name in Arguments.model_fields if hasattr(options, name)}
     arguments = Arguments(**{**given, "model_repository": str(options.model_repository)})
-    handle = serve.run(build(arguments), name=APP, route_prefix=None)
+    try:
+        handle = serve.run(build(arguments), name=APP, route_prefix=None)
+    except RuntimeError as error:
+        raise ConfigError(f"{error} {_reasons()}") from None
     asyncio.run_coroutine_threadsafe(_report_ready(handle, stop), loop).result()
     stop.wait()
     _log.info("stopping")
+
+
+def _reasons() -> str:
+    """What Serve says of each deployment that is not healthy: the constructor's error is in there."""
+    from ray import serve
+
+    application = serve.status().applications.get(APP)
+    deployments = application.deployments if application else {}
+    return "; ".join(f"{name}: {one.message}" for name, one in deployments.items() if one.message)
 
 
 async def _report_ready(handle: Any, stop: threading.Event) -> None:

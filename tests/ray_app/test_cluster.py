@@ -1,0 +1,184 @@
+"""The application on a real local Ray cluster with logical GPUs: clients, faults, and nothing left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import tritonclient.grpc as grpcclient
+import tritonclient.http as httpclient
+
+from demo.client import Client, load_items
+from tests.models import Repository
+from tests.serving import Served, serving, wait_until
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(280)]
+
+# Client threads may still hold sockets of a server that is gone.
+IGNORE = pytest.mark.filterwarnings("ignore::ResourceWarning")
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Repository:
+    repository = Repository(tmp_path / "models")
+    repository.add_onnx()
+    return repository
+
+
+class Load:
+    """Closed-loop clients over both protocols: who answered, and what failed."""
+
+    def __init__(self, served: Served) -> None:
+        self.pools: Counter[str] = Counter()
+        self.failures: list[str] = []
+        self._served = served
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._run, args=(kind,)) for kind in ("http", "grpc") * 2]
+
+    def __enter__(self) -> "Load":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(60)
+
+    def _run(self, protocol: str) -> None:
+        client = Client(protocol, self._served.http if protocol == "http" else self._served.grpc)
+        x = np.full((1, 4), 2.0, np.float32)
+        while not self._stop.is_set():
+            try:
+                answer, pool = client.infer("add_one", {"x": x})
+                assert answer["y"].tolist() == [[3.0] * 4]
+                self.pools[pool] += 1
+            except Exception as error:
+                self.failures.append(repr(error))
+
+
+def replicas(served: Served, pool: str) -> list[psutil.Process]:
+    children = psutil.Process(served.process.pid).children(recursive=True)
+    return [child for child in children if f"ServeReplica:tutti:{pool}" in " ".join(_command(child))]
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def metrics(served: Served) -> str:
+    with urllib.request.urlopen(f"http://{served.metrics}/metrics", timeout=10) as page:
+        return str(page.read().decode())
+
+
+@IGNORE
+def test_gpu_replicas_die_under_load_and_come_back(small: Repository, tmp_path: Path) -> None:
+    """SIGKILL to the whole gpu pool: no request fails, the cpu pool answers and says so, the gpu pool takes over."""
+    with serving(small.root, tmp_path / "log", "--ray", "--num-gpus", "2") as served:
+        family = psutil.Process(served.process.pid).children(recursive=True)
+        with Load(served) as load:
+            wait_until(lambda: load.pools["gpu"] > 200)
+            assert not load.pools["cpu"]
+            victims = replicas(served, "gpu")
+            assert len(victims) == 2
+            for victim in victims:
+                os.kill(victim.pid, signal.SIGKILL)
+            wait_until(lambda: load.pools["cpu"] > 50)
+            before = load.pools["gpu"]
+            wait_until(lambda: load.pools["gpu"] > before + 200, timeout_s=90)
+        assert load.failures == []
+        page = metrics(served)
+        assert 'tutti_pool_replicas{pool="gpu"}' in page
+        fallbacks = next(line for line in page.splitlines() if line.startswith('tutti_fallback_requests_total{pool="cpu"}'))
+        assert float(fallbacks.split()[-1]) == load.pools["cpu"]
+        assert {int(pid) for pid in map(lambda p: p.pid, replicas(served, "gpu"))}.isdisjoint(v.pid for v in victims)
+    assert served.process.returncode == 0
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert not alive, "processes were left behind"
+
+
+@IGNORE
+def test_any_triton_client_of_the_gateway(sample_repository: Path, tmp_path: Path) -> None:
+    """The sample ensemble, control calls and bad input through the gateway, without a GPU."""
+    with serving(sample_repository, tmp_path / "log", "--ray") as served:
+        clients: list[tuple[Any, Any]] = [
+            (httpclient, httpclient.InferenceServerClient(served.http)),
+            (grpcclient, grpcclient.InferenceServerClient(served.grpc)),
+        ]
+        for _, client in clients:
+            assert client.is_server_live()
+            assert client.is_server_ready()
+            assert client.is_model_ready("content_intelligence")
+            assert client.get_model_config("text_encoder")
+            assert client.get_model_metadata("content_intelligence")
+            assert client.get_model_repository_index()
+        item = load_items()[0]
+        for protocol, url in (("http", served.http), ("grpc", served.grpc)):
+            answer, pool = Client(protocol, url).infer("content_intelligence", item.inputs())
+            assert pool == "cpu"
+            assert int(answer["IMAGE_SCORES"].argmax()) == item.digit
+            broken = {**item.inputs(), "IMAGE": np.array([[b"no picture"]], dtype=object)}
+            with pytest.raises(Exception, match="in ensemble 'content_intelligence', step 'image_decoder'"):
+                Client(protocol, url).infer("content_intelligence", broken)
+
+
+def test_a_repository_that_cannot_be_served_says_why(small: Repository, tmp_path: Path) -> None:
+    (small.root / "add_one" / "1" / "model.onnx").write_bytes(b"not a graph")
+    command = [sys.executable, "-m", "tutti.cli", "serve", str(small.root), "--ray", "--http-port", "0"]
+    command += ["--grpc-port", "0", "--metrics-port", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 1
+    assert "onnxruntime cannot load model.onnx" in done.stderr
+
+
+@pytest.fixture
+def serve_process(sample_repository: Path, tmp_path: Path) -> Iterator[tuple["subprocess.Popen[bytes]", Path]]:
+    """`serve run ray_app/serve.yaml`, as Ray's users start it."""
+    root = sample_repository.parent
+    log = tmp_path / "log"
+    serve = Path(sys.executable).with_name("serve")
+    with log.open("wb") as file:
+        process = subprocess.Popen([str(serve), "run", "ray_app/serve.yaml"], cwd=root, stdout=file, stderr=file)
+        children: list[psutil.Process] = []
+        try:
+            yield process, log
+            children = psutil.Process(process.pid).children(recursive=True)
+        finally:
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            _, alive = psutil.wait_procs(children, timeout=20)
+            for one in alive:
+                one.kill()
+
+
+@IGNORE
+def test_serve_run_with_the_config_file(serve_process: tuple["subprocess.Popen[bytes]", Path]) -> None:
+    process, log = serve_process
+    client = Client("http", "127.0.0.1:8000")
+
+    def is_ready() -> bool:
+        assert process.poll() is None, log.read_text()
+        return client.is_ready()
+
+    wait_until(is_ready, timeout_s=120)
+    for protocol, url in (("http", "127.0.0.1:8000"), ("grpc", "127.0.0.1:8001")):
+        item = load_items()[1]
+        answer, pool = Client(protocol, url).infer("content_intelligence", item.inputs())
+        assert pool == "cpu"
+        assert int(answer["IMAGE_SCORES"].argmax()) == item.digit
