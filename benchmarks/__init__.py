@@ -1,0 +1,1 @@
+"""Comparisons with other servers: each figure a ratio of medians from one interleaved run."""

@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 # Larger pictures are refused before they are decoded: a small file can announce gigabytes of pixels.
 MAX_PIXELS = 64_000_000
@@ -26,7 +26,8 @@ class TritonPythonModel:
         try:
             pixels = np.stack([self._decode(element) for element in elements])
         except Exception as error:
-            message = f"model '{self._name}': input 'IMAGE': expected JPEG or PNG bytes: {error}"
+            reason = "got bytes that are neither" if isinstance(error, UnidentifiedImageError) else error
+            message = f"model '{self._name}': input 'IMAGE': expected JPEG or PNG bytes: {reason}"
             return pb_utils.InferenceResponse([], pb_utils.TritonError(message, pb_utils.TritonError.INVALID_ARG))
         return pb_utils.InferenceResponse([pb_utils.Tensor("PIXELS", pixels)])
 

@@ -15,7 +15,9 @@ BUCKETS = (16, 32, 64, 128, 256, 512)
 
 class TritonPythonModel:
     def initialize(self, args):
-        parameters = json.loads(args["model_config"])["parameters"]
+        config = json.loads(args["model_config"])
+        self._name = config["name"]
+        parameters = config["parameters"]
         self._max_length = int(parameters["max_length"]["string_value"])
         # Triton names the model's folder or the repository, depending on its version: this file's place is certain.
         self._tokenizer = Tokenizer.from_file(str(Path(__file__).with_name("tokenizer.json")))
@@ -31,7 +33,7 @@ class TritonPythonModel:
         try:
             texts = [element.decode("utf-8") for element in elements]
         except UnicodeDecodeError as error:
-            message = f"input 'TEXT': expected UTF-8, got bytes it cannot decode: {error}"
+            message = f"model '{self._name}': input 'TEXT': expected UTF-8: {error}"
             return pb_utils.InferenceResponse([], pb_utils.TritonError(message, pb_utils.TritonError.INVALID_ARG))
         encoded = self._tokenizer.encode_batch(texts)
         longest = max(len(encoding.ids) for encoding in encoded)

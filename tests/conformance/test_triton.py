@@ -98,5 +98,5 @@ def test_both_refuse_the_same_mistakes(pairs: list[tuple[Client, Client]], mista
         del inputs["TEXT"]
     for pair in pairs:
         for client in pair:
-            with pytest.raises(Exception, match="content_intelligence|image_decoder"):
+            with pytest.raises(Exception, match=r"content_intelligence|image_decoder"):
                 client.infer("content_intelligence", inputs)

@@ -97,7 +97,11 @@ def test_only_the_steps_an_output_needs() -> None:
         ([step("text", {"t": "X"}, {"n": "Y"})], "expected datatype BYTES, ensemble tensor 'X' is FP32"),
         ([step("unbatched", {"a": "X"}, {"b": "Y"})], "expected shape [-1], ensemble tensor 'X' has [-1, 4]"),
         (
-            [step("double", {"a": "U"}, {"b": "V"}), step("double", {"a": "V"}, {"b": "U"}), step("double", {"a": "X"}, {"b": "Y"})],
+            [
+                step("double", {"a": "U"}, {"b": "V"}),
+                step("double", {"a": "V"}, {"b": "U"}),
+                step("double", {"a": "X"}, {"b": "Y"}),
+            ],
             "cycle among ['double', 'double']",
         ),
     ],

@@ -50,7 +50,9 @@ def reference(module: Affine) -> parity.Reference:
 
 def cases() -> list[dict[str, np.ndarray]]:
     rng = np.random.default_rng(0)
-    return [{"x": rng.normal(size=(n, 4)).astype(np.float32), "unused": np.zeros((n, 1), np.float32)} for n in (1, 2, 9)]
+    return [
+        {"x": rng.normal(size=(n, 4)).astype(np.float32), "unused": np.zeros((n, 1), np.float32)} for n in (1, 2, 9)
+    ]
 
 
 def test_specs_come_from_the_saved_graph(graph: tuple[Affine, Path]) -> None:
@@ -204,7 +206,9 @@ def test_without_tensorrt_the_message_says_what_to_install(
 ) -> None:
     for name in tensorrt._MODULES:
         monkeypatch.setitem(sys.modules, name, None)
-    assert cli.main(["audio", "package:export/cli.py", "--format", "tensorrt", "--repository", str(tmp_path / "m")]) == 1
+    assert (
+        cli.main(["audio", "package:export/cli.py", "--format", "tensorrt", "--repository", str(tmp_path / "m")]) == 1
+    )
     assert "pip install 'tutti[tensorrt]'" in capsys.readouterr().err
 
 

@@ -77,7 +77,8 @@ def running(repository: Path, scratch: Path, *flags: str) -> Iterator[Running]:
         str(packages / "pytriton" / "tritonserver" / "bin" / "tritonserver"),
         f"--model-repository={repository}", f"--backend-directory={_backends(scratch / 'backends')}",
         f"--http-port={http}", f"--grpc-port={grpc}", f"--metrics-port={metrics}", "--http-address=127.0.0.1",
-        "--grpc-address=127.0.0.1", "--disable-auto-complete-config", *flags,
+        "--grpc-address=127.0.0.1", "--disable-auto-complete-config",
+        "--exit-timeout-secs=3", *flags,
     ]  # fmt: skip
     log_path = scratch / "tritonserver.log"
     with log_path.open("wb") as log:

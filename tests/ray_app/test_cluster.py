@@ -101,9 +101,11 @@ def test_gpu_replicas_die_under_load_and_come_back(small: Repository, tmp_path: 
         assert load.failures == []
         page = metrics(served)
         assert 'tutti_pool_replicas{pool="gpu"}' in page
-        fallbacks = next(line for line in page.splitlines() if line.startswith('tutti_fallback_requests_total{pool="cpu"}'))
+        fallbacks = next(
+            line for line in page.splitlines() if line.startswith('tutti_fallback_requests_total{pool="cpu"}')
+        )
         assert float(fallbacks.split()[-1]) == load.pools["cpu"]
-        assert {int(pid) for pid in map(lambda p: p.pid, replicas(served, "gpu"))}.isdisjoint(v.pid for v in victims)
+        assert {process.pid for process in replicas(served, "gpu")}.isdisjoint(v.pid for v in victims)
     assert served.process.returncode == 0
     _, alive = psutil.wait_procs(family, timeout=30)
     assert not alive, "processes were left behind"

@@ -15,7 +15,9 @@ from tutti.types import InferRequest, InferResponse, Tensor
 def test_batches_survive_the_wire() -> None:
     texts = np.array([[b"a"], ["ü".encode()]], dtype=object)
     requests = [
-        InferRequest("m", {"x": Tensor.of("x", np.full((n, 2), n, np.float32)), "t": Tensor.of("t", texts)}, "2", f"id{n}")
+        InferRequest(
+            "m", {"x": Tensor.of("x", np.full((n, 2), n, np.float32)), "t": Tensor.of("t", texts)}, "2", f"id{n}"
+        )
         for n in (1, 3)
     ]
     back = wire.unpack_requests(pickle.loads(pickle.dumps(wire.pack_requests(requests))))
@@ -42,7 +44,12 @@ def test_answers_survive_the_wire_errors_among_them() -> None:
 
 @pytest.mark.parametrize(
     ("gpus", "wanted", "cpus", "pools"),
-    [(0, None, 1, [("cpu", 1)]), (2, None, 1, [("gpu", 2), ("cpu", 1)]), (4, 1, 0, [("gpu", 1)]), (2, 0, 3, [("cpu", 3)])],
+    [
+        (0, None, 1, [("cpu", 1)]),
+        (2, None, 1, [("gpu", 2), ("cpu", 1)]),
+        (4, 1, 0, [("gpu", 1)]),
+        (2, 0, 3, [("cpu", 3)]),
+    ],
 )
 def test_pools(gpus: float, wanted: int | None, cpus: int, pools: list[tuple[str, int]]) -> None:
     assert [(pool.name, pool.replicas) for pool in plan_pools(gpus, wanted, cpus)] == pools

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.models import Repository
 from tutti import config, repository
 from tutti.errors import ConfigError
-from tests.models import Repository
 
 TENSORS = """
     input { name: "x" data_type: TYPE_FP32 dims: [ -1, 3 ] }

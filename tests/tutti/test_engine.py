@@ -93,9 +93,7 @@ def test_bad_requests_are_told_what_is_wrong_and_their_mates_succeed(
 def test_unknown_models_and_versions(repository: Repository) -> None:
     repository.add_onnx()
     with engine_over(repository.root) as engine:
-        unknown, version = infer(
-            engine, [InferRequest("nope", {}), InferRequest("add_one", {}, model_version="9")]
-        )
+        unknown, version = infer(engine, [InferRequest("nope", {}), InferRequest("add_one", {}, model_version="9")])
         assert isinstance(unknown, NotFound)
         assert isinstance(version, NotFound)
         assert "version '9'" in version.message

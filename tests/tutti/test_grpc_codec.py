@@ -50,7 +50,9 @@ def contents(**fields: object) -> object:
         (message(TENSOR(name="x", datatype="FP32", shape=[-2]), raw=(b"",)), "'shape'"),
         (message(TENSOR(name="x", datatype="FP16", shape=[1])), "raw_input_contents"),
         (
-            message(TENSOR(name="x", datatype="FP32", shape=[1], contents=contents(fp32_contents=[1])), raw=(b"\0" * 4,)),
+            message(
+                TENSOR(name="x", datatype="FP32", shape=[1], contents=contents(fp32_contents=[1])), raw=(b"\0" * 4,)
+            ),
             "both contents and raw",
         ),
         (message(TENSOR(name="x", datatype="FP32", shape=[1], contents=contents(int_contents=[1]))), "fp32_contents"),

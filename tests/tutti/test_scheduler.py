@@ -2,13 +2,12 @@
 
 from collections.abc import Callable, Sequence
 
+from tests.serving import Gather
 from tutti.batching import BatchingPolicy, BatchQueue
 from tutti.errors import Cancelled, InferError, Internal, Unavailable
 from tutti.scheduler import Scheduler, ThreadInstance
 from tutti.statistics import ModelStatistics
 from tutti.types import Call, InferRequest, InferResponse, settle
-
-from tests.serving import Gather
 
 
 class HeldInstance:

@@ -11,7 +11,7 @@ import onnxruntime as ort
 from tutti import backends, rows
 from tutti.config import ModelConfig
 from tutti.dtypes import NUMPY
-from tutti.errors import ConfigError, Internal
+from tutti.errors import ConfigError, InferError, Internal, InvalidArgument
 from tutti.repository import ModelFolder
 from tutti.scheduler import Backend
 from tutti.types import InferRequest, InferResponse, Tensor
@@ -89,7 +89,7 @@ class OnnxBackend:
         """One run for all. Where that fails, each request runs alone, so that only the culprit fails."""
         try:
             return self._run(requests)
-        except Internal as error:
+        except InferError as error:
             if len(requests) == 1:
                 return [error]
         return [answer for request in requests for answer in self.execute([request])]
@@ -104,7 +104,7 @@ class OnnxBackend:
         try:
             arrays = self._session.run(names, feed)
         except Exception as error:
-            raise Internal(self._explain(requests[0], error)) from None
+            raise self._failure(requests[0], error) from None
         outputs = [self._output(name, array) for name, array in zip(names, arrays, strict=True)]
         return list(self._answers(requests, outputs))
 
@@ -132,13 +132,16 @@ class OnnxBackend:
             for request, parts in zip(requests, zip(*columns, strict=True), strict=True)
         ]
 
-    def _explain(self, request: InferRequest, error: Exception) -> str:
-        empty = [tensor.name for tensor in request.inputs.values() if 0 in tensor.shape]
-        if empty:
-            shape = list(request.inputs[empty[0]].shape)
-            return f"model '{self._config.name}': input '{empty[0]}' is empty: expected elements, got shape {shape}"
+    def _failure(self, request: InferRequest, error: Exception) -> InferError:
+        name = self._config.name
+        for tensor in request.inputs.values():
+            if 0 in tensor.shape:  # what most graphs fail on, in words that do not say so
+                shape = list(tensor.shape)
+                return InvalidArgument(
+                    f"model '{name}': input '{tensor.name}' is empty: expected elements, got {shape}"
+                )
         shapes = ", ".join(f"'{t.name}' {t.datatype}{list(t.shape)}" for t in request.inputs.values())
-        return f"model '{self._config.name}': onnxruntime failed on input {shapes}: {error}"
+        return Internal(f"model '{name}': onnxruntime failed on input {shapes}: {error}")
 
 
 def _ordered(outputs: list[Tensor], asked: tuple[str, ...]) -> list[Tensor]:
