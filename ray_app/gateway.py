@@ -9,7 +9,7 @@ from typing import Any
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from ray_app.pools import Pool, PoolStatus, Router, attach
-from tutti import local
+from tutti import collector, local
 from tutti.batching import BatchingPolicy, BatchQueue
 from tutti.engine import Engine
 from tutti.errors import ConfigError
@@ -49,6 +49,7 @@ class Gateway:
             raise ConfigError("; ".join(self._engine.failures()))
         self._server = Server(self._engine, options.addresses, options.limits, lambda: pool_metrics(pools))
         self._taken = await self._server.start()
+        collector.settle()
 
     def addresses(self) -> Addresses:
         """Where it listens."""

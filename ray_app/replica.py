@@ -35,7 +35,7 @@ class Replica:
         if pool == "cpu":
             os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before any backend looks for a GPU
         import ensembles
-        from tutti import local
+        from tutti import collector, local
 
         self._loop = asyncio.get_running_loop()
         self._name = f"{pool}-{os.getpid()}"
@@ -43,6 +43,7 @@ class Replica:
         await asyncio.to_thread(self._engine.load_all)
         if self._engine.failures():
             raise ConfigError("; ".join(self._engine.failures()))
+        collector.settle()
 
     async def infer(self, message: wire.BatchMessage) -> wire.AnswerMessage:
         """Answers to a batch, in order; a request's error is its answer, never an exception."""

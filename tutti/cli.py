@@ -92,7 +92,7 @@ def addresses(options: argparse.Namespace) -> Addresses:
 
 async def _serve_here(options: argparse.Namespace) -> int:
     import ensembles
-    from tutti import local
+    from tutti import collector, local
 
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
@@ -108,6 +108,7 @@ async def _serve_here(options: argparse.Namespace) -> int:
     server = Server(engine, addresses(options), limits)
     try:
         await server.start()
+        collector.settle()
         _log.info("ready: %d models from %s", len(engine.models()), options.model_repository)
         await stop.wait()
         _log.info("stopping: open requests may end")

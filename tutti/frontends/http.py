@@ -362,6 +362,7 @@ class Connection(asyncio.Protocol):
     def deliver(self, exchange: Exchange, response: bytes) -> None:
         """Write the response now, or when those before it have been written."""
         exchange.response = response
+        exchange.call = None  # the two refer to each other: left to the garbage collector, they cost milliseconds
         while self.pending and self.pending[0].response is not None:
             done = self.pending.popleft()
             assert done.response is not None
