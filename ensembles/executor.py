@@ -9,9 +9,9 @@ import threading
 from collections.abc import Callable, Sequence
 
 from ensembles.graph import Plan, Step
-from tutti.errors import InferError
+from tutti.errors import Cancelled, InferError
 from tutti.statistics import ModelStatistics
-from tutti.types import Call, Infer, InferRequest, InferResponse, Tensor, now_ns, settle
+from tutti.types import Call, Infer, InferRequest, InferResponse, Tensor, now_ns, settle, settle_all
 
 InferOf = Callable[[str, str], Infer]
 """(model name, version) -> what serves it now."""
@@ -86,8 +86,18 @@ class EnsembleExecutor:
     def _start(self, ready: dict[int, list[_Run]]) -> None:
         for index, runs in ready.items():
             step = self._plan.steps[index]
-            infer = self._infer_of(step.model_name, step.version)
-            infer([self._step_call(run, step) for run in runs])
+            calls = [self._step_call(run, step) for run in runs]
+            gone = [call for call in calls if call.token[0].call.is_cancelled]
+            if gone:
+                settle_all(gone, Cancelled("the request was cancelled by its caller"))
+                calls = [call for call in calls if call.answer is None]
+            try:
+                infer = self._infer_of(step.model_name, step.version)
+            except InferError as error:  # its model has been unloaded since
+                settle_all(calls, error)
+                continue
+            if calls:
+                infer(calls)
 
     def _step_call(self, run: _Run, step: Step) -> Call:
         inputs = {}

@@ -185,7 +185,11 @@ def _check(proto: Any, folder: str) -> None:
         raise _fail(folder, "name", f"expected the folder's name '{folder}', got '{proto.name}'")
     if proto.max_batch_size < 0:
         raise _fail(folder, "max_batch_size", f"expected 0 or more, got {proto.max_batch_size}")
-    empty_is_fine = {"dynamic_batching", "dynamic_batching.default_queue_policy", "version_policy.latest"}
+    # Set, but to what it is anyway.
+    empty_is_fine = {
+        "dynamic_batching", "dynamic_batching.default_queue_policy", "version_policy.latest", "response_cache",
+        "model_transaction_policy", "optimization",
+    }  # fmt: skip
     for path in _set_paths(proto):
         if path not in _HONOURED and f"{path}.*" not in _HONOURED and path not in empty_is_fine:
             raise _fail(folder, path, "this server does not support the field")

@@ -43,12 +43,12 @@ class Tensor:
         if isinstance(self.data, np.ndarray):
             return self.data
         if self.datatype == "BYTES":
-            count = math.prod(self.shape)
-            elements = np.empty(count, dtype=object)
             try:
-                elements[:] = dtypes.decode_bytes(memoryview(self.data), count)
+                decoded = dtypes.decode_bytes(memoryview(self.data), math.prod(self.shape))
             except InvalidArgument as error:
                 raise InvalidArgument(f"tensor '{self.name}': {error.message}") from None
+            elements = np.empty(len(decoded), dtype=object)
+            elements[:] = decoded
             self.data = elements.reshape(self.shape)
         else:
             self.data = np.frombuffer(self.data, dtypes.NUMPY[self.datatype]).reshape(self.shape)

@@ -11,9 +11,9 @@ import ensembles
 from ensembles import graph
 from ensembles.executor import EnsembleExecutor
 from tests.models import Repository
-from tests.serving import engine_over, infer
+from tests.serving import Gather, engine_over, infer
 from tutti import config
-from tutti.errors import InferError, InvalidArgument
+from tutti.errors import Cancelled, InferError, InvalidArgument, NotFound
 from tutti.statistics import ModelStatistics
 from tutti.types import Call, InferRequest, InferResponse, Tensor, settle
 
@@ -82,6 +82,25 @@ def test_a_failing_step_fails_its_own_request_and_says_where(chain: Repository) 
         assert other.tensor("Y").array()[0, 0] == 50
         counts = engine.model("chain").statistics.counts
         assert (counts.success.count, counts.fail.count) == (2, 1)
+
+
+def test_a_cancelled_call_starts_no_further_step(chain: Repository) -> None:
+    with engine_over(chain.root) as engine:
+        gather = Gather(1)
+        call = Call(ask(1.0), gather)
+        call.is_cancelled = True
+        engine([call])
+        gather.wait()
+        assert isinstance(call.answer, Cancelled)
+        assert engine.model("add_one").statistics.counts.executions == 0
+
+
+def test_a_step_whose_model_is_gone_fails_the_request(chain: Repository) -> None:
+    with engine_over(chain.root) as engine:
+        del engine._newest["check"]
+        (answer,) = infer(engine, [ask(1.0)])
+        assert isinstance(answer, NotFound)
+        assert "step 'check'" in answer.message
 
 
 def test_a_nested_ensemble(chain: Repository) -> None:

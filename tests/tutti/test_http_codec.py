@@ -56,6 +56,7 @@ def test_outputs_and_their_form() -> None:
         (x(data=[1, 2], parameters={"binary_data_size": 8}), b"\0" * 8, "either 'data' or"),
         (x(data=[1, 2, 3]), b"", "expected 2 elements"),
         (x(data=["a", "b"]), b"", "expected FP32 elements"),
+        (x(data=json.loads("[" * 900 + "]" * 900)), b"", "nested more than"),
         (x(data=[True, False]), b"", "expected FP32 elements"),
         (x(data=[1, 2], shape=[-1, 2]), b"", "'shape'"),
         (x(data=[1, 2], shape=["1", 2]), b"", "'shape'"),

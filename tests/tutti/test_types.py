@@ -38,6 +38,11 @@ def test_a_tensor_goes_to_wire_and_back(datatype: str) -> None:
     np.testing.assert_array_equal(back, array)
 
 
+def test_a_shape_that_promises_more_than_there_is_allocates_nothing() -> None:
+    with pytest.raises(InvalidArgument, match="tensor 't'"):
+        Tensor("t", "BYTES", (1, 2**39), b"\x01\x00\x00\x00a").array()
+
+
 def test_raw_of_a_transposed_array_is_row_major() -> None:
     array = np.arange(6, dtype=np.int32).reshape(2, 3).T
     assert bytes(Tensor.of("x", array).raw()) == np.ascontiguousarray(array).tobytes()

@@ -1,15 +1,30 @@
 """The questions both front-ends answer besides inference, as plain data, and the settings they share."""
 
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tutti import SERVER_NAME, __version__
 from tutti.config import ModelConfig
 from tutti.engine import Engine
+from tutti.errors import Internal
 from tutti.model import Model
 from tutti.statistics import Duration
+from tutti.types import Call, Infer, settle_all
+
+_log = logging.getLogger(__name__)
 
 EXTENSIONS = ["binary_tensor_data", "model_configuration", "model_repository", "statistics"]
+
+
+def submit(serve: Infer, calls: Sequence[Call]) -> None:
+    """Hand calls over. An Infer never raises; should one do so all the same, its callers get an answer."""
+    try:
+        serve(calls)
+    except Exception as error:
+        _log.exception("a burst of %d calls was not taken", len(calls))
+        settle_all([call for call in calls if call.answer is None], Internal(f"internal error: {type(error).__name__}"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from tutti import errors
 from tutti.engine import Engine
 from tutti.errors import InferError, InvalidArgument
 from tutti.frontends import api, grpc_codec
-from tutti.frontends.api import Limits
+from tutti.frontends.api import Limits, submit
 from tutti.types import Call, InferResponse
 
 _log = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ class GrpcFront:
                 else:
                     self._answer(call_id, method, payload or b"")
             if calls:
-                self._engine(calls)
+                submit(self._engine, calls)
 
     def _cancel(self, call_id: int) -> None:
         call = self._open.get(call_id)

@@ -20,7 +20,7 @@ import orjson
 from tutti.engine import Engine
 from tutti.errors import InferError, InvalidArgument, Unsupported
 from tutti.frontends import http_codec
-from tutti.frontends.api import Limits
+from tutti.frontends.api import Limits, submit
 from tutti.frontends.http_codec import ReplyFormat
 from tutti.frontends.http_status import status_of
 from tutti.types import Call, InferRequest, InferResponse
@@ -156,12 +156,16 @@ class HttpFront:
             except InferError as error:
                 exchange.connection.respond(exchange, status_of(error), error.message)
                 continue
+            except Exception as error:
+                _log.exception("an infer request could not be decoded")
+                exchange.connection.respond(exchange, 500, f"internal error: {type(error).__name__}")
+                continue
             exchange.call = call = Call(request, self, exchange)
             exchange.body = b""
             calls.append(call)
         if calls:
             assert self._engine is not None
-            self._engine(calls)
+            submit(self._engine, calls)
 
     def _decode(self, exchange: Exchange) -> tuple[InferRequest, ReplyFormat]:
         route = self._route(exchange.url)

@@ -189,7 +189,8 @@ def _from_json(model: str, name: str, datatype: str, shape: Shape, data: Any) ->
     if datatype in ("FP16", "BF16"):
         raise _bad(model, f"input '{name}': {datatype} data must be binary, JSON cannot carry it")
     flat: list[Any] = []
-    _flatten(data if isinstance(data, list) else [data], flat)
+    if not _flatten(data if isinstance(data, list) else [data], flat, MAX_DIMENSIONS):
+        raise _bad(model, f"input '{name}': 'data' is nested more than {MAX_DIMENSIONS} deep")
     if len(flat) != math.prod(shape):
         raise _bad(
             model, f"input '{name}': expected {math.prod(shape)} elements for shape {list(shape)}, got {len(flat)}"
@@ -206,12 +207,14 @@ def _from_json(model: str, name: str, datatype: str, shape: Shape, data: Any) ->
         raise _bad(model, f"input '{name}': an element does not fit {datatype}") from None
 
 
-def _flatten(value: list[Any], flat: list[Any]) -> None:
+def _flatten(value: list[Any], flat: list[Any], depth: int) -> bool:
+    """Append the elements to `flat`; False when they lie deeper than `depth`."""
     for item in value:
-        if isinstance(item, list):
-            _flatten(item, flat)
-        else:
+        if not isinstance(item, list):
             flat.append(item)
+        elif not depth or not _flatten(item, flat, depth - 1):
+            return False
+    return True
 
 
 def _text_array(model: str, name: str, flat: list[Any]) -> Any:
