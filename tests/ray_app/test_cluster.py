@@ -19,6 +19,7 @@ import tritonclient.http as httpclient
 
 from demo.client import Client, load_items
 from tests.models import Repository
+from tests.peers.tritonserver import free_ports
 from tests.serving import Served, serving, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(280)]
@@ -146,16 +147,23 @@ def test_a_repository_that_cannot_be_served_says_why(small: Repository, tmp_path
 
 
 @pytest.fixture
-def serve_process(sample_repository: Path, tmp_path: Path) -> Iterator[tuple["subprocess.Popen[bytes]", Path]]:
-    """`serve run ray_app/serve.yaml`, as Ray's users start it."""
+def serve_process(sample_repository: Path, tmp_path: Path) -> Iterator[tuple["subprocess.Popen[bytes]", Served, Path]]:
+    """`serve run ray_app/serve.yaml`, as Ray's users start it, but on free ports."""
     root = sample_repository.parent
-    log = tmp_path / "log"
+    log, config = tmp_path / "log", tmp_path / "serve.yaml"
+    http, grpc, metrics = free_ports(3)
+    text = (root / "ray_app" / "serve.yaml").read_text()
+    for name, port in (("http_port: 8000", http), ("grpc_port: 8001", grpc), ("metrics_port: 8002", metrics)):
+        assert name in text
+        text = text.replace(name, f"{name.split(':')[0]}: {port}")
+    config.write_text(text)
     serve = Path(sys.executable).with_name("serve")
     with log.open("wb") as file:
-        process = subprocess.Popen([str(serve), "run", "ray_app/serve.yaml"], cwd=root, stdout=file, stderr=file)
+        process = subprocess.Popen([str(serve), "run", str(config)], cwd=root, stdout=file, stderr=file)
         children: list[psutil.Process] = []
         try:
-            yield process, log
+            addresses = [f"127.0.0.1:{port}" for port in (http, grpc, metrics)]
+            yield process, Served(*addresses, process), log
             children = psutil.Process(process.pid).children(recursive=True)
         finally:
             process.send_signal(signal.SIGINT)
@@ -170,16 +178,16 @@ def serve_process(sample_repository: Path, tmp_path: Path) -> Iterator[tuple["su
 
 
 @IGNORE
-def test_serve_run_with_the_config_file(serve_process: tuple["subprocess.Popen[bytes]", Path]) -> None:
-    process, log = serve_process
-    client = Client("http", "127.0.0.1:8000")
+def test_serve_run_with_the_config_file(serve_process: tuple["subprocess.Popen[bytes]", Served, Path]) -> None:
+    process, served, log = serve_process
+    client = Client("http", served.http)
 
     def is_ready() -> bool:
         assert process.poll() is None, log.read_text()
         return client.is_ready()
 
     wait_until(is_ready, timeout_s=120)
-    for protocol, url in (("http", "127.0.0.1:8000"), ("grpc", "127.0.0.1:8001")):
+    for protocol, url in (("http", served.http), ("grpc", served.grpc)):
         item = load_items()[1]
         answer, pool = Client(protocol, url).infer("content_intelligence", item.inputs())
         assert pool == "cpu"
