@@ -7,13 +7,11 @@ import argparse
 import json
 import os
 import platform
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -27,6 +25,7 @@ from benchmarks import clients
 from benchmarks.clients import Figures
 from benchmarks.model import write_repository
 from demo.client import Client, load_items
+from loadtest.process import free_ports, stop, wait_until_ready
 from tests.peers import tritonserver
 from tests.serving import serving
 
@@ -107,33 +106,20 @@ def against_plain_ray_serve(scratch: Path, rounds: int, seconds: int) -> list[Ro
 
 @contextmanager
 def plain_ray_serve(model: Path, log: Path) -> Iterator[str]:
-    (port,) = tritonserver.free_ports(1)
+    (port,) = free_ports(1)
     with log.open("wb") as file:
         command = [sys.executable, "-m", "benchmarks.plain_ray_serve", str(model), str(port)]
         process = subprocess.Popen(command, stdout=file, stderr=file, cwd=ROOT)
         url = f"http://127.0.0.1:{port}/"
         try:
-            _wait_for(url, process, log)
+            wait_until_ready(process, url + "-/ready", log)
             yield url
         finally:
             family = psutil.Process(process.pid).children(recursive=True)
-            process.send_signal(signal.SIGTERM)
-            process.wait(60)
+            stop(process)
             _, alive = psutil.wait_procs(family, timeout=10)
             for one in alive:
                 one.kill()
-
-
-def _wait_for(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
-    body, header_length = clients.infer_body()
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            with urllib.request.urlopen(urllib.request.Request(url, data=body[header_length:]), timeout=5):
-                return
-        except OSError:
-            time.sleep(0.2)
-    raise RuntimeError(log.read_text(errors="replace"))
 
 
 def first_inference(scratch: Path, rounds: int) -> dict[str, float]:

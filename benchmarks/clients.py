@@ -89,14 +89,14 @@ def h2load(address: str, message: Path, clients: int, seconds: int) -> Figures:
 
 
 def _find(pattern: str, text: str) -> str:
-    match = re.search(pattern, text)
+    match = re.search(pattern, text, re.MULTILINE)
     if match is None:
         raise RuntimeError(f"no {pattern!r} in:\n{text}")
     return match[1]
 
 
 def _wrk_ms(percentile: str, text: str) -> float:
-    return _ms(_find(rf"{percentile}\s+(\S+)", text))
+    return _ms(_find(rf"^\s+{percentile}\s+(\S+)", text))
 
 
 def _ms(text: str) -> float:

@@ -25,6 +25,8 @@ class Plain:
     async def __call__(self, request):  # type: ignore[no-untyped-def]
         from starlette.responses import Response
 
+        if request.url.path == "/-/ready":
+            return Response()
         x = self._numpy.frombuffer(await request.body(), self._numpy.float32).reshape(1, -1)
         return Response(self._session.run(None, {"x": x})[0].tobytes())
 

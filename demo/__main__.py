@@ -4,8 +4,6 @@ Exits non-zero if any answer is wrong, or if the server leaves a process behind.
 """
 
 import csv
-import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,12 +17,11 @@ import psutil
 from demo.client import Arrays, Client, Item, as_bytes, load_items
 from demo.picture import draw
 from export import digits
+from loadtest.process import free_ports, stop, wait_until_ready
 
 REPOSITORY = Path("model_repository")
 LABELLED = Path("export/data/moderation.tsv")
 PICTURE = Path("demo/content_intelligence.png")
-START_TIMEOUT_S = 120.0
-STOP_TIMEOUT_S = 60.0
 BOUNDARY_S = 0.15
 TOLERANCE = 1e-4
 BATCH = 32
@@ -41,17 +38,6 @@ class Checks:
             self.failures.append(what)
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports nobody listens on now."""
-    held = [socket.socket() for _ in range(count)]
-    for one in held:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in held]
-    for one in held:
-        one.close()
-    return ports
-
-
 def start_server(log: Any) -> tuple[subprocess.Popen[bytes], list[Client]]:
     """`tutti serve --ray` on free ports. Raises RuntimeError with the end of its log when it does not come up."""
     http_port, grpc_port, metrics_port = free_ports(3)
@@ -60,25 +46,14 @@ def start_server(log: Any) -> tuple[subprocess.Popen[bytes], list[Client]]:
         "--http-port", str(http_port), "--grpc-port", str(grpc_port), "--metrics-port", str(metrics_port),
     ]  # fmt: skip
     server = subprocess.Popen(command, stdout=log, stderr=log)
-    clients = [Client("http", f"127.0.0.1:{http_port}"), Client("grpc", f"127.0.0.1:{grpc_port}")]
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while not all(client.is_ready() for client in clients):
-        if server.poll() is not None or time.monotonic() > deadline:
-            log.flush()
-            raise RuntimeError("the server did not come up:\n" + Path(log.name).read_text()[-3000:])
-        time.sleep(0.1)
-    return server, clients
+    wait_until_ready(server, f"http://127.0.0.1:{http_port}/v2/health/ready", Path(log.name))
+    return server, [Client("http", f"127.0.0.1:{http_port}"), Client("grpc", f"127.0.0.1:{grpc_port}")]
 
 
 def stop_server(server: subprocess.Popen[bytes], checks: Checks) -> None:
     """SIGTERM, and see that the server takes all its processes with it."""
     family = psutil.Process(server.pid).children(recursive=True)
-    server.send_signal(signal.SIGTERM)
-    try:
-        server.wait(STOP_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        server.kill()
-        checks.expect(False, f"the server did not stop within {STOP_TIMEOUT_S:g} s")
+    checks.expect(stop(server), "the server did not stop by itself")
     _, alive = psutil.wait_procs(family, timeout=15)
     for process in alive:
         process.kill()

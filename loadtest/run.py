@@ -1,15 +1,13 @@
 """Run the Locust suite against a server of its own: start `tutti serve`, load it, stop it."""
 
 import argparse
-import signal
 import subprocess
 import sys
-import time
-import urllib.request
 from pathlib import Path
 
+from loadtest.process import stop, wait_until_ready
+
 ROOT = Path(__file__).parents[1]
-START_TIMEOUT_S = 60.0
 
 
 def main() -> int:
@@ -25,7 +23,7 @@ def main() -> int:
     ports = ["--http-port", str(options.http_port), "--grpc-port", str(options.grpc_port), "--metrics-port", "0"]
     server = subprocess.Popen([sys.executable, "-m", "tutti.cli", "serve", options.repository, *ports])
     try:
-        _wait_until_ready(server, options.http_port)
+        wait_until_ready(server, f"http://127.0.0.1:{options.http_port}/v2/health/ready")
         locust = [
             sys.executable, "-m", "locust", "-f", str(ROOT / "loadtest" / "locustfile.py"), "--headless",
             "-u", str(options.users), "-r", str(options.users), "-t", f"{options.seconds}s", "--html", options.html,
@@ -33,19 +31,7 @@ def main() -> int:
         ]  # fmt: skip
         return subprocess.run(locust, check=False, cwd=ROOT).returncode
     finally:
-        server.send_signal(signal.SIGTERM)
-        server.wait(30)
-
-
-def _wait_until_ready(server: "subprocess.Popen[bytes]", port: int) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline and server.poll() is None:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/v2/health/ready", timeout=1):
-                return
-        except OSError:
-            time.sleep(0.1)
-    raise RuntimeError("the server did not become ready")
+        stop(server)
 
 
 if __name__ == "__main__":

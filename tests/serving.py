@@ -1,23 +1,19 @@
 """Serving in tests: an engine in this process, calls that wait for their answers, and real server processes."""
 
-import signal
 import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import ensembles
-from tests.peers.tritonserver import free_ports
+from loadtest.process import free_ports, stop, wait_until_ready
 from tutti import local
 from tutti.engine import Engine
 from tutti.types import Answer, Call, Infer, InferRequest
-
-START_TIMEOUT_S = 120.0
 
 
 def timer(delay_s: float, callback: object) -> None:
@@ -93,23 +89,7 @@ def serving(root: Path, log: Path, *flags: str, python: str = sys.executable) ->
             [python, "-m", "tutti.cli", "serve", str(root), *ports, *flags], stdout=file, stderr=file, cwd="/"
         )
         try:
-            wait_until_ready(process, http, log)
+            wait_until_ready(process, f"http://127.0.0.1:{http}/v2/health/ready", log)
             yield Served(f"127.0.0.1:{http}", f"127.0.0.1:{grpc}", f"127.0.0.1:{metrics}", process)
         finally:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                raise
-
-
-def wait_until_ready(process: "subprocess.Popen[bytes]", port: int, log: Path) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/v2/health/ready", timeout=1):
-                return
-        except OSError:
-            threading.Event().wait(0.05)
-    raise RuntimeError("the server did not start:\n" + log.read_text(errors="replace"))
+            assert stop(process), "the server did not stop by itself"

@@ -18,7 +18,8 @@ LAYERS = {
     "tutti.repository": 2, "tutti.scheduler": 2, "tutti.backends": 2, "tutti.model": 2, "ensembles.executor": 2,
     "ensembles": 2,
     "tutti.engine": 3, "tutti.local": 3, "tutti.metrics": 3,
-    "tutti.frontends.api": 4, "tutti.frontends.http_api": 4, "tutti.frontends.http": 4, "tutti.frontends.grpc": 4,
+    "tutti.frontends.api": 4, "tutti.frontends.http_api": 4, "tutti.frontends.http": 4,
+    "tutti.frontends.http_connection": 4, "tutti.frontends.grpc": 4,
     "tutti.frontends.server": 4, "ray_app.pools": 4, "ray_app.replica": 4, "ray_app.gateway": 4,
     "tutti.cli": 5, "ray_app.app": 5, "ray_app.run": 5, "ray_app.processes": 1,
 }  # fmt: skip

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from loadtest.payloads import Payloads, TensorInfo
-from tests.peers.tritonserver import free_ports
+from loadtest.process import free_ports
 
 ROOT = Path(__file__).parents[2]
 

@@ -5,21 +5,18 @@ It has no onnxruntime backend, so one written for its python backend stands in: 
 
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import sysconfig
-import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from loadtest.process import free_ports, stop, wait_until_ready
+
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = ROOT / ".venv-triton"
-START_TIMEOUT_S = 90.0
 _ONNX_BACKEND = Path(__file__).with_name("onnx_backend.py")
 
 
@@ -34,16 +31,6 @@ class Running:
 
 def is_installed() -> bool:
     return (ENVIRONMENT / ".ready").exists()
-
-
-def free_ports(count: int) -> list[int]:
-    held = [socket.socket() for _ in range(count)]
-    for one in held:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in held]
-    for one in held:
-        one.close()
-    return ports
 
 
 def _site_packages() -> Path:
@@ -85,23 +72,7 @@ def running(repository: Path, scratch: Path, *flags: str) -> Iterator[Running]:
         # The stub's interpreter searches its working directory first, and PYTHONPATH not in every build.
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=packages)
         try:
-            _wait_until_ready(server, http, log_path)
+            wait_until_ready(server, f"http://127.0.0.1:{http}/v2/health/ready", log_path)
             yield Running(f"127.0.0.1:{http}", f"127.0.0.1:{grpc}", server.pid)
         finally:
-            server.send_signal(signal.SIGTERM)
-            try:
-                server.wait(30)
-            except subprocess.TimeoutExpired:
-                server.kill()
-                server.wait()
-
-
-def _wait_until_ready(server: "subprocess.Popen[bytes]", port: int, log: Path) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline and server.poll() is None:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/v2/health/ready", timeout=1):
-                return
-        except OSError:
-            time.sleep(0.1)
-    raise RuntimeError("tritonserver did not start:\n" + log.read_text(errors="replace"))
+            stop(server)

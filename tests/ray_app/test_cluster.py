@@ -18,8 +18,8 @@ import tritonclient.grpc as grpcclient
 import tritonclient.http as httpclient
 
 from demo.client import Client, load_items
+from loadtest.process import free_ports, stop
 from tests.models import Repository
-from tests.peers.tritonserver import free_ports
 from tests.serving import Served, serving, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(280)]
@@ -166,12 +166,7 @@ def serve_process(sample_repository: Path, tmp_path: Path) -> Iterator[tuple["su
             yield process, Served(*addresses, process), log
             children = psutil.Process(process.pid).children(recursive=True)
         finally:
-            process.send_signal(signal.SIGINT)
-            try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            stop(process, signal.SIGINT)
             _, alive = psutil.wait_procs(children, timeout=20)
             for one in alive:
                 one.kill()

@@ -14,7 +14,8 @@ import uvloop
 from tests.models import Repository
 from tests.serving import engine_over, wait_until
 from tutti.engine import Engine
-from tutti.frontends import http, http_api
+from tutti.frontends import http_api
+from tutti.frontends import http_connection as http
 from tutti.frontends.api import Limits
 from tutti.frontends.http import HttpFront
 

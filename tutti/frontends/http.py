@@ -1,77 +1,32 @@
 """HTTP/1.1 over asyncio and llhttp: infer requests that arrive in one turn of the loop are decoded, submitted and
 answered together; nothing is awaited per request. Every other route goes to an ASGI app.
 
-Owns the duties of an HTTP/1.1 server: ordered answers on pipelined connections, keep-alive, 100-continue, limits on
-headers and bodies, timeouts, back-pressure, and refusal of what llhttp calls malformed.
+The duties of an HTTP/1.1 connection are in http_connection.py.
 """
 
 import asyncio
 import logging
 import re
-from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from http import HTTPStatus
-from typing import Any, cast
+from typing import Any
 from urllib.parse import unquote_to_bytes
-
-import httptools
-import orjson
 
 from tutti.engine import Engine
 from tutti.errors import InferError, InvalidArgument, Unsupported
 from tutti.frontends import http_codec
 from tutti.frontends.api import Limits, submit
 from tutti.frontends.http_codec import ReplyFormat
+from tutti.frontends.http_connection import Connection, Exchange, error_response, response_head
 from tutti.frontends.http_status import status_of
 from tutti.types import Call, InferRequest, InferResponse
 
 _log = logging.getLogger(__name__)
 
-MAX_HEADER_BYTES = 64 * 1024
-MAX_PIPELINED = 128
-IDLE_TIMEOUT_S = 75.0
-READ_TIMEOUT_S = 60.0
 _SWEEP_S = 5.0
 _INFER = re.compile(rb"/v2/models/([^/?]+)(?:/versions/([^/?]+))?/infer")
 _MAX_ROUTES = 1024
 
 AsgiApp = Callable[[Any, Any, Any], Awaitable[None]]
-
-
-def response_head(status: int, headers: Sequence[tuple[bytes, bytes]], length: int, keep_alive: bool) -> bytes:
-    """The bytes before a body of `length` bytes."""
-    phrase = HTTPStatus(status).phrase if status in HTTPStatus._value2member_map_ else "Error"
-    lines = [b"HTTP/1.1 %d %s" % (status, phrase.encode())]
-    lines += [b"%s: %s" % header for header in headers]
-    lines.append(b"content-length: %d" % length)
-    if not keep_alive:
-        lines.append(b"connection: close")
-    return b"\r\n".join(lines) + b"\r\n\r\n"
-
-
-def error_response(status: int, message: str, keep_alive: bool) -> bytes:
-    body = orjson.dumps({"error": message})
-    headers = [(b"content-type", b"application/json")]
-    if status == 503:
-        headers.append((b"retry-after", b"1"))
-    return response_head(status, headers, len(body), keep_alive) + body
-
-
-class Exchange:
-    """One request on a connection, and its response once there is one. The sink's token of an infer call."""
-
-    __slots__ = ("body", "call", "connection", "headers", "keep_alive", "method", "reply", "response", "url")
-
-    def __init__(self, connection: "Connection", method: bytes, url: bytes, keep_alive: bool) -> None:
-        self.connection = connection
-        self.method = method
-        self.url = url
-        self.keep_alive = keep_alive
-        self.headers: list[tuple[bytes, bytes]] = []
-        self.body: bytes = b""
-        self.call: Call | None = None
-        self.reply: ReplyFormat = http_codec.JSON_REPLY
-        self.response: bytes | None = None
 
 
 class HttpFront:
@@ -259,177 +214,3 @@ _BINARY_HEAD = (
 def _deliver(answered: Sequence[tuple[Exchange, bytes]]) -> None:
     for exchange, response in answered:
         exchange.connection.deliver(exchange, response)
-
-
-class Connection(asyncio.Protocol):
-    """One client connection: bytes in, exchanges out, responses in the order of the requests."""
-
-    def __init__(self, front: HttpFront) -> None:
-        self._front = front
-        self._parser = httptools.HttpRequestParser(self)
-        self._transport: asyncio.Transport | None = None
-        self.pending: deque[Exchange] = deque()
-        self._last_read = 0.0
-        self._is_reading = False
-        self._is_closing = False
-        self._is_write_paused = False
-        self._is_read_paused = False
-        self._body: list[bytes] = []
-        self._start_message()
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's transports do not inherit from it
-        self._last_read = asyncio.get_running_loop().time()
-        self._front.connections.add(self)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._transport = None
-        self._front.connections.discard(self)
-        for exchange in self.pending:
-            if exchange.call is not None:
-                exchange.call.is_cancelled = True
-        self.pending.clear()
-
-    def data_received(self, data: bytes) -> None:
-        if self._is_closing:
-            return
-        self._last_read = self._front._loop.time()
-        try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade:  # refused in on_message_complete
-            return
-        except httptools.HttpParserCallbackError:
-            _log.exception("a connection's callback failed")
-            self._refuse(500, "internal error while reading the request")
-        except httptools.HttpParserError as error:
-            if not self._is_closing:
-                self._refuse(400, f"malformed HTTP request: {error}")
-
-    def pause_writing(self) -> None:
-        self._is_write_paused = True
-        self._update_reading()
-
-    def resume_writing(self) -> None:
-        self._is_write_paused = False
-        self._update_reading()
-
-    # llhttp's callbacks
-
-    def on_message_begin(self) -> None:
-        self._start_message()
-        self._is_reading = True
-
-    def on_url(self, url: bytes) -> None:
-        self._url += url
-        self._count_header(len(url))
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        self._headers.append((name.lower(), value))
-        self._count_header(len(name) + len(value))
-
-    def on_headers_complete(self) -> None:
-        for name, value in self._headers:
-            if name == b"content-length" and int(value) > self._front.limits.max_input_size:
-                self._refuse(413, self._too_large(int(value)))
-            elif name == b"expect" and value.lower() == b"100-continue" and not self.pending and not self._is_closing:
-                self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
-
-    def on_body(self, body: bytes) -> None:
-        self._body_size += len(body)
-        if self._body_size > self._front.limits.max_input_size:
-            self._refuse(413, self._too_large(self._body_size))
-        elif not self._is_closing:
-            self._body.append(body)
-
-    def on_message_complete(self) -> None:
-        self._is_reading = False
-        if self._parser.should_upgrade():
-            self._refuse(400, "protocol upgrades are not supported")
-        if self._is_closing:
-            return
-        exchange = Exchange(self, self._parser.get_method(), self._url, self._parser.should_keep_alive())
-        exchange.headers = self._headers
-        exchange.body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
-        self._body = []
-        self.pending.append(exchange)
-        if not exchange.keep_alive:
-            self._is_closing = True
-        self._update_reading()
-        self._front.handle(exchange)
-
-    # responses
-
-    def respond(self, exchange: Exchange, status: int, message: str) -> None:
-        """Answer with an error."""
-        self.deliver(exchange, error_response(status, message, exchange.keep_alive))
-
-    def deliver(self, exchange: Exchange, response: bytes) -> None:
-        """Write the response now, or when those before it have been written."""
-        exchange.response = response
-        exchange.call = None  # the two refer to each other: left to the garbage collector, they cost milliseconds
-        while self.pending and self.pending[0].response is not None:
-            done = self.pending.popleft()
-            assert done.response is not None
-            self._write(done.response)
-            if not done.keep_alive:
-                self._close()
-                return
-        if self._is_read_paused:
-            self._update_reading()
-
-    def abort(self) -> None:
-        if self._transport is not None:
-            self._transport.abort()
-
-    def close_if_idle(self, now: float) -> None:
-        """Close when nothing was sent for long: between requests silently, within one with a 408."""
-        if self.pending or self._is_write_paused or self._is_closing:
-            return
-        if self._is_reading and now - self._last_read > READ_TIMEOUT_S:
-            self._refuse(408, f"no data for {READ_TIMEOUT_S:.0f} s within a request")
-        elif not self._is_reading and now - self._last_read > IDLE_TIMEOUT_S:
-            self._close()
-
-    def _start_message(self) -> None:
-        self._url = b""
-        self._headers: list[tuple[bytes, bytes]] = []
-        self._header_size = 0
-        self._body = []
-        self._body_size = 0
-
-    def _count_header(self, size: int) -> None:
-        self._header_size += size
-        if self._header_size > MAX_HEADER_BYTES and not self._is_closing:
-            self._refuse(431, f"headers are larger than {MAX_HEADER_BYTES} bytes")
-
-    def _too_large(self, size: int) -> str:
-        return f"the request body has {size} bytes or more, at most {self._front.limits.max_input_size} are accepted"
-
-    def _refuse(self, status: int, message: str) -> None:
-        """Answer after what is pending, then close: what follows on this connection cannot be trusted."""
-        if self._is_closing:
-            return
-        self._is_closing = True
-        exchange = Exchange(self, b"", b"", keep_alive=False)
-        self.pending.append(exchange)
-        self.respond(exchange, status, message)
-
-    def _write(self, data: bytes) -> None:
-        if self._transport is not None and not self._transport.is_closing():
-            self._transport.write(data)
-
-    def _close(self) -> None:
-        self._is_closing = True
-        if self._transport is not None:
-            self._transport.close()
-
-    def _update_reading(self) -> None:
-        """Read only while the client takes its answers and has not sent too far ahead."""
-        should_pause = self._is_write_paused or len(self.pending) >= MAX_PIPELINED
-        if self._transport is None or should_pause == self._is_read_paused or self._transport.is_closing():
-            return
-        self._is_read_paused = should_pause
-        if should_pause:
-            self._transport.pause_reading()
-        else:
-            self._transport.resume_reading()

@@ -1,0 +1,53 @@
+"""Servers as processes of their own: free ports, waiting until they are ready, and stopping them.
+
+For load tests, the demo, benchmarks and tests; knows only a server's command line and its health route.
+"""
+
+import signal
+import socket
+import subprocess
+import threading
+import time
+import urllib.request
+from pathlib import Path
+
+START_TIMEOUT_S = 120.0
+STOP_TIMEOUT_S = 60.0
+_LOG_TAIL = 20_000
+
+
+def free_ports(count: int) -> list[int]:
+    """Different ports of 127.0.0.1 that nobody listens on now."""
+    held = [socket.socket() for _ in range(count)]
+    for one in held:
+        one.bind(("127.0.0.1", 0))
+    ports: list[int] = [one.getsockname()[1] for one in held]
+    for one in held:
+        one.close()
+    return ports
+
+
+def wait_until_ready(process: "subprocess.Popen[bytes]", url: str, log: Path | None = None) -> None:
+    """Poll `url` until it answers 200. Raises RuntimeError with the end of the log if that does not come to pass."""
+    pause = threading.Event()
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return
+        except OSError:
+            pause.wait(0.05)
+    tail = log.read_text(errors="replace")[-_LOG_TAIL:] if log is not None else ""
+    raise RuntimeError(f"the server did not start (exit status {process.poll()}):\n{tail}")
+
+
+def stop(process: "subprocess.Popen[bytes]", how: signal.Signals = signal.SIGTERM) -> bool:
+    """Ask the process to end and wait; kill it when it does not. Returns whether it ended by itself."""
+    process.send_signal(how)
+    try:
+        process.wait(STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        return False
+    return True
