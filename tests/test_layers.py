@@ -14,6 +14,7 @@ LAYERS = {
     "tutti.batching": 1, "tutti.config": 1, "tutti.rows": 1, "ensembles.graph": 1, "tutti.statistics": 1,
     "tutti.collector": 1,
     "tutti.frontends.http_codec": 1, "tutti.frontends.grpc_codec": 1, "tutti.frontends.http_status": 1,
+    "tutti.frontends.compression": 1, "tutti.classification": 1,
     "tutti.frontends": 1, "ray_app.wire": 1, "ray_app.placement": 1, "ray_app": 1, "ray_app.environment": 1,
     "tutti.repository": 2, "tutti.scheduler": 2, "tutti.backends": 2, "tutti.model": 2, "ensembles.executor": 2,
     "ensembles": 2,

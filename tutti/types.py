@@ -6,7 +6,7 @@ ensemble and a pool of replicas all are one, so they compose. Knows nothing of p
 
 import math
 import time
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -68,7 +68,10 @@ class Tensor:
 
 @dataclass(slots=True)
 class InferRequest:
-    """One inference request. `model_version` "" means the version policy's newest; `outputs` () means all."""
+    """One inference request. `model_version` "" means the version policy's newest; `outputs` () means all.
+
+    `classes` are the outputs wanted as their top classes, and how many.
+    """
 
     model_name: str
     inputs: dict[str, Tensor]
@@ -76,6 +79,7 @@ class InferRequest:
     id: str = ""
     outputs: tuple[str, ...] = ()
     parameters: Parameters = field(default_factory=dict)
+    classes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True)

@@ -124,6 +124,29 @@ def test_ids_and_requested_outputs(served: Served, protocol: str) -> None:
     assert result.as_numpy("SEGMENTS").shape == (1, len(item.segments_s), 2)
 
 
+@pytest.mark.parametrize("coding", ["gzip", "deflate"])
+def test_compression_both_ways(served: Served, coding: str) -> None:
+    plain = send(served, "http", "content_intelligence", GOOD)
+    packed = send(
+        served, "http", "content_intelligence", GOOD,
+        request_compression_algorithm=coding, response_compression_algorithm=coding,
+    )  # fmt: skip
+    np.testing.assert_array_equal(packed.as_numpy("SPEECH_PROBS"), plain.as_numpy("SPEECH_PROBS"))
+    if coding == "gzip":  # the gRPC front knows no deflate
+        grpc = send(served, "grpc", "content_intelligence", GOOD, compression_algorithm=coding)
+        np.testing.assert_array_equal(grpc.as_numpy("SPEECH_PROBS"), plain.as_numpy("SPEECH_PROBS"))
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_classification(served: Served, protocol: str) -> None:
+    wanted = [library(protocol).InferRequestedOutput("IMAGE_SCORES", class_count=2)]
+    result = send(served, protocol, "content_intelligence", GOOD, outputs=wanted)
+    top = result.as_numpy("IMAGE_SCORES")
+    assert top.shape == (1, 2)
+    _, index, label = top[0, 0].decode().split(":")
+    assert int(index) == int(label) == load_items()[1].digit
+
+
 GOOD = load_items()[1].inputs()
 BAD = {
     "missing tensor": ({k: v for k, v in GOOD.items() if k != "TEXT"}, "missing input 'TEXT'"),

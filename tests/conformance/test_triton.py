@@ -87,6 +87,26 @@ def test_batches_of_several_rows(pairs: list[tuple[Client, Client]]) -> None:
         assert_same(ours.infer("content_intelligence", inputs)[0], theirs.infer("content_intelligence", inputs)[0])
 
 
+@pytest.mark.parametrize(
+    ("model", "output"), [("image_classifier", "IMAGE_SCORES"), ("text_classifier", "LABEL_SCORES")]
+)
+def test_classification(pairs: list[tuple[Client, Client]], model: str, output: str) -> None:
+    for ours, theirs in pairs:
+        infos = [TensorInfo.of(tensor) for tensor in pairs[0][0]._client.get_model_metadata(model)["inputs"]]
+        (name, array), *_ = Payloads(seed=2).draw(infos).items()
+        shown = []
+        for client in (ours, theirs):
+            tensor = client._library.InferInput(name, list(array.shape), infos[0].datatype)
+            tensor.set_data_from_numpy(array)
+            wanted = client._library.InferRequestedOutput(output, class_count=3)
+            top = client._client.infer(model, [tensor], outputs=[wanted]).as_numpy(output)
+            shown.append([text.decode().split(":") for text in top[0]])
+        assert [row[1:] for row in shown[0]] == [row[1:] for row in shown[1]]
+        for ours_value, theirs_value in zip(*shown, strict=True):
+            assert abs(float(ours_value[0]) - float(theirs_value[0])) <= TOLERANCE
+            assert len(ours_value[0]) == len(theirs_value[0])
+
+
 @pytest.mark.parametrize("mistake", ["image", "audio type", "no text"])
 def test_both_refuse_the_same_mistakes(pairs: list[tuple[Client, Client]], mistake: str) -> None:
     inputs = load_items()[0].inputs()

@@ -8,7 +8,7 @@ import pytest
 from tutti import config
 from tutti.errors import InferError, InvalidArgument
 from tutti.frontends import http_codec
-from tutti.frontends.http_codec import BINARY_REPLY, JSON_REPLY, ReplyFormat
+from tutti.frontends.http_codec import BINARY_REPLY, JSON_REPLY, HeaderCache, ReplyFormat
 from tutti.types import InferResponse, Tensor
 
 
@@ -35,6 +35,43 @@ def test_binary_data_is_a_view_of_the_body() -> None:
     assert isinstance(request.inputs["x"].data, memoryview)
     assert request.inputs["x"].array().tolist() == [[1, 2]]
     assert request.model_version == "3"
+
+
+def test_a_repeated_header_is_parsed_once_and_answers_alike() -> None:
+    header = x(parameters={"binary_data_size": 8})
+    header["outputs"] = [{"name": "y", "parameters": {"binary_data": True}}]
+    header["parameters"] = {"priority": 1}
+    cache = HeaderCache()
+    for values in ([1, 2], [3, 4], [5, 6]):
+        payload, length = body(header, np.float32(values).tobytes())
+        request, reply = http_codec.decode("m", "1", payload, length, cache)
+        plain, plain_reply = http_codec.decode("m", "1", payload, length)
+        assert request.inputs["x"].array().tolist() == [values]
+        assert (request.outputs, request.parameters, reply) == (plain.outputs, plain.parameters, plain_reply)
+        request.parameters.clear()  # a request's own: the next one must not see it
+    assert cache.get(json.dumps(header).encode()) is not None
+
+
+def test_a_repeated_header_with_other_data_is_checked_again() -> None:
+    cache = HeaderCache()
+    payload, length = body(x(parameters={"binary_data_size": 8}), b"\0" * 8)
+    http_codec.decode("m", "", payload, length, cache)
+    for wrong, says in ((payload[:-1], "only 7 are left"), (payload + b"\0", "left over")):
+        with pytest.raises(InvalidArgument, match=says):
+            http_codec.decode("m", "", wrong, length, cache)
+
+
+def test_headers_that_cannot_repeat_are_not_kept() -> None:
+    cache = HeaderCache()
+    with_id = {**x(parameters={"binary_data_size": 8}), "id": "7"}
+    for header, data in ((with_id, b"\0" * 8), (x(data=[1, 2]), b"")):
+        payload, length = body(header, data)
+        http_codec.decode("m", "", payload, length, cache)
+        assert cache.get(payload[:length]) is None
+    for number in range(HeaderCache.MAX_HEADERS + 10):
+        payload, length = body({**x(parameters={"binary_data_size": 8}), "parameters": {"n": number}}, b"\0" * 8)
+        http_codec.decode("m", "", payload, length, cache)
+    assert len(cache._known) <= HeaderCache.MAX_HEADERS
 
 
 def test_outputs_and_their_form() -> None:

@@ -234,7 +234,8 @@ def test_malformed_ambiguous_and_oversized_requests_end_the_connection(
         (infer_request(extra=b"inference-header-content-length: -1\r\n"), 400),
         (infer_request(extra=b"inference-header-content-length: 999999\r\n"), 400),
         (infer_request(extra=b"inference-header-content-length: abc\r\n"), 400),
-        (infer_request(extra=b"content-encoding: gzip\r\n"), 501),
+        (infer_request(extra=b"content-encoding: gzip\r\n"), 400),
+        (infer_request(extra=b"content-encoding: br\r\n"), 501),
     ],
 )
 def test_wrong_requests_get_a_json_error_and_keep_the_connection(server: Running, request_: bytes, status: int) -> None:

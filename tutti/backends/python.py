@@ -121,7 +121,10 @@ class PythonBackend:
             chosen = [self._checked(outputs, name) for name in request.outputs or self._output_names]
         except InferError as bad_output:
             return Internal(bad_output.message)
-        return InferResponse(self._config.name, self._version, chosen, json.loads(response.parameters()))
+        parameters = json.loads(response.parameters())
+        if not all(isinstance(value, bool | int | float | str) for value in parameters.values()):
+            return Internal(f"model '{self._config.name}': response parameters: expected numbers, text and booleans")
+        return InferResponse(self._config.name, self._version, chosen, parameters)
 
     def _checked(self, outputs: dict[str, Tensor], name: str) -> Tensor:
         spec = next(spec for spec in self._config.outputs if spec.name == name)

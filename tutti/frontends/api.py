@@ -6,16 +6,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from tutti import SERVER_NAME, __version__
+from tutti.classification import classify
 from tutti.config import ModelConfig
 from tutti.engine import Engine
 from tutti.errors import Internal
 from tutti.model import Model
 from tutti.statistics import Duration
-from tutti.types import Call, Infer, settle_all
+from tutti.types import Call, Infer, InferRequest, InferResponse, settle_all
 
 _log = logging.getLogger(__name__)
 
-EXTENSIONS = ["binary_tensor_data", "model_configuration", "model_repository", "statistics"]
+EXTENSIONS = ["classification", "binary_tensor_data", "model_configuration", "model_repository", "statistics"]
 
 
 def submit(serve: Infer, calls: Sequence[Call]) -> None:
@@ -25,6 +26,30 @@ def submit(serve: Infer, calls: Sequence[Call]) -> None:
     except Exception as error:
         _log.exception("a burst of %d calls was not taken", len(calls))
         settle_all([call for call in calls if call.answer is None], Internal(f"internal error: {type(error).__name__}"))
+
+
+def in_classes(engine: Engine, request: InferRequest, response: InferResponse) -> InferResponse:
+    """The response with the outputs that `request.classes` names as their top classes."""
+    model = engine.model(request.model_name, request.model_version)
+    name, is_batched = model.config.name, model.config.is_batched
+    outputs = [
+        classify(name, tensor, request.classes[tensor.name], labels_of(engine, model, tensor.name), is_batched)
+        if tensor.name in request.classes
+        else tensor
+        for tensor in response.outputs
+    ]
+    return InferResponse(response.model_name, response.model_version, outputs, response.parameters)
+
+
+def labels_of(engine: Engine, model: Model, output: str) -> Sequence[str]:
+    """The class names of an output; an ensemble's are those of the step that makes it, where it names none itself."""
+    if output in model.labels:
+        return model.labels[output]
+    for step in model.config.steps:
+        for inner, outer in step.output_map.items():
+            if outer == output:
+                return labels_of(engine, engine.model(step.model_name, step.version), inner)
+    return ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from tutti import errors
 from tutti.engine import Engine
 from tutti.errors import InferError, InvalidArgument
 from tutti.frontends import api, grpc_codec
-from tutti.frontends.api import Limits, submit
+from tutti.frontends.api import Limits, in_classes, submit
 from tutti.types import Call, InferResponse
 
 _log = logging.getLogger(__name__)
@@ -72,12 +72,17 @@ class GrpcFront:
             answer = call.answer
             try:
                 if isinstance(answer, InferResponse):
+                    if call.request.classes:
+                        answer = in_classes(self._engine, call.request, answer)
                     self._front.respond(call.token, grpc_codec.encode(answer, call.request.id))
                     continue
                 assert answer is not None
                 raise answer
             except InferError as error:
                 self._front.fail(call.token, code_of(error), error.message)
+            except Exception as error:
+                _log.exception("a response of model '%s' could not be encoded", call.request.model_name)
+                self._front.fail(call.token, _INTERNAL, f"internal error: {type(error).__name__}")
 
     def _receive(self) -> None:
         while (events := self._front.recv_batch(_BURST)) is not None:

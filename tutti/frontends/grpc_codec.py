@@ -50,9 +50,9 @@ def decode(payload: bytes) -> InferRequest:
             http_codec.check_size(model, tensor, len(raw[index]))
         else:
             inputs[name] = Tensor(name, datatype, shape, _typed(model, name, datatype, shape, item.contents))
-    return InferRequest(
-        model, inputs, message.model_version, message.id, _outputs(model, message), _parameters(message.parameters)
-    )
+    outputs, classes = _outputs(model, message)
+    parameters = _parameters(message.parameters)
+    return InferRequest(model, inputs, message.model_version, message.id, outputs, parameters, classes)
 
 
 def encode(response: InferResponse, request_id: str) -> bytes:
@@ -103,14 +103,19 @@ def _typed(model: str, name: str, datatype: str, shape: Shape, contents: Any) ->
         raise _bad(model, f"input '{name}': an element does not fit {datatype}") from None
 
 
-def _outputs(model: str, message: Any) -> tuple[str, ...]:
-    names = []
+def _outputs(model: str, message: Any) -> tuple[tuple[str, ...], dict[str, int]]:
+    """Names asked for, and the classes wanted of them."""
+    names: list[str] = []
+    classes = {}
     for item in message.outputs:
         if item.name in names:
             raise _bad(model, f"output '{item.name}' is asked for more than once")
-        _refuse_parameters(model, item.name, item.parameters)
+        parameters = _parameters(item.parameters)
+        if "classification" in parameters:
+            classes[item.name] = http_codec.check_classes(model, item.name, parameters.pop("classification"))
+        _refuse_parameters(model, item.name, parameters)
         names.append(item.name)
-    return tuple(names)
+    return tuple(names), classes
 
 
 def _parameters(parameters: Any) -> Parameters:

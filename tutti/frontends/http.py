@@ -12,9 +12,9 @@ from typing import Any
 from urllib.parse import unquote_to_bytes
 
 from tutti.engine import Engine
-from tutti.errors import InferError, InvalidArgument, Unsupported
-from tutti.frontends import http_codec
-from tutti.frontends.api import Limits, submit
+from tutti.errors import InferError, InvalidArgument
+from tutti.frontends import compression, http_codec
+from tutti.frontends.api import Limits, in_classes, submit
 from tutti.frontends.http_codec import ReplyFormat
 from tutti.frontends.http_connection import Connection, Exchange, error_response, response_head
 from tutti.frontends.http_status import status_of
@@ -39,6 +39,7 @@ class HttpFront:
         self._engine = engine
         self._loop = asyncio.get_running_loop()
         self._arrived: list[Exchange] = []
+        self._headers = http_codec.HeaderCache()
         self._routes: dict[bytes, tuple[str, str] | None] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self.connections: set[Connection] = set()
@@ -83,7 +84,7 @@ class HttpFront:
 
     def settle(self, calls: Sequence[Call]) -> None:
         """Encode in the caller's thread, write on the loop: one trip for all of them."""
-        answered = [(call.token, _encode(call)) for call in calls]
+        answered = [(call.token, self._encode(call)) for call in calls]
         try:
             self._loop.call_soon_threadsafe(_deliver, answered)
         except RuntimeError:
@@ -133,11 +134,32 @@ class HttpFront:
                     raise InvalidArgument(f"model '{name}': Inference-Header-Content-Length: expected a whole number")
                 header_length = int(value)
             elif key == b"content-encoding" and value.lower() != b"identity":
-                raise Unsupported(f"model '{name}': Content-Encoding '{value.decode('latin-1')}' is not supported")
+                limit = self.limits.max_input_size
+                exchange.body = compression.decompress(exchange.body, value.decode("latin-1").lower(), limit)
+            elif key == b"accept-encoding":
+                exchange.encoding = compression.choose(value.decode("latin-1"))
         if header_length == 0:
             request = http_codec.decode_raw(self._engine.model(name, version).config, version, exchange.body)
             return request, http_codec.BINARY_REPLY
-        return http_codec.decode(name, version, exchange.body, header_length)
+        return http_codec.decode(name, version, exchange.body, header_length, self._headers)
+
+    def _encode(self, call: Call) -> bytes:
+        exchange: Exchange = call.token
+        answer = call.answer
+        try:
+            if isinstance(answer, InferResponse):
+                if call.request.classes:
+                    assert self._engine is not None
+                    answer = in_classes(self._engine, call.request, answer)
+                header_length, body = http_codec.encode(answer, call.request.id, exchange.reply)
+                return _response(exchange, header_length, body)
+            assert answer is not None
+            raise answer
+        except InferError as error:
+            return error_response(status_of(error), error.message, exchange.keep_alive)
+        except Exception as error:
+            _log.exception("a response of model '%s' could not be encoded", call.request.model_name)
+            return error_response(500, f"internal error: {type(error).__name__}", exchange.keep_alive)
 
     async def _run_app(self, exchange: Exchange) -> None:
         started: dict[str, Any] = {"status": 500, "headers": []}
@@ -188,26 +210,23 @@ def _scope(exchange: Exchange) -> dict[str, Any]:
     }
 
 
-def _encode(call: Call) -> bytes:
-    exchange: Exchange = call.token
-    answer = call.answer
-    try:
-        if isinstance(answer, InferResponse):
-            header_length, body = http_codec.encode(answer, call.request.id, exchange.reply)
-            if header_length is None:
-                return response_head(200, _JSON_HEADERS, len(body), exchange.keep_alive) + body
-            close = b"" if exchange.keep_alive else b"connection: close\r\n"
-            return _BINARY_HEAD % (header_length, len(body), close) + body
-        assert answer is not None
-        raise answer
-    except InferError as error:
-        return error_response(status_of(error), error.message, exchange.keep_alive)
+def _response(exchange: Exchange, header_length: int | None, body: bytes) -> bytes:
+    if header_length is not None and exchange.keep_alive and not exchange.encoding:
+        return _BINARY_HEAD % (header_length, len(body)) + body
+    headers = [_JSON_TYPE] if header_length is None else [_BINARY_TYPE]
+    if header_length is not None:
+        headers.append((b"inference-header-content-length", b"%d" % header_length))
+    if exchange.encoding:
+        body = compression.compress(body, exchange.encoding)
+        headers.append((b"content-encoding", exchange.encoding.encode()))
+    return response_head(200, headers, len(body), exchange.keep_alive) + body
 
 
-_JSON_HEADERS = ((b"content-type", b"application/json"),)
+_JSON_TYPE = (b"content-type", b"application/json")
+_BINARY_TYPE = (b"content-type", b"application/octet-stream")
 _BINARY_HEAD = (
     b"HTTP/1.1 200 OK\r\ncontent-type: application/octet-stream\r\n"
-    b"inference-header-content-length: %d\r\ncontent-length: %d\r\n%s\r\n"
+    b"inference-header-content-length: %d\r\ncontent-length: %d\r\n\r\n"
 )
 
 

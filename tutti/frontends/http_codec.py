@@ -6,6 +6,7 @@ Sizes and positions are bytes. Rules follow Triton's binary tensor data extensio
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import orjson
 from tutti import dtypes
 from tutti.config import ModelConfig
 from tutti.errors import InvalidArgument, Unsupported
-from tutti.types import InferRequest, InferResponse, Raw, Shape, Tensor
+from tutti.types import InferRequest, InferResponse, Parameters, Raw, Shape, Tensor
 
 MAX_DIMENSIONS = 32
 MAX_ELEMENTS = 2**40
@@ -35,32 +36,93 @@ JSON_REPLY = ReplyFormat()
 BINARY_REPLY = ReplyFormat(default_is_binary=True)
 
 
-def decode(name: str, version: str, body: Raw, header_length: int | None) -> tuple[InferRequest, ReplyFormat]:
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A parsed JSON header of which every tensor is binary: all of a request but its data.
+
+    `heads` are (name, datatype, shape, bytes) in the order of the data.
+    """
+
+    heads: tuple[tuple[str, str, Shape, int], ...]
+    outputs: tuple[str, ...]
+    parameters: Parameters
+    classes: Mapping[str, int]
+    reply: ReplyFormat
+    data_size: int
+
+    def request(self, name: str, version: str, data: memoryview) -> InferRequest:
+        """The request with `data_size` bytes of data; tensors are views of them."""
+        inputs = {}
+        at = 0
+        for tensor_name, datatype, shape, size in self.heads:
+            inputs[tensor_name] = Tensor(tensor_name, datatype, shape, data[at : at + size])
+            at += size
+        return InferRequest(name, inputs, version, "", self.outputs, dict(self.parameters), self.classes)
+
+
+class HeaderCache:
+    """Headers that were parsed before. Clients repeat theirs byte for byte, unless they send ids or JSON data."""
+
+    MAX_HEADERS = 1024
+
+    def __init__(self) -> None:
+        self._known: dict[bytes, Header] = {}
+
+    def get(self, header: bytes) -> Header | None:
+        return self._known.get(header)
+
+    def remember(self, header: bytes, request: InferRequest, reply: ReplyFormat) -> None:
+        """Keep the header of a request that decoded, if another one may have the same."""
+        tensors = request.inputs.values()
+        if request.id or any(isinstance(tensor.data, np.ndarray) for tensor in tensors):
+            return
+        if len(self._known) >= self.MAX_HEADERS:
+            self._known.clear()
+        heads = tuple((t.name, t.datatype, t.shape, len(t.data)) for t in tensors)
+        size = sum(head[3] for head in heads)
+        self._known[header] = Header(heads, request.outputs, dict(request.parameters), request.classes, reply, size)
+
+
+def decode(
+    name: str, version: str, body: Raw, header_length: int | None, cache: HeaderCache | None = None
+) -> tuple[InferRequest, ReplyFormat]:
     """A request body with a JSON header of `header_length` bytes, or all JSON for None.
 
     Raises InvalidArgument naming the model and the tensor.
     """
     view = memoryview(body)
     if header_length is None:
-        header_length = len(view)
-    elif header_length > len(view):
+        return _decode(name, version, view, view[:0])
+    if header_length > len(view):
         raise _bad(name, f"Inference-Header-Content-Length is {header_length}, the body has {len(view)} bytes")
+    data = view[header_length:]
+    if cache is None:
+        return _decode(name, version, view[:header_length], data)
+    header = bytes(view[:header_length])
+    known = cache.get(header)
+    if known is not None and known.data_size == len(data):
+        return known.request(name, version, data), known.reply
+    request, reply = _decode(name, version, memoryview(header), data)
+    cache.remember(header, request, reply)
+    return request, reply
+
+
+def _decode(name: str, version: str, json: memoryview, data: memoryview) -> tuple[InferRequest, ReplyFormat]:
     try:
-        header = orjson.loads(view[:header_length])
+        header = orjson.loads(json)
     except orjson.JSONDecodeError as error:
         raise _bad(name, f"the request's JSON does not parse: {error}") from None
     if not isinstance(header, dict):
         raise _bad(name, "the request's JSON: expected an object")
-    inputs, used = _inputs(name, header, view[header_length:])
-    left = len(view) - header_length - used
-    if left:
-        raise _bad(name, f"{left} bytes of binary data are left over after the last input")
+    inputs, used = _inputs(name, header, data)
+    if used != len(data):
+        raise _bad(name, f"{len(data) - used} bytes of binary data are left over after the last input")
     parameters = _object(name, header, "parameters")
-    outputs, reply = _outputs(name, header, parameters)
+    outputs, classes, reply = _outputs(name, header, parameters)
     request_id = header.get("id", "")
     if not isinstance(request_id, str):
         raise _bad(name, "'id': expected a string")
-    return InferRequest(name, inputs, version, request_id, outputs, parameters), reply
+    return InferRequest(name, inputs, version, request_id, outputs, parameters, classes), reply
 
 
 def decode_raw(config: ModelConfig, version: str, body: Raw) -> InferRequest:
@@ -86,26 +148,41 @@ def encode(response: InferResponse, request_id: str, reply: ReplyFormat) -> tupl
 
     Raises Unsupported for a datatype that JSON cannot carry.
     """
-    shown: dict[str, Any] = {"model_name": response.model_name, "model_version": response.model_version}
-    if request_id:
-        shown["id"] = request_id
-    if response.parameters:
-        shown["parameters"] = response.parameters
     outputs, binaries = [], []
     for tensor in response.outputs:
-        entry: dict[str, Any] = {"name": tensor.name, "datatype": tensor.datatype, "shape": tensor.shape}
         if reply.is_binary(tensor.name):
             raw = tensor.raw()
-            entry["parameters"] = {"binary_data_size": len(raw)}
             binaries.append(raw)
+            outputs.append(_binary_output(tensor.name, tensor.datatype, tensor.shape, len(raw)))
         else:
-            entry["data"] = _json_data(response.model_name, tensor)
-        outputs.append(entry)
-    shown["outputs"] = outputs
-    header = orjson.dumps(shown, option=orjson.OPT_SERIALIZE_NUMPY)
+            outputs.append(_json_output(response.model_name, tensor))
+    parameters = orjson.dumps(response.parameters) if response.parameters else b""
+    head = _response_head(response.model_name, response.model_version, parameters)
+    shown_id = b'"id":%s,' % orjson.dumps(request_id) if request_id else b""
+    header = b'%s%s"outputs":[%s]}' % (head, shown_id, b",".join(outputs))
     if not any(binaries):
         return None, header
     return len(header), b"".join([header, *binaries])
+
+
+# Responses of one model repeat all but their data: what does not change is serialized once.
+
+
+@lru_cache(maxsize=1024)
+def _response_head(model: str, version: str, parameters: bytes) -> bytes:
+    head = orjson.dumps({"model_name": model, "model_version": version})[:-1] + b","
+    return head + b'"parameters":%s,' % parameters if parameters else head
+
+
+@lru_cache(maxsize=4096)
+def _binary_output(name: str, datatype: str, shape: Shape, size: int) -> bytes:
+    parameters = {"binary_data_size": size}
+    return orjson.dumps({"name": name, "datatype": datatype, "shape": shape, "parameters": parameters})
+
+
+def _json_output(model: str, tensor: Tensor) -> bytes:
+    entry = {"name": tensor.name, "datatype": tensor.datatype, "shape": tensor.shape, "data": _json_data(model, tensor)}
+    return orjson.dumps(entry, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
 def _bad(model: str, why: str) -> InvalidArgument:
@@ -225,16 +302,22 @@ def _text_array(model: str, name: str, flat: list[Any]) -> Any:
     return array
 
 
-def _outputs(model: str, header: Mapping[str, Any], parameters: dict[str, Any]) -> tuple[tuple[str, ...], ReplyFormat]:
-    """Names asked for, and their form. Takes the wire-only `binary_data_output` out of the parameters."""
+def _outputs(
+    model: str, header: Mapping[str, Any], parameters: dict[str, Any]
+) -> tuple[tuple[str, ...], dict[str, int], ReplyFormat]:
+    """Names asked for, classes wanted of them, and their form.
+
+    Takes the wire-only `binary_data_output` out of the parameters.
+    """
     default = parameters.pop("binary_data_output", False)
     if not isinstance(default, bool):
         raise _bad(model, f"'binary_data_output': expected true or false, got {default!r}")
     items = _list(model, header, "outputs")
     if not items:
-        return (), BINARY_REPLY if default else JSON_REPLY
+        return (), {}, BINARY_REPLY if default else JSON_REPLY
     names: list[str] = []
     binary = {}
+    classes = {}
     for item in items:
         name = item.get("name")
         if not isinstance(name, str):
@@ -242,12 +325,21 @@ def _outputs(model: str, header: Mapping[str, Any], parameters: dict[str, Any]) 
         if name in binary:
             raise _bad(model, f"output '{name}' is asked for more than once")
         wanted = _object(model, item, "parameters")
-        for key in wanted:
-            if key != "binary_data":
+        for key, value in wanted.items():
+            if key == "classification":
+                classes[name] = check_classes(model, name, value)
+            elif key != "binary_data":
                 raise Unsupported(f"model '{model}': output '{name}': parameter '{key}' is not supported")
         names.append(name)
         binary[name] = bool(wanted.get("binary_data", False))
-    return tuple(names), ReplyFormat(default, binary)
+    return tuple(names), classes, ReplyFormat(default, binary)
+
+
+def check_classes(model: str, name: str, value: Any) -> int:
+    """The `classification` parameter of an output. Raises InvalidArgument unless it is a whole number of 1 or more."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise _bad(model, f"output '{name}': 'classification': expected a whole number of 1 or more, got {value!r}")
+    return value
 
 
 def _raw_shape(config: ModelConfig, dims: Shape, size: int, item_size: int) -> Shape:

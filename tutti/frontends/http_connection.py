@@ -58,7 +58,18 @@ def error_response(status: int, message: str, keep_alive: bool) -> bytes:
 class Exchange:
     """One request on a connection, and its response once there is one. The sink's token of an infer call."""
 
-    __slots__ = ("body", "call", "connection", "headers", "keep_alive", "method", "reply", "response", "url")
+    __slots__ = (
+        "body",
+        "call",
+        "connection",
+        "encoding",
+        "headers",
+        "keep_alive",
+        "method",
+        "reply",
+        "response",
+        "url",
+    )
 
     def __init__(self, connection: "Connection", method: bytes, url: bytes, keep_alive: bool) -> None:
         self.connection = connection
@@ -69,6 +80,7 @@ class Exchange:
         self.body: bytes = b""
         self.call: Call | None = None
         self.reply: ReplyFormat = JSON_REPLY
+        self.encoding = ""
         self.response: bytes | None = None
 
 

@@ -1,0 +1,42 @@
+"""HTTP content codings, gzip and deflate, as Triton knows them. Pure. Sizes are bytes."""
+
+import zlib
+
+from tutti.errors import InvalidArgument, Unsupported
+
+# zlib's window bits say which wrapper the data has. HTTP's deflate is zlib's format.
+_WINDOW_BITS = {"gzip": 31, "deflate": 15}
+
+
+def decompress(data: bytes, encoding: str, limit: int) -> bytes:
+    """The content of a request body. Raises InvalidArgument when it is broken or larger than `limit`."""
+    if encoding not in _WINDOW_BITS:
+        raise Unsupported(f"Content-Encoding '{encoding}' is not supported, only gzip and deflate")
+    inflater = zlib.decompressobj(_WINDOW_BITS[encoding])
+    try:
+        content = inflater.decompress(data, limit)
+    except zlib.error as error:
+        raise InvalidArgument(f"the request body is not {encoding}: {error}") from None
+    if inflater.unconsumed_tail or (len(content) == limit and not inflater.eof):
+        raise InvalidArgument(f"the decompressed request body is larger than {limit} bytes")
+    if not inflater.eof:
+        raise InvalidArgument(f"the request body is not {encoding}: it is cut off")
+    if inflater.unused_data:
+        raise InvalidArgument(f"the request body has {len(inflater.unused_data)} bytes after its {encoding} data")
+    return content
+
+
+def compress(data: bytes, encoding: str) -> bytes:
+    """`data` in a coding that `choose` returned."""
+    deflater = zlib.compressobj(level=1, wbits=_WINDOW_BITS[encoding])
+    return deflater.compress(data) + deflater.flush()
+
+
+def choose(accept_encoding: str) -> str:
+    """The coding for a response, by the request's Accept-Encoding: gzip before deflate, "" for none."""
+    accepted = set()
+    for part in accept_encoding.lower().split(","):
+        coding, _, weight = part.partition(";")
+        if weight.strip().replace(" ", "") not in ("q=0", "q=0.0", "q=0.00", "q=0.000"):
+            accepted.add(coding.strip())
+    return next((coding for coding in _WINDOW_BITS if coding in accepted), "")
