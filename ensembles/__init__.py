@@ -11,8 +11,12 @@ from tutti.types import Infer
 
 
 def load(
-    folder: ModelFolder, version: int, statistics: ModelStatistics, model_of: Callable[[str, str], Model]
+    folder: ModelFolder,
+    version: int,
+    statistics: ModelStatistics,
+    model_of: Callable[[str, str], Model],
+    infer: Infer,
 ) -> Infer:
-    """What executes an ensemble over the models `model_of` finds. Raises ConfigError for a graph that cannot run."""
+    """What executes an ensemble: its steps' calls go to `infer`. Raises ConfigError for a graph that cannot run."""
     checked = plan(folder.config, lambda name, wanted: model_of(name, wanted).config)
-    return EnsembleExecutor(checked, str(version), model_of, statistics)
+    return EnsembleExecutor(checked, str(version), infer, statistics)

@@ -6,15 +6,12 @@ Intermediates are passed by reference and dropped after their last reader.
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from ensembles.graph import Plan, Step
 from tutti.errors import Cancelled, InferError
 from tutti.statistics import ModelStatistics
 from tutti.types import Call, Infer, InferRequest, InferResponse, Tensor, now_ns, settle, settle_all
-
-InferOf = Callable[[str, str], Infer]
-"""(model name, version) -> what serves it now."""
 
 
 class _Run:
@@ -32,12 +29,12 @@ class _Run:
 
 
 class EnsembleExecutor:
-    """An `Infer` over a plan. Its steps' calls settle here, from any thread."""
+    """An `Infer` over a plan. Its steps' calls go to `infer`, and settle here, from any thread."""
 
-    def __init__(self, plan: Plan, version: str, infer_of: InferOf, statistics: ModelStatistics) -> None:
+    def __init__(self, plan: Plan, version: str, infer: Infer, statistics: ModelStatistics) -> None:
         self._plan = plan
         self._version = version
-        self._infer_of = infer_of
+        self._infer = infer
         self._statistics = statistics
         self._lock = threading.Lock()
         self._followers = {
@@ -91,13 +88,8 @@ class EnsembleExecutor:
             if gone:
                 settle_all(gone, Cancelled("the request was cancelled by its caller"))
                 calls = [call for call in calls if call.answer is None]
-            try:
-                infer = self._infer_of(step.model_name, step.version)
-            except InferError as error:  # its model has been unloaded since
-                settle_all(calls, error)
-                continue
             if calls:
-                infer(calls)
+                self._infer(calls)
 
     def _step_call(self, run: _Run, step: Step) -> Call:
         inputs = {}

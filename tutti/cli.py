@@ -22,6 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, rest = parser.parse_known_args(arguments)
     if rest and options.command != "export":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if options.command == "serve":
+        _check(parser, options)
     try:
         if options.command == "export":
             from export.cli import main as export
@@ -46,7 +48,13 @@ def make_parser() -> argparse.ArgumentParser:
     serve.add_argument("--metrics-port", type=int, default=8002)
     serve.add_argument("--http-max-input-size", type=int, default=Limits().max_input_size, metavar="BYTES")
     serve.add_argument("--grpc-max-message-size", type=int, default=Limits().max_grpc_message_size, metavar="BYTES")
-    serve.add_argument("--load-model", action="append", metavar="NAME", help="load only this model (repeatable)")
+    serve.add_argument(
+        "--model-control-mode",
+        choices=("none", "explicit"),
+        default="none",
+        help="explicit: start with --load-model only, and let clients load and unload (default: none, load everything)",
+    )
+    serve.add_argument("--load-model", action="append", metavar="NAME", help="with explicit control; * for all")
     serve.add_argument(
         "--exit-on-error",
         type=_boolean,
@@ -63,6 +71,13 @@ def make_parser() -> argparse.ArgumentParser:
     ray.add_argument("--num-gpus", type=int, help="logical GPUs of a cluster started here (default: those found)")
     commands.add_parser("export", help="export a model into a repository (see: tutti export --help)", add_help=False)
     return parser
+
+
+def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    if options.load_model and options.model_control_mode != "explicit":
+        parser.error("--load-model needs --model-control-mode explicit")
+    if options.ray and options.model_control_mode != "none":
+        parser.error("--model-control-mode explicit is not supported with --ray")
 
 
 def _boolean(text: str) -> bool:
@@ -98,8 +113,10 @@ async def _serve_here(options: argparse.Namespace) -> int:
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
-    engine = local.make_engine(options.model_repository, local.loop_timer(loop), ensembles.load)
-    await asyncio.to_thread(engine.load_all, options.load_model)
+    is_explicit = options.model_control_mode == "explicit"
+    engine = local.make_engine(options.model_repository, local.loop_timer(loop), ensembles.load, is_explicit)
+    names = (options.load_model or []) if is_explicit and "*" not in (options.load_model or []) else None
+    await asyncio.to_thread(engine.load_all, names)
     if engine.failures() and options.exit_on_error:
         _log.error("%d models could not be loaded (--exit-on-error=false serves the others)", len(engine.failures()))
         await asyncio.to_thread(engine.close)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from tutti import repository
-from tutti.errors import ConfigError, InvalidArgument, NotFound, TuttiError
+from tutti.errors import ConfigError, InvalidArgument, NotFound, TuttiError, Unavailable
 from tutti.model import Model, Served
 from tutti.repository import ModelFolder
 from tutti.statistics import ModelStatistics
@@ -27,19 +27,24 @@ Loader = Callable[[ModelFolder, int, ModelStatistics], Served]
 
 @dataclass(frozen=True, slots=True)
 class IndexEntry:
-    """One line of the repository index. `version` "" when no version could be told."""
+    """One line of the repository index. `version` "" when no version could be told; `state` "" for never loaded."""
 
     name: str
     version: str
-    state: Literal["READY", "UNAVAILABLE"]
+    state: Literal["READY", "UNAVAILABLE", ""]
     reason: str = ""
 
 
 class Engine:
     """The models of one repository. Thread-safe; `load_all` first."""
 
-    def __init__(self, root: Path, loader: Loader) -> None:
+    def __init__(self, root: Path, loader: Loader, is_controllable: bool = False) -> None:
+        """`is_controllable` allows load and unload while serving."""
         self._root = root
+        self._is_controllable = is_controllable
+        self._is_closed = False
+        self._control = threading.Lock()
+        self._unloaded: dict[str, tuple[str, ...]] = {}
         self._loader = loader
         self._models: dict[str, dict[str, Model]] = {}
         self._newest: dict[str, Model] = {}
@@ -63,6 +68,36 @@ class Engine:
         for folder in _in_order_of_use(ensembles):
             self._load(folder)
 
+    def load(self, name: str) -> None:
+        """Load a model anew from its folder, in place of what is served under its name. Blocks.
+
+        Requests go to the old versions until the new ones are ready, and those inside the old ones end there. Raises
+        Unavailable where load is not allowed, and InvalidArgument, the old versions still served, with the reason.
+        """
+        self._check_controllable()
+        with self._control:
+            try:
+                folder = repository.open_model(self._root, name)
+                made = {str(version): self._make(folder, version) for version in folder.versions}
+            except TuttiError as error:
+                raise InvalidArgument(f"failed to load '{name}': {error}") from None
+            old = self._replace(name, made)
+            self._failures = {key: why for key, why in self._failures.items() if key[0] != name}
+        _close(old)
+
+    def unload(self, name: str) -> None:
+        """Serve a model no longer: new requests are refused, those inside end. Blocks until they have.
+
+        Raises Unavailable where unload is not allowed, and NotFound for a model that is not loaded.
+        """
+        self._check_controllable()
+        with self._control:
+            if name not in self._models:
+                raise NotFound(f"failed to unload '{name}': it is not loaded")
+            old = self._replace(name, {})
+            self._unloaded[name] = tuple(old)
+        _close(old)
+
     def __call__(self, calls: Sequence[Call]) -> None:
         first = calls[0].request
         if all(
@@ -82,23 +117,31 @@ class Engine:
         if found is not None:
             return found
         what = f"model '{name}'" + (f" version '{version}'" if version else "")
-        if any(failed == name for failed, _ in self._failures):
+        if name in self._unloaded or any(failed == name for failed, _ in self._failures):
             raise InvalidArgument(f"{what} is not ready")
         raise NotFound(f"unknown {what}: not found in the repository")
 
     def models(self) -> list[Model]:
         """Every served version, by name and version."""
-        return [self._models[name][v] for name in sorted(self._models) for v in sorted(self._models[name], key=int)]
+        served = dict(self._models)  # a load may change it meanwhile
+        return [served[name][version] for name in sorted(served) for version in sorted(served[name], key=int)]
 
     def versions(self, name: str) -> list[str]:
         return sorted(self._models.get(name, {}), key=int)
 
     def index(self) -> list[IndexEntry]:
-        """Every version known, whether it could be loaded or not, and why not."""
+        """Every version known, whether it is loaded or not, and why not; and models that were never asked for."""
         entries = [
             IndexEntry(m.config.name, str(m.version), "READY" if m.is_ready() else "UNAVAILABLE") for m in self.models()
         ]
         entries += [IndexEntry(name, version, "UNAVAILABLE", why) for (name, version), why in self._failures.items()]
+        entries += [
+            IndexEntry(name, version, "UNAVAILABLE", "unloaded")
+            for name, versions in dict(self._unloaded).items()
+            for version in versions
+        ]
+        known = {entry.name for entry in entries}
+        entries += [IndexEntry(name, "", "") for name in repository.model_names(self._root) if name not in known]
         return sorted(entries, key=lambda entry: (entry.name, entry.version))
 
     def is_ready(self) -> bool:
@@ -111,38 +154,67 @@ class Engine:
         return list(self._failures.values())
 
     def close(self) -> None:
-        """Drain and close every model, ensembles before what they use."""
+        """Drain and close every model, ensembles before what they use. What comes later is refused."""
+        self._is_closed = True
         for model in sorted(self.models(), key=lambda model: not model.config.is_ensemble):
             model.close()
 
     def _route(self, name: str, version: str, calls: Sequence[Call]) -> None:
-        try:
-            model = self.model(name, version)
-        except (NotFound, InvalidArgument) as error:
-            settle_all(calls, error)
-            return
-        model(calls)
+        while True:  # a model that closes just now has a successor, or is gone
+            try:
+                model = self.model(name, version)
+            except (NotFound, InvalidArgument) as error:
+                settle_all(calls, error)
+                return
+            if model.take(calls):
+                return
+            if self._is_closed:
+                settle_all(calls, Unavailable(f"model '{name}' is being unloaded: the server stops"))
+                return
+
+    def _check_controllable(self) -> None:
+        if not self._is_controllable:
+            raise Unavailable("explicit model load and unload is not allowed: see --model-control-mode")
 
     def _load(self, folder: ModelFolder) -> None:
-        name = folder.config.name
+        """Load what can be loaded of a folder; record why the rest cannot."""
+        made = {}
         for version in folder.versions:
-            statistics = ModelStatistics()
             try:
-                labels = folder.labels()
-                served = self._loader(folder, version, statistics)
+                made[str(version)] = self._make(folder, version)
             except TuttiError as error:
-                self._record_failure(name, str(version), error)
-                continue
-            model = Model(folder.config, version, labels, served, statistics)
-            with self._lock:
-                versions = self._models.setdefault(name, {})
-                versions[str(version)] = model
-                self._newest[name] = versions[max(versions, key=int)]
-            _log.info("loaded model '%s' version %d", name, version)
+                self._record_failure(folder.config.name, str(version), error)
+        if made:
+            self._replace(folder.config.name, made)
+
+    def _make(self, folder: ModelFolder, version: int) -> Model:
+        statistics = ModelStatistics()
+        labels = folder.labels()
+        served = self._loader(folder, version, statistics)
+        _log.info("loaded model '%s' version %d", folder.config.name, version)
+        return Model(folder.config, version, labels, served, statistics)
+
+    def _replace(self, name: str, made: dict[str, Model]) -> dict[str, Model]:
+        """Serve `made` under the name from now on; returns what was served before."""
+        with self._lock:
+            old = self._models.get(name, {})
+            if made:  # at no moment is the name without a model
+                self._models[name] = made
+                self._newest[name] = made[max(made, key=int)]
+                self._unloaded.pop(name, None)
+            else:
+                del self._models[name], self._newest[name]
+        return old
 
     def _record_failure(self, name: str, version: str, error: TuttiError) -> None:
         _log.error("failed to load model '%s' version '%s': %s", name, version, error)
         self._failures[name, version] = str(error)
+
+
+def _close(models: dict[str, Model]) -> None:
+    for model in models.values():
+        model.close()
+        _log.info("unloaded model '%s' version %d", model.config.name, model.version)
 
 
 def _in_order_of_use(ensembles: list[ModelFolder]) -> list[ModelFolder]:

@@ -14,20 +14,20 @@ from tutti.statistics import ModelStatistics
 from tutti.types import Infer
 
 ModelOf = Callable[[str, str], Model]
-EnsembleFactory = Callable[[ModelFolder, int, ModelStatistics, ModelOf], Infer]
-"""Turns an ensemble's configuration into an Infer over the models that `ModelOf` finds, now and at each call."""
+EnsembleFactory = Callable[[ModelFolder, int, ModelStatistics, ModelOf, Infer], Infer]
+"""Turns an ensemble's configuration into an Infer: `ModelOf` describes its steps' models, the Infer serves them."""
 
 
-def make_engine(root: Path, timer: Timer, ensemble: EnsembleFactory) -> Engine:
+def make_engine(root: Path, timer: Timer, ensemble: EnsembleFactory, is_controllable: bool = False) -> Engine:
     """An engine over `root` that has loaded nothing yet."""
 
     def load(folder: ModelFolder, version: int, statistics: ModelStatistics) -> Served:
         if folder.config.is_ensemble:
-            return Served(ensemble(folder, version, statistics, engine.model), close=lambda: None)
+            return Served(ensemble(folder, version, statistics, engine.model, engine), close=lambda: None)
         scheduler = make_scheduler(folder, version, statistics, timer)
         return Served(scheduler, scheduler.close)
 
-    engine = Engine(root, load)
+    engine = Engine(root, load, is_controllable)
     return engine
 
 

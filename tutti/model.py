@@ -3,13 +3,14 @@
 What executes is any `Infer`: a scheduler over local instances, an ensemble's executor, or a pool of replicas.
 """
 
+import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tutti.config import ModelConfig, TensorSpec
-from tutti.errors import InferError, InvalidArgument
+from tutti.errors import InferError, InvalidArgument, Unavailable
 from tutti.statistics import ModelStatistics
-from tutti.types import Call, Infer, InferRequest, Shape, Tensor, now_ns, settle
+from tutti.types import Call, Infer, InferRequest, Shape, Tensor, now_ns, settle, settle_all
 
 _MAX_SIGNATURES = 4096
 
@@ -41,8 +42,29 @@ class Model:
         self._served = served
         self._checked: dict[Hashable, tuple[int, Hashable]] = {}
         self._output_names = frozenset(spec.name for spec in config.outputs)
+        self._gate = threading.Condition()
+        self._entering = 0
+        self._is_closed = False
 
     def __call__(self, calls: Sequence[Call]) -> None:
+        if not self.take(calls):
+            settle_all(calls, Unavailable(f"model '{self.config.name}' is being unloaded"))
+
+    def take(self, calls: Sequence[Call]) -> bool:
+        """As calling it, but returns False, the calls untouched, when this version has been closed."""
+        with self._gate:
+            if self._is_closed:
+                return False
+            self._entering += 1
+        try:
+            self._submit(calls)
+        finally:
+            with self._gate:
+                self._entering -= 1
+                self._gate.notify_all()
+        return True
+
+    def _submit(self, calls: Sequence[Call]) -> None:
         failed: list[Call] = []
         passed: list[Call] = []
         now = now_ns()
@@ -64,6 +86,10 @@ class Model:
         return self._served.is_ready()
 
     def close(self) -> None:
+        """Take no more calls, let those inside end, and release what executes them. Blocks."""
+        with self._gate:
+            self._is_closed = True
+            self._gate.wait_for(lambda: not self._entering)
         self._served.close()
 
     def _check(self, request: InferRequest) -> tuple[int, Hashable]:

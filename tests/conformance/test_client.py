@@ -226,3 +226,31 @@ def test_large_tensors_both_ways(served: Served) -> None:
     for protocol in PROTOCOLS:
         result = send(served, protocol, "speech_vad", {"AUDIO": audio})
         assert result.as_numpy("SPEECH_PROBS").shape == (1, frames)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_load_and_unload(sample_repository: Path, tmp_path: Path, protocol: str) -> None:
+    flags = ("--model-control-mode", "explicit", "--load-model", "text_tokenizer")
+    with serving(sample_repository, tmp_path / "log", *flags) as own:
+        client = connect(own, protocol)
+        assert client.is_model_ready("text_tokenizer")
+        with pytest.raises(InferenceServerException, match="image_decoder"):
+            send(own, protocol, "image_decoder", {"IMAGE": GOOD["IMAGE"]})
+        client.load_model("image_decoder")
+        assert client.is_model_ready("image_decoder")
+        assert send(own, protocol, "image_decoder", {"IMAGE": GOOD["IMAGE"]}).as_numpy("PIXELS").shape == (1, 3, 32, 32)
+        client.unload_model("image_decoder")
+        with pytest.raises(InferenceServerException, match="not ready"):
+            send(own, protocol, "image_decoder", {"IMAGE": GOOD["IMAGE"]})
+        with pytest.raises(InferenceServerException, match="failed to load 'nowhere'"):
+            client.load_model("nowhere")
+        with pytest.raises(InferenceServerException, match="'config' is not supported"):
+            client.load_model("image_decoder", config="{}")
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_model_control_is_off_by_default(served: Served, protocol: str) -> None:
+    for change in ("load_model", "unload_model"):
+        with pytest.raises(InferenceServerException, match="not allowed"):
+            getattr(connect(served, protocol), change)("text_tokenizer")
+    assert connect(served, protocol).is_model_ready("text_tokenizer")

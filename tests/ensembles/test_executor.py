@@ -200,7 +200,12 @@ def test_random_graphs_agree_with_the_oracle(seed: int) -> None:
     made, models, summers = random_ensemble(rng)
     plan = graph.plan(made, lambda name, _: models[name])
     statistics = ModelStatistics()
-    executor = EnsembleExecutor(plan, "1", lambda name, _: summers[name], statistics)
+
+    def serve(calls: Sequence[Call]) -> None:
+        for name in {call.request.model_name for call in calls}:
+            summers[name]([call for call in calls if call.request.model_name == name])
+
+    executor = EnsembleExecutor(plan, "1", serve, statistics)
     rows = [np.random.default_rng(seed + i).normal(0, 10, (1, WIDTH)).astype(np.float32) for i in range(20)]
     answers = infer(executor, [InferRequest("e", {"X": Tensor.of("X", row)}) for row in rows])
     for row, answer in zip(rows, answers, strict=True):

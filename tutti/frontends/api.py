@@ -1,7 +1,7 @@
 """The questions both front-ends answer besides inference, as plain data, and the settings they share."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ from tutti import SERVER_NAME, __version__
 from tutti.classification import classify
 from tutti.config import ModelConfig
 from tutti.engine import Engine
-from tutti.errors import Internal
+from tutti.errors import Internal, Unsupported
 from tutti.model import Model
 from tutti.statistics import Duration
 from tutti.types import Call, Infer, InferRequest, InferResponse, settle_all
@@ -26,6 +26,13 @@ def submit(serve: Infer, calls: Sequence[Call]) -> None:
     except Exception as error:
         _log.exception("a burst of %d calls was not taken", len(calls))
         settle_all([call for call in calls if call.answer is None], Internal(f"internal error: {type(error).__name__}"))
+
+
+def refuse_control_parameters(name: str, parameters: Mapping[str, Any]) -> None:
+    """Parameters of load and unload, none of which is supported but the default of one. Raises Unsupported."""
+    for key, value in parameters.items():
+        if key != "unload_dependents" or value:
+            raise Unsupported(f"model '{name}': load and unload parameter '{key}' is not supported")
 
 
 def in_classes(engine: Engine, request: InferRequest, response: InferResponse) -> InferResponse:

@@ -6,6 +6,7 @@ Answers go out from whichever thread settles them. HTTP/2 itself runs in Rust, o
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from google.protobuf import json_format
@@ -34,6 +35,8 @@ _CODES: dict[type[InferError], int] = {
     errors.Internal: 13,
 }
 _RESOURCE_EXHAUSTED = 8
+# Calls that block: they must not hold up the receiving thread.
+_SLOW = ("RepositoryModelLoad", "RepositoryModelUnload")
 _INTERNAL = 13
 
 
@@ -53,6 +56,8 @@ class GrpcFront:
         # Only with call_details does the front tell of unary calls that were cancelled or ran out of time.
         methods = [(_path(name), False) for name in paths]
         self._front = NativeGrpcFront(f"{host}:{port}", methods, io_threads=1, call_details=True)
+        self._slow = {paths.index(name) for name in _SLOW}
+        self._workers = ThreadPoolExecutor(2, thread_name_prefix="grpc-control")
         self._open: dict[int, Call] = {}
         self._thread = threading.Thread(target=self._receive, name="grpc", daemon=True)
 
@@ -65,6 +70,7 @@ class GrpcFront:
     def stop(self) -> None:
         self._front.close()
         self._thread.join(timeout=5.0)
+        self._workers.shutdown(wait=False)
 
     def settle(self, calls: Sequence[Call]) -> None:
         for call in calls:
@@ -94,6 +100,8 @@ class GrpcFront:
                     call = self._decode(call_id, payload or b"")
                     if call is not None:
                         calls.append(call)
+                elif method in self._slow:
+                    self._workers.submit(self._answer, call_id, method, payload or b"")
                 else:
                     self._answer(call_id, method, payload or b"")
             if calls:
@@ -153,6 +161,8 @@ def _handlers(engine: Engine) -> dict[str, Callable[[bytes], bytes]]:
         "ModelConfig": (pb.ModelConfigRequest, routes.config),
         "ModelStatistics": (pb.ModelStatisticsRequest, routes.statistics),
         "RepositoryIndex": (pb.RepositoryIndexRequest, routes.index),
+        "RepositoryModelLoad": (pb.RepositoryModelLoadRequest, routes.load),
+        "RepositoryModelUnload": (pb.RepositoryModelUnloadRequest, routes.unload),
     }
     handlers = {name: _unary(request, handle) for name, (request, handle) in table.items()}
     # grpc.health.v1: an empty service name asks for the whole server; SERVING is 1, NOT_SERVING 2.
@@ -162,6 +172,10 @@ def _handlers(engine: Engine) -> dict[str, Callable[[bytes], bytes]]:
 
 def _unary(request: Any, handle: Callable[[Any], Any]) -> Callable[[bytes], bytes]:
     return lambda payload: bytes(handle(request.FromString(payload)).SerializeToString())
+
+
+def _scalars(parameters: Any) -> dict[str, Any]:
+    return {key: getattr(value, value.WhichOneof("parameter_choice")) for key, value in parameters.items()}
 
 
 class _Methods:
@@ -182,6 +196,16 @@ class _Methods:
         models = [self._engine.model(request.name, request.version)] if request.name else self._engine.models()
         shown = {"model_stats": [api.model_statistics(model) for model in models]}
         return json_format.ParseDict(shown, pb.ModelStatisticsResponse())
+
+    def load(self, request: Any) -> Any:
+        api.refuse_control_parameters(request.model_name, _scalars(request.parameters))
+        self._engine.load(request.model_name)
+        return pb.RepositoryModelLoadResponse()
+
+    def unload(self, request: Any) -> Any:
+        api.refuse_control_parameters(request.model_name, _scalars(request.parameters))
+        self._engine.unload(request.model_name)
+        return pb.RepositoryModelUnloadResponse()
 
     def index(self, request: Any) -> Any:
         entries = [e for e in self._engine.index() if e.state == "READY" or not request.ready]

@@ -1,5 +1,6 @@
 """Every HTTP route but infer, as an ordinary ASGI app. Nothing here is on the hot path."""
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -36,6 +37,8 @@ def make_app(engine: Engine) -> Starlette:
             Route("/v2/health/ready", routes.ready),
             Route("/v2/models/stats", routes.all_statistics),
             Route("/v2/repository/index", routes.index, methods=["POST"]),
+            Route("/v2/repository/models/{model}/load", routes.load, methods=["POST"]),
+            Route("/v2/repository/models/{model}/unload", routes.unload, methods=["POST"]),
             *(
                 Route(prefix + suffix, handler)
                 for prefix in (model, versioned)
@@ -107,18 +110,37 @@ class _Routes:
         return json_response({"model_stats": [api.model_statistics(model) for model in self._engine.models()]})
 
     async def index(self, request: Request) -> Response:
-        body = await request.body()
-        only_ready = False
-        if body:
-            try:
-                asked = orjson.loads(body)
-            except orjson.JSONDecodeError as error:
-                raise InvalidArgument(f"repository index: the request's JSON does not parse: {error}") from None
-            only_ready = isinstance(asked, dict) and bool(asked.get("ready", False))
+        only_ready = bool((await _json_object(request)).get("ready", False))
         return json_response(
             [
                 {"name": e.name, "version": e.version, "state": e.state, "reason": e.reason}
+                if e.state
+                else {"name": e.name}
                 for e in self._engine.index()
                 if e.state == "READY" or not only_ready
             ]
         )
+
+    async def load(self, request: Request) -> Response:
+        name = request.path_params["model"]
+        api.refuse_control_parameters(name, (await _json_object(request)).get("parameters") or {})
+        await asyncio.to_thread(self._engine.load, name)
+        return Response()
+
+    async def unload(self, request: Request) -> Response:
+        name = request.path_params["model"]
+        api.refuse_control_parameters(name, (await _json_object(request)).get("parameters") or {})
+        await asyncio.to_thread(self._engine.unload, name)
+        return Response()
+
+
+async def _json_object(request: Request) -> dict[str, Any]:
+    """The request's body, {} for none. Raises InvalidArgument for anything but a JSON object."""
+    body = await request.body()
+    try:
+        value = orjson.loads(body or b"{}")
+    except orjson.JSONDecodeError as error:
+        raise InvalidArgument(f"{request.url.path}: the request's JSON does not parse: {error}") from None
+    if not isinstance(value, dict):
+        raise InvalidArgument(f"{request.url.path}: expected a JSON object")
+    return value
