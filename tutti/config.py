@@ -4,7 +4,7 @@ Every field that is set is either honoured or refused here with its path, so tha
 Field meanings follow Triton's model_config.proto.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -122,23 +122,28 @@ class ModelConfig:
         return (-1, *spec.dims) if self.is_batched else spec.dims
 
 
-def load(path: Path) -> ModelConfig:
-    """Read `<model folder>/config.pbtxt`. Raises ConfigError naming the model and the field."""
+Complete = Callable[[Any], None]
+"""Fills in what a ModelConfig message leaves out, where it can be told from the model's files."""
+
+
+def load(path: Path, complete: Complete = lambda _: None) -> ModelConfig:
+    """Read `<model folder>/config.pbtxt`; a missing file is an empty one. Raises ConfigError naming model and field."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
     except OSError as error:
         raise ConfigError(f"model '{path.parent.name}': cannot read {path.name}: {error.strerror}") from None
-    return parse(text, path.parent.name)
+    return parse(text, path.parent.name, complete)
 
 
-def parse(text: str, folder: str) -> ModelConfig:
-    """Parse and check one config.pbtxt; `folder` gives the name where the file gives none."""
+def parse(text: str, folder: str, complete: Complete = lambda _: None) -> ModelConfig:
+    """Parse, complete and check one config.pbtxt; `folder` gives the name where the file gives none."""
     try:
         proto = text_format.Parse(text, pb.ModelConfig())
     except text_format.ParseError as error:
         raise ConfigError(f"model '{folder}': config.pbtxt does not parse: {error}") from None
     if not proto.name:
         proto.name = folder
+    complete(proto)
     _check(proto, folder)
     return _build(proto)
 

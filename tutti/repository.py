@@ -6,7 +6,9 @@ Layout, as Triton's: `<repository>/<model>/config.pbtxt` and `<repository>/<mode
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tutti import config
 from tutti.config import ModelConfig
@@ -45,8 +47,32 @@ def model_names(root: Path) -> list[str]:
     return sorted(
         path.name
         for path in root.iterdir()
-        if path.is_dir() and _MODEL_NAME.fullmatch(path.name) and (path / "config.pbtxt").is_file()
+        if path.is_dir()
+        and _MODEL_NAME.fullmatch(path.name)
+        and ((path / "config.pbtxt").is_file() or _versions(path, "model.onnx"))
     )
+
+
+def _versions(path: Path, filename: str = "") -> list[int]:
+    """The version folders of a model, ascending; only those that have the file."""
+    if not path.is_dir():
+        return []
+    folders = [entry for entry in path.iterdir() if entry.is_dir() and _VERSION.fullmatch(entry.name)]
+    return sorted(int(folder.name) for folder in folders if (folder / filename).exists())
+
+
+def _complete(path: Path, proto: Any) -> None:
+    """What config.pbtxt leaves out of an ONNX model, from the newest version's graph, as Triton completes it."""
+    is_onnx = proto.backend == "onnxruntime" or proto.platform == "onnxruntime_onnx"
+    filename = proto.default_model_filename or "model.onnx"
+    versions = _versions(path, filename)
+    if (not is_onnx and (proto.backend or proto.platform or proto.HasField("ensemble_scheduling"))) or not versions:
+        return
+    proto.backend = "onnxruntime"
+    if not proto.input or not proto.output:
+        from tutti.backends import onnxruntime
+
+        onnxruntime.complete(proto, path / str(versions[-1]) / filename)
 
 
 def open_model(root: Path, name: str) -> ModelFolder:
@@ -54,8 +80,10 @@ def open_model(root: Path, name: str) -> ModelFolder:
     if not _MODEL_NAME.fullmatch(name):
         raise ConfigError(f"model '{name}': not a valid model name")
     path = root / name
-    model_config = config.load(path / "config.pbtxt")
-    present = [int(entry.name) for entry in path.iterdir() if entry.is_dir() and _VERSION.fullmatch(entry.name)]
+    if not path.is_dir():
+        raise ConfigError(f"model '{name}': no such folder in the repository")
+    model_config = config.load(path / "config.pbtxt", partial(_complete, path))
+    present = _versions(path)
     versions = model_config.version_policy.select(present)
     if not versions:
         raise ConfigError(f"model '{name}': no version folder that its version_policy selects; found {sorted(present)}")

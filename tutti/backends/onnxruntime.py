@@ -4,18 +4,21 @@ Honours the parameters of Triton's onnxruntime backend: `intra_op_thread_count`,
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import onnxruntime as ort
+from tritonclient.grpc import model_config_pb2 as pb
 
 from tutti import backends, rows
 from tutti.config import ModelConfig
-from tutti.dtypes import NUMPY
+from tutti.dtypes import NUMPY, to_config
 from tutti.errors import ConfigError, InferError, Internal, InvalidArgument
 from tutti.repository import ModelFolder
 from tutti.scheduler import Backend
 from tutti.types import InferRequest, InferResponse, Tensor
 
+_COMPLETED_BATCH_SIZE = 4
 _ORT_TYPES = {
     "tensor(bool)": "BOOL", "tensor(uint8)": "UINT8", "tensor(uint16)": "UINT16", "tensor(uint32)": "UINT32",
     "tensor(uint64)": "UINT64", "tensor(int8)": "INT8", "tensor(int16)": "INT16", "tensor(int32)": "INT32",
@@ -36,9 +39,41 @@ def load(folder: ModelFolder, version: int) -> list[Backend]:
     return [OnnxBackend(config, str(version), session) for _ in range(backends.instance_count(config))]
 
 
-def _options(config: ModelConfig) -> Any:
+def complete(proto: Any, path: Path) -> None:
+    """Fill in inputs, outputs and batching of a ModelConfig message from the graph, as Triton does.
+
+    A graph whose tensors all have a variable first axis is batched: max_batch_size, where not given, becomes 4, with
+    dynamic batching. Raises ConfigError when the graph cannot be read.
+    """
+    try:
+        session = ort.InferenceSession(path, _quiet(), providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise ConfigError(f"model '{proto.name}': onnxruntime cannot load {path.name}: {error}") from None
+    nodes = session.get_inputs() + session.get_outputs()
+    is_batched = all(node.shape and not isinstance(node.shape[0], int) for node in nodes)
+    if not proto.max_batch_size and not proto.input and not proto.output and is_batched:
+        proto.max_batch_size = _COMPLETED_BATCH_SIZE
+        proto.dynamic_batching.SetInParent()
+    for field, given in ((proto.input, session.get_inputs()), (proto.output, session.get_outputs())):
+        if field:
+            continue
+        for node in given:
+            datatype = _ORT_TYPES.get(node.type)
+            if datatype is None:
+                raise ConfigError(f"model '{proto.name}': tensor '{node.name}' has type {node.type}")
+            dims = node.shape[1:] if proto.max_batch_size else node.shape
+            data_type = pb.DataType.Value(to_config(datatype))
+            field.add(name=node.name, data_type=data_type, dims=[n if isinstance(n, int) else -1 for n in dims])
+
+
+def _quiet() -> Any:
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    return options
+
+
+def _options(config: ModelConfig) -> Any:
+    options = _quiet()
     # Threads that spin between runs take the cores that the other models and the front-ends need.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     for key in ("intra_op_thread_count", "inter_op_thread_count"):
