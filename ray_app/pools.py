@@ -18,7 +18,7 @@ from tutti.types import Answer, Call, InferResponse, now_ns, settle
 
 _log = logging.getLogger(__name__)
 
-PROBE_INTERVAL_S = 0.5
+PROBE_INTERVAL_S = 0.25
 PROBE_TIMEOUT_S = 2.0
 MAX_SENDS = 3
 NO_POOL_TIMEOUT_S = 10.0

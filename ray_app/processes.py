@@ -14,6 +14,11 @@ def adopt_orphans() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
+def has_dead_children() -> bool:
+    """Whether a process started here has ended: of a running cluster, none does."""
+    return any(child.status() == psutil.STATUS_ZOMBIE for child in psutil.Process().children())
+
+
 def end_descendants(grace_s: float) -> int:
     """Terminate every descendant, kill what is left after `grace_s`; returns how many had to be ended."""
     found = psutil.Process().children(recursive=True)

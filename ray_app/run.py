@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -109,12 +110,17 @@ def _stop_serving(is_ours: bool) -> None:
 
 
 def _within(timeout_s: float, work: Callable[[], object]) -> None:
-    """Run `work`, but wait no longer: a cluster that has died under us cannot be shut down politely."""
+    """Run `work`, but wait no longer: a cluster that has died under us cannot be shut down politely.
+
+    It has where a signal went to the whole process group, as systemd and timeout(1) send it.
+    """
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
-    thread.join(timeout_s)
+    deadline = time.monotonic() + timeout_s
+    while thread.is_alive() and time.monotonic() < deadline and not processes.has_dead_children():
+        thread.join(0.2)
     if thread.is_alive():
-        _log.warning("the cluster did not stop within %g s", timeout_s)
+        _log.warning("the cluster is gone or does not stop: ending its processes")
 
 
 @contextmanager
