@@ -76,10 +76,13 @@ class Engine:
         """
         self._check_controllable()
         with self._control:
+            made: dict[str, Model] = {}
             try:
                 folder = repository.open_model(self._root, name)
-                made = {str(version): self._make(folder, version) for version in folder.versions}
+                for version in folder.versions:
+                    made[str(version)] = self._make(folder, version)
             except TuttiError as error:
+                _close(made)
                 raise InvalidArgument(f"failed to load '{name}': {error}") from None
             old = self._replace(name, made)
             self._failures = {key: why for key, why in self._failures.items() if key[0] != name}
