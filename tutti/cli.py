@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import importlib.util
 import logging
 import signal
 import sys
@@ -9,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tutti import __version__
-from tutti.errors import TuttiError
+from tutti.errors import ConfigError, TuttiError
 from tutti.frontends.api import Limits
 from tutti.frontends.server import Addresses, Server
 
@@ -30,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             return export(rest)
         return _serve(options)
-    except (TuttiError, ImportError) as error:
+    except TuttiError as error:
         print(f"tutti: {error}", file=sys.stderr)
         return 1
 
@@ -92,6 +93,9 @@ def _serve(options: argparse.Namespace) -> int:
         format="%(asctime)s %(levelname).1s %(name)s: %(message)s",
     )
     if options.ray:
+        missing = [name for name in ("ray", "psutil") if importlib.util.find_spec(name) is None]
+        if missing:
+            raise ConfigError(f"--ray needs {' and '.join(missing)}: pip install 'tutti[ray]'")
         from ray_app.run import serve_on_ray
 
         return serve_on_ray(options)
