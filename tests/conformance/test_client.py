@@ -61,6 +61,8 @@ def test_control_calls(served: Served, protocol: str) -> None:
     index = client.get_model_repository_index(**as_json)
     assert len(index if protocol == "http" else index["models"]) == 9
     assert client.get_inference_statistics("text_encoder", **as_json)["model_stats"]
+    assert not client.is_model_ready("nope")
+    assert not client.is_model_ready("text_encoder", "9")
     with pytest.raises(InferenceServerException, match="unknown model 'nope'"):
         client.get_model_metadata("nope")
 

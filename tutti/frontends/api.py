@@ -9,7 +9,7 @@ from tutti import SERVER_NAME, __version__
 from tutti.classification import classify
 from tutti.config import ModelConfig
 from tutti.engine import Engine
-from tutti.errors import Internal, Unsupported
+from tutti.errors import InferError, Internal, Unsupported
 from tutti.model import Model
 from tutti.statistics import Duration
 from tutti.types import Call, Infer, InferRequest, InferResponse, settle_all
@@ -26,6 +26,14 @@ def submit(serve: Infer, calls: Sequence[Call]) -> None:
     except Exception as error:
         _log.exception("a burst of %d calls was not taken", len(calls))
         settle_all([call for call in calls if call.answer is None], Internal(f"internal error: {type(error).__name__}"))
+
+
+def is_model_ready(engine: Engine, name: str, version: str) -> bool:
+    """Whether the version answers now; false for a model that is not there."""
+    try:
+        return engine.model(name, version).is_ready()
+    except InferError:
+        return False
 
 
 def refuse_control_parameters(name: str, parameters: Mapping[str, Any]) -> None:

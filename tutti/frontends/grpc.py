@@ -183,7 +183,7 @@ class _Methods:
         self._engine = engine
 
     def model_ready(self, request: Any) -> Any:
-        return pb.ModelReadyResponse(ready=self._engine.model(request.name, request.version).is_ready())
+        return pb.ModelReadyResponse(ready=api.is_model_ready(self._engine, request.name, request.version))
 
     def metadata(self, request: Any) -> Any:
         shown = api.model_metadata(self._engine, self._engine.model(request.name, request.version))

@@ -13,7 +13,7 @@ from starlette.routing import Route
 
 from tutti.config import as_json
 from tutti.engine import Engine
-from tutti.errors import InferError, InvalidArgument
+from tutti.errors import InferError, InvalidArgument, NotFound
 from tutti.frontends import api
 from tutti.frontends.http_status import status_of
 from tutti.model import Model
@@ -95,16 +95,20 @@ class _Routes:
         return json_response(api.model_metadata(self._engine, self._model(request)))
 
     async def model_ready(self, request: Request) -> Response:
-        model = self._model(request)
-        if not model.is_ready():
-            raise InvalidArgument(f"model '{model.config.name}' is not ready")
+        name, version = request.path_params["model"], request.path_params.get("version", "")
+        if not api.is_model_ready(self._engine, name, version):
+            raise InvalidArgument(f"model '{name}' is not ready")
         return Response()
 
     async def config(self, request: Request) -> Response:
         return json_response(as_json(self._model(request).config.proto))
 
     async def statistics(self, request: Request) -> Response:
-        return json_response({"model_stats": [api.model_statistics(self._model(request))]})
+        try:
+            model = self._model(request)
+        except NotFound as error:  # a 400 in Triton too
+            raise InvalidArgument(error.message) from None
+        return json_response({"model_stats": [api.model_statistics(model)]})
 
     async def all_statistics(self, _: Request) -> Response:
         return json_response({"model_stats": [api.model_statistics(model) for model in self._engine.models()]})
@@ -113,9 +117,7 @@ class _Routes:
         only_ready = bool((await _json_object(request)).get("ready", False))
         return json_response(
             [
-                {"name": e.name, "version": e.version, "state": e.state, "reason": e.reason}
-                if e.state
-                else {"name": e.name}
+                {key: value for key in ("name", "version", "state", "reason") if (value := getattr(e, key))}
                 for e in self._engine.index()
                 if e.state == "READY" or not only_ready
             ]

@@ -327,7 +327,8 @@ def _outputs(
         wanted = _object(model, item, "parameters")
         for key, value in wanted.items():
             if key == "classification":
-                classes[name] = check_classes(model, name, value)
+                if value != 0:  # none wanted
+                    classes[name] = check_classes(model, name, value)
             elif key != "binary_data":
                 raise Unsupported(f"model '{model}': output '{name}': parameter '{key}' is not supported")
         names.append(name)
