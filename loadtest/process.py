@@ -3,6 +3,7 @@
 For load tests, the demo, benchmarks and tests; knows only a server's command line and its health route.
 """
 
+import json
 import signal
 import socket
 import subprocess
@@ -39,6 +40,12 @@ def wait_until_ready(process: "subprocess.Popen[bytes]", url: str, log: Path | N
             pause.wait(0.05)
     tail = log.read_text(errors="replace")[-_LOG_TAIL:] if log is not None else ""
     raise RuntimeError(f"the server did not start (exit status {process.poll()}):\n{tail}")
+
+
+def server_name(address: str) -> str:
+    """Who answers at an HTTP address, by its server metadata."""
+    with urllib.request.urlopen(f"http://{address}/v2", timeout=5) as response:
+        return str(json.load(response)["name"])
 
 
 def stop(process: "subprocess.Popen[bytes]", how: signal.Signals = signal.SIGTERM) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ensembles
-from loadtest.process import free_ports, stop, wait_until_ready
+from loadtest.process import free_ports, server_name, stop, wait_until_ready
 from tutti import local
 from tutti.engine import Engine
 from tutti.types import Answer, Call, Infer, InferRequest
@@ -90,6 +90,7 @@ def serving(root: Path, log: Path, *flags: str, python: str = sys.executable) ->
         )
         try:
             wait_until_ready(process, f"http://127.0.0.1:{http}/v2/health/ready", log)
+            assert server_name(f"127.0.0.1:{http}") == "tutti", "another server has taken the port"
             yield Served(f"127.0.0.1:{http}", f"127.0.0.1:{grpc}", f"127.0.0.1:{metrics}", process)
         finally:
             assert stop(process), "the server did not stop by itself"

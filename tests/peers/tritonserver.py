@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from loadtest.process import free_ports, stop, wait_until_ready
+from loadtest.process import free_ports, server_name, stop, wait_until_ready
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = ROOT / ".venv-triton"
@@ -73,6 +73,7 @@ def running(repository: Path, scratch: Path, *flags: str) -> Iterator[Running]:
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=packages)
         try:
             wait_until_ready(server, f"http://127.0.0.1:{http}/v2/health/ready", log_path)
+            assert server_name(f"127.0.0.1:{http}") == "triton", "another server has taken the port"
             yield Running(f"127.0.0.1:{http}", f"127.0.0.1:{grpc}", server.pid)
         finally:
             stop(server)
