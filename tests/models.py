@@ -71,6 +71,22 @@ class Repository:
             {"model.onnx": onnx_gather()},
         )
 
+    def add_slow(self) -> None:
+        """Waits for as many seconds as input "s" says; one request at a time."""
+        self.add_python(
+            "slow",
+            """
+            backend: "python" max_batch_size: 1
+            input { name: "s" data_type: TYPE_FP32 dims: 1 }
+            output { name: "n" data_type: TYPE_FP32 dims: 1 }
+            """,
+            """
+            import threading
+            threading.Event().wait(float(pb_utils.get_input_tensor_by_name(request, "s").as_numpy()[0, 0]))
+            return pb_utils.InferenceResponse([pb_utils.Tensor("n", np.zeros((1, 1), np.float32))])
+            """,
+        )
+
     def add_python(self, name: str, config: str, execute: str, initialize: str = "pass") -> None:
         """A python model; `execute` is the body of `def answer(self, request)` and returns a response."""
         body = textwrap.indent(textwrap.dedent(execute).strip(), "        ")

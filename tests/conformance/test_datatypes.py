@@ -1,6 +1,5 @@
 """Every datatype and several shapes through identity models: tutti and a real tritonserver give back the same bytes."""
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,10 +26,7 @@ ECHO = """
 @pytest.fixture(scope="module")
 def addresses(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict[str, str]]]:
     """Addresses of tutti and of tritonserver, both over the same identity models."""
-    if not tritonserver.is_installed():
-        if os.environ.get("CI"):
-            pytest.fail("no tritonserver: run `make triton`")
-        pytest.skip("no tritonserver: run `make triton`")
+    tritonserver.require()
     scratch = tmp_path_factory.mktemp("datatypes")
     repository = Repository(scratch / "models")
     for datatype in DATATYPES:

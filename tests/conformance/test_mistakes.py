@@ -5,7 +5,6 @@ INTENDED lists where we differ on purpose, with the reason.
 
 import http.client
 import json
-import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -122,10 +121,7 @@ INTENDED = {
 @pytest.fixture(scope="module")
 def addresses(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
     """HTTP addresses of tutti and of tritonserver over one repository."""
-    if not tritonserver.is_installed():
-        if os.environ.get("CI"):
-            pytest.fail("no tritonserver: run `make triton`")
-        pytest.skip("no tritonserver: run `make triton`")
+    tritonserver.require()
     scratch = tmp_path_factory.mktemp("mistakes")
     repository = Repository(scratch / "models")
     repository.add_onnx()

@@ -1,6 +1,5 @@
 """The sample repository, unchanged, in a real tritonserver and in tutti: the same answers."""
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,10 +20,7 @@ ROUNDS = 12
 @pytest.fixture(scope="module")
 def pairs(sample_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[tuple[Client, Client]]]:
     """(tutti, tritonserver) per protocol, both over one repository."""
-    if not tritonserver.is_installed():
-        if os.environ.get("CI"):
-            pytest.fail("no tritonserver: run `make triton`")
-        pytest.skip("no tritonserver: run `make triton`")
+    tritonserver.require()
     scratch = tmp_path_factory.mktemp("triton")
     with (
         tritonserver.running(sample_repository, scratch) as theirs,

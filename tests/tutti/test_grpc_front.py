@@ -17,11 +17,6 @@ from tutti.frontends.api import Limits
 from tutti.frontends.grpc import GrpcFront
 
 LIMIT = 100_000
-HELD = """
-    import threading
-    threading.Event().wait(float(pb_utils.get_input_tensor_by_name(request, "s").as_numpy()[0, 0]))
-    return pb_utils.InferenceResponse([pb_utils.Tensor("n", np.zeros((1, 1), np.float32))])
-"""
 
 
 @dataclass
@@ -34,15 +29,7 @@ class Running:
 @pytest.fixture
 def server(repository: Repository) -> Iterator[Running]:
     repository.add_onnx()
-    repository.add_python(
-        "slow",
-        """
-        backend: "python" max_batch_size: 1
-        input { name: "s" data_type: TYPE_FP32 dims: 1 }
-        output { name: "n" data_type: TYPE_FP32 dims: 1 }
-        """,
-        HELD,
-    )
+    repository.add_slow()
     with engine_over(repository.root) as engine:
         front = GrpcFront(engine, "127.0.0.1", 0, Limits(max_grpc_message_size=LIMIT))
         port = front.start()

@@ -20,12 +20,6 @@ from tutti.frontends.api import Limits
 from tutti.frontends.http import HttpFront
 
 MAX_BODY = 10_000
-SLOW = """
-    import threading
-    event = threading.Event()
-    event.wait(float(pb_utils.get_input_tensor_by_name(request, "s").as_numpy()[0, 0]))
-    return pb_utils.InferenceResponse([pb_utils.Tensor("n", np.zeros((1, 1), np.float32))])
-"""
 
 
 @dataclass
@@ -44,15 +38,7 @@ class Running:
 @pytest.fixture
 def server(repository: Repository) -> Iterator[Running]:
     repository.add_onnx()
-    repository.add_python(
-        "slow",
-        """
-        backend: "python" max_batch_size: 1
-        input { name: "s" data_type: TYPE_FP32 dims: 1 }
-        output { name: "n" data_type: TYPE_FP32 dims: 1 }
-        """,
-        SLOW,
-    )
+    repository.add_slow()
     loop = uvloop.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
