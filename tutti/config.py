@@ -5,17 +5,17 @@ Field meanings follow Triton's model_config.proto.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
-from google.protobuf import text_format
+from google.protobuf import json_format, text_format
 from google.protobuf.message import Message
 from tritonclient.grpc import model_config_pb2 as pb
 
 from tutti import dtypes
-from tutti.batching import BatchingPolicy
+from tutti.batching import BatchingPolicy, QueuePolicy
 from tutti.errors import ConfigError
 from tutti.types import Shape
 
@@ -26,19 +26,44 @@ _PLATFORM_BACKENDS = {
     "pytorch_libtorch": "pytorch",
     "ensemble": "ensemble",
 }
-# Dotted paths of the fields this server acts on. Whole subtrees end in ".*".
+# Dotted paths of the fields this server acts on, or that change nothing that a client can see. Subtrees end in ".*".
 _HONOURED = frozenset(
     {
         "name", "platform", "backend", "max_batch_size", "default_model_filename",
-        "input.name", "input.data_type", "input.dims", "input.optional", "input.format",
-        "output.name", "output.data_type", "output.dims", "output.label_filename",
+        "input.name", "input.data_type", "input.dims", "input.optional", "input.format", "input.reshape.shape",
+        "output.name", "output.data_type", "output.dims", "output.label_filename", "output.reshape.shape",
         "version_policy.latest.num_versions", "version_policy.all", "version_policy.specific.versions",
         "dynamic_batching.preferred_batch_size", "dynamic_batching.max_queue_delay_microseconds",
-        "dynamic_batching.default_queue_policy.max_queue_size",
+        "dynamic_batching.preserve_ordering", "dynamic_batching.priority_levels",
+        "dynamic_batching.default_priority_level", "dynamic_batching.default_queue_policy.*",
+        "dynamic_batching.priority_queue_policy",
+        "sequence_batching.direct.max_queue_delay_microseconds", "sequence_batching.direct.minimum_slot_utilization",
+        "sequence_batching.oldest.max_candidate_sequences", "sequence_batching.oldest.preferred_batch_size",
+        "sequence_batching.oldest.max_queue_delay_microseconds", "sequence_batching.oldest.preserve_ordering",
+        "sequence_batching.max_sequence_idle_microseconds", "sequence_batching.control_input.*",
+        "sequence_batching.state.input_name", "sequence_batching.state.output_name",
+        "sequence_batching.state.data_type", "sequence_batching.state.dims",
+        "sequence_batching.state.initial_state.*", "sequence_batching.state.use_same_buffer_for_input_output",
         "instance_group.name", "instance_group.kind", "instance_group.count", "instance_group.gpus",
-        "ensemble_scheduling.*", "parameters.*",
+        "ensemble_scheduling.step.*", "parameters.*", "metric_tags", "model_warmup.*",
+        "model_transaction_policy.decoupled", "response_cache.enable",
+        # How the data travels between host and GPU, and how eagerly: results are the same.
+        "optimization.graph.level", "optimization.priority", "optimization.input_pinned_memory.*",
+        "optimization.output_pinned_memory.*", "optimization.gather_kernel_buffer_threshold",
+        "optimization.eager_batching",
     }
 )  # fmt: skip
+# Set, but to what it is anyway.
+_EMPTY_IS_FINE = frozenset(
+    {
+        "dynamic_batching", "dynamic_batching.default_queue_policy", "version_policy.latest", "response_cache",
+        "model_transaction_policy", "optimization", "optimization.graph", "optimization.input_pinned_memory",
+        "optimization.output_pinned_memory", "sequence_batching", "sequence_batching.direct",
+        "sequence_batching.oldest", "ensemble_scheduling", "optimization.cuda", "optimization.execution_accelerators",
+    }
+)  # fmt: skip
+_DEFAULT_SEQUENCE_IDLE_US = 1_000_000
+_MAX_NAME = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +75,12 @@ class TensorSpec:
     dims: Shape
     is_optional: bool = False
     label_filename: str = ""
+    reshape: Shape | None = None
+
+    @property
+    def model_dims(self) -> Shape:
+        """The dims that the model itself has: those of `reshape` where it is given."""
+        return self.dims if self.reshape is None else self.reshape
 
     def accepts(self, shape: Shape) -> bool:
         """Whether `shape`, without its batch axis, fits `dims`."""
@@ -63,6 +94,7 @@ class InstanceGroup:
     kind: str = "auto"
     count: int = 1
     gpus: tuple[int, ...] = ()
+    name: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +121,71 @@ class VersionPolicy:
         return ordered[-self.latest :] if self.latest else ordered
 
 
+ControlKind = Literal["start", "ready", "end", "corrid"]
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceControl:
+    """A control input of the sequence batcher. `off` and `on` are its values; none for the correlation id."""
+
+    name: str
+    kind: ControlKind
+    datatype: str
+    off: float = 0
+    on: float = 1
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceState:
+    """A tensor the server keeps between a sequence's requests: the output feeds the next request's input.
+
+    `initial_file`, in the model's folder `initial_state`, holds its first value in wire form; otherwise it is zeros.
+    """
+
+    input_name: str
+    output_name: str
+    datatype: str
+    dims: Shape
+    initial_dims: Shape
+    initial_file: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SequencePolicy:
+    """`sequence_batching`. `slots` is how many sequences an instance holds at a time.
+
+    With `is_direct` each sequence keeps its row of the batch; otherwise the sequences' oldest requests are batched.
+    """
+
+    is_direct: bool
+    slots: int
+    idle_ns: int
+    batching: BatchingPolicy | None
+    min_slot_utilization: float
+    controls: tuple[SequenceControl, ...]
+    states: tuple[SequenceState, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WarmupInput:
+    """One input of a warm-up request: zeros, random, or from a file in the model's folder `warmup`."""
+
+    datatype: str
+    dims: Shape
+    kind: Literal["zero", "random", "file"]
+    filename: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Warmup:
+    """One warm-up request of `batch_size` rows, run `count` times by each instance before it serves."""
+
+    name: str
+    batch_size: int
+    count: int
+    inputs: Mapping[str, WarmupInput]
+
+
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
     """One model's configuration, checked. `batching` is None where requests are never joined."""
@@ -107,6 +204,11 @@ class ModelConfig:
     steps: tuple[EnsembleStep, ...]
     model_filename: str
     proto: Any
+    is_decoupled: bool = False
+    is_cached: bool = False
+    sequences: SequencePolicy | None = None
+    warmups: tuple[Warmup, ...] = ()
+    metric_tags: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
     @property
     def is_ensemble(self) -> bool:
@@ -139,8 +241,23 @@ def parse(text: str, folder: str, complete: Complete = lambda _: None) -> ModelC
     """Parse, complete and check one config.pbtxt; `folder` gives the name where the file gives none."""
     try:
         proto = text_format.Parse(text, pb.ModelConfig())
-    except text_format.ParseError as error:
+    except (text_format.ParseError, UnicodeError) as error:
         raise ConfigError(f"model '{folder}': config.pbtxt does not parse: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"model '{folder}': config.pbtxt does not parse: it is nested too deep") from None
+    return _complete_and_check(proto, folder, complete)
+
+
+def parse_json(text: str | bytes, folder: str, complete: Complete = lambda _: None) -> ModelConfig:
+    """As `parse`, for a configuration in JSON, as a client sends it with a load."""
+    try:
+        proto = json_format.Parse(text, pb.ModelConfig(), max_recursion_depth=20)
+    except (json_format.ParseError, UnicodeError, RecursionError) as error:
+        raise ConfigError(f"model '{folder}': the configuration's JSON does not parse: {error}") from None
+    return _complete_and_check(proto, folder, complete)
+
+
+def _complete_and_check(proto: Any, folder: str, complete: Complete) -> ModelConfig:
     if not proto.name:
         proto.name = folder
     complete(proto)
@@ -151,14 +268,14 @@ def parse(text: str, folder: str, complete: Complete = lambda _: None) -> ModelC
 def as_json(message: Any) -> dict[str, Any]:
     """A configuration as Triton's JSON: proto field names, enum names, numbers as numbers, unset messages left out."""
     shown: dict[str, Any] = {}
-    for field in message.DESCRIPTOR.fields:
-        value = getattr(message, field.name)
-        if field.message_type is not None and field.message_type.GetOptions().map_entry:
-            shown[field.name] = {key: as_json(v) if isinstance(v, Message) else v for key, v in value.items()}
-        elif field.is_repeated:
-            shown[field.name] = [_json_value(field, item) for item in value]
-        elif field.message_type is None or message.HasField(field.name):
-            shown[field.name] = _json_value(field, value)
+    for one in message.DESCRIPTOR.fields:
+        value = getattr(message, one.name)
+        if one.message_type is not None and one.message_type.GetOptions().map_entry:
+            shown[one.name] = {key: as_json(v) if isinstance(v, Message) else v for key, v in value.items()}
+        elif one.is_repeated:
+            shown[one.name] = [_json_value(one, item) for item in value]
+        elif one.message_type is None or message.HasField(one.name):
+            shown[one.name] = _json_value(one, value)
     return shown
 
 
@@ -173,13 +290,13 @@ def _fail(model: str, path: str, why: str) -> ConfigError:
 
 
 def _set_paths(message: Message, prefix: str = "") -> Iterator[str]:
-    for field, value in message.ListFields():
-        path = f"{prefix}{field.name}"
-        is_map = field.message_type is not None and field.message_type.GetOptions().map_entry
-        if field.message_type is None or is_map or f"{path}.*" in _HONOURED:
+    for one, value in message.ListFields():
+        path = f"{prefix}{one.name}"
+        is_map = one.message_type is not None and one.message_type.GetOptions().map_entry
+        if one.message_type is None or is_map or f"{path}.*" in _HONOURED:
             yield path
             continue
-        children = value if field.is_repeated else [value]
+        children = value if one.is_repeated else [value]
         for child in children:
             nested = list(_set_paths(child, f"{path}."))
             yield from nested or [path]
@@ -190,14 +307,12 @@ def _check(proto: Any, folder: str) -> None:
         raise _fail(folder, "name", f"expected the folder's name '{folder}', got '{proto.name}'")
     if proto.max_batch_size < 0:
         raise _fail(folder, "max_batch_size", f"expected 0 or more, got {proto.max_batch_size}")
-    # Set, but to what it is anyway.
-    empty_is_fine = {
-        "dynamic_batching", "dynamic_batching.default_queue_policy", "version_policy.latest", "response_cache",
-        "model_transaction_policy", "optimization",
-    }  # fmt: skip
     for path in _set_paths(proto):
-        if path not in _HONOURED and f"{path}.*" not in _HONOURED and path not in empty_is_fine:
+        if path not in _HONOURED and f"{path}.*" not in _HONOURED and path not in _EMPTY_IS_FINE:
             raise _fail(folder, path, "this server does not support the field")
+    for step in proto.ensemble_scheduling.step:
+        if step.model_namespace:
+            raise _fail(folder, "ensemble_scheduling.step.model_namespace", "this server does not support the field")
     for kind, specs in (("input", proto.input), ("output", proto.output)):
         _check_tensors(folder, kind, specs)
     _check_batching(proto)
@@ -215,8 +330,29 @@ def _check_tensors(folder: str, kind: str, specs: Any) -> None:
             raise _fail(folder, f"{path}.name", f"'{spec.name}' appears more than once")
         if dtypes.from_config(pb.DataType.Name(spec.data_type)) not in dtypes.NUMPY:
             raise _fail(folder, f"{path}.data_type", "expected a data type")
+        if len(spec.name) > _MAX_NAME:
+            raise _fail(folder, f"{path}.name", f"expected at most {_MAX_NAME} characters")
         if any(dim < 1 and dim != -1 for dim in spec.dims):
             raise _fail(folder, f"{path}.dims", f"expected sizes of at least 1, or -1 for any, got {list(spec.dims)}")
+        if spec.HasField("reshape"):
+            _check_reshape(folder, path, spec)
+
+
+def _check_reshape(folder: str, path: str, spec: Any) -> None:
+    """Both shapes must hold the same elements: as many variable dimensions, and equal products between them."""
+    if _known_parts(spec.dims) != _known_parts(spec.reshape.shape):
+        why = f"{list(spec.reshape.shape)} does not hold the same elements as dims {list(spec.dims)}"
+        raise _fail(folder, f"{path}.reshape.shape", why)
+
+
+def _known_parts(dims: Any) -> list[int]:
+    parts = [1]
+    for dim in dims:
+        if dim == -1:
+            parts.append(1)
+        else:
+            parts[-1] *= dim
+    return parts
 
 
 def _check_batching(proto: Any) -> None:
@@ -228,6 +364,16 @@ def _check_batching(proto: Any) -> None:
         if not 1 <= size <= proto.max_batch_size:
             expected = f"expected sizes from 1 to max_batch_size {proto.max_batch_size}"
             raise _fail(proto.name, "dynamic_batching.preferred_batch_size", f"{expected}, got {size}")
+    policy = proto.dynamic_batching
+    if policy.priority_levels and not 1 <= policy.default_priority_level <= policy.priority_levels:
+        expected = f"expected a level from 1 to priority_levels {policy.priority_levels}"
+        raise _fail(
+            proto.name, "dynamic_batching.default_priority_level", f"{expected}, got {policy.default_priority_level}"
+        )
+    for level in policy.priority_queue_policy:
+        if not 1 <= level <= policy.priority_levels:
+            expected = f"expected levels from 1 to priority_levels {policy.priority_levels}"
+            raise _fail(proto.name, "dynamic_batching.priority_queue_policy", f"{expected}, got {level}")
 
 
 def _build(proto: Any) -> ModelConfig:
@@ -252,6 +398,11 @@ def _build(proto: Any) -> ModelConfig:
         steps=_steps(proto),
         model_filename=proto.default_model_filename,
         proto=proto,
+        is_decoupled=proto.model_transaction_policy.decoupled,
+        is_cached=_cached(proto),
+        sequences=_sequences(proto),
+        warmups=tuple(_warmup(proto, index) for index in range(len(proto.model_warmup))),
+        metric_tags=MappingProxyType(dict(proto.metric_tags)),
     )
 
 
@@ -263,15 +414,122 @@ def _spec(proto: Any) -> TensorSpec:
         tuple(proto.dims),
         is_optional=getattr(proto, "optional", False),
         label_filename=getattr(proto, "label_filename", ""),
+        reshape=tuple(proto.reshape.shape) if proto.HasField("reshape") else None,
     )
 
 
 def _batching(proto: Any) -> BatchingPolicy:
+    policy = proto.dynamic_batching
     return BatchingPolicy(
         max_batch_size=proto.max_batch_size,
-        preferred_batch_sizes=tuple(sorted(proto.dynamic_batching.preferred_batch_size)),
-        max_queue_delay_ns=proto.dynamic_batching.max_queue_delay_microseconds * 1000,
+        preferred_batch_sizes=tuple(sorted(policy.preferred_batch_size)),
+        max_queue_delay_ns=policy.max_queue_delay_microseconds * 1000,
+        priority_levels=policy.priority_levels,
+        default_priority_level=policy.default_priority_level,
+        queue=_queue_policy(policy.default_queue_policy),
+        queue_by_level=MappingProxyType({k: _queue_policy(v) for k, v in policy.priority_queue_policy.items()}),
+        preserves_ordering=policy.preserve_ordering,
     )
+
+
+def _queue_policy(proto: Any) -> QueuePolicy:
+    return QueuePolicy(
+        timeout_ns=proto.default_timeout_microseconds * 1000,
+        delays=proto.timeout_action == pb.ModelQueuePolicy.DELAY,
+        allows_override=proto.allow_timeout_override,
+        max_rows=proto.max_queue_size,
+    )
+
+
+def _cached(proto: Any) -> bool:
+    if proto.response_cache.enable and proto.model_transaction_policy.decoupled:
+        raise _fail(proto.name, "response_cache.enable", "the answers of a decoupled model cannot be cached")
+    return bool(proto.response_cache.enable)
+
+
+def _sequences(proto: Any) -> SequencePolicy | None:
+    if not proto.HasField("sequence_batching"):
+        return None
+    batching = proto.sequence_batching
+    if proto.HasField("dynamic_batching") or proto.HasField("ensemble_scheduling"):
+        raise _fail(proto.name, "sequence_batching", "a model has one of it, dynamic_batching and ensemble_scheduling")
+    is_oldest = batching.WhichOneof("strategy_choice") == "oldest"
+    policy = batching.oldest if is_oldest else batching.direct
+    slots = max(1, proto.max_batch_size)
+    if is_oldest:
+        slots = policy.max_candidate_sequences or slots
+    preferred = tuple(sorted(policy.preferred_batch_size)) if is_oldest else ()
+    is_joined = proto.max_batch_size > 0
+    delay_ns = policy.max_queue_delay_microseconds * 1000
+    return SequencePolicy(
+        is_direct=not is_oldest,
+        slots=slots,
+        idle_ns=(batching.max_sequence_idle_microseconds or _DEFAULT_SEQUENCE_IDLE_US) * 1000,
+        batching=BatchingPolicy(proto.max_batch_size, preferred, delay_ns) if is_joined else None,
+        min_slot_utilization=0.0 if is_oldest else policy.minimum_slot_utilization,
+        controls=tuple(
+            _control(proto.name, f"sequence_batching.control_input[{index}].control[{nth}]", item.name, control)
+            for index, item in enumerate(batching.control_input)
+            for nth, control in enumerate(item.control)
+        ),
+        states=tuple(_state(proto.name, index, state) for index, state in enumerate(batching.state)),
+    )
+
+
+def _control(model: str, path: str, name: str, proto: Any) -> SequenceControl:
+    kinds: dict[int, ControlKind] = {0: "start", 1: "ready", 2: "end", 3: "corrid"}
+    kind = kinds[proto.kind]
+    if kind == "corrid":
+        datatype = dtypes.from_config(pb.DataType.Name(proto.data_type))
+        if datatype not in ("UINT64", "INT64", "UINT32", "INT32", "BYTES"):
+            raise _fail(model, f"{path}.data_type", f"expected an integer type or TYPE_STRING, got {datatype}")
+        return SequenceControl(name, kind, datatype)
+    for datatype, values in (
+        ("INT32", proto.int32_false_true), ("FP32", proto.fp32_false_true), ("BOOL", proto.bool_false_true),
+    ):  # fmt: skip
+        if values:
+            if len(values) != 2:
+                raise _fail(model, path, f"expected the values for false and true, got {list(values)}")
+            return SequenceControl(name, kind, datatype, values[0], values[1])
+    raise _fail(model, path, "expected one of int32_false_true, fp32_false_true, bool_false_true")
+
+
+def _state(model: str, index: int, proto: Any) -> SequenceState:
+    path = f"sequence_batching.state[{index}]"
+    datatype = dtypes.from_config(pb.DataType.Name(proto.data_type))
+    if datatype not in dtypes.NUMPY:
+        raise _fail(model, f"{path}.data_type", "expected a data type")
+    if len(proto.initial_state) > 1:
+        raise _fail(model, f"{path}.initial_state", "expected at most one")
+    initial = proto.initial_state[0] if proto.initial_state else None
+    dims = tuple(proto.dims)
+    # What varies starts empty of choice: at 1, as in Triton.
+    first = tuple(initial.dims) if initial is not None else tuple(1 if dim == -1 else dim for dim in dims)
+    if any(dim < 0 for dim in first):
+        raise _fail(model, f"{path}.initial_state[0].dims", f"expected sizes, got {list(first)}")
+    filename = initial.data_file if initial is not None else ""
+    return SequenceState(proto.input_name, proto.output_name, datatype, dims, first, filename)
+
+
+def _warmup(proto: Any, index: int) -> Warmup:
+    warmup = proto.model_warmup[index]
+    inputs = {}
+    for name, item in warmup.inputs.items():
+        path = f"model_warmup[{index}].inputs['{name}']"
+        kind = item.WhichOneof("input_data_type")
+        datatype = dtypes.from_config(pb.DataType.Name(item.data_type))
+        if name not in {spec.name for spec in proto.input}:
+            raise _fail(proto.name, path, f"expected one of {sorted(spec.name for spec in proto.input)}")
+        if kind is None or datatype not in dtypes.NUMPY or any(dim < 0 for dim in item.dims):
+            raise _fail(
+                proto.name, path, "expected data_type, dims, and one of zero_data, random_data, input_data_file"
+            )
+        kinds: dict[str, Literal["zero", "random", "file"]] = {"zero_data": "zero", "random_data": "random"}
+        inputs[name] = WarmupInput(datatype, tuple(item.dims), kinds.get(kind, "file"), item.input_data_file)
+    if warmup.batch_size > max(1, proto.max_batch_size):
+        expected = f"expected at most max_batch_size {proto.max_batch_size}"
+        raise _fail(proto.name, f"model_warmup[{index}].batch_size", f"{expected}, got {warmup.batch_size}")
+    return Warmup(warmup.name, max(1, warmup.batch_size), warmup.count or 1, MappingProxyType(inputs))
 
 
 def _group(proto: Any, index: int) -> InstanceGroup:
@@ -281,7 +539,7 @@ def _group(proto: Any, index: int) -> InstanceGroup:
         raise _fail(proto.name, f"instance_group[{index}].kind", "KIND_MODEL is not supported")
     if group.count < 0:
         raise _fail(proto.name, f"instance_group[{index}].count", f"expected 1 or more, got {group.count}")
-    return InstanceGroup(kind, group.count or 1, tuple(group.gpus))
+    return InstanceGroup(kind, group.count or 1, tuple(group.gpus), group.name)
 
 
 def _version_policy(proto: Any) -> VersionPolicy:

@@ -5,10 +5,11 @@ what an ensemble is.
 """
 
 import logging
+import tempfile
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -26,6 +27,21 @@ Loader = Callable[[ModelFolder, int, ModelStatistics], Served]
 
 
 @dataclass(frozen=True, slots=True)
+class Override:
+    """What a client's load gives in place of the repository's: a configuration in JSON, and a version's files.
+
+    `files` are "VERSION/FILE" -> content; with them nothing but the name is taken from the repository.
+    """
+
+    config: str | None = None
+    files: Mapping[str, bytes] = field(default_factory=dict)
+
+
+Propagate = Callable[[str, Override | None], None]
+"""Tells the processes behind this one of a load, or with None an unload, before it is done here. Raises TuttiError."""
+
+
+@dataclass(frozen=True, slots=True)
 class IndexEntry:
     """One line of the repository index. `version` "" when no version could be told; `state` "" for never loaded."""
 
@@ -38,9 +54,14 @@ class IndexEntry:
 class Engine:
     """The models of one repository. Thread-safe; `load_all` first."""
 
-    def __init__(self, root: Path, loader: Loader, is_controllable: bool = False) -> None:
+    def __init__(
+        self, root: Path, loader: Loader, is_controllable: bool = False, propagate: Propagate = lambda *_: None
+    ) -> None:
         """`is_controllable` allows load and unload while serving."""
         self._root = root
+        self._propagate = propagate
+        self._scratch: dict[str, tempfile.TemporaryDirectory[str]] = {}
+        self._seen: dict[str, object] = {}
         self._is_controllable = is_controllable
         self._is_closed = False
         self._control = threading.Lock()
@@ -68,38 +89,112 @@ class Engine:
         for folder in _in_order_of_use(ensembles):
             self._load(folder)
 
-    def load(self, name: str) -> None:
+    def load(self, name: str, override: Override | None = None) -> None:
         """Load a model anew from its folder, in place of what is served under its name. Blocks.
 
-        Requests go to the old versions until the new ones are ready, and those inside the old ones end there. Raises
-        Unavailable where load is not allowed, and InvalidArgument, the old versions still served, with the reason.
+        An ensemble's models are loaded with it, where they are not yet. Requests go to the old versions until the new
+        ones are ready, and those inside the old ones end there. Raises Unavailable where load is not allowed, and
+        InvalidArgument, the old versions still served, with the reason.
         """
         self._check_controllable()
         with self._control:
-            made: dict[str, Model] = {}
-            try:
-                folder = repository.open_model(self._root, name)
-                for version in folder.versions:
-                    made[str(version)] = self._make(folder, version)
-            except TuttiError as error:
-                _close(made)
-                raise InvalidArgument(f"failed to load '{name}': {error}") from None
-            old = self._replace(name, made)
-            self._failures = {key: why for key, why in self._failures.items() if key[0] != name}
-        _close(old)
+            closing = self._load_anew(name, override or Override(), ())
+        _close(closing)
 
-    def unload(self, name: str) -> None:
+    def unload(self, name: str, with_dependents: bool = False) -> None:
         """Serve a model no longer: new requests are refused, those inside end. Blocks until they have.
 
-        Raises Unavailable where unload is not allowed, and NotFound for a model that is not loaded.
+        `with_dependents` unloads an ensemble's models too, but those that another ensemble uses. Raises Unavailable
+        where unload is not allowed, and NotFound for a model that is not loaded.
         """
         self._check_controllable()
         with self._control:
             if name not in self._models:
                 raise NotFound(f"failed to unload '{name}': it is not loaded")
-            old = self._replace(name, {})
-            self._unloaded[name] = tuple(old)
-        _close(old)
+            closing = self._unload(name)
+            if with_dependents:
+                for model in list(closing):
+                    for step in model.config.steps:
+                        users = [
+                            m for m in self.models() if any(s.model_name == step.model_name for s in m.config.steps)
+                        ]
+                        if step.model_name in self._models and not users:
+                            closing += self._unload(step.model_name)
+        _close(closing)
+
+    def poll(self) -> None:
+        """Load what is new or has changed in the repository, unload what has gone. Blocks. Failures are logged."""
+        with self._control:
+            names = repository.model_names(self._root)
+            closing: list[Model] = []
+            changed = []
+            for name in names:
+                seen = repository.fingerprint(self._root, name)
+                if self._seen.get(name) != seen:
+                    self._seen[name] = seen
+                    changed.append(name)
+            for name in [name for name in self._seen if name not in names]:
+                del self._seen[name]
+                if name in self._models:
+                    _log.info("model '%s' has left the repository", name)
+                    closing += self._unload(name)
+                    del self._unloaded[name]
+            for name in changed:
+                try:
+                    closing += self._load_anew(name, Override(), ())
+                except TuttiError as error:
+                    _log.error("%s", error)
+                    if name not in self._models:
+                        self._failures[name, ""] = str(error)
+        _close(closing)
+
+    def remember(self) -> None:
+        """Take what is loaded now as what poll compares with."""
+        self._seen = {name: repository.fingerprint(self._root, name) for name in repository.model_names(self._root)}
+
+    def _load_anew(self, name: str, override: Override, above: tuple[str, ...]) -> list[Model]:
+        """Load one model, and what it needs; returns the models to close."""
+        closing: list[Model] = []
+        made: dict[str, Model] = {}
+        scratch: tempfile.TemporaryDirectory[str] | None = None
+        try:
+            root = self._root
+            if override.files:
+                if override.config is None:
+                    raise ConfigError(f"model '{name}': files are given without the parameter 'config'")
+                scratch = tempfile.TemporaryDirectory(prefix="tutti-", ignore_cleanup_errors=True)
+                root = Path(scratch.name)
+                repository.write_files(root, name, override.files)
+            folder = repository.open_model(root, name, override.config)
+            for step in folder.config.steps:
+                if step.model_name not in self._models and step.model_name not in (*above, name):
+                    closing += self._load_anew(step.model_name, Override(), (*above, name))
+            self._propagate(name, override)
+            for version in folder.versions:
+                made[str(version)] = self._make(folder, version)
+        except (TuttiError, OSError) as error:
+            _close(made.values())
+            if scratch is not None:
+                scratch.cleanup()
+            raise InvalidArgument(f"failed to load '{name}': {error}") from None
+        closing += self._replace(name, made).values()
+        self._keep_scratch(name, scratch)
+        self._failures = {key: why for key, why in self._failures.items() if key[0] != name}
+        return closing
+
+    def _unload(self, name: str) -> list[Model]:
+        self._propagate(name, None)
+        old = self._replace(name, {})
+        self._unloaded[name] = tuple(old)
+        self._keep_scratch(name, None)
+        return list(old.values())
+
+    def _keep_scratch(self, name: str, scratch: "tempfile.TemporaryDirectory[str] | None") -> None:
+        old = self._scratch.pop(name, None)
+        if old is not None:
+            old.cleanup()  # what was read from it is in memory
+        if scratch is not None:
+            self._scratch[name] = scratch
 
     def __call__(self, calls: Sequence[Call]) -> None:
         first = calls[0].request
@@ -135,7 +230,8 @@ class Engine:
     def index(self) -> list[IndexEntry]:
         """Every version known, whether it is loaded or not, and why not; and models that were never asked for."""
         entries = [
-            IndexEntry(m.config.name, str(m.version), "READY" if m.is_ready() else "UNAVAILABLE") for m in self.models()
+            IndexEntry(m.config.name, str(m.version), "READY" if m.is_ready() else "UNAVAILABLE", m.reason())
+            for m in self.models()
         ]
         entries += [IndexEntry(name, version, "UNAVAILABLE", why) for (name, version), why in self._failures.items()]
         entries += [
@@ -161,6 +257,8 @@ class Engine:
         self._is_closed = True
         for model in sorted(self.models(), key=lambda model: not model.config.is_ensemble):
             model.close()
+        for name in list(self._scratch):
+            self._keep_scratch(name, None)
 
     def _route(self, name: str, version: str, calls: Sequence[Call]) -> None:
         while True:  # a model that closes just now has a successor, or is gone
@@ -214,8 +312,8 @@ class Engine:
         self._failures[name, version] = str(error)
 
 
-def _close(models: dict[str, Model]) -> None:
-    for model in models.values():
+def _close(models: Iterable[Model]) -> None:
+    for model in models:
         model.close()
         _log.info("unloaded model '%s' version %d", model.config.name, model.version)
 

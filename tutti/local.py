@@ -1,44 +1,123 @@
 """An engine whose models execute in this process. Used by the single process and by each replica on Ray."""
 
 import asyncio
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
-from tutti import backends
+from tutti import backends, dtypes, warmup
 from tutti.batching import BatchQueue
+from tutti.cache import Cached, ResponseCache
+from tutti.config import SequenceState
 from tutti.engine import Engine
+from tutti.errors import ConfigError, InferError
 from tutti.model import Model, Served
 from tutti.repository import ModelFolder
-from tutti.scheduler import Scheduler, ThreadInstance, Timer
+from tutti.scheduler import Backend, InOrder, Scheduler, ThreadInstance, Timer
+from tutti.sequences import SequenceBatcher, zeros
 from tutti.statistics import ModelStatistics
-from tutti.types import Infer
+from tutti.types import Infer, Tensor
 
 ModelOf = Callable[[str, str], Model]
 EnsembleFactory = Callable[[ModelFolder, int, ModelStatistics, ModelOf, Infer], Infer]
 """Turns an ensemble's configuration into an Infer: `ModelOf` describes its steps' models, the Infer serves them."""
 
+DEFAULT_CACHE_BYTES = 1 << 20
 
-def make_engine(root: Path, timer: Timer, ensemble: EnsembleFactory, is_controllable: bool = False) -> Engine:
-    """An engine over `root` that has loaded nothing yet."""
+
+def make_engine(
+    root: Path,
+    timer: Timer,
+    ensemble: EnsembleFactory,
+    is_controllable: bool = False,
+    cache_bytes: int = DEFAULT_CACHE_BYTES,
+) -> Engine:
+    """An engine over `root` that has loaded nothing yet. `cache_bytes` bounds the response cache of all its models."""
+    cache = ResponseCache(cache_bytes)
 
     def load(folder: ModelFolder, version: int, statistics: ModelStatistics) -> Served:
-        if folder.config.is_ensemble:
-            return Served(ensemble(folder, version, statistics, engine.model, engine), close=lambda: None)
-        scheduler = make_scheduler(folder, version, statistics, timer)
-        return Served(scheduler, scheduler.close)
+        config = folder.config
+        if config.is_ensemble:
+            served = serve_ensemble(folder, ensemble(folder, version, statistics, engine.model, engine), engine)
+        elif config.sequences is not None:
+            served = _serve_sequences(folder, version, statistics, timer, engine)
+        else:
+            served = _serve_batches(folder, version, statistics, timer, engine)
+        if config.is_cached and cache_bytes:
+            served = replace(served, infer=Cached(served.infer, cache, version, statistics))
+        return served
 
     engine = Engine(root, load, is_controllable)
     return engine
 
 
-def make_scheduler(folder: ModelFolder, version: int, statistics: ModelStatistics, timer: Timer) -> Scheduler:
+def serve_ensemble(folder: ModelFolder, infer: Infer, engine: Engine) -> Served:
+    """An ensemble is ready when every model of its steps is."""
+
+    def reason() -> str:
+        for step in folder.config.steps:
+            try:
+                model = engine.model(step.model_name, step.version)
+            except InferError as error:
+                return error.message
+            if not model.is_ready():
+                return f"model '{step.model_name}' is not ready"
+        return ""
+
+    return Served(infer, lambda: None, is_ready=lambda: not reason(), reason=reason)
+
+
+def _serve_batches(
+    folder: ModelFolder, version: int, statistics: ModelStatistics, timer: Timer, infer: Infer
+) -> Served:
     """A scheduler over the model's own instances, each in its thread."""
     config = folder.config
-    loaded = backends.load(folder, version)
+    loaded = _load(folder, version, infer)
     scheduler = Scheduler(config.name, BatchQueue(config.batching, config.max_queued_rows), statistics, timer)
     for index, backend in enumerate(loaded):
         scheduler.add(ThreadInstance(f"{config.name}_{index}", backend, scheduler, statistics))
-    return scheduler
+    is_ordered = config.batching is not None and config.batching.preserves_ordering
+    return Served(InOrder(scheduler) if is_ordered else scheduler, scheduler.close, pending=scheduler.queued_calls)
+
+
+def _serve_sequences(
+    folder: ModelFolder, version: int, statistics: ModelStatistics, timer: Timer, infer: Infer
+) -> Served:
+    """A scheduler for each instance: a sequence stays with the instance it began on."""
+    config = folder.config
+    assert config.sequences is not None
+    states = {state.input_name: _initial(folder, state) for state in config.sequences.states}
+    batcher = SequenceBatcher(config, states, timer, statistics)
+    for index, backend in enumerate(_load(folder, version, infer)):
+        name = f"{config.name}_{index}"
+        scheduler = batcher.add(lambda waiting: Scheduler(config.name, waiting, statistics, timer))
+        scheduler.add(ThreadInstance(name, backend, scheduler, statistics))
+    return Served(batcher, batcher.close, pending=batcher.queued_calls)
+
+
+def _load(folder: ModelFolder, version: int, infer: Infer) -> list[Backend]:
+    loaded = backends.load(folder, version, infer)
+    try:
+        warmup.run(folder, loaded)
+    except Exception:
+        for backend in loaded:
+            backend.close()
+        raise
+    return loaded
+
+
+def _initial(folder: ModelFolder, state: SequenceState) -> Tensor:
+    tensor = zeros(state, folder.config.is_batched)
+    if state.initial_file:
+        tensor.data = folder.read("initial_state", state.initial_file)
+        size = math.prod(tensor.shape) * dtypes.NUMPY[state.datatype].itemsize
+        if state.datatype != "BYTES" and len(tensor.data) != size:
+            raise ConfigError(
+                f"model '{folder.config.name}': sequence_batching.state '{state.input_name}': expected {size} bytes in "
+                f"'{state.initial_file}', got {len(tensor.data)}"
+            )
+    return tensor
 
 
 def loop_timer(loop: asyncio.AbstractEventLoop) -> Timer:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tutti.config import ModelConfig, TensorSpec
-from tutti.errors import InferError, InvalidArgument, Unavailable
+from tutti.errors import InferError, InvalidArgument, Unavailable, Unsupported
 from tutti.statistics import ModelStatistics
 from tutti.types import Call, Infer, InferRequest, Shape, Tensor, now_ns, settle, settle_all
 
@@ -17,11 +17,16 @@ _MAX_SIGNATURES = 4096
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """What executes a model's checked calls, and how to tell its state and end it. `close` drains first."""
+    """What executes a model's checked calls, and how to tell its state and end it. `close` drains first.
+
+    `pending` counts the requests that wait; `reason` says why it is not ready.
+    """
 
     infer: Infer
     close: Callable[[], None]
     is_ready: Callable[[], bool] = lambda: True
+    pending: Callable[[], int] = lambda: 0
+    reason: Callable[[], str] = lambda: ""
 
 
 class Model:
@@ -72,6 +77,11 @@ class Model:
             call.arrived_ns = now
             try:
                 call.rows, call.key = self._check(call.request)
+                if self.config.is_decoupled and call.emit is None:
+                    raise Unsupported(
+                        f"model '{self.config.name}': doesn't support a single answer: it is decoupled, use "
+                        "ModelStreamInfer, generate or generate_stream"
+                    )
                 passed.append(call)
             except InferError as error:
                 call.answer = error
@@ -84,6 +94,14 @@ class Model:
 
     def is_ready(self) -> bool:
         return self._served.is_ready()
+
+    def reason(self) -> str:
+        """Why the model is not ready; "" when it is."""
+        return self._served.reason()
+
+    def pending(self) -> int:
+        """Requests that wait in its queue."""
+        return self._served.pending()
 
     def close(self) -> None:
         """Take no more calls, let those inside end, and release what executes them. Blocks."""

@@ -15,7 +15,9 @@ from tutti.config import ModelConfig
 from tutti.errors import ConfigError
 
 _MODEL_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
-_VERSION = re.compile(r"[1-9][0-9]*")
+_VERSION = re.compile(r"[1-9][0-9]{0,17}")
+_OVERRIDE_FILE = re.compile(r"[1-9][0-9]{0,17}(/[A-Za-z0-9_][A-Za-z0-9_.+-]*)+")
+_MAX_NAME = 255
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,13 @@ class ModelFolder:
             raise ConfigError(f"model '{self.config.name}': output.label_filename: no file '{filename}' in its folder")
         return tuple(path.read_text(encoding="utf-8").splitlines())
 
+    def read(self, subfolder: str, filename: str) -> bytes:
+        """A data file of the model's folder. Raises ConfigError if it is not there."""
+        path = (self.path / subfolder / filename).resolve()
+        if not path.is_relative_to(self.path.resolve()) or not path.is_file():
+            raise ConfigError(f"model '{self.config.name}': no file '{subfolder}/{filename}' in its folder")
+        return path.read_bytes()
+
 
 def model_names(root: Path) -> list[str]:
     """Names of the model folders, sorted. Raises ConfigError if `root` is no folder."""
@@ -49,7 +58,7 @@ def model_names(root: Path) -> list[str]:
         for path in root.iterdir()
         if path.is_dir()
         and _MODEL_NAME.fullmatch(path.name)
-        and ((path / "config.pbtxt").is_file() or _versions(path, "model.onnx"))
+        and ((path / "config.pbtxt").is_file() or _versions(path, "model.onnx") or _versions(path, "model.py"))
     )
 
 
@@ -62,29 +71,84 @@ def _versions(path: Path, filename: str = "") -> list[int]:
 
 
 def _complete(path: Path, proto: Any) -> None:
-    """What config.pbtxt leaves out of an ONNX model, from the newest version's graph, as Triton completes it."""
-    is_onnx = proto.backend == "onnxruntime" or proto.platform == "onnxruntime_onnx"
-    filename = proto.default_model_filename or "model.onnx"
-    versions = _versions(path, filename)
-    if (not is_onnx and (proto.backend or proto.platform or proto.HasField("ensemble_scheduling"))) or not versions:
+    """What config.pbtxt leaves out and the newest version's file can tell, as Triton completes it."""
+    backend = proto.backend or {"onnxruntime_onnx": "onnxruntime"}.get(proto.platform, "")
+    if not backend and not proto.platform and not proto.HasField("ensemble_scheduling"):
+        filenames = {"model.onnx": "onnxruntime", "model.py": "python"}
+        backend = next((filenames[name] for name in filenames if _versions(path, name)), "")
+    filename = proto.default_model_filename or {"onnxruntime": "model.onnx", "python": "model.py"}.get(backend, "")
+    if not filename or _leaves(path, filename):
         return
-    proto.backend = "onnxruntime"
-    if not proto.input or not proto.output:
+    versions = _versions(path, filename)
+    if not versions:
+        return
+    proto.backend = backend
+    file = path / str(versions[-1]) / filename
+    if backend == "onnxruntime" and (not proto.input or not proto.output):
         from tutti.backends import onnxruntime
 
-        onnxruntime.complete(proto, path / str(versions[-1]) / filename)
+        onnxruntime.complete(proto, file)
+    elif backend == "python" and "auto_complete_config" in file.read_text(encoding="utf-8", errors="replace"):
+        from tutti.backends import python
+
+        python.complete(proto, file)
 
 
-def open_model(root: Path, name: str) -> ModelFolder:
-    """Read one model's folder. Raises ConfigError for a bad name, a bad config, or when no version is there."""
-    if not _MODEL_NAME.fullmatch(name):
-        raise ConfigError(f"model '{name}': not a valid model name")
+def _leaves(folder: Path, filename: str) -> bool:
+    """Whether a configured name points out of a version's folder."""
+    return Path(filename).is_absolute() or ".." in Path(filename).parts
+
+
+def open_model(root: Path, name: str, override: str | None = None) -> ModelFolder:
+    """Read one model's folder; `override` is a configuration in JSON, used in place of its config.pbtxt.
+
+    Raises ConfigError for a bad name, a bad config, or when no version is there.
+    """
+    check_name(name)
     path = root / name
     if not path.is_dir():
         raise ConfigError(f"model '{name}': no such folder in the repository")
-    model_config = config.load(path / "config.pbtxt", partial(_complete, path))
+    complete = partial(_complete, path)
+    if override is None:
+        model_config = config.load(path / "config.pbtxt", complete)
+    else:
+        model_config = config.parse_json(override, name, complete)
     present = _versions(path)
     versions = model_config.version_policy.select(present)
     if not versions:
         raise ConfigError(f"model '{name}': no version folder that its version_policy selects; found {sorted(present)}")
     return ModelFolder(path, model_config, tuple(versions))
+
+
+def check_name(name: str) -> None:
+    """Raises ConfigError for a name that cannot be a model's folder."""
+    if not _MODEL_NAME.fullmatch(name) or len(name) > _MAX_NAME:
+        raise ConfigError(f"model {name[:100]!r}: not a valid model name")
+
+
+def write_files(root: Path, name: str, files: Mapping[str, bytes]) -> None:
+    """Make the folder of a model out of what a client sent: `VERSION/FILE` -> content.
+
+    Raises ConfigError for a path that is not a plain file in a version's folder.
+    """
+    check_name(name)
+    for path, content in files.items():
+        match = _OVERRIDE_FILE.fullmatch(path)
+        if match is None or ".." in path.split("/"):
+            raise ConfigError(f"model '{name}': file {path[:100]!r}: expected VERSION/FILE, as 1/model.onnx")
+        target = root / name / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content)
+
+
+def fingerprint(root: Path, name: str) -> tuple[tuple[str, int, int], ...]:
+    """(path, modification time, size) of every file of a model: differs when the model was changed."""
+    found = []
+    for path in sorted((root / name).rglob("*")):
+        try:
+            if path.is_file() and "__pycache__" not in path.parts:
+                stat = path.stat()
+                found.append((str(path), stat.st_mtime_ns, stat.st_size))
+        except OSError:  # gone meanwhile: the next look tells
+            continue
+    return tuple(found)

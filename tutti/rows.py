@@ -6,7 +6,7 @@ import numpy as np
 
 from tutti import dtypes
 from tutti.dtypes import Array
-from tutti.types import InferRequest, Tensor
+from tutti.types import InferRequest, Shape, Tensor
 
 
 def join(requests: Sequence[InferRequest], name: str) -> Array:
@@ -44,3 +44,12 @@ def split(tensor: Tensor, rows: Sequence[int]) -> list[Tensor]:
         parts.append(Tensor(name, datatype, (n, *tail), view[at : at + size]))
         at += size
     return parts
+
+
+def reshape(tensor: Tensor, given: Shape, wanted: Shape, is_batched: bool) -> Tensor:
+    """The tensor, whose shape fits the dims `given`, with the dims `wanted`: variable ones correspond in order."""
+    body = tensor.shape[is_batched:]
+    variable = iter([size for size, dim in zip(body, given, strict=True) if dim == -1])
+    shape = (*tensor.shape[:is_batched], *(next(variable) if dim == -1 else dim for dim in wanted))
+    data = tensor.data.reshape(shape) if isinstance(tensor.data, np.ndarray) else tensor.data
+    return Tensor(tensor.name, tensor.datatype, shape, data)

@@ -5,6 +5,7 @@ Times are cumulative nanoseconds. Knows nothing of Prometheus or of any protocol
 
 import threading
 import time
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -21,6 +22,25 @@ class Duration:
 
     def add(self, ns: int, count: int = 1) -> None:
         self.count += count
+        self.ns += ns
+
+
+# Upper bounds of the latency histograms' buckets, in nanoseconds: 0.25 ms to 60 s. Fixed, so that they aggregate.
+BUCKETS_NS = tuple(
+    int(ms * 1_000_000)
+    for ms in (0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 125, 250, 500, 1000, 2000, 4000, 8000, 16000, 30000, 60000)
+)
+
+
+@dataclass(slots=True)
+class Histogram:
+    """Observations per bucket of BUCKETS_NS, the last one beyond them, and their sum in nanoseconds."""
+
+    counts: list[int] = field(default_factory=lambda: [0] * (len(BUCKETS_NS) + 1))
+    ns: int = 0
+
+    def add(self, ns: int) -> None:
+        self.counts[bisect_left(BUCKETS_NS, ns)] += 1
         self.ns += ns
 
 
@@ -47,6 +67,10 @@ class Counts:
     compute_input: Duration = field(default_factory=Duration)
     compute_infer: Duration = field(default_factory=Duration)
     compute_output: Duration = field(default_factory=Duration)
+    cache_hit: Duration = field(default_factory=Duration)
+    cache_miss: Duration = field(default_factory=Duration)
+    request_time: Histogram = field(default_factory=Histogram)
+    queue_time: Histogram = field(default_factory=Histogram)
     batches: dict[int, list[Duration]] = field(default_factory=dict)
 
 
@@ -58,8 +82,11 @@ class ModelStatistics:
         self.counts = Counts()
 
     def record_batch(self, calls: Sequence[Call], times: BatchTimes) -> None:
-        """Count one executed batch whose calls all have their answers."""
-        answered = [call for call in calls if not isinstance(call.answer, InferError)]
+        """Count one executed batch. A call without an answer yet is counted as a success; one without rows not at all.
+
+        Only a sequence batcher's fillers have no rows.
+        """
+        answered = [call for call in calls if call.rows and not isinstance(call.answer, InferError)]
         n, rows = len(answered), sum(call.rows for call in answered)
         arrived = sum(call.arrived_ns for call in answered)
         stages = (
@@ -71,7 +98,7 @@ class ModelStatistics:
             counts = self.counts
             counts.executions += 1
             if len(answered) != len(calls):
-                failed = [call for call in calls if isinstance(call.answer, InferError)]
+                failed = [call for call in calls if call.rows and isinstance(call.answer, InferError)]
                 counts.fail.add(sum(times.end_ns - call.arrived_ns for call in failed), len(failed))
             if not answered:
                 return
@@ -85,6 +112,9 @@ class ModelStatistics:
             of_size = counts.batches.setdefault(rows, [Duration(), Duration(), Duration()])
             for duration, stage_ns in zip(of_size, stages, strict=True):
                 duration.add(stage_ns)
+            for call in answered:
+                counts.request_time.add(times.end_ns - call.arrived_ns)
+                counts.queue_time.add(times.start_ns - call.arrived_ns)
 
     def record_failures(self, calls: Sequence[Call], now_ns: int) -> None:
         """Count calls that failed without being executed: refused, invalid or cancelled."""
@@ -97,3 +127,18 @@ class ModelStatistics:
             self.counts.inferences += sum(call.rows for call in calls)
             self.counts.last_inference_ms = time.time_ns() // 1_000_000
             self.counts.success.add(sum(now_ns - call.arrived_ns for call in calls), len(calls))
+            for call in calls:
+                self.counts.request_time.add(now_ns - call.arrived_ns)
+
+    def record_cache(self, hits: Sequence[Call], misses: Sequence[Call], start_ns: int, end_ns: int) -> None:
+        """Count look-ups in the response cache that took from `start_ns` to `end_ns` in all. A hit is a success."""
+        each_ns = (end_ns - start_ns) // max(1, len(hits) + len(misses))
+        with self._lock:
+            counts = self.counts
+            counts.cache_hit.add(each_ns * len(hits), len(hits))
+            counts.cache_miss.add(each_ns * len(misses), len(misses))
+            if hits:
+                counts.last_inference_ms = time.time_ns() // 1_000_000
+                counts.success.add(sum(end_ns - call.arrived_ns for call in hits), len(hits))
+                for call in hits:
+                    counts.request_time.add(end_ns - call.arrived_ns)

@@ -6,7 +6,7 @@ ensemble and a pool of replicas all are one, so they compose. Knows nothing of p
 
 import math
 import time
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -66,11 +66,21 @@ class Tensor:
         return memoryview(flat).cast("B")
 
 
+@dataclass(frozen=True, slots=True)
+class SharedRegion:
+    """A stretch of registered shared memory; bytes."""
+
+    name: str
+    offset: int
+    byte_size: int
+
+
 @dataclass(slots=True)
 class InferRequest:
     """One inference request. `model_version` "" means the version policy's newest; `outputs` () means all.
 
-    `classes` are the outputs wanted as their top classes, and how many.
+    `classes` are the outputs wanted as their top classes, and how many; `shared_outputs` those to be written to
+    shared memory. Both are the front-end's business: what executes a request does not see them.
     """
 
     model_name: str
@@ -80,22 +90,35 @@ class InferRequest:
     outputs: tuple[str, ...] = ()
     parameters: Parameters = field(default_factory=dict)
     classes: Mapping[str, int] = field(default_factory=dict)
+    shared_outputs: Mapping[str, SharedRegion] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
 class InferResponse:
-    """The answer to one request; outputs in the model's order, or the order they were asked for."""
+    """The answer to one request; outputs in the model's order, or the order they were asked for.
+
+    `is_null` marks the end of a decoupled model's answers that carries no answer of its own.
+    """
 
     model_name: str
     model_version: str
     outputs: list[Tensor]
     parameters: Parameters = field(default_factory=dict)
+    is_null: bool = False
 
     def tensor(self, name: str) -> Tensor:
         return next(output for output in self.outputs if output.name == name)
 
 
 Answer = InferResponse | InferError
+Emit = Callable[[InferResponse], None]
+
+
+class Trace(Protocol):
+    """Collects what happened to one call, and when."""
+
+    def record(self, activity: str, ns: int) -> None:
+        """`ns` is of the clock of now_ns."""
 
 
 class Sink(Protocol):
@@ -108,21 +131,36 @@ class Call:
     """A request on its way: who asked, and the answer once there is one.
 
     `token` belongs to the sink. `rows` and `key` are set by the model that queues the call: calls with equal keys
-    may share a batch. Setting `is_cancelled` is all a caller does to cancel: a queue then drops the call, its
-    batch-mates unaffected.
+    may share a batch. `level` and `expires_ns` (0: never) are set by the queue from its policy. Setting
+    `is_cancelled` is all a caller does to cancel: a queue then drops the call, its batch-mates unaffected.
+
+    A caller that can take more than one answer sets `emit`: a decoupled model hands it each answer but the last,
+    which settles the call as ever. `trace` collects timestamps where the call is traced.
     """
 
-    __slots__ = ("answer", "arrived_ns", "is_cancelled", "key", "request", "rows", "sink", "token")
+    __slots__ = (
+        "answer", "arrived_ns", "emit", "expires_ns", "is_cancelled", "key", "level", "request", "rows", "sink",
+        "token", "trace",
+    )  # fmt: skip
 
-    def __init__(self, request: InferRequest, sink: Sink, token: Any = None) -> None:
+    def __init__(self, request: InferRequest, sink: Sink, token: Any = None, emit: Emit | None = None) -> None:
         self.request = request
         self.sink = sink
         self.token = token
+        self.emit = emit
         self.answer: Answer | None = None
         self.rows = 1
         self.key: Hashable = None
         self.arrived_ns = 0
+        self.level = 0
+        self.expires_ns = 0
         self.is_cancelled = False
+        self.trace: Trace | None = None
+
+    def finish(self, answer: Answer) -> None:
+        """Settle this call alone."""
+        self.answer = answer
+        self.sink.settle([self])
 
 
 class Infer(Protocol):

@@ -53,24 +53,44 @@ def test_a_full_configuration() -> None:
         ('backend: "b" output { name: "y" data_type: TYPE_FP32 dims: 1 }', "input"),
         (TENSORS, "backend"),
         ('backend: "b" dynamic_batching {}' + TENSORS, "dynamic_batching"),
-        ('backend: "b" sequence_batching {}' + TENSORS, "sequence_batching"),
-        ('backend: "b" response_cache { enable: true }' + TENSORS, "response_cache.enable"),
-        ('backend: "b" model_transaction_policy { decoupled: true }' + TENSORS, "model_transaction_policy.decoupled"),
+        ('backend: "b" sequence_batching { iterative_sequence: true }' + TENSORS, "iterative_sequence"),
+        (
+            'backend: "b" sequence_batching { control_input { name: "S" control { kind: CONTROL_SEQUENCE_START } } }'
+            + TENSORS,
+            "sequence_batching.control_input[0].control[0]",
+        ),
+        (
+            'backend: "b" max_batch_size: 2 dynamic_batching {} sequence_batching {}' + TENSORS,
+            "sequence_batching",
+        ),
+        (
+            'backend: "b" response_cache { enable: true } model_transaction_policy { decoupled: true }' + TENSORS,
+            "response_cache.enable",
+        ),
+        (
+            'backend: "b" model_warmup { name: "w" inputs { key: "nope" value { zero_data: true } } }' + TENSORS,
+            "model_warmup[0].inputs['nope']",
+        ),
+        ('backend: "b" batch_input { kind: BATCH_ACCUMULATED_ELEMENT_COUNT }' + TENSORS, "batch_input.kind"),
+        ('backend: "b" instance_group { passive: true }' + TENSORS, "instance_group.passive"),
         ('backend: "b" instance_group { kind: KIND_MODEL }' + TENSORS, "instance_group[0].kind"),
         (
             'backend: "b" max_batch_size: 4 dynamic_batching { preferred_batch_size: 9 }' + TENSORS,
             "dynamic_batching.preferred_batch_size",
         ),
         (
-            'backend: "b" max_batch_size: 4 dynamic_batching { preserve_ordering: true }' + TENSORS,
-            "dynamic_batching.preserve_ordering",
+            'backend: "b" max_batch_size: 4 dynamic_batching { priority_levels: 2 }' + TENSORS,
+            "dynamic_batching.default_priority_level",
         ),
         (
             'backend: "b" input { name: "x" data_type: TYPE_FP32 dims: 0 } output { name: "y" data_type: TYPE_FP32 }',
             "input[0].dims",
         ),
         ('backend: "b" input { name: "x" dims: 1 } output { name: "y" data_type: TYPE_FP32 }', "input[0].data_type"),
-        ('backend: "b" input { name: "x" data_type: TYPE_INT8 reshape {} }' + TENSORS, "input.reshape"),
+        (
+            'backend: "b" input { name: "z" data_type: TYPE_INT8 dims: 4 reshape { shape: 3 } }' + TENSORS,
+            "input[0].reshape.shape",
+        ),
         ("this is not a configuration", "does not parse"),
     ],
 )

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 import ensembles
-from tests.models import Repository
+from tests.models import Repository, onnx_add_one
 from tests.serving import infer, timer
 from tutti import local
-from tutti.engine import Engine
+from tutti.engine import Engine, Override
 from tutti.errors import InferError, InvalidArgument, NotFound, Unavailable
 from tutti.types import InferRequest, InferResponse, Tensor
 
@@ -103,4 +103,146 @@ def test_reloading_under_load_loses_nothing(repository: Repository) -> None:
         thread.join(30)
     assert len(answers) > 100
     assert [answer for answer in answers if isinstance(answer, InferError)] == []
+    engine.close()
+
+
+CONFIG = """{
+  "backend": "onnxruntime", "max_batch_size": %d,
+  "input": [{"name": "x", "data_type": "TYPE_FP32", "dims": [4]}],
+  "output": [{"name": "y", "data_type": "TYPE_FP32", "dims": [4]}]
+}"""
+
+
+def test_a_load_may_bring_its_configuration(repository: Repository) -> None:
+    repository.add_onnx(max_batch_size=8)
+    engine = controllable(repository.root)
+    engine.load("add_one", Override(CONFIG % 2))
+    assert engine.model("add_one").config.max_batch_size == 2
+    engine.load("add_one")
+    assert engine.model("add_one").config.max_batch_size == 8, "an override is for one load"
+    engine.close()
+
+
+def test_a_load_may_bring_its_files(repository: Repository) -> None:
+    repository.add_onnx()
+    engine = controllable(repository.root)
+    engine.load("sent", Override(CONFIG % 8, {"3/model.onnx": onnx_add_one()}))
+    assert engine.versions("sent") == ["3"]
+    sent = ask()
+    sent.model_name = "sent"
+    assert isinstance(infer(engine, [sent])[0], InferResponse)
+    engine.unload("sent")
+    engine.close()
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "../1/model.onnx", "1/../../model.onnx", "/1/model.onnx", "1/..", "1", "model.onnx", "0/model.onnx", "1//m",
+        "1/.hidden", "01/model.onnx", "1/a\x00b", "1/a\nb", "99999999999999999999/m",
+    ],
+)  # fmt: skip
+def test_files_that_are_no_versions_files_are_refused(repository: Repository, tmp_path: Path, path: str) -> None:
+    engine = controllable(repository.root, [])
+    with pytest.raises(InvalidArgument, match="expected VERSION/FILE"):
+        engine.load("sent", Override(CONFIG % 8, {path: b"x"}))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["models"]
+    assert list(repository.root.iterdir()) == []
+    engine.close()
+
+
+@pytest.mark.parametrize("name", ["../models/add_one", "a/b", "..", ".", "", "a" * 300, "x\ny", "add_one/"])
+def test_names_that_are_no_folders_are_refused(repository: Repository, name: str) -> None:
+    repository.add_onnx()
+    engine = controllable(repository.root)
+    for override in (None, Override(CONFIG % 8), Override(CONFIG % 8, {"1/model.onnx": onnx_add_one()})):
+        with pytest.raises(InvalidArgument, match="not a valid model name"):
+            engine.load(name, override)
+    engine.close()
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        (Override("{"), "does not parse"),
+        (Override('{"max_batch_size": "many"}'), "does not parse"),
+        (Override('{"nope": 1}'), "does not parse"),
+        (Override('{"name": "other", "backend": "onnxruntime"}'), "expected the folder's name"),
+        (Override(None, {"1/model.onnx": b"x"}), "without the parameter 'config'"),
+        (Override(CONFIG % 8, {"1/model.onnx": b"no graph"}), "cannot load"),
+    ],
+)
+def test_overrides_that_do_not_fit_leave_what_is_served(repository: Repository, override: Override, says: str) -> None:
+    repository.add_onnx()
+    engine = controllable(repository.root)
+    with pytest.raises(InvalidArgument, match=says):
+        engine.load("add_one", override)
+    assert isinstance(infer(engine, [ask()])[0], InferResponse)
+    engine.close()
+
+
+def add_ensembles(repository: Repository, *names: str) -> None:
+    repository.add_onnx()
+    for name in names:
+        repository.add(
+            name,
+            """
+            platform: "ensemble" max_batch_size: 8
+            input { name: "x" data_type: TYPE_FP32 dims: 4 }
+            output { name: "y" data_type: TYPE_FP32 dims: 4 }
+            ensemble_scheduling { step {
+              model_name: "add_one" input_map { key: "x" value: "x" } output_map { key: "y" value: "y" }
+            } }
+            """,
+            {},
+        )
+
+
+def test_an_ensemble_is_loaded_with_its_models_and_unloaded_with_those_no_other_uses(repository: Repository) -> None:
+    add_ensembles(repository, "one", "two")
+    engine = controllable(repository.root, [])
+    engine.load("one")
+    engine.load("two")
+    assert {name: state for name, (state, _) in states(engine).items()} == dict.fromkeys(
+        ("add_one", "one", "two"), "READY"
+    )
+    engine.unload("one", with_dependents=True)
+    assert states(engine)["add_one"][0] == "READY"
+    engine.unload("two", with_dependents=True)
+    assert states(engine)["add_one"] == ("UNAVAILABLE", "unloaded")
+    engine.close()
+
+
+def test_an_ensemble_is_not_ready_without_its_models(repository: Repository) -> None:
+    add_ensembles(repository, "one")
+    engine = controllable(repository.root)
+    engine.unload("add_one")
+    assert not engine.model("one").is_ready()
+    assert states(engine)["one"] == ("UNAVAILABLE", "model 'add_one' is not ready")
+    engine.close()
+
+
+def test_poll_follows_the_repository(repository: Repository) -> None:
+    repository.add_onnx()
+    engine = local.make_engine(repository.root, timer, ensembles.load)
+    engine.load_all()
+    engine.remember()
+    engine.poll()
+    before = engine.model("add_one")
+    engine.poll()
+    assert engine.model("add_one") is before, "nothing has changed"
+    repository.add_onnx("second")
+    config = repository.root / "add_one" / "config.pbtxt"
+    config.write_text(config.read_text().replace("max_batch_size: 8", "max_batch_size: 5"))
+    engine.poll()
+    assert engine.model("add_one").config.max_batch_size == 5
+    assert states(engine)["second"] == ("READY", "")
+    config.write_text("not a configuration")
+    engine.poll()
+    assert engine.model("add_one").config.max_batch_size == 5, "a broken change leaves what is served"
+    for name in ("add_one", "second"):
+        (repository.root / name).rename(repository.root.parent / name)
+    engine.poll()
+    assert engine.models() == []
+    assert states(engine) == {}
     engine.close()

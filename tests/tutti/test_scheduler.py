@@ -127,8 +127,8 @@ def test_close_answers_what_still_waits_when_time_is_up() -> None:
 
 
 class FailingBackend:
-    def execute(self, requests: Sequence[InferRequest]) -> Sequence[InferResponse | Exception]:
-        raise ValueError(f"{len(requests)} requests are too many")
+    def execute(self, calls: Sequence[Call]) -> Sequence[InferResponse | Exception]:
+        raise ValueError(f"{len(calls)} requests are too many")
 
     def close(self) -> None:
         pass
@@ -155,8 +155,8 @@ class BrokenSink:
 
 
 class EchoBackend:
-    def execute(self, requests: Sequence[InferRequest]) -> Sequence[InferResponse | Exception]:
-        return [InferResponse("m", "1", []) for _ in requests]
+    def execute(self, calls: Sequence[Call]) -> Sequence[InferResponse | Exception]:
+        return [InferResponse("m", "1", []) for _ in calls]
 
     def close(self) -> None:
         pass

@@ -1,33 +1,78 @@
 """Backends, one file each: a `load` that makes a model's instances. Each imports its library only when used."""
 
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, cast
 
-from tutti.config import ModelConfig
+from tutti import rows
+from tutti.config import InstanceGroup, ModelConfig
 from tutti.errors import ConfigError
 from tutti.repository import ModelFolder
 from tutti.scheduler import Backend
+from tutti.types import Call, Infer, InferResponse, Tensor
 
 SUPPORTED = ("onnxruntime", "python")
 
 
 class BackendModule(Protocol):
-    def load(self, folder: ModelFolder, version: int) -> list[Backend]:
+    def load(self, folder: ModelFolder, version: int, infer: Infer) -> list[Backend]:
         """One backend per configured instance. Raises ConfigError with the reason."""
 
 
-def load(folder: ModelFolder, version: int) -> list[Backend]:
-    """The instances of one model version. Raises ConfigError when its backend is missing or refuses it."""
+def load(folder: ModelFolder, version: int, infer: Infer) -> list[Backend]:
+    """The instances of one model version; `infer` answers what they ask of other models.
+
+    Raises ConfigError when its backend is missing or refuses it.
+    """
     name = folder.config.backend
     if name not in SUPPORTED:
         raise ConfigError(f"model '{folder.config.name}': backend: '{name}' is not one of {', '.join(SUPPORTED)}")
     module = cast(BackendModule, importlib.import_module(f"tutti.backends.{name}"))
-    return module.load(folder, version)
+    loaded = module.load(folder, version, infer)
+    if any(spec.reshape is not None for spec in (*folder.config.inputs, *folder.config.outputs)):
+        return [Reshaped(folder.config, backend) for backend in loaded]
+    return loaded
 
 
-def instance_count(config: ModelConfig) -> int:
-    return sum(group.count * max(1, len(group.gpus)) for group in config.instance_groups)
+class Reshaped:
+    """A backend whose model has other shapes than its clients see: the `reshape` of inputs and outputs."""
+
+    def __init__(self, config: ModelConfig, backend: Backend) -> None:
+        if config.is_decoupled:
+            raise ConfigError(f"model '{config.name}': reshape: is not supported for a decoupled model")
+        self._backend = backend
+        self._is_batched = config.is_batched
+        self._inputs = {spec.name: spec for spec in config.inputs if spec.reshape is not None}
+        self._outputs = {spec.name: spec for spec in config.outputs if spec.reshape is not None}
+
+    def execute(self, calls: Sequence[Call]) -> Sequence[InferResponse | Exception | None]:
+        for call in calls:
+            inputs = call.request.inputs
+            for name, spec in self._inputs.items():
+                if name in inputs:
+                    inputs[name] = rows.reshape(inputs[name], spec.dims, spec.model_dims, self._is_batched)
+        answers = self._backend.execute(calls)
+        for answer in answers:
+            if isinstance(answer, InferResponse):
+                answer.outputs = [self._as_configured(tensor) for tensor in answer.outputs]
+        return answers
+
+    def close(self) -> None:
+        self._backend.close()
+
+    def _as_configured(self, tensor: Tensor) -> Tensor:
+        spec = self._outputs.get(tensor.name)
+        if spec is None or len(tensor.shape) != len(spec.model_dims) + self._is_batched:
+            return tensor
+        return rows.reshape(tensor, spec.model_dims, spec.dims, self._is_batched)
+
+
+def instances(config: ModelConfig) -> list[tuple[InstanceGroup, int]]:
+    """Each instance's group and device."""
+    return [
+        (group, device) for group in config.instance_groups for device in group.gpus or (0,) for _ in range(group.count)
+    ]
 
 
 def model_file(folder: ModelFolder, version: int, default: str) -> Path:

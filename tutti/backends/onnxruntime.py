@@ -16,7 +16,7 @@ from tutti.dtypes import NUMPY, to_config
 from tutti.errors import ConfigError, InferError, Internal, InvalidArgument
 from tutti.repository import ModelFolder
 from tutti.scheduler import Backend
-from tutti.types import InferRequest, InferResponse, Tensor
+from tutti.types import Call, Infer, InferRequest, InferResponse, Tensor
 
 _COMPLETED_BATCH_SIZE = 4
 _ORT_TYPES = {
@@ -27,7 +27,7 @@ _ORT_TYPES = {
 }  # fmt: skip
 
 
-def load(folder: ModelFolder, version: int) -> list[Backend]:
+def load(folder: ModelFolder, version: int, infer: Infer) -> list[Backend]:
     """One session, shared by the model's instances: ONNX Runtime's Run is thread-safe and weights are kept once."""
     config = folder.config
     path = backends.model_file(folder, version, "model.onnx")
@@ -36,7 +36,7 @@ def load(folder: ModelFolder, version: int) -> list[Backend]:
     except Exception as error:
         raise ConfigError(f"model '{config.name}': onnxruntime cannot load {path.name}: {error}") from None
     _check_tensors(config, session)
-    return [OnnxBackend(config, str(version), session) for _ in range(backends.instance_count(config))]
+    return [OnnxBackend(config, str(version), session) for _ in backends.instances(config)]
 
 
 def complete(proto: Any, path: Path) -> None:
@@ -54,10 +54,15 @@ def complete(proto: Any, path: Path) -> None:
     if not proto.max_batch_size and not proto.input and not proto.output and is_batched:
         proto.max_batch_size = _COMPLETED_BATCH_SIZE
         proto.dynamic_batching.SetInParent()
+    sequences = proto.sequence_batching
+    own = {control.name for control in sequences.control_input}  # the server feeds and reads these itself
+    own.update(name for state in sequences.state for name in (state.input_name, state.output_name))
     for field, given in ((proto.input, session.get_inputs()), (proto.output, session.get_outputs())):
         if field:
             continue
         for node in given:
+            if node.name in own:
+                continue
             datatype = _ORT_TYPES.get(node.type)
             if datatype is None:
                 raise ConfigError(f"model '{proto.name}': tensor '{node.name}' has type {node.type}")
@@ -74,6 +79,10 @@ def _quiet() -> Any:
 
 def _options(config: ModelConfig) -> Any:
     options = _quiet()
+    level = config.proto.optimization.graph.level
+    if level:  # -1 is basic optimizations, 1 and more are extended ones, as in Triton's backend
+        levels = ort.GraphOptimizationLevel
+        options.graph_optimization_level = levels.ORT_ENABLE_BASIC if level < 0 else levels.ORT_ENABLE_EXTENDED
     # Threads that spin between runs take the cores that the other models and the front-ends need.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     for key in ("intra_op_thread_count", "inter_op_thread_count"):
@@ -118,16 +127,21 @@ class OnnxBackend:
         self._version = version
         self._session = session
         self._datatypes = {spec.name: spec.datatype for spec in config.outputs}
+        for state in config.sequences.states if config.sequences is not None else ():
+            self._datatypes[state.output_name] = state.datatype
         self._text_inputs = frozenset(spec.name for spec in config.inputs if spec.datatype == "BYTES")
 
-    def execute(self, requests: Sequence[InferRequest]) -> Sequence[InferResponse | Exception]:
+    def execute(self, calls: Sequence[Call]) -> Sequence[InferResponse | Exception]:
         """One run for all. Where that fails, each request runs alone, so that only the culprit fails."""
+        return self._execute([call.request for call in calls])
+
+    def _execute(self, requests: Sequence[InferRequest]) -> Sequence[InferResponse | Exception]:
         try:
             return self._run(requests)
         except InferError as error:
             if len(requests) == 1:
                 return [error]
-        return [answer for request in requests for answer in self.execute([request])]
+        return [answer for request in requests for answer in self._execute([request])]
 
     def close(self) -> None:
         """The session ends with its last instance."""

@@ -4,9 +4,12 @@ Each instance has its own TritonPythonModel. execute gets the batch as a list of
 joined, so each request may have tensors of its own shape.
 """
 
+import asyncio
 import contextlib
 import importlib.util
+import inspect
 import json
+import logging
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -16,27 +19,49 @@ from typing import Any
 
 from tutti import backends, config
 from tutti.backends import triton_python_backend_utils as pb_utils
-from tutti.config import ModelConfig
+from tutti.config import InstanceGroup, ModelConfig
 from tutti.errors import ConfigError, InferError, Internal
 from tutti.repository import ModelFolder
 from tutti.scheduler import Backend
-from tutti.types import InferRequest, InferResponse, Tensor
+from tutti.types import Call, Infer, InferRequest, InferResponse, Tensor
 
+_log = logging.getLogger(__name__)
+
+# How long an unload waits for answers that a model still owes.
+FINALIZE_TIMEOUT_S = 30.0
 _import_lock = threading.Lock()
 
 
-def load(folder: ModelFolder, version: int) -> list[Backend]:
-    """Import model.py once, and initialize one TritonPythonModel per instance."""
+def load(folder: ModelFolder, version: int, infer: Infer) -> list[Backend]:
+    """Import model.py once, and initialize one TritonPythonModel per instance. Models may send requests to `infer`."""
     path = backends.model_file(folder, version, "model.py")
+    pb_utils.serve_with(infer)
+    loaded: list[Backend] = []
     try:
         module = _import(path, f"tutti_model_{folder.config.name}_{version}")
-        return [
-            PythonBackend(folder, version, module.TritonPythonModel(), index)
-            for index in range(backends.instance_count(folder.config))
-        ]
+        for index, (group, device) in enumerate(backends.instances(folder.config)):
+            loaded.append(PythonBackend(folder, version, module.TritonPythonModel(), index, group, device))
     except Exception as error:
+        for backend in loaded:
+            backend.close()
         reason = f"{type(error).__name__}: {error}"
         raise ConfigError(f"model '{folder.config.name}': {path.name} failed to load: {reason}") from error
+    return loaded
+
+
+def complete(proto: Any, path: Path) -> None:
+    """Let model.py complete the configuration, where it has `auto_complete_config`. Raises ConfigError."""
+    try:
+        module = _import(path, f"tutti_model_{proto.name}_config")
+        if hasattr(module.TritonPythonModel, "auto_complete_config"):
+            completed = module.TritonPythonModel.auto_complete_config(pb_utils.ModelConfig(proto))
+            if not isinstance(completed, pb_utils.ModelConfig):
+                raise TypeError(f"auto_complete_config returned a {type(completed).__name__}, no ModelConfig")
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(
+            f"model '{proto.name}': {path.name} could not complete its configuration: {reason}"
+        ) from error
 
 
 def _import(path: Path, name: str) -> ModuleType:
@@ -62,34 +87,41 @@ def _beside(folder: Path) -> Iterator[None]:
 class PythonBackend:
     """One instance: a TritonPythonModel."""
 
-    def __init__(self, folder: ModelFolder, version: int, model: Any, index: int) -> None:
+    def __init__(
+        self, folder: ModelFolder, version: int, model: Any, index: int, group: InstanceGroup, device: int
+    ) -> None:
         self._config: ModelConfig = folder.config
         self._version = str(version)
         self._model = model
         self._output_names = tuple(spec.name for spec in folder.config.outputs)
+        self._specs = {spec.name: spec for spec in folder.config.outputs}
+        self._null = InferResponse(self._config.name, self._version, [], is_null=True)
+        self._owed = 0
+        self._settled = threading.Condition()
         if hasattr(model, "initialize"):
-            model.initialize(self._arguments(folder, index))
+            model.initialize(self._arguments(folder, index, group, device))
 
-    def _arguments(self, folder: ModelFolder, index: int) -> dict[str, str]:
+    def _arguments(self, folder: ModelFolder, index: int, group: InstanceGroup, device: int) -> dict[str, str]:
         name = self._config.name
         return {
             "model_config": json.dumps(config.as_json(self._config.proto)),
-            "model_instance_kind": "CPU",
-            "model_instance_name": f"{name}_{index}",
-            "model_instance_device_id": "0",
+            "model_instance_kind": "GPU" if group.kind == "gpu" else "CPU",
+            "model_instance_name": f"{group.name or name}_{index}",
+            "model_instance_device_id": str(device),
             "model_repository": str(folder.path),
             "model_version": self._version,
             "model_name": name,
         }
 
-    def execute(self, requests: Sequence[InferRequest]) -> Sequence[InferResponse | Exception]:
-        answers: list[InferResponse | Exception] = []
+    def execute(self, calls: Sequence[Call]) -> Sequence[InferResponse | Exception | None]:
+        """None where the model answers, or has answered, through a response sender."""
+        answers: list[InferResponse | Exception | None] = []
         passed = []
-        for request in requests:
+        for call in calls:
             try:
-                for tensor in request.inputs.values():
+                for tensor in call.request.inputs.values():
                     tensor.array()
-                passed.append(request)
+                passed.append(call)
                 answers.append(_PENDING)
             except InferError as error:
                 answers.append(type(error)(f"model '{self._config.name}': {error.message}"))
@@ -97,25 +129,71 @@ class PythonBackend:
         return [next(executed) if answer is _PENDING else answer for answer in answers]
 
     def close(self) -> None:
+        """Wait for the answers still owed, then finalize."""
+        with self._settled:
+            if not self._settled.wait_for(lambda: not self._owed, FINALIZE_TIMEOUT_S):
+                _log.warning("model '%s' still owes %d answers and is finalized", self._config.name, self._owed)
         if hasattr(self._model, "finalize"):
-            self._model.finalize()
+            try:
+                self._model.finalize()
+            except Exception:
+                _log.exception("model '%s': finalize failed", self._config.name)
 
-    def _execute(self, requests: list[InferRequest]) -> list[InferResponse | Exception]:
+    def _execute(self, calls: list[Call]) -> list[InferResponse | Exception | None]:
+        is_decoupled = self._config.is_decoupled
+        senders: dict[int, pb_utils.InferenceResponseSender] = {}
+
+        def sender_of(call: Call) -> pb_utils.InferenceResponseSender:
+            sender = senders.get(id(call))
+            if sender is None:
+                with self._settled:
+                    self._owed += 1
+                sender = senders[id(call)] = pb_utils.InferenceResponseSender(
+                    call, self._answer, self._null, is_decoupled, self._paid
+                )
+            return sender
+
+        if is_decoupled:  # a sender that nobody keeps fails its call, so none is forgotten
+            for call in calls:
+                sender_of(call)
         try:
-            responses = self._model.execute([pb_utils.InferenceRequest(r, self._output_names) for r in requests])
+            responses = self._model.execute(
+                [pb_utils.InferenceRequest.received(call, self._output_names, sender_of) for call in calls]
+            )
+            if inspect.isawaitable(responses):
+                responses = asyncio.run(_awaited(responses))
+            self._check(responses, len(calls))
         except Exception as error:
-            raise Internal(f"model '{self._config.name}': execute raised {type(error).__name__}: {error}") from error
-        if not isinstance(responses, list) or len(responses) != len(requests):
-            got = f"{len(responses)} responses" if isinstance(responses, list) else f"a {type(responses).__name__}"
-            raise Internal(f"model '{self._config.name}': execute: expected {len(requests)} responses, got {got}")
-        return [self._answer(request, response) for request, response in zip(requests, responses, strict=True)]
+            _log.debug("model '%s': execute failed", self._config.name, exc_info=True)
+            failure = Internal(f"model '{self._config.name}': execute raised {type(error).__name__}: {error}")
+            for sender in senders.values():
+                sender.fail(failure)
+            return [None if id(call) in senders else failure for call in calls]
+        return [
+            None if response is None and id(call) in senders else self._answer(call, response)
+            for call, response in zip(calls, responses or [None] * len(calls), strict=True)
+        ]
 
-    def _answer(self, request: InferRequest, response: Any) -> InferResponse | Exception:
+    def _paid(self) -> None:
+        with self._settled:
+            self._owed -= 1
+            self._settled.notify_all()
+
+    def _check(self, responses: Any, count: int) -> None:
+        if self._config.is_decoupled:
+            if responses is not None:
+                raise TypeError("a decoupled model's execute returns None and answers through response senders")
+        elif not isinstance(responses, list) or len(responses) != count:
+            got = f"{len(responses)} responses" if isinstance(responses, list) else f"a {type(responses).__name__}"
+            raise TypeError(f"expected {count} responses, got {got}")
+
+    def _answer(self, call: Call, response: Any) -> InferResponse | InferError:
         if not isinstance(response, pb_utils.InferenceResponse):
             return Internal(f"model '{self._config.name}': execute returned a {type(response).__name__}, no response")
         error = response.error()
         if error is not None:
             return error.as_infer_error()
+        request: InferRequest = call.request
         try:
             outputs = {tensor.name: tensor for tensor in pb_utils.to_outputs(response)}
             chosen = [self._checked(outputs, name) for name in request.outputs or self._output_names]
@@ -127,7 +205,7 @@ class PythonBackend:
         return InferResponse(self._config.name, self._version, chosen, parameters)
 
     def _checked(self, outputs: dict[str, Tensor], name: str) -> Tensor:
-        spec = next(spec for spec in self._config.outputs if spec.name == name)
+        spec = self._specs[name]
         tensor = outputs.get(name)
         if tensor is None:
             raise Internal(f"model '{self._config.name}': its response lacks output '{name}'")
@@ -138,6 +216,10 @@ class PythonBackend:
             )
         tensor.datatype = spec.datatype
         return tensor
+
+
+async def _awaited(work: Any) -> Any:
+    return await work
 
 
 _PENDING: Any = object()

@@ -3,18 +3,41 @@
 Names, arguments and results are those of Triton's module, so such a file runs unchanged.
 """
 
+import asyncio
 import json
 import logging
-from collections.abc import Sequence
+import queue
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any, ClassVar
 
 import numpy as np
+from google.protobuf import json_format
 from tritonclient.grpc import model_config_pb2 as pb
 
 from tutti import dtypes, errors
+from tutti.config import as_json
 from tutti.dtypes import Array
-from tutti.types import InferRequest
+from tutti.types import Call, Infer, InferRequest, InferResponse
 from tutti.types import Tensor as _Tensor
+
+TRITONSERVER_REQUEST_FLAG_SEQUENCE_START = 1
+TRITONSERVER_REQUEST_FLAG_SEQUENCE_END = 2
+TRITONSERVER_RESPONSE_COMPLETE_FINAL = 1
+TRITONSERVER_REQUEST_RELEASE_ALL = 1
+TRITONSERVER_REQUEST_RELEASE_RESCHEDULE = 2
+TRITONSERVER_MEMORY_CPU = 0
+TRITONSERVER_MEMORY_GPU = 1
+
+# Where exec and async_exec send their requests: the server this process runs.
+_infer: Infer | None = None
+
+
+def serve_with(infer: Infer) -> None:
+    """Not for models: the server says what answers their requests to other models."""
+    global _infer
+    _infer = infer
 
 
 class TritonModelException(Exception):
@@ -46,6 +69,14 @@ class TritonError:
     def as_infer_error(self) -> errors.InferError:
         return self._CLASSES.get(self._code, errors.Internal)(self._message)
 
+    @classmethod
+    def of(cls, error: errors.InferError) -> "TritonError":
+        code = next((code for code, kind in cls._CLASSES.items() if isinstance(error, kind)), cls.INTERNAL)
+        return cls(error.message, code)
+
+    def __str__(self) -> str:
+        return self._message
+
 
 class Tensor:
     """A named tensor over a numpy array."""
@@ -54,8 +85,28 @@ class Tensor:
         self._name = name
         self._array = np.asarray(array)
 
+    @classmethod
+    def from_dlpack(cls, name: str, tensor: Any) -> "Tensor":
+        """A tensor over anything with `__dlpack__` on the CPU, as torch's and cupy's arrays, without a copy."""
+        return cls(name, np.from_dlpack(tensor))
+
+    def to_dlpack(self) -> Any:
+        # A read-only array, as one over the wire's bytes is, cannot be exported.
+        array = self._array if self._array.flags.writeable else self._array.copy()
+        return array.__dlpack__()
+
+    def __dlpack__(self, **options: Any) -> Any:
+        array = self._array if self._array.flags.writeable else self._array.copy()
+        return array.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self._array.__dlpack_device__()
+
     def name(self) -> str:
         return self._name
+
+    def shape(self) -> list[int]:
+        return list(self._array.shape)
 
     def as_numpy(self) -> Array:
         """BYTES tensors are object arrays of bytes."""
@@ -68,12 +119,162 @@ class Tensor:
         return True
 
 
-class InferenceRequest:
-    """One request of the batch, as execute sees it."""
+class PreferredMemory:
+    """Where a model would like its outputs. They are always in host memory."""
 
-    def __init__(self, request: InferRequest, output_names: Sequence[str]) -> None:
-        self._request = request
-        self._output_names = output_names
+    def __init__(self, preferred_memory_type: int = TRITONSERVER_MEMORY_CPU, preferred_device_id: int = 0) -> None:
+        self.preferred_memory_type = preferred_memory_type
+        self.preferred_device_id = preferred_device_id
+
+
+class InferenceTrace:
+    """A request's trace, to hand on to requests made in its name."""
+
+    def __init__(self, trace: Any = None) -> None:
+        self._trace = trace
+
+    def get_context(self) -> str | None:
+        return getattr(self._trace, "context", None)
+
+
+class InferenceResponse:
+    """The answer to one request: its outputs, or an error."""
+
+    def __init__(
+        self,
+        output_tensors: Sequence[Tensor] = (),
+        error: TritonError | str | None = None,
+        parameters: str | Mapping[str, Any] | None = None,
+    ) -> None:
+        self._outputs = list(output_tensors)
+        self._error = TritonError(error) if isinstance(error, str) else error
+        self._parameters: dict[str, Any] = (
+            json.loads(parameters or "{}") if isinstance(parameters, str) else dict(parameters or {})
+        )
+
+    def output_tensors(self) -> list[Tensor]:
+        return self._outputs
+
+    def has_error(self) -> bool:
+        return self._error is not None
+
+    def error(self) -> TritonError | None:
+        return self._error
+
+    def parameters(self) -> str:
+        return json.dumps(self._parameters)
+
+
+class InferenceResponseSender:
+    """Sends the answers to one request: any number for a decoupled model, one for others."""
+
+    def __init__(
+        self,
+        call: Call,
+        answer_of: Callable[[Call, InferenceResponse], InferResponse | errors.InferError],
+        null: InferResponse,
+        is_decoupled: bool,
+        done: Callable[[], None],
+    ) -> None:
+        self._call = call
+        self._is_decoupled = is_decoupled
+        self._answer_of = answer_of
+        self._null = null
+        self._done = done
+        self._lock = threading.Lock()
+        self._is_closed = False
+
+    def send(self, response: InferenceResponse | None = None, flags: int = 0) -> None:
+        """Send a response, or with TRITONSERVER_RESPONSE_COMPLETE_FINAL the last one, or none. Raises when closed."""
+        if response is not None and not isinstance(response, InferenceResponse):
+            raise TritonModelException(f"send: expected an InferenceResponse, got a {type(response).__name__}")
+        is_final = bool(flags & TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        if response is None and not is_final:
+            raise TritonModelException("send: expected a response, or the final flag")
+        with self._lock:
+            if self._is_closed:
+                if response is None and not self._is_decoupled:
+                    return  # its one answer was the final one
+                raise TritonModelException("Unable to send response. Response sender has been closed.")
+            self._is_closed = is_final
+            answer = self._null if response is None else self._answer_of(self._call, response)
+            emit = self._call.emit if self._is_decoupled and not is_final else None
+            if emit is not None and not isinstance(answer, errors.InferError):
+                emit(answer)
+                return
+            # Only a decoupled model's caller takes several answers; an error is its last.
+            self._is_closed = True
+        self._settle(answer)
+
+    def is_closed(self) -> bool:
+        return self._is_closed
+
+    def is_cancelled(self) -> bool:
+        return self._call.is_cancelled
+
+    def fail(self, error: errors.InferError) -> None:
+        """Not for models: end the answers with an error, unless they have ended."""
+        with self._lock:
+            if self._is_closed:
+                return
+            self._is_closed = True
+        self._settle(error)
+
+    def _settle(self, answer: InferResponse | errors.InferError) -> None:
+        self._done()
+        self._call.finish(answer)
+
+    def __del__(self) -> None:
+        if not self._is_closed:
+            # Not in this thread, which may hold any lock.
+            error = errors.Internal(
+                f"model '{self._call.request.model_name}' dropped the request without a final answer"
+            )
+            threading.Thread(target=self.fail, args=(error,), daemon=True).start()
+
+
+class InferenceRequest:
+    """A request: one of the batch, as execute sees it, or one that a model makes to another model."""
+
+    def __init__(
+        self,
+        request_id: str = "",
+        correlation_id: int | str = 0,
+        inputs: Sequence[Tensor] = (),
+        requested_output_names: Sequence[str] = (),
+        model_name: str = "",
+        model_version: int = -1,
+        flags: int = 0,
+        timeout: int = 0,
+        preferred_memory: PreferredMemory | None = None,
+        trace: InferenceTrace | None = None,
+        parameters: str | Mapping[str, Any] | None = None,
+    ) -> None:
+        given = json.loads(parameters or "{}") if isinstance(parameters, str) else dict(parameters or {})
+        if correlation_id:
+            given["sequence_id"] = correlation_id
+            given["sequence_start"] = bool(flags & TRITONSERVER_REQUEST_FLAG_SEQUENCE_START)
+            given["sequence_end"] = bool(flags & TRITONSERVER_REQUEST_FLAG_SEQUENCE_END)
+        if timeout:
+            given["timeout"] = timeout
+        version = str(model_version) if model_version > 0 else ""
+        tensors = {t.name(): _Tensor.of(t.name(), _text_as_bytes(t.as_numpy())) for t in inputs}
+        self._request = InferRequest(model_name, tensors, version, request_id, tuple(requested_output_names), given)
+        self._output_names: Sequence[str] = tuple(requested_output_names)
+        self._call: Call | None = None
+        self._sender: Callable[[Call], InferenceResponseSender] | None = None
+
+    @classmethod
+    def received(
+        cls, call: Call, output_names: Sequence[str], sender: Callable[[Call], InferenceResponseSender]
+    ) -> "InferenceRequest":
+        """Not for models: a request of a batch."""
+        made = cls.__new__(cls)
+        made._request = call.request
+        made._output_names = output_names
+        made._call = call
+        made._sender = sender
+        return made
 
     def inputs(self) -> list[Tensor]:
         return [Tensor(tensor.name, tensor.array()) for tensor in self._request.inputs.values()]
@@ -91,48 +292,181 @@ class InferenceRequest:
     def model_version(self) -> int:
         return int(self._request.model_version or -1)
 
+    def flags(self) -> int:
+        given = self._request.parameters
+        start = TRITONSERVER_REQUEST_FLAG_SEQUENCE_START if given.get("sequence_start") else 0
+        return start | (TRITONSERVER_REQUEST_FLAG_SEQUENCE_END if given.get("sequence_end") else 0)
+
+    def timeout(self) -> int:
+        """Microseconds; 0 for none."""
+        value = self._request.parameters.get("timeout", 0)
+        return value if isinstance(value, int) else 0
+
     def parameters(self) -> str:
-        """The request's parameters as a JSON object."""
-        return json.dumps(self._request.parameters)
+        """The request's parameters as a JSON object; those of Triton's own meaning have methods of their own."""
+        own = ("sequence_id", "sequence_start", "sequence_end", "priority", "timeout")
+        return json.dumps({key: value for key, value in self._request.parameters.items() if key not in own})
 
     def requested_output_names(self) -> list[str]:
         return list(self._request.outputs or self._output_names)
 
+    def preferred_memory(self) -> PreferredMemory:
+        return PreferredMemory()
+
+    def trace(self) -> InferenceTrace:
+        return InferenceTrace(self._call.trace if self._call is not None else None)
+
     def is_cancelled(self) -> bool:
-        return False
+        """Whether the caller has gone."""
+        return self._call is not None and self._call.is_cancelled
+
+    def set_release_flags(self, flags: int) -> None:
+        if flags & TRITONSERVER_REQUEST_RELEASE_RESCHEDULE:
+            raise TritonModelException("iterative sequences are not supported: a request cannot be rescheduled")
+
+    def get_response_sender(self) -> InferenceResponseSender:
+        if self._call is None or self._sender is None:
+            raise TritonModelException("only a received request has a response sender")
+        return self._sender(self._call)
+
+    def exec(
+        self, decoupled: bool = False, execution_timeout: int | None = None
+    ) -> "InferenceResponse | Iterator[InferenceResponse]":
+        """Have another model answer, and wait. `decoupled` gives an iterator over its answers.
+
+        `execution_timeout` is nanoseconds in all.
+        """
+        answers = _Answers(None if execution_timeout is None else execution_timeout / 1e9)
+        self._submit(answers)
+        if decoupled:
+            return iter(answers)
+        last = InferenceResponse()
+        for response in answers:
+            last = response
+        return last
+
+    async def async_exec(self, decoupled: bool = False, execution_timeout: int | None = None) -> Any:
+        """As exec, awaited."""
+        answers = _Answers(None if execution_timeout is None else execution_timeout / 1e9)
+        self._submit(answers)
+        if decoupled:
+            return iter(answers)
+        await asyncio.wrap_future(answers.ended)
+        last = InferenceResponse()
+        for response in answers:
+            last = response
+        return last
+
+    def _submit(self, answers: "_Answers") -> None:
+        if _infer is None:
+            raise TritonModelException("no server answers requests in this process")
+        call = Call(self._request, answers, None, answers.emit)
+        answers.call = call
+        _infer([call])
 
 
-class InferenceResponse:
-    """The answer to one request: its outputs, or an error."""
+class _Answers:
+    """The answers to a model's own request, in order; a sink."""
 
-    def __init__(
-        self,
-        output_tensors: Sequence[Tensor] = (),
-        error: TritonError | None = None,
-        parameters: str | dict[str, Any] | None = None,
-    ) -> None:
-        self._outputs = list(output_tensors)
-        self._error = TritonError(error) if isinstance(error, str) else error
-        self._parameters: dict[str, Any] = (
-            json.loads(parameters) if isinstance(parameters, str) else dict(parameters or {})
-        )
+    def __init__(self, timeout_s: float | None) -> None:
+        self.call: Call | None = None
+        self.ended: Future[None] = Future()
+        self._timeout_s = timeout_s
+        self._queue: queue.SimpleQueue[InferenceResponse | None] = queue.SimpleQueue()
 
-    def output_tensors(self) -> list[Tensor]:
-        return self._outputs
+    def emit(self, response: InferResponse) -> None:
+        self._queue.put(_response_of(response))
 
-    def has_error(self) -> bool:
-        return self._error is not None
+    def settle(self, calls: Sequence[Call]) -> None:
+        answer = calls[0].answer
+        if isinstance(answer, errors.InferError):
+            self._queue.put(InferenceResponse(error=TritonError.of(answer)))
+        elif answer is not None and not answer.is_null:
+            self._queue.put(_response_of(answer))
+        self._queue.put(None)
+        self.ended.set_result(None)
 
-    def error(self) -> TritonError | None:
-        return self._error
+    def __iter__(self) -> Iterator[InferenceResponse]:
+        while True:
+            try:
+                response = self._queue.get(timeout=self._timeout_s)
+            except queue.Empty:
+                assert self.call is not None
+                self.call.is_cancelled = True
+                yield InferenceResponse(error=TritonError("the request ran out of its execution_timeout"))
+                return
+            if response is None:
+                return
+            yield response
 
-    def parameters(self) -> str:
-        return json.dumps(self._parameters)
+
+def _response_of(response: InferResponse) -> InferenceResponse:
+    return InferenceResponse(
+        [Tensor(tensor.name, tensor.array()) for tensor in response.outputs], parameters=response.parameters
+    )
+
+
+class ModelConfig:
+    """What `auto_complete_config` completes: a model's configuration, as a dictionary in Triton's JSON form."""
+
+    def __init__(self, proto: Any) -> None:
+        self._proto = proto
+
+    def as_dict(self) -> dict[str, Any]:
+        return as_json(self._proto)
+
+    def add_input(self, spec: Mapping[str, Any]) -> None:
+        """Add `{"name", "data_type", "dims"[, "optional"]}`, or check it against what is there."""
+        self._add(self._proto.input, "input", spec)
+
+    def add_output(self, spec: Mapping[str, Any]) -> None:
+        self._add(self._proto.output, "output", spec)
+
+    def _add(self, field: Any, kind: str, spec: Mapping[str, Any]) -> None:
+        unknown = set(spec) - {"name", "data_type", "dims", "optional"}
+        if unknown:
+            raise ValueError(f"model '{self._proto.name}': {kind} has unexpected properties {sorted(unknown)}")
+        for key in ("name", "data_type", "dims"):
+            if key not in spec:
+                raise ValueError(f"model '{self._proto.name}': {kind} lacks the property '{key}'")
+        for known in field:
+            if known.name == spec["name"]:
+                given = (pb.DataType.Value(spec["data_type"]), list(spec["dims"]))
+                if known.data_type and (known.data_type, list(known.dims)) != given:
+                    raise ValueError(
+                        f"model '{self._proto.name}': {kind} '{known.name}' is configured otherwise than "
+                        f"auto_complete_config says: {spec}"
+                    )
+                known.data_type = given[0]
+                known.dims[:] = given[1]
+                return
+        json_format.ParseDict(dict(spec), field.add())
+
+    def set_max_batch_size(self, size: int) -> None:
+        """Where the configuration gives none, or a larger one."""
+        if not self._proto.max_batch_size or self._proto.max_batch_size > size:
+            self._proto.max_batch_size = size
+        elif self._proto.max_batch_size < size:
+            raise ValueError(
+                f"model '{self._proto.name}': max_batch_size is {self._proto.max_batch_size}, "
+                f"auto_complete_config says {size}"
+            )
+
+    def set_dynamic_batching(self) -> None:
+        if not self._proto.HasField("sequence_batching"):
+            self._proto.dynamic_batching.SetInParent()
+
+    def set_model_transaction_policy(self, policy: Mapping[str, bool]) -> None:
+        unknown = set(policy) - {"decoupled"}
+        if unknown:
+            raise ValueError(f"model '{self._proto.name}': model_transaction_policy has unknown {sorted(unknown)}")
+        self._proto.model_transaction_policy.decoupled = policy["decoupled"]
 
 
 class Logger:
     """Triton's model logger, on Python's logging."""
 
+    VERBOSE, INFO, WARNING, ERROR = range(4)
     _log = logging.getLogger("tutti.backends.python.model")
 
     @classmethod
@@ -191,6 +525,22 @@ def numpy_to_triton_type(numpy_type: Any) -> int:
 def triton_string_to_numpy(type_name: str) -> Any:
     """`TYPE_FP32` -> numpy.float32; `TYPE_STRING` -> numpy.object_."""
     return dtypes.NUMPY[dtypes.from_config(type_name)].type
+
+
+def serialize_byte_tensor(tensor: Array) -> Array:
+    """BYTES elements in wire form, as one numpy bytes object."""
+    return np.asarray(dtypes.encode_bytes(tensor.reshape(-1)), dtype=object)
+
+
+def deserialize_bytes_tensor(encoded: bytes) -> Array:
+    """The inverse: a flat object array of bytes."""
+    elements: list[bytes] = []
+    at = 0
+    while at < len(encoded):
+        length = int.from_bytes(encoded[at : at + 4], "little")
+        elements.append(encoded[at + 4 : at + 4 + length])
+        at += 4 + length
+    return np.array(elements, dtype=object)
 
 
 def to_outputs(response: InferenceResponse) -> list[_Tensor]:

@@ -1,0 +1,357 @@
+"""The python backend's API as models use it: senders, BLS, auto-completion, cancellation, finalisation."""
+
+import json
+import textwrap
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.models import Repository
+from tests.serving import Gather, engine_over, infer, wait_until
+from tutti import repository as folders
+from tutti.errors import ConfigError, InferError, Internal, InvalidArgument, Unsupported
+from tutti.types import Call, InferRequest, InferResponse, Tensor
+
+ONE_TO_ONE = """
+    backend: "python" max_batch_size: {rows}
+    input {{ name: "x" data_type: TYPE_INT32 dims: 1 }}
+    output {{ name: "y" data_type: TYPE_INT32 dims: 1 }}
+    {extra}
+"""
+DECOUPLED = ONE_TO_ONE.format(rows=0, extra="model_transaction_policy { decoupled: true }")
+
+
+def add(repository: Repository, name: str, body: str, config: str = ONE_TO_ONE.format(rows=0, extra="")) -> None:
+    """A model from the body of its class."""
+    source = "import json, threading\nimport numpy as np\nimport triton_python_backend_utils as pb_utils\n\n"
+    source += "def value(request):\n    return pb_utils.get_input_tensor_by_name(request, 'x').as_numpy()\n\n"
+    source += "def response(array, **more):\n"
+    source += "    return pb_utils.InferenceResponse([pb_utils.Tensor('y', np.asarray(array, np.int32))], **more)\n\n"
+    source += "class TritonPythonModel:\n" + textwrap.indent(textwrap.dedent(body), "    ")
+    repository.add(name, config, {"model.py": source})
+
+
+def request(model: str, *values: int, **parameters: object) -> InferRequest:
+    x = Tensor.of("x", np.array(values, np.int32))
+    return InferRequest(model, {"x": x}, parameters=dict(parameters))  # type: ignore[arg-type]
+
+
+class Answers:
+    """A caller that takes any number of answers."""
+
+    def __init__(self) -> None:
+        self.emitted: list[InferResponse] = []
+        self.gather = Gather(1)
+
+    def call(self, sent: InferRequest) -> Call:
+        return Call(sent, self.gather, None, self.emitted.append)
+
+    def values(self) -> list[int]:
+        return [int(answer.tensor("y").array()[0]) for answer in self.emitted]
+
+
+COUNT_DOWN = """
+def execute(self, requests):
+    for request in requests:
+        threading.Thread(target=self.answer, args=(request.get_response_sender(), int(value(request)[0]))).start()
+
+def answer(self, sender, count):
+    for n in range(count):
+        sender.send(response([n]))
+    sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+"""
+
+
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_a_decoupled_model_sends_any_number_of_answers(repository: Repository, count: int) -> None:
+    add(repository, "count", COUNT_DOWN, DECOUPLED)
+    with engine_over(repository.root) as engine:
+        answers = Answers()
+        call = answers.call(request("count", count))
+        engine([call])
+        answers.gather.wait()
+        assert answers.values() == list(range(count))
+        assert isinstance(call.answer, InferResponse)
+        assert call.answer.is_null
+
+
+def test_a_decoupled_model_needs_a_caller_that_takes_several_answers(repository: Repository) -> None:
+    add(repository, "count", COUNT_DOWN, DECOUPLED)
+    with engine_over(repository.root) as engine:
+        (answer,) = infer(engine, [request("count", 1)])
+        assert isinstance(answer, Unsupported)
+        assert "model 'count'" in answer.message
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("def execute(self, requests): pass", "dropped the request"),
+        ("def execute(self, requests): raise ValueError('no')", "ValueError: no"),
+        ("def execute(self, requests): return []", "returns None"),
+        (
+            "def execute(self, requests):\n"
+            "    requests[0].get_response_sender().send(pb_utils.InferenceResponse(error=pb_utils.TritonError('bad')))",
+            "bad",
+        ),
+    ],
+)
+def test_what_a_decoupled_model_forgets_is_an_error(repository: Repository, body: str, says: str) -> None:
+    add(repository, "forgets", body, DECOUPLED)
+    with engine_over(repository.root) as engine:
+        answers = Answers()
+        call = answers.call(request("forgets", 1))
+        engine([call])
+        answers.gather.wait()
+        assert isinstance(call.answer, Internal)
+        assert says in call.answer.message
+
+
+def test_a_plain_model_may_answer_through_a_sender_and_after_execute(repository: Repository) -> None:
+    add(
+        repository,
+        "later",
+        """
+        def execute(self, requests):
+            threading.Timer(0.05, self.answer, [requests[0].get_response_sender(), value(requests[0])]).start()
+            return [None]
+
+        def answer(self, sender, x):
+            sender.send(response(x + 1), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        """,
+    )
+    with engine_over(repository.root) as engine:
+        (answer,) = infer(engine, [request("later", 41)])
+        assert isinstance(answer, InferResponse)
+        assert answer.tensor("y").array().tolist() == [42]
+
+
+def test_errors_are_of_one_request_and_parameters_come_back(repository: Repository) -> None:
+    add(
+        repository,
+        "mixed",
+        """
+        def execute(self, requests):
+            return [self.answer(request) for request in requests]
+
+        def answer(self, request):
+            if value(request)[0, 0] < 0:
+                error = pb_utils.TritonError("negative", pb_utils.TritonError.INVALID_ARG)
+                return pb_utils.InferenceResponse(error=error)
+            seen = json.loads(request.parameters())
+            return response(value(request), parameters={"seen": json.dumps(seen), "timeout": request.timeout()})
+        """,
+        ONE_TO_ONE.format(rows=4, extra="dynamic_batching {}"),
+    )
+    with engine_over(repository.root) as engine:
+        sent = [
+            InferRequest("mixed", {"x": Tensor.of("x", np.array([[n]], np.int32))}, parameters={"a": n, "timeout": 9})
+            for n in (-1, 2)
+        ]
+        bad, good = infer(engine, sent)
+        assert isinstance(bad, InvalidArgument)
+        assert bad.message == "negative"
+        assert isinstance(good, InferResponse)
+        assert good.parameters == {"seen": '{"a": 2}', "timeout": 9}
+
+
+BLS = """
+def execute(self, requests):
+    return [self.answer(request) for request in requests]
+
+def answer(self, request):
+    inner = pb_utils.InferenceRequest(
+        model_name="mode", requested_output_names=["y"], inputs=[pb_utils.Tensor("x", value(request))],
+        parameters={"from": "bls"},
+    )
+    answer = inner.exec()
+    if answer.has_error():
+        return pb_utils.InferenceResponse(error=pb_utils.TritonError("inner: " + answer.error().message()))
+    return response(pb_utils.get_output_tensor_by_name(answer, "y").as_numpy() * 10)
+"""
+ASYNC_BLS = """
+async def execute(self, requests):
+    import asyncio
+    inner = [
+        pb_utils.InferenceRequest(model_name="mode", inputs=[pb_utils.Tensor("x", value(r))]) for r in requests
+    ]
+    answers = await asyncio.gather(*[one.async_exec() for one in inner])
+    return [response(pb_utils.get_output_tensor_by_name(a, "y").as_numpy() * 10) for a in answers]
+"""
+ADD_ONE = "def execute(self, requests): return [response(value(r) + 1) for r in requests]"
+
+
+@pytest.mark.parametrize("body", [BLS, ASYNC_BLS])
+def test_a_model_asks_another(repository: Repository, body: str) -> None:
+    add(repository, "asks", body)
+    add(repository, "mode", ADD_ONE)
+    with engine_over(repository.root) as engine:
+        (answer,) = infer(engine, [request("asks", 3)])
+        assert isinstance(answer, InferResponse)
+        assert answer.tensor("y").array().tolist() == [40]
+
+
+def test_an_error_of_another_model_is_a_value(repository: Repository) -> None:
+    add(repository, "asks", BLS)
+    with engine_over(repository.root) as engine:
+        (answer,) = infer(engine, [request("asks", 3)])
+        assert isinstance(answer, InferError)
+        assert "inner: unknown model 'mode'" in answer.message
+
+
+def test_a_model_iterates_over_a_decoupled_one(repository: Repository) -> None:
+    add(repository, "count", COUNT_DOWN, DECOUPLED)
+    add(
+        repository,
+        "sums",
+        """
+        def execute(self, requests):
+            inner = pb_utils.InferenceRequest(model_name="count", inputs=[pb_utils.Tensor("x", value(requests[0]))])
+            total = sum(int(a.output_tensors()[0].as_numpy()[0]) for a in inner.exec(decoupled=True))
+            return [response([total])]
+        """,
+    )
+    with engine_over(repository.root) as engine:
+        (answer,) = infer(engine, [request("sums", 5)])
+        assert isinstance(answer, InferResponse)
+        assert answer.tensor("y").array().tolist() == [10]
+
+
+def test_a_model_sees_that_its_caller_has_gone(repository: Repository) -> None:
+    add(
+        repository,
+        "waits",
+        """
+        def execute(self, requests):
+            for _ in range(400):
+                if requests[0].is_cancelled():
+                    error = pb_utils.TritonError("stopped", pb_utils.TritonError.CANCELLED)
+                    return [pb_utils.InferenceResponse(error=error)]
+                threading.Event().wait(0.01)
+            return [response(value(requests[0]))]
+        """,
+    )
+    with engine_over(repository.root) as engine:
+        gather = Gather(1)
+        call = Call(request("waits", 1), gather)
+        engine([call])
+        call.is_cancelled = True
+        gather.wait()
+        assert isinstance(call.answer, InferError)
+        assert call.answer.message == "stopped"
+
+
+def test_finalize_comes_after_the_last_answer(repository: Repository, tmp_path: Path) -> None:
+    add(
+        repository,
+        "last",
+        f"""
+        def execute(self, requests):
+            threading.Timer(0.2, self.answer, [requests[0].get_response_sender()]).start()
+
+        def answer(self, sender):
+            with open({str(tmp_path / "order")!r}, "a") as file:
+                file.write("answer ")
+            sender.send(response([1]), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+        def finalize(self):
+            with open({str(tmp_path / "order")!r}, "a") as file:
+                file.write("finalize ")
+        """,
+        DECOUPLED,
+    )
+    with engine_over(repository.root) as engine:
+        answers = Answers()
+        engine([answers.call(request("last", 1))])
+        wait_until(lambda: engine.model("last").statistics.counts.executions == 1)
+    answers.gather.wait()
+    assert (tmp_path / "order").read_text() == "answer finalize "
+
+
+def test_auto_complete_config_fills_in_what_is_missing(repository: Repository) -> None:
+    add(
+        repository,
+        "auto",
+        """
+        @staticmethod
+        def auto_complete_config(config):
+            assert config.as_dict()["name"] == "auto"
+            config.set_max_batch_size(8)
+            config.add_input({"name": "x", "data_type": "TYPE_INT32", "dims": [1]})
+            config.add_output({"name": "y", "data_type": "TYPE_INT32", "dims": [1]})
+            config.set_dynamic_batching()
+            return config
+
+        def execute(self, requests):
+            return [response(value(r)) for r in requests]
+        """,
+        "",
+    )
+    (repository.root / "auto" / "config.pbtxt").unlink()
+    config = folders.open_model(repository.root, "auto").config
+    assert (config.backend, config.max_batch_size, config.batching is not None) == ("python", 8, True)
+    assert [spec.name for spec in (*config.inputs, *config.outputs)] == ["x", "y"]
+
+
+def test_auto_complete_config_that_contradicts_the_configuration_is_refused(repository: Repository) -> None:
+    add(
+        repository,
+        "auto",
+        """
+        @staticmethod
+        def auto_complete_config(config):
+            config.add_input({"name": "x", "data_type": "TYPE_FP32", "dims": [1]})
+            return config
+
+        def execute(self, requests): return []
+        """,
+    )
+    with pytest.raises(ConfigError, match="auto_complete_config"):
+        folders.open_model(repository.root, "auto")
+
+
+def test_arguments_of_initialize(repository: Repository) -> None:
+    add(
+        repository,
+        "told",
+        """
+        def initialize(self, args):
+            config = json.loads(args["model_config"])
+            assert config["max_batch_size"] == 0
+            assert pb_utils.get_output_config_by_name(config, "y")["data_type"] == "TYPE_INT32"
+            self.args = {key: args[key] for key in sorted(args) if key != "model_config"}
+
+        def execute(self, requests):
+            return [response(value(r), parameters={"args": json.dumps(self.args)}) for r in requests]
+        """,
+    )
+    with engine_over(repository.root) as engine:
+        (answer,) = infer(engine, [request("told", 1)])
+        assert isinstance(answer, InferResponse)
+        assert json.loads(str(answer.parameters["args"])) == {
+            "model_instance_device_id": "0",
+            "model_instance_kind": "CPU",
+            "model_instance_name": "told_0",
+            "model_name": "told",
+            "model_repository": str(repository.root / "told"),
+            "model_version": "1",
+        }
+
+
+def test_dlpack_both_ways(repository: Repository) -> None:
+    from tutti.backends.triton_python_backend_utils import Tensor as PbTensor
+
+    array = np.arange(6, dtype=np.float32).reshape(2, 3)
+    there = PbTensor.from_dlpack("x", PbTensor("x", array))
+    np.testing.assert_array_equal(there.as_numpy(), array)
+    assert there.as_numpy().base is not None
+
+
+def test_no_thread_is_left_when_a_model_stops(repository: Repository) -> None:
+    add(repository, "mode", ADD_ONE)
+    before = threading.active_count()
+    with engine_over(repository.root) as engine:
+        infer(engine, [request("mode", 1)])
+    assert threading.active_count() == before

@@ -1,0 +1,120 @@
+"""The response cache: answers of earlier requests with the same inputs, least recently used ones leaving first.
+
+Holds the responses of one process, within a size in bytes; `Cached` puts it in front of a model's Infer.
+"""
+
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+
+from tutti.statistics import ModelStatistics
+from tutti.types import Call, Infer, InferRequest, InferResponse, Sink, Tensor, now_ns, settle
+
+_ENTRY_OVERHEAD = 512
+
+
+def key_of(request: InferRequest, version: int) -> bytes:
+    """A digest of all that decides the answer: model, version, inputs and outputs asked for."""
+    digest = hashlib.blake2b(digest_size=20)
+    digest.update(repr((request.model_name, version, request.outputs)).encode())
+    for name in sorted(request.inputs):
+        tensor = request.inputs[name]
+        raw = tensor.raw()
+        digest.update(repr((name, tensor.datatype, tensor.shape, len(raw))).encode())
+        digest.update(raw)
+    return digest.digest()
+
+
+class ResponseCache:
+    """Responses by key, `size` bytes of them at most. Thread-safe."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._used = 0
+        self._lock = threading.Lock()
+        self._entries: OrderedDict[bytes, tuple[InferResponse, int]] = OrderedDict()
+
+    def get(self, key: bytes) -> InferResponse | None:
+        with self._lock:
+            entry = self._entries.get(key)
+            if entry is None:
+                return None
+            self._entries.move_to_end(key)
+            return entry[0]
+
+    def put(self, key: bytes, response: InferResponse) -> None:
+        """Keep a copy, unless it is larger than the whole cache."""
+        outputs = [Tensor(t.name, t.datatype, t.shape, bytes(t.raw())) for t in response.outputs]
+        size = _ENTRY_OVERHEAD + sum(len(tensor.raw()) for tensor in outputs)
+        if size > self._size:
+            return
+        copy = InferResponse(response.model_name, response.model_version, outputs, dict(response.parameters))
+        with self._lock:
+            old = self._entries.pop(key, None)
+            if old is not None:
+                self._used -= old[1]
+            while self._entries and self._used + size > self._size:
+                _, (_, freed) = self._entries.popitem(last=False)
+                self._used -= freed
+            self._entries[key] = (copy, size)
+            self._used += size
+
+    @property
+    def used(self) -> int:
+        return self._used
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+class Cached:
+    """An `Infer` that asks the cache first. Errors are not kept."""
+
+    def __init__(self, infer: Infer, cache: ResponseCache, version: int, statistics: ModelStatistics) -> None:
+        self._infer = infer
+        self._cache = cache
+        self._version = version
+        self._statistics = statistics
+
+    def __call__(self, calls: Sequence[Call]) -> None:
+        hits: list[Call] = []
+        misses: list[Call] = []
+        started_ns = now_ns()
+        for call in calls:
+            key = key_of(call.request, self._version)
+            found = self._cache.get(key)
+            if found is None:
+                call.sink = _Keep(self, call.sink, key)
+                misses.append(call)
+            else:
+                outputs = [Tensor(t.name, t.datatype, t.shape, t.data) for t in found.outputs]
+                parameters = dict(found.parameters)
+                call.answer = InferResponse(found.model_name, found.model_version, outputs, parameters)
+                hits.append(call)
+        self._statistics.record_cache(hits, misses, started_ns, now_ns())
+        if misses:
+            self._infer(misses)
+        if hits:
+            settle(hits)
+
+    def keep(self, key: bytes, call: Call) -> None:
+        if isinstance(call.answer, InferResponse):
+            self._cache.put(key, call.answer)
+
+
+class _Keep:
+    """The sink of one call whose answer is to be kept."""
+
+    __slots__ = ("_cached", "_key", "_sink")
+
+    def __init__(self, cached: Cached, sink: Sink, key: bytes) -> None:
+        self._cached = cached
+        self._sink = sink
+        self._key = key
+
+    def settle(self, calls: Sequence[Call]) -> None:
+        (call,) = calls
+        call.sink = self._sink
+        self._cached.keep(self._key, call)
+        settle(calls)
