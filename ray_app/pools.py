@@ -6,12 +6,14 @@ GPU before CPU: a batch goes to the first pool, in order of preference, that is 
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ray_app import wire
-from tutti.errors import InferError, Internal, Unavailable
+from ray_app.control import Change, Desired
+from ray_app.replica import Description
+from tutti.errors import Cancelled, InferError, Internal, Unavailable
 from tutti.scheduler import Scheduler
 from tutti.statistics import BatchTimes, ModelStatistics
 from tutti.types import Answer, Call, InferResponse, now_ns, settle
@@ -20,6 +22,8 @@ _log = logging.getLogger(__name__)
 
 PROBE_INTERVAL_S = 0.25
 PROBE_TIMEOUT_S = 2.0
+CONTROL_TIMEOUT_S = 120.0
+CANCEL_INTERVAL_S = 0.1
 MAX_SENDS = 3
 NO_POOL_TIMEOUT_S = 10.0
 POOL_PARAMETER = "tutti_pool"
@@ -31,6 +35,8 @@ class ReplicaState:
 
     replica: str
     models: frozenset[str]
+    id: str = ""
+    generation: int = 0
 
 
 @dataclass(slots=True)
@@ -77,6 +83,8 @@ class Pool:
     status: PoolStatus
     handle: Any
     send: Any
+    stream: Any = None
+    is_catching_up: bool = False
     in_flight: set[asyncio.Task[Any]] = field(default_factory=set)
 
 
@@ -97,6 +105,7 @@ class Router:
         self._changed = asyncio.Condition()
         self._wake = {pool.status.name: asyncio.Event() for pool in pools}
         self._tasks: set[asyncio.Task[Any]] = set()
+        self.desired = Desired()
 
     def start(self) -> None:
         """Begin to probe."""
@@ -117,6 +126,122 @@ class Router:
     def has_model(self, key: str) -> bool:
         return any(pool.status.has_model(key) for pool in self.pools)
 
+    def reason(self, key: str) -> str:
+        """Why a model is not everywhere; "" when it is."""
+        replicas = [replica for pool in self.pools if pool.status.is_up for replica in pool.status.replicas]
+        have = sum(key in replica.models for replica in replicas)
+        if not replicas:
+            return "no replica is up"
+        return "" if have == len(replicas) else f"ready on {have} of {len(replicas)} replicas"
+
+    def places(self, model: str) -> list[tuple[Pool, str]]:
+        """The replicas, by id, of the first pool that is up and has the model, whichever version."""
+        for pool in self.pools:
+            found = [r.id for r in pool.status.replicas if any(key.split("/")[0] == model for key in r.models)]
+            if pool.status.is_up and found:
+                return [(pool, replica) for replica in found]
+        return []
+
+    async def control(self, change: Change) -> list[str]:
+        """Have every replica apply a change of `desired`; returns why some could not.
+
+        A replica that does not answer now is told when it does.
+        """
+        failures: list[str] = []
+        for pool in self.pools:
+            if not pool.status.replicas:
+                continue
+            try:
+                answers = await pool.handle.broadcast("apply", self.desired.since(0)).results_async(
+                    timeout_s=CONTROL_TIMEOUT_S, return_exceptions=True
+                )
+            except Exception as error:
+                _log.warning("pool '%s' did not take a change: %s", pool.status.name, error)
+                continue
+            failures += [answer for answer in answers if isinstance(answer, str) and answer]
+        for pool in self.pools:  # what is known of them has changed
+            self._wake[pool.status.name].set()
+        return failures
+
+    async def send_to(self, pool: Pool, replica: str, calls: Sequence[Call]) -> list[Answer]:
+        """As `infer`, by one replica and no other. Raises Unavailable when it is lost."""
+        message = wire.pack_requests([call.request for call in calls])
+        try:
+            while isinstance(answer := await self._call(pool, message, replica), str):
+                if answer == wire.GONE:
+                    raise Unavailable("it is gone")
+                await self._catch_up(pool)
+        except InferError:
+            raise
+        except asyncio.CancelledError:
+            if pool.status.is_up:
+                raise
+            raise Unavailable("its pool went down") from None
+        except Exception as error:
+            self._fail(pool)
+            raise Unavailable(f"{type(error).__name__}") from None
+        self._count(pool, calls)
+        return [_marked(one, pool) for one in wire.unpack_answers(answer)]
+
+    async def stream(self, call: Call) -> Answer:
+        """Emit the answers of a decoupled call but the last, which is returned.
+
+        A stream that is lost before its first answer begins anew elsewhere.
+        """
+        message = wire.pack_requests([call.request])
+        failed: list[Pool] = []
+        while True:
+            pool = choose(self.pools, failed) or await self._wait_for_pool()
+            answered = False
+            try:
+                async for one in self._stream(pool, message, call):
+                    if isinstance(one, str):
+                        await self._catch_up(pool)
+                        break
+                    answer, is_final = _marked(one[0], pool), one[1]
+                    if is_final:
+                        self._count(pool, [call])
+                        return answer
+                    answered = True
+                    if isinstance(answer, InferResponse) and call.emit is not None:
+                        call.emit(answer)
+            except InferError:
+                raise
+            except Exception as error:
+                self._fail(pool)
+                failed.append(pool)
+                if answered or len(failed) >= MAX_SENDS:
+                    what = f"the replica was lost while it answered: {type(error).__name__}"
+                    raise Unavailable(f"model '{call.request.model_name}': {what}") from None
+
+    async def _stream(
+        self, pool: Pool, message: wire.BatchMessage, call: Call
+    ) -> AsyncIterator[str | tuple[Answer, bool]]:
+        """Answers, each with whether it is the last. Raises Cancelled when the caller has gone."""
+        source = pool.stream.remote(message, self.desired.generation)
+        iterator = aiter(source)
+        ahead: asyncio.Task[Any] | None = None
+        try:
+            while True:
+                ahead = ahead or asyncio.ensure_future(anext(iterator, None))
+                await asyncio.wait({ahead}, timeout=CANCEL_INTERVAL_S)
+                if call.is_cancelled:
+                    source.cancel()
+                    raise Cancelled(f"the request to model '{call.request.model_name}' was cancelled by its caller")
+                if not ahead.done():
+                    continue
+                got, ahead = ahead.result(), None
+                if got is None:
+                    raise Unavailable("the stream ended before its last answer")
+                if isinstance(got, str):
+                    yield got
+                    return
+                (answer,) = wire.unpack_answers(got[0])
+                yield answer, got[1]
+        finally:
+            if ahead is not None:
+                ahead.cancel()
+
     async def infer(self, calls: Sequence[Call]) -> list[Answer]:
         """One answer per call. Raises Unavailable when no pool comes up in time, Internal when every send was lost."""
         message = wire.pack_requests([call.request for call in calls])
@@ -125,7 +250,11 @@ class Router:
         while len(failed) < MAX_SENDS:
             pool = choose(self.pools, failed) or await self._wait_for_pool()
             try:
-                answers = wire.unpack_answers(await self._call(pool, message))
+                answer = await self._call(pool, message)
+                if isinstance(answer, str):
+                    await self._catch_up(pool)
+                    continue
+                answers = wire.unpack_answers(answer)
             except asyncio.CancelledError:
                 if pool.status.is_up:
                     raise
@@ -140,12 +269,28 @@ class Router:
             failed.append(pool)
         raise Internal(f"model '{message[0]}': {MAX_SENDS} replicas were lost while they held the request: {lost}")
 
-    async def _call(self, pool: Pool, message: wire.BatchMessage) -> wire.AnswerMessage:
+    async def _catch_up(self, pool: Pool) -> None:
+        """Tell the pool's replicas what they have missed, unless somebody does so already."""
+        if pool.is_catching_up:
+            await asyncio.sleep(PROBE_INTERVAL_S / 5)
+            return
+        pool.is_catching_up = True
+        try:
+            await pool.handle.broadcast("apply", self.desired.since(0)).results_async(
+                timeout_s=CONTROL_TIMEOUT_S, return_exceptions=True
+            )
+        except Exception as error:
+            _log.debug("pool '%s' could not be told of changes: %s", pool.status.name, error)
+            await asyncio.sleep(PROBE_INTERVAL_S)
+        finally:
+            pool.is_catching_up = False
+
+    async def _call(self, pool: Pool, message: wire.BatchMessage, to: str = "") -> wire.AnswerMessage | str:
         task = asyncio.current_task()
         assert task is not None
         pool.in_flight.add(task)
         try:
-            answer: wire.AnswerMessage = await pool.send.remote(message)
+            answer: wire.AnswerMessage | str = await pool.send.remote(message, self.desired.generation, to=to)
             return answer
         finally:
             pool.in_flight.discard(task)
@@ -193,16 +338,20 @@ class Router:
             _log.debug("pool '%s' did not answer a probe: %s", pool.status.name, error)
             pool.status.missed()
             return
-        pool.status.saw([ReplicaState(name, frozenset(models)) for name, models in map(_described, answers) if name])
+        pool.status.saw(
+            [
+                ReplicaState(answer.name, frozenset(answer.models), answer.id, answer.generation)
+                for answer in answers
+                if isinstance(answer, Description)
+            ]
+        )
+        if any(replica.generation < self.desired.generation for replica in pool.status.replicas):
+            self._keep(self._catch_up(pool))
 
     def _keep(self, work: Any) -> None:
         task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-def _described(answer: Any) -> tuple[str, Sequence[str]]:
-    return ("", ()) if isinstance(answer, BaseException) else answer
 
 
 def _marked(answer: Answer, pool: Pool) -> Answer:

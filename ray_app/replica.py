@@ -2,13 +2,35 @@
 
 import asyncio
 import os
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from ray_app import wire
+from ray_app.control import Change
 from ray_app.placement import PoolName
-from tutti.errors import ConfigError
+from tutti.errors import ConfigError, TuttiError
 from tutti.types import Call
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaOptions:
+    """What a replica loads at its start; `models` None is everything."""
+
+    model_repository: str
+    models: tuple[str, ...] | None
+    exits_on_error: bool
+    log_verbose: int
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What a replica says of itself: its id to Serve, a name for people, its ready "name/version"s, its generation."""
+
+    id: str
+    name: str
+    models: tuple[str, ...]
+    generation: int
 
 
 class _Gather:
@@ -31,22 +53,39 @@ class _Gather:
 class Replica:
     """The class of both pools' deployments. Raises ConfigError from its constructor if a model cannot be loaded."""
 
-    async def __init__(self, model_repository: str, pool: PoolName) -> None:  # type: ignore[misc]
+    async def __init__(self, options: ReplicaOptions, pool: PoolName) -> None:  # type: ignore[misc]
         if pool == "cpu":
             os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before any backend looks for a GPU
+        from ray import serve
+
         import ensembles
         from tutti import collector, local
+        from tutti.logs import Logs
 
         self._loop = asyncio.get_running_loop()
+        self._id: str = serve.get_replica_context().replica_id.unique_id
         self._name = f"{pool}-{os.getpid()}"
-        self._engine = local.make_engine(Path(model_repository), local.loop_timer(self._loop), ensembles.load)
-        await asyncio.to_thread(self._engine.load_all)
-        if self._engine.failures():
+        self._generation = 0
+        self._applying = asyncio.Lock()
+        self._logs = Logs(options.log_verbose)
+        self._logs.install()
+        # The gateway decides what may be loaded, and keeps the response cache.
+        self._engine = local.make_engine(
+            Path(options.model_repository), local.loop_timer(self._loop), ensembles.load, True, cache_bytes=0
+        )
+        await asyncio.to_thread(self._engine.load_all, options.models)
+        if self._engine.failures() and options.exits_on_error:
             raise ConfigError("; ".join(self._engine.failures()))
         collector.settle()
 
-    async def infer(self, message: wire.BatchMessage) -> wire.AnswerMessage:
-        """Answers to a batch, in order; a request's error is its answer, never an exception."""
+    async def infer(self, message: wire.BatchMessage, generation: int, to: str = "") -> wire.AnswerMessage | str:
+        """Answers to a batch, in order; a request's error is its answer, never an exception.
+
+        A text instead says why it was not taken: this replica is not the one it is `to`, or is behind `generation`.
+        """
+        refusal = self._refusal(generation, to)
+        if refusal:
+            return refusal
         requests = wire.unpack_requests(message)
         gather = _Gather(len(requests), self._loop)
         calls = [Call(request, gather) for request in requests]
@@ -54,12 +93,59 @@ class Replica:
         await gather.done
         return wire.pack_answers([call.answer for call in calls if call.answer is not None])
 
-    def describe(self) -> tuple[str, list[str]]:
-        """This replica's name, and the models it has ready as "name/version"."""
-        ready = [f"{m.config.name}/{m.version}" for m in self._engine.models() if m.is_ready()]
-        return self._name, ready
+    async def stream(
+        self, message: wire.BatchMessage, generation: int, to: str = ""
+    ) -> AsyncIterator[tuple[wire.AnswerMessage, bool] | str]:
+        """The answers to one request as they come, each with whether it is the last."""
+        from tutti.frontends.answers import Answers
+
+        refusal = self._refusal(generation, to)
+        if refusal:
+            yield refusal
+            return
+        (request,) = wire.unpack_requests(message)
+        answers = Answers()
+        self._engine([answers.call(request)])
+        try:
+            while True:
+                item = await answers.get()
+                yield wire.pack_answers([item.answer]), item.is_final
+                if item.is_final:
+                    return
+        finally:
+            answers.cancel()
+
+    def _refusal(self, generation: int, to: str) -> str:
+        if to and to != self._id:
+            return wire.GONE
+        return wire.BEHIND if generation > self._generation else ""
+
+    async def apply(self, changes: Sequence[Change]) -> str:
+        """Do what of the changes has not been done yet; returns why it failed, "" if it has not."""
+        async with self._applying:
+            for change in changes:
+                if change.generation <= self._generation:
+                    continue
+                try:
+                    await asyncio.to_thread(self._apply, change)
+                except TuttiError as error:
+                    return f"replica {self._name}: {error}"
+                self._generation = change.generation
+            return ""
+
+    def _apply(self, change: Change) -> None:
+        if change.logs is not None:
+            self._logs.update(change.logs)
+        elif change.override is not None:
+            self._engine.load(change.model, change.override)
+        else:
+            self._engine.unload(change.model)
+
+    def describe(self) -> Description:
+        ready = tuple(f"{m.config.name}/{m.version}" for m in self._engine.models() if m.is_ready())
+        return Description(self._id, self._name, ready, self._generation)
 
     def check_health(self) -> None:
         """Asked by Serve: raises when models are not ready, and the replica is replaced."""
-        if not self._engine.is_ready():
+        if any(not model.is_ready() for model in self._engine.models() if not model.config.is_ensemble):
             raise RuntimeError(f"replica {self._name}: models are not ready")

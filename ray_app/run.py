@@ -66,12 +66,13 @@ def _start_ray(options: argparse.Namespace, is_ours: bool) -> None:
 def _run(options: argparse.Namespace, stop: threading.Event, loop: asyncio.AbstractEventLoop) -> None:
     from ray import serve
 
-    from ray_app.app import Arguments, build
+    from ray_app.app import build
+    from ray_app.options import Options
 
     # Serve's own proxies stay off: the gateway owns the ports.
     serve.start(proxy_location="Disabled")
-    given = {name: getattr(options, name) for name in Arguments.model_fields if hasattr(options, name)}
-    arguments = Arguments(**{**given, "model_repository": str(options.model_repository)})
+    given = {name: getattr(options, name) for name in Options.model_fields if hasattr(options, name)}
+    arguments = Options(**{**given, "model_repository": str(options.model_repository)})
     try:
         handle = serve.run(build(arguments), name=APP, route_prefix=None)
     except RuntimeError as error:

@@ -13,6 +13,10 @@ _RequestHead = tuple[str, tuple[str, ...], Parameters, tuple[_TensorHead, ...]]
 BatchMessage = tuple[str, str, list[_RequestHead], bytes]
 AnswerMessage = tuple[list[Any], bytes]
 
+# Why a replica has not taken a message.
+GONE = "gone"
+BEHIND = "behind"
+
 
 def pack_requests(requests: Sequence[InferRequest]) -> BatchMessage:
     """Requests to one model and version."""
@@ -41,7 +45,7 @@ def pack_answers(answers: Sequence[Answer]) -> AnswerMessage:
     for answer in answers:
         if isinstance(answer, InferResponse):
             tensors = _pack(answer.outputs, parts)
-            heads.append((answer.model_name, answer.model_version, answer.parameters, tensors))
+            heads.append((answer.model_name, answer.model_version, answer.parameters, tensors, answer.is_null))
         else:
             heads.append(answer)
     return heads, b"".join(parts)
@@ -57,9 +61,9 @@ def unpack_answers(message: AnswerMessage) -> list[Answer]:
         if not isinstance(head, tuple):
             answers.append(head)
             continue
-        model_name, version, parameters, tensors = head
+        model_name, version, parameters, tensors, is_null = head
         outputs, at = _unpack(tensors, view, at)
-        answers.append(InferResponse(model_name, version, outputs, parameters))
+        answers.append(InferResponse(model_name, version, outputs, parameters, is_null))
     return answers
 
 

@@ -14,21 +14,25 @@ LAYERS = {
     "tutti.batching": 1, "tutti.config": 1, "tutti.rows": 1, "ensembles.graph": 1, "tutti.statistics": 1,
     "tutti.collector": 1,
     "tutti.frontends.http_codec": 1, "tutti.frontends.grpc_codec": 1, "tutti.frontends.http_status": 1,
-    "tutti.frontends.compression": 1, "tutti.classification": 1,
+    "tutti.frontends.compression": 1, "tutti.frontends.generate": 1, "tutti.frontends.gate": 1,
+    "tutti.classification": 1, "tutti.frontends.answers": 2, "tutti.shared_memory": 2, "tutti.logs": 2,
+    "tutti.tracing": 2,
     "tutti.frontends": 1, "ray_app.wire": 1, "ray_app.placement": 1, "ray_app": 1, "ray_app.environment": 1,
     "tutti.repository": 2, "tutti.scheduler": 2, "tutti.sequences": 2,
     "tutti.cache": 2, "tutti.warmup": 2, "tutti.backends": 2, "tutti.model": 2, "ensembles.executor": 2,
     "ensembles": 2,
     "tutti.engine": 3, "tutti.local": 3, "tutti.metrics": 3,
     "tutti.frontends.api": 4, "tutti.frontends.http_api": 4, "tutti.frontends.http": 4,
-    "tutti.frontends.http_connection": 4, "tutti.frontends.grpc": 4,
+    "tutti.frontends.http_connection": 4, "tutti.frontends.grpc": 4, "tutti.frontends.grpc_aio": 4,
+    "tutti.frontends.grpc_methods": 4, "tutti.frontends.setup": 4,
     "tutti.frontends.server": 4, "ray_app.pools": 4, "ray_app.replica": 4, "ray_app.gateway": 4,
+    "ray_app.control": 4, "ray_app.options": 1, "ray_app.routing": 4, "ray_app.sticky": 4,
     "tutti.cli": 5, "ray_app.app": 5, "ray_app.run": 5, "ray_app.processes": 1,
 }  # fmt: skip
 ROOTS = {"tutti.cli", "ray_app.app", "ray_app.run"}
 # Heavy library -> the files that may import it. export/ may import what it exports with.
 HEAVY = {
-    "ray": {"ray_app.app", "ray_app.run"},
+    "ray": {"ray_app.app", "ray_app.run", "ray_app.replica", "ray_app.routing"},
     "torch": set(),
     "transformers": set(),
     "tensorrt": set(),

@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import importlib.util
 import logging
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -11,8 +12,11 @@ from pathlib import Path
 
 from tutti import __version__
 from tutti.errors import ConfigError, TuttiError
+from tutti.frontends import setup
 from tutti.frontends.api import Limits
-from tutti.frontends.server import Addresses, Server
+from tutti.frontends.gate import CATEGORIES
+from tutti.frontends.server import Server
+from tutti.logs import Logs
 
 _log = logging.getLogger("tutti")
 
@@ -51,11 +55,13 @@ def make_parser() -> argparse.ArgumentParser:
     serve.add_argument("--grpc-max-message-size", type=int, default=Limits().max_grpc_message_size, metavar="BYTES")
     serve.add_argument(
         "--model-control-mode",
-        choices=("none", "explicit"),
+        choices=("none", "poll", "explicit"),
         default="none",
-        help="explicit: start with --load-model only, and let clients load and unload (default: none, load everything)",
+        help="poll: follow changes of the repository; explicit: start with --load-model only, and let clients load "
+        "and unload, which with a writable repository is running their code (default: none, load everything)",
     )
     serve.add_argument("--load-model", action="append", metavar="NAME", help="with explicit control; * for all")
+    serve.add_argument("--repository-poll-secs", type=float, default=15.0, metavar="SECONDS", help="with poll control")
     serve.add_argument(
         "--exit-on-error",
         type=_boolean,
@@ -63,7 +69,54 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="BOOL",
         help="exit when a model cannot be loaded (default: true)",
     )
-    serve.add_argument("--log-verbose", type=int, default=0, metavar="LEVEL")
+    serve.add_argument(
+        "--cache-config",
+        default="local,size=1048576",
+        metavar="local,size=BYTES",
+        help="the response cache, for models that ask for it (default: %(default)s; size=0 for none)",
+    )
+    serve.add_argument("--allow-client-shm", action="store_true", help="let clients register system shared memory")
+    access = serve.add_argument_group("access")
+    access.add_argument(
+        "--http-restricted-api",
+        action="append",
+        default=[],
+        metavar="APIS:KEY=VALUE",
+        help=f"comma-separated APIs that need the header KEY: VALUE ({', '.join(CATEGORIES)})",
+    )
+    access.add_argument(
+        "--grpc-restricted-protocol",
+        action="append",
+        default=[],
+        metavar="APIS:KEY=VALUE",
+        help="the same for gRPC, where the header is triton-grpc-protocol-KEY",
+    )
+    access.add_argument("--api-key-file", type=Path, help="one key a line; every call must carry one of them")
+    access.add_argument("--http-header-forward-pattern", type=_pattern, metavar="REGEX")
+    access.add_argument("--grpc-header-forward-pattern", type=_pattern, metavar="REGEX")
+    for protocol in ("http", "grpc"):
+        access.add_argument(f"--{protocol}-use-ssl", action="store_true")
+        access.add_argument(f"--{protocol}-use-ssl-mutual", action="store_true")
+        access.add_argument(f"--{protocol}-server-cert", type=Path, metavar="PEM")
+        access.add_argument(f"--{protocol}-server-key", type=Path, metavar="PEM")
+        access.add_argument(f"--{protocol}-root-cert", type=Path, metavar="PEM")
+    access.add_argument(
+        "--grpc-server",
+        choices=("native", "grpcio"),
+        default="native",
+        help="grpcio is slower; it is used in any case with --grpc-use-ssl (default: native)",
+    )
+    logs = serve.add_argument_group("logs and traces")
+    logs.add_argument("--log-verbose", type=int, default=0, metavar="LEVEL")
+    logs.add_argument("--log-file", default="", metavar="FILE")
+    logs.add_argument("--log-format", choices=("default", "ISO8601"), default="default")
+    logs.add_argument(
+        "--trace-config",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="rate, level, count, log-frequency, mode, triton,file, opentelemetry,url, opentelemetry,resource",
+    )
     ray = serve.add_argument_group("on Ray")
     ray.add_argument("--ray", action="store_true", help="serve through replicas on a Ray cluster")
     ray.add_argument("--ray-address", help="join this cluster (default: start one on this machine)")
@@ -77,8 +130,21 @@ def make_parser() -> argparse.ArgumentParser:
 def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     if options.load_model and options.model_control_mode != "explicit":
         parser.error("--load-model needs --model-control-mode explicit")
-    if options.ray and options.model_control_mode != "none":
-        parser.error("--model-control-mode explicit is not supported with --ray")
+    for protocol in ("http", "grpc"):
+        is_wanted = getattr(options, f"{protocol}_use_ssl") or getattr(options, f"{protocol}_use_ssl_mutual")
+        files = [getattr(options, f"{protocol}_server_{kind}") for kind in ("cert", "key")]
+        if is_wanted and not all(files):
+            parser.error(f"--{protocol}-use-ssl needs --{protocol}-server-cert and --{protocol}-server-key")
+        if getattr(options, f"{protocol}_use_ssl_mutual") and not getattr(options, f"{protocol}_root_cert"):
+            parser.error(f"--{protocol}-use-ssl-mutual needs --{protocol}-root-cert")
+
+
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+        return text
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"not a regular expression: {error}") from None
 
 
 def _boolean(text: str) -> bool:
@@ -88,10 +154,8 @@ def _boolean(text: str) -> bool:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    logging.basicConfig(
-        level=logging.DEBUG if options.log_verbose else logging.INFO,
-        format="%(asctime)s %(levelname).1s %(name)s: %(message)s",
-    )
+    logs = Logs(options.log_verbose, options.log_file, options.log_format)
+    logs.install()
     if options.ray:
         missing = [name for name in ("ray", "psutil") if importlib.util.find_spec(name) is None]
         if missing:
@@ -101,15 +165,11 @@ def _serve(options: argparse.Namespace) -> int:
         return serve_on_ray(options)
     import uvloop
 
-    status: int = uvloop.run(_serve_here(options))
+    status: int = uvloop.run(_serve_here(options, logs))
     return status
 
 
-def addresses(options: argparse.Namespace) -> Addresses:
-    return Addresses(options.host, options.http_port, options.grpc_port, options.metrics_port)
-
-
-async def _serve_here(options: argparse.Namespace) -> int:
+async def _serve_here(options: argparse.Namespace, logs: Logs) -> int:
     import ensembles
     from tutti import collector, local
 
@@ -118,25 +178,38 @@ async def _serve_here(options: argparse.Namespace) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
     is_explicit = options.model_control_mode == "explicit"
-    engine = local.make_engine(options.model_repository, local.loop_timer(loop), ensembles.load, is_explicit)
+    engine = local.make_engine(
+        options.model_repository,
+        local.loop_timer(loop),
+        ensembles.load,
+        is_controllable=is_explicit,
+        cache_bytes=setup.cache_size(options.cache_config),
+    )
+    api = setup.make_api(engine, options, logs)
+    server = Server(api, setup.addresses(options))
     names = (options.load_model or []) if is_explicit and "*" not in (options.load_model or []) else None
+    if options.model_control_mode == "poll":
+        await asyncio.to_thread(engine.remember)
     await asyncio.to_thread(engine.load_all, names)
     if engine.failures() and options.exit_on_error:
         _log.error("%d models could not be loaded (--exit-on-error=false serves the others)", len(engine.failures()))
         await asyncio.to_thread(engine.close)
         return 1
-    limits = Limits(options.http_max_input_size, options.grpc_max_message_size)
-    server = Server(engine, addresses(options), limits)
+    poller: asyncio.Task[None] | None = None
     try:
         await server.start()
         collector.settle()
         _log.info("ready: %d models from %s", len(engine.models()), options.model_repository)
+        if options.model_control_mode == "poll":
+            poller = asyncio.create_task(local.poll_forever(engine, options.repository_poll_secs))
         await stop.wait()
         _log.info("stopping: open requests may end")
     except OSError as error:
         _log.error("cannot listen: %s", error)
         return 1
     finally:
+        if poller is not None:
+            poller.cancel()
         await server.stop()
         await asyncio.to_thread(engine.close)
     return 0

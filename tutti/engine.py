@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from tutti import repository
-from tutti.errors import ConfigError, InvalidArgument, NotFound, TuttiError, Unavailable
+from tutti.errors import ConfigError, Internal, NotFound, TuttiError, Unavailable
 from tutti.model import Model, Served
 from tutti.repository import ModelFolder
 from tutti.statistics import ModelStatistics
@@ -94,7 +94,7 @@ class Engine:
 
         An ensemble's models are loaded with it, where they are not yet. Requests go to the old versions until the new
         ones are ready, and those inside the old ones end there. Raises Unavailable where load is not allowed, and
-        InvalidArgument, the old versions still served, with the reason.
+        Internal, the old versions still served, with the reason.
         """
         self._check_controllable()
         with self._control:
@@ -104,14 +104,12 @@ class Engine:
     def unload(self, name: str, with_dependents: bool = False) -> None:
         """Serve a model no longer: new requests are refused, those inside end. Blocks until they have.
 
-        `with_dependents` unloads an ensemble's models too, but those that another ensemble uses. Raises Unavailable
-        where unload is not allowed, and NotFound for a model that is not loaded.
+        `with_dependents` unloads an ensemble's models too, but those that another ensemble uses. A model that is not
+        loaded is no error. Raises Unavailable where unload is not allowed.
         """
         self._check_controllable()
         with self._control:
-            if name not in self._models:
-                raise NotFound(f"failed to unload '{name}': it is not loaded")
-            closing = self._unload(name)
+            closing = self._unload(name) if name in self._models else []
             if with_dependents:
                 for model in list(closing):
                     for step in model.config.steps:
@@ -176,7 +174,7 @@ class Engine:
             _close(made.values())
             if scratch is not None:
                 scratch.cleanup()
-            raise InvalidArgument(f"failed to load '{name}': {error}") from None
+            raise Internal(f"failed to load '{name}': {error}") from None
         closing += self._replace(name, made).values()
         self._keep_scratch(name, scratch)
         self._failures = {key: why for key, why in self._failures.items() if key[0] != name}
@@ -210,13 +208,13 @@ class Engine:
             self._route(name, version, group)
 
     def model(self, name: str, version: str = "") -> Model:
-        """A served model; version "" is the newest. Raises NotFound, or InvalidArgument where it failed to load."""
+        """A served model; version "" is the newest. Raises NotFound."""
         found = self._newest.get(name) if not version else self._models.get(name, {}).get(version)
         if found is not None:
             return found
         what = f"model '{name}'" + (f" version '{version}'" if version else "")
         if name in self._unloaded or any(failed == name for failed, _ in self._failures):
-            raise InvalidArgument(f"{what} is not ready")
+            raise NotFound(f"{what} has no available versions: it is not ready")
         raise NotFound(f"unknown {what}: not found in the repository")
 
     def models(self) -> list[Model]:
@@ -264,7 +262,7 @@ class Engine:
         while True:  # a model that closes just now has a successor, or is gone
             try:
                 model = self.model(name, version)
-            except (NotFound, InvalidArgument) as error:
+            except NotFound as error:
                 settle_all(calls, error)
                 return
             if model.take(calls):

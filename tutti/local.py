@@ -1,6 +1,7 @@
 """An engine whose models execute in this process. Used by the single process and by each replica on Ray."""
 
 import asyncio
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,6 +19,8 @@ from tutti.scheduler import Backend, InOrder, Scheduler, ThreadInstance, Timer
 from tutti.sequences import SequenceBatcher, zeros
 from tutti.statistics import ModelStatistics
 from tutti.types import Infer, Tensor
+
+_log = logging.getLogger(__name__)
 
 ModelOf = Callable[[str, str], Model]
 EnsembleFactory = Callable[[ModelFolder, int, ModelStatistics, ModelOf, Infer], Infer]
@@ -118,6 +121,16 @@ def _initial(folder: ModelFolder, state: SequenceState) -> Tensor:
                 f"'{state.initial_file}', got {len(tensor.data)}"
             )
     return tensor
+
+
+async def poll_forever(engine: Engine, interval_s: float) -> None:
+    """Follow the repository, for --model-control-mode poll."""
+    while True:
+        await asyncio.sleep(interval_s)
+        try:
+            await asyncio.to_thread(engine.poll)
+        except Exception:
+            _log.exception("the repository could not be polled")
 
 
 def loop_timer(loop: asyncio.AbstractEventLoop) -> Timer:

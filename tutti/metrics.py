@@ -1,14 +1,21 @@
 """Prometheus metrics on Triton's names, read from the statistics at scrape time: nothing is counted per request."""
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import accumulate
 from typing import Any
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
-from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.metrics_core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 
 from tutti.engine import Engine
-from tutti.statistics import Counts
+from tutti.model import Model
+from tutti.statistics import BUCKETS_NS, Counts, Histogram
 
 # name, help, value of one model version's counts
 _COUNTERS: tuple[tuple[str, str, Callable[[Counts], float]], ...] = (
@@ -21,6 +28,19 @@ _COUNTERS: tuple[tuple[str, str, Callable[[Counts], float]], ...] = (
     ("nv_inference_compute_input_duration_us", "Cumulative input time", lambda c: c.compute_input.ns / 1000),
     ("nv_inference_compute_infer_duration_us", "Cumulative inference time", lambda c: c.compute_infer.ns / 1000),
     ("nv_inference_compute_output_duration_us", "Cumulative output time", lambda c: c.compute_output.ns / 1000),
+    ("nv_cache_num_hits_per_model", "Number of cache hits per model", lambda c: c.cache_hit.count),
+    ("nv_cache_num_misses_per_model", "Number of cache misses per model", lambda c: c.cache_miss.count),
+    ("nv_cache_hit_duration_per_model", "Cumulative cache hit time (us)", lambda c: c.cache_hit.ns / 1000),
+    ("nv_cache_miss_duration_per_model", "Cumulative cache miss time (us)", lambda c: c.cache_miss.ns / 1000),
+)
+_GAUGES: tuple[tuple[str, str, Callable[[Model], float]], ...] = (
+    ("nv_inference_pending_request_count", "Requests waiting for execution", lambda m: m.pending()),
+    ("tutti_model_ready", "1 while the model answers", lambda m: float(m.is_ready())),
+)
+# Of the same buckets everywhere: sums over models, processes and machines are right.
+_HISTOGRAMS: tuple[tuple[str, str, Callable[[Counts], Histogram]], ...] = (
+    ("tutti_request_duration_seconds", "Time of successful requests, from arrival to answer", lambda c: c.request_time),
+    ("tutti_queue_duration_seconds", "Time of executed requests in the queue", lambda c: c.queue_time),
 )
 
 Collect = Callable[[], Iterable[Metric]]
@@ -47,14 +67,33 @@ class Metrics:
 
     def collect(self) -> Iterator[Any]:
         models = self._engine.models()
-        for name, text, value in _COUNTERS:
-            family = CounterMetricFamily(name, text, labels=["model", "version"])
+        # A model's metric_tags are labels; the others leave them empty.
+        tags = sorted({tag for model in models for tag in model.config.metric_tags})
+        names = ["model", "version", *tags]
+
+        def labels(model: Model) -> list[str]:
+            return [model.config.name, str(model.version), *(model.config.metric_tags.get(tag, "") for tag in tags)]
+
+        for name, text, count in _COUNTERS:
+            counter = CounterMetricFamily(name, text, labels=names)
             for model in models:
-                family.add_metric([model.config.name, str(model.version)], value(model.statistics.counts))
+                counter.add_metric(labels(model), count(model.statistics.counts))
+            yield counter
+        for name, text, value in _GAUGES:
+            gauge = GaugeMetricFamily(name, text, labels=names)
+            for model in models:
+                gauge.add_metric(labels(model), value(model))
+            yield gauge
+        for name, text, histogram in _HISTOGRAMS:
+            family = HistogramMetricFamily(name, text, labels=names)
+            for model in models:
+                found = histogram(model.statistics.counts)
+                family.add_metric(labels(model), _buckets(found), found.ns / 1e9)
             yield family
-        ready = GaugeMetricFamily("tutti_model_ready", "1 while the model answers", labels=["model", "version"])
-        for model in models:
-            ready.add_metric([model.config.name, str(model.version)], float(model.is_ready()))
-        yield ready
         if self._extra is not None:
             yield from self._extra()
+
+
+def _buckets(histogram: Histogram) -> list[tuple[str, float]]:
+    bounds = [*(str(ns / 1e9) for ns in BUCKETS_NS), "+Inf"]
+    return list(zip(bounds, accumulate(histogram.counts), strict=True))

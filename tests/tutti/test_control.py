@@ -11,7 +11,7 @@ from tests.models import Repository, onnx_add_one
 from tests.serving import infer, timer
 from tutti import local
 from tutti.engine import Engine, Override
-from tutti.errors import InferError, InvalidArgument, NotFound, Unavailable
+from tutti.errors import InferError, Internal, NotFound, Unavailable
 from tutti.types import InferRequest, InferResponse, Tensor
 
 
@@ -48,9 +48,10 @@ def test_a_model_comes_and_goes(repository: Repository) -> None:
     assert isinstance(infer(engine, [ask()])[0], InferResponse)
     engine.unload("add_one")
     assert states(engine) == {"add_one": ("UNAVAILABLE", "unloaded")}
-    assert isinstance(infer(engine, [ask()])[0], InvalidArgument)
-    with pytest.raises(NotFound, match="not loaded"):
-        engine.unload("add_one")
+    (answer,) = infer(engine, [ask()])
+    assert isinstance(answer, NotFound)
+    assert "no available versions" in answer.message
+    engine.unload("add_one")
     engine.load("add_one")
     assert states(engine) == {"add_one": ("READY", "")}
     engine.close()
@@ -60,11 +61,11 @@ def test_a_load_that_fails_leaves_the_old_version_serving(repository: Repository
     repository.add_onnx()
     engine = controllable(repository.root)
     (repository.root / "add_one" / "1" / "model.onnx").write_bytes(b"not a graph")
-    with pytest.raises(InvalidArgument, match=r"failed to load 'add_one'.*onnxruntime cannot load"):
+    with pytest.raises(Internal, match=r"failed to load 'add_one'.*onnxruntime cannot load"):
         engine.load("add_one")
     assert isinstance(infer(engine, [ask()])[0], InferResponse)
     for name in ("nowhere", "../outside", ""):
-        with pytest.raises(InvalidArgument, match="failed to load"):
+        with pytest.raises(Internal, match="failed to load"):
             engine.load(name)
     engine.close()
 
@@ -144,7 +145,7 @@ def test_a_load_may_bring_its_files(repository: Repository) -> None:
 )  # fmt: skip
 def test_files_that_are_no_versions_files_are_refused(repository: Repository, tmp_path: Path, path: str) -> None:
     engine = controllable(repository.root, [])
-    with pytest.raises(InvalidArgument, match="expected VERSION/FILE"):
+    with pytest.raises(Internal, match="expected VERSION/FILE"):
         engine.load("sent", Override(CONFIG % 8, {path: b"x"}))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["models"]
     assert list(repository.root.iterdir()) == []
@@ -156,7 +157,7 @@ def test_names_that_are_no_folders_are_refused(repository: Repository, name: str
     repository.add_onnx()
     engine = controllable(repository.root)
     for override in (None, Override(CONFIG % 8), Override(CONFIG % 8, {"1/model.onnx": onnx_add_one()})):
-        with pytest.raises(InvalidArgument, match="not a valid model name"):
+        with pytest.raises(Internal, match="not a valid model name"):
             engine.load(name, override)
     engine.close()
 
@@ -175,7 +176,7 @@ def test_names_that_are_no_folders_are_refused(repository: Repository, name: str
 def test_overrides_that_do_not_fit_leave_what_is_served(repository: Repository, override: Override, says: str) -> None:
     repository.add_onnx()
     engine = controllable(repository.root)
-    with pytest.raises(InvalidArgument, match=says):
+    with pytest.raises(Internal, match=says):
         engine.load("add_one", override)
     assert isinstance(infer(engine, [ask()])[0], InferResponse)
     engine.close()
@@ -218,7 +219,8 @@ def test_an_ensemble_is_not_ready_without_its_models(repository: Repository) -> 
     engine = controllable(repository.root)
     engine.unload("add_one")
     assert not engine.model("one").is_ready()
-    assert states(engine)["one"] == ("UNAVAILABLE", "model 'add_one' is not ready")
+    assert states(engine)["one"][0] == "UNAVAILABLE"
+    assert "model 'add_one' has no available versions" in states(engine)["one"][1]
     engine.close()
 
 

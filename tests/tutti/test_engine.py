@@ -162,7 +162,7 @@ def test_a_model_that_cannot_load_is_shown_and_the_others_are_served(repository:
         assert states["broken"][0] == "UNAVAILABLE"
         assert "onnxruntime cannot load model.onnx" in states["broken"][1]
         (answer,) = infer(engine, [InferRequest("broken", {})])
-        assert isinstance(answer, InvalidArgument)
+        assert isinstance(answer, NotFound)
         assert "not ready" in answer.message
 
 

@@ -13,7 +13,7 @@ from tritonclient.grpc import service_pb2_grpc
 from tests.models import Repository
 from tests.serving import engine_over, wait_until
 from tutti.engine import Engine
-from tutti.frontends.api import Limits
+from tutti.frontends.api import Api, Limits
 from tutti.frontends.grpc import GrpcFront
 
 LIMIT = 100_000
@@ -31,7 +31,7 @@ def server(repository: Repository) -> Iterator[Running]:
     repository.add_onnx()
     repository.add_slow()
     with engine_over(repository.root) as engine:
-        front = GrpcFront(engine, "127.0.0.1", 0, Limits(max_grpc_message_size=LIMIT))
+        front = GrpcFront(Api(engine, Limits(max_grpc_message_size=LIMIT)), "127.0.0.1", 0)
         port = front.start()
         with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
             yield Running(service_pb2_grpc.GRPCInferenceServiceStub(channel), channel, engine)
@@ -79,7 +79,7 @@ def test_bytes_that_are_no_message(server: Running) -> None:
 
 def test_a_method_that_is_not_offered(server: Running) -> None:
     with pytest.raises(grpc.RpcError) as caught:
-        server.stub.TraceSetting(pb.TraceSettingRequest(), timeout=20)
+        server.channel.unary_unary("/inference.GRPCInferenceService/Nope")(b"", timeout=20)
     assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
 
 

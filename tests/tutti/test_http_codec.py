@@ -89,8 +89,8 @@ def test_outputs_and_their_form() -> None:
 @pytest.mark.parametrize(
     ("header", "binary", "says"),
     [
-        (x(), b"", "either 'data' or 'binary_data_size'"),
-        (x(data=[1, 2], parameters={"binary_data_size": 8}), b"\0" * 8, "either 'data' or"),
+        (x(), b"", "one of 'data', 'binary_data_size' and"),
+        (x(data=[1, 2], parameters={"binary_data_size": 8}), b"\0" * 8, "one of 'data'"),
         (x(data=[1, 2, 3]), b"", "expected 2 elements"),
         (x(data=["a", "b"]), b"", "expected FP32 elements"),
         (x(data=json.loads("[" * 900 + "]" * 900)), b"", "nested more than"),

@@ -16,7 +16,7 @@ from tests.serving import engine_over, wait_until
 from tutti.engine import Engine
 from tutti.frontends import http_api
 from tutti.frontends import http_connection as http
-from tutti.frontends.api import Limits
+from tutti.frontends.api import Api, Limits
 from tutti.frontends.http import HttpFront
 
 MAX_BODY = 10_000
@@ -44,7 +44,7 @@ def server(repository: Repository) -> Iterator[Running]:
     thread.start()
 
     async def start(engine: Engine) -> tuple[HttpFront, int]:
-        front = HttpFront(http_api.make_app(engine), engine, Limits(max_input_size=MAX_BODY))
+        front = HttpFront(http_api.make_app(api := Api(engine, Limits(max_input_size=MAX_BODY))), api)
         return front, await front.start("127.0.0.1", 0)
 
     with engine_over(repository.root) as engine:

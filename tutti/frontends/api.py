@@ -1,70 +1,37 @@
-"""The questions both front-ends answer besides inference, as plain data, and the settings they share."""
+"""What both protocols offer besides the form of a request: one method per question, plain data in and out.
 
+A front-end turns its messages into these calls, and infer requests into `Call`s; everything else it needs to know of
+the server is here: limits, gates, shared memory, traces.
+"""
+
+import base64
+import binascii
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from tutti import SERVER_NAME, __version__
 from tutti.classification import classify
-from tutti.config import ModelConfig
-from tutti.engine import Engine
-from tutti.errors import InferError, Internal, Unsupported
+from tutti.config import ModelConfig, as_json
+from tutti.engine import Engine, Override
+from tutti.errors import InferError, Internal, InvalidArgument
+from tutti.frontends.gate import Gate
+from tutti.logs import Logs
 from tutti.model import Model
+from tutti.shared_memory import Registered, SharedMemory, refuse_cuda
 from tutti.statistics import Duration
-from tutti.types import Call, Infer, InferRequest, InferResponse, settle_all
+from tutti.tracing import Tracer
+from tutti.types import Call, InferRequest, InferResponse, SharedRegion, settle_all
 
 _log = logging.getLogger(__name__)
 
-EXTENSIONS = ["classification", "binary_tensor_data", "model_configuration", "model_repository", "statistics"]
-
-
-def submit(serve: Infer, calls: Sequence[Call]) -> None:
-    """Hand calls over. An Infer never raises; should one do so all the same, its callers get an answer."""
-    try:
-        serve(calls)
-    except Exception as error:
-        _log.exception("a burst of %d calls was not taken", len(calls))
-        settle_all([call for call in calls if call.answer is None], Internal(f"internal error: {type(error).__name__}"))
-
-
-def is_model_ready(engine: Engine, name: str, version: str) -> bool:
-    """Whether the version answers now; false for a model that is not there."""
-    try:
-        return engine.model(name, version).is_ready()
-    except InferError:
-        return False
-
-
-def refuse_control_parameters(name: str, parameters: Mapping[str, Any]) -> None:
-    """Parameters of load and unload, none of which is supported but the default of one. Raises Unsupported."""
-    for key, value in parameters.items():
-        if key != "unload_dependents" or value:
-            raise Unsupported(f"model '{name}': load and unload parameter '{key}' is not supported")
-
-
-def in_classes(engine: Engine, request: InferRequest, response: InferResponse) -> InferResponse:
-    """The response with the outputs that `request.classes` names as their top classes."""
-    model = engine.model(request.model_name, request.model_version)
-    name, is_batched = model.config.name, model.config.is_batched
-    outputs = [
-        classify(name, tensor, request.classes[tensor.name], labels_of(engine, model, tensor.name), is_batched)
-        if tensor.name in request.classes
-        else tensor
-        for tensor in response.outputs
-    ]
-    return InferResponse(response.model_name, response.model_version, outputs, response.parameters)
-
-
-def labels_of(engine: Engine, model: Model, output: str) -> Sequence[str]:
-    """The class names of an output; an ensemble's are those of the step that makes it, where it names none itself."""
-    if output in model.labels:
-        return model.labels[output]
-    for step in model.config.steps:
-        for inner, outer in step.output_map.items():
-            if outer == output:
-                return labels_of(engine, engine.model(step.model_name, step.version), inner)
-    return ()
+_EXTENSIONS = [
+    "classification", "sequence", "model_repository", "model_repository(unload_dependents)", "schedule_policy",
+    "model_configuration", "binary_tensor_data", "parameters", "statistics", "trace", "logging",
+]  # fmt: skip
+_FILE_PREFIX = "file:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,19 +42,229 @@ class Limits:
     max_grpc_message_size: int = 2**31 - 1
 
 
-def server_metadata() -> dict[str, Any]:
-    return {"name": SERVER_NAME, "version": __version__, "extensions": EXTENSIONS}
+@dataclass(frozen=True, slots=True)
+class Access:
+    """Who may call over one protocol, and which of its headers reach the model as parameters."""
+
+    gate: Gate = field(default_factory=Gate)
+    forward: re.Pattern[str] | None = None
+
+    @property
+    def needs_headers(self) -> bool:
+        return self.forward is not None or not self.gate.is_open
+
+    def forward_headers(self, headers: Iterable[tuple[str, str]], request: InferRequest) -> None:
+        """Give the request the matching headers as parameters; its own ones are not replaced."""
+        if self.forward is None:
+            return
+        for name, value in headers:
+            if self.forward.fullmatch(name):
+                request.parameters.setdefault(name, value)
 
 
-def model_metadata(engine: Engine, model: Model) -> dict[str, Any]:
-    config = model.config
-    return {
-        "name": config.name,
-        "versions": engine.versions(config.name),
-        "platform": config.platform,
-        "inputs": _tensors(config, "inputs"),
-        "outputs": _tensors(config, "outputs"),
-    }
+class Api:
+    """One server as its front-ends see it. Errors are InferErrors."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        limits: Limits | None = None,
+        http: Access | None = None,
+        grpc: Access | None = None,
+        shared_memory: SharedMemory | None = None,
+        tracer: Tracer | None = None,
+        logs: Logs | None = None,
+    ) -> None:
+        self.engine = engine
+        self.limits = limits or Limits()
+        self.http = http or Access()
+        self.grpc = grpc or Access()
+        self.shared_memory = shared_memory or SharedMemory()
+        self.tracer = tracer or Tracer()
+        self.logs = logs or Logs()
+
+    def close(self) -> None:
+        """Write what is left of the traces, and let go of clients' memory."""
+        self.tracer.close()
+        self.shared_memory.close()
+
+    # inference
+
+    def submit(self, calls: Sequence[Call]) -> None:
+        """Hand calls over. An Infer never raises; should one do so all the same, its callers get an answer."""
+        try:
+            self.engine(calls)
+        except Exception as error:
+            _log.exception("a burst of %d calls was not taken", len(calls))
+            failed = [call for call in calls if call.answer is None]
+            settle_all(failed, Internal(f"internal error: {type(error).__name__}"))
+
+    def complete(self, call: Call) -> tuple[InferResponse, Mapping[str, SharedRegion]]:
+        """A settled call's response as its request asks for it, and the outputs that are now in shared memory."""
+        answer, request = call.answer, call.request
+        if call.trace is not None:
+            self.tracer.end(call)
+        if isinstance(answer, InferError):
+            raise answer
+        assert answer is not None
+        return self.as_asked(request, answer)
+
+    def as_asked(
+        self, request: InferRequest, response: InferResponse
+    ) -> tuple[InferResponse, Mapping[str, SharedRegion]]:
+        """As `complete`, for one of several answers."""
+        if request.classes:
+            response = self._in_classes(request, response)
+        if not request.shared_outputs:
+            return response, {}
+        return response, self._store(request, response)
+
+    def _store(self, request: InferRequest, response: InferResponse) -> dict[str, SharedRegion]:
+        stored = {}
+        for tensor in response.outputs:
+            region = request.shared_outputs.get(tensor.name)
+            if region is None:
+                continue
+            raw = tensor.raw()
+            if len(raw) > region.byte_size:
+                raise InvalidArgument(
+                    f"model '{request.model_name}': output '{tensor.name}': shared memory size specified with the "
+                    f"request ({region.byte_size} bytes) should be at least {len(raw)} bytes to hold the results"
+                )
+            stored[tensor.name] = SharedRegion(region.name, region.offset, len(raw))
+            self.shared_memory.write(stored[tensor.name], raw)
+        return stored
+
+    def _in_classes(self, request: InferRequest, response: InferResponse) -> InferResponse:
+        """The response with the outputs that `request.classes` names as their top classes."""
+        model = self.engine.model(request.model_name, request.model_version)
+        name, is_batched = model.config.name, model.config.is_batched
+        outputs = [
+            classify(name, tensor, request.classes[tensor.name], self._labels(model, tensor.name), is_batched)
+            if tensor.name in request.classes
+            else tensor
+            for tensor in response.outputs
+        ]
+        return InferResponse(response.model_name, response.model_version, outputs, response.parameters)
+
+    def _labels(self, model: Model, output: str) -> Sequence[str]:
+        """The class names of an output; an ensemble's are those of the step that makes it, unless it names its own."""
+        if output in model.labels:
+            return model.labels[output]
+        for step in model.config.steps:
+            for inner, outer in step.output_map.items():
+                if outer == output:
+                    return self._labels(self.engine.model(step.model_name, step.version), inner)
+        return ()
+
+    # health and metadata
+
+    def is_model_ready(self, name: str, version: str) -> bool:
+        """Whether the version answers now; false for a model that is not there."""
+        try:
+            return self.engine.model(name, version).is_ready()
+        except InferError:
+            return False
+
+    def server_metadata(self) -> dict[str, Any]:
+        shared = ["system_shared_memory"] if self.shared_memory.is_allowed else []
+        return {"name": SERVER_NAME, "version": __version__, "extensions": _EXTENSIONS + shared}
+
+    def model_metadata(self, name: str, version: str = "") -> dict[str, Any]:
+        config = self.engine.model(name, version).config
+        return {
+            "name": config.name,
+            "versions": self.engine.versions(config.name),
+            "platform": config.platform,
+            "inputs": _tensors(config, "inputs"),
+            "outputs": _tensors(config, "outputs"),
+        }
+
+    def model_config(self, name: str, version: str = "") -> Any:
+        """The ModelConfig message."""
+        return self.engine.model(name, version).config.proto
+
+    def model_config_json(self, name: str, version: str = "") -> dict[str, Any]:
+        return as_json(self.model_config(name, version))
+
+    def statistics(self, name: str = "", version: str = "") -> dict[str, Any]:
+        """Triton's statistics extension, times in nanoseconds: of one model, all its versions, or all models."""
+        models = self.engine.models()
+        if name:
+            self.engine.model(name, version)
+            models = [m for m in models if m.config.name == name and (not version or str(m.version) == version)]
+        return {"model_stats": [_model_statistics(model) for model in models]}
+
+    # the repository
+
+    def index(self, only_ready: bool = False) -> list[dict[str, str]]:
+        """Name, version, state and reason of each version known."""
+        return [
+            {"name": e.name, "version": e.version, "state": e.state, "reason": e.reason}
+            for e in self.engine.index()
+            if e.state == "READY" or not only_ready
+        ]
+
+    def load(self, name: str, parameters: Mapping[str, Any]) -> None:
+        """Parameters: `config`, a configuration in JSON, and `file:VERSION/FILE`, its content as bytes or base64.
+
+        Blocks until the model serves.
+        """
+        config: str | None = None
+        files: dict[str, bytes] = {}
+        for key, value in parameters.items():
+            if key == "config" and isinstance(value, str):
+                config = value
+            elif key.startswith(_FILE_PREFIX) and isinstance(value, str | bytes):
+                files[key.removeprefix(_FILE_PREFIX)] = _file_content(name, key, value)
+            else:
+                raise InvalidArgument(
+                    f"model '{name}': load parameter {key[:100]!r}: expected 'config' as text, or 'file:VERSION/FILE'"
+                )
+        self.engine.load(name, Override(config, files) if config is not None or files else None)
+
+    def unload(self, name: str, parameters: Mapping[str, Any]) -> None:
+        """Parameter: `unload_dependents`. Blocks until the model's requests have ended."""
+        for key, value in parameters.items():
+            if key != "unload_dependents" or not isinstance(value, bool):
+                raise InvalidArgument(
+                    f"model '{name}': unload parameter {key[:100]!r}: expected 'unload_dependents' as a boolean"
+                )
+        self.engine.unload(name, bool(parameters.get("unload_dependents", False)))
+
+    # settings
+
+    def trace_settings(self, model: str = "") -> dict[str, Any]:
+        self._check_known(model)
+        return self.tracer.settings(model)
+
+    def update_trace_settings(self, model: str, changes: Mapping[str, Any]) -> dict[str, Any]:
+        self._check_known(model)
+        return self.tracer.update(model, changes)
+
+    def _check_known(self, model: str) -> None:
+        if model and all(model != entry.name for entry in self.engine.index()):
+            raise InvalidArgument(f"Request for unknown model : {model}")
+
+    # shared memory
+
+    def register_shared_memory(self, name: str, key: str, offset: int, byte_size: int) -> None:
+        self.shared_memory.register(name, key, offset, byte_size)
+
+    def shared_memory_status(self, name: str = "") -> list[Registered]:
+        return self.shared_memory.status(name)
+
+    def register_cuda_memory(self) -> None:
+        refuse_cuda()
+
+
+def _file_content(model: str, key: str, value: str | bytes) -> bytes:
+    if isinstance(value, bytes):
+        return value
+    try:
+        return base64.b64decode(value, validate=True)
+    except (binascii.Error, ValueError):
+        raise InvalidArgument(f"model '{model}': load parameter {key[:100]!r}: expected base64") from None
 
 
 def _tensors(config: ModelConfig, which: str) -> list[dict[str, Any]]:
@@ -95,14 +272,12 @@ def _tensors(config: ModelConfig, which: str) -> list[dict[str, Any]]:
     return [{"name": s.name, "datatype": s.datatype, "shape": list(config.wire_shape(s))} for s in specs]
 
 
-def model_statistics(model: Model) -> dict[str, Any]:
-    """Triton's statistics extension, times in nanoseconds."""
+def _model_statistics(model: Model) -> dict[str, Any]:
     counts = model.statistics.counts
-    empty = Duration()
     stats = {
         "success": counts.success, "fail": counts.fail, "queue": counts.queue,
         "compute_input": counts.compute_input, "compute_infer": counts.compute_infer,
-        "compute_output": counts.compute_output, "cache_hit": empty, "cache_miss": empty,
+        "compute_output": counts.compute_output, "cache_hit": counts.cache_hit, "cache_miss": counts.cache_miss,
     }  # fmt: skip
     return {
         "name": model.config.name,
@@ -111,6 +286,7 @@ def model_statistics(model: Model) -> dict[str, Any]:
         "inference_count": counts.inferences,
         "execution_count": counts.executions,
         "inference_stats": {key: _duration(value) for key, value in stats.items()},
+        "response_stats": {},
         "batch_stats": [
             {
                 "batch_size": size,
@@ -120,6 +296,7 @@ def model_statistics(model: Model) -> dict[str, Any]:
             }
             for size, durations in sorted(counts.batches.items())
         ],
+        "memory_usage": [],
     }
 
 

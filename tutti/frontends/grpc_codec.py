@@ -1,6 +1,7 @@
 """ModelInfer messages: protobuf in and out. Pure."""
 
 import math
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -10,7 +11,8 @@ from tritonclient.grpc import service_pb2 as pb
 from tutti import dtypes
 from tutti.errors import InvalidArgument, Unsupported
 from tutti.frontends import http_codec
-from tutti.types import InferRequest, InferResponse, Parameters, Shape, Tensor
+from tutti.frontends.http_codec import ReadShared, no_shared_memory
+from tutti.types import InferRequest, InferResponse, Parameters, Raw, Shape, SharedRegion, Tensor
 
 # Where typed `contents` hold each datatype. FP16 and BF16 travel raw only.
 _CONTENTS = {
@@ -23,7 +25,7 @@ _RAW_TAG = b"\x32"
 _ID_TAG = b"\x1a"
 
 
-def decode(payload: bytes) -> InferRequest:
+def decode(payload: bytes, read_shared: ReadShared = no_shared_memory) -> InferRequest:
     """A serialized ModelInferRequest. Raises InvalidArgument naming the model and the tensor."""
     try:
         message = pb.ModelInferRequest.FromString(payload)
@@ -31,10 +33,18 @@ def decode(payload: bytes) -> InferRequest:
         raise InvalidArgument("the request is not a ModelInferRequest message") from None
     model = message.model_name
     raw = message.raw_input_contents
-    if raw and len(raw) != len(message.inputs):
-        raise _bad(model, f"expected {len(message.inputs)} raw_input_contents, one per input, got {len(raw)}")
+    shared = {}
+    for item in message.inputs:
+        if item.parameters:  # the rare case: a tensor's only parameters are those of shared memory
+            region = http_codec.shared_region(model, f"input '{item.name}'", _parameters(item.parameters))
+            if region is not None:
+                shared[item.name] = region
+    own = len(message.inputs) - len(shared)
+    if raw and len(raw) != own:
+        raise _bad(model, f"expected {own} raw_input_contents, one per input, got {len(raw)}")
     inputs: dict[str, Tensor] = {}
-    for index, item in enumerate(message.inputs):
+    index = -1
+    for item in message.inputs:
         name, datatype = item.name, item.datatype
         shape = tuple(item.shape)
         if name in inputs:
@@ -42,7 +52,15 @@ def decode(payload: bytes) -> InferRequest:
         if datatype not in dtypes.NUMPY:
             raise _bad(model, f"input '{name}': expected a datatype of {', '.join(dtypes.NUMPY)}, got '{datatype}'")
         http_codec.check_shape(model, name, shape)
-        _refuse_parameters(model, name, item.parameters)
+        if name in shared:
+            if item.HasField("contents"):
+                raise _bad(model, f"input '{name}': both contents and shared memory are given")
+            inputs[name] = tensor = Tensor(name, datatype, shape, read_shared(shared[name]))
+            http_codec.check_size(model, tensor, shared[name].byte_size)
+            continue
+        if item.parameters:
+            _refuse_parameters(model, name, item.parameters)
+        index += 1
         if raw:
             if item.HasField("contents"):
                 raise _bad(model, f"input '{name}': both contents and raw_input_contents are given")
@@ -50,18 +68,20 @@ def decode(payload: bytes) -> InferRequest:
             http_codec.check_size(model, tensor, len(raw[index]))
         else:
             inputs[name] = Tensor(name, datatype, shape, _typed(model, name, datatype, shape, item.contents))
-    outputs, classes = _outputs(model, message)
+    outputs, classes, shared_outputs = _outputs(model, message)
     parameters = _parameters(message.parameters)
-    return InferRequest(model, inputs, message.model_version, message.id, outputs, parameters, classes)
+    if parameters:
+        http_codec.check_parameters(model, parameters)
+    return InferRequest(model, inputs, message.model_version, message.id, outputs, parameters, classes, shared_outputs)
 
 
-def encode(response: InferResponse, request_id: str) -> bytes:
-    """A serialized ModelInferResponse; every output goes raw.
+def encode(response: InferResponse, request_id: str, shared: Mapping[str, SharedRegion] | None = None) -> bytes:
+    """A serialized ModelInferResponse; every output goes raw, but for those in `shared`, which are there already.
 
     Concatenated protobuf messages merge, so the unchanging head is serialized once per signature.
     """
     signature = tuple([(t.name, t.datatype, t.shape) for t in response.outputs])
-    head = _head(response.model_name, response.model_version, signature)
+    head = _shared_head(response, shared) if shared else _head(response.model_name, response.model_version, signature)
     parts = [head]
     if request_id:
         encoded = request_id.encode()
@@ -69,9 +89,30 @@ def encode(response: InferResponse, request_id: str) -> bytes:
     if response.parameters:
         parts.append(_parameters_message(response.parameters))
     for tensor in response.outputs:
-        raw = tensor.raw()
+        raw: Raw = b"" if shared and tensor.name in shared else tensor.raw()
         parts += (_RAW_TAG, _varint(len(raw)), raw)  # type: ignore[arg-type]
     return b"".join(parts)
+
+
+def encode_stream(message: bytes) -> bytes:
+    """A serialized ModelInferResponse as a serialized ModelStreamInferResponse."""
+    return b"\x12" + _varint(len(message)) + message
+
+
+def encode_stream_error(message: str, request_id: str) -> bytes:
+    """A serialized ModelStreamInferResponse that carries an error."""
+    response = pb.ModelStreamInferResponse(error_message=message)
+    if request_id:
+        response.infer_response.id = request_id
+    return bytes(response.SerializeToString())
+
+
+def id_of(payload: bytes) -> str:
+    """The id of a request that may be wrong in any way; "" when it cannot be told."""
+    try:
+        return str(pb.ModelInferRequest.FromString(payload).id)
+    except Exception:
+        return ""
 
 
 def _bad(model: str, why: str) -> InvalidArgument:
@@ -103,25 +144,45 @@ def _typed(model: str, name: str, datatype: str, shape: Shape, contents: Any) ->
         raise _bad(model, f"input '{name}': an element does not fit {datatype}") from None
 
 
-def _outputs(model: str, message: Any) -> tuple[tuple[str, ...], dict[str, int]]:
-    """Names asked for, and the classes wanted of them."""
+def _outputs(model: str, message: Any) -> tuple[tuple[str, ...], dict[str, int], dict[str, SharedRegion]]:
+    """Names asked for, the classes wanted of them, and where they go in shared memory."""
     names: list[str] = []
     classes = {}
+    shared = {}
+    if len(message.outputs) > http_codec.MAX_OUTPUTS:
+        raise _bad(model, f"at most {http_codec.MAX_OUTPUTS} outputs can be asked for, got {len(message.outputs)}")
     for item in message.outputs:
         if item.name in names:
             raise _bad(model, f"output '{item.name}' is asked for more than once")
         parameters = _parameters(item.parameters)
         if "classification" in parameters:
             classes[item.name] = http_codec.check_classes(model, item.name, parameters.pop("classification"))
+        region = http_codec.shared_region(model, f"output '{item.name}'", parameters)
+        if region is not None:
+            shared[item.name] = region
+            parameters = {key: value for key, value in parameters.items() if not key.startswith("shared_memory_")}
         _refuse_parameters(model, item.name, parameters)
         names.append(item.name)
-    return tuple(names), classes
+    return tuple(names), classes, shared
 
 
 def _parameters(parameters: Any) -> Parameters:
     return {
         key: getattr(value, value.WhichOneof("parameter_choice") or "string_param") for key, value in parameters.items()
     }
+
+
+def _shared_head(response: InferResponse, shared: Mapping[str, SharedRegion]) -> bytes:
+    message = pb.ModelInferResponse(model_name=response.model_name, model_version=response.model_version)
+    for tensor in response.outputs:
+        output = message.outputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
+        region = shared.get(tensor.name)
+        if region is not None:
+            output.parameters["shared_memory_region"].string_param = region.name
+            output.parameters["shared_memory_byte_size"].int64_param = region.byte_size
+            if region.offset:
+                output.parameters["shared_memory_offset"].int64_param = region.offset
+    return bytes(message.SerializeToString())
 
 
 def _parameters_message(parameters: Parameters) -> bytes:

@@ -7,18 +7,19 @@ The duties of an HTTP/1.1 connection are in http_connection.py.
 import asyncio
 import logging
 import re
+import ssl
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
-from tutti.engine import Engine
 from tutti.errors import InferError, InvalidArgument
 from tutti.frontends import compression, http_codec
-from tutti.frontends.api import Limits, in_classes, submit
+from tutti.frontends.api import Api, Limits
+from tutti.frontends.gate import Gate
 from tutti.frontends.http_codec import ReplyFormat
 from tutti.frontends.http_connection import Connection, Exchange, error_response, response_head
-from tutti.frontends.http_status import status_of
-from tutti.types import Call, InferRequest, InferResponse
+from tutti.frontends.http_status import REFUSED, status_of
+from tutti.types import Call, InferRequest
 
 _log = logging.getLogger(__name__)
 
@@ -32,11 +33,11 @@ AsgiApp = Callable[[Any, Any, Any], Awaitable[None]]
 class HttpFront:
     """One listening HTTP server. Build and use it on one event loop; `settle` may be called from any thread."""
 
-    def __init__(self, app: AsgiApp, engine: Engine | None = None, limits: Limits | None = None) -> None:
-        """With an engine, infer routes are served; `app` answers all else."""
-        self.limits = limits or Limits()
+    def __init__(self, app: AsgiApp, api: Api | None = None) -> None:
+        """With an Api, infer routes are served; `app` answers all else."""
+        self.limits = api.limits if api is not None else Limits()
         self._app = app
-        self._engine = engine
+        self._api = api
         self._loop = asyncio.get_running_loop()
         self._arrived: list[Exchange] = []
         self._headers = http_codec.HeaderCache()
@@ -46,10 +47,10 @@ class HttpFront:
         self._server: asyncio.Server | None = None
         self._sweep: asyncio.TimerHandle | None = None
 
-    async def start(self, host: str, port: int, reuse_port: bool = False) -> int:
+    async def start(self, host: str, port: int, reuse_port: bool = False, tls: ssl.SSLContext | None = None) -> int:
         """Listen; returns the port, chosen by the system for 0."""
         self._server = await self._loop.create_server(
-            lambda: Connection(self), host, port, reuse_port=reuse_port or None, backlog=1024
+            lambda: Connection(self), host, port, reuse_port=reuse_port or None, backlog=1024, ssl=tls
         )
         self._sweep = self._loop.call_later(_SWEEP_S, self._close_idle)
         return int(self._server.sockets[0].getsockname()[1])
@@ -70,7 +71,9 @@ class HttpFront:
 
     def handle(self, exchange: Exchange) -> None:
         """A complete request. Infer requests wait for the end of this turn of the loop."""
-        if self._engine is not None and self._route(exchange.url) is not None:
+        if self._api is not None and self._route(exchange.url) is not None:
+            if not self._api.http.gate.is_open and not self._may_infer(self._api.http.gate, exchange):
+                return
             if exchange.method != b"POST":
                 exchange.connection.respond(exchange, 405, "method not allowed: infer needs POST")
                 return
@@ -78,7 +81,7 @@ class HttpFront:
                 self._loop.call_soon(self._flush)
             self._arrived.append(exchange)
             return
-        task = self._loop.create_task(self._run_app(exchange))
+        task = exchange.task = self._loop.create_task(self._run_app(exchange))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -103,7 +106,14 @@ class HttpFront:
             self._routes[url] = route
         return route
 
+    def _may_infer(self, gate: Gate, exchange: Exchange) -> bool:
+        refusal = gate.check("inference", http_headers(exchange.headers))
+        if refusal:
+            exchange.connection.respond(exchange, *REFUSED[refusal])
+        return not refusal
+
     def _flush(self) -> None:
+        assert self._api is not None
         arrived, self._arrived = self._arrived, []
         calls = []
         for exchange in arrived:
@@ -118,14 +128,17 @@ class HttpFront:
                 continue
             exchange.call = call = Call(request, self, exchange)
             exchange.body = b""
+            if self._api.http.forward is not None:
+                self._api.http.forward_headers(http_headers(exchange.headers).items(), request)
+            if self._api.tracer.is_on:
+                self._api.tracer.begin(call, http_headers(exchange.headers).get("traceparent", ""))
             calls.append(call)
         if calls:
-            assert self._engine is not None
-            submit(self._engine, calls)
+            self._api.submit(calls)
 
     def _decode(self, exchange: Exchange) -> tuple[InferRequest, ReplyFormat]:
         route = self._route(exchange.url)
-        assert route is not None and self._engine is not None
+        assert route is not None and self._api is not None
         name, version = route
         header_length: int | None = None
         for key, value in exchange.headers:
@@ -139,22 +152,18 @@ class HttpFront:
             elif key == b"accept-encoding":
                 exchange.encoding = compression.choose(value.decode("latin-1"))
         if header_length == 0:
-            request = http_codec.decode_raw(self._engine.model(name, version).config, version, exchange.body)
-            return request, http_codec.BINARY_REPLY
-        return http_codec.decode(name, version, exchange.body, header_length, self._headers)
+            config = self._api.engine.model(name, version).config
+            return http_codec.decode_raw(config, version, exchange.body), http_codec.BINARY_REPLY
+        read_shared = self._api.shared_memory.read
+        return http_codec.decode(name, version, exchange.body, header_length, self._headers, read_shared)
 
     def _encode(self, call: Call) -> bytes:
         exchange: Exchange = call.token
-        answer = call.answer
+        assert self._api is not None
         try:
-            if isinstance(answer, InferResponse):
-                if call.request.classes:
-                    assert self._engine is not None
-                    answer = in_classes(self._engine, call.request, answer)
-                header_length, body = http_codec.encode(answer, call.request.id, exchange.reply)
-                return _response(exchange, header_length, body)
-            assert answer is not None
-            raise answer
+            response, shared = self._api.complete(call)
+            header_length, body = http_codec.encode(response, call.request.id, exchange.reply, shared)
+            return _response(exchange, header_length, body)
         except InferError as error:
             return error_response(status_of(error), error.message, exchange.keep_alive)
         except Exception as error:
@@ -162,34 +171,73 @@ class HttpFront:
             return error_response(500, f"internal error: {type(error).__name__}", exchange.keep_alive)
 
     async def _run_app(self, exchange: Exchange) -> None:
-        started: dict[str, Any] = {"status": 500, "headers": []}
-        body: list[bytes] = []
+        """Let the app answer: in one piece, or as it comes where the app sends it in parts."""
+        reply = _Reply(exchange)
+
+        is_received = False
 
         async def receive() -> dict[str, Any]:
+            nonlocal is_received
+            if is_received:  # an app that asks again waits for the client to go: it is cancelled then
+                await asyncio.Event().wait()
+            is_received = True
             return {"type": "http.request", "body": exchange.body, "more_body": False}
 
-        async def send(message: dict[str, Any]) -> None:
-            if message["type"] == "http.response.start":
-                started.update(message)
-            else:
-                body.append(message.get("body", b""))
-
         try:
-            await self._app(_scope(exchange), receive, send)
+            await self._app(_scope(exchange), receive, reply.send)
         except Exception as error:
             _log.exception("%s %s failed", exchange.method.decode("latin-1"), exchange.url.decode("latin-1"))
-            exchange.connection.respond(exchange, 500, f"internal error: {type(error).__name__}")
-            return
-        content = b"".join(body)
-        headers = [header for header in started["headers"] if header[0] != b"content-length"]
-        head = response_head(started["status"], headers, len(content), exchange.keep_alive)
-        exchange.connection.deliver(exchange, head if exchange.method == b"HEAD" else head + content)
+            if exchange.parts is None:
+                exchange.connection.respond(exchange, 500, f"internal error: {type(error).__name__}")
+            else:
+                exchange.connection.abort()  # half a response is out: only a broken connection tells the client
+        finally:
+            exchange.task = None
 
     def _close_idle(self) -> None:
         now = self._loop.time()
         for connection in list(self.connections):
             connection.close_if_idle(now)
         self._sweep = self._loop.call_later(_SWEEP_S, self._close_idle)
+
+
+class _Reply:
+    """An ASGI app's messages as an HTTP/1.1 response, chunked where it comes in parts."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+        self._status = 500
+        self._headers: list[tuple[bytes, bytes]] = []
+        self._is_begun = False
+
+    async def send(self, message: Any) -> None:
+        exchange = self._exchange
+        connection = exchange.connection
+        if message["type"] == "http.response.start":
+            self._status = message["status"]
+            self._headers = [header for header in message.get("headers", ()) if header[0] != b"content-length"]
+            return
+        body: bytes = message.get("body", b"")
+        is_last = not message.get("more_body", False)
+        if is_last and not self._is_begun:
+            head = response_head(self._status, self._headers, len(body), exchange.keep_alive)
+            connection.deliver(exchange, head if exchange.method == b"HEAD" else head + body)
+            return
+        part = b""
+        if not self._is_begun:
+            self._is_begun = True
+            part = response_head(self._status, self._headers, None, exchange.keep_alive)
+        if body:
+            part += b"%x\r\n%b\r\n" % (len(body), body)
+        if is_last:
+            connection.deliver(exchange, part + b"0\r\n\r\n")
+        elif part:
+            await connection.send_part(exchange, part)
+
+
+def http_headers(headers: Sequence[tuple[bytes, bytes]]) -> dict[str, str]:
+    """Names are lower-case; of a repeated header the last one counts."""
+    return {name.decode("latin-1"): value.decode("latin-1") for name, value in headers}
 
 
 def _scope(exchange: Exchange) -> dict[str, Any]:

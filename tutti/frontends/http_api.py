@@ -1,67 +1,122 @@
 """Every HTTP route but infer, as an ordinary ASGI app. Nothing here is on the hot path."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 import orjson
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from tutti.config import as_json
-from tutti.engine import Engine
 from tutti.errors import InferError, InvalidArgument, NotFound
-from tutti.frontends import api
-from tutti.frontends.http_status import status_of
-from tutti.model import Model
+from tutti.frontends import compression, generate
+from tutti.frontends.answers import Answers
+from tutti.frontends.api import Api
+from tutti.frontends.gate import Category, Gate
+from tutti.frontends.http_status import REFUSED, status_of
+from tutti.types import Call, InferResponse
 
 Handler = Callable[[Request], Awaitable[Response]]
+
+_ONE_ANSWER = (
+    "generate expects model to produce exactly 1 response, use generate stream for model that generates various number "
+    "of responses"
+)
 
 
 def json_response(value: Any, status: int = 200) -> Response:
     return Response(orjson.dumps(value), status, media_type="application/json")
 
 
-def make_app(engine: Engine) -> Starlette:
-    """Health, metadata, configuration, statistics and the repository index."""
-    routes = _Routes(engine)
-    model, versioned = "/v2/models/{model}", "/v2/models/{model}/versions/{version}"
+def guarded(gate: Gate, category: Category | None, handler: Handler) -> Handler:
+    """The handler behind the gate."""
+
+    async def guard(request: Request) -> Response:
+        refusal = gate.check(category, request.headers)
+        if refusal:
+            status, message = REFUSED[refusal]
+            return json_response({"error": message}, status)
+        return await handler(request)
+
+    return handler if gate.is_open else guard
+
+
+def make_app(api: Api) -> Starlette:
+    """Health, metadata, configuration, statistics, the repository, settings, shared memory and generate."""
+    routes = _Routes(api)
+    models = ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
+    shm, cuda = "/v2/systemsharedmemory", "/v2/cudasharedmemory"
+    table: list[tuple[Category, str, str, Handler]] = [
+        ("health", "GET", "/-/healthz", routes.live),
+        ("health", "GET", "/v2/health/live", routes.live),
+        ("health", "GET", "/v2/health/ready", routes.ready),
+        ("metadata", "GET", "/v2", routes.server),
+        ("statistics", "GET", "/v2/models/stats", routes.all_statistics),
+        ("model-repository", "POST", "/v2/repository/index", routes.index),
+        ("model-repository", "POST", "/v2/repository/models/{model}/load", routes.load),
+        ("model-repository", "POST", "/v2/repository/models/{model}/unload", routes.unload),
+        ("trace", "GET", "/v2/trace/setting", routes.trace),
+        ("trace", "POST", "/v2/trace/setting", routes.update_trace),
+        ("trace", "GET", "/v2/models/{model}/trace/setting", routes.trace),
+        ("trace", "POST", "/v2/models/{model}/trace/setting", routes.update_trace),
+        ("logging", "GET", "/v2/logging", routes.logs),
+        ("logging", "POST", "/v2/logging", routes.update_logs),
+        ("shared-memory", "GET", f"{shm}/status", routes.shared_status),
+        ("shared-memory", "GET", f"{shm}/region/{{region}}/status", routes.shared_status),
+        ("shared-memory", "POST", f"{shm}/region/{{region}}/register", routes.register_shared),
+        ("shared-memory", "POST", f"{shm}/region/{{region}}/unregister", routes.unregister_shared),
+        ("shared-memory", "POST", f"{shm}/unregister", routes.unregister_shared),
+        ("shared-memory", "GET", f"{cuda}/status", routes.cuda_status),
+        ("shared-memory", "GET", f"{cuda}/region/{{region}}/status", routes.cuda_status),
+        ("shared-memory", "POST", f"{cuda}/region/{{region}}/register", routes.register_cuda),
+        ("shared-memory", "POST", f"{cuda}/region/{{region}}/unregister", routes.unregister_cuda),
+        ("shared-memory", "POST", f"{cuda}/unregister", routes.unregister_cuda),
+    ]
+    for prefix in models:
+        table += [
+            ("metadata", "GET", prefix, routes.metadata),
+            ("health", "GET", f"{prefix}/ready", routes.model_ready),
+            ("model-config", "GET", f"{prefix}/config", routes.config),
+            ("statistics", "GET", f"{prefix}/stats", routes.statistics),
+            ("inference", "POST", f"{prefix}/generate", routes.generate),
+            ("inference", "POST", f"{prefix}/generate_stream", routes.generate_stream),
+        ]
     return Starlette(
-        routes=[
-            Route("/-/healthz", routes.live),
-            Route("/v2", routes.server),
-            Route("/v2/health/live", routes.live),
-            Route("/v2/health/ready", routes.ready),
-            Route("/v2/models/stats", routes.all_statistics),
-            Route("/v2/repository/index", routes.index, methods=["POST"]),
-            Route("/v2/repository/models/{model}/load", routes.load, methods=["POST"]),
-            Route("/v2/repository/models/{model}/unload", routes.unload, methods=["POST"]),
-            *(
-                Route(prefix + suffix, handler)
-                for prefix in (model, versioned)
-                for suffix, handler in (
-                    ("", routes.metadata),
-                    ("/ready", routes.model_ready),
-                    ("/config", routes.config),
-                    ("/stats", routes.statistics),
-                )
-            ),
-        ],
+        routes=_merged(table, api.http.gate),
         exception_handlers={InferError: _infer_error, HTTPException: _http_error},
     )
 
 
-def metrics_app(render: Callable[[], tuple[bytes, str]]) -> Starlette:
+def _merged(table: Sequence[tuple[Category, str, str, Handler]], gate: Gate) -> list[Route]:
+    """One route per path, so that a wrong verb is told from a wrong path."""
+    by_path: dict[str, dict[str, Handler]] = {}
+    for category, method, path, handler in table:
+        by_path.setdefault(path, {})[method] = guarded(gate, category, handler)
+
+    def endpoint(handlers: dict[str, Handler]) -> Handler:
+        async def choose(request: Request) -> Response:
+            handler = handlers.get("GET" if request.method == "HEAD" else request.method)
+            assert handler is not None, "the route admits its methods only"
+            return await handler(request)
+
+        return choose
+
+    return [Route(path, endpoint(handlers), methods=list(handlers)) for path, handlers in by_path.items()]
+
+
+def metrics_app(render: Callable[[], tuple[bytes, str]], gate: Gate) -> Starlette:
     """`GET /metrics`; `render` gives the page and its content type."""
 
     async def metrics(_: Request) -> Response:
         page, content_type = render()
         return Response(page, headers={"content-type": content_type})
 
-    return Starlette(routes=[Route("/metrics", metrics)], exception_handlers={HTTPException: _http_error})
+    return Starlette(
+        routes=[Route("/metrics", guarded(gate, None, metrics))], exception_handlers={HTTPException: _http_error}
+    )
 
 
 async def _infer_error(_: Request, error: Exception) -> Response:
@@ -76,64 +131,169 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 class _Routes:
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-
-    def _model(self, request: Request) -> Model:
-        return self._engine.model(request.path_params["model"], request.path_params.get("version", ""))
+    def __init__(self, api: Api) -> None:
+        self._api = api
 
     async def live(self, _: Request) -> Response:
         return Response()
 
     async def ready(self, _: Request) -> Response:
-        return Response(status_code=200 if self._engine.is_ready() else 400)
+        return Response(status_code=200 if self._api.engine.is_ready() else 400)
 
     async def server(self, _: Request) -> Response:
-        return json_response(api.server_metadata())
+        return json_response(self._api.server_metadata())
 
     async def metadata(self, request: Request) -> Response:
-        return json_response(api.model_metadata(self._engine, self._model(request)))
+        return json_response(self._api.model_metadata(*_model(request)))
 
     async def model_ready(self, request: Request) -> Response:
-        name, version = request.path_params["model"], request.path_params.get("version", "")
-        if not api.is_model_ready(self._engine, name, version):
+        name, version = _model(request)
+        if not self._api.is_model_ready(name, version):
             raise InvalidArgument(f"model '{name}' is not ready")
         return Response()
 
     async def config(self, request: Request) -> Response:
-        return json_response(as_json(self._model(request).config.proto))
+        return json_response(self._api.model_config_json(*_model(request)))
 
     async def statistics(self, request: Request) -> Response:
         try:
-            model = self._model(request)
+            return json_response(self._api.statistics(*_model(request)))
         except NotFound as error:  # a 400 in Triton too
             raise InvalidArgument(error.message) from None
-        return json_response({"model_stats": [api.model_statistics(model)]})
 
     async def all_statistics(self, _: Request) -> Response:
-        return json_response({"model_stats": [api.model_statistics(model) for model in self._engine.models()]})
+        return json_response(self._api.statistics())
 
     async def index(self, request: Request) -> Response:
         only_ready = bool((await _json_object(request)).get("ready", False))
-        return json_response(
-            [
-                {key: value for key in ("name", "version", "state", "reason") if (value := getattr(e, key))}
-                for e in self._engine.index()
-                if e.state == "READY" or not only_ready
-            ]
-        )
+        entries = self._api.index(only_ready)
+        return json_response([{key: value for key, value in entry.items() if value} for entry in entries])
 
     async def load(self, request: Request) -> Response:
-        name = request.path_params["model"]
-        api.refuse_control_parameters(name, (await _json_object(request)).get("parameters") or {})
-        await asyncio.to_thread(self._engine.load, name)
+        await asyncio.to_thread(self._api.load, _model(request)[0], await _parameters(request))
         return Response()
 
     async def unload(self, request: Request) -> Response:
-        name = request.path_params["model"]
-        api.refuse_control_parameters(name, (await _json_object(request)).get("parameters") or {})
-        await asyncio.to_thread(self._engine.unload, name)
+        await asyncio.to_thread(self._api.unload, _model(request)[0], await _parameters(request))
         return Response()
+
+    async def trace(self, request: Request) -> Response:
+        return json_response(self._api.trace_settings(_model(request)[0]))
+
+    async def update_trace(self, request: Request) -> Response:
+        changes = await _json_object(request)
+        return json_response(await asyncio.to_thread(self._api.update_trace_settings, _model(request)[0], changes))
+
+    async def logs(self, _: Request) -> Response:
+        return json_response(self._api.logs.settings())
+
+    async def update_logs(self, request: Request) -> Response:
+        changes = await _json_object(request)
+        return json_response(await asyncio.to_thread(self._api.logs.update, changes))
+
+    async def shared_status(self, request: Request) -> Response:
+        regions = self._api.shared_memory.status(request.path_params.get("region", ""))
+        return json_response(
+            [{"name": r.name, "key": r.key, "offset": r.offset, "byte_size": r.byte_size} for r in regions]
+        )
+
+    async def register_shared(self, request: Request) -> Response:
+        given = await _json_object(request)
+        name = request.path_params["region"]
+        key: Any = given.get("key")
+        offset: Any = given.get("offset", 0)
+        size: Any = given.get("byte_size")
+        if not isinstance(key, str):
+            raise InvalidArgument(f"shared memory region '{name}': register needs a 'key'")
+        for field, value in (("offset", offset), ("byte_size", size)):
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise InvalidArgument(f"shared memory region '{name}': register needs '{field}' as a whole number")
+        self._api.shared_memory.register(name, key, offset, size)
+        return Response()
+
+    async def unregister_shared(self, request: Request) -> Response:
+        self._api.shared_memory.unregister(request.path_params.get("region", ""))
+        return Response()
+
+    async def cuda_status(self, request: Request) -> Response:
+        name = request.path_params.get("region", "")
+        if name:
+            raise NotFound(f"Unable to find cuda shared memory region: '{name}'")
+        return json_response([])
+
+    async def register_cuda(self, _: Request) -> Response:
+        self._api.register_cuda_memory()
+        raise AssertionError("refused above")
+
+    async def unregister_cuda(self, _: Request) -> Response:
+        return Response()
+
+    async def generate(self, request: Request) -> Response:
+        call, answers = await self._submit(request)
+        found: list[InferResponse] = []
+        try:
+            while True:
+                item = await answers.get()
+                if isinstance(item.answer, InferError):
+                    raise item.answer
+                if not item.answer.is_null:
+                    found.append(item.answer)
+                if item.is_final:
+                    break
+        finally:
+            answers.cancel()
+            self._api.tracer.end(call)
+        if len(found) != 1:
+            raise InvalidArgument(f"model '{call.request.model_name}': {_ONE_ANSWER}")
+        return Response(generate.encode(found[0], call.request.id), media_type="application/json")
+
+    async def generate_stream(self, request: Request) -> Response:
+        call, answers = await self._submit(request)
+        # An error before the first answer is the response's status; later ones are events of the stream.
+        first = await answers.get()
+        if isinstance(first.answer, InferError):
+            self._api.tracer.end(call)
+            raise first.answer
+
+        async def events() -> AsyncIterator[bytes]:
+            item = first
+            try:
+                while True:
+                    if isinstance(item.answer, InferError):
+                        yield b"data: %b\n\n" % orjson.dumps({"error": item.answer.message})
+                    elif not item.answer.is_null:
+                        yield b"data: %b\n\n" % generate.encode(item.answer, call.request.id)
+                    if item.is_final:
+                        return
+                    item = await answers.get()
+            finally:
+                answers.cancel()
+                self._api.tracer.end(call)
+
+        return StreamingResponse(events(), media_type="text/event-stream")
+
+    async def _submit(self, request: Request) -> tuple[Call, Answers]:
+        name, version = _model(request)
+        body = await _body(request, self._api.limits.max_input_size)
+        sent = generate.decode(self._api.engine.model(name, version).config, version, body)
+        self._api.http.forward_headers(request.headers.items(), sent)
+        answers = Answers()
+        call = answers.call(sent)
+        if self._api.tracer.is_on:
+            self._api.tracer.begin(call, request.headers.get("traceparent", ""))
+        self._api.submit([call])
+        return call, answers
+
+
+def _model(request: Request) -> tuple[str, str]:
+    return request.path_params.get("model", ""), request.path_params.get("version", "")
+
+
+async def _body(request: Request, limit: int) -> bytes:
+    """The body, decompressed where it is not."""
+    body = await request.body()
+    encoding = request.headers.get("content-encoding", "identity").lower()
+    return body if encoding == "identity" else compression.decompress(body, encoding, limit)
 
 
 async def _json_object(request: Request) -> dict[str, Any]:
@@ -145,4 +305,11 @@ async def _json_object(request: Request) -> dict[str, Any]:
         raise InvalidArgument(f"{request.url.path}: the request's JSON does not parse: {error}") from None
     if not isinstance(value, dict):
         raise InvalidArgument(f"{request.url.path}: expected a JSON object")
+    return value
+
+
+async def _parameters(request: Request) -> dict[str, Any]:
+    value = (await _json_object(request)).get("parameters") or {}
+    if not isinstance(value, dict):
+        raise InvalidArgument(f"{request.url.path}: 'parameters': expected an object")
     return value

@@ -4,7 +4,7 @@ Sizes and positions are bytes. Rules follow Triton's binary tensor data extensio
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -15,10 +15,18 @@ import orjson
 from tutti import dtypes
 from tutti.config import ModelConfig
 from tutti.errors import InvalidArgument, Unsupported
-from tutti.types import InferRequest, InferResponse, Parameters, Raw, Shape, Tensor
+from tutti.types import InferRequest, InferResponse, Parameters, Raw, Shape, SharedRegion, Tensor
 
 MAX_DIMENSIONS = 32
 MAX_ELEMENTS = 2**40
+MAX_OUTPUTS = 1024
+
+ReadShared = Callable[[SharedRegion], bytes]
+"""The bytes of a client's registered shared memory. Raises an InferError."""
+
+
+def no_shared_memory(region: SharedRegion) -> bytes:
+    raise Unsupported(f"shared memory region '{region.name}': shared memory is off")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +82,8 @@ class HeaderCache:
     def remember(self, header: bytes, request: InferRequest, reply: ReplyFormat) -> None:
         """Keep the header of a request that decoded, if another one may have the same."""
         tensors = request.inputs.values()
-        if request.id or any(isinstance(tensor.data, np.ndarray) for tensor in tensors):
-            return
+        if request.id or request.shared_outputs or any(type(tensor.data) is not memoryview for tensor in tensors):
+            return  # only a request's own binary data is a view of it
         if len(self._known) >= self.MAX_HEADERS:
             self._known.clear()
         heads = tuple((t.name, t.datatype, t.shape, len(t.data)) for t in tensors)
@@ -84,7 +92,12 @@ class HeaderCache:
 
 
 def decode(
-    name: str, version: str, body: Raw, header_length: int | None, cache: HeaderCache | None = None
+    name: str,
+    version: str,
+    body: Raw,
+    header_length: int | None,
+    cache: HeaderCache | None = None,
+    read_shared: ReadShared = no_shared_memory,
 ) -> tuple[InferRequest, ReplyFormat]:
     """A request body with a JSON header of `header_length` bytes, or all JSON for None.
 
@@ -92,37 +105,40 @@ def decode(
     """
     view = memoryview(body)
     if header_length is None:
-        return _decode(name, version, view, view[:0])
+        return _decode(name, version, view, view[:0], read_shared)
     if header_length > len(view):
         raise _bad(name, f"Inference-Header-Content-Length is {header_length}, the body has {len(view)} bytes")
     data = view[header_length:]
     if cache is None:
-        return _decode(name, version, view[:header_length], data)
+        return _decode(name, version, view[:header_length], data, read_shared)
     header = bytes(view[:header_length])
     known = cache.get(header)
     if known is not None and known.data_size == len(data):
         return known.request(name, version, data), known.reply
-    request, reply = _decode(name, version, memoryview(header), data)
+    request, reply = _decode(name, version, memoryview(header), data, read_shared)
     cache.remember(header, request, reply)
     return request, reply
 
 
-def _decode(name: str, version: str, json: memoryview, data: memoryview) -> tuple[InferRequest, ReplyFormat]:
+def _decode(
+    name: str, version: str, json: memoryview, data: memoryview, read_shared: ReadShared
+) -> tuple[InferRequest, ReplyFormat]:
     try:
         header = orjson.loads(json)
     except orjson.JSONDecodeError as error:
         raise _bad(name, f"the request's JSON does not parse: {error}") from None
     if not isinstance(header, dict):
         raise _bad(name, "the request's JSON: expected an object")
-    inputs, used = _inputs(name, header, data)
+    inputs, used = _inputs(name, header, data, read_shared)
     if used != len(data):
         raise _bad(name, f"{len(data) - used} bytes of binary data are left over after the last input")
     parameters = _object(name, header, "parameters")
-    outputs, classes, reply = _outputs(name, header, parameters)
+    outputs, classes, shared, reply = _outputs(name, header, parameters)
+    check_parameters(name, parameters)
     request_id = header.get("id", "")
     if not isinstance(request_id, str):
         raise _bad(name, "'id': expected a string")
-    return InferRequest(name, inputs, version, request_id, outputs, parameters, classes), reply
+    return InferRequest(name, inputs, version, request_id, outputs, parameters, classes, shared), reply
 
 
 def decode_raw(config: ModelConfig, version: str, body: Raw) -> InferRequest:
@@ -143,14 +159,18 @@ def decode_raw(config: ModelConfig, version: str, body: Raw) -> InferRequest:
     return InferRequest(config.name, {spec.name: tensor}, version)
 
 
-def encode(response: InferResponse, request_id: str, reply: ReplyFormat) -> tuple[int | None, bytes]:
+def encode(
+    response: InferResponse, request_id: str, reply: ReplyFormat, shared: Mapping[str, SharedRegion] | None = None
+) -> tuple[int | None, bytes]:
     """(header length, body); the length is None when the body is all JSON.
 
-    Raises Unsupported for a datatype that JSON cannot carry.
+    Outputs in `shared` are in shared memory already. Raises Unsupported for a datatype that JSON cannot carry.
     """
     outputs, binaries = [], []
     for tensor in response.outputs:
-        if reply.is_binary(tensor.name):
+        if shared and tensor.name in shared:
+            outputs.append(_shared_output(tensor, shared[tensor.name]))
+        elif reply.is_binary(tensor.name):
             raw = tensor.raw()
             binaries.append(raw)
             outputs.append(_binary_output(tensor.name, tensor.datatype, tensor.shape, len(raw)))
@@ -180,6 +200,14 @@ def _binary_output(name: str, datatype: str, shape: Shape, size: int) -> bytes:
     return orjson.dumps({"name": name, "datatype": datatype, "shape": shape, "parameters": parameters})
 
 
+def _shared_output(tensor: Tensor, region: SharedRegion) -> bytes:
+    parameters: dict[str, object] = {"shared_memory_region": region.name, "shared_memory_byte_size": region.byte_size}
+    if region.offset:
+        parameters["shared_memory_offset"] = region.offset
+    entry = {"name": tensor.name, "datatype": tensor.datatype, "shape": tensor.shape, "parameters": parameters}
+    return orjson.dumps(entry)
+
+
 def _json_output(model: str, tensor: Tensor) -> bytes:
     entry = {"name": tensor.name, "datatype": tensor.datatype, "shape": tensor.shape, "data": _json_data(model, tensor)}
     return orjson.dumps(entry, option=orjson.OPT_SERIALIZE_NUMPY)
@@ -205,7 +233,38 @@ def _list(model: str, parent: Mapping[str, Any], key: str) -> list[dict[str, Any
     return value
 
 
-def _inputs(model: str, header: Mapping[str, Any], binary: memoryview) -> tuple[dict[str, Tensor], int]:
+def check_parameters(model: str, parameters: Mapping[str, Any]) -> None:
+    """A request's parameters are numbers, text or booleans, under names that are not the server's own.
+
+    Raises InvalidArgument.
+    """
+    for key, value in parameters.items():
+        if key.startswith("triton_") and key != "triton_enable_empty_final_response":
+            raise _bad(model, f"parameter '{key}': names that begin with triton_ are reserved")
+        if not isinstance(value, bool | int | float | str):
+            raise _bad(model, f"parameter '{key}': expected a number, text or a boolean")
+        if type(value) is int and not -(2**63) <= value < 2**64:
+            raise _bad(model, f"parameter '{key}': {value} does not fit 64 bits")
+
+
+def shared_region(model: str, what: str, parameters: Mapping[str, Any]) -> SharedRegion | None:
+    """The shared memory that a tensor's parameters name, if they name any. Raises InvalidArgument."""
+    name = parameters.get("shared_memory_region")
+    if name is None:
+        return None
+    size, offset = parameters.get("shared_memory_byte_size"), parameters.get("shared_memory_offset", 0)
+    if not isinstance(name, str):
+        raise _bad(model, f"{what}: 'shared_memory_region': expected a name")
+    for key, value in (("shared_memory_byte_size", size), ("shared_memory_offset", offset)):
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**62:
+            raise _bad(model, f"{what}: '{key}': expected a whole number, got {value!r}")
+    assert isinstance(size, int) and isinstance(offset, int)
+    return SharedRegion(name, offset, size)
+
+
+def _inputs(
+    model: str, header: Mapping[str, Any], binary: memoryview, read_shared: ReadShared
+) -> tuple[dict[str, Tensor], int]:
     """The tensors, and how many bytes of `binary` they used."""
     inputs: dict[str, Tensor] = {}
     at = 0
@@ -221,11 +280,17 @@ def _inputs(model: str, header: Mapping[str, Any], binary: memoryview) -> tuple[
                 model, f"input '{name}': 'datatype': expected one of {', '.join(dtypes.NUMPY)}, got {datatype!r}"
             )
         shape = _shape(model, name, item.get("shape"))
-        size = _object(model, item, "parameters").get("binary_data_size")
-        if (size is None) == ("data" not in item):
-            raise _bad(model, f"input '{name}': expected either 'data' or 'binary_data_size'")
+        given = _object(model, item, "parameters")
+        size = given.get("binary_data_size")
+        region = shared_region(model, f"input '{name}'", given)
+        if (size is not None) + ("data" in item) + (region is not None) != 1:
+            raise _bad(model, f"input '{name}': expected one of 'data', 'binary_data_size' and 'shared_memory_region'")
+        if region is not None:
+            inputs[name] = Tensor(name, datatype, shape, read_shared(region))
+            check_size(model, inputs[name], region.byte_size)
+            continue
         if size is None:
-            inputs[name] = Tensor(name, datatype, shape, _from_json(model, name, datatype, shape, item["data"]))
+            inputs[name] = Tensor(name, datatype, shape, from_json(model, name, datatype, shape, item["data"]))
             continue
         if not isinstance(size, int) or isinstance(size, bool) or size < 0:
             raise _bad(model, f"input '{name}': 'binary_data_size': expected a whole number, got {size!r}")
@@ -262,7 +327,8 @@ def _shape(model: str, name: str, value: Any) -> Shape:
     return shape
 
 
-def _from_json(model: str, name: str, datatype: str, shape: Shape, data: Any) -> Any:
+def from_json(model: str, name: str, datatype: str, shape: Shape, data: Any) -> Any:
+    """The numpy array of a JSON value. Raises InvalidArgument."""
     if datatype in ("FP16", "BF16"):
         raise _bad(model, f"input '{name}': {datatype} data must be binary, JSON cannot carry it")
     flat: list[Any] = []
@@ -304,8 +370,8 @@ def _text_array(model: str, name: str, flat: list[Any]) -> Any:
 
 def _outputs(
     model: str, header: Mapping[str, Any], parameters: dict[str, Any]
-) -> tuple[tuple[str, ...], dict[str, int], ReplyFormat]:
-    """Names asked for, classes wanted of them, and their form.
+) -> tuple[tuple[str, ...], dict[str, int], dict[str, SharedRegion], ReplyFormat]:
+    """Names asked for, classes wanted of them, where they go in shared memory, and their form.
 
     Takes the wire-only `binary_data_output` out of the parameters.
     """
@@ -314,10 +380,13 @@ def _outputs(
         raise _bad(model, f"'binary_data_output': expected true or false, got {default!r}")
     items = _list(model, header, "outputs")
     if not items:
-        return (), {}, BINARY_REPLY if default else JSON_REPLY
+        return (), {}, {}, BINARY_REPLY if default else JSON_REPLY
+    if len(items) > MAX_OUTPUTS:
+        raise _bad(model, f"at most {MAX_OUTPUTS} outputs can be asked for, got {len(items)}")
     names: list[str] = []
-    binary = {}
+    binary: dict[str, bool] = {}
     classes = {}
+    shared = {}
     for item in items:
         name = item.get("name")
         if not isinstance(name, str):
@@ -329,11 +398,14 @@ def _outputs(
             if key == "classification":
                 if value != 0:  # none wanted
                     classes[name] = check_classes(model, name, value)
-            elif key != "binary_data":
+            elif key != "binary_data" and not key.startswith("shared_memory_"):
                 raise Unsupported(f"model '{model}': output '{name}': parameter '{key}' is not supported")
+        region = shared_region(model, f"output '{name}'", wanted)
+        if region is not None:
+            shared[name] = region
         names.append(name)
         binary[name] = bool(wanted.get("binary_data", False))
-    return tuple(names), classes, ReplyFormat(default, binary)
+    return tuple(names), classes, shared, ReplyFormat(default, binary)
 
 
 def check_classes(model: str, name: str, value: Any) -> int:

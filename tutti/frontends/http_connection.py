@@ -36,12 +36,12 @@ class Front(Protocol):
         """A complete request; `exchange.connection.deliver` answers it, now or later."""
 
 
-def response_head(status: int, headers: Sequence[tuple[bytes, bytes]], length: int, keep_alive: bool) -> bytes:
-    """The bytes before a body of `length` bytes."""
+def response_head(status: int, headers: Sequence[tuple[bytes, bytes]], length: int | None, keep_alive: bool) -> bytes:
+    """The bytes before a body of `length` bytes, or None for a chunked one."""
     phrase = HTTPStatus(status).phrase if status in HTTPStatus._value2member_map_ else "Error"
     lines = [b"HTTP/1.1 %d %s" % (status, phrase.encode())]
     lines += [b"%s: %s" % header for header in headers]
-    lines.append(b"content-length: %d" % length)
+    lines.append(b"transfer-encoding: chunked" if length is None else b"content-length: %d" % length)
     if not keep_alive:
         lines.append(b"connection: close")
     return b"\r\n".join(lines) + b"\r\n\r\n"
@@ -66,8 +66,10 @@ class Exchange:
         "headers",
         "keep_alive",
         "method",
+        "parts",
         "reply",
         "response",
+        "task",
         "url",
     )
 
@@ -79,6 +81,8 @@ class Exchange:
         self.headers: list[tuple[bytes, bytes]] = []
         self.body: bytes = b""
         self.call: Call | None = None
+        self.task: asyncio.Task[None] | None = None
+        self.parts: list[bytes] | None = None
         self.reply: ReplyFormat = JSON_REPLY
         self.encoding = ""
         self.response: bytes | None = None
@@ -97,6 +101,8 @@ class Connection(asyncio.Protocol):
         self._is_reading = False
         self._is_closing = False
         self._is_write_paused = False
+        self._can_write = asyncio.Event()
+        self._can_write.set()
         self._is_read_paused = False
         self._body: list[bytes] = []
         self._start_message()
@@ -112,7 +118,10 @@ class Connection(asyncio.Protocol):
         for exchange in self.pending:
             if exchange.call is not None:
                 exchange.call.is_cancelled = True
+            if exchange.task is not None:
+                exchange.task.cancel()
         self.pending.clear()
+        self._can_write.set()
 
     def data_received(self, data: bytes) -> None:
         if self._is_closing:
@@ -131,10 +140,12 @@ class Connection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self._is_write_paused = True
+        self._can_write.clear()
         self._update_reading()
 
     def resume_writing(self) -> None:
         self._is_write_paused = False
+        self._can_write.set()
         self._update_reading()
 
     # llhttp's callbacks
@@ -191,9 +202,28 @@ class Connection(asyncio.Protocol):
         """Write the response now, or when those before it have been written."""
         exchange.response = response
         exchange.call = None  # the two refer to each other: left to the garbage collector, they cost milliseconds
-        while self.pending and self.pending[0].response is not None:
-            done = self.pending.popleft()
-            assert done.response is not None
+        self._flush()
+
+    async def send_part(self, exchange: Exchange, data: bytes) -> None:
+        """Write a part of a response that `deliver` ends, when those before it have been written.
+
+        Waits while the client does not read.
+        """
+        if exchange.parts is None:
+            exchange.parts = []
+        exchange.parts.append(data)
+        self._flush()
+        await self._can_write.wait()
+
+    def _flush(self) -> None:
+        while self.pending:
+            done = self.pending[0]
+            if done.parts:
+                self._write(b"".join(done.parts))
+                done.parts.clear()
+            if done.response is None:
+                break
+            self.pending.popleft()
             self._write(done.response)
             if not done.keep_alive:
                 self._close()

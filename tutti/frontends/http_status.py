@@ -12,5 +12,11 @@ _STATUS: dict[type[errors.InferError], int] = {
 }
 
 
+REFUSED: dict[str, tuple[int, str]] = {
+    "restricted": (403, "This API is restricted"),
+    "unauthenticated": (401, "an API key is needed: Authorization: Bearer KEY"),
+}
+
+
 def status_of(error: errors.InferError) -> int:
     return next((_STATUS[kind] for kind in type(error).__mro__ if kind in _STATUS), 500)

@@ -1,16 +1,53 @@
-"""All front-ends of one process over one engine: HTTP, gRPC and metrics, started and stopped together."""
+"""All front-ends of one process over one Api: HTTP, gRPC and metrics, started and stopped together."""
 
 import logging
+import ssl
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
-from tutti.engine import Engine
+from tutti.errors import ConfigError
 from tutti.frontends import http_api
-from tutti.frontends.api import Limits
+from tutti.frontends.api import Api
 from tutti.frontends.grpc import GrpcFront
+from tutti.frontends.grpc_aio import GrpcioFront, TlsFiles
 from tutti.frontends.http import HttpFront
 from tutti.metrics import Collect, Metrics
 
 _log = logging.getLogger(__name__)
+
+GrpcServer = Literal["native", "grpcio"]
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """PEM files. With `root_certificate` clients must show a certificate that it signed."""
+
+    certificate: Path
+    key: Path
+    root_certificate: Path | None = None
+
+    def context(self) -> ssl.SSLContext:
+        """For HTTP. Raises ConfigError when a file cannot be used."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        try:
+            context.load_cert_chain(self.certificate, self.key)
+            if self.root_certificate is not None:
+                context.load_verify_locations(self.root_certificate)
+                context.verify_mode = ssl.CERT_REQUIRED
+        except (OSError, ssl.SSLError) as error:
+            raise ConfigError(f"TLS: {self.certificate}, {self.key}: {error}") from None
+        return context
+
+    def files(self) -> TlsFiles:
+        """For gRPC. Raises ConfigError when a file cannot be used."""
+        self.context()  # grpcio says nothing of a bad file
+        root = self.root_certificate
+        return TlsFiles(
+            self.certificate.read_bytes(), self.key.read_bytes(), None if root is None else root.read_bytes()
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,36 +58,39 @@ class Addresses:
     http_port: int | None = 8000
     grpc_port: int | None = 8001
     metrics_port: int | None = 8002
+    http_tls: Tls | None = None
+    grpc_tls: Tls | None = None
+    grpc_server: GrpcServer = "native"
 
 
 class Server:
     """The listening front-ends. Lives on one event loop."""
 
-    def __init__(
-        self, engine: Engine, addresses: Addresses, limits: Limits | None = None, extra: Collect | None = None
-    ):
-        self._engine = engine
+    def __init__(self, api: Api, addresses: Addresses, extra: Collect | None = None) -> None:
+        self._api = api
         self._addresses = addresses
-        self._limits = limits or Limits()
         self._extra = extra
         self._http: list[HttpFront] = []
         self._grpc: GrpcFront | None = None
+        self._grpcio: GrpcioFront | None = None
+        self._sockets: tempfile.TemporaryDirectory[str] | None = None
 
     async def start(self) -> Addresses:
         """Listen everywhere; returns the addresses with the ports really taken. Raises OSError if one is in use."""
         wanted = self._addresses
         http_port = grpc_port = metrics_port = None
         if wanted.http_port is not None:
-            front = HttpFront(http_api.make_app(self._engine), self._engine, self._limits)
+            front = HttpFront(http_api.make_app(self._api), self._api)
             self._http.append(front)
-            http_port = await front.start(wanted.host, wanted.http_port)
+            tls = wanted.http_tls.context() if wanted.http_tls is not None else None
+            http_port = await front.start(wanted.host, wanted.http_port, tls=tls)
         if wanted.grpc_port is not None:
-            self._grpc = GrpcFront(self._engine, wanted.host, wanted.grpc_port, self._limits)
-            grpc_port = self._grpc.start()
+            grpc_port = await self._start_grpc(wanted.host, wanted.grpc_port)
         if wanted.metrics_port is not None:
-            metrics = HttpFront(http_api.metrics_app(Metrics(self._engine, self._extra).render))
-            self._http.append(metrics)
-            metrics_port = await metrics.start(wanted.host, wanted.metrics_port)
+            metrics = Metrics(self._api.engine, self._extra)
+            front = HttpFront(http_api.metrics_app(metrics.render, self._api.http.gate))
+            self._http.append(front)
+            metrics_port = await front.start(wanted.host, wanted.metrics_port)
         taken = Addresses(wanted.host, http_port, grpc_port, metrics_port)
         _log.info("listening on %s: http %s, grpc %s, metrics %s", wanted.host, http_port, grpc_port, metrics_port)
         return taken
@@ -61,3 +101,24 @@ class Server:
             await front.stop()
         if self._grpc is not None:
             self._grpc.stop()
+        if self._grpcio is not None:
+            await self._grpcio.stop()
+        if self._sockets is not None:
+            self._sockets.cleanup()
+        self._api.close()
+
+    async def _start_grpc(self, host: str, port: int) -> int:
+        tls = self._addresses.grpc_tls
+        if tls is not None or self._addresses.grpc_server == "grpcio":
+            try:
+                self._grpcio = GrpcioFront(self._api, f"{host}:{port}", tls.files() if tls is not None else None)
+            except RuntimeError as error:
+                raise OSError(f"gRPC: {error}") from None
+            return await self._grpcio.start()
+        # Streams go to a server behind the native one, on a socket that only this user can reach.
+        self._sockets = tempfile.TemporaryDirectory(prefix="tutti-", ignore_cleanup_errors=True)
+        path = str(Path(self._sockets.name) / "grpc")
+        self._grpcio = GrpcioFront(self._api, f"unix:{path}")
+        await self._grpcio.start()
+        self._grpc = GrpcFront(self._api, host, port, fallback=path)
+        return self._grpc.start()

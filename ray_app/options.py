@@ -1,0 +1,54 @@
+"""The application's arguments: one set for the command, for serve.yaml and for the gateway."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Options(BaseModel):
+    """Arguments of the application, as `args:` in serve.yaml. Names and meanings as the flags of `tutti serve`."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    model_repository: str
+    host: str = "127.0.0.1"
+    http_port: int = 8000
+    grpc_port: int = 8001
+    metrics_port: int = 8002
+    http_max_input_size: int = 64 * 1024 * 1024
+    grpc_max_message_size: int = 2**31 - 1
+    model_control_mode: Literal["none", "poll", "explicit"] = "none"
+    load_model: list[str] | None = None
+    repository_poll_secs: float = 15.0
+    exit_on_error: bool = True
+    cache_config: str = "local,size=1048576"
+    allow_client_shm: bool = False
+    http_restricted_api: list[str] = []
+    grpc_restricted_protocol: list[str] = []
+    api_key_file: Path | None = None
+    http_header_forward_pattern: str | None = None
+    grpc_header_forward_pattern: str | None = None
+    http_use_ssl: bool = False
+    http_use_ssl_mutual: bool = False
+    http_server_cert: Path | None = None
+    http_server_key: Path | None = None
+    http_root_cert: Path | None = None
+    grpc_use_ssl: bool = False
+    grpc_use_ssl_mutual: bool = False
+    grpc_server_cert: Path | None = None
+    grpc_server_key: Path | None = None
+    grpc_root_cert: Path | None = None
+    grpc_server: Literal["native", "grpcio"] = "native"
+    log_verbose: int = 0
+    log_file: str = ""
+    log_format: Literal["default", "ISO8601"] = "default"
+    trace_config: list[str] = []
+    gpu_replicas: int | None = None
+    cpu_replicas: int = 1
+
+    def start_models(self) -> tuple[str, ...] | None:
+        """What is loaded at the start; None is everything."""
+        if self.model_control_mode != "explicit" or "*" in (self.load_model or []):
+            return None
+        return tuple(self.load_model or [])

@@ -1,0 +1,170 @@
+"""Requests that a hop cannot carry as one of many: decoupled ones, and sequences, which stay with their replica."""
+
+import threading
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ray_app.pools import Pool, Router
+from tutti.errors import InferError, InvalidArgument, Unavailable
+from tutti.statistics import BatchTimes, ModelStatistics
+from tutti.types import Call, InferResponse, now_ns, settle
+
+_MAX_HOP = 64
+
+
+class Streams:
+    """An `Infer` for decoupled models: a stream from a replica for each call."""
+
+    def __init__(self, router: Router, statistics: ModelStatistics, max_calls: int) -> None:
+        self._router = router
+        self._statistics = statistics
+        self._max_calls = max_calls
+        self._open = 0
+        self._lock = threading.Lock()
+
+    def __call__(self, calls: Sequence[Call]) -> None:
+        for call in calls:
+            with self._lock:
+                is_full = self._open >= self._max_calls
+                self._open += not is_full
+            if is_full:
+                self._statistics.record_failures([call], now_ns())
+                call.finish(Unavailable(f"model '{call.request.model_name}' has {self._max_calls} open streams"))
+            else:
+                self._router.spawn(self._run(call))
+
+    def pending(self) -> int:
+        return 0
+
+    async def _run(self, call: Call) -> None:
+        start_ns = now_ns()
+        try:
+            answer = await self._router.stream(call)
+        except InferError as error:
+            answer = error
+        call.answer = answer
+        end_ns = now_ns()
+        self._statistics.record_batch([call], BatchTimes(start_ns, start_ns, end_ns, end_ns))
+        with self._lock:
+            self._open -= 1
+        settle([call])
+
+
+@dataclass(eq=False)
+class _Pin:
+    """A sequence and where it lives."""
+
+    pool: Pool
+    replica: str
+    waiting: deque[Call] = field(default_factory=deque)
+    is_busy: bool = False
+    used_ns: int = 0
+
+
+class Sequences:
+    """An `Infer` for models with sequences: each goes, in order, to the replica on which it began."""
+
+    def __init__(self, name: str, router: Router, statistics: ModelStatistics, idle_ns: int) -> None:
+        self._name = name
+        self._router = router
+        self._statistics = statistics
+        # The replica forgets an idle sequence; only then may its pin go.
+        self._idle_ns = 2 * idle_ns + 1_000_000_000
+        self._lock = threading.Lock()
+        self._pins: dict[int | str, _Pin] = {}
+        self._swept_ns = 0
+
+    def __call__(self, calls: Sequence[Call]) -> None:
+        start: list[tuple[int | str, _Pin]] = []
+        loose: list[Call] = []
+        with self._lock:
+            self._sweep()
+            for call in calls:
+                key = call.request.parameters.get("sequence_id", 0)
+                pin = self._pin(key, bool(call.request.parameters.get("sequence_start")))
+                if pin is None or not isinstance(key, int | str):
+                    loose.append(call)
+                    continue
+                pin.waiting.append(call)
+                if not pin.is_busy:
+                    pin.is_busy = True
+                    start.append((key, pin))
+        for key, pin in start:
+            self._router.spawn(self._drain(key, pin))
+        if loose:
+            self._refuse(loose)
+
+    def pending(self) -> int:
+        with self._lock:
+            return sum(len(pin.waiting) for pin in self._pins.values())
+
+    def _pin(self, key: object, is_start: bool) -> _Pin | None:
+        """Where the sequence lives; a new one begins on the replica that has the fewest."""
+        if not key or not isinstance(key, int | str) or isinstance(key, bool):
+            return None
+        pin = self._pins.get(key)
+        if pin is None and is_start:
+            counts = Counter((id(one.pool), one.replica) for one in self._pins.values())
+            places = self._router.places(self._name)
+            if places:
+                pool, replica = min(places, key=lambda place: counts[id(place[0]), place[1]])
+                pin = self._pins[key] = _Pin(pool, replica, used_ns=now_ns())
+        return pin
+
+    def _refuse(self, calls: Sequence[Call]) -> None:
+        """What has no place: a mistake in the request, or no replica."""
+        for call in calls:
+            key = call.request.parameters.get("sequence_id", 0)
+            if not key or isinstance(key, bool | float):
+                what = f"inference request to model '{self._name}' must specify a non-zero or non-empty correlation ID"
+                call.answer = InvalidArgument(what)
+            elif not call.request.parameters.get("sequence_start"):
+                call.answer = InvalidArgument(
+                    f"inference request for sequence {key} to model '{self._name}' must specify the START flag on the "
+                    "first request of the sequence"
+                )
+            else:
+                call.answer = Unavailable(f"model '{self._name}': no replica is up")
+        self._statistics.record_failures(calls, now_ns())
+        settle(calls)
+
+    async def _drain(self, key: int | str, pin: _Pin) -> None:
+        while True:
+            with self._lock:
+                batch = [pin.waiting.popleft() for _ in range(min(len(pin.waiting), _MAX_HOP))]
+                if not batch:
+                    pin.is_busy = False
+                    pin.used_ns = now_ns()
+                    return
+            is_lost = await self._send(pin, batch)
+            is_end = bool(batch[-1].request.parameters.get("sequence_end"))
+            with self._lock:
+                if (is_lost or (is_end and not pin.waiting)) and self._pins.get(key) is pin:
+                    del self._pins[key]  # what waits behind a loss fails like it: it has no START
+            settle(batch)
+
+    async def _send(self, pin: _Pin, batch: list[Call]) -> bool:
+        """Fill in the answers; returns whether the replica was lost."""
+        start_ns = now_ns()
+        is_lost = False
+        try:
+            answers: Sequence[InferResponse | InferError] = await self._router.send_to(pin.pool, pin.replica, batch)
+        except Unavailable as error:
+            is_lost = True
+            what = f"model '{self._name}': the sequence's replica was lost ({error.message}): start the sequence again"
+            answers = [Unavailable(what)] * len(batch)
+        for call, answer in zip(batch, answers, strict=True):
+            call.answer = answer
+        end_ns = now_ns()
+        self._statistics.record_batch(batch, BatchTimes(start_ns, start_ns, end_ns, end_ns))
+        return is_lost
+
+    def _sweep(self) -> None:
+        now = now_ns()
+        if now - self._swept_ns < self._idle_ns:
+            return
+        self._swept_ns = now
+        for key, pin in list(self._pins.items()):
+            if not pin.is_busy and not pin.waiting and now - pin.used_ns > self._idle_ns:
+                del self._pins[key]

@@ -1,0 +1,81 @@
+"""Who may call what: restricted APIs and API keys. Pure. Every route of every protocol passes through one Gate.
+
+Names of the APIs are tritonserver's, for `--http-restricted-api` and `--grpc-restricted-protocol`.
+"""
+
+import hmac
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from tutti.errors import ConfigError
+
+Category = Literal[
+    "health", "metadata", "inference", "shared-memory", "model-config", "model-repository", "statistics", "trace",
+    "logging",
+]  # fmt: skip
+CATEGORIES: tuple[str, ...] = get_args(Category)
+GRPC_HEADER_PREFIX = "triton-grpc-protocol-"
+
+Refusal = Literal["", "restricted", "unauthenticated"]
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """`restricted` maps an API to the (header, value) that opens it; with `api_keys` every call needs one of them.
+
+    Header names are lower-case.
+    """
+
+    restricted: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    api_keys: tuple[str, ...] = ()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether everything passes: nobody need ask."""
+        return not self.restricted and not self.api_keys
+
+    def check(self, category: Category | None, headers: Mapping[str, str]) -> Refusal:
+        """Why a call must not pass, "" if it may. Without a category, as the metrics page, only the key counts."""
+        if self.api_keys and not any(self._has_key(headers)):
+            return "unauthenticated"
+        needed = self.restricted.get(category or "")
+        if needed is not None and not _equal(headers.get(needed[0], ""), needed[1]):
+            return "restricted"
+        return ""
+
+    def _has_key(self, headers: Mapping[str, str]) -> list[bool]:
+        """One comparison per key, whatever the outcome of the others."""
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        given = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+        return [_equal(given, key) for key in self.api_keys]
+
+
+def _equal(given: str, expected: str) -> bool:
+    return hmac.compare_digest(given.encode(), expected.encode())
+
+
+def parse_restricted(arguments: Sequence[str], header_prefix: str = "") -> dict[str, tuple[str, str]]:
+    """`API[,API]...:KEY=VALUE` of each flag. Raises ConfigError for an unknown API, or one that is named twice."""
+    restricted: dict[str, tuple[str, str]] = {}
+    for argument in arguments:
+        names, colon, pair = argument.partition(":")
+        key, equals, value = pair.partition("=")
+        if not colon or not equals or not key or not value:
+            raise ConfigError(f"restricted API '{argument}': expected API[,API]...:KEY=VALUE")
+        for name in names.split(","):
+            if name not in CATEGORIES:
+                raise ConfigError(f"restricted API '{name}': expected one of {', '.join(CATEGORIES)}")
+            if name in restricted:
+                raise ConfigError(f"restricted API '{name}' is given more than once")
+            restricted[name] = (header_prefix + key.lower(), value)
+    return restricted
+
+
+def parse_api_keys(text: str) -> tuple[str, ...]:
+    """One key a line; empty lines and those that begin with # do not count. Raises ConfigError when none is left."""
+    lines = (line.strip() for line in text.splitlines())
+    keys = tuple(line for line in lines if line and not line.startswith("#"))
+    if not keys:
+        raise ConfigError("the API key file has no key in it")
+    return keys

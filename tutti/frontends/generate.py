@@ -1,0 +1,77 @@
+"""Triton's generate extension: plain JSON in, plain JSON out. Pure.
+
+Members of the request that are named as inputs become tensors; the object `parameters`, and every other member,
+become the request's parameters.
+"""
+
+import math
+from typing import Any
+
+import orjson
+
+from tutti.config import ModelConfig, TensorSpec
+from tutti.errors import InvalidArgument, Unsupported
+from tutti.frontends import http_codec
+from tutti.types import InferRequest, InferResponse, Parameters, Shape, Tensor
+
+
+def decode(config: ModelConfig, version: str, body: bytes) -> InferRequest:
+    """Raises InvalidArgument naming the model and the member."""
+    name = config.name
+    try:
+        given = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise InvalidArgument(f"model '{name}': the request's JSON does not parse: {error}") from None
+    if not isinstance(given, dict):
+        raise InvalidArgument(f"model '{name}': the request's JSON: expected an object")
+    specs = {spec.name: spec for spec in config.inputs}
+    inputs: dict[str, Tensor] = {}
+    parameters: Parameters = {}
+    for key, value in given.items():
+        if key in specs:
+            inputs[key] = _tensor(config, specs[key], value)
+        elif key == "parameters" and isinstance(value, dict):
+            parameters.update(value)
+        else:
+            parameters[key] = value
+    http_codec.check_parameters(name, parameters)
+    request_id = given.get("id", "")
+    if not isinstance(request_id, str):
+        raise InvalidArgument(f"model '{name}': 'id': expected a string")
+    return InferRequest(name, inputs, version, request_id, (), parameters)
+
+
+def encode(response: InferResponse, request_id: str) -> bytes:
+    """One answer as a flat JSON object: a single element as itself, several as an array."""
+    shown: dict[str, Any] = {"id": request_id} if request_id else {}
+    shown |= {"model_name": response.model_name, "model_version": response.model_version}
+    for key, value in response.parameters.items():
+        shown[key] = value
+    for tensor in response.outputs:
+        shown[tensor.name] = _values(response.model_name, tensor)
+    return orjson.dumps(shown, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def _tensor(config: ModelConfig, spec: TensorSpec, value: Any) -> Tensor:
+    """A value, or an array of them, as a tensor of the input's dims: a variable one takes what is there."""
+    count = len(value) if isinstance(value, list) else 1
+    known = math.prod(dim for dim in spec.dims if dim != -1)
+    variable = iter([count // known, *[1] * len(spec.dims)])
+    shape: Shape = tuple(next(variable) if dim == -1 else dim for dim in spec.dims)
+    if config.is_batched:
+        shape = (1 if -1 in spec.dims else count // known, *shape)
+    return Tensor(
+        spec.name,
+        spec.datatype,
+        shape,
+        http_codec.from_json(config.name, spec.name, spec.datatype, shape, value),
+    )
+
+
+def _values(model: str, tensor: Tensor) -> Any:
+    if tensor.datatype in ("FP16", "BF16"):
+        raise Unsupported(f"model '{model}': output '{tensor.name}': {tensor.datatype} cannot be shown as JSON")
+    values = tensor.array().reshape(-1).tolist()
+    if tensor.datatype == "BYTES":
+        values = [value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value) for value in values]
+    return values[0] if len(values) == 1 else values

@@ -1,0 +1,221 @@
+"""gRPC on grpcio's asyncio server: the same methods and codec as grpc.py, with TLS, deflate and streams.
+
+It serves ModelStreamInfer behind the native server, and everything on its own where TLS or `--grpc-server grpcio`
+asks for it.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from tutti.errors import InferError
+from tutti.frontends import grpc_codec, grpc_methods
+from tutti.frontends.answers import Answers, Item
+from tutti.frontends.api import Api
+from tutti.frontends.gate import Category
+from tutti.frontends.grpc_methods import (
+    HEALTH_WATCH,
+    INTERNAL,
+    MODEL_INFER,
+    MODEL_STREAM_INFER,
+    REFUSED,
+    code_of,
+    metadata_headers,
+)
+from tutti.types import Call, InferRequest, InferResponse
+
+_log = logging.getLogger(__name__)
+
+_STATUS = {code.value[0]: code for code in grpc.StatusCode}
+_WATCH_S = 0.5
+# A client that sends on without waiting is read only as far as this.
+_MAX_STREAM_CALLS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class TlsFiles:
+    """PEM contents. With `root_certificate` clients must show a certificate of it."""
+
+    certificate: bytes
+    key: bytes
+    root_certificate: bytes | None = None
+
+
+class GrpcioFront:
+    """One grpcio server. Build and use it on one event loop."""
+
+    def __init__(self, api: Api, address: str, tls: TlsFiles | None = None) -> None:
+        """`address` is HOST:PORT or unix:PATH."""
+        self._api = api
+        limit = min(api.limits.max_grpc_message_size, 2**31 - 1)
+        self._server = grpc.aio.server(
+            options=[
+                ("grpc.max_receive_message_length", limit),
+                ("grpc.max_send_message_length", -1),
+                ("grpc.so_reuseport", 0),
+            ]
+        )
+        self._server.add_generic_rpc_handlers((_Handler(self._routes()),))
+        if tls is None:
+            self._port = self._server.add_insecure_port(address)
+        else:
+            credentials = grpc.ssl_server_credentials(
+                [(tls.key, tls.certificate)], tls.root_certificate, tls.root_certificate is not None
+            )
+            self._port = self._server.add_secure_port(address, credentials)
+
+    async def start(self) -> int:
+        """Listen; returns the port."""
+        await self._server.start()
+        return int(self._port)
+
+    async def stop(self, grace_s: float = 0.5) -> None:
+        await self._server.stop(grace_s)
+
+    def _routes(self) -> dict[str, Any]:
+        routes = {
+            MODEL_INFER: grpc.unary_unary_rpc_method_handler(self._infer),
+            MODEL_STREAM_INFER: grpc.stream_stream_rpc_method_handler(self._stream),
+            HEALTH_WATCH: grpc.unary_stream_rpc_method_handler(self._watch),
+        }
+        for path, method in grpc_methods.methods(self._api).items():
+            routes[path] = grpc.unary_unary_rpc_method_handler(self._unary(method))
+        return routes
+
+    def _unary(self, method: grpc_methods.Method) -> Any:
+        async def answer(payload: bytes, context: Any) -> bytes:
+            await self._check(method.category, context)
+            try:
+                if method.blocks:
+                    return await asyncio.to_thread(method.answer, payload)
+                return method.answer(payload)
+            except InferError as error:
+                await context.abort(_STATUS[code_of(error)], error.message)
+            except Exception as error:
+                _log.exception("a gRPC call failed")
+                await context.abort(_STATUS[INTERNAL], f"internal error: {type(error).__name__}")
+            raise AssertionError("aborted")
+
+        return answer
+
+    async def _check(self, category: Category, context: Any) -> None:
+        gate = self._api.grpc.gate
+        if gate.is_open:
+            return
+        refusal = gate.check(category, metadata_headers(context.invocation_metadata()))
+        if refusal:
+            code, message = REFUSED[refusal]
+            await context.abort(_STATUS[code], message)
+
+    async def _infer(self, payload: bytes, context: Any) -> bytes:
+        await self._check("inference", context)
+        answers = Answers()
+        try:
+            call = answers.call(grpc_codec.decode(payload, self._api.shared_memory.read))
+            call.emit = None  # one answer only
+            self._begin(call, context)
+            self._api.submit([call])
+            await answers.get()
+            response, shared = self._api.complete(call)
+            return grpc_codec.encode(response, call.request.id, shared)
+        except InferError as error:
+            await context.abort(_STATUS[code_of(error)], error.message)
+        except Exception as error:
+            _log.exception("a ModelInfer call failed")
+            await context.abort(_STATUS[INTERNAL], f"internal error: {type(error).__name__}")
+        finally:
+            answers.cancel()
+        raise AssertionError("aborted")
+
+    def _begin(self, call: Call, context: Any) -> None:
+        if self._api.grpc.forward is not None or self._api.tracer.is_on:
+            headers = metadata_headers(context.invocation_metadata())
+            self._api.grpc.forward_headers(headers.items(), call.request)
+            if self._api.tracer.is_on:
+                self._api.tracer.begin(call, headers.get("traceparent", ""))
+
+    async def _stream(self, requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
+        """Requests are taken as they come; each answer goes out as soon as it is there, with its request's id."""
+        await self._check("inference", context)
+        ends_on_error = metadata_headers(context.invocation_metadata()).get("triton_grpc_error", "").lower() == "true"
+        answers = Answers()
+        room = asyncio.Semaphore(_MAX_STREAM_CALLS)
+        reader = asyncio.create_task(self._read(requests, context, answers, room))
+        try:
+            while (item := await answers.next()) is not None:
+                if item.is_final:
+                    room.release()
+                try:
+                    message = self._shown(item)
+                except InferError as error:
+                    if ends_on_error:
+                        raise
+                    message = grpc_codec.encode_stream_error(error.message, item.call.request.id)
+                if message:
+                    yield message
+        except InferError as error:
+            await context.abort(_STATUS[code_of(error)], error.message)
+        finally:
+            answers.cancel()
+            reader.cancel()
+
+    async def _read(
+        self, requests: AsyncIterator[bytes], context: Any, answers: Answers, room: asyncio.Semaphore
+    ) -> None:
+        try:
+            async for payload in requests:
+                await room.acquire()
+                try:
+                    request = grpc_codec.decode(payload, self._api.shared_memory.read)
+                except InferError as error:
+                    answers.call(InferRequest("", {}, id=grpc_codec.id_of(payload))).finish(error)
+                    continue
+                wants_empty = bool(request.parameters.pop("triton_enable_empty_final_response", False))
+                call = answers.call(request, wants_empty)
+                self._begin(call, context)
+                self._api.submit([call])
+        except Exception:
+            _log.debug("a stream was not read to its end", exc_info=True)
+        finally:
+            answers.end()
+
+    def _shown(self, item: Item) -> bytes:
+        """The message of one answer, none for a null one that was not asked for. Raises the answer's error."""
+        call, answer = item.call, item.answer
+        if item.is_final or isinstance(answer, InferError):
+            response, shared = self._api.complete(call)
+        else:
+            response, shared = self._api.as_asked(call.request, answer)
+        if response.is_null and not call.token:
+            return b""
+        parameters = {**response.parameters, "triton_final_response": item.is_final}
+        shown = InferResponse(response.model_name, response.model_version, response.outputs, parameters)
+        return grpc_codec.encode_stream(grpc_codec.encode(shown, call.request.id, shared))
+
+    async def _watch(self, payload: bytes, context: Any) -> AsyncIterator[bytes]:
+        """grpc.health.v1 Watch: the status now, and whenever it changes."""
+        await self._check("health", context)
+        shown = b""
+        while not context.cancelled():
+            try:
+                now = grpc_methods.health(self._api, payload)
+            except InferError:
+                now = b"\x08\x03"  # SERVICE_UNKNOWN
+            if now != shown:
+                shown = now
+                yield now
+            await asyncio.sleep(_WATCH_S)
+
+
+class _Handler(grpc.GenericRpcHandler):
+    """Paths -> handlers of bytes."""
+
+    def __init__(self, routes: dict[str, Any]) -> None:
+        self._routes = routes
+
+    def service(self, handler_call_details: Any) -> Any:
+        return self._routes.get(handler_call_details.method)

@@ -1,0 +1,92 @@
+"""From the flags of `tutti serve` to what the front-ends are made of, in the single process and in the gateway."""
+
+import re
+from pathlib import Path
+from typing import Protocol
+
+from tutti import tracing
+from tutti.engine import Engine
+from tutti.errors import ConfigError
+from tutti.frontends import gate
+from tutti.frontends.api import Access, Api, Limits
+from tutti.frontends.gate import Gate
+from tutti.frontends.server import Addresses, GrpcServer, Tls
+from tutti.logs import Logs
+from tutti.shared_memory import SharedMemory
+from tutti.tracing import Tracer
+
+
+class Options(Protocol):
+    """The flags that concern the front-ends, by their names in `tutti serve --help`."""
+
+    host: str
+    http_port: int
+    grpc_port: int
+    metrics_port: int
+    http_max_input_size: int
+    grpc_max_message_size: int
+    allow_client_shm: bool
+    http_restricted_api: list[str]
+    grpc_restricted_protocol: list[str]
+    api_key_file: Path | None
+    http_header_forward_pattern: str | None
+    grpc_header_forward_pattern: str | None
+    grpc_server: GrpcServer
+    trace_config: list[str]
+
+
+def make_api(engine: Engine, options: Options, logs: Logs) -> Api:
+    """Raises ConfigError for a flag that does not make sense."""
+    keys = _api_keys(options.api_key_file)
+    http_gate = Gate(gate.parse_restricted(options.http_restricted_api), keys)
+    grpc_gate = Gate(gate.parse_restricted(options.grpc_restricted_protocol, gate.GRPC_HEADER_PREFIX), keys)
+    return Api(
+        engine,
+        Limits(options.http_max_input_size, options.grpc_max_message_size),
+        Access(http_gate, _pattern(options.http_header_forward_pattern)),
+        Access(grpc_gate, _pattern(options.grpc_header_forward_pattern)),
+        SharedMemory(options.allow_client_shm),
+        Tracer(tracing.parse_config(options.trace_config)),
+        logs,
+    )
+
+
+def addresses(options: Options) -> Addresses:
+    return Addresses(
+        options.host,
+        options.http_port,
+        options.grpc_port,
+        options.metrics_port,
+        _tls(options, "http"),
+        _tls(options, "grpc"),
+        options.grpc_server,
+    )
+
+
+def cache_size(text: str) -> int:
+    """Bytes of `local,size=BYTES`. Raises ConfigError."""
+    match = re.fullmatch(r"local,size=([0-9]{1,15})", text)
+    if match is None:
+        raise ConfigError(f"--cache-config: expected local,size=BYTES, got '{text}'")
+    return int(match[1])
+
+
+def _api_keys(path: Path | None) -> tuple[str, ...]:
+    if path is None:
+        return ()
+    try:
+        return gate.parse_api_keys(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"--api-key-file {path}: {error.strerror}") from None
+
+
+def _pattern(text: str | None) -> re.Pattern[str] | None:
+    return re.compile(text, re.IGNORECASE) if text else None  # the names of headers have no case
+
+
+def _tls(options: Options, protocol: str) -> Tls | None:
+    is_mutual = getattr(options, f"{protocol}_use_ssl_mutual")
+    if not is_mutual and not getattr(options, f"{protocol}_use_ssl"):
+        return None
+    root = getattr(options, f"{protocol}_root_cert") if is_mutual else None
+    return Tls(getattr(options, f"{protocol}_server_cert"), getattr(options, f"{protocol}_server_key"), root)
