@@ -14,7 +14,7 @@ from ray_app import wire
 from ray_app.control import Change, Desired
 from ray_app.replica import Description
 from tutti.errors import Cancelled, InferError, Internal, Unavailable
-from tutti.scheduler import Scheduler
+from tutti.scheduler import Scheduler, trace
 from tutti.statistics import BatchTimes, ModelStatistics
 from tutti.types import Answer, Call, InferResponse, now_ns, settle
 
@@ -160,7 +160,7 @@ class Router:
                 continue
             failures += [answer for answer in answers if isinstance(answer, str) and answer]
         for pool in self.pools:  # what is known of them has changed
-            self._wake[pool.status.name].set()
+            await self._probe(pool)
         return failures
 
     async def send_to(self, pool: Pool, replica: str, calls: Sequence[Call]) -> list[Answer]:
@@ -387,7 +387,9 @@ class PoolInstance:
         end_ns = now_ns()
         for call, answer in zip(batch, answers, strict=True):
             call.answer = answer
-        self._statistics.record_batch(batch, BatchTimes(start_ns, start_ns, end_ns, end_ns))
+        times = BatchTimes(start_ns, start_ns, end_ns, end_ns)
+        self._statistics.record_batch(batch, times)
+        trace(batch, times)
         try:
             settle(batch)
         finally:

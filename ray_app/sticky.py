@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from ray_app.pools import Pool, Router
 from tutti.errors import InferError, InvalidArgument, Unavailable
+from tutti.scheduler import trace
 from tutti.statistics import BatchTimes, ModelStatistics
 from tutti.types import Call, InferResponse, now_ns, settle
 
@@ -45,7 +46,9 @@ class Streams:
             answer = error
         call.answer = answer
         end_ns = now_ns()
-        self._statistics.record_batch([call], BatchTimes(start_ns, start_ns, end_ns, end_ns))
+        times = BatchTimes(start_ns, start_ns, end_ns, end_ns)
+        self._statistics.record_batch([call], times)
+        trace([call], times)
         with self._lock:
             self._open -= 1
         settle([call])
@@ -157,7 +160,9 @@ class Sequences:
         for call, answer in zip(batch, answers, strict=True):
             call.answer = answer
         end_ns = now_ns()
-        self._statistics.record_batch(batch, BatchTimes(start_ns, start_ns, end_ns, end_ns))
+        times = BatchTimes(start_ns, start_ns, end_ns, end_ns)
+        self._statistics.record_batch(batch, times)
+        trace(batch, times)
         return is_lost
 
     def _sweep(self) -> None:

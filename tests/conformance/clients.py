@@ -41,7 +41,8 @@ class AnyClient:
         self._loop: asyncio.AbstractEventLoop | None = None
         if kind.endswith(".aio"):
             self._loop = asyncio.new_event_loop()
-            threading.Thread(target=self._loop.run_forever, daemon=True).start()
+            self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+            self._thread.start()
             self._client = self._run(self._make(url, options))
         else:
             self._client = LIBRARIES[kind].InferenceServerClient(url, **options)
@@ -115,6 +116,8 @@ class AnyClient:
         self.close()
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(10)
+            self._loop.close()
 
 
 @contextmanager
