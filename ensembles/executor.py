@@ -126,7 +126,10 @@ class EnsembleExecutor:
     def _complete(self, run: _Run) -> None:
         run.is_over = True
         outputs = []
-        for name in run.call.request.outputs or self._plan.outputs:
+        asked = run.call.request.outputs
+        for name in self._plan.outputs:
+            if asked and name not in asked:
+                continue
             tensor = run.tensors[name]
             outputs.append(Tensor(name, tensor.datatype, tensor.shape, tensor.data))
         run.call.answer = InferResponse(self._plan.name, self._version, outputs)

@@ -262,7 +262,36 @@ def _complete_and_check(proto: Any, folder: str, complete: Complete) -> ModelCon
         proto.name = folder
     complete(proto)
     _check(proto, folder)
-    return _build(proto)
+    built = _build(proto)
+    _fill_defaults(proto)
+    return built
+
+
+def _fill_defaults(proto: Any) -> None:
+    """Say what holds where nothing was said, as Triton shows it to clients and to python models."""
+    filenames = {"onnxruntime": "model.onnx", "python": "model.py", "tensorrt": "model.plan", "pytorch": "model.pt"}
+    backend = proto.backend or _PLATFORM_BACKENDS.get(proto.platform, "")
+    if backend in filenames:
+        proto.backend = backend
+        proto.platform = proto.platform or ("onnxruntime_onnx" if backend == "onnxruntime" else "")
+        proto.default_model_filename = proto.default_model_filename or filenames[backend]
+        if not proto.instance_group:
+            proto.instance_group.add()
+        for index, group in enumerate(proto.instance_group):
+            group.name = group.name or (proto.name if len(proto.instance_group) == 1 else f"{proto.name}_{index}")
+            group.count = group.count or 1
+    if not proto.HasField("version_policy"):
+        proto.version_policy.latest.num_versions = 1
+    for memory in ("input_pinned_memory", "output_pinned_memory"):
+        if backend in filenames and not proto.optimization.HasField(memory):
+            getattr(proto.optimization, memory).enable = True
+    if proto.HasField("ensemble_scheduling"):
+        proto.model_transaction_policy.SetInParent()
+    sequences = proto.sequence_batching
+    if proto.HasField("sequence_batching") and not sequences.max_sequence_idle_microseconds:
+        sequences.max_sequence_idle_microseconds = _DEFAULT_SEQUENCE_IDLE_US
+    if proto.HasField("dynamic_batching") and not proto.dynamic_batching.preferred_batch_size:
+        proto.dynamic_batching.preferred_batch_size.append(proto.max_batch_size)
 
 
 def as_json(message: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from tutti import repository
-from tutti.errors import ConfigError, Internal, NotFound, TuttiError, Unavailable
+from tutti.errors import ConfigError, Internal, InvalidArgument, NotFound, TuttiError, Unavailable
 from tutti.model import Model, Served
 from tutti.repository import ModelFolder
 from tutti.statistics import ModelStatistics
@@ -208,10 +208,15 @@ class Engine:
             self._route(name, version, group)
 
     def model(self, name: str, version: str = "") -> Model:
-        """A served model; version "" is the newest. Raises NotFound."""
+        """A served model; version "" is the newest. Raises NotFound, or InvalidArgument for what is no version."""
         found = self._newest.get(name) if not version else self._models.get(name, {}).get(version)
         if found is not None:
             return found
+        if version and not (version.isdecimal() and version.isascii() and 0 < len(version) < 20 and int(version)):
+            raise InvalidArgument(f"model '{name}': version {version[:50]!r} should be an integral value > 0")
+        plain = str(int(version)) if version else ""
+        if plain != version:
+            return self.model(name, plain)
         what = f"model '{name}'" + (f" version '{version}'" if version else "")
         if name in self._unloaded or any(failed == name for failed, _ in self._failures):
             raise NotFound(f"{what} has no available versions: it is not ready")
@@ -262,7 +267,7 @@ class Engine:
         while True:  # a model that closes just now has a successor, or is gone
             try:
                 model = self.model(name, version)
-            except NotFound as error:
+            except (NotFound, InvalidArgument) as error:
                 settle_all(calls, error)
                 return
             if model.take(calls):

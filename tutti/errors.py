@@ -7,7 +7,9 @@ TuttiError
     ├── NotFound            no such model or version
     ├── Unavailable         a queue is full, or nothing is there to execute (may pass: try again)
     ├── Unsupported         the request asks for something this server does not do
+    ├── AlreadyExists       what is to be made is there already
     ├── Cancelled           the caller went away before the work began
+    ├── Unknown             a model failed and did not say how
     └── Internal            a backend failed
 
 Knows nothing of HTTP or gRPC: each front-end maps these classes to its status codes in one table.
@@ -44,6 +46,14 @@ class Unavailable(InferError):
 
 class Unsupported(InferError):
     """Valid, but not offered by this server."""
+
+
+class AlreadyExists(InferError):
+    """What is to be made is there already."""
+
+
+class Unknown(InferError):
+    """A model failed and did not say how."""
 
 
 class Cancelled(InferError):

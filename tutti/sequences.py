@@ -302,7 +302,8 @@ class SequenceBatcher:
             if made is not None:
                 data = made.data.copy() if isinstance(made.data, np.ndarray) else bytes(made.data)
                 sequence.states[state.input_name] = Tensor(state.input_name, made.datatype, made.shape, data)
-        shown = outer.request.outputs or tuple(spec.name for spec in self._config.outputs)
+        asked = outer.request.outputs
+        shown = [spec.name for spec in self._config.outputs if not asked or spec.name in asked]
         outputs = [by_name[name] for name in shown if name in by_name]
         return InferResponse(answer.model_name, answer.model_version, outputs, answer.parameters, answer.is_null)
 

@@ -11,7 +11,7 @@ import stat
 import threading
 from dataclasses import dataclass
 
-from tutti.errors import InvalidArgument, NotFound, Unsupported
+from tutti.errors import AlreadyExists, InvalidArgument, NotFound, Unsupported
 from tutti.types import Raw, SharedRegion
 
 _KEY = re.compile(r"/?[A-Za-z0-9_][A-Za-z0-9_.-]{0,250}")
@@ -64,7 +64,7 @@ class SharedMemory:
                 )
             with self._lock:
                 if name in self._regions:
-                    raise InvalidArgument(f"shared memory region '{name}' already in manager")
+                    raise AlreadyExists(f"shared memory region '{name}' already in manager")
                 if len(self._regions) >= _MAX_REGIONS:
                     raise InvalidArgument(f"at most {_MAX_REGIONS} shared memory regions can be registered")
                 self._regions[name] = Registered(name, key, offset, byte_size, descriptor)
@@ -89,7 +89,7 @@ class SharedMemory:
             return [self._get(name)]
 
     def read(self, region: SharedRegion) -> bytes:
-        """A copy of the bytes. Raises InvalidArgument when they are not all inside the registered region."""
+        """A copy of the bytes. Raises NotFound, or InvalidArgument when they are not all inside the region."""
         with self._lock:  # a descriptor must not be closed, and its number reused, meanwhile
             registered = self._inside(region)
             parts = []
@@ -142,7 +142,7 @@ class SharedMemory:
             raise Unsupported("system shared memory is off: start the server with --allow-client-shm")
         registered = self._regions.get(region.name)
         if registered is None:
-            raise InvalidArgument(f"Unable to find shared memory region: '{region.name}'")
+            raise NotFound(f"Unable to find shared memory region: '{region.name}'")
         if region.offset < 0 or region.byte_size < 0 or region.offset + region.byte_size > registered.byte_size:
             raise InvalidArgument(
                 f"Invalid offset + byte size for shared memory region: '{region.name}': bytes {region.offset} to "

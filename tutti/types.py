@@ -95,7 +95,7 @@ class InferRequest:
 
 @dataclass(slots=True)
 class InferResponse:
-    """The answer to one request; outputs in the model's order, or the order they were asked for.
+    """The answer to one request; outputs in the model's order, whatever order they were asked for in.
 
     `is_null` marks the end of a decoupled model's answers that carries no answer of its own.
     """

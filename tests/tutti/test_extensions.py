@@ -56,7 +56,7 @@ def test_unknown_codings_are_refused() -> None:
         ("br", ""),
         ("gzip", "gzip"),
         ("deflate", "deflate"),
-        ("deflate, gzip;q=0.5", "gzip"),
+        ("deflate, gzip;q=0.5", "deflate"),
         ("GZIP;q=0, deflate", "deflate"),
     ],
 )

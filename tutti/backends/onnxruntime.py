@@ -196,5 +196,4 @@ class OnnxBackend:
 def _ordered(outputs: list[Tensor], asked: tuple[str, ...]) -> list[Tensor]:
     if not asked:
         return outputs
-    by_name = {output.name: output for output in outputs}
-    return [by_name[name] for name in asked]
+    return [output for output in outputs if output.name in asked]

@@ -196,7 +196,8 @@ class PythonBackend:
         request: InferRequest = call.request
         try:
             outputs = {tensor.name: tensor for tensor in pb_utils.to_outputs(response)}
-            chosen = [self._checked(outputs, name) for name in request.outputs or self._output_names]
+            asked = request.outputs
+            chosen = [self._checked(outputs, name) for name in self._output_names if not asked or name in asked]
         except InferError as bad_output:
             return Internal(bad_output.message)
         parameters = json.loads(response.parameters())

@@ -54,6 +54,8 @@ class TritonError:
         UNAVAILABLE: errors.Unavailable,
         UNSUPPORTED: errors.Unsupported,
         CANCELLED: errors.Cancelled,
+        ALREADY_EXISTS: errors.AlreadyExists,
+        UNKNOWN: errors.Unknown,
     }
 
     def __init__(self, message: str, code: int = INTERNAL) -> None:

@@ -16,7 +16,7 @@ from tutti import SERVER_NAME, __version__
 from tutti.classification import classify
 from tutti.config import ModelConfig, as_json
 from tutti.engine import Engine, Override
-from tutti.errors import InferError, Internal, InvalidArgument
+from tutti.errors import InferError, Internal, InvalidArgument, NotFound
 from tutti.frontends.gate import Gate
 from tutti.logs import Logs
 from tutti.model import Model
@@ -191,7 +191,10 @@ class Api:
         """Triton's statistics extension, times in nanoseconds: of one model, all its versions, or all models."""
         models = self.engine.models()
         if name:
-            self.engine.model(name, version)
+            try:
+                self.engine.model(name, version)
+            except NotFound as error:  # in Triton too no NotFound
+                raise InvalidArgument(error.message) from None
             models = [m for m in models if m.config.name == name and (not version or str(m.version) == version)]
         return {"model_stats": [_model_statistics(model) for model in models]}
 

@@ -33,10 +33,18 @@ def compress(data: bytes, encoding: str) -> bytes:
 
 
 def choose(accept_encoding: str) -> str:
-    """The coding for a response, by the request's Accept-Encoding: gzip before deflate, "" for none."""
-    accepted = set()
+    """The coding for a response, by the request's Accept-Encoding: the one of most weight, "" for none.
+
+    Of equal ones gzip comes before deflate, and either before none.
+    """
+    weights: dict[str, float] = {}
     for part in accept_encoding.lower().split(","):
         coding, _, weight = part.partition(";")
-        if weight.strip().replace(" ", "") not in ("q=0", "q=0.0", "q=0.00", "q=0.000"):
-            accepted.add(coding.strip())
-    return next((coding for coding in _WINDOW_BITS if coding in accepted), "")
+        value = weight.strip().replace(" ", "").removeprefix("q=") or "1"
+        try:
+            weights[coding.strip()] = float(value)
+        except ValueError:
+            weights[coding.strip()] = 0.0
+    best = max(_WINDOW_BITS, key=lambda coding: weights.get(coding, 0.0))
+    weight_of_best = weights.get(best, 0.0)
+    return best if weight_of_best > 0 and weight_of_best >= weights.get("identity", 0.0) else ""

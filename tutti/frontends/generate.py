@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 
 from tutti.config import ModelConfig, TensorSpec
-from tutti.errors import InvalidArgument, Unsupported
+from tutti.errors import InvalidArgument
 from tutti.frontends import http_codec
 from tutti.types import InferRequest, InferResponse, Parameters, Shape, Tensor
 
@@ -70,7 +70,7 @@ def _tensor(config: ModelConfig, spec: TensorSpec, value: Any) -> Tensor:
 
 def _values(model: str, tensor: Tensor) -> Any:
     if tensor.datatype in ("FP16", "BF16"):
-        raise Unsupported(f"model '{model}': output '{tensor.name}': {tensor.datatype} cannot be shown as JSON")
+        raise InvalidArgument(f"model '{model}': output '{tensor.name}': {tensor.datatype} cannot be shown as JSON")
     values = tensor.array().reshape(-1).tolist()
     if tensor.datatype == "BYTES":
         values = [value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value) for value in values]

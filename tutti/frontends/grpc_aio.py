@@ -193,7 +193,8 @@ class GrpcioFront:
         if response.is_null and not call.token:
             return b""
         parameters = {**response.parameters, "triton_final_response": item.is_final}
-        shown = InferResponse(response.model_name, response.model_version, response.outputs, parameters)
+        version = "" if response.is_null else response.model_version
+        shown = InferResponse(response.model_name, version, response.outputs, parameters)
         return grpc_codec.encode_stream(grpc_codec.encode(shown, call.request.id, shared))
 
     async def _watch(self, payload: bytes, context: Any) -> AsyncIterator[bytes]:

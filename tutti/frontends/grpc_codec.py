@@ -153,7 +153,7 @@ def _outputs(model: str, message: Any) -> tuple[tuple[str, ...], dict[str, int],
         raise _bad(model, f"at most {http_codec.MAX_OUTPUTS} outputs can be asked for, got {len(message.outputs)}")
     for item in message.outputs:
         if item.name in names:
-            raise _bad(model, f"output '{item.name}' is asked for more than once")
+            continue  # once is enough
         parameters = _parameters(item.parameters)
         if "classification" in parameters:
             classes[item.name] = http_codec.check_classes(model, item.name, parameters.pop("classification"))

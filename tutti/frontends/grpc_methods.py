@@ -31,6 +31,8 @@ _CODES: dict[type[InferError], int] = {
     errors.Unavailable: 14,
     errors.Unsupported: 12,
     errors.Cancelled: 1,
+    errors.Unknown: 2,
+    errors.AlreadyExists: 6,
     errors.Internal: INTERNAL,
 }
 # What the gate says -> status code and message.

@@ -24,7 +24,7 @@ from tutti.types import Call, InferRequest
 _log = logging.getLogger(__name__)
 
 _SWEEP_S = 5.0
-_INFER = re.compile(rb"/v2/models/([^/?]+)(?:/versions/([^/?]+))?/infer")
+_INFER = re.compile(rb"/v2/models/([^/?]+)(?:/versions/([0-9]{1,19}))?/infer")
 _MAX_ROUTES = 1024
 
 AsgiApp = Callable[[Any, Any, Any], Awaitable[None]]

@@ -47,7 +47,7 @@ def guarded(gate: Gate, category: Category | None, handler: Handler) -> Handler:
 def make_app(api: Api) -> Starlette:
     """Health, metadata, configuration, statistics, the repository, settings, shared memory and generate."""
     routes = _Routes(api)
-    models = ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
+    models = ("/v2/models/{model}", "/v2/models/{model}/versions/{version:int}")
     shm, cuda = "/v2/systemsharedmemory", "/v2/cudasharedmemory"
     table: list[tuple[Category, str, str, Handler]] = [
         ("health", "GET", "/-/healthz", routes.live),
@@ -84,10 +84,12 @@ def make_app(api: Api) -> Starlette:
             ("inference", "POST", f"{prefix}/generate", routes.generate),
             ("inference", "POST", f"{prefix}/generate_stream", routes.generate_stream),
         ]
-    return Starlette(
+    app = Starlette(
         routes=_merged(table, api.http.gate),
         exception_handlers={InferError: _infer_error, HTTPException: _http_error},
     )
+    app.router.redirect_slashes = False  # another spelling of a path is another path
+    return app
 
 
 def _merged(table: Sequence[tuple[Category, str, str, Handler]], gate: Gate) -> list[Route]:
@@ -156,10 +158,7 @@ class _Routes:
         return json_response(self._api.model_config_json(*_model(request)))
 
     async def statistics(self, request: Request) -> Response:
-        try:
-            return json_response(self._api.statistics(*_model(request)))
-        except NotFound as error:  # a 400 in Triton too
-            raise InvalidArgument(error.message) from None
+        return json_response(self._api.statistics(*_model(request)))
 
     async def all_statistics(self, _: Request) -> Response:
         return json_response(self._api.statistics())
@@ -286,7 +285,7 @@ class _Routes:
 
 
 def _model(request: Request) -> tuple[str, str]:
-    return request.path_params.get("model", ""), request.path_params.get("version", "")
+    return request.path_params.get("model", ""), str(request.path_params.get("version", ""))
 
 
 async def _body(request: Request, limit: int) -> bytes:

@@ -147,9 +147,11 @@ def decode_raw(config: ModelConfig, version: str, body: Raw) -> InferRequest:
         raise _bad(config.name, f"a raw request needs a model with one input, this one has {len(config.inputs)}")
     spec = config.inputs[0]
     if spec.datatype == "BYTES":
-        shape: Shape = (1,) * max(1, len(spec.dims))
+        if spec.dims != (1,):
+            raise _bad(config.name, f"a raw request of text needs input dims [1], the input has {list(spec.dims)}")
+        shape: Shape = (1,)
         element = np.empty(shape, dtype=object)
-        element.reshape(-1)[0] = bytes(body)
+        element[0] = bytes(body)
         tensor = Tensor(spec.name, "BYTES", shape, element)
     else:
         shape = _raw_shape(config, spec.dims, len(body), dtypes.NUMPY[spec.datatype].itemsize)
@@ -164,7 +166,7 @@ def encode(
 ) -> tuple[int | None, bytes]:
     """(header length, body); the length is None when the body is all JSON.
 
-    Outputs in `shared` are in shared memory already. Raises Unsupported for a datatype that JSON cannot carry.
+    Outputs in `shared` are in shared memory already. Raises InvalidArgument for a datatype that JSON cannot carry.
     """
     outputs, binaries = [], []
     for tensor in response.outputs:
@@ -329,8 +331,6 @@ def _shape(model: str, name: str, value: Any) -> Shape:
 
 def from_json(model: str, name: str, datatype: str, shape: Shape, data: Any) -> Any:
     """The numpy array of a JSON value. Raises InvalidArgument."""
-    if datatype in ("FP16", "BF16"):
-        raise _bad(model, f"input '{name}': {datatype} data must be binary, JSON cannot carry it")
     flat: list[Any] = []
     if not _flatten(data if isinstance(data, list) else [data], flat, MAX_DIMENSIONS):
         raise _bad(model, f"input '{name}': 'data' is nested more than {MAX_DIMENSIONS} deep")
@@ -338,6 +338,8 @@ def from_json(model: str, name: str, datatype: str, shape: Shape, data: Any) -> 
         raise _bad(
             model, f"input '{name}': expected {math.prod(shape)} elements for shape {list(shape)}, got {len(flat)}"
         )
+    if datatype in ("FP16", "BF16") and flat:
+        raise _bad(model, f"input '{name}': {datatype} data must be binary, JSON cannot carry it")
     if datatype == "BYTES":
         return _text_array(model, name, flat).reshape(shape)
     allowed = {"b": (bool,), "i": (int,), "u": (int,), "f": (int, float)}[dtypes.NUMPY[datatype].kind]
@@ -392,7 +394,7 @@ def _outputs(
         if not isinstance(name, str):
             raise _bad(model, "an output has no 'name'")
         if name in binary:
-            raise _bad(model, f"output '{name}' is asked for more than once")
+            continue  # once is enough
         wanted = _object(model, item, "parameters")
         for key, value in wanted.items():
             if key == "classification":
@@ -431,7 +433,7 @@ def _with_row(tensor: Tensor) -> Any:
 
 def _json_data(model: str, tensor: Tensor) -> Any:
     if tensor.datatype in ("FP16", "BF16"):
-        raise Unsupported(f"model '{model}': output '{tensor.name}': {tensor.datatype} needs binary output")
+        raise _bad(model, f"output '{tensor.name}': {tensor.datatype} needs binary output, JSON cannot carry it")
     array = tensor.array().reshape(-1)
     if tensor.datatype == "BYTES":
         return [element.decode("utf-8", "replace") if isinstance(element, bytes) else str(element) for element in array]

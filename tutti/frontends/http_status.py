@@ -7,7 +7,9 @@ _STATUS: dict[type[errors.InferError], int] = {
     errors.NotFound: 404,
     errors.Unavailable: 503,
     errors.Unsupported: 501,
-    errors.Cancelled: 499,
+    errors.AlreadyExists: 400,
+    errors.Unknown: 400,
+    errors.Cancelled: 400,
     errors.Internal: 500,
 }
 
