@@ -241,7 +241,7 @@ def parse(text: str, folder: str, complete: Complete = lambda _: None) -> ModelC
     """Parse, complete and check one config.pbtxt; `folder` gives the name where the file gives none."""
     try:
         proto = text_format.Parse(text, pb.ModelConfig())
-    except (text_format.ParseError, UnicodeError) as error:
+    except (text_format.ParseError, ValueError) as error:
         raise ConfigError(f"model '{folder}': config.pbtxt does not parse: {error}") from None
     except RecursionError:
         raise ConfigError(f"model '{folder}': config.pbtxt does not parse: it is nested too deep") from None
@@ -252,7 +252,7 @@ def parse_json(text: str | bytes, folder: str, complete: Complete = lambda _: No
     """As `parse`, for a configuration in JSON, as a client sends it with a load."""
     try:
         proto = json_format.Parse(text, pb.ModelConfig(), max_recursion_depth=20)
-    except (json_format.ParseError, UnicodeError, RecursionError) as error:
+    except (json_format.ParseError, ValueError, RecursionError) as error:
         raise ConfigError(f"model '{folder}': the configuration's JSON does not parse: {error}") from None
     return _complete_and_check(proto, folder, complete)
 
@@ -332,6 +332,7 @@ def _set_paths(message: Message, prefix: str = "") -> Iterator[str]:
 
 
 def _check(proto: Any, folder: str) -> None:
+    _check_enums(proto, folder)
     if proto.name != folder:
         raise _fail(folder, "name", f"expected the folder's name '{folder}', got '{proto.name}'")
     if proto.max_batch_size < 0:
@@ -347,6 +348,24 @@ def _check(proto: Any, folder: str) -> None:
     _check_batching(proto)
 
 
+def _check_enums(message: Message, folder: str, prefix: str = "") -> None:
+    """Protobuf takes any number for an enum: refuse those without a name."""
+    for one, value in message.ListFields():
+        path = f"{prefix}{one.name}"
+        if one.message_type is not None:
+            is_map = one.message_type.GetOptions().map_entry
+            children = value.values() if is_map else value if one.is_repeated else [value]
+            for child in children:
+                if isinstance(child, Message):
+                    _check_enums(child, folder, f"{path}.")
+        elif one.enum_type is not None:
+            for number in value if one.is_repeated else [value]:
+                if number not in one.enum_type.values_by_number:
+                    raise _fail(
+                        folder, path, f"expected one of {', '.join(one.enum_type.values_by_name)}, got {number}"
+                    )
+
+
 def _check_tensors(folder: str, kind: str, specs: Any) -> None:
     if not specs:
         raise _fail(folder, kind, "expected at least one")
@@ -357,7 +376,7 @@ def _check_tensors(folder: str, kind: str, specs: Any) -> None:
             raise _fail(folder, f"{path}.name", "expected a name")
         if names.count(spec.name) > 1:
             raise _fail(folder, f"{path}.name", f"'{spec.name}' appears more than once")
-        if dtypes.from_config(pb.DataType.Name(spec.data_type)) not in dtypes.NUMPY:
+        if _datatype(spec.data_type) not in dtypes.NUMPY:
             raise _fail(folder, f"{path}.data_type", "expected a data type")
         if len(spec.name) > _MAX_NAME:
             raise _fail(folder, f"{path}.name", f"expected at most {_MAX_NAME} characters")
@@ -372,6 +391,14 @@ def _check_reshape(folder: str, path: str, spec: Any) -> None:
     if _known_parts(spec.dims) != _known_parts(spec.reshape.shape):
         why = f"{list(spec.reshape.shape)} does not hold the same elements as dims {list(spec.dims)}"
         raise _fail(folder, f"{path}.reshape.shape", why)
+
+
+def _datatype(number: int) -> str:
+    """The datatype of a DataType's number; "" for one that is none."""
+    try:
+        return dtypes.from_config(pb.DataType.Name(number))
+    except ValueError:
+        return ""
 
 
 def _known_parts(dims: Any) -> list[int]:
@@ -436,7 +463,7 @@ def _build(proto: Any) -> ModelConfig:
 
 
 def _spec(proto: Any) -> TensorSpec:
-    datatype = dtypes.from_config(pb.DataType.Name(proto.data_type))
+    datatype = _datatype(proto.data_type)
     return TensorSpec(
         proto.name,
         datatype,
@@ -509,7 +536,7 @@ def _control(model: str, path: str, name: str, proto: Any) -> SequenceControl:
     kinds: dict[int, ControlKind] = {0: "start", 1: "ready", 2: "end", 3: "corrid"}
     kind = kinds[proto.kind]
     if kind == "corrid":
-        datatype = dtypes.from_config(pb.DataType.Name(proto.data_type))
+        datatype = _datatype(proto.data_type)
         if datatype not in ("UINT64", "INT64", "UINT32", "INT32", "BYTES"):
             raise _fail(model, f"{path}.data_type", f"expected an integer type or TYPE_STRING, got {datatype}")
         return SequenceControl(name, kind, datatype)
@@ -525,7 +552,7 @@ def _control(model: str, path: str, name: str, proto: Any) -> SequenceControl:
 
 def _state(model: str, index: int, proto: Any) -> SequenceState:
     path = f"sequence_batching.state[{index}]"
-    datatype = dtypes.from_config(pb.DataType.Name(proto.data_type))
+    datatype = _datatype(proto.data_type)
     if datatype not in dtypes.NUMPY:
         raise _fail(model, f"{path}.data_type", "expected a data type")
     if len(proto.initial_state) > 1:
@@ -546,7 +573,7 @@ def _warmup(proto: Any, index: int) -> Warmup:
     for name, item in warmup.inputs.items():
         path = f"model_warmup[{index}].inputs['{name}']"
         kind = item.WhichOneof("input_data_type")
-        datatype = dtypes.from_config(pb.DataType.Name(item.data_type))
+        datatype = _datatype(item.data_type)
         if name not in {spec.name for spec in proto.input}:
             raise _fail(proto.name, path, f"expected one of {sorted(spec.name for spec in proto.input)}")
         if kind is None or datatype not in dtypes.NUMPY or any(dim < 0 for dim in item.dims):

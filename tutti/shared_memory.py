@@ -102,6 +102,11 @@ class SharedMemory:
                 at += len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
+    def check(self, region: SharedRegion) -> None:
+        """Raises NotFound, or InvalidArgument when it is not all inside the registered region."""
+        with self._lock:
+            self._inside(region)
+
     def write(self, region: SharedRegion, data: Raw) -> None:
         """Put `data` at the region's start; it has `byte_size` bytes at most."""
         with self._lock:

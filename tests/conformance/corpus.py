@@ -20,6 +20,9 @@ from tests.models import Repository
 from tutti.dtypes import NUMPY, encode_bytes
 
 SEED = 7
+# A POSIX segment that whoever runs the corpus makes: 64 bytes, the first 16 of them 1.0, 2.0, 3.0, 4.0.
+SHARED_KEY = "/tutti_differential"
+SHARED_SIZE = 64
 LENGTH = "Inference-Header-Content-Length"
 DATATYPES = [name for name in NUMPY if name != "BF16"]  # numpy, and so Triton's python backend, knows no BF16
 SHAPES = [(1,), (7,), (0,), (40,)]
@@ -262,7 +265,7 @@ def cases() -> Iterator[Case]:
     rng = np.random.default_rng(SEED)
     for group in (
         _datatypes(rng), _rows(rng), _options(), _http_mistakes(), _grpc_mistakes(), _drawn_mistakes(), _questions(),
-        _settings(), _generate(), _streams(), _sequences(), _errors(), _control(),
+        _settings(), _shared(), _generate(), _streams(), _sequences(), _errors(), _control(),
     ):  # fmt: skip
         yield from group
 
@@ -604,6 +607,47 @@ def _settings() -> Iterator[Case]:
     ):
         path = "/v2/systemsharedmemory/region/a/register"
         yield Case(f"http register {json.dumps(body)}", (Http("POST", path, json.dumps(body).encode()),))
+
+
+def _shared() -> Iterator[Case]:
+    """Inputs and outputs in system shared memory."""
+    register = Http(
+        "POST",
+        "/v2/systemsharedmemory/region/r/register",
+        json.dumps({"key": SHARED_KEY, "offset": 0, "byte_size": SHARED_SIZE}).encode(),
+    )
+    unregister = Http("POST", "/v2/systemsharedmemory/region/r/unregister")
+    status = Http("GET", "/v2/systemsharedmemory/region/r/status")
+
+    def region(size: int, offset: int = 0) -> dict[str, Any]:
+        given = {"shared_memory_region": "r", "shared_memory_byte_size": size}
+        return {**given, "shared_memory_offset": offset} if offset else given
+
+    def http(source: dict[str, Any], target: dict[str, Any] | None = None) -> Http:
+        outputs = {"outputs": [{"name": "y", "parameters": target}]} if target else {}
+        return infer("add_one", {**X, "parameters": source}, **outputs)
+
+    def grpc(source: dict[str, Any], target: dict[str, Any] | None = None) -> Grpc:
+        item = grpc_input("x", "FP32", (1, 4))
+        for key, value in source.items():
+            item.parameters[key].CopyFrom(parameter(value))
+        return call(message("add_one", item, outputs=(wanted("y", **target),) if target else ()))
+
+    read = Http("POST", "/v2/models/add_one/infer", infer("add_one", {**X, "parameters": region(16, 16)}).body)
+    yield Case("http register and status", (register, register, status, unregister, unregister, status))
+    for make, name in ((http, "http"), (grpc, "grpc")):
+        for what, steps in {
+            "input": (make(region(16)),),
+            "input and output": (make(region(16), region(16, 16)), read),
+            "output larger than needed": (make(region(16), region(48, 16)), read),
+            "output too small": (make(region(16), region(8, 16)),),
+            "input outside": (make(region(16, 56)),),
+            "input of another size": (make(region(12)),),
+            "output outside": (make(region(16), region(64, 16)),),
+            "size overflowing": (make(region(16, 2**62)),),
+        }.items():
+            yield Case(f"{name} shared {what}", (register, *steps, unregister))
+        yield Case(f"{name} shared after unregister", (register, unregister, make(region(16))))
 
 
 def _generate() -> Iterator[Case]:

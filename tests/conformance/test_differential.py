@@ -3,10 +3,12 @@
 INTENDED lists the differences that are wanted, by case and with the reason; anything else must be equal.
 """
 
+import _posixshmem
 import fnmatch
 import gzip
 import http.client
 import json
+import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -43,6 +45,7 @@ CALLERS_MISTAKE = "what does not parse or fit is its caller's mistake"
 INTENDED = (
     Intended("http *", 400, (500, 501, 503), CALLERS_MISTAKE),
     Intended("grpc mistake: no message", "INVALID_ARGUMENT", ("INTERNAL",), CALLERS_MISTAKE),
+    Intended("grpc shared output too small", "INVALID_ARGUMENT", ("INTERNAL",), CALLERS_MISTAKE),
     Intended("http generate count *", 400, (200,), "an error is no 200"),
     Intended("grpc mistake: raw twice", "INVALID_ARGUMENT", ("OK",), "data that belongs to no input is a mistake"),
     Intended("grpc stream not a message", "OK", ("OK",), "the stream says that it could not read a message"),
@@ -184,6 +187,9 @@ def sides(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Side, Side
     scratch = tmp_path_factory.mktemp("differential")
     repository = Repository(scratch / "models")
     corpus.fill(repository)
+    descriptor = _posixshmem.shm_open(corpus.SHARED_KEY, os.O_CREAT | os.O_RDWR, mode=0o600)
+    os.write(descriptor, np.array([1, 2, 3, 4], np.float32).tobytes().ljust(corpus.SHARED_SIZE, b"\0"))
+    os.close(descriptor)
     control = ("--model-control-mode", "explicit", "--load-model", "*", "--allow-client-shm")
     with (
         tritonserver.running(repository.root, scratch, "--model-control-mode=explicit", "--load-model=*") as theirs,
@@ -192,6 +198,7 @@ def sides(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Side, Side
         grpc.insecure_channel(theirs.grpc) as their_channel,
     ):
         yield Side(ours.http, our_channel), Side(theirs.http, their_channel)
+    _posixshmem.shm_unlink(corpus.SHARED_KEY)
 
 
 def is_intended(name: str, ours: Outcome, theirs: Outcome) -> bool:

@@ -8,7 +8,7 @@ import base64
 import binascii
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ from tutti.model import Model
 from tutti.shared_memory import Registered, SharedMemory, refuse_cuda
 from tutti.statistics import Duration
 from tutti.tracing import Tracer
-from tutti.types import Call, InferRequest, InferResponse, SharedRegion, settle_all
+from tutti.types import Call, InferRequest, InferResponse, settle_all
 
 _log = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ class Api:
             failed = [call for call in calls if call.answer is None]
             settle_all(failed, Internal(f"internal error: {type(error).__name__}"))
 
-    def complete(self, call: Call) -> tuple[InferResponse, Mapping[str, SharedRegion]]:
+    def complete(self, call: Call) -> tuple[InferResponse, Collection[str]]:
         """A settled call's response as its request asks for it, and the outputs that are now in shared memory."""
         answer, request = call.answer, call.request
         if call.trace is not None:
@@ -109,18 +109,16 @@ class Api:
         assert answer is not None
         return self.as_asked(request, answer)
 
-    def as_asked(
-        self, request: InferRequest, response: InferResponse
-    ) -> tuple[InferResponse, Mapping[str, SharedRegion]]:
+    def as_asked(self, request: InferRequest, response: InferResponse) -> tuple[InferResponse, Collection[str]]:
         """As `complete`, for one of several answers."""
         if request.classes:
             response = self._in_classes(request, response)
         if not request.shared_outputs:
-            return response, {}
+            return response, ()
         return response, self._store(request, response)
 
-    def _store(self, request: InferRequest, response: InferResponse) -> dict[str, SharedRegion]:
-        stored = {}
+    def _store(self, request: InferRequest, response: InferResponse) -> list[str]:
+        stored = []
         for tensor in response.outputs:
             region = request.shared_outputs.get(tensor.name)
             if region is None:
@@ -131,8 +129,8 @@ class Api:
                     f"model '{request.model_name}': output '{tensor.name}': shared memory size specified with the "
                     f"request ({region.byte_size} bytes) should be at least {len(raw)} bytes to hold the results"
                 )
-            stored[tensor.name] = SharedRegion(region.name, region.offset, len(raw))
-            self.shared_memory.write(stored[tensor.name], raw)
+            self.shared_memory.write(region, raw)
+            stored.append(tensor.name)
         return stored
 
     def _in_classes(self, request: InferRequest, response: InferResponse) -> InferResponse:

@@ -14,10 +14,10 @@ def decompress(data: bytes, encoding: str, limit: int) -> bytes:
         raise Unsupported(f"Content-Encoding '{encoding}' is not supported, only gzip and deflate")
     inflater = zlib.decompressobj(_WINDOW_BITS[encoding])
     try:
-        content = inflater.decompress(data, limit)
+        content = inflater.decompress(data, limit + 1)  # 0 would be no limit at all
     except zlib.error as error:
         raise InvalidArgument(f"the request body is not {encoding}: {error}") from None
-    if inflater.unconsumed_tail or (len(content) == limit and not inflater.eof):
+    if len(content) > limit:
         raise InvalidArgument(f"the decompressed request body is larger than {limit} bytes")
     if not inflater.eof:
         raise InvalidArgument(f"the request body is not {encoding}: it is cut off")

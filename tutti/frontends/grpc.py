@@ -91,7 +91,7 @@ class GrpcFront:
         if not self._may_pass(call_id, "inference", payload, details):
             return None
         try:
-            call = Call(grpc_codec.decode(payload, api.shared_memory.read), self, call_id)
+            call = Call(grpc_codec.decode(payload, api.shared_memory), self, call_id)
         except InferError as error:
             self._front.fail(call_id, code_of(error), error.message)
             return None

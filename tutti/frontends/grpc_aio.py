@@ -115,7 +115,7 @@ class GrpcioFront:
         await self._check("inference", context)
         answers = Answers()
         try:
-            call = answers.call(grpc_codec.decode(payload, self._api.shared_memory.read))
+            call = answers.call(grpc_codec.decode(payload, self._api.shared_memory))
             call.emit = None  # one answer only
             self._begin(call, context)
             self._api.submit([call])
@@ -170,7 +170,7 @@ class GrpcioFront:
             async for payload in requests:
                 await room.acquire()
                 try:
-                    request = grpc_codec.decode(payload, self._api.shared_memory.read)
+                    request = grpc_codec.decode(payload, self._api.shared_memory)
                 except InferError as error:
                     answers.call(InferRequest("", {}, id=grpc_codec.id_of(payload))).finish(error)
                     continue

@@ -1,7 +1,7 @@
 """ModelInfer messages: protobuf in and out. Pure."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection
 from functools import lru_cache
 from typing import Any
 
@@ -11,7 +11,7 @@ from tritonclient.grpc import service_pb2 as pb
 from tutti import dtypes
 from tutti.errors import InvalidArgument, Unsupported
 from tutti.frontends import http_codec
-from tutti.frontends.http_codec import ReadShared, no_shared_memory
+from tutti.frontends.http_codec import NO_REGIONS, Regions
 from tutti.types import InferRequest, InferResponse, Parameters, Raw, Shape, SharedRegion, Tensor
 
 # Where typed `contents` hold each datatype. FP16 and BF16 travel raw only.
@@ -25,7 +25,7 @@ _RAW_TAG = b"\x32"
 _ID_TAG = b"\x1a"
 
 
-def decode(payload: bytes, read_shared: ReadShared = no_shared_memory) -> InferRequest:
+def decode(payload: bytes, regions: Regions = NO_REGIONS) -> InferRequest:
     """A serialized ModelInferRequest. Raises InvalidArgument naming the model and the tensor."""
     try:
         message = pb.ModelInferRequest.FromString(payload)
@@ -55,7 +55,7 @@ def decode(payload: bytes, read_shared: ReadShared = no_shared_memory) -> InferR
         if name in shared:
             if item.HasField("contents"):
                 raise _bad(model, f"input '{name}': both contents and shared memory are given")
-            inputs[name] = tensor = Tensor(name, datatype, shape, read_shared(shared[name]))
+            inputs[name] = tensor = Tensor(name, datatype, shape, regions.read(shared[name]))
             http_codec.check_size(model, tensor, shared[name].byte_size)
             continue
         if item.parameters:
@@ -68,20 +68,20 @@ def decode(payload: bytes, read_shared: ReadShared = no_shared_memory) -> InferR
             http_codec.check_size(model, tensor, len(raw[index]))
         else:
             inputs[name] = Tensor(name, datatype, shape, _typed(model, name, datatype, shape, item.contents))
-    outputs, classes, shared_outputs = _outputs(model, message)
+    outputs, classes, shared_outputs = _outputs(model, message, regions)
     parameters = _parameters(message.parameters)
     if parameters:
         http_codec.check_parameters(model, parameters)
     return InferRequest(model, inputs, message.model_version, message.id, outputs, parameters, classes, shared_outputs)
 
 
-def encode(response: InferResponse, request_id: str, shared: Mapping[str, SharedRegion] | None = None) -> bytes:
+def encode(response: InferResponse, request_id: str, shared: Collection[str] = ()) -> bytes:
     """A serialized ModelInferResponse; every output goes raw, but for those in `shared`, which are there already.
 
     Concatenated protobuf messages merge, so the unchanging head is serialized once per signature.
     """
     signature = tuple([(t.name, t.datatype, t.shape) for t in response.outputs])
-    head = _shared_head(response, shared) if shared else _head(response.model_name, response.model_version, signature)
+    head = _head(response.model_name, response.model_version, signature)
     parts = [head]
     if request_id:
         encoded = request_id.encode()
@@ -89,7 +89,7 @@ def encode(response: InferResponse, request_id: str, shared: Mapping[str, Shared
     if response.parameters:
         parts.append(_parameters_message(response.parameters))
     for tensor in response.outputs:
-        raw: Raw = b"" if shared and tensor.name in shared else tensor.raw()
+        raw: Raw = b"" if tensor.name in shared else tensor.raw()
         parts += (_RAW_TAG, _varint(len(raw)), raw)  # type: ignore[arg-type]
     return b"".join(parts)
 
@@ -144,7 +144,9 @@ def _typed(model: str, name: str, datatype: str, shape: Shape, contents: Any) ->
         raise _bad(model, f"input '{name}': an element does not fit {datatype}") from None
 
 
-def _outputs(model: str, message: Any) -> tuple[tuple[str, ...], dict[str, int], dict[str, SharedRegion]]:
+def _outputs(
+    model: str, message: Any, regions: Regions
+) -> tuple[tuple[str, ...], dict[str, int], dict[str, SharedRegion]]:
     """Names asked for, the classes wanted of them, and where they go in shared memory."""
     names: list[str] = []
     classes = {}
@@ -159,6 +161,7 @@ def _outputs(model: str, message: Any) -> tuple[tuple[str, ...], dict[str, int],
             classes[item.name] = http_codec.check_classes(model, item.name, parameters.pop("classification"))
         region = http_codec.shared_region(model, f"output '{item.name}'", parameters)
         if region is not None:
+            regions.check(region)
             shared[item.name] = region
             parameters = {key: value for key, value in parameters.items() if not key.startswith("shared_memory_")}
         _refuse_parameters(model, item.name, parameters)
@@ -170,19 +173,6 @@ def _parameters(parameters: Any) -> Parameters:
     return {
         key: getattr(value, value.WhichOneof("parameter_choice") or "string_param") for key, value in parameters.items()
     }
-
-
-def _shared_head(response: InferResponse, shared: Mapping[str, SharedRegion]) -> bytes:
-    message = pb.ModelInferResponse(model_name=response.model_name, model_version=response.model_version)
-    for tensor in response.outputs:
-        output = message.outputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
-        region = shared.get(tensor.name)
-        if region is not None:
-            output.parameters["shared_memory_region"].string_param = region.name
-            output.parameters["shared_memory_byte_size"].int64_param = region.byte_size
-            if region.offset:
-                output.parameters["shared_memory_offset"].int64_param = region.offset
-    return bytes(message.SerializeToString())
 
 
 def _parameters_message(parameters: Parameters) -> bytes:

@@ -154,8 +154,8 @@ class HttpFront:
         if header_length == 0:
             config = self._api.engine.model(name, version).config
             return http_codec.decode_raw(config, version, exchange.body), http_codec.BINARY_REPLY
-        read_shared = self._api.shared_memory.read
-        return http_codec.decode(name, version, exchange.body, header_length, self._headers, read_shared)
+        regions = self._api.shared_memory
+        return http_codec.decode(name, version, exchange.body, header_length, self._headers, regions)
 
     def _encode(self, call: Call) -> bytes:
         exchange: Exchange = call.token

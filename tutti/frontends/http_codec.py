@@ -4,10 +4,10 @@ Sizes and positions are bytes. Rules follow Triton's binary tensor data extensio
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import orjson
@@ -21,12 +21,27 @@ MAX_DIMENSIONS = 32
 MAX_ELEMENTS = 2**40
 MAX_OUTPUTS = 1024
 
-ReadShared = Callable[[SharedRegion], bytes]
-"""The bytes of a client's registered shared memory. Raises an InferError."""
+
+class Regions(Protocol):
+    """Clients' registered shared memory. Methods raise InferErrors."""
+
+    def read(self, region: SharedRegion) -> bytes: ...
+
+    def check(self, region: SharedRegion) -> None:
+        """Whether something may be written there."""
 
 
-def no_shared_memory(region: SharedRegion) -> bytes:
-    raise Unsupported(f"shared memory region '{region.name}': shared memory is off")
+class NoRegions:
+    """Where there is no shared memory."""
+
+    def read(self, region: SharedRegion) -> bytes:
+        raise Unsupported(f"shared memory region '{region.name}': shared memory is off")
+
+    def check(self, region: SharedRegion) -> None:
+        self.read(region)
+
+
+NO_REGIONS = NoRegions()
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +112,7 @@ def decode(
     body: Raw,
     header_length: int | None,
     cache: HeaderCache | None = None,
-    read_shared: ReadShared = no_shared_memory,
+    regions: Regions = NO_REGIONS,
 ) -> tuple[InferRequest, ReplyFormat]:
     """A request body with a JSON header of `header_length` bytes, or all JSON for None.
 
@@ -105,23 +120,23 @@ def decode(
     """
     view = memoryview(body)
     if header_length is None:
-        return _decode(name, version, view, view[:0], read_shared)
+        return _decode(name, version, view, view[:0], regions)
     if header_length > len(view):
         raise _bad(name, f"Inference-Header-Content-Length is {header_length}, the body has {len(view)} bytes")
     data = view[header_length:]
     if cache is None:
-        return _decode(name, version, view[:header_length], data, read_shared)
+        return _decode(name, version, view[:header_length], data, regions)
     header = bytes(view[:header_length])
     known = cache.get(header)
     if known is not None and known.data_size == len(data):
         return known.request(name, version, data), known.reply
-    request, reply = _decode(name, version, memoryview(header), data, read_shared)
+    request, reply = _decode(name, version, memoryview(header), data, regions)
     cache.remember(header, request, reply)
     return request, reply
 
 
 def _decode(
-    name: str, version: str, json: memoryview, data: memoryview, read_shared: ReadShared
+    name: str, version: str, json: memoryview, data: memoryview, regions: Regions
 ) -> tuple[InferRequest, ReplyFormat]:
     try:
         header = orjson.loads(json)
@@ -129,11 +144,11 @@ def _decode(
         raise _bad(name, f"the request's JSON does not parse: {error}") from None
     if not isinstance(header, dict):
         raise _bad(name, "the request's JSON: expected an object")
-    inputs, used = _inputs(name, header, data, read_shared)
+    inputs, used = _inputs(name, header, data, regions)
     if used != len(data):
         raise _bad(name, f"{len(data) - used} bytes of binary data are left over after the last input")
     parameters = _object(name, header, "parameters")
-    outputs, classes, shared, reply = _outputs(name, header, parameters)
+    outputs, classes, shared, reply = _outputs(name, header, parameters, regions)
     check_parameters(name, parameters)
     request_id = header.get("id", "")
     if not isinstance(request_id, str):
@@ -162,7 +177,7 @@ def decode_raw(config: ModelConfig, version: str, body: Raw) -> InferRequest:
 
 
 def encode(
-    response: InferResponse, request_id: str, reply: ReplyFormat, shared: Mapping[str, SharedRegion] | None = None
+    response: InferResponse, request_id: str, reply: ReplyFormat, shared: Collection[str] = ()
 ) -> tuple[int | None, bytes]:
     """(header length, body); the length is None when the body is all JSON.
 
@@ -170,8 +185,9 @@ def encode(
     """
     outputs, binaries = [], []
     for tensor in response.outputs:
-        if shared and tensor.name in shared:
-            outputs.append(_shared_output(tensor, shared[tensor.name]))
+        if tensor.name in shared:
+            entry = {"name": tensor.name, "datatype": tensor.datatype, "shape": tensor.shape}
+            outputs.append(orjson.dumps(entry))  # and nothing else: clients take any parameters for those of data
         elif reply.is_binary(tensor.name):
             raw = tensor.raw()
             binaries.append(raw)
@@ -200,14 +216,6 @@ def _response_head(model: str, version: str, parameters: bytes) -> bytes:
 def _binary_output(name: str, datatype: str, shape: Shape, size: int) -> bytes:
     parameters = {"binary_data_size": size}
     return orjson.dumps({"name": name, "datatype": datatype, "shape": shape, "parameters": parameters})
-
-
-def _shared_output(tensor: Tensor, region: SharedRegion) -> bytes:
-    parameters: dict[str, object] = {"shared_memory_region": region.name, "shared_memory_byte_size": region.byte_size}
-    if region.offset:
-        parameters["shared_memory_offset"] = region.offset
-    entry = {"name": tensor.name, "datatype": tensor.datatype, "shape": tensor.shape, "parameters": parameters}
-    return orjson.dumps(entry)
 
 
 def _json_output(model: str, tensor: Tensor) -> bytes:
@@ -265,7 +273,7 @@ def shared_region(model: str, what: str, parameters: Mapping[str, Any]) -> Share
 
 
 def _inputs(
-    model: str, header: Mapping[str, Any], binary: memoryview, read_shared: ReadShared
+    model: str, header: Mapping[str, Any], binary: memoryview, regions: Regions
 ) -> tuple[dict[str, Tensor], int]:
     """The tensors, and how many bytes of `binary` they used."""
     inputs: dict[str, Tensor] = {}
@@ -277,7 +285,7 @@ def _inputs(
         if name in inputs:
             raise _bad(model, f"input '{name}' is given more than once")
         datatype = item.get("datatype")
-        if datatype not in dtypes.NUMPY:
+        if not isinstance(datatype, str) or datatype not in dtypes.NUMPY:
             raise _bad(
                 model, f"input '{name}': 'datatype': expected one of {', '.join(dtypes.NUMPY)}, got {datatype!r}"
             )
@@ -288,7 +296,7 @@ def _inputs(
         if (size is not None) + ("data" in item) + (region is not None) != 1:
             raise _bad(model, f"input '{name}': expected one of 'data', 'binary_data_size' and 'shared_memory_region'")
         if region is not None:
-            inputs[name] = Tensor(name, datatype, shape, read_shared(region))
+            inputs[name] = Tensor(name, datatype, shape, regions.read(region))
             check_size(model, inputs[name], region.byte_size)
             continue
         if size is None:
@@ -347,7 +355,8 @@ def from_json(model: str, name: str, datatype: str, shape: Shape, data: Any) -> 
         if not isinstance(element, allowed) or (isinstance(element, bool) and datatype != "BOOL"):
             raise _bad(model, f"input '{name}': expected {datatype} elements, got {str(element)[:40]!r}")
     try:
-        return np.array(flat, dtype=dtypes.NUMPY[datatype]).reshape(shape)
+        with np.errstate(over="ignore"):  # what is too large for a float is infinite
+            return np.array(flat, dtype=dtypes.NUMPY[datatype]).reshape(shape)
     except OverflowError:
         raise _bad(model, f"input '{name}': an element does not fit {datatype}") from None
 
@@ -371,7 +380,7 @@ def _text_array(model: str, name: str, flat: list[Any]) -> Any:
 
 
 def _outputs(
-    model: str, header: Mapping[str, Any], parameters: dict[str, Any]
+    model: str, header: Mapping[str, Any], parameters: dict[str, Any], regions: Regions
 ) -> tuple[tuple[str, ...], dict[str, int], dict[str, SharedRegion], ReplyFormat]:
     """Names asked for, classes wanted of them, where they go in shared memory, and their form.
 
@@ -404,6 +413,7 @@ def _outputs(
                 raise Unsupported(f"model '{model}': output '{name}': parameter '{key}' is not supported")
         region = shared_region(model, f"output '{name}'", wanted)
         if region is not None:
+            regions.check(region)
             shared[name] = region
         names.append(name)
         binary[name] = bool(wanted.get("binary_data", False))
