@@ -324,7 +324,9 @@ def check_size(model: str, tensor: Tensor, size: int) -> None:
 
 def check_shape(model: str, name: str, shape: Shape) -> None:
     """Raise InvalidArgument for negative, too many or too large dimensions."""
-    if len(shape) > MAX_DIMENSIONS or min(shape, default=0) < 0 or math.prod(shape) > MAX_ELEMENTS:
+    # Zeros do not count: numpy multiplies the others.
+    product = math.prod(shape) if 0 not in shape else math.prod(size or 1 for size in shape)
+    if len(shape) > MAX_DIMENSIONS or min(shape, default=0) < 0 or product > MAX_ELEMENTS:
         limits = f"at most {MAX_DIMENSIONS} sizes of 0 or more with a product of at most {MAX_ELEMENTS}"
         raise _bad(model, f"input '{name}': 'shape': expected {limits}, got {list(shape)[:40]}")
 

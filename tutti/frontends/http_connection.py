@@ -21,7 +21,10 @@ from tutti.types import Call
 _log = logging.getLogger(__name__)
 
 MAX_HEADER_BYTES = 64 * 1024
+_HEADER_OVERHEAD = 4  # ": " and the line's end
 MAX_PIPELINED = 128
+# A client that still sends what has been refused would not read the answer if the connection broke under it.
+LINGER_S = 2.0
 IDLE_TIMEOUT_S = 75.0
 READ_TIMEOUT_S = 60.0
 
@@ -160,7 +163,7 @@ class Connection(asyncio.Protocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._headers.append((name.lower(), value))
-        self._count_header(len(name) + len(value))
+        self._count_header(len(name) + len(value) + _HEADER_OVERHEAD)
 
     def on_headers_complete(self) -> None:
         for name, value in self._headers:
@@ -226,7 +229,10 @@ class Connection(asyncio.Protocol):
             self.pending.popleft()
             self._write(done.response)
             if not done.keep_alive:
-                self._close()
+                if done.method:
+                    self._close()
+                else:
+                    self._linger()
                 return
         if self._is_read_paused:
             self._update_reading()
@@ -276,6 +282,16 @@ class Connection(asyncio.Protocol):
         self._is_closing = True
         if self._transport is not None:
             self._transport.close()
+
+    def _linger(self) -> None:
+        """Close after a refusal, but take and forget for a while what the client still sends."""
+        self._is_closing = True
+        transport = self._transport
+        if transport is None or transport.is_closing():
+            return
+        if transport.can_write_eof():
+            transport.write_eof()
+        self._loop.call_later(LINGER_S, transport.close)
 
     def _update_reading(self) -> None:
         """Read only while the client takes its answers and has not sent too far ahead."""
