@@ -67,6 +67,10 @@ class PoolStatus:
         """A batch was lost: down, until a probe says otherwise."""
         self._set_up(False)
 
+    def lost(self, replica: str) -> None:
+        """One replica, by id, is gone: the others are not to blame."""
+        self.replicas = tuple(one for one in self.replicas if one.id != replica)
+
     def has_model(self, key: str) -> bool:
         return self.is_up and any(key in replica.models for replica in self.replicas)
 
@@ -169,6 +173,7 @@ class Router:
         try:
             while isinstance(answer := await self._call(pool, message, replica), str):
                 if answer == wire.GONE:
+                    pool.status.lost(replica)
                     raise Unavailable("it is gone")
                 await self._catch_up(pool)
         except InferError:
@@ -178,7 +183,8 @@ class Router:
                 raise
             raise Unavailable("its pool went down") from None
         except Exception as error:
-            self._fail(pool)
+            pool.status.lost(replica)
+            self._wake[pool.status.name].set()
             raise Unavailable(f"{type(error).__name__}") from None
         self._count(pool, calls)
         return [_marked(one, pool) for one in wire.unpack_answers(answer)]

@@ -63,6 +63,7 @@ class _Pin:
     waiting: deque[Call] = field(default_factory=deque)
     is_busy: bool = False
     used_ns: int = 0
+    has_answered: bool = False
 
 
 class Sequences:
@@ -141,11 +142,21 @@ class Sequences:
                     pin.used_ns = now_ns()
                     return
             is_lost = await self._send(pin, batch)
+            if is_lost and not pin.has_answered and self._move(pin):
+                is_lost = await self._send(pin, batch)  # it has not begun: it may begin elsewhere
+            pin.has_answered = True
             is_end = bool(batch[-1].request.parameters.get("sequence_end"))
             with self._lock:
                 if (is_lost or (is_end and not pin.waiting)) and self._pins.get(key) is pin:
                     del self._pins[key]  # what waits behind a loss fails like it: it has no START
             settle(batch)
+
+    def _move(self, pin: _Pin) -> bool:
+        """Give a sequence another replica; returns whether there is one."""
+        places = [place for place in self._router.places(self._name) if place[1] != pin.replica]
+        if places:
+            pin.pool, pin.replica = places[0]
+        return bool(places)
 
     async def _send(self, pin: _Pin, batch: list[Call]) -> bool:
         """Fill in the answers; returns whether the replica was lost."""

@@ -34,7 +34,8 @@ X = np.array([[1, 2, 3, 4]], np.float32)
 GOOD = json.dumps({"inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [1, 2, 3, 4]}]}).encode()
 ROUTES = {
     "health": [
-        ("GET", "/v2/health/live"), ("GET", "/v2/health/ready"), ("GET", "/v2/models/add_one/ready"), ("GET", "/-/healthz"),
+        ("GET", "/v2/health/live"), ("GET", "/v2/health/ready"), ("GET", "/-/healthz"),
+        ("GET", "/v2/models/add_one/ready"),
     ],
     "metadata": [("GET", "/v2"), ("GET", "/v2/models/add_one"), ("GET", "/v2/models/add_one/versions/1")],
     "inference": [
