@@ -91,7 +91,21 @@ class Decision:
     expired: list[Call] = field(default_factory=list)
 
 
-_LaneKey = tuple[int, bool, Hashable]
+class _Lane:
+    """Calls of one level and key, in order of arrival. `is_late`: their timeout has passed, and they were delayed."""
+
+    __slots__ = ("calls", "is_late", "key", "level", "rows")
+
+    def __init__(self, level: int, is_late: bool, key: Hashable) -> None:
+        self.level = level
+        self.is_late = is_late
+        self.key = key
+        self.calls: deque[Call] = deque()
+        self.rows = 0
+
+    def order(self) -> tuple[bool, int, int]:
+        """Sorted by this, lanes are in the order of service."""
+        return self.is_late, self.level, self.calls[0].arrived_ns
 
 
 class BatchQueue:
@@ -106,9 +120,7 @@ class BatchQueue:
         self.rows = 0
         self.calls = 0
         self._is_plain = policy is None or policy.is_plain
-        # (level, whether its timeout has passed, key); sorted, that is the order of service.
-        self._lanes: dict[_LaneKey, deque[Call]] = {}
-        self._lane_rows: dict[_LaneKey, int] = {}
+        self._lanes: dict[Hashable, _Lane] = {}
         self._level_rows: dict[int, int] = {}
 
     def has_room(self, call: Call) -> bool:
@@ -134,7 +146,7 @@ class BatchQueue:
             timeout_ns = self.policy.queue_of(call.level).timeout_of(call)
             call.expires_ns = call.arrived_ns + timeout_ns if timeout_ns else 0
             self._level_rows[call.level] = self._level_rows.get(call.level, 0) + call.rows
-        self._append((call.level, False, call.key), call)
+        self._append(call, is_late=False)
         self.rows += call.rows
         self.calls += 1
         return call.expires_ns
@@ -144,10 +156,11 @@ class BatchQueue:
         expired = [] if self._is_plain else self.expire(now_ns)
         dropped = self._drop_cancelled_heads()
         wake_ns: int | None = None
-        for lane_key in sorted(self._lanes, key=self._order) if len(self._lanes) > 1 else list(self._lanes):
-            if lane_key not in self._lanes:
+        lanes = list(self._lanes.values())
+        for lane in sorted(lanes, key=_Lane.order) if len(lanes) > 1 else lanes:
+            if not lane.calls:  # it went with another of its key
                 continue
-            batch, lane_wake_ns = self._take_lane(lane_key, now_ns, dropped)
+            batch, lane_wake_ns = self._take_lane(lane, now_ns, dropped)
             if batch:
                 return Decision(batch, dropped, None, expired)
             if lane_wake_ns is not None:
@@ -158,17 +171,17 @@ class BatchQueue:
         """Remove and return what has waited too long; what its policy delays goes behind all that is on time."""
         assert self.policy is not None
         expired: list[Call] = []
-        for lane_key in [key for key in self._lanes if not key[1]]:
-            late = [call for call in self._lanes[lane_key] if call.expires_ns and call.expires_ns <= now_ns]
+        for lane in [lane for lane in self._lanes.values() if not lane.is_late]:
+            late = [call for call in lane.calls if call.expires_ns and call.expires_ns <= now_ns]
             if not late:
                 continue
             gone = set(map(id, late))
-            self._lanes[lane_key] = deque(call for call in self._lanes[lane_key] if id(call) not in gone)
-            self._lane_rows[lane_key] -= sum(call.rows for call in late)
-            self._forget_if_empty(lane_key)
-            if self.policy.queue_of(lane_key[0]).delays:
+            lane.calls = deque(call for call in lane.calls if id(call) not in gone)
+            lane.rows -= sum(call.rows for call in late)
+            self._forget_if_empty(lane)
+            if self.policy.queue_of(lane.level).delays:
                 for call in late:
-                    self._append((lane_key[0], True, lane_key[2]), call)
+                    self._append(call, is_late=True)
             else:
                 for call in late:
                     self._left(call)
@@ -177,75 +190,72 @@ class BatchQueue:
 
     def drain(self) -> list[Call]:
         """Remove and return everything that waits."""
-        calls = [call for lane in self._lanes.values() for call in lane]
+        calls = [call for lane in self._lanes.values() for call in lane.calls]
         self._lanes.clear()
-        self._lane_rows.clear()
         self._level_rows.clear()
         self.rows = self.calls = 0
         return calls
 
-    def _append(self, lane_key: _LaneKey, call: Call) -> None:
-        lane = self._lanes.get(lane_key)
+    def _append(self, call: Call, is_late: bool) -> None:
+        name = self._name(call.level, is_late, call.key)
+        lane = self._lanes.get(name)
         if lane is None:
-            lane = self._lanes[lane_key] = deque()
-            self._lane_rows[lane_key] = 0
-        lane.append(call)
-        self._lane_rows[lane_key] += call.rows
+            lane = self._lanes[name] = _Lane(call.level, is_late, call.key)
+        lane.calls.append(call)
+        lane.rows += call.rows
 
-    def _order(self, lane_key: _LaneKey) -> tuple[bool, int, int]:
-        level, is_late, _ = lane_key
-        return is_late, level, self._lanes[lane_key][0].arrived_ns
+    def _name(self, level: int, is_late: bool, key: Hashable) -> Hashable:
+        return key if self._is_plain else (level, is_late, key)
 
     def _drop_cancelled_heads(self) -> list[Call]:
         dropped = []
-        for lane_key in list(self._lanes):
-            lane = self._lanes[lane_key]
-            while lane and lane[0].is_cancelled:
-                dropped.append(self._pop(lane_key))
-            self._forget_if_empty(lane_key)
+        for lane in list(self._lanes.values()):
+            while lane.calls and lane.calls[0].is_cancelled:
+                dropped.append(self._pop(lane))
+            self._forget_if_empty(lane)
         return dropped
 
-    def _take_lane(self, lane_key: _LaneKey, now_ns: int, dropped: list[Call]) -> tuple[list[Call], int | None]:
+    def _take_lane(self, lane: _Lane, now_ns: int, dropped: list[Call]) -> tuple[list[Call], int | None]:
         if self.policy is None:
-            batch = [self._pop(lane_key)]
-            self._forget_if_empty(lane_key)
+            batch = [self._pop(lane)]
+            self._forget_if_empty(lane)
             return batch, None
         # Calls of one key share a batch across priority levels, the more urgent ones first.
-        lanes = [lane_key] if self._is_plain else self._lanes_of(lane_key[2])
-        head_ns = min(self._lanes[key][0].arrived_ns for key in lanes)
-        limit = self.policy.rows_to_take(sum(self._lane_rows[key] for key in lanes), now_ns - head_ns)
+        lanes = [lane] if self._is_plain else self._lanes_of(lane.key)
+        head_ns = min(one.calls[0].arrived_ns for one in lanes)
+        limit = self.policy.rows_to_take(sum(one.rows for one in lanes), now_ns - head_ns)
         if limit == 0:
             return [], head_ns + self.policy.max_queue_delay_ns
         batch = []
-        for key in lanes:
-            is_full = self._pop_rows(key, limit, batch, dropped)
-            self._forget_if_empty(key)
+        for one in lanes:
+            is_full = self._pop_rows(one, limit, batch, dropped)
+            self._forget_if_empty(one)
             if is_full:
                 break
         return batch, None
 
-    def _lanes_of(self, key: Hashable) -> list[_LaneKey]:
-        return sorted((lane_key for lane_key in self._lanes if lane_key[2] == key), key=self._order)
+    def _lanes_of(self, key: Hashable) -> list[_Lane]:
+        return sorted((lane for lane in self._lanes.values() if lane.key == key), key=_Lane.order)
 
-    def _pop_rows(self, lane_key: _LaneKey, limit: int, batch: list[Call], dropped: list[Call]) -> bool:
+    def _pop_rows(self, lane: _Lane, limit: int, batch: list[Call], dropped: list[Call]) -> bool:
         """Move whole calls into `batch` up to `limit` rows, at least one: a call is never split between batches.
 
         Returns whether calls were left behind.
         """
-        lane = self._lanes[lane_key]
+        calls = lane.calls
         rows = sum(call.rows for call in batch)
-        while lane and (not batch or rows + lane[0].rows <= limit):
-            call = self._pop(lane_key)
+        while calls and (not batch or rows + calls[0].rows <= limit):
+            call = self._pop(lane)
             if call.is_cancelled:
                 dropped.append(call)
             else:
                 batch.append(call)
                 rows += call.rows
-        return bool(lane)
+        return bool(calls)
 
-    def _pop(self, lane_key: _LaneKey) -> Call:
-        call = self._lanes[lane_key].popleft()
-        self._lane_rows[lane_key] -= call.rows
+    def _pop(self, lane: _Lane) -> Call:
+        call = lane.calls.popleft()
+        lane.rows -= call.rows
         self._left(call)
         return call
 
@@ -255,7 +265,6 @@ class BatchQueue:
         if not self._is_plain:
             self._level_rows[call.level] -= call.rows
 
-    def _forget_if_empty(self, lane_key: _LaneKey) -> None:
-        if not self._lanes[lane_key]:
-            del self._lanes[lane_key]
-            del self._lane_rows[lane_key]
+    def _forget_if_empty(self, lane: _Lane) -> None:
+        if not lane.calls:
+            self._lanes.pop(self._name(lane.level, lane.is_late, lane.key), None)

@@ -13,6 +13,7 @@ from prometheus_client.metrics_core import (
     Metric,
 )
 
+from tutti import custom_metrics
 from tutti.engine import Engine
 from tutti.model import Model
 from tutti.statistics import BUCKETS_NS, Counts, Histogram
@@ -90,6 +91,7 @@ class Metrics:
                 found = histogram(model.statistics.counts)
                 family.add_metric(labels(model), _buckets(found), found.ns / 1e9)
             yield family
+        yield from custom_metrics.collect()
         if self._extra is not None:
             yield from self._extra()
 

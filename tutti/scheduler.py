@@ -210,13 +210,16 @@ class ThreadInstance:
             answers = [as_infer_error(self._name, error)] * len(batch)
         end_ns = now_ns()
         answered: list[Call] = []
+        is_traced = False
         for call, answer in zip(batch, answers, strict=True):
             if answer is not None:
                 call.answer = answer if isinstance(answer, InferResponse) else as_infer_error(self._name, answer)
                 answered.append(call)
+            is_traced = is_traced or call.trace is not None
         times = BatchTimes(start_ns, start_ns, end_ns, end_ns)
         self._statistics.record_batch(batch, times)
-        trace(batch, times)
+        if is_traced:
+            trace(batch, times)
         try:
             if answered:
                 settle(answered)

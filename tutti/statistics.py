@@ -112,9 +112,13 @@ class ModelStatistics:
             of_size = counts.batches.setdefault(rows, [Duration(), Duration(), Duration()])
             for duration, stage_ns in zip(of_size, stages, strict=True):
                 duration.add(stage_ns)
+            request_counts, queue_counts = counts.request_time.counts, counts.queue_time.counts
             for call in answered:
-                counts.request_time.add(times.end_ns - call.arrived_ns)
-                counts.queue_time.add(times.start_ns - call.arrived_ns)
+                arrived_ns = call.arrived_ns
+                request_counts[bisect_left(BUCKETS_NS, times.end_ns - arrived_ns)] += 1
+                queue_counts[bisect_left(BUCKETS_NS, times.start_ns - arrived_ns)] += 1
+            counts.request_time.ns += times.end_ns * n - arrived
+            counts.queue_time.ns += times.start_ns * n - arrived
 
     def record_failures(self, calls: Sequence[Call], now_ns: int) -> None:
         """Count calls that failed without being executed: refused, invalid or cancelled."""

@@ -134,6 +134,11 @@ class Tracer:
     def file(self) -> str:
         return self._config.file
 
+    @property
+    def needs_headers(self) -> bool:
+        """Whether a trace may be part of one that the request's headers name."""
+        return self._config.mode == "opentelemetry"
+
     def settings(self, model: str = "") -> dict[str, Any]:
         """A model's settings, or the global ones: level as a list, all else as text."""
         values = {**self._global, **self._by_model.get(model, {})}

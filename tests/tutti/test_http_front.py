@@ -300,3 +300,18 @@ def test_idle_connections_are_closed_and_slow_requests_refused(server: Running) 
         server.loop.call_soon_threadsafe(sweep)
         assert is_closed(idle)
         assert read_response(slow, bytearray())[0] == 408
+
+
+def test_a_stream_is_chunked_but_for_http_1_0(server: Running) -> None:
+    body = b'{"x": [1, 2, 3, 4]}'
+    for version, is_chunked in ((b"1.1", True), (b"1.0", False)):
+        head = b"POST /v2/models/add_one/generate_stream HTTP/%b\r\nhost: t\r\ncontent-length: %d\r\n\r\n"
+        with server.connect() as connection:
+            connection.sendall(head % (version, len(body)) + body)
+            got = b""
+            while b"data: " not in got or not got.endswith(b"\n\n" if not is_chunked else b"0\r\n\r\n"):
+                part = connection.recv(65536)
+                assert part, got
+                got += part
+        assert (b"transfer-encoding: chunked" in got) == is_chunked
+        assert b'"y":[2.0,3.0,4.0,5.0]' in got

@@ -355,3 +355,33 @@ def test_no_thread_is_left_when_a_model_stops(repository: Repository) -> None:
     with engine_over(repository.root) as engine:
         infer(engine, [request("mode", 1)])
     assert threading.active_count() == before
+
+
+def test_a_models_own_metrics_are_on_the_metrics_page(repository: Repository) -> None:
+    from tutti.metrics import Metrics
+
+    add(
+        repository,
+        "counts",
+        """
+        def initialize(self, args):
+            family = pb_utils.MetricFamily
+            self.seen = family("own_seen", "Seen", family.COUNTER).Metric({"model": "counts"})
+            self.last = family("own_last", "Last", family.GAUGE).Metric({"model": "counts"})
+            self.sizes = family("own_sizes", "Sizes", family.HISTOGRAM).Metric({"model": "counts"}, [1, 10])
+
+        def execute(self, requests):
+            for request in requests:
+                self.seen.increment(1)
+                self.last.set(float(value(request)[0]))
+                self.sizes.observe(float(value(request)[0]))
+            return [response(value(r)) for r in requests]
+        """,
+    )
+    with engine_over(repository.root) as engine:
+        infer(engine, [request("counts", 5), request("counts", 50)])
+        page = Metrics(engine).render()[0].decode()
+    assert 'own_seen_total{model="counts"} 2.0' in page
+    assert 'own_last{model="counts"} 50.0' in page
+    assert 'own_sizes_bucket{le="10.0",model="counts"} 1.0' in page
+    assert 'own_sizes_sum{model="counts"} 55.0' in page

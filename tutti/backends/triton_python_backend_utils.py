@@ -16,7 +16,7 @@ import numpy as np
 from google.protobuf import json_format
 from tritonclient.grpc import model_config_pb2 as pb
 
-from tutti import dtypes, errors
+from tutti import custom_metrics, dtypes, errors
 from tutti.config import as_json
 from tutti.dtypes import Array
 from tutti.types import Call, Infer, InferRequest, InferResponse
@@ -463,6 +463,37 @@ class ModelConfig:
         if unknown:
             raise ValueError(f"model '{self._proto.name}': model_transaction_policy has unknown {sorted(unknown)}")
         self._proto.model_transaction_policy.decoupled = policy["decoupled"]
+
+
+class Metric:
+    """One metric of a MetricFamily."""
+
+    def __init__(self, value: custom_metrics.Value) -> None:
+        self._value = value
+
+    def increment(self, value: float) -> None:
+        self._value.increment(value)
+
+    def set(self, value: float) -> None:
+        self._value.set(value)
+
+    def observe(self, value: float) -> None:
+        self._value.observe(value)
+
+    def value(self) -> float:
+        return self._value.value()
+
+
+class MetricFamily:
+    """A family of a model's own metrics, on the server's metrics page."""
+
+    COUNTER, GAUGE, HISTOGRAM = custom_metrics.COUNTER, custom_metrics.GAUGE, custom_metrics.HISTOGRAM
+
+    def __init__(self, name: str, description: str, kind: int) -> None:
+        self._family = custom_metrics.family(name, description, kind)
+
+    def Metric(self, labels: Mapping[str, str] | None = None, buckets: Sequence[float] = ()) -> Metric:  # noqa: N802
+        return Metric(self._family.metric(labels or {}, buckets))
 
 
 class Logger:

@@ -6,7 +6,7 @@ bidirectional streams, goes to the grpcio server of grpc_aio.py behind it.
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -30,6 +30,7 @@ class GrpcFront:
     def __init__(self, api: Api, host: str, port: int, fallback: str | None = None) -> None:
         """`fallback` is the Unix socket of the server for all other methods."""
         self._api = api
+        self._is_open = api.grpc.gate.is_open
         self._max_message_size = api.limits.max_grpc_message_size
         table = grpc_methods.methods(api)
         self._methods = [None, *table.values()]
@@ -66,9 +67,16 @@ class GrpcFront:
                 self._front.fail(call.token, INTERNAL, f"internal error: {type(error).__name__}")
 
     def _receive(self) -> None:
-        while (events := self._front.recv_batch_details(_BURST)) is not None:
+        # A call's metadata costs a tenth of the rate: it is asked for only where something depends on it.
+        if self._api.grpc.needs_headers or self._api.tracer.needs_headers:
+            receive: Callable[[int], Any] = self._front.recv_batch_details
+        else:
+            receive = self._front.recv_batch
+        while (events := receive(_BURST)) is not None:
             calls = []
-            for kind, call_id, method, payload, _, details in events:
+            for event in events:
+                kind, call_id, method, payload = event[:4]
+                details = event[5] if len(event) > 5 else None
                 if kind != EVENT_CALL:
                     self._cancel(call_id)
                 elif method == 0:
@@ -88,7 +96,9 @@ class GrpcFront:
     def _accept(self, call_id: int, payload: bytes, details: Any) -> Call | None:
         """An infer request, decoded; None when it has been answered with an error."""
         api = self._api
-        if not self._may_pass(call_id, "inference", payload, details):
+        if (len(payload) > self._max_message_size or not self._is_open) and not self._may_pass(
+            call_id, "inference", payload, details
+        ):
             return None
         try:
             call = Call(grpc_codec.decode(payload, api.shared_memory), self, call_id)

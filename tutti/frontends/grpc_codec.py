@@ -33,17 +33,8 @@ def decode(payload: bytes, regions: Regions = NO_REGIONS) -> InferRequest:
         raise InvalidArgument("the request is not a ModelInferRequest message") from None
     model = message.model_name
     raw = message.raw_input_contents
-    shared = {}
-    for item in message.inputs:
-        if item.parameters:  # the rare case: a tensor's only parameters are those of shared memory
-            region = http_codec.shared_region(model, f"input '{item.name}'", _parameters(item.parameters))
-            if region is not None:
-                shared[item.name] = region
-    own = len(message.inputs) - len(shared)
-    if raw and len(raw) != own:
-        raise _bad(model, f"expected {own} raw_input_contents, one per input, got {len(raw)}")
     inputs: dict[str, Tensor] = {}
-    index = -1
+    used = 0
     for item in message.inputs:
         name, datatype = item.name, item.datatype
         shape = tuple(item.shape)
@@ -52,22 +43,19 @@ def decode(payload: bytes, regions: Regions = NO_REGIONS) -> InferRequest:
         if datatype not in dtypes.NUMPY:
             raise _bad(model, f"input '{name}': expected a datatype of {', '.join(dtypes.NUMPY)}, got '{datatype}'")
         http_codec.check_shape(model, name, shape)
-        if name in shared:
-            if item.HasField("contents"):
-                raise _bad(model, f"input '{name}': both contents and shared memory are given")
-            inputs[name] = tensor = Tensor(name, datatype, shape, regions.read(shared[name]))
-            http_codec.check_size(model, tensor, shared[name].byte_size)
-            continue
-        if item.parameters:
-            _refuse_parameters(model, name, item.parameters)
-        index += 1
-        if raw:
+        if item.parameters:  # the rare case: a tensor's only parameters are those of shared memory
+            inputs[name] = _shared(model, item, shape, regions)
+        elif not raw:
+            inputs[name] = Tensor(name, datatype, shape, _typed(model, name, datatype, shape, item.contents))
+        else:
             if item.HasField("contents"):
                 raise _bad(model, f"input '{name}': both contents and raw_input_contents are given")
-            inputs[name] = tensor = Tensor(name, datatype, shape, raw[index])
-            http_codec.check_size(model, tensor, len(raw[index]))
-        else:
-            inputs[name] = Tensor(name, datatype, shape, _typed(model, name, datatype, shape, item.contents))
+            if used < len(raw):
+                inputs[name] = tensor = Tensor(name, datatype, shape, raw[used])
+                http_codec.check_size(model, tensor, len(raw[used]))
+            used += 1
+    if raw and used != len(raw):
+        raise _bad(model, f"expected {used} raw_input_contents, one per input, got {len(raw)}")
     outputs, classes, shared_outputs = _outputs(model, message, regions)
     parameters = _parameters(message.parameters)
     if parameters:
@@ -122,6 +110,20 @@ def _bad(model: str, why: str) -> InvalidArgument:
 def _refuse_parameters(model: str, name: str, parameters: Any) -> None:
     for key in parameters:
         raise Unsupported(f"model '{model}': tensor '{name}': parameter '{key}' is not supported")
+
+
+def _shared(model: str, item: Any, shape: Shape, regions: Regions) -> Tensor:
+    """An input in shared memory. Raises Unsupported for parameters that say something else."""
+    parameters = _parameters(item.parameters)
+    region = http_codec.shared_region(model, f"input '{item.name}'", parameters)
+    if region is None:
+        _refuse_parameters(model, item.name, parameters)
+        raise AssertionError("refused above")
+    if item.HasField("contents"):
+        raise _bad(model, f"input '{item.name}': both contents and shared memory are given")
+    tensor = Tensor(item.name, item.datatype, shape, regions.read(region))
+    http_codec.check_size(model, tensor, region.byte_size)
+    return tensor
 
 
 def _typed(model: str, name: str, datatype: str, shape: Shape, contents: Any) -> Any:

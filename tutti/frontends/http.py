@@ -202,9 +202,10 @@ class HttpFront:
 
 
 class _Reply:
-    """An ASGI app's messages as an HTTP/1.1 response, chunked where it comes in parts."""
+    """An ASGI app's messages as an HTTP response: chunked where it comes in parts, but for HTTP/1.0, which cannot."""
 
     def __init__(self, exchange: Exchange) -> None:
+        self._held = b""
         self._exchange = exchange
         self._status = 500
         self._headers: list[tuple[bytes, bytes]] = []
@@ -219,6 +220,11 @@ class _Reply:
             return
         body: bytes = message.get("body", b"")
         is_last = not message.get("more_body", False)
+        if exchange.is_http_1_0:
+            self._held += body
+            body = self._held
+            if not is_last:
+                return
         if is_last and not self._is_begun:
             head = response_head(self._status, self._headers, len(body), exchange.keep_alive)
             connection.deliver(exchange, head if exchange.method == b"HEAD" else head + body)

@@ -67,6 +67,7 @@ class Exchange:
         "connection",
         "encoding",
         "headers",
+        "is_http_1_0",
         "keep_alive",
         "method",
         "parts",
@@ -81,6 +82,7 @@ class Exchange:
         self.method = method
         self.url = url
         self.keep_alive = keep_alive
+        self.is_http_1_0 = False
         self.headers: list[tuple[bytes, bytes]] = []
         self.body: bytes = b""
         self.call: Call | None = None
@@ -187,6 +189,7 @@ class Connection(asyncio.Protocol):
             return
         exchange = Exchange(self, self._parser.get_method(), self._url, self._parser.should_keep_alive())
         exchange.headers = self._headers
+        exchange.is_http_1_0 = self._parser.get_http_version() == "1.0"
         exchange.body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
         self._body = []
         self.pending.append(exchange)

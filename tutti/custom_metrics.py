@@ -1,0 +1,110 @@
+"""Metrics that python models make themselves, as Triton's `pb_utils.MetricFamily`. Shown on the metrics page.
+
+One set per process: families are made by name, and a model that is loaded anew finds its own again.
+"""
+
+import threading
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
+
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+
+COUNTER, GAUGE, HISTOGRAM = range(3)
+_KINDS = ("COUNTER", "GAUGE", "HISTOGRAM")
+
+_lock = threading.Lock()
+_families: dict[str, "Family"] = {}
+
+
+class Value:
+    """One metric of a family: its labels, and what it counts. Thread-safe."""
+
+    def __init__(self, kind: int, buckets: Sequence[float]) -> None:
+        self._kind = kind
+        self._buckets = tuple(buckets)
+        self._counts = [0] * (len(self._buckets) + 1)
+        self._number = 0.0
+        self._lock = threading.Lock()
+
+    def increment(self, by: float) -> None:
+        """Raises ValueError for a counter that would go down, and for a histogram."""
+        if self._kind == HISTOGRAM or (self._kind == COUNTER and by < 0):
+            raise ValueError(f"a {_KINDS[self._kind]} cannot be incremented by {by}")
+        with self._lock:
+            self._number += by
+
+    def set(self, to: float) -> None:
+        """Raises ValueError for anything but a gauge."""
+        if self._kind != GAUGE:
+            raise ValueError(f"a {_KINDS[self._kind]} cannot be set")
+        with self._lock:
+            self._number = to
+
+    def observe(self, value: float) -> None:
+        """Raises ValueError for anything but a histogram."""
+        if self._kind != HISTOGRAM:
+            raise ValueError(f"a {_KINDS[self._kind]} cannot observe")
+        with self._lock:
+            self._counts[bisect_left(self._buckets, value)] += 1
+            self._number += value
+
+    def value(self) -> float:
+        return self._number
+
+    def cumulated(self) -> list[tuple[str, float]]:
+        """(upper bound, observations up to it) of each bucket."""
+        bounds = [*(str(float(bound)) for bound in self._buckets), "+Inf"]
+        return list(zip(bounds, accumulate(self._counts), strict=True))
+
+
+class Family:
+    """Metrics of one name and kind, apart by their labels."""
+
+    def __init__(self, name: str, description: str, kind: int) -> None:
+        self.name = name
+        self.description = description
+        self.kind = kind
+        self.values: dict[tuple[tuple[str, str], ...], Value] = {}
+
+    def metric(self, labels: Mapping[str, str], buckets: Sequence[float]) -> Value:
+        """The metric of these labels, made at the first call."""
+        with _lock:
+            key = tuple(sorted(labels.items()))
+            if key not in self.values:
+                self.values[key] = Value(self.kind, buckets)
+            return self.values[key]
+
+    def collect(self) -> Metric:
+        with _lock:
+            values = dict(self.values)
+        names = sorted({name for key in values for name, _ in key})
+        shown = {key: [dict(key).get(name, "") for name in names] for key in values}
+        if self.kind == HISTOGRAM:
+            histogram = HistogramMetricFamily(self.name, self.description, labels=names)
+            for key, value in values.items():
+                histogram.add_metric(shown[key], value.cumulated(), value.value())
+            return histogram
+        made = (CounterMetricFamily if self.kind == COUNTER else GaugeMetricFamily)(
+            self.name, self.description, labels=names
+        )
+        for key, value in values.items():
+            made.add_metric(shown[key], value.value())
+        return made
+
+
+def family(name: str, description: str, kind: int) -> Family:
+    """The family of a name, made at the first call. Raises ValueError when it is of another kind."""
+    with _lock:
+        known = _families.setdefault(name, Family(name, description, kind))
+    if known.kind != kind:
+        raise ValueError(f"metric family '{name}' is a {_KINDS[known.kind]}, not a {_KINDS[kind]}")
+    return known
+
+
+def collect() -> Iterator[Metric]:
+    """Every family, for the metrics page."""
+    with _lock:
+        families = list(_families.values())
+    for one in families:
+        yield one.collect()
