@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conformance.clients import LIBRARIES, public_methods
 from tests.serving import serving
 
 ROOT = Path(__file__).parents[1]
@@ -43,3 +44,17 @@ def test_flags_named_are_there() -> None:
         shown += subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout
     for flag in set(re.findall(r"(--[a-z][a-z-]+)", README)):
         assert flag in shown, flag
+
+
+@pytest.mark.parametrize("kind", LIBRARIES)
+def test_the_table_names_every_method_of_the_clients(kind: str) -> None:
+    table = README[README.index("### Every method of tritonclient") : README.index("## Measured")]
+    header = "| method | http | grpc | http.aio | grpc.aio |"
+    assert header in table
+    column = header.strip("| ").split(" | ").index(kind)
+    answered = set()
+    for line in table.splitlines():
+        cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
+        if len(cells) == 5 and cells[column]:
+            answered.update(re.findall(r"`([a-z_]+)`", cells[0]))
+    assert public_methods(kind) <= answered

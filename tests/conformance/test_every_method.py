@@ -67,6 +67,31 @@ TELLS = """
 """
 
 
+ENDLESS = """
+import json, os, threading
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+class TritonPythonModel:
+    def initialize(self, args):
+        self.folder = json.loads(args["model_config"])["parameters"]["folder"]["string_value"]
+
+    def execute(self, requests):
+        for request in requests:
+            threading.Thread(target=self.answer, args=(request.request_id(), request.get_response_sender())).start()
+
+    def answer(self, key, sender):
+        n = 0
+        while not sender.is_cancelled() and n < 3000:
+            sender.send(pb_utils.InferenceResponse([pb_utils.Tensor("y", np.array([n], np.int32))]))
+            threading.Event().wait(0.01)
+            n += 1
+        with open(os.path.join(self.folder, key), "w") as file:
+            file.write("cancelled" if sender.is_cancelled() else "never cancelled")
+        sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+"""
+
+
 def fill(repository: Repository) -> None:
     repository.add_onnx()
     (repository.root / "add_one" / "2").mkdir()
@@ -76,6 +101,8 @@ def fill(repository: Repository) -> None:
     ends = 'input { name: "x" data_type: TYPE_INT32 dims: 1 } output { name: "y" data_type: TYPE_INT32 dims: 1 }'
     policy = "model_transaction_policy { decoupled: true }"
     repository.add("count", f'backend: "python" {ends} {policy}', {"model.py": COUNT})
+    folder = f'parameters {{ key: "folder" value {{ string_value: "{repository.root.parent}" }} }}'
+    repository.add("endless", f'backend: "python" {ends} {policy} {folder}', {"model.py": ENDLESS})
     repository.add_python(
         "sums",
         f"""
@@ -267,6 +294,34 @@ def test_a_stream_carries_sequences(client: AnyClient) -> None:
     assert [y(result) for result, _ in client.stream("sums", requests)] == [[[n * (n + 1) // 2]] for n in range(1, 7)]
 
 
+def scratch_of(client: AnyClient) -> Path:
+    config = client.as_json("get_model_config", "endless")
+    return Path(config.get("config", config)["parameters"]["folder"]["string_value"])
+
+
+def test_a_client_that_leaves_a_stream_stops_the_model(client: AnyClient) -> None:
+    key = f"left-{uuid.uuid4().hex}"
+    marker = scratch_of(client) / key
+    if client.kind == "grpc":
+        answers: list[Any] = []
+        client.start_stream(lambda result, error: answers.append(result))
+        client.async_stream_infer("endless", client.inputs({"x": np.zeros(1, np.int32)}), request_id=key)
+        wait_until(lambda: len(answers) >= 3)
+        client.stop_stream(cancel_requests=True)
+    elif client.kind == "http":
+        connection = http.client.HTTPConnection(client.url, timeout=20)
+        body = json.dumps({"x": 0, "id": key})
+        connection.request("POST", "/v2/models/endless/generate_stream", body)
+        response = connection.getresponse()
+        assert response.read(60).startswith(b"data: ")
+        connection.close()
+        response.close()
+    else:
+        pytest.skip("as the blocking clients")
+    wait_until(marker.exists)
+    wait_until(lambda: marker.read_text() == "cancelled")
+
+
 def test_a_decoupled_model_answers_no_plain_infer(client: AnyClient) -> None:
     with pytest.raises(InferenceServerException, match="decoupled"):
         client.ask("count", {"x": np.array([1], np.int32)})
@@ -281,7 +336,7 @@ def test_statistics(client: AnyClient) -> None:
     client.ask("add_one", {"x": X})
     assert successes() == before + 1
     every = client.as_json("get_inference_statistics")["model_stats"]
-    assert {stats["name"] for stats in every} == {"add_one", "count", "sums", "tells"}
+    assert {stats["name"] for stats in every} == {"add_one", "count", "endless", "sums", "tells"}
     (stats,) = [one for one in every if (one["name"], one["version"]) == ("add_one", "2")]
     assert sum(int(one["compute_infer"]["count"]) for one in stats["batch_stats"]) >= 1
 

@@ -1,0 +1,124 @@
+"""Which requests are traced, and what Triton's trace files look like."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.models import Repository
+from tests.serving import Gather, engine_over
+from tutti.engine import Engine
+from tutti.errors import ConfigError, InvalidArgument
+from tutti.tracing import TraceConfig, Tracer, parse_config
+from tutti.types import Call, InferRequest, Tensor
+
+
+def send(engine: Engine, tracer: Tracer, count: int, model: str = "add_one") -> None:
+    """`count` requests, one after the other, as a front-end would."""
+    for index in range(count):
+        gather = Gather(1)
+        x = Tensor.of("x", np.full((1, 4), index, np.float32))
+        call = Call(InferRequest(model, {"x": x}, id=f"r{index}"), gather)
+        if tracer.is_on:
+            tracer.begin(call)
+        engine([call])
+        gather.wait()
+        tracer.end(call)
+
+
+def traced(path: Path) -> list[str]:
+    return [entry["request_id"] for entry in json.loads(path.read_text()) if "model_name" in entry]
+
+
+def make(path: Path, **options: object) -> Tracer:
+    return Tracer(TraceConfig(file=str(path), **{"levels": ("TIMESTAMPS",), "rate": 1, **options}))  # type: ignore[arg-type]
+
+
+def test_rate_and_count(repository: Repository, tmp_path: Path) -> None:
+    repository.add_onnx()
+    tracer = make(tmp_path / "trace", rate=3, count=2)
+    with engine_over(repository.root) as engine:
+        send(engine, tracer, 12)
+        tracer.close()
+        assert traced(tmp_path / "trace") == ["r2", "r5"]
+        tracer.update("", {"trace_count": "1"})
+        send(engine, tracer, 3)
+        tracer.close()
+        assert len(traced(tmp_path / "trace")) == 3
+
+
+def test_log_frequency_makes_files(repository: Repository, tmp_path: Path) -> None:
+    repository.add_onnx()
+    tracer = make(tmp_path / "trace", log_frequency=2)
+    with engine_over(repository.root) as engine:
+        send(engine, tracer, 5)
+        tracer.close()
+    assert [traced(tmp_path / f"trace.{n}") for n in range(3)] == [["r0", "r1"], ["r2", "r3"], ["r4"]]
+
+
+def test_timestamps_and_tensors(repository: Repository, tmp_path: Path) -> None:
+    repository.add_onnx()
+    tracer = make(tmp_path / "trace", levels=("TIMESTAMPS", "TENSORS"))
+    with engine_over(repository.root) as engine:
+        send(engine, tracer, 1)
+        tracer.close()
+    entries = json.loads((tmp_path / "trace").read_text())
+    assert entries[0] == {"id": 1, "model_name": "add_one", "model_version": 1, "request_id": "r0"}
+    names = [time["name"] for time in entries[1]["timestamps"]]
+    assert names == [
+        "REQUEST_START", "QUEUE_START", "COMPUTE_START", "COMPUTE_INPUT_END", "COMPUTE_OUTPUT_START", "COMPUTE_END",
+        "REQUEST_END",
+    ]  # fmt: skip
+    times = [time["ns"] for time in entries[1]["timestamps"]]
+    assert times == sorted(times)
+    tensors = {entry["activity"]: entry["tensor"] for entry in entries[2:]}
+    assert tensors["TENSOR_QUEUE_INPUT"] == {"name": "x", "data": "0.0,0.0,0.0,0.0", "shape": "1,4", "dtype": "FP32"}
+    assert tensors["TENSOR_BACKEND_OUTPUT"]["data"] == "1.0,1.0,1.0,1.0"
+
+
+def test_a_model_may_have_settings_of_its_own(repository: Repository, tmp_path: Path) -> None:
+    repository.add_onnx()
+    repository.add_onnx("other")
+    tracer = make(tmp_path / "trace", levels=("OFF",))
+    assert not tracer.is_on
+    tracer.update("other", {"trace_level": ["TIMESTAMPS"], "trace_rate": "2"})
+    with engine_over(repository.root) as engine:
+        send(engine, tracer, 4)
+        send(engine, tracer, 4, "other")
+        tracer.update("other", {"trace_level": None, "trace_rate": None})
+        assert not tracer.is_on
+        send(engine, tracer, 4, "other")
+        tracer.close()
+    assert traced(tmp_path / "trace") == ["r1", "r3"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"trace_rate": "0"}, "Expecting value >= 1"),
+        ({"trace_count": "-2"}, "Expecting value >= -1"),
+        ({"trace_rate": 5}, "as text"),
+        ({"trace_level": "TIMESTAMPS"}, "a list"),
+        ({"trace_level": ["LOUD"]}, "a list"),
+        ({"nonsense": "1"}, "expected one of"),
+    ],
+)
+def test_settings_that_do_not_fit(tmp_path: Path, changes: dict, says: str) -> None:
+    tracer = make(tmp_path / "trace")
+    before = tracer.settings()
+    with pytest.raises(InvalidArgument, match=says):
+        tracer.update("", {"trace_rate": "9", **changes})
+    assert tracer.settings() == before, "all or nothing"
+
+
+def test_flags() -> None:
+    made = parse_config(
+        ["triton,file=/f", "level=TIMESTAMPS", "level=TENSORS", "rate=5", "count=-1", "log-frequency=2"]
+    )
+    assert (made.file, made.levels, made.rate, made.log_frequency) == ("/f", ("TIMESTAMPS", "TENSORS"), 5, 2)
+    made = parse_config(["mode=opentelemetry", "opentelemetry,url=http://h/v1/traces", "opentelemetry,resource=a=b"])
+    assert (made.mode, made.url, made.resource) == ("opentelemetry", "http://h/v1/traces", {"a": "b"})
+    for wrong in ("rate", "rate=x", "level=LOUD", "mode=x", "nonsense=1"):
+        with pytest.raises(ConfigError):
+            parse_config([wrong])
