@@ -80,8 +80,13 @@ class Served:
 
 
 @contextmanager
-def serving(root: Path, log: Path, *flags: str, python: str = sys.executable) -> Iterator[Served]:
-    """`tutti serve ROOT` in a process of its own, ready. Raises RuntimeError with its log if it does not start."""
+def serving(
+    root: Path, log: Path, *flags: str, python: str = sys.executable, is_guarded: bool = False
+) -> Iterator[Served]:
+    """`tutti serve ROOT` in a process of its own, ready. Raises RuntimeError with its log if it does not start.
+
+    One that `is_guarded`, by keys or TLS, cannot be asked whether it is ready: its log says so.
+    """
     http, grpc, metrics = free_ports(3)
     ports = ["--http-port", str(http), "--grpc-port", str(grpc), "--metrics-port", str(metrics)]
     with log.open("wb") as file:
@@ -89,6 +94,11 @@ def serving(root: Path, log: Path, *flags: str, python: str = sys.executable) ->
             [python, "-m", "tutti.cli", "serve", str(root), *ports, *flags], stdout=file, stderr=file, cwd="/"
         )
         try:
+            if is_guarded:
+                wait_until(lambda: "ready:" in log.read_text() or process.poll() is not None)
+                assert process.poll() is None, log.read_text()
+                yield Served(f"127.0.0.1:{http}", f"127.0.0.1:{grpc}", f"127.0.0.1:{metrics}", process)
+                return
             wait_until_ready(process, f"http://127.0.0.1:{http}/v2/health/ready", log)
             assert server_name(f"127.0.0.1:{http}") == "tutti", "another server has taken the port"
             yield Served(f"127.0.0.1:{http}", f"127.0.0.1:{grpc}", f"127.0.0.1:{metrics}", process)

@@ -20,7 +20,7 @@ from tritonclient.grpc import service_pb2 as pb
 from tritonclient.utils import InferenceServerException
 
 from tests.models import Repository
-from tests.serving import Served, serving, wait_until
+from tests.serving import serving, wait_until
 from tutti.cli import main
 
 pytestmark = [
@@ -159,7 +159,7 @@ def test_api_keys(small: Repository, tmp_path: Path, grpc_server: str) -> None:
     (tmp_path / "keys").write_text("# who may call\nfirst-key\n\nsecond-key\n")
     log = tmp_path / "log"
     flags = ("--api-key-file", str(tmp_path / "keys"), "--grpc-server", grpc_server)
-    with keyed(small.root, log, *flags) as served:
+    with serving(small.root, log, *flags, is_guarded=True) as served:
         every = [route for routes in ROUTES.values() for route in routes] + [
             ("GET", "/v2/none"),
             ("GET", "/v2/models/stats"),
@@ -182,34 +182,6 @@ def test_api_keys(small: Repository, tmp_path: Path, grpc_server: str) -> None:
         assert stream(served.grpc) == "UNAUTHENTICATED"
         assert stream(served.grpc, ("authorization", "Bearer first-key")) == "OK"
         assert "first-key" not in log.read_text()
-
-
-class keyed:  # noqa: N801
-    """As `serving`, for a server whose health needs a key."""
-
-    def __init__(self, root: Path, log: Path, *flags: str) -> None:
-        self._arguments = (root, log, flags)
-
-    def __enter__(self) -> Served:
-        import subprocess
-        import sys
-
-        from loadtest.process import free_ports
-
-        root, log, flags = self._arguments
-        ports = free_ports(3)
-        names = ("--http-port", "--grpc-port", "--metrics-port")
-        given = [text for name, port in zip(names, ports, strict=True) for text in (name, str(port))]
-        with log.open("wb") as file:
-            command = [sys.executable, "-m", "tutti.cli", "serve", str(root), *given, *flags]
-            self._process = subprocess.Popen(command, stdout=file, stderr=file, cwd="/")
-        wait_until(lambda: "ready:" in log.read_text())
-        return Served(*(f"127.0.0.1:{port}" for port in ports), self._process)
-
-    def __exit__(self, *_: object) -> None:
-        from loadtest.process import stop
-
-        assert stop(self._process)
 
 
 @pytest.mark.parametrize(
@@ -265,7 +237,7 @@ def infer(library: Any, client: Any) -> Any:
 def test_tls(small: Repository, tmp_path: Path, authority: tuple[trustme.CA, Path], is_mutual: bool) -> None:
     folder = authority[1]
     certificate = {"certfile": str(folder / "client.pem"), "keyfile": str(folder / "client.key")}
-    with keyed(small.root, tmp_path / "log", *tls_flags(folder, is_mutual)) as served:
+    with serving(small.root, tmp_path / "log", *tls_flags(folder, is_mutual), is_guarded=True) as served:
         options = {"ca_certs": str(folder / "ca.pem"), **(certificate if is_mutual else {})}
         secure = httpclient.InferenceServerClient(served.http, ssl=True, ssl_options=options)
         assert infer(httpclient, secure) == (X + 1).tolist()

@@ -313,6 +313,33 @@ def test_decompression_bombs(served: Served, coding: str, pack: object) -> None:
         assert "larger than" in said
 
 
+@pytest.mark.parametrize("server", ["grpcio", "native"])
+def test_decompression_bombs_over_grpc(tmp_path: Path, server: str) -> None:
+    """grpcio stops at the limit. The native server would read on: it must not for a caller without a key."""
+    repository = Repository(tmp_path / "models")
+    repository.add_onnx()
+    (tmp_path / "keys").write_text("key\n")
+    flags = ("--grpc-server", server, "--grpc-max-message-size", str(LIMIT))
+    message = pb.ModelInferRequest(model_name="add_one", raw_input_contents=[bytes(400_000_000)])
+    flags += (
+        ("--grpc-restricted-protocol", "trace:a=b")
+        if server == "grpcio"
+        else ("--api-key-file", str(tmp_path / "keys"))
+    )
+    with serving(repository.root, tmp_path / "log", *flags, is_guarded=True) as served:
+        process = psutil.Process(served.process.pid)
+        peak = before = process.memory_info().rss
+        with grpc.insecure_channel(served.grpc, options=[("grpc.max_send_message_length", -1)]) as channel:
+            bomb = channel.unary_unary(SERVICE + "ModelInfer").future(
+                message.SerializeToString(), compression=grpc.Compression.Gzip, timeout=60
+            )
+            while not bomb.done():
+                peak = max(peak, process.memory_info().rss)
+                threading.Event().wait(0.005)
+            assert bomb.code() in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAUTHENTICATED)
+        assert peak - before < 100 * 2**20
+
+
 def test_a_thousand_outputs(served: Served) -> None:
     request = json.loads(GOOD)
     for names in (["y"] * 100_000, [f"y{n}" for n in range(20_000)]):

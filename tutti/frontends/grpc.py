@@ -4,6 +4,7 @@ Answers go out from whichever thread settles them. HTTP/2 itself runs in Rust, o
 bidirectional streams, goes to the grpcio server of grpc_aio.py behind it.
 """
 
+import hashlib
 import logging
 import threading
 from collections.abc import Callable, Sequence
@@ -36,7 +37,16 @@ class GrpcFront:
         self._methods = [None, *table.values()]
         # Only with call_details does the front tell of unary calls that were cancelled or ran out of time.
         paths = [(path, False) for path in (MODEL_INFER, *table)]
-        self._front = NativeGrpcFront(f"{host}:{port}", paths, io_threads=1, call_details=True)
+        # It checks API keys before it reads, and decompresses, a message: the gate would come after.
+        keys = [hashlib.sha256(key.encode()).digest() for key in api.grpc.gate.api_keys]
+        self._front = NativeGrpcFront(
+            f"{host}:{port}",
+            paths,
+            io_threads=1,
+            call_details=True,
+            bearer_token_sha256=keys or None,
+            unauthenticated_message=REFUSED["unauthenticated"][1],
+        )
         if fallback is not None:
             self._front.set_fallback(fallback)
         self._workers = ThreadPoolExecutor(2, thread_name_prefix="grpc-control")
