@@ -75,12 +75,20 @@ class Engine:
     def load_all(self, names: Iterable[str] | None = None) -> None:
         """Load the named models (all, by default): plain ones side by side, then ensembles after what they use.
 
-        A model that cannot be loaded is logged and shown by the index; the others are served.
+        An ensemble brings its models with it. A model that cannot be loaded is logged and shown by the index; the
+        others are served.
         """
-        folders = []
-        for name in repository.model_names(self._root) if names is None else names:
+        folders: list[ModelFolder] = []
+        waiting = list(repository.model_names(self._root) if names is None else names)
+        seen: set[str] = set()
+        while waiting:
+            name = waiting.pop(0)
+            if name in seen:
+                continue
+            seen.add(name)
             try:
                 folders.append(repository.open_model(self._root, name))
+                waiting += [step.model_name for step in folders[-1].config.steps]
             except ConfigError as error:
                 self._record_failure(name, "", error)
         ensembles = [folder for folder in folders if folder.config.is_ensemble]

@@ -264,7 +264,7 @@ def call(*messages: bytes, method: str = "ModelInfer", **more: Any) -> Grpc:
 def cases() -> Iterator[Case]:
     rng = np.random.default_rng(SEED)
     for group in (
-        _datatypes(rng), _rows(rng), _options(), _http_mistakes(), _grpc_mistakes(), _drawn_mistakes(), _questions(),
+        _datatypes(rng), _edges(), _rows(rng), _options(), _http_mistakes(), _grpc_mistakes(), _drawn_mistakes(), _questions(),
         _settings(), _shared(), _generate(), _streams(), _sequences(), _errors(), _control(),
     ):  # fmt: skip
         yield from group
@@ -293,6 +293,50 @@ def _datatypes(rng: np.random.Generator) -> Iterator[Case]:
                 items = array.reshape(-1).tolist()
                 typed = grpc_input("x", datatype, shape, **{CONTENTS[datatype]: items})
                 yield Case(f"grpc {name} typed", (call(message(model, typed)),))
+
+
+def _edges() -> Iterator[Case]:
+    """Values at the edge of what JSON and the datatypes can say."""
+    for datatype in ("FP32", "FP64"):
+        for value in (np.nan, np.inf, -np.inf, -0.0, 1e-45, 3.4e38, 0.1):
+            raw = np.array([value], NUMPY[datatype]).tobytes()
+            header = {"inputs": [tensor("x", datatype, (1,), **sized(raw))]}
+            yield Case(f"http {datatype} edge {value} shown", (binary(f"echo_{datatype}", header, raw),))
+    for text in (b"NaN", b"Infinity", b"1e400", b"-0", b"0.1e1", b"1E2", b"01", b"+1", b".5", b"5.", b"0x1", b"1_0"):
+        body = b'{"inputs":[{"name":"x","datatype":"FP32","shape":[1],"data":[%b]}]}' % text
+        yield Case(f"http FP32 edge {text.decode()} read", (Http("POST", "/v2/models/echo_FP32/infer", body),))
+    for datatype, given in (
+        ("BOOL", [0, 1]), ("BOOL", [True, 0]), ("BOOL", [2, 0]), ("BOOL", ["true", "false"]), ("BOOL", [1.0, 0.0]),
+        ("INT8", [127, -128]), ("INT8", [128, 0]), ("UINT8", [-1, 0]), ("UINT64", [2**64 - 1, 0]), ("UINT64", [2**64, 0]),
+        ("INT64", [2**63 - 1, -(2**63)]), ("INT64", [2**63, 0]), ("INT32", [1.0, 2.0]), ("INT32", [1.5, 2]), ("INT32", [True, 1]),
+        ("INT32", ["1", "2"]), ("FP32", [1, 2]), ("FP32", [True, 1]), ("FP64", [1e400, 0]), ("INT16", [40000, 0]),
+    ):  # fmt: skip
+        body = json.dumps({"inputs": [tensor("x", datatype, (2,), data=given)]}).encode()
+        yield Case(f"http {datatype} edge {given}", (Http("POST", f"/v2/models/echo_{datatype}/infer", body),))
+    for element in (b"\xff\xfe", b"a\x00b", "\u2028\U0001f600".encode(), b'"\\/\b\f\n', b"\x7f", b"<&>"):
+        raw = struct.pack("<I", len(element)) + element
+        header = {"inputs": [tensor("x", "BYTES", (1,), **sized(raw))]}
+        yield Case(f"http BYTES edge {element!r} shown", (binary("echo_BYTES", header, raw),))
+    for escaped in (
+        b'"\\u0041"',
+        b'"\\ud83d\\ude00"',
+        b'"\\ud83d"',
+        b'"\\u0000"',
+        b'"\\x"',
+        b'"a\nb"',
+        b'"\xff"',
+        b"'a'",
+    ):
+        body = b'{"inputs":[{"name":"x","datatype":"BYTES","shape":[1],"data":[%b]}]}' % escaped
+        yield Case(f"http BYTES edge {escaped!r} read", (Http("POST", "/v2/models/echo_BYTES/infer", body),))
+    good = b'"inputs":[{"name":"x","datatype":"FP32","shape":[1],"data":[1]}]'
+    for name, body in {
+        "comment": b"{/* c */%b}" % good, "trailing comma": b"{%b,}" % good, "doubled member": b'{"id":"a","id":"b",%b}' % good,
+        "after it": b"{%b} x" % good, "space before it": b"  \r\n{%b}" % good, "a BOM": b"\xef\xbb\xbf{%b}" % good,
+        "unknown members": b'{"zzz":1,%b}' % good, "null members": b'{"id":null,"outputs":null,"parameters":null,%b}' % good,
+        "scalar data": good.replace(b"[1]}]", b"1}]").join((b"{", b"}")),
+    }.items():  # fmt: skip
+        yield Case(f"http JSON edge: {name}", (Http("POST", "/v2/models/echo_FP32/infer", body),))
 
 
 def _rows(rng: np.random.Generator) -> Iterator[Case]:

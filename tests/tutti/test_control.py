@@ -248,3 +248,15 @@ def test_poll_follows_the_repository(repository: Repository) -> None:
     assert engine.models() == []
     assert states(engine) == {}
     engine.close()
+
+
+def test_an_ensemble_named_at_the_start_brings_its_models(repository: Repository) -> None:
+    add_ensembles(repository, "one", "two")
+    engine = controllable(repository.root, ["one"])
+    assert {name: state for name, (state, _) in states(engine).items()} == {
+        "add_one": "READY",
+        "one": "READY",
+        "two": "",
+    }
+    assert engine.failures() == []
+    engine.close()

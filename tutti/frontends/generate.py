@@ -4,6 +4,7 @@ Members of the request that are named as inputs become tensors; the object `para
 become the request's parameters.
 """
 
+import json
 import math
 from typing import Any
 
@@ -19,8 +20,8 @@ def decode(config: ModelConfig, version: str, body: bytes) -> InferRequest:
     """Raises InvalidArgument naming the model and the member."""
     name = config.name
     try:
-        given = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
+        given = http_codec.parse_json(body)
+    except ValueError as error:
         raise InvalidArgument(f"model '{name}': the request's JSON does not parse: {error}") from None
     if not isinstance(given, dict):
         raise InvalidArgument(f"model '{name}': the request's JSON: expected an object")
@@ -49,7 +50,9 @@ def encode(response: InferResponse, request_id: str) -> bytes:
         shown[key] = value
     for tensor in response.outputs:
         shown[tensor.name] = _values(response.model_name, tensor)
-    return orjson.dumps(shown, option=orjson.OPT_SERIALIZE_NUMPY)
+    if any(http_codec.is_not_finite(tensor.data) for tensor in response.outputs):
+        return json.dumps(shown).encode()
+    return orjson.dumps(shown)
 
 
 def _tensor(config: ModelConfig, spec: TensorSpec, value: Any) -> Tensor:

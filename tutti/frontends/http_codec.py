@@ -3,6 +3,7 @@
 Sizes and positions are bytes. Rules follow Triton's binary tensor data extension.
 """
 
+import json
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from tutti.types import InferRequest, InferResponse, Parameters, Raw, Shape, Sha
 MAX_DIMENSIONS = 32
 MAX_ELEMENTS = 2**40
 MAX_OUTPUTS = 1024
+_BOM = b"\xef\xbb\xbf"
 
 
 class Regions(Protocol):
@@ -136,11 +138,11 @@ def decode(
 
 
 def _decode(
-    name: str, version: str, json: memoryview, data: memoryview, regions: Regions
+    name: str, version: str, text: memoryview, data: memoryview, regions: Regions
 ) -> tuple[InferRequest, ReplyFormat]:
     try:
-        header = orjson.loads(json)
-    except orjson.JSONDecodeError as error:
+        header = parse_json(text)
+    except ValueError as error:
         raise _bad(name, f"the request's JSON does not parse: {error}") from None
     if not isinstance(header, dict):
         raise _bad(name, "the request's JSON: expected an object")
@@ -154,6 +156,22 @@ def _decode(
     if not isinstance(request_id, str):
         raise _bad(name, "'id': expected a string")
     return InferRequest(name, inputs, version, request_id, outputs, parameters, classes, shared), reply
+
+
+def parse_json(text: Raw) -> Any:
+    """JSON, with NaN, Infinity and -Infinity for numbers, which Triton and its clients write. Raises ValueError."""
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError:
+        plain = bytes(text)
+        if plain.startswith(_BOM):
+            return parse_json(plain[len(_BOM) :])
+        if b"NaN" not in plain and b"Infinity" not in plain:
+            raise
+        try:
+            return json.loads(plain)
+        except RecursionError:
+            raise ValueError("it is nested too deep") from None
 
 
 def decode_raw(config: ModelConfig, version: str, body: Raw) -> InferRequest:
@@ -219,8 +237,16 @@ def _binary_output(name: str, datatype: str, shape: Shape, size: int) -> bytes:
 
 
 def _json_output(model: str, tensor: Tensor) -> bytes:
-    entry = {"name": tensor.name, "datatype": tensor.datatype, "shape": tensor.shape, "data": _json_data(model, tensor)}
+    data = _json_data(model, tensor)
+    entry = {"name": tensor.name, "datatype": tensor.datatype, "shape": tensor.shape, "data": data}
+    if is_not_finite(data):  # orjson would write null
+        return json.dumps({**entry, "data": data.tolist()}).encode()
     return orjson.dumps(entry, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def is_not_finite(data: Any) -> bool:
+    """Whether numbers are among `data` that plain JSON has no word for."""
+    return isinstance(data, np.ndarray) and data.dtype.kind == "f" and not np.isfinite(data).all()
 
 
 def _bad(model: str, why: str) -> InvalidArgument:
@@ -300,6 +326,8 @@ def _inputs(
             check_size(model, inputs[name], region.byte_size)
             continue
         if size is None:
+            if not isinstance(item["data"], list):
+                raise _bad(model, f"input '{name}': 'data': expected an array, got {str(item['data'])[:40]!r}")
             inputs[name] = Tensor(name, datatype, shape, from_json(model, name, datatype, shape, item["data"]))
             continue
         if not isinstance(size, int) or isinstance(size, bool) or size < 0:
