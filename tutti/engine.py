@@ -79,7 +79,8 @@ class Engine:
         others are served.
         """
         folders: list[ModelFolder] = []
-        waiting = list(repository.model_names(self._root) if names is None else names)
+        present = repository.model_names(self._root)
+        waiting = list(present if names is None else names)
         seen: set[str] = set()
         while waiting:
             name = waiting.pop(0)
@@ -88,7 +89,7 @@ class Engine:
             seen.add(name)
             try:
                 folders.append(repository.open_model(self._root, name))
-                waiting += [step.model_name for step in folders[-1].config.steps]
+                waiting += [step.model_name for step in folders[-1].config.steps if step.model_name in present]
             except ConfigError as error:
                 self._record_failure(name, "", error)
         ensembles = [folder for folder in folders if folder.config.is_ensemble]
