@@ -4,6 +4,7 @@ INTENDED lists the differences that are wanted, by case and with the reason; any
 """
 
 import _posixshmem
+import contextlib
 import fnmatch
 import gzip
 import http.client
@@ -190,8 +191,8 @@ def _stream_content(messages: list[Any]) -> Any:
 
 
 @pytest.fixture(scope="module")
-def sides(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Side, Side]]:
-    """(tutti, tritonserver) over one repository."""
+def sides(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Side, Side, Side]]:
+    """(tritonserver, tutti, tutti with grpcio) over one repository."""
     tritonserver.require()
     scratch = tmp_path_factory.mktemp("differential")
     repository = Repository(scratch / "models")
@@ -202,11 +203,14 @@ def sides(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Side, Side
     control = ("--model-control-mode", "explicit", "--load-model", "*", "--allow-client-shm")
     with (
         tritonserver.running(repository.root, scratch, "--model-control-mode=explicit", "--load-model=*") as theirs,
-        serving(repository.root, scratch / "tutti.log", *control) as ours,
-        grpc.insecure_channel(ours.grpc) as our_channel,
-        grpc.insecure_channel(theirs.grpc) as their_channel,
+        serving(repository.root, scratch / "tutti.log", *control) as native,
+        serving(repository.root, scratch / "grpcio.log", *control, "--grpc-server", "grpcio") as grpcio,
+        contextlib.ExitStack() as channels,
     ):
-        yield Side(ours.http, our_channel), Side(theirs.http, their_channel)
+        servers = [
+            (one.http, channels.enter_context(grpc.insecure_channel(one.grpc))) for one in (theirs, native, grpcio)
+        ]
+        yield Side(*servers[0]), Side(*servers[1]), Side(*servers[2])
     _posixshmem.shm_unlink(corpus.SHARED_KEY)
 
 
@@ -226,15 +230,20 @@ SEEN: set[Intended] = set()
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_both_answer_the_same(sides: tuple[Side, Side], name: str) -> None:
+def test_all_answer_the_same(sides: tuple[Side, Side, Side], name: str) -> None:
     case: Case = CASES[name]
+    triton, native, grpcio = sides
+    # Only gRPC has two servers of ours.
+    mine = (native, grpcio) if any(isinstance(step, Grpc) for step in case.steps) else (native,)
     for step in case.steps:
-        ours, theirs = (side.run(step) for side in sides)
-        if (ours.status, ours.content) == (theirs.status, theirs.content):
-            continue
-        assert is_intended(name, ours, theirs), (step, ours, theirs)
-        SEEN.update(one for one in INTENDED if fnmatch.fnmatchcase(name, one.pattern) and ours.status == one.ours)
+        theirs = triton.run(step)
+        for side in mine:
+            ours = side.run(step)
+            if (ours.status, ours.content) == (theirs.status, theirs.content):
+                continue
+            assert is_intended(name, ours, theirs), (step, ours, theirs)
+            SEEN.update(one for one in INTENDED if fnmatch.fnmatchcase(name, one.pattern) and ours.status == one.ours)
 
 
-def test_every_intended_difference_is_one(sides: tuple[Side, Side]) -> None:
+def test_every_intended_difference_is_one(sides: tuple[Side, Side, Side]) -> None:
     assert [one for one in INTENDED if one not in SEEN] == [], "no longer a difference: take it off the list"
