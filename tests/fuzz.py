@@ -6,10 +6,12 @@ is used as a server would use it.
 
 import asyncio
 import contextlib
+import itertools
 import json
 import random
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from google.protobuf import text_format
@@ -136,6 +138,34 @@ def _use(request: InferRequest) -> None:
             assert len(Tensor(tensor.name, tensor.datatype, tensor.shape, array).raw()) <= 2**24
 
 
+def _same(first: Callable[[], Any], second: Callable[[], Any]) -> Any:
+    """What both come to, which must be the same: requests of equal content, or errors of equal text."""
+    outcomes = []
+    for one in (first, second):
+        try:
+            outcomes.append(one())
+        except _REFUSALS as error:
+            outcomes.append(error)
+    shown = [str(o) if isinstance(o, Exception) else _shown(o[0] if isinstance(o, tuple) else o) for o in outcomes]
+    assert shown[0] == shown[1], f"read again, it is another: {shown}"
+    if isinstance(outcomes[0], Exception):
+        raise outcomes[0]
+    return outcomes[0]
+
+
+def _shown(request: InferRequest) -> Any:
+    tensors = [(t.name, t.datatype, t.shape, bytes(t.raw())) for t in request.inputs.values()]
+    return (
+        request.model_name,
+        request.model_version,
+        request.id,
+        request.outputs,
+        request.parameters,
+        dict(request.classes),
+        tensors,
+    )
+
+
 def http_request(rng: random.Random, cache: http_codec.HeaderCache) -> None:
     request, binary = _json_request(rng)
     if rng.random() < 0.8:
@@ -149,7 +179,9 @@ def http_request(rng: random.Random, cache: http_codec.HeaderCache) -> None:
         read = http_codec.decode_raw(_MODEL, "", body)
         _use(read)
         return
-    read, reply = http_codec.decode("m", "", body, length, cache)
+    read, reply = _same(
+        lambda: http_codec.decode("m", "", body, length, cache), lambda: http_codec.decode("m", "", body, length)
+    )
     _use(read)
     outputs = [Tensor("y", "FP32", (1, 2), b"\0" * 8), Tensor("t", "BYTES", (1,), b"\1\0\0\0a")]
     head, answer = http_codec.encode(InferResponse("m", "1", outputs), read.id, reply)
@@ -162,7 +194,7 @@ def generate_request(rng: random.Random, _: Any) -> None:
     _use(generate.decode(_MODEL, "", _bitten(rng, body) if rng.random() < 0.3 else body))
 
 
-def grpc_request(rng: random.Random, _: Any) -> None:
+def grpc_request(rng: random.Random, cache: grpc_codec.TemplateCache) -> None:
     datatype = rng.choice([*NUMPY, "FP32"])
     rows = rng.randint(0, 3)
     message = service_pb2.ModelInferRequest(
@@ -188,7 +220,9 @@ def grpc_request(rng: random.Random, _: Any) -> None:
     payload = message.SerializeToString()
     if rng.random() < 0.6:
         payload = _bitten(rng, payload)
-    read = grpc_codec.decode(payload)
+    # What was read before is read by its form: the same must come out, also of what differs in a byte.
+    for made in (payload, payload, _bitten(rng, payload), payload):
+        read = _same(partial(cache.decode, made), partial(grpc_codec.decode, made))
     _use(read)
     answer = InferResponse("m", "1", [Tensor("y", "FP32", (1, 2), b"\0" * 8)], {"a": 1, "b": True, "c": "s", "d": 0.5})
     back = service_pb2.ModelInferResponse.FromString(grpc_codec.encode(answer, read.id))
@@ -273,38 +307,60 @@ class _Transport:
     def resume_reading(self) -> None: ...
 
 
+class _Forgetful(dict[bytes, Any]):
+    """Keeps nothing."""
+
+    def __setitem__(self, key: bytes, value: Any) -> None: ...
+
+
 class _Front:
-    """Answers every exchange at once."""
+    """Answers every exchange at once, and notes what it was."""
 
     limits = Limits(max_input_size=1000)
 
-    def __init__(self) -> None:
+    def __init__(self, heads: dict[bytes, Any]) -> None:
         self.connections: set[Connection] = set()
+        self.heads = heads
+        self.seen: list[Any] = []
 
     def handle(self, exchange: Exchange) -> None:
+        self.seen.append((exchange.method, exchange.url, list(exchange.headers), exchange.body, exchange.keep_alive))
         exchange.connection.respond(exchange, 200, "fine")
 
 
-def http_bytes(rng: random.Random, _: Any) -> None:
-    """The bytes of a connection: requests with headers and bodies, cut anywhere."""
-    body = rng.randbytes(rng.choice([0, 5, 1500]))
+def http_bytes(rng: random.Random, known: dict[bytes, Any]) -> None:
+    """The bytes of a connection: requests with headers and bodies, cut anywhere.
+
+    Whether their heads were read before must make no difference.
+    """
+    body = rng.choice([b"", b"12345", b"a\r\n\r\nb", rng.randbytes(1500)])
     head = b"POST /v2/models/m/infer HTTP/1.1\r\nhost: h\r\n"
     if rng.random() < 0.5:
         head += b"transfer-encoding: chunked\r\n\r\n"
         data = head + b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
     else:
-        length = rng.choice([len(body), len(body), 0, 2**64, -1])
-        data = head + b"content-length: %d\r\nexpect: 100-continue\r\n\r\n" % length + body
-    data = _bitten(rng, data * rng.randint(1, 3)) if rng.random() < 0.8 else data * 3
-    connection = Connection(_Front())
-    transport = _Transport()
-    connection.connection_made(transport)  # type: ignore[arg-type]
-    at = 0
-    while at < len(data) and not transport.closed:
-        step = rng.randint(1, 400)
-        connection.data_received(data[at : at + step])
-        at += step
-    connection.connection_lost(None)
+        length = rng.choice([len(body), len(body), len(body), 0, 2**64, -1])
+        more = rng.choice(
+            [b"", b"", b"expect: 100-continue\r\n", b"connection: close\r\n", b"connection: keep-alive\r\n"]
+        )
+        end = rng.choice([b"\r\n\r\n", b"\r\n\r\n", b"\n\n", b"\r\n\n"])
+        data = head + more + b"content-length: %d" % length + end + body
+    data = _bitten(rng, data * rng.randint(1, 3)) if rng.random() < 0.6 else data * 3
+    cuts = [0]
+    while cuts[-1] < len(data):
+        cuts.append(cuts[-1] + rng.choice([1, 50, 400, 5000]))
+    seen = []
+    for heads in (known, _Forgetful()):
+        front = _Front(heads)
+        connection = Connection(front)
+        transport = _Transport()
+        connection.connection_made(transport)  # type: ignore[arg-type]
+        for start, stop in itertools.pairwise(cuts):
+            if not transport.closed:
+                connection.data_received(data[start:stop])
+        connection.connection_lost(None)
+        seen.append(front.seen)
+    assert seen[0] == seen[1], f"heads that were read before are read otherwise: {seen}"
 
 
 Target = Callable[[random.Random, Any], None]
@@ -349,6 +405,8 @@ def contexts(api: Any) -> dict[str, Any]:
     """What the targets need besides a random generator; `api` is a server's Api whose models may be loaded."""
     return {
         "HTTP infer requests": http_codec.HeaderCache(),
+        "gRPC infer requests": grpc_codec.TemplateCache(),
+        "HTTP/1.1 connections": {},
         "other gRPC requests": list(grpc_methods.methods(api).values()),
     }
 

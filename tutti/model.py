@@ -112,13 +112,16 @@ class Model:
 
     def _check(self, request: InferRequest) -> tuple[int, Hashable]:
         """(rows, batch key) of a request. Requests of one signature are checked once."""
-        tensors = request.inputs.values()
-        signature = tuple([(t.name, t.datatype, t.shape) for t in tensors]) + request.outputs
+        signature = request.signature
+        if signature is None:
+            tensors = request.inputs.values()
+            signature = tuple([(t.name, t.datatype, t.shape) for t in tensors]) + request.outputs
         known = self._checked.get(signature)
         if known is None:
             known = check_request(self.config, self._output_names, request)
-            if len(self._checked) < _MAX_SIGNATURES:
-                self._checked[signature] = known
+            if len(self._checked) >= _MAX_SIGNATURES:
+                self._checked.clear()
+            self._checked[signature] = known
         return known
 
 

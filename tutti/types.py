@@ -80,7 +80,8 @@ class InferRequest:
     """One inference request. `model_version` "" means the version policy's newest; `outputs` () means all.
 
     `classes` are the outputs wanted as their top classes, and how many; `shared_outputs` those to be written to
-    shared memory. Both are the front-end's business: what executes a request does not see them.
+    shared memory. Both are the front-end's business: what executes a request does not see them. Requests with equal
+    `signature`s, where it is not None, have equal names, datatypes and shapes, and ask for the same outputs.
     """
 
     model_name: str
@@ -91,6 +92,7 @@ class InferRequest:
     parameters: Parameters = field(default_factory=dict)
     classes: Mapping[str, int] = field(default_factory=dict)
     shared_outputs: Mapping[str, SharedRegion] = field(default_factory=dict)
+    signature: Hashable = None
 
 
 @dataclass(slots=True)

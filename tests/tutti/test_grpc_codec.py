@@ -82,3 +82,47 @@ def test_a_response_reads_as_the_message_it_stands_for() -> None:
         assert list(read.raw_output_contents) == [big.tobytes(), b"\x02\x00\x00\x00hi"]
         assert read.parameters["pool"].string_param == "cpu"
         assert read.parameters["n"].int64_param == 3
+
+
+def test_messages_that_differ_in_their_data_only_are_read_by_their_form() -> None:
+    cache = grpc_codec.TemplateCache()
+    x, t = TENSOR(name="x", datatype="FP32", shape=[1, 2]), TENSOR(name="t", datatype="INT8", shape=[0])
+    signatures = set()
+    for values in ([1, 2], [3, 4], [5, 6]):
+        payload = message(x, t, raw=(np.float32(values).tobytes(), b""), model_version="1")
+        read = cache.decode(payload)
+        assert read.inputs["x"].array().tolist() == [values]
+        assert read.inputs["t"].array().shape == (0,)
+        assert (read.model_name, read.model_version) == ("m", "1")
+        signatures.add(read.signature)
+    assert len(signatures) == 2, "none for the first, one for the others"
+
+
+def test_what_differs_in_more_than_its_data_is_read_anew() -> None:
+    cache = grpc_codec.TemplateCache()
+    x = TENSOR(name="x", datatype="FP32", shape=[1, 2])
+    payload = message(x, raw=(bytes(8),))
+    cache.decode(payload)
+    for at in range(len(payload)):
+        other = payload[:at] + bytes([payload[at] ^ 1]) + payload[at + 1 :]
+        try:
+            expected = grpc_codec.decode(other)
+        except InferError as error:
+            with pytest.raises(type(error)):
+                cache.decode(other)
+            continue
+        read = cache.decode(other)
+        assert (read.model_name, read.id, list(read.inputs)) == (
+            expected.model_name,
+            expected.id,
+            list(expected.inputs),
+        )
+        assert [bytes(t.raw()) for t in read.inputs.values()] == [bytes(t.raw()) for t in expected.inputs.values()]
+
+
+def test_messages_with_ids_are_not_kept() -> None:
+    cache = grpc_codec.TemplateCache()
+    x = TENSOR(name="x", datatype="FP32", shape=[1, 2])
+    for number in range(3):
+        read = cache.decode(message(x, raw=(bytes(8),), id=str(number)))
+        assert (read.id, read.signature) == (str(number), None)

@@ -315,3 +315,37 @@ def test_a_stream_is_chunked_but_for_http_1_0(server: Running) -> None:
                 got += part
         assert (b"transfer-encoding: chunked" in got) == is_chunked
         assert b'"y":[2.0,3.0,4.0,5.0]' in got
+
+
+def test_a_head_that_was_read_before_is_read_the_same(server: Running) -> None:
+    body = json.dumps({"inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [1, 2, 3, 4]}]}).encode()
+    padded = body + b"\r\n\r\n" + b" " * (500 - len(body))  # a blank line in the body ends no head
+    head = b"POST /v2/models/add_one/infer HTTP/1.1\r\nhost: t\r\ncontent-length: %d\r\n\r\n" % len(padded)
+    whole = head + padded
+    with server.connect() as connection:
+        buffer = bytearray()
+        for _ in range(3):  # in one piece, cut anywhere, and several at once
+            connection.sendall(whole)
+            assert read_response(connection, buffer)[0] == 200
+        assert len(server.front.heads) == 1
+        for cut in (1, len(head) - 2, len(head), len(head) + 5, len(whole) - 1):
+            connection.sendall(whole[:cut])
+            threading.Event().wait(0.02)
+            connection.sendall(whole[cut:])
+            assert read_response(connection, buffer)[0] == 200
+        connection.sendall(whole * 5)
+        assert [read_response(connection, buffer)[0] for _ in range(5)] == [200] * 5
+        # The same head with another length is another head.
+        connection.sendall(head.replace(b": %d" % len(padded), b": %d" % len(body)) + body)
+        assert read_response(connection, buffer)[0] == 200
+        assert len(server.front.heads) == 2
+
+
+@pytest.mark.parametrize("end", [b"\n\n", b"\r\n\n", b"\n\r\n"])
+def test_a_head_that_ends_oddly_is_not_kept(server: Running, end: bytes) -> None:
+    body = b"{}" + b"\r\n\r\n" + b" " * 20
+    data = b"POST /v2/models/add_one/infer HTTP/1.1\r\nhost: t\r\ncontent-length: %d" % len(body) + end + body
+    with server.connect() as connection:
+        connection.sendall(data)
+        read_response(connection, bytearray())
+    assert server.front.heads == {}

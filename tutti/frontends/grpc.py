@@ -50,6 +50,7 @@ class GrpcFront:
         if fallback is not None:
             self._front.set_fallback(fallback)
         self._workers = ThreadPoolExecutor(2, thread_name_prefix="grpc-control")
+        self._templates = grpc_codec.TemplateCache()
         self._open: dict[int, Call] = {}
         self._thread = threading.Thread(target=self._receive, name="grpc", daemon=True)
 
@@ -111,7 +112,7 @@ class GrpcFront:
         ):
             return None
         try:
-            call = Call(grpc_codec.decode(payload, api.shared_memory), self, call_id)
+            call = Call(self._templates.decode(payload, api.shared_memory), self, call_id)
         except InferError as error:
             self._front.fail(call_id, code_of(error), error.message)
             return None

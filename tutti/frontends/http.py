@@ -9,6 +9,7 @@ import logging
 import re
 import ssl
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
@@ -17,7 +18,7 @@ from tutti.frontends import compression, http_codec
 from tutti.frontends.api import Api, Limits
 from tutti.frontends.gate import Gate
 from tutti.frontends.http_codec import ReplyFormat
-from tutti.frontends.http_connection import Connection, Exchange, error_response, response_head
+from tutti.frontends.http_connection import Connection, Exchange, Head, error_response, response_head
 from tutti.frontends.http_status import REFUSED, status_of
 from tutti.types import Call, InferRequest
 
@@ -44,6 +45,7 @@ class HttpFront:
         self._routes: dict[bytes, tuple[str, str] | None] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self.connections: set[Connection] = set()
+        self.heads: dict[bytes, Head] = {}
         self._server: asyncio.Server | None = None
         self._sweep: asyncio.TimerHandle | None = None
 
@@ -140,17 +142,15 @@ class HttpFront:
         route = self._route(exchange.url)
         assert route is not None and self._api is not None
         name, version = route
-        header_length: int | None = None
-        for key, value in exchange.headers:
-            if key == b"inference-header-content-length":
-                if not value.isdigit() or len(value) > 18:
-                    raise InvalidArgument(f"model '{name}': Inference-Header-Content-Length: expected a whole number")
-                header_length = int(value)
-            elif key == b"content-encoding" and value.lower() != b"identity":
-                limit = self.limits.max_input_size
-                exchange.body = compression.decompress(exchange.body, value.decode("latin-1").lower(), limit)
-            elif key == b"accept-encoding":
-                exchange.encoding = compression.choose(value.decode("latin-1"))
+        head = exchange.head.infer if exchange.head is not None else None
+        if not isinstance(head, InferHead):
+            head = _infer_head(name, exchange.headers)
+            if exchange.head is not None:
+                exchange.head.infer = head
+        header_length = head.header_length
+        exchange.encoding = head.reply_coding
+        if head.coding:
+            exchange.body = compression.decompress(exchange.body, head.coding, self.limits.max_input_size)
         if header_length == 0:
             config = self._api.engine.model(name, version).config
             return http_codec.decode_raw(config, version, exchange.body), http_codec.BINARY_REPLY
@@ -199,6 +199,30 @@ class HttpFront:
         for connection in list(self.connections):
             connection.close_if_idle(now)
         self._sweep = self._loop.call_later(_SWEEP_S, self._close_idle)
+
+
+@dataclass(frozen=True, slots=True)
+class InferHead:
+    """What the headers of an infer request say: how long its JSON is, and how it and its answer are compressed."""
+
+    header_length: int | None
+    coding: str
+    reply_coding: str
+
+
+def _infer_head(model: str, headers: Sequence[tuple[bytes, bytes]]) -> InferHead:
+    header_length: int | None = None
+    coding = reply_coding = ""
+    for key, value in headers:
+        if key == b"inference-header-content-length":
+            if not value.isdigit() or len(value) > 18:
+                raise InvalidArgument(f"model '{model}': Inference-Header-Content-Length: expected a whole number")
+            header_length = int(value)
+        elif key == b"content-encoding" and value.lower() != b"identity":
+            coding = value.decode("latin-1").lower()
+        elif key == b"accept-encoding":
+            reply_coding = compression.choose(value.decode("latin-1"))
+    return InferHead(header_length, coding, reply_coding)
 
 
 class _Reply:

@@ -5,7 +5,7 @@ Sizes and positions are bytes. Rules follow Triton's binary tensor data extensio
 
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Protocol
@@ -56,14 +56,19 @@ class ReplyFormat:
     def is_binary(self, name: str) -> bool:
         return self.binary.get(name, self.default_is_binary)
 
+    def all_binary(self, outputs: Sequence[Tensor]) -> bool:
+        if not self.binary:
+            return self.default_is_binary
+        return all(self.is_binary(tensor.name) for tensor in outputs)
+
 
 JSON_REPLY = ReplyFormat()
 BINARY_REPLY = ReplyFormat(default_is_binary=True)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Header:
-    """A parsed JSON header of which every tensor is binary: all of a request but its data.
+    """A parsed JSON header of which every tensor is binary: all of a request but its data. Its requests' signature.
 
     `heads` are (name, datatype, shape, bytes) in the order of the data.
     """
@@ -82,7 +87,12 @@ class Header:
         for tensor_name, datatype, shape, size in self.heads:
             inputs[tensor_name] = Tensor(tensor_name, datatype, shape, data[at : at + size])
             at += size
-        return InferRequest(name, inputs, version, "", self.outputs, dict(self.parameters), self.classes)
+        return InferRequest(
+            name, inputs, version, "", self.outputs, dict(self.parameters), self.classes, _NOTHING_SHARED, self
+        )
+
+
+_NOTHING_SHARED: dict[str, SharedRegion] = {}
 
 
 class HeaderCache:
@@ -201,6 +211,11 @@ def encode(
 
     Outputs in `shared` are in shared memory already. Raises InvalidArgument for a datatype that JSON cannot carry.
     """
+    if not request_id and not shared and not response.parameters and reply.all_binary(response.outputs):
+        raws = [tensor.raw() for tensor in response.outputs]
+        described = tuple([(t.name, t.datatype, t.shape, len(r)) for t, r in zip(response.outputs, raws, strict=True)])
+        header = _binary_header(response.model_name, response.model_version, described)
+        return (len(header) if any(raws) else None), b"".join([header, *raws])
     outputs, binaries = [], []
     for tensor in response.outputs:
         if tensor.name in shared:
@@ -228,6 +243,13 @@ def encode(
 def _response_head(model: str, version: str, parameters: bytes) -> bytes:
     head = orjson.dumps({"model_name": model, "model_version": version})[:-1] + b","
     return head + b'"parameters":%s,' % parameters if parameters else head
+
+
+@lru_cache(maxsize=4096)
+def _binary_header(model: str, version: str, outputs: tuple[tuple[str, str, Shape, int], ...]) -> bytes:
+    """The JSON header of a response without id and parameters whose outputs are all binary."""
+    shown = b",".join([_binary_output(*output) for output in outputs])
+    return b'%s"outputs":[%s]}' % (_response_head(model, version, b""), shown)
 
 
 @lru_cache(maxsize=4096)

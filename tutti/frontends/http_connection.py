@@ -23,17 +23,35 @@ _log = logging.getLogger(__name__)
 MAX_HEADER_BYTES = 64 * 1024
 _HEADER_OVERHEAD = 4  # ": " and the line's end
 MAX_PIPELINED = 128
+MAX_KNOWN_HEADS = 1024
+MAX_KNOWN_HEAD_BYTES = 4096
+_NOT_REPEATABLE = frozenset({b"transfer-encoding", b"expect", b"upgrade"})
 # A client that still sends what has been refused would not read the answer if the connection broke under it.
 LINGER_S = 2.0
 IDLE_TIMEOUT_S = 75.0
 READ_TIMEOUT_S = 60.0
 
 
+class Head:
+    """A request's head, read before. `infer` is what an infer front has made of its headers."""
+
+    __slots__ = ("headers", "infer", "keep_alive", "length", "method", "url")
+
+    def __init__(self, exchange: "Exchange", length: int) -> None:
+        self.method = exchange.method
+        self.url = exchange.url
+        self.headers = exchange.headers
+        self.keep_alive = exchange.keep_alive
+        self.length = length
+        self.infer: object = None
+
+
 class Front(Protocol):
-    """What a connection belongs to."""
+    """What a connection belongs to. `heads` are the heads its connections have read, by their bytes."""
 
     limits: Limits
     connections: set["Connection"]
+    heads: dict[bytes, Head]
 
     def handle(self, exchange: "Exchange") -> None:
         """A complete request; `exchange.connection.deliver` answers it, now or later."""
@@ -66,6 +84,7 @@ class Exchange:
         "call",
         "connection",
         "encoding",
+        "head",
         "headers",
         "is_http_1_0",
         "keep_alive",
@@ -83,6 +102,7 @@ class Exchange:
         self.url = url
         self.keep_alive = keep_alive
         self.is_http_1_0 = False
+        self.head: Head | None = None
         self.headers: list[tuple[bytes, bytes]] = []
         self.body: bytes = b""
         self.call: Call | None = None
@@ -109,6 +129,7 @@ class Connection(asyncio.Protocol):
         self._can_write = asyncio.Event()
         self._can_write.set()
         self._is_read_paused = False
+        self._new_head = b""
         self._body: list[bytes] = []
         self._start_message()
 
@@ -132,6 +153,10 @@ class Connection(asyncio.Protocol):
         if self._is_closing:
             return
         self._last_read = self._loop.time()
+        if not self._is_reading:
+            data = self._take_known(data)
+            if not data:
+                return
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:  # refused in on_message_complete
@@ -142,6 +167,48 @@ class Connection(asyncio.Protocol):
         except httptools.HttpParserError as error:
             if not self._is_closing:
                 self._refuse(400, f"malformed HTTP request: {error}")
+
+    def _take_known(self, data: bytes) -> bytes:
+        """Take the whole requests at the start of `data` whose heads were read before; returns what is left.
+
+        Clients repeat a head byte for byte, and equal bytes at the start of a message mean the same: llhttp need not
+        read them again.
+        """
+        self._new_head = b""
+        at = 0
+        while at < len(data) and not self._is_closing:
+            end = data.find(b"\r\n\r\n", at, at + MAX_KNOWN_HEAD_BYTES) + 4
+            if end == 3:
+                break
+            head = self._front.heads.get(data[at:end])
+            if head is None or end + head.length > len(data):
+                self._new_head = data[at:end]
+                break
+            exchange = Exchange(self, head.method, head.url, head.keep_alive)
+            exchange.head = head
+            exchange.headers = head.headers
+            exchange.body = data[end : end + head.length]
+            at = end + head.length
+            self._accept(exchange)
+        if self._is_closing:
+            return b""
+        return data[at:] if at else data
+
+    def _remember(self, exchange: Exchange) -> None:
+        """Keep the head of the request that llhttp has just read, if all of it is about this one message."""
+        raw, self._new_head = self._new_head, b""
+        lengths = [value for name, value in exchange.headers if name == b"content-length"]
+        names = {name for name, _ in exchange.headers}
+        # Each line of it must be one that llhttp has told of: then it ends where the body began.
+        is_plain = raw.count(b"\n") == raw.count(b"\r\n") == len(exchange.headers) + 2
+        if not raw or not is_plain or exchange.is_http_1_0 or len(lengths) > 1 or names & _NOT_REPEATABLE:
+            return
+        length = int(lengths[0]) if lengths else 0
+        if length != len(exchange.body):
+            return
+        if len(self._front.heads) >= MAX_KNOWN_HEADS:
+            self._front.heads.clear()
+        exchange.head = self._front.heads[raw] = Head(exchange, length)
 
     def pause_writing(self) -> None:
         self._is_write_paused = True
@@ -192,10 +259,15 @@ class Connection(asyncio.Protocol):
         exchange.is_http_1_0 = self._parser.get_http_version() == "1.0"
         exchange.body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
         self._body = []
+        self._remember(exchange)
+        self._accept(exchange)
+
+    def _accept(self, exchange: Exchange) -> None:
         self.pending.append(exchange)
         if not exchange.keep_alive:
             self._is_closing = True
-        self._update_reading()
+        if self._is_write_paused or len(self.pending) >= MAX_PIPELINED:
+            self._update_reading()
         self._front.handle(exchange)
 
     # responses
