@@ -1,6 +1,5 @@
 """The composition root on Ray: the gateway's and the pools' deployments, bound into one Serve application."""
 
-from pathlib import Path
 from typing import Any
 
 from ray_app import environment
@@ -23,7 +22,7 @@ _HEALTH_CHECK_PERIOD_S = 1.0
 def build(arguments: Options) -> Any:
     """The application. Raises ConfigError when the cluster cannot hold the replicas asked for."""
     pools = plan_pools(ray.cluster_resources().get("GPU", 0), arguments.gpu_replicas, arguments.cpu_replicas)
-    arguments = arguments.model_copy(update={"model_repository": str(Path(arguments.model_repository).resolve())})
+    arguments = arguments.with_absolute_paths()
     replica = ReplicaOptions(
         arguments.model_repository, arguments.start_models(), arguments.exit_on_error, arguments.log_verbose
     )

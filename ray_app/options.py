@@ -47,8 +47,25 @@ class Options(BaseModel):
     gpu_replicas: int | None = None
     cpu_replicas: int = 1
 
+    def with_absolute_paths(self) -> "Options":
+        """Relative paths are the command's: a gateway's working folder is another."""
+        changes: dict[str, object] = {"model_repository": str(Path(self.model_repository).resolve())}
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, Path):
+                changes[name] = value.resolve()
+        if self.log_file:
+            changes["log_file"] = str(Path(self.log_file).resolve())
+        changes["trace_config"] = [_with_absolute_path(item) for item in self.trace_config]
+        return self.model_copy(update=changes)
+
     def start_models(self) -> tuple[str, ...] | None:
         """What is loaded at the start; None is everything."""
         if self.model_control_mode != "explicit" or "*" in (self.load_model or []):
             return None
         return tuple(self.load_model or [])
+
+
+def _with_absolute_path(item: str) -> str:
+    key, _, value = item.partition("=")
+    return f"{key}={Path(value).resolve()}" if key in ("file", "triton,file") and value else item

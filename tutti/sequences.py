@@ -218,6 +218,7 @@ class SequenceBatcher:
                     f"inference request for sequence {key} to model '{name}' must specify the START flag on the first "
                     "request of the sequence"
                 )
+            self._check_id(key)
             sequence = self._active[key] = _Sequence(key)
             if not self._place(sequence):
                 self._backlog.append(sequence)
@@ -226,6 +227,18 @@ class SequenceBatcher:
         sequence.waiting.append(call)
         self._queued += 1
         return sequence
+
+    def _check_id(self, key: SequenceId) -> None:
+        """Whether the model's correlation id control can hold the id."""
+        for control in self._policy.controls:
+            if control.kind != "corrid" or control.datatype == "BYTES":
+                continue
+            limits = np.iinfo(dtypes.NUMPY[control.datatype])
+            if not isinstance(key, int) or not limits.min <= key <= limits.max:
+                raise InvalidArgument(
+                    f"model '{self._config.name}': correlation ID {str(key)[:100]!r}: expected {control.datatype}, "
+                    f"as its control input '{control.name}' has it"
+                )
 
     def _place(self, sequence: _Sequence) -> bool:
         lane = max(self._lanes, key=lambda lane: len(lane.free))

@@ -111,6 +111,122 @@ TEXT = """
     out = b"|".join(text) + (b"" if k is None else str(k.as_numpy().reshape(-1).tolist()).encode())
     return pb_utils.InferenceResponse([pb_utils.Tensor("text_output", np.array([[out]], dtype=object))])
 """
+# What a python model sees of its request, of itself, and of Triton's module.
+API = """
+    x = pb_utils.get_input_tensor_by_name(request, "x")
+    shown = {
+        "id": request.request_id(), "correlation": request.correlation_id(), "flags": request.flags(),
+        "outputs": sorted(request.requested_output_names()), "timeout": request.timeout(),
+        "parameters": sorted(json.loads(request.parameters()).items()), "inputs": [t.name() for t in request.inputs()],
+        "tensor": [x.name(), x.is_cpu(), str(x.as_numpy().dtype), list(x.as_numpy().shape)],
+        "missing": pb_utils.get_input_tensor_by_name(request, "none"), "cancelled": request.is_cancelled(),
+        "types": [
+            str(np.dtype(pb_utils.triton_string_to_numpy(n))) for n in ("TYPE_BOOL", "TYPE_UINT8", "TYPE_INT64", "TYPE_FP16", "TYPE_FP64", "TYPE_STRING")
+        ],
+        "numbers": [pb_utils.numpy_to_triton_type(t) for t in (np.bool_, np.uint8, np.int64, np.float32, np.object_)],
+        "back": [str(np.dtype(pb_utils.triton_to_numpy_type(n))) for n in (1, 2, 9, 11, 13)],
+        "config": [
+            pb_utils.get_input_config_by_name(self.config, "x"), pb_utils.get_output_config_by_name(self.config, "seen")["dims"],
+            pb_utils.get_output_config_by_name(self.config, "none"), pb_utils.using_decoupled_model_transaction_policy(self.config),
+        ],
+        "args": [self.args[k] for k in ("model_name", "model_version", "model_instance_kind", "model_instance_device_id")],
+        "arguments": sorted(self.args),
+        "roundtrip": pb_utils.deserialize_bytes_tensor(pb_utils.serialize_byte_tensor(np.array([b"a", b"bc"], dtype=object))).tolist() == [b"a", b"bc"],
+        "own": [float(v) for v in pb_utils.Tensor("t", np.array([1, 2], np.float32)).as_numpy()],
+        "response": [
+            pb_utils.InferenceResponse([]).has_error(), pb_utils.InferenceResponse(error=pb_utils.TritonError("e")).error().message(),
+            len(pb_utils.InferenceResponse([pb_utils.Tensor("t", x.as_numpy())]).output_tensors()),
+        ],
+    }
+    try:
+        pb_utils.InferenceResponse(5)
+    except Exception as error:
+        shown["raises"] = True
+    text = json.dumps(shown, sort_keys=True, default=str).encode()
+    return pb_utils.InferenceResponse([pb_utils.Tensor("seen", np.array([text], dtype=object))])
+"""
+BLS = """
+    x = pb_utils.get_input_tensor_by_name(request, "x").as_numpy()
+    what = int(x[0])
+    if what == 0:  # another model, and its output
+        inner = pb_utils.InferenceRequest(
+            model_name="add_one", requested_output_names=["y"], inputs=[pb_utils.Tensor("x", np.full((1, 4), 2.0, np.float32))]
+        )
+        answer = inner.exec()
+        y = pb_utils.get_output_tensor_by_name(answer, "y").as_numpy().reshape(-1)[:1].astype(np.int32)
+    elif what == 1:  # one that is not there
+        answer = pb_utils.InferenceRequest(model_name="none", requested_output_names=["y"], inputs=[]).exec()
+        y = np.array([int(answer.has_error())], np.int32)
+    elif what == 2:  # a bad input
+        answer = pb_utils.InferenceRequest(
+            model_name="add_one", requested_output_names=["y"], inputs=[pb_utils.Tensor("x", np.zeros((1, 3), np.float32))]
+        ).exec()
+        y = np.array([int(answer.has_error()) + 10], np.int32)
+    elif what == 3:  # a decoupled one
+        answers = pb_utils.InferenceRequest(
+            model_name="count", requested_output_names=["y"], inputs=[pb_utils.Tensor("x", np.array([4], np.int32))]
+        ).exec(decoupled=True)
+        total = 0
+        for answer in answers:
+            for tensor in answer.output_tensors():
+                total += int(tensor.as_numpy()[0])
+        y = np.array([total], np.int32)
+    elif what == 4:  # an ensemble, of a version, with an id
+        answer = pb_utils.InferenceRequest(
+            request_id="inner", model_name="twice", model_version=1, requested_output_names=["y"],
+            inputs=[pb_utils.Tensor("x", np.full((1, 4), 2.0, np.float32))],
+        ).exec()
+        y = pb_utils.get_output_tensor_by_name(answer, "y").as_numpy().reshape(-1)[:1].astype(np.int32)
+    elif what == 5:  # parameters
+        answer = pb_utils.InferenceRequest(
+            request_id="inner", model_name="tells", requested_output_names=["seen"], parameters={"a": 1, "b": "c"},
+            inputs=[pb_utils.Tensor("x", np.array([1], np.int32))],
+        ).exec()
+        y = np.array([len(pb_utils.get_output_tensor_by_name(answer, "seen").as_numpy()[0])], np.int32)
+    elif what == 6:  # an exception of Triton's
+        raise pb_utils.TritonModelException("on purpose")
+    elif what == 7:  # an output of another type
+        y = np.array([1.0], np.float64)
+    elif what == 8:  # nothing
+        return None
+    elif what == 9:  # an output too many
+        return pb_utils.InferenceResponse([pb_utils.Tensor(n, np.array([1], np.int32)) for n in ("y", "z")])
+    elif what == 10:  # an output too few
+        return pb_utils.InferenceResponse([])
+    elif what == 11:  # of another shape
+        y = np.zeros((2, 2), np.int32)
+    else:
+        y = x
+    return pb_utils.InferenceResponse([pb_utils.Tensor("y", y)])
+"""
+ASYNC_BLS = """
+import asyncio
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+class TritonPythonModel:
+    async def execute(self, requests):
+        responses = []
+        for request in requests:
+            x = pb_utils.get_input_tensor_by_name(request, "x").as_numpy()
+            inner = [
+                pb_utils.InferenceRequest(
+                    model_name="add_one", requested_output_names=["y"], inputs=[pb_utils.Tensor("x", np.full((1, 4), n, np.float32))]
+                ).async_exec()
+                for n in range(int(x[0]))
+            ]
+            answers = await asyncio.gather(*inner)
+            total = sum(int(pb_utils.get_output_tensor_by_name(a, "y").as_numpy()[0, 0]) for a in answers)
+            responses.append(pb_utils.InferenceResponse([pb_utils.Tensor("y", np.array([total], np.int32))]))
+        return responses
+"""
+# What the sequence batcher's control inputs say.
+CONTROLS = """
+    names = ("START", "END", "READY", "CORRID")
+    found = [pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in names]
+    text = json.dumps([[str(a.dtype), list(a.shape), a.reshape(-1).tolist()] for a in found], default=str).encode()
+    return pb_utils.InferenceResponse([pb_utils.Tensor("seen", np.array([[text]], dtype=object))])
+"""
 INT = "data_type: TYPE_INT32 dims: 4"
 
 
@@ -154,6 +270,14 @@ def fill(repository: Repository) -> None:
     one = 'backend: "python" input { name: "x" data_type: TYPE_INT32 dims: 1 }'
     repository.add_python("tells", f'{one} output {{ name: "seen" data_type: TYPE_STRING dims: 1 }}', TELLS)
     repository.add_python("fails", f'{one} output {{ name: "y" data_type: TYPE_INT32 dims: 1 }}', FAILS)
+    repository.add_python(
+        "api",
+        f'{one} output {{ name: "seen" data_type: TYPE_STRING dims: 1 }} output {{ name: "other" data_type: TYPE_INT32 dims: 1 }}',
+        API,
+        'self.args, self.config = args, json.loads(args["model_config"])',
+    )
+    repository.add_python("bls", f'{one} output {{ name: "y" data_type: TYPE_INT32 dims: -1 }}', BLS)
+    repository.add("async_bls", f'{one} output {{ name: "y" data_type: TYPE_INT32 dims: 1 }}', {"model.py": ASYNC_BLS})
     decoupled = 'output { name: "y" data_type: TYPE_INT32 dims: 1 } model_transaction_policy { decoupled: true }'
     repository.add("count", f"{one} {decoupled}", {"model.py": COUNT})
     repository.add_python(
@@ -169,6 +293,26 @@ def fill(repository: Repository) -> None:
         """,
         SUMS,
     )
+    for name, strategy, rows, kind in (
+        ("direct", "direct {}", 3, "UINT64"), ("oldest", "oldest { max_candidate_sequences: 4 }", 4, "INT32"),
+        ("alone", "direct {}", 0, "INT64"),
+    ):  # fmt: skip
+        repository.add_python(
+            name,
+            f"""
+            backend: "python" max_batch_size: {rows}
+            input {{ name: "x" data_type: TYPE_INT32 dims: 1 }}
+            output {{ name: "seen" data_type: TYPE_STRING dims: {1 if rows else -1} {"" if rows else "dims: -1"} }}
+            sequence_batching {{
+              {strategy}
+              control_input {{ name: "START" control {{ kind: CONTROL_SEQUENCE_START int32_false_true: [ 0, 1 ] }} }}
+              control_input {{ name: "END" control {{ kind: CONTROL_SEQUENCE_END fp32_false_true: [ -1, 1 ] }} }}
+              control_input {{ name: "READY" control {{ kind: CONTROL_SEQUENCE_READY bool_false_true: [ false, true ] }} }}
+              control_input {{ name: "CORRID" control {{ kind: CONTROL_SEQUENCE_CORRID data_type: TYPE_{kind} }} }}
+            }}
+            """,
+            CONTROLS,
+        )
     repository.add_python(
         "text",
         """
@@ -265,7 +409,7 @@ def cases() -> Iterator[Case]:
     rng = np.random.default_rng(SEED)
     for group in (
         _datatypes(rng), _edges(), _rows(rng), _options(), _http_mistakes(), _grpc_mistakes(), _drawn_mistakes(), _questions(),
-        _settings(), _shared(), _generate(), _streams(), _sequences(), _errors(), _control(),
+        _settings(), _shared(), _generate(), _streams(), _sequences(), _errors(), _python(), _control(),
     ):  # fmt: skip
         yield from group
 
@@ -749,6 +893,24 @@ def _sequences() -> Iterator[Case]:
         parameters = {"sequence_id": key, "sequence_start": start, "sequence_end": end}
         return call(message("sums", grpc_input("x", "INT32", (1, 1), int_contents=[value]), parameters=parameters))
 
+    def controlled(model: str, key: Any, start: bool = False, end: bool = False, rows: int = 1) -> Http:
+        parameters = {"sequence_id": key, "sequence_start": start, "sequence_end": end}
+        shape = (1,) if model == "alone" else (rows, 1)
+        return infer(model, tensor("x", "INT32", shape, data=[0] * rows), parameters=parameters)
+
+    for model in ("direct", "oldest", "alone"):
+        for key in (21, "name"):
+            steps = (controlled(model, key, True), controlled(model, key), controlled(model, key, end=True))
+            yield Case(f"http controls of {model} {key}", steps)
+        yield Case(
+            f"http controls of {model}, two sequences",
+            (
+                controlled(model, 31, True), controlled(model, 32, True), controlled(model, 31), controlled(model, 32, end=True),
+                controlled(model, 31, end=True),
+            ),
+        )  # fmt: skip
+        yield Case(f"http controls of {model}, several rows", (controlled(model, 41, True, rows=2),))
+        yield Case(f"http controls of {model}, no id", (controlled(model, 0, True),))
     for make, name in ((http, "http"), (grpc, "grpc")):
         yield Case(f"{name} sequence", (make(11, 1, True), make(11, 2), make(11, 3, end=True)))
         yield Case(f"{name} sequence by name", (make("abc", 1, True), make("abc", 2, end=True)))
@@ -768,6 +930,27 @@ def _errors() -> Iterator[Case]:
         yield Case(
             f"grpc model error {code}", (call(message("fails", grpc_input("x", "INT32", (1,), int_contents=[code]))),)
         )
+
+
+def _python() -> Iterator[Case]:
+    """The python backend's API, as a model sees it and uses it."""
+    one = tensor("x", "INT32", (1,), data=[3])
+    seen = [{"name": "seen"}]
+    yield Case("http python api", (infer("api", one, id="me", outputs=seen, parameters={"a": 1, "timeout": 5000000}),))
+    yield Case(
+        "http python api of a sequence",
+        (infer("api", one, outputs=seen, parameters={"sequence_id": 7, "sequence_start": True}),),
+    )
+    grpc_one = grpc_input("x", "INT32", (1,), int_contents=[3])
+    yield Case(
+        "grpc python api", (call(message("api", grpc_one, outputs=(wanted("seen"),), parameters={"b": "c"}, id="me")),)
+    )
+    for what in range(13):
+        if what == 8:  # which tritonserver 2.51 never answers
+            continue
+        yield Case(f"http python bls {what}", (infer("bls", tensor("x", "INT32", (1,), data=[what])),))
+    for count in (0, 1, 5):
+        yield Case(f"http python async bls {count}", (infer("async_bls", tensor("x", "INT32", (1,), data=[count])),))
 
 
 def _control() -> Iterator[Case]:

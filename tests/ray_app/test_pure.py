@@ -1,11 +1,13 @@
 """What of the Ray application needs no Ray: messages, placement, and the pools' status and choice."""
 
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from ray_app import wire
+from ray_app.options import Options
 from ray_app.placement import plan_pools
 from ray_app.pools import Pool, PoolStatus, ReplicaState, choose
 from tutti.errors import ConfigError, InvalidArgument
@@ -59,6 +61,17 @@ def test_pools(gpus: float, wanted: int | None, cpus: int, pools: list[tuple[str
 def test_impossible_pools_are_refused(gpus: float, wanted: int | None, cpus: int) -> None:
     with pytest.raises(ConfigError):
         plan_pools(gpus, wanted, cpus)
+
+
+def test_paths_are_those_of_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    trace = ["triton,file=trace.json", "rate=1", "opentelemetry,url=http://h/x"]
+    options = Options(model_repository="models", api_key_file=Path("keys"), log_file="log", trace_config=trace)
+    made = options.with_absolute_paths()
+    assert made.model_repository == str(tmp_path / "models")
+    assert (made.api_key_file, made.log_file) == (tmp_path / "keys", str(tmp_path / "log"))
+    assert made.trace_config == [f"triton,file={tmp_path / 'trace.json'}", "rate=1", "opentelemetry,url=http://h/x"]
+    assert made.http_server_cert is None
 
 
 REPLICA = ReplicaState("r", frozenset({"m/1"}))

@@ -217,3 +217,13 @@ def test_unloading_answers_what_waits(repository: Repository) -> None:
         wait_until(lambda: engine.model("sums").pending() == 2)
     gather.wait()
     assert all(isinstance(call.answer, InferError) for call in waiting)
+
+
+@pytest.mark.parametrize("key", [-1, 2**64, "a text"])
+def test_an_id_that_the_models_control_cannot_hold(repository: Repository, key: int | str) -> None:
+    add(repository, "oldest { max_candidate_sequences: 3 }")
+    with engine_over(repository.root) as engine:
+        (answer,) = infer(engine, [request(key, 1, start=True)])
+        assert isinstance(answer, InvalidArgument)
+        assert "expected UINT64" in answer.message
+        assert value(infer(engine, [request(5, 1, start=True)])[0]) == 1

@@ -560,9 +560,9 @@ def triton_string_to_numpy(type_name: str) -> Any:
     return dtypes.NUMPY[dtypes.from_config(type_name)].type
 
 
-def serialize_byte_tensor(tensor: Array) -> Array:
-    """BYTES elements in wire form, as one numpy bytes object."""
-    return np.asarray(dtypes.encode_bytes(tensor.reshape(-1)), dtype=object)
+def serialize_byte_tensor(tensor: Array) -> bytes:
+    """BYTES elements in wire form."""
+    return dtypes.encode_bytes(tensor.reshape(-1))
 
 
 def deserialize_bytes_tensor(encoded: bytes) -> Array:
