@@ -128,6 +128,9 @@ class Scheduler:
         settle_all(left, Unavailable(f"model '{self._name}' is being unloaded"))
         for instance in self._instances:
             instance.close()
+        # They refer to this: without the garbage collector, which comes late, the model's memory would stay.
+        self._instances.clear()
+        self._free.clear()
 
     def _dispatch(self) -> None:
         while True:

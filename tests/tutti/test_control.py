@@ -1,6 +1,8 @@
 """Load and unload while serving: what is allowed, what the index says, and that no request is lost."""
 
+import gc
 import threading
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -259,4 +261,22 @@ def test_an_ensemble_named_at_the_start_brings_its_models(repository: Repository
         "two": "",
     }
     assert engine.failures() == []
+    engine.close()
+
+
+def test_what_was_unloaded_is_freed_without_the_garbage_collector(repository: Repository) -> None:
+    repository.add_onnx()
+    ends = 'input { name: "x" data_type: TYPE_FP32 dims: 4 } output { name: "y" data_type: TYPE_FP32 dims: 4 }'
+    repository.add_python("plain", f'backend: "python" {ends}', "return pb_utils.InferenceResponse([])")
+    engine = controllable(repository.root)
+    infer(engine, [ask()])
+    gc.disable()
+    try:
+        for name in ("add_one", "plain"):
+            backend = weakref.ref(engine.model(name)._served.infer._instances[0]._backend)  # type: ignore[attr-defined]
+            assert backend() is not None
+            engine.load(name)
+            assert backend() is None
+    finally:
+        gc.enable()
     engine.close()
