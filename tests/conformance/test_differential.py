@@ -13,6 +13,7 @@ import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -193,28 +194,34 @@ def _stream_content(messages: list[Any]) -> Any:
     return sorted(shown, key=lambda one: one["inferResponse"].get("id", ""))
 
 
-@pytest.fixture(scope="module")
-def sides(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Side, Side, Side]]:
-    """(tritonserver, tutti, tutti with grpcio) over one repository."""
+CONTROL = ("--model-control-mode", "explicit", "--load-model", "*", "--allow-client-shm")
+
+
+@contextlib.contextmanager
+def serving_all(scratch: Path, *flags_of_ours: tuple[str, ...]) -> Iterator[list[Side]]:
+    """A real tritonserver, and tutti once for each set of flags, over one repository."""
     tritonserver.require()
-    scratch = tmp_path_factory.mktemp("differential")
     repository = Repository(scratch / "models")
     corpus.fill(repository)
     descriptor = _posixshmem.shm_open(corpus.SHARED_KEY, os.O_CREAT | os.O_RDWR, mode=0o600)
     os.write(descriptor, np.array([1, 2, 3, 4], np.float32).tobytes().ljust(corpus.SHARED_SIZE, b"\0"))
     os.close(descriptor)
-    control = ("--model-control-mode", "explicit", "--load-model", "*", "--allow-client-shm")
-    with (
-        tritonserver.running(repository.root, scratch, "--model-control-mode=explicit", "--load-model=*") as theirs,
-        serving(repository.root, scratch / "tutti.log", *control) as native,
-        serving(repository.root, scratch / "grpcio.log", *control, "--grpc-server", "grpcio") as grpcio,
-        contextlib.ExitStack() as channels,
-    ):
-        servers = [
-            (one.http, channels.enter_context(grpc.insecure_channel(one.grpc))) for one in (theirs, native, grpcio)
-        ]
-        yield Side(*servers[0]), Side(*servers[1]), Side(*servers[2])
-    _posixshmem.shm_unlink(corpus.SHARED_KEY)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.suppress(FileNotFoundError))  # the other servers' have gone before
+        stack.callback(_posixshmem.shm_unlink, corpus.SHARED_KEY)
+        control = ("--model-control-mode=explicit", "--load-model=*")
+        servers = [stack.enter_context(tritonserver.running(repository.root, scratch, *control))]
+        for number, flags in enumerate(flags_of_ours):
+            log = scratch / f"tutti{number}.log"
+            servers.append(stack.enter_context(serving(repository.root, log, *CONTROL, *flags)))  # type: ignore[arg-type]
+        yield [Side(one.http, stack.enter_context(grpc.insecure_channel(one.grpc))) for one in servers]
+
+
+@pytest.fixture(scope="module")
+def sides(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Side]]:
+    """tritonserver, tutti, and tutti with grpcio."""
+    with serving_all(tmp_path_factory.mktemp("differential"), (), ("--grpc-server", "grpcio")) as made:
+        yield made
 
 
 def is_intended(name: str, ours: Outcome, theirs: Outcome) -> bool:
@@ -233,7 +240,7 @@ SEEN: set[Intended] = set()
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_all_answer_the_same(sides: tuple[Side, Side, Side], name: str) -> None:
+def test_all_answer_the_same(sides: list[Side], name: str) -> None:
     case: Case = CASES[name]
     triton, native, grpcio = sides
     # Only gRPC has two servers of ours.
@@ -248,5 +255,30 @@ def test_all_answer_the_same(sides: tuple[Side, Side, Side], name: str) -> None:
             SEEN.update(one for one in INTENDED if fnmatch.fnmatchcase(name, one.pattern) and ours.status == one.ours)
 
 
-def test_every_intended_difference_is_one(sides: tuple[Side, Side, Side]) -> None:
+def test_every_intended_difference_is_one(sides: list[Side]) -> None:
     assert [one for one in INTENDED if one not in SEEN] == [], "no longer a difference: take it off the list"
+
+
+def without_pool(content: Any) -> Any:
+    """The answer but for the parameter that says which pool of the cluster it came from."""
+    if isinstance(content, dict):
+        left = {key: without_pool(value) for key, value in content.items() if key != "tutti_pool"}
+        return {key: value for key, value in left.items() if key != "parameters" or value}
+    if isinstance(content, list | tuple):
+        return type(content)(without_pool(value) for value in content)
+    return content
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(250)
+def test_the_gateway_answers_the_same(tmp_path: Path) -> None:
+    """The whole corpus through a gateway and two replicas."""
+    differences = []
+    with serving_all(tmp_path, ("--ray", "--cpu-replicas", "2")) as (triton, gateway):
+        for name, case in CASES.items():
+            for step in case.steps:
+                ours, theirs = gateway.run(step), triton.run(step)
+                is_same = ours.status == theirs.status and without_pool(ours.content) == without_pool(theirs.content)
+                if not is_same and not is_intended(name, ours, theirs):
+                    differences.append((name, ours, theirs))
+    assert differences == []
