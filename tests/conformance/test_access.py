@@ -373,3 +373,29 @@ def test_histograms_and_gauges_on_the_metrics_page(small: Repository, tmp_path: 
 def _sorted(line: str) -> str:
     name, _, labels = line.partition("{")
     return name + ",".join(sorted(labels.rstrip("}").split(",")))
+
+
+def test_grpc_health(small: Repository, tmp_path: Path, grpc_server: str) -> None:
+    """grpc.health.v1: Check and Watch, of the server and of a model. Messages have one field: name, and status."""
+    serving_now, not_serving, unknown = b"\x08\x01", b"\x08\x02", b"\x08\x03"
+
+    def named(name: str) -> bytes:
+        return pb.ModelReadyRequest(name=name).SerializeToString()
+
+    flags = ("--model-control-mode", "explicit", "--load-model", "*", "--grpc-server", grpc_server)
+    with serving(small.root, tmp_path / "log", *flags) as served, grpc.insecure_channel(served.grpc) as channel:
+        check = channel.unary_unary("/grpc.health.v1.Health/Check")
+        for name in ("", "inference.GRPCInferenceService", "add_one"):
+            assert check(named(name), timeout=20) == serving_now
+        with pytest.raises(grpc.RpcError) as caught:
+            check(named("none"), timeout=20)
+        assert caught.value.code() == grpc.StatusCode.NOT_FOUND
+        watch = channel.unary_stream("/grpc.health.v1.Health/Watch")(named("add_one"), timeout=60)
+        assert next(watch) == serving_now
+        assert next(channel.unary_stream("/grpc.health.v1.Health/Watch")(named("none"), timeout=20)) == unknown
+        with grpcclient.InferenceServerClient(served.grpc) as client:
+            client.unload_model("add_one")
+            assert next(watch) == not_serving
+            client.load_model("add_one")
+            assert next(watch) == serving_now
+        watch.cancel()

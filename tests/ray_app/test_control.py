@@ -1,6 +1,7 @@
 """Control and sequences across the cluster: every replica follows, also one that comes back; what is lost says so."""
 
 import os
+import queue
 import signal
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import tritonclient.grpc as grpcclient
 from tritonclient.utils import InferenceServerException
 
 from ray_app.control import Desired
+from tests.conformance.test_every_method import COUNT, ENDLESS
 from tests.models import Repository
 from tests.ray_app.test_cluster import replicas
 from tests.serving import serving, wait_until
@@ -130,3 +132,36 @@ def test_every_replica_follows(tmp_path: Path) -> None:
             with pytest.raises(InferenceServerException, match="no available versions"):
                 infer(client, "dropped", X)
         assert index(client)["dropped"] == ("UNAVAILABLE", "unloaded")
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(280)
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_a_stream_whose_replica_dies_says_so(tmp_path: Path) -> None:
+    repository = Repository(tmp_path / "models")
+    ends = 'input { name: "x" data_type: TYPE_INT32 dims: 1 } output { name: "y" data_type: TYPE_INT32 dims: 1 }'
+    decoupled = f'backend: "python" {ends} model_transaction_policy {{ decoupled: true }}'
+    folder = f'parameters {{ key: "folder" value {{ string_value: "{tmp_path}" }} }}'
+    repository.add("endless", f"{decoupled} {folder}", {"model.py": ENDLESS})
+    repository.add("count", decoupled, {"model.py": COUNT})
+    answers: queue.Queue[tuple[object, object]] = queue.Queue()
+    with (
+        serving(repository.root, tmp_path / "log", "--ray", "--cpu-replicas", "1") as served,
+        grpcclient.InferenceServerClient(served.grpc) as client,
+    ):
+        client.start_stream(lambda result, error: answers.put((result, error)))
+        tensor = grpcclient.InferInput("x", [1], "INT32")
+        tensor.set_data_from_numpy(np.array([3], np.int32))
+        client.async_stream_infer("endless", [tensor], request_id="a")
+        assert answers.get(timeout=30)[1] is None
+        for process in replicas(served, "cpu"):
+            os.kill(process.pid, signal.SIGKILL)
+        while (answer := answers.get(timeout=30))[1] is None:
+            pass
+        assert "was lost while it answered" in str(answer[1])
+        # The stream itself goes on: what has not begun yet waits for the next replica.
+        client.async_stream_infer("count", [tensor], request_id="b")
+        values = [answers.get(timeout=90)[0].as_numpy("y").item() for _ in range(3)]  # type: ignore[attr-defined]
+        assert values == [0, 1, 2]
+        client.stop_stream()
