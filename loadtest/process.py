@@ -3,7 +3,9 @@
 For load tests, the demo, benchmarks and tests; knows only a server's command line and its health route.
 """
 
+import contextlib
 import json
+import random
 import signal
 import socket
 import subprocess
@@ -18,13 +20,16 @@ _LOG_TAIL = 20_000
 
 
 def free_ports(count: int) -> list[int]:
-    """Different ports of 127.0.0.1 that nobody listens on now."""
-    held = [socket.socket() for _ in range(count)]
-    for one in held:
-        one.bind(("127.0.0.1", 0))
-    ports: list[int] = [one.getsockname()[1] for one in held]
-    for one in held:
-        one.close()
+    """Different ports that nobody listens on now.
+
+    Neither the system nor Ray gives out ports of this range: a cluster takes dozens before our servers take theirs.
+    """
+    ports: list[int] = []
+    while len(ports) < count:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as one, contextlib.suppress(OSError):
+            one.bind(("0.0.0.0", port))
+            ports.extend({port} - set(ports))
     return ports
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ray_app.sticky import Sequences, Streams
 from tutti import collector, local
 from tutti.batching import BatchingPolicy, BatchQueue
 from tutti.cache import Cached, ResponseCache
+from tutti.config import ModelConfig
 from tutti.engine import Engine, Override
 from tutti.errors import ConfigError, Internal
 from tutti.frontends import setup
@@ -20,7 +22,7 @@ from tutti.frontends.server import Addresses, Server
 from tutti.logs import Logs, Settings
 from tutti.model import Served
 from tutti.repository import ModelFolder
-from tutti.scheduler import Scheduler
+from tutti.scheduler import InOrder, Scheduler
 from tutti.statistics import ModelStatistics
 from tutti.types import Call, Infer
 
@@ -139,17 +141,26 @@ def make_engine(options: Options, router: Router, slots: int, timer: Any, contro
             sequences = Sequences(config.name, router, statistics, config.sequences.idle_ns)
             infer, close, pending = sequences, lambda: None, sequences.pending
         else:
-            rows = max(config.max_batch_size, MIN_HOP_ROWS)
-            queue = BatchQueue(BatchingPolicy(rows), config.max_queued_rows)
+            queue = BatchQueue(hop_policy(config), config.max_queued_rows)
             scheduler = Scheduler(config.name, queue, statistics, timer)
             attach(scheduler, config.name, router, statistics, slots)
             infer, close, pending = _mixed(scheduler), scheduler.close, scheduler.queued_calls
+            if config.batching is not None and config.batching.preserves_ordering:
+                infer = InOrder(infer)
         if config.is_cached and cache_bytes:
             infer = Cached(infer, cache, version, statistics)
         return Served(infer, close, lambda: router.has_model(key), pending, lambda: router.reason(key))
 
     is_explicit = options.model_control_mode == "explicit"
     return Engine(Path(options.model_repository), load, is_explicit, control.models)
+
+
+def hop_policy(config: ModelConfig) -> BatchingPolicy:
+    """How calls wait for a hop: by the model's priorities and timeouts, but never for more calls to come."""
+    rows = max(config.max_batch_size, MIN_HOP_ROWS)
+    if config.batching is None:
+        return BatchingPolicy(rows)
+    return replace(config.batching, max_batch_size=rows, preferred_batch_sizes=(), max_queue_delay_ns=0)
 
 
 def _mixed(scheduler: Scheduler) -> Infer:

@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 
 from ray_app import wire
+from ray_app.gateway import hop_policy
 from ray_app.options import Options
 from ray_app.placement import plan_pools
 from ray_app.pools import Pool, PoolStatus, ReplicaState, choose
+from tutti import config
+from tutti.batching import BatchingPolicy
 from tutti.errors import ConfigError, InvalidArgument
 from tutti.types import InferRequest, InferResponse, Tensor
 
@@ -72,6 +75,28 @@ def test_paths_are_those_of_the_command(tmp_path: Path, monkeypatch: pytest.Monk
     assert (made.api_key_file, made.log_file) == (tmp_path / "keys", str(tmp_path / "log"))
     assert made.trace_config == [f"triton,file={tmp_path / 'trace.json'}", "rate=1", "opentelemetry,url=http://h/x"]
     assert made.http_server_cert is None
+
+
+def test_calls_wait_for_a_hop_by_the_models_priorities() -> None:
+    text = """
+    backend: "onnxruntime" max_batch_size: 8
+    input { name: "x" data_type: TYPE_FP32 dims: 4 } output { name: "y" data_type: TYPE_FP32 dims: 4 }
+    """
+    assert hop_policy(config.parse(text, "m")) == BatchingPolicy(64)
+    made = hop_policy(
+        config.parse(
+            text
+            + """
+            dynamic_batching {
+              preferred_batch_size: 4 max_queue_delay_microseconds: 9 priority_levels: 2 default_priority_level: 1
+              default_queue_policy { default_timeout_microseconds: 5 }
+            }
+            """,
+            "m",
+        )
+    )
+    assert (made.max_batch_size, made.preferred_batch_sizes, made.max_queue_delay_ns) == (64, (), 0)
+    assert (made.priority_levels, made.default_priority_level, made.queue.timeout_ns) == (2, 1, 5000)
 
 
 REPLICA = ReplicaState("r", frozenset({"m/1"}))

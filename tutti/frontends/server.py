@@ -76,14 +76,12 @@ class Server:
         self._sockets: tempfile.TemporaryDirectory[str] | None = None
 
     async def start(self) -> Addresses:
-        """Listen everywhere; returns the addresses with the ports really taken. Raises OSError if one is in use."""
+        """Listen everywhere; returns the addresses with the ports really taken. Raises OSError if one is in use.
+
+        HTTP comes last: whoever asks there whether the server is ready may count on the other ports.
+        """
         wanted = self._addresses
         http_port = grpc_port = metrics_port = None
-        if wanted.http_port is not None:
-            front = HttpFront(http_api.make_app(self._api), self._api)
-            self._http.append(front)
-            tls = wanted.http_tls.context() if wanted.http_tls is not None else None
-            http_port = await front.start(wanted.host, wanted.http_port, tls=tls)
         if wanted.grpc_port is not None:
             grpc_port = await self._start_grpc(wanted.host, wanted.grpc_port)
         if wanted.metrics_port is not None:
@@ -91,6 +89,11 @@ class Server:
             front = HttpFront(http_api.metrics_app(metrics.render, self._api.http.gate))
             self._http.append(front)
             metrics_port = await front.start(wanted.host, wanted.metrics_port)
+        if wanted.http_port is not None:
+            front = HttpFront(http_api.make_app(self._api), self._api)
+            self._http.append(front)
+            tls = wanted.http_tls.context() if wanted.http_tls is not None else None
+            http_port = await front.start(wanted.host, wanted.http_port, tls=tls)
         taken = Addresses(wanted.host, http_port, grpc_port, metrics_port)
         _log.info("listening on %s: http %s, grpc %s, metrics %s", wanted.host, http_port, grpc_port, metrics_port)
         return taken
