@@ -5,6 +5,7 @@ Timestamps are of the monotonic clock in nanoseconds, as in Triton's files; span
 
 import json
 import logging
+import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ _log = logging.getLogger(__name__)
 LEVELS = ("OFF", "TIMESTAMPS", "TENSORS")
 _OLD_LEVELS = {"MIN": "TIMESTAMPS", "MAX": "TIMESTAMPS"}
 _NUMBERS = {"trace_rate": 1, "trace_count": -1, "log_frequency": 0}  # name -> the least allowed
+_MAX_HELD = 1000
 _SETTINGS = ("trace_level", "trace_rate", "trace_count", "log_frequency", "trace_file", "trace_mode")
 
 
@@ -245,8 +247,10 @@ class Tracer:
 
 
 class JsonWriter:
-    """Triton's trace files: all in `file`, written at the end and when settings change; or with a log frequency every
-    so many traces in `file.0`, `file.1`, ..."""
+    """Triton's trace files: all in `file`; or with a log frequency every so many traces in `file.0`, `file.1`, ...
+
+    Without a frequency they are written at the end, when settings change, and whenever _MAX_HELD wait.
+    """
 
     def __init__(self, tracer: Tracer) -> None:
         self._tracer = tracer
@@ -254,6 +258,7 @@ class JsonWriter:
         self._entries: list[dict[str, Any]] = []
         self._waiting = 0
         self._files = 0
+        self._is_begun = False
 
     def write(self, record: Record) -> None:
         version = int(record.version or 0)
@@ -267,26 +272,32 @@ class JsonWriter:
         with self._lock:
             self._entries += entries
             self._waiting += 1
-            frequency = self._tracer.log_frequency()
-            if frequency and self._waiting >= frequency:
-                self._put(Path(f"{self._tracer.file}.{self._files}"))
-                self._files += 1
-                self._entries.clear()
+            if self._waiting >= (self._tracer.log_frequency() or _MAX_HELD):
+                self._put()
 
     def flush(self) -> None:
         with self._lock:
-            if not self._waiting or not self._tracer.file:
-                return
-            if self._tracer.log_frequency():
-                self._put(Path(f"{self._tracer.file}.{self._files}"))
-                self._files += 1
-                self._entries.clear()
-            else:
-                self._put(Path(self._tracer.file))
+            if self._waiting and self._tracer.file:
+                self._put()
 
-    def _put(self, path: Path) -> None:
-        path.write_text(json.dumps(self._entries))
+    def _put(self) -> None:
+        if self._tracer.log_frequency():
+            Path(f"{self._tracer.file}.{self._files}").write_text(json.dumps(self._entries))
+            self._files += 1
+        else:
+            self._append(Path(self._tracer.file), json.dumps(self._entries)[1:-1].encode())
+        self._entries.clear()
         self._waiting = 0
+
+    def _append(self, path: Path, entries: bytes) -> None:
+        """Put entries before the bracket that ends the file's array."""
+        if not self._is_begun:
+            path.write_bytes(b"[%b]" % entries)
+            self._is_begun = True
+            return
+        with path.open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            file.write(b", %b]" % entries)
 
 
 def sorted_by_time(record: Record) -> list[tuple[str, int]]:

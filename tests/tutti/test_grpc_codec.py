@@ -126,3 +126,10 @@ def test_messages_with_ids_are_not_kept() -> None:
     for number in range(3):
         read = cache.decode(message(x, raw=(bytes(8),), id=str(number)))
         assert (read.id, read.signature) == (str(number), None)
+
+
+def test_long_messages_are_not_kept() -> None:
+    cache = grpc_codec.TemplateCache()
+    x = TENSOR(name="x" * 9000, datatype="FP32", shape=[1, 2])
+    for _ in range(3):
+        assert cache.decode(message(x, raw=(bytes(8),))).signature is None

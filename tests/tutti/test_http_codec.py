@@ -168,3 +168,13 @@ def test_raw_requests() -> None:
         http_codec.decode_raw(raw_config("3"), "", b"\0" * 8)
     with pytest.raises(InvalidArgument, match="at most one variable"):
         http_codec.decode_raw(raw_config("[ -1, -1 ]"), "", b"\0" * 8)
+
+
+def test_long_headers_are_not_kept() -> None:
+    cache = http_codec.HeaderCache()
+    for name, is_kept in (("x", True), ("x" * 9000, False)):
+        tensor = {"name": name, "shape": [1], "datatype": "FP32", "parameters": {"binary_data_size": 4}}
+        header = json.dumps({"inputs": [tensor]}).encode()
+        for _ in range(2):
+            http_codec.decode("m", "", header + bytes(4), len(header), cache)
+        assert (cache.get(header) is not None) == is_kept

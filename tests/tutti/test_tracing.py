@@ -8,6 +8,7 @@ import pytest
 
 from tests.models import Repository
 from tests.serving import Gather, engine_over
+from tutti import tracing
 from tutti.engine import Engine
 from tutti.errors import ConfigError, InvalidArgument
 from tutti.tracing import TraceConfig, Tracer, parse_config
@@ -46,6 +47,17 @@ def test_rate_and_count(repository: Repository, tmp_path: Path) -> None:
         send(engine, tracer, 3)
         tracer.close()
         assert len(traced(tmp_path / "trace")) == 3
+
+
+def test_traces_are_not_hoarded(repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracing, "_MAX_HELD", 4)
+    repository.add_onnx()
+    tracer = make(tmp_path / "trace")
+    with engine_over(repository.root) as engine:
+        send(engine, tracer, 10)
+        assert traced(tmp_path / "trace") == [f"r{n}" for n in range(8)]
+        tracer.close()
+        assert traced(tmp_path / "trace") == [f"r{n}" for n in range(10)]
 
 
 def test_log_frequency_makes_files(repository: Repository, tmp_path: Path) -> None:

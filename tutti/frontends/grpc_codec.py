@@ -105,6 +105,8 @@ class TemplateCache:
 
     MAX_TEMPLATES = 1024
     MAX_OF_A_LENGTH = 8
+    # Of a message but for its data; longer ones are read each time.
+    MAX_TEMPLATE_BYTES = 8192
 
     def __init__(self) -> None:
         self._by_length: dict[int, list[Template]] = {}
@@ -125,6 +127,8 @@ class TemplateCache:
             return
         tail = [(_RAW_INPUT_TAG + _varint(len(t.data)), len(t.data)) for t in tensors]
         at = len(payload) - sum(len(head) + size for head, size in tail)
+        if at > self.MAX_TEMPLATE_BYTES:
+            return
         fixed, heads = [(0, payload[: max(at, 0)])], []
         for tensor, (head, size) in zip(tensors, tail, strict=True):
             fixed.append((at, head))

@@ -27,6 +27,7 @@ _log = logging.getLogger(__name__)
 _SWEEP_S = 5.0
 _INFER = re.compile(rb"/v2/models/([^/?]+)(?:/versions/([0-9]{1,19}))?/infer")
 _MAX_ROUTES = 1024
+_MAX_ROUTE_BYTES = 512
 
 AsgiApp = Callable[[Any, Any, Any], Awaitable[None]]
 
@@ -104,7 +105,7 @@ class HttpFront:
         if match is not None:
             name, version = (unquote_to_bytes(part or b"").decode("utf-8", "replace") for part in match.groups())
             route = (name, version)
-        if len(self._routes) < _MAX_ROUTES:
+        if len(self._routes) < _MAX_ROUTES and len(url) <= _MAX_ROUTE_BYTES:
             self._routes[url] = route
         return route
 

@@ -99,6 +99,8 @@ class HeaderCache:
     """Headers that were parsed before. Clients repeat theirs byte for byte, unless they send ids or JSON data."""
 
     MAX_HEADERS = 1024
+    # Longer ones are read each time: what is kept must not be a client's to fill.
+    MAX_HEADER_BYTES = 8192
 
     def __init__(self) -> None:
         self._known: dict[bytes, Header] = {}
@@ -109,7 +111,9 @@ class HeaderCache:
     def remember(self, header: bytes, request: InferRequest, reply: ReplyFormat) -> None:
         """Keep the header of a request that decoded, if another one may have the same."""
         tensors = request.inputs.values()
-        if request.id or request.shared_outputs or any(type(tensor.data) is not memoryview for tensor in tensors):
+        if len(header) > self.MAX_HEADER_BYTES or request.id or request.shared_outputs:
+            return
+        if any(type(tensor.data) is not memoryview for tensor in tensors):
             return  # only a request's own binary data is a view of it
         if len(self._known) >= self.MAX_HEADERS:
             self._known.clear()
