@@ -138,7 +138,8 @@ def make_engine(options: Options, router: Router, slots: int, timer: Any, contro
             streams = Streams(router, statistics, MAX_STREAMS)
             infer, close, pending = streams, lambda: None, streams.pending
         elif config.sequences is not None:
-            sequences = Sequences(config.name, router, statistics, config.sequences.idle_ns)
+            idle_ns = config.sequences.idle_ns
+            sequences = Sequences(config.name, router, statistics, idle_ns, config.max_queued_rows)
             infer, close, pending = sequences, lambda: None, sequences.pending
         else:
             queue = BatchQueue(hop_policy(config), config.max_queued_rows)

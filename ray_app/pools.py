@@ -6,7 +6,8 @@ GPU before CPU: a batch goes to the first pool, in order of preference, that is 
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -171,11 +172,10 @@ class Router:
         """As `infer`, by one replica and no other. Raises Unavailable when it is lost."""
         message = wire.pack_requests([call.request for call in calls])
         try:
-            while isinstance(answer := await self._call(pool, message, replica), str):
-                if answer == wire.GONE:
-                    pool.status.lost(replica)
-                    raise Unavailable("it is gone")
-                await self._catch_up(pool)
+            answer = await self._call(pool, message, replica)
+            if isinstance(answer, str):
+                pool.status.lost(replica)
+                raise Unavailable("it is gone")
         except InferError:
             raise
         except asyncio.CancelledError:
@@ -196,21 +196,24 @@ class Router:
         """
         message = wire.pack_requests([call.request])
         failed: list[Pool] = []
+        deadline = self._loop.time() + NO_POOL_TIMEOUT_S
         while True:
             pool = choose(self.pools, failed) or await self._wait_for_pool()
             answered = False
             try:
-                async for one in self._stream(pool, message, call):
-                    if isinstance(one, str):
-                        await self._catch_up(pool)
-                        break
-                    answer, is_final = _marked(one[0], pool), one[1]
-                    if is_final:
-                        self._count(pool, [call])
-                        return answer
-                    answered = True
-                    if isinstance(answer, InferResponse) and call.emit is not None:
-                        call.emit(answer)
+                async with aclosing(self._stream(pool, message, call)) as answers:
+                    async for one in answers:
+                        if isinstance(one, str):
+                            self._check_behind(pool, deadline)
+                            await self._catch_up(pool)
+                            break
+                        answer, is_final = _marked(one[0], pool), one[1]
+                        if is_final:
+                            self._count(pool, [call])
+                            return answer
+                        answered = True
+                        if isinstance(answer, InferResponse) and call.emit is not None:
+                            call.emit(answer)
             except InferError:
                 raise
             except Exception as error:
@@ -222,31 +225,38 @@ class Router:
 
     async def _stream(
         self, pool: Pool, message: wire.BatchMessage, call: Call
-    ) -> AsyncIterator[str | tuple[Answer, bool]]:
-        """Answers, each with whether it is the last. Raises Cancelled when the caller has gone."""
+    ) -> AsyncGenerator[str | tuple[Answer, bool], None]:
+        """Answers, each with whether it is the last. Raises Cancelled when the caller has gone.
+
+        However it ends before the last answer, the replica is told to stop.
+        """
         source = pool.stream.remote(message, self.desired.generation)
         iterator = aiter(source)
         ahead: asyncio.Task[Any] | None = None
+        has_ended = False
         try:
-            while True:
+            while not has_ended:
                 ahead = ahead or asyncio.ensure_future(anext(iterator, None))
                 await asyncio.wait({ahead}, timeout=CANCEL_INTERVAL_S)
                 if call.is_cancelled:
-                    source.cancel()
                     raise Cancelled(f"the request to model '{call.request.model_name}' was cancelled by its caller")
                 if not ahead.done():
                     continue
                 got, ahead = ahead.result(), None
                 if got is None:
-                    raise Unavailable("the stream ended before its last answer")
+                    raise ConnectionError("the stream ended before its last answer")
                 if isinstance(got, str):
+                    has_ended = True
                     yield got
-                    return
-                (answer,) = wire.unpack_answers(got[0])
-                yield answer, got[1]
+                else:
+                    (answer,) = wire.unpack_answers(got[0])
+                    has_ended = got[1]
+                    yield answer, has_ended
         finally:
             if ahead is not None:
                 ahead.cancel()
+            if not has_ended:
+                source.cancel()
 
     async def infer(self, calls: Sequence[Call]) -> list[Answer]:
         """One answer per call. Raises Unavailable when no pool comes up in time, Internal when every send was lost."""
@@ -257,10 +267,10 @@ class Router:
             pool = choose(self.pools, failed) or await self._wait_for_pool()
             try:
                 answer = await self._call(pool, message)
-                if isinstance(answer, str):
-                    await self._catch_up(pool)
-                    continue
+                assert not isinstance(answer, str), "any replica may take it"
                 answers = wire.unpack_answers(answer)
+            except Unavailable:
+                raise
             except asyncio.CancelledError:
                 if pool.status.is_up:
                     raise
@@ -292,6 +302,21 @@ class Router:
             pool.is_catching_up = False
 
     async def _call(self, pool: Pool, message: wire.BatchMessage, to: str = "") -> wire.AnswerMessage | str:
+        """A replica's answers, or GONE. One that is behind is told what it has missed, and asked again.
+
+        Raises Unavailable when it does not catch up in time.
+        """
+        deadline = self._loop.time() + NO_POOL_TIMEOUT_S
+        while (answer := await self._send(pool, message, to)) == wire.BEHIND:
+            self._check_behind(pool, deadline)
+            await self._catch_up(pool)
+        return answer
+
+    def _check_behind(self, pool: Pool, deadline: float) -> None:
+        if self._loop.time() > deadline:
+            raise Unavailable(f"the {pool.status.name} pool's replicas have not caught up in {NO_POOL_TIMEOUT_S:g} s")
+
+    async def _send(self, pool: Pool, message: wire.BatchMessage, to: str) -> wire.AnswerMessage | str:
         task = asyncio.current_task()
         assert task is not None
         pool.in_flight.add(task)

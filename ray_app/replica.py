@@ -9,7 +9,7 @@ from pathlib import Path
 from ray_app import wire
 from ray_app.control import Change
 from ray_app.placement import PoolName
-from tutti.errors import ConfigError, TuttiError
+from tutti.errors import ConfigError
 from tutti.types import Call
 
 
@@ -121,17 +121,21 @@ class Replica:
         return wire.BEHIND if generation > self._generation else ""
 
     async def apply(self, changes: Sequence[Change]) -> str:
-        """Do what of the changes has not been done yet; returns why it failed, "" if it has not."""
+        """Do what of the changes has not been done yet; returns why some failed, "" if none has.
+
+        One that failed is not tried again: this replica goes on with what it has.
+        """
+        failures = []
         async with self._applying:
             for change in changes:
                 if change.generation <= self._generation:
                     continue
                 try:
                     await asyncio.to_thread(self._apply, change)
-                except TuttiError as error:
-                    return f"replica {self._name}: {error}"
+                except Exception as error:
+                    failures.append(f"replica {self._name}: {error}")
                 self._generation = change.generation
-            return ""
+        return "; ".join(failures)
 
     def _apply(self, change: Change) -> None:
         if change.logs is not None:

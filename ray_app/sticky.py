@@ -1,15 +1,17 @@
 """Requests that a hop cannot carry as one of many: decoupled ones, and sequences, which stay with their replica."""
 
+import asyncio
 import threading
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ray_app.pools import Pool, Router
-from tutti.errors import InferError, InvalidArgument, Unavailable
+from tutti.errors import InferError, Unavailable
 from tutti.scheduler import trace
+from tutti.sequences import SequenceId, check_starts, sequence_id
 from tutti.statistics import BatchTimes, ModelStatistics
-from tutti.types import Call, InferResponse, now_ns, settle
+from tutti.types import Call, InferRequest, InferResponse, now_ns, settle
 
 _MAX_HOP = 64
 
@@ -44,6 +46,8 @@ class Streams:
             answer = await self._router.stream(call)
         except InferError as error:
             answer = error
+        except asyncio.CancelledError:
+            answer = Unavailable(f"model '{call.request.model_name}': the gateway is stopping")
         call.answer = answer
         end_ns = now_ns()
         times = BatchTimes(start_ns, start_ns, end_ns, end_ns)
@@ -69,74 +73,70 @@ class _Pin:
 class Sequences:
     """An `Infer` for models with sequences: each goes, in order, to the replica on which it began."""
 
-    def __init__(self, name: str, router: Router, statistics: ModelStatistics, idle_ns: int) -> None:
+    def __init__(
+        self, name: str, router: Router, statistics: ModelStatistics, idle_ns: int, max_queued_rows: int
+    ) -> None:
         self._name = name
+        self._max_queued_rows = max_queued_rows
+        self._queued = 0
         self._router = router
         self._statistics = statistics
         # The replica forgets an idle sequence; only then may its pin go.
         self._idle_ns = 2 * idle_ns + 1_000_000_000
         self._lock = threading.Lock()
-        self._pins: dict[int | str, _Pin] = {}
+        self._pins: dict[SequenceId, _Pin] = {}
         self._swept_ns = 0
 
     def __call__(self, calls: Sequence[Call]) -> None:
-        start: list[tuple[int | str, _Pin]] = []
-        loose: list[Call] = []
+        start: list[tuple[SequenceId, _Pin]] = []
+        refused: list[Call] = []
         with self._lock:
             self._sweep()
             for call in calls:
-                key = call.request.parameters.get("sequence_id", 0)
-                pin = self._pin(key, bool(call.request.parameters.get("sequence_start")))
-                if pin is None or not isinstance(key, int | str):
-                    loose.append(call)
+                try:
+                    key, pin = self._pin(call.request)
+                except InferError as error:
+                    call.answer = error
+                    refused.append(call)
                     continue
                 pin.waiting.append(call)
+                self._queued += 1
                 if not pin.is_busy:
                     pin.is_busy = True
                     start.append((key, pin))
         for key, pin in start:
             self._router.spawn(self._drain(key, pin))
-        if loose:
-            self._refuse(loose)
+        if refused:
+            self._statistics.record_failures(refused, now_ns())
+            settle(refused)
 
     def pending(self) -> int:
-        with self._lock:
-            return sum(len(pin.waiting) for pin in self._pins.values())
+        return self._queued
 
-    def _pin(self, key: object, is_start: bool) -> _Pin | None:
-        """Where the sequence lives; a new one begins on the replica that has the fewest."""
-        if not key or not isinstance(key, int | str) or isinstance(key, bool):
-            return None
+    def _pin(self, request: InferRequest) -> tuple[SequenceId, _Pin]:
+        """Where the request's sequence lives; a new one begins on the replica that has the fewest.
+
+        Raises InvalidArgument for a mistake in the request, Unavailable when there is no replica or no room.
+        """
+        key = sequence_id(request)
+        if self._queued >= self._max_queued_rows:
+            raise Unavailable(f"model '{self._name}' has a full queue ({self._queued} requests): try again later")
         pin = self._pins.get(key)
-        if pin is None and is_start:
-            counts = Counter((id(one.pool), one.replica) for one in self._pins.values())
+        if pin is None:
+            check_starts(request)
             places = self._router.places(self._name)
-            if places:
-                pool, replica = min(places, key=lambda place: counts[id(place[0]), place[1]])
-                pin = self._pins[key] = _Pin(pool, replica, used_ns=now_ns())
-        return pin
+            if not places:
+                raise Unavailable(f"model '{self._name}': no replica is up")
+            counts = Counter((id(one.pool), one.replica) for one in self._pins.values())
+            pool, replica = min(places, key=lambda place: counts[id(place[0]), place[1]])
+            pin = self._pins[key] = _Pin(pool, replica, used_ns=now_ns())
+        return key, pin
 
-    def _refuse(self, calls: Sequence[Call]) -> None:
-        """What has no place: a mistake in the request, or no replica."""
-        for call in calls:
-            key = call.request.parameters.get("sequence_id", 0)
-            if not key or isinstance(key, bool | float):
-                what = f"inference request to model '{self._name}' must specify a non-zero or non-empty correlation ID"
-                call.answer = InvalidArgument(what)
-            elif not call.request.parameters.get("sequence_start"):
-                call.answer = InvalidArgument(
-                    f"inference request for sequence {key} to model '{self._name}' must specify the START flag on the "
-                    "first request of the sequence"
-                )
-            else:
-                call.answer = Unavailable(f"model '{self._name}': no replica is up")
-        self._statistics.record_failures(calls, now_ns())
-        settle(calls)
-
-    async def _drain(self, key: int | str, pin: _Pin) -> None:
+    async def _drain(self, key: SequenceId, pin: _Pin) -> None:
         while True:
             with self._lock:
                 batch = [pin.waiting.popleft() for _ in range(min(len(pin.waiting), _MAX_HOP))]
+                self._queued -= len(batch)
                 if not batch:
                     pin.is_busy = False
                     pin.used_ns = now_ns()

@@ -120,13 +120,10 @@ class Engine:
         with self._control:
             closing = self._unload(name) if name in self._models else []
             if with_dependents:
-                for model in list(closing):
-                    for step in model.config.steps:
-                        users = [
-                            m for m in self.models() if any(s.model_name == step.model_name for s in m.config.steps)
-                        ]
-                        if step.model_name in self._models and not users:
-                            closing += self._unload(step.model_name)
+                for step in [step for model in closing for step in model.config.steps]:
+                    used = {other.model_name for model in self.models() for other in model.config.steps}
+                    if step.model_name in self._models and step.model_name not in used:
+                        closing += self._unload(step.model_name)
         _close(closing)
 
     def poll(self) -> None:

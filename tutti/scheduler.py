@@ -163,18 +163,20 @@ class Scheduler:
         self._settle_unserved(Decision([], [], None, expired))
 
     def _settle_unserved(self, decision: Decision) -> None:
-        for calls, error in (
-            (decision.dropped, Cancelled(f"the request to model '{self._name}' was cancelled by its caller")),
-            (decision.expired, Unavailable(f"model '{self._name}': the request waited in the queue for its timeout")),
-        ):
-            if calls:
-                self._statistics.record_failures(calls, now_ns())
-                settle_all(calls, error)
+        if decision.dropped:
+            what = f"the request to model '{self._name}' was cancelled by its caller"
+            self._fail(decision.dropped, Cancelled(what))
+        if decision.expired:
+            what = f"model '{self._name}': the request waited in the queue for its timeout"
+            self._fail(decision.expired, Unavailable(what))
 
     def _refuse(self, calls: list[Call]) -> None:
-        self._statistics.record_failures(calls, now_ns())
         why = "is being unloaded" if self._is_closing else f"has a full queue ({self._queue.max_rows} rows)"
-        settle_all(calls, Unavailable(f"model '{self._name}' {why}: the request was refused, try again later"))
+        self._fail(calls, Unavailable(f"model '{self._name}' {why}: the request was refused, try again later"))
+
+    def _fail(self, calls: list[Call], error: InferError) -> None:
+        self._statistics.record_failures(calls, now_ns())
+        settle_all(calls, error)
 
 
 class ThreadInstance:

@@ -23,6 +23,25 @@ from tutti.types import Call, InferRequest, InferResponse, Tensor, now_ns, settl
 SequenceId = int | str
 
 
+def sequence_id(request: InferRequest) -> SequenceId:
+    """The request's correlation id. Raises InvalidArgument when it has none."""
+    key = request.parameters.get("sequence_id", 0)
+    if not key or isinstance(key, bool | float):
+        what = f"inference request to model '{request.model_name}' must specify a non-zero or non-empty correlation ID"
+        raise InvalidArgument(what)
+    return key
+
+
+def check_starts(request: InferRequest) -> None:
+    """Raises InvalidArgument for the first request of a sequence that does not say so."""
+    if not request.parameters.get("sequence_start"):
+        key = request.parameters.get("sequence_id")
+        raise InvalidArgument(
+            f"inference request for sequence {key} to model '{request.model_name}' must specify the START flag on the "
+            "first request of the sequence"
+        )
+
+
 def control_tensor(control: SequenceControl, is_on: bool, sequence: SequenceId, is_batched: bool) -> Tensor:
     """A control input of one row: shape [1, 1], or [1] of an unbatched model."""
     shape = (1, 1) if is_batched else (1,)
@@ -201,29 +220,20 @@ class SequenceBatcher:
     def _accept(self, call: Call) -> _Sequence:
         """Put a call behind its sequence's earlier ones."""
         name = self._config.name
-        given = call.request.parameters
-        key = given.get("sequence_id", 0)
-        if not key or isinstance(key, bool | float):
-            raise InvalidArgument(
-                f"inference request to model '{name}' must specify a non-zero or non-empty correlation ID"
-            )
+        key = sequence_id(call.request)
         if self._is_closing:
             raise Unavailable(f"model '{name}' is being unloaded")
         if call.rows != 1:
             raise InvalidArgument(f"model '{name}': expected a batch of 1 for the sequence batcher, got {call.rows}")
+        if self._queued >= self._config.max_queued_rows:
+            raise Unavailable(f"model '{name}' has a full queue ({self._queued} requests): try again later")
         sequence = self._active.get(key)
         if sequence is None:
-            if not given.get("sequence_start"):
-                raise InvalidArgument(
-                    f"inference request for sequence {key} to model '{name}' must specify the START flag on the first "
-                    "request of the sequence"
-                )
+            check_starts(call.request)
             self._check_id(key)
             sequence = self._active[key] = _Sequence(key)
             if not self._place(sequence):
                 self._backlog.append(sequence)
-        if self._queued >= self._config.max_queued_rows:
-            raise Unavailable(f"model '{name}' has a full queue ({self._queued} requests): try again later")
         sequence.waiting.append(call)
         self._queued += 1
         return sequence
@@ -245,6 +255,10 @@ class SequenceBatcher:
         if not lane.free:
             return False
         sequence.lane, sequence.slot = lane, lane.free.pop()
+        sequence.used_ns = now_ns()
+        if not self._is_sweeping:
+            self._is_sweeping = True
+            self._timer(self._policy.idle_ns / 1e9, self._sweep)
         return True
 
     def _go_on(self, touched: Sequence[_Sequence]) -> None:
@@ -326,12 +340,7 @@ class SequenceBatcher:
         sequence.used_ns = now_ns()
         if sequence.waiting:
             return [sequence]
-        if is_end:
-            return self._release(sequence)
-        if not self._is_sweeping:
-            self._is_sweeping = True
-            self._timer(self._policy.idle_ns / 1e9, self._sweep)
-        return []
+        return self._release(sequence) if is_end else []
 
     def _release(self, sequence: _Sequence) -> list[_Sequence]:
         """Forget a sequence; its slot goes to the one that has waited longest."""

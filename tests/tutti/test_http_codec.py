@@ -170,6 +170,15 @@ def test_raw_requests() -> None:
         http_codec.decode_raw(raw_config("[ -1, -1 ]"), "", b"\0" * 8)
 
 
+def test_one_byte_order_mark_is_passed_over_and_no_more() -> None:
+    mark = b"\xef\xbb\xbf"
+    assert http_codec.parse_json(mark + b"[1]") == [1]
+    assert http_codec.parse_json(mark + b"[Infinity]") == [float("inf")]
+    for text in (mark * 2 + b"[1]", mark * 100_000, mark):
+        with pytest.raises(ValueError, match=r"."):
+            http_codec.parse_json(text)
+
+
 def test_long_headers_are_not_kept() -> None:
     cache = http_codec.HeaderCache()
     for name, is_kept in (("x", True), ("x" * 9000, False)):

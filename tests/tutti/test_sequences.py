@@ -227,3 +227,15 @@ def test_an_id_that_the_models_control_cannot_hold(repository: Repository, key: 
         assert isinstance(answer, InvalidArgument)
         assert "expected UINT64" in answer.message
         assert value(infer(engine, [request(5, 1, start=True)])[0]) == 1
+
+
+def test_a_sequence_whose_first_request_was_cancelled_gives_its_slot_back(repository: Repository) -> None:
+    add(repository, "direct {}", "max_sequence_idle_microseconds: 50000", rows=1, count=1)
+    with engine_over(repository.root) as engine:
+        gather = Gather(1)
+        gone = Call(request(1, 1, start=True), gather)
+        gone.is_cancelled = True
+        engine([gone])
+        gather.wait()
+        assert isinstance(gone.answer, InferError)
+        assert value(infer(engine, [request(2, 5, start=True)])[0]) == 5

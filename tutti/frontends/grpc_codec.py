@@ -145,9 +145,11 @@ class TemplateCache:
                 self._by_length.clear()
                 self._count = 0
             known = self._by_length.setdefault(len(payload), [])
-            if len(known) < self.MAX_OF_A_LENGTH:
-                known.append(template)
-                self._count += 1
+            if len(known) >= self.MAX_OF_A_LENGTH:  # the oldest is the likeliest to be of no more use
+                known.pop(0)
+                self._count -= 1
+            known.append(template)
+            self._count += 1
 
 
 def _is_same(request: InferRequest, other: InferRequest) -> bool:

@@ -177,15 +177,15 @@ def parse_json(text: Raw) -> Any:
     try:
         return orjson.loads(text)
     except orjson.JSONDecodeError:
-        plain = bytes(text)
-        if plain.startswith(_BOM):
-            return parse_json(plain[len(_BOM) :])
-        if b"NaN" not in plain and b"Infinity" not in plain:
+        plain = bytes(text).removeprefix(_BOM)
+        if b"NaN" in plain or b"Infinity" in plain:
+            try:
+                return json.loads(plain)
+            except RecursionError:
+                raise ValueError("it is nested too deep") from None
+        if len(plain) == len(text):
             raise
-        try:
-            return json.loads(plain)
-        except RecursionError:
-            raise ValueError("it is nested too deep") from None
+        return orjson.loads(plain)
 
 
 def decode_raw(config: ModelConfig, version: str, body: Raw) -> InferRequest:

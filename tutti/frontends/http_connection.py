@@ -197,11 +197,13 @@ class Connection(asyncio.Protocol):
     def _remember(self, exchange: Exchange) -> None:
         """Keep the head of the request that llhttp has just read, if all of it is about this one message."""
         raw, self._new_head = self._new_head, b""
+        if not raw:
+            return
         lengths = [value for name, value in exchange.headers if name == b"content-length"]
         names = {name for name, _ in exchange.headers}
         # Each line of it must be one that llhttp has told of: then it ends where the body began.
         is_plain = raw.count(b"\n") == raw.count(b"\r\n") == len(exchange.headers) + 2
-        if not raw or not is_plain or exchange.is_http_1_0 or len(lengths) > 1 or names & _NOT_REPEATABLE:
+        if not is_plain or exchange.is_http_1_0 or len(lengths) > 1 or names & _NOT_REPEATABLE:
             return
         length = int(lengths[0]) if lengths else 0
         if length != len(exchange.body):
