@@ -71,13 +71,19 @@ def wrk(url: str, script: Path, clients: int, seconds: int) -> Figures:
     return Figures(float(_find(r"Requests/sec:\s+([\d.]+)", text)), _wrk_ms("50%", text), _wrk_ms("99%", text))
 
 
-def h2load(address: str, message: Path, clients: int, seconds: int) -> Figures:
-    """`clients` concurrent streams over four connections. Raises RuntimeError when a request failed."""
-    command = [
-        "h2load", "-t1", "-c4", f"-m{clients // 4}", "-D", str(seconds), "-d", str(message),
+def h2load_command(address: str, message: Path, clients: int, seconds: int) -> list[str]:
+    """`clients` concurrent streams over four connections, one for fewer."""
+    connections = min(4, clients)
+    return [
+        "h2load", "-t1", f"-c{connections}", f"-m{clients // connections}", "-D", str(seconds), "-d", str(message),
         "-H", "content-type: application/grpc", "-H", "te: trailers",
         f"http://{address}/inference.GRPCInferenceService/ModelInfer",
     ]  # fmt: skip
+
+
+def h2load(address: str, message: Path, clients: int, seconds: int) -> Figures:
+    """Raises RuntimeError when a request failed."""
+    command = h2load_command(address, message, clients, seconds)
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     if int(_find(r"(\d+) failed", text)):
         raise RuntimeError(text)

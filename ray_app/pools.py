@@ -14,6 +14,7 @@ from typing import Any
 from ray_app import wire
 from ray_app.control import Change, Desired
 from ray_app.replica import Description
+from tutti.cost import Costs
 from tutti.errors import Cancelled, InferError, Internal, Unavailable
 from tutti.scheduler import Scheduler, trace
 from tutti.statistics import BatchTimes, ModelStatistics
@@ -395,7 +396,15 @@ def _marked(answer: Answer, pool: Pool) -> Answer:
 class PoolInstance:
     """One batch on its way to a replica: to the scheduler an instance like any other."""
 
-    def __init__(self, name: str, router: Router, statistics: ModelStatistics, release: Callable[[Any], None]) -> None:
+    def __init__(
+        self,
+        name: str,
+        router: Router,
+        statistics: ModelStatistics,
+        release: Callable[[Any], None],
+        costs: Costs,
+    ) -> None:
+        self.costs = costs
         self._name = name
         self._router = router
         self._statistics = statistics
@@ -416,6 +425,7 @@ class PoolInstance:
         except asyncio.CancelledError:
             answers = [Unavailable(f"model '{self._name}': the gateway is stopping")] * len(batch)
         end_ns = now_ns()
+        self.costs.record(batch[0].key, sum(call.rows for call in batch), end_ns - start_ns)
         for call, answer in zip(batch, answers, strict=True):
             call.answer = answer
         times = BatchTimes(start_ns, start_ns, end_ns, end_ns)
@@ -429,5 +439,6 @@ class PoolInstance:
 
 def attach(scheduler: Scheduler, name: str, router: Router, statistics: ModelStatistics, slots: int) -> None:
     """Let `slots` batches of a model be on their way at a time."""
+    costs = Costs()
     for _ in range(slots):
-        scheduler.add(PoolInstance(name, router, statistics, scheduler.release))
+        scheduler.add(PoolInstance(name, router, statistics, scheduler.release, costs))

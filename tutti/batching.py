@@ -5,10 +5,11 @@ while the instances are busy and nothing waits while one is idle, but for `max_q
 """
 
 from collections import deque
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from tutti.cost import Costs
 from tutti.types import Call
 
 
@@ -82,13 +83,41 @@ class BatchingPolicy:
 class Decision:
     """What to do now: execute `batch`, or look again at `wake_ns`. Neither when the queue is empty.
 
-    `dropped` are calls that were cancelled while they waited, `expired` those whose time in the queue is up.
+    `dropped` are calls that were cancelled while they waited, `expired` those whose time in the queue is up, and
+    those that could not be executed by their deadline.
     """
 
     batch: list[Call]
-    dropped: list[Call]
+    dropped: list[Call] = field(default_factory=list)
     wake_ns: int | None = None
     expired: list[Call] = field(default_factory=list)
+
+
+class BatchLimit:
+    """How many rows a batch may have on a device whose memory may be too small for the configured batch.
+
+    Halves when an execution runs out of memory, and doubles again after every GROW_AFTER full batches.
+    """
+
+    GROW_AFTER = 64
+
+    def __init__(self) -> None:
+        self.rows: int | None = None
+        self._full = 0
+
+    def failed(self, rows: int) -> None:
+        """A batch of `rows` rows ran out of memory."""
+        if self.rows is None or rows <= self.rows:  # a larger one was made before the last halving
+            self.rows = max(1, rows // 2)
+        self._full = 0
+
+    def succeeded(self, rows: int, configured: int) -> None:
+        if self.rows is None or rows < self.rows:
+            return
+        self._full += 1
+        if self._full >= self.GROW_AFTER:
+            self._full = 0
+            self.rows = None if self.rows * 2 >= configured else self.rows * 2
 
 
 class _Lane:
@@ -119,9 +148,13 @@ class BatchQueue:
         self.max_rows = max_rows
         self.rows = 0
         self.calls = 0
+        self.limit = BatchLimit()
+        self.configured_rows = policy.max_batch_size if policy is not None else 1
         self._is_plain = policy is None or policy.is_plain
         self._lanes: dict[Hashable, _Lane] = {}
         self._level_rows: dict[int, int] = {}
+        # No call's time is up before this; 0 when no call that waits has a timeout or a deadline.
+        self.soonest_ns = 0
 
     def has_room(self, call: Call) -> bool:
         """Whether `call` fits. An empty queue takes any call, however many rows it has."""
@@ -136,8 +169,19 @@ class BatchQueue:
         waiting = self._level_rows.get(level, 0)
         return not limit or not waiting or waiting + call.rows <= limit
 
+    def rows_ahead(self, call: Call) -> int:
+        """Rows that go before `call`, were it to come now."""
+        if self._is_plain or self.policy is None:
+            return self.rows
+        level = self.policy.level_of(call)
+        return sum(rows for one, rows in self._level_rows.items() if one <= level)
+
+    def batch_rows(self) -> int:
+        """The most rows that one batch takes."""
+        return min(self.configured_rows, self.limit.rows or self.configured_rows)
+
     def push(self, call: Call) -> int:
-        """Append; `call.arrived_ns`, `rows` and `key` are set. The caller has asked has_room.
+        """Append; `call.arrived_ns`, `rows`, `key` and `deadline_ns` are set. The caller has asked has_room.
 
         Returns when the call's time in the queue is up, 0 for never.
         """
@@ -149,43 +193,53 @@ class BatchQueue:
         self._append(call, is_late=False)
         self.rows += call.rows
         self.calls += 1
-        return call.expires_ns
+        if not call.expires_ns and not call.deadline_ns:
+            return 0
+        return self._note_end(call)
 
-    def take(self, now_ns: int) -> Decision:
-        """The next batch: from the first lane in order of service that need not wait."""
-        expired = [] if self._is_plain else self.expire(now_ns)
-        dropped = self._drop_cancelled_heads()
+    def take(self, now_ns: int, costs: Costs | None = None) -> Decision:
+        """The next batch: from the first lane in order of service that need not wait.
+
+        With `costs` no call is taken that would end after its deadline, and no batch is made larger than the
+        deadlines in it allow.
+        """
+        decision = Decision([], [], None, self.expire(now_ns) if self.soonest_ns else [])
+        self._drop_cancelled_heads(decision)
         wake_ns: int | None = None
         lanes = list(self._lanes.values())
         for lane in sorted(lanes, key=_Lane.order) if len(lanes) > 1 else lanes:
             if not lane.calls:  # it went with another of its key
                 continue
-            batch, lane_wake_ns = self._take_lane(lane, now_ns, dropped)
-            if batch:
-                return Decision(batch, dropped, None, expired)
+            lane_wake_ns = self._take_lane(lane, now_ns, costs, decision)
+            if decision.batch:
+                return decision
             if lane_wake_ns is not None:
                 wake_ns = lane_wake_ns if wake_ns is None else min(wake_ns, lane_wake_ns)
-        return Decision([], dropped, wake_ns, expired)
+        return Decision([], decision.dropped, wake_ns, decision.expired)
 
     def expire(self, now_ns: int) -> list[Call]:
         """Remove and return what has waited too long; what its policy delays goes behind all that is on time."""
-        assert self.policy is not None
+        if not self.soonest_ns or now_ns < self.soonest_ns:
+            return []
+        self.soonest_ns = 0
         expired: list[Call] = []
-        for lane in [lane for lane in self._lanes.values() if not lane.is_late]:
-            late = [call for call in lane.calls if call.expires_ns and call.expires_ns <= now_ns]
-            if not late:
-                continue
-            gone = set(map(id, late))
-            lane.calls = deque(call for call in lane.calls if id(call) not in gone)
-            lane.rows -= sum(call.rows for call in late)
-            self._forget_if_empty(lane)
-            if self.policy.queue_of(lane.level).delays:
-                for call in late:
+        for lane in list(self._lanes.values()):
+            late = [call for call in lane.calls if _is_up(call, now_ns, lane.is_late)]
+            if late:
+                gone = set(map(id, late))
+                lane.calls = deque(call for call in lane.calls if id(call) not in gone)
+                lane.rows -= sum(call.rows for call in late)
+                self._forget_if_empty(lane)
+            for call in lane.calls:
+                self._note_end(call, lane.is_late)
+            for call in late:
+                is_over = bool(call.deadline_ns) and call.deadline_ns <= now_ns
+                if not is_over and self.policy is not None and self.policy.queue_of(lane.level).delays:
                     self._append(call, is_late=True)
-            else:
-                for call in late:
+                    self._note_end(call, is_late=True)
+                else:
                     self._left(call)
-                expired += late
+                    expired.append(call)
         return expired
 
     def drain(self) -> list[Call]:
@@ -193,65 +247,97 @@ class BatchQueue:
         calls = [call for lane in self._lanes.values() for call in lane.calls]
         self._lanes.clear()
         self._level_rows.clear()
-        self.rows = self.calls = 0
+        self.rows = self.calls = self.soonest_ns = 0
         return calls
 
+    def _note_end(self, call: Call, is_late: bool = False) -> int:
+        """Remember when the call's time is up; returns it, 0 for never."""
+        ends = [end for end in (0 if is_late else call.expires_ns, call.deadline_ns) if end]
+        end_ns = min(ends, default=0)
+        if end_ns and (not self.soonest_ns or end_ns < self.soonest_ns):
+            self.soonest_ns = end_ns
+        return end_ns
+
     def _append(self, call: Call, is_late: bool) -> None:
-        name = self._name(call.level, is_late, call.key)
+        name = call.key if self._is_plain else (call.level, is_late, call.key)
         lane = self._lanes.get(name)
         if lane is None:
             lane = self._lanes[name] = _Lane(call.level, is_late, call.key)
         lane.calls.append(call)
         lane.rows += call.rows
 
-    def _name(self, level: int, is_late: bool, key: Hashable) -> Hashable:
-        return key if self._is_plain else (level, is_late, key)
-
-    def _drop_cancelled_heads(self) -> list[Call]:
-        dropped = []
+    def _drop_cancelled_heads(self, decision: Decision) -> None:
         for lane in list(self._lanes.values()):
             while lane.calls and lane.calls[0].is_cancelled:
-                dropped.append(self._pop(lane))
+                decision.dropped.append(self._pop(lane))
             self._forget_if_empty(lane)
-        return dropped
 
-    def _take_lane(self, lane: _Lane, now_ns: int, dropped: list[Call]) -> tuple[list[Call], int | None]:
+    def _take_lane(self, lane: _Lane, now_ns: int, costs: Costs | None, decision: Decision) -> int | None:
+        """Take a batch out of the lane, or return when to look again."""
         if self.policy is None:
-            batch = [self._pop(lane)]
-            self._forget_if_empty(lane)
-            return batch, None
+            self._fill([lane], 1, now_ns, costs, decision)
+            return None
         # Calls of one key share a batch across priority levels, the more urgent ones first.
         lanes = [lane] if self._is_plain else self._lanes_of(lane.key)
         head_ns = min(one.calls[0].arrived_ns for one in lanes)
-        limit = self.policy.rows_to_take(sum(one.rows for one in lanes), now_ns - head_ns)
+        waiting = sum(one.rows for one in lanes)
+        limit = self.policy.rows_to_take(waiting, now_ns - head_ns)
         if limit == 0:
-            return [], head_ns + self.policy.max_queue_delay_ns
-        batch = []
-        for one in lanes:
-            is_full = self._pop_rows(one, limit, batch, dropped)
-            self._forget_if_empty(one)
-            if is_full:
-                break
-        return batch, None
+            return head_ns + self.policy.max_queue_delay_ns
+        if self.limit.rows is not None:
+            limit = min(limit, self.limit.rows)
+        if waiting <= limit and not self.soonest_ns:
+            self._take_all(lanes, decision)
+        else:
+            self._fill(lanes, limit, now_ns, costs, decision)
+        return None
 
     def _lanes_of(self, key: Hashable) -> list[_Lane]:
         return sorted((lane for lane in self._lanes.values() if lane.key == key), key=_Lane.order)
 
-    def _pop_rows(self, lane: _Lane, limit: int, batch: list[Call], dropped: list[Call]) -> bool:
-        """Move whole calls into `batch` up to `limit` rows, at least one: a call is never split between batches.
+    def _take_all(self, lanes: Sequence[_Lane], decision: Decision) -> None:
+        """Everything fits, and nothing is in a hurry."""
+        for lane in lanes:
+            for call in lane.calls:
+                (decision.dropped if call.is_cancelled else decision.batch).append(call)
+                if not self._is_plain:
+                    self._level_rows[call.level] -= call.rows
+            self.rows -= lane.rows
+            self.calls -= len(lane.calls)
+            lane.calls.clear()
+            self._forget_if_empty(lane)
 
-        Returns whether calls were left behind.
+    def _fill(self, lanes: Sequence[_Lane], limit: int, now_ns: int, costs: Costs | None, decision: Decision) -> None:
+        """Move whole calls into the batch up to `limit` rows, at least one: a call is never split between batches.
+
+        A batch is cut short for a deadline only while that keeps half of it: under more load than can be served, ever
+        smaller batches would serve ever less, and it is better to give up the one call that came too late.
         """
-        calls = lane.calls
-        rows = sum(call.rows for call in batch)
-        while calls and (not batch or rows + calls[0].rows <= limit):
-            call = self._pop(lane)
-            if call.is_cancelled:
-                dropped.append(call)
-            else:
-                batch.append(call)
-                rows += call.rows
-        return bool(calls)
+        model = costs.of(lanes[0].key) if costs is not None and self.soonest_ns else None
+        waiting = min(limit, sum(lane.rows for lane in lanes))
+        batch, rows, tightest_ns = decision.batch, 0, 0
+        for lane in lanes:
+            calls = lane.calls
+            while calls and (not batch or rows + calls[0].rows <= limit):
+                head = calls[0]
+                if head.is_cancelled:
+                    decision.dropped.append(self._pop(lane))
+                    continue
+                if model is not None and head.deadline_ns and (not tightest_ns or head.deadline_ns < tightest_ns):
+                    most = max(limit, head.rows)
+                    fits = model.rows_within(head.deadline_ns - now_ns, most)
+                    if fits < head.rows or (not batch and fits < waiting // 2):
+                        decision.expired.append(self._pop(lane))
+                        continue
+                    if fits < rows + head.rows:
+                        break  # not among these
+                    tightest_ns = head.deadline_ns
+                    limit = min(most, fits)
+                batch.append(self._pop(lane))
+                rows += head.rows
+            self._forget_if_empty(lane)
+            if calls:
+                return
 
     def _pop(self, lane: _Lane) -> Call:
         call = lane.calls.popleft()
@@ -266,5 +352,16 @@ class BatchQueue:
             self._level_rows[call.level] -= call.rows
 
     def _forget_if_empty(self, lane: _Lane) -> None:
-        if not lane.calls:
-            self._lanes.pop(self._name(lane.level, lane.is_late, lane.key), None)
+        if lane.calls:
+            return
+        name = lane.key if self._is_plain else (lane.level, lane.is_late, lane.key)
+        self._lanes.pop(name, None)
+        if not self._lanes:
+            self.soonest_ns = 0
+
+
+def _is_up(call: Call, now_ns: int, is_late: bool) -> bool:
+    """Whether the call's deadline has passed, or its timeout in the queue, which counts only once."""
+    if call.deadline_ns and call.deadline_ns <= now_ns:
+        return True
+    return not is_late and bool(call.expires_ns) and call.expires_ns <= now_ns

@@ -6,11 +6,13 @@ TuttiError
     ├── InvalidArgument     the request itself is wrong
     ├── NotFound            no such model or version
     ├── Unavailable         a queue is full, or nothing is there to execute (may pass: try again)
+    ├── DeadlineExceeded    the caller's time was up before the work was done
     ├── Unsupported         the request asks for something this server does not do
     ├── AlreadyExists       what is to be made is there already
     ├── Cancelled           the caller went away before the work began
     ├── Unknown             a model failed and did not say how
     └── Internal            a backend failed
+        └── OutOfMemory     a device has too little memory for the batch
 
 Knows nothing of HTTP or gRPC: each front-end maps these classes to its status codes in one table.
 """
@@ -44,6 +46,10 @@ class Unavailable(InferError):
     """Refused for now: the queue is full, the model is not ready or no replica is there."""
 
 
+class DeadlineExceeded(InferError):
+    """The time that the caller gave has passed."""
+
+
 class Unsupported(InferError):
     """Valid, but not offered by this server."""
 
@@ -62,3 +68,7 @@ class Cancelled(InferError):
 
 class Internal(InferError):
     """A backend failed while it executed the request."""
+
+
+class OutOfMemory(Internal):
+    """A device has too little memory for the batch: a smaller one may fit."""

@@ -11,6 +11,7 @@ from tutti import backends, dtypes, warmup
 from tutti.batching import BatchQueue
 from tutti.cache import Cached, ResponseCache
 from tutti.config import SequenceState
+from tutti.cost import Costs
 from tutti.engine import Engine
 from tutti.errors import ConfigError, InferError
 from tutti.model import Model, Served
@@ -78,8 +79,10 @@ def _serve_batches(
     config = folder.config
     loaded = _load(folder, version, infer)
     scheduler = Scheduler(config.name, BatchQueue(config.batching, config.max_queued_rows), statistics, timer)
+    costs: dict[str, Costs] = {}
     for index, backend in enumerate(loaded):
-        scheduler.add(ThreadInstance(f"{config.name}_{index}", backend, scheduler, statistics))
+        known = costs.setdefault(backend.kind, Costs())
+        scheduler.add(ThreadInstance(f"{config.name}_{index}", backend, scheduler, statistics, known))
     is_ordered = config.batching is not None and config.batching.preserves_ordering
     return Served(InOrder(scheduler) if is_ordered else scheduler, scheduler.close, pending=scheduler.queued_calls)
 

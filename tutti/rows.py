@@ -6,7 +6,7 @@ import numpy as np
 
 from tutti import dtypes
 from tutti.dtypes import Array
-from tutti.types import InferRequest, Shape, Tensor
+from tutti.types import Columns, InferRequest, InferResponse, Shape, Tensor
 
 
 def join(requests: Sequence[InferRequest], name: str) -> Array:
@@ -44,6 +44,29 @@ def split(tensor: Tensor, rows: Sequence[int]) -> list[Tensor]:
         parts.append(Tensor(name, datatype, (n, *tail), view[at : at + size]))
         at += size
     return parts
+
+
+def answers(
+    name: str, version: str, requests: Sequence[InferRequest], outputs: list[Tensor], is_alike: bool
+) -> list[InferResponse]:
+    """Each request's share of the joined outputs of one execution; `is_alike` when all ask for the same ones."""
+    if len(requests) == 1:
+        return [InferResponse(name, version, outputs)]
+    first_input = next(iter(requests[0].inputs))
+    sizes = [request.inputs[first_input].shape[0] for request in requests]
+    made = []
+    if is_alike and all(tensor.datatype != "BYTES" for tensor in outputs):
+        columns = Columns(outputs)
+        at = 0
+        for size in sizes:
+            made.append(InferResponse.of_part(name, version, columns, at, at + size))
+            at += size
+        return made
+    parts = zip(*[split(output, sizes) for output in outputs], strict=True)
+    for request, own in zip(requests, parts, strict=True):
+        asked = request.outputs
+        made.append(InferResponse(name, version, [part for part in own if not asked or part.name in asked]))
+    return made
 
 
 def reshape(tensor: Tensor, given: Shape, wanted: Shape, is_batched: bool) -> Tensor:

@@ -2,17 +2,21 @@
 
 An instance executes one batch at a time, wherever it lives: a thread with a session, or a replica on another
 machine. No thread and no task of its own: work moves on in the caller's thread and in the instances' callbacks.
+What executions took before decides what can still be done in time, which of several kinds of instances takes a batch,
+and whether it is worth a thread.
 """
 
 import logging
 import queue
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Protocol
 
-from tutti.batching import Decision
-from tutti.errors import Cancelled, InferError, Internal, Unavailable
+from tutti.batching import BatchLimit, Decision
+from tutti.cost import Costs
+from tutti.errors import Cancelled, DeadlineExceeded, InferError, Internal, OutOfMemory, Unavailable
 from tutti.statistics import BatchTimes, ModelStatistics
 from tutti.types import Call, Infer, InferResponse, Sink, now_ns, settle, settle_all
 
@@ -22,23 +26,45 @@ Timer = Callable[[float, Callable[[], None]], None]
 """`timer(delay_s, callback)` calls back once after a delay, from any thread. Thread-safe."""
 
 
+# An execution that is known to take no more of the processor than this runs in the thread that brings the calls: a
+# hand-over between threads, and their quarrel over the interpreter's lock, would cost more.
+INLINE_NS = 250_000
+# Steps of an ensemble that run so call each other: not without end.
+MAX_INLINE_DEPTH = 4
+# After an execution of this length the next one begins before the answers are delivered.
+PIPELINE_NS = 500_000
+
+
 class Backend(Protocol):
-    """One model instance's way to execute. Called by one thread at a time."""
+    """One model instance's way to execute. Called by one thread at a time.
+
+    `runs_inline`: execute waits for nothing but the processor, so that any thread may call it. `kind` is equal for
+    instances that take the same time.
+    """
+
+    runs_inline: bool
+    kind: str
 
     def execute(self, calls: Sequence[Call]) -> Sequence[InferResponse | Exception | None]:
         """One answer per call, in order: an InferError fails only its own call. A raise fails them all.
 
-        None means that the backend settles the call itself, now or later, from any thread.
+        None means that the backend settles the call itself, now or later, from any thread. OutOfMemory, raised, means
+        that fewer calls at a time might fit.
         """
 
     def close(self) -> None: ...
 
 
 class Instance(Protocol):
-    """Executes one batch at a time: settles every call of it, then tells the scheduler `release`."""
+    """Executes one batch at a time: settles every call of it, then tells the scheduler `release`.
+
+    Instances that take the same time share their `costs`, and record in it what they execute.
+    """
+
+    costs: Costs
 
     def start(self, batch: list[Call]) -> None:
-        """Begin without blocking."""
+        """Begin without blocking for long."""
 
     def close(self) -> None: ...
 
@@ -49,10 +75,15 @@ class Waiting(Protocol):
     rows: int
     calls: int
     max_rows: int
+    limit: BatchLimit
+    configured_rows: int
+    soonest_ns: int
 
     def has_room(self, call: Call) -> bool: ...
+    def rows_ahead(self, call: Call) -> int: ...
+    def batch_rows(self) -> int: ...
     def push(self, call: Call) -> int: ...
-    def take(self, now_ns: int) -> Decision: ...
+    def take(self, now_ns: int, costs: Costs | None = None) -> Decision: ...
     def expire(self, now_ns: int) -> list[Call]: ...
     def drain(self) -> list[Call]: ...
 
@@ -68,28 +99,44 @@ class Scheduler:
         self._condition = threading.Condition()
         self._instances: list[Instance] = []
         self._free: list[Instance] = []
+        # When each busy instance is expected to be free.
+        self._until_ns: dict[int, int] = {}
+        self._is_mixed = False
         self._wake_ns: int | None = None
+        self._expire_ns: int | None = None
         self._is_closing = False
 
     def add(self, instance: Instance) -> None:
         """Let an instance take batches from now on."""
         with self._condition:
             self._instances.append(instance)
+            self._is_mixed = len({id(one.costs) for one in self._instances}) > 1
         self.release(instance)
 
     def __call__(self, calls: Sequence[Call]) -> None:
-        refused = []
+        refused: list[Call] = []
+        late: list[tuple[Call, InferError]] = []
         expires_ns = 0
         with self._condition:
+            forecast: Forecast | None = None
             for call in calls:
                 if self._is_closing or not self._queue.has_room(call):
                     refused.append(call)
-                else:
-                    call_expires_ns = self._queue.push(call)
-                    if call_expires_ns and (not expires_ns or call_expires_ns < expires_ns):
-                        expires_ns = call_expires_ns
+                    continue
+                if call.deadline_ns:
+                    forecast = forecast or self._forecast()
+                    needed_ns = forecast.needed_ns(call, self._queue.rows_ahead(call))
+                    if needed_ns > call.deadline_ns - forecast.now_ns:
+                        late.append((call, _too_late(self._name, call, forecast.now_ns, needed_ns)))
+                        continue
+                call_expires_ns = self._queue.push(call)
+                if call_expires_ns and (not expires_ns or call_expires_ns < expires_ns):
+                    expires_ns = call_expires_ns
+            expires_ns = self._set_alarm(expires_ns)
         if refused:
             self._refuse(refused)
+        for call, error in late:
+            self._fail([call], error)
         self._dispatch()
         if expires_ns:
             self._timer(max(0, expires_ns - now_ns()) / 1e9, self._expire)
@@ -103,19 +150,31 @@ class Scheduler:
     def release(self, instance: Instance) -> None:
         """The instance has settled its batch and is free again."""
         with self._condition:
-            self._free.append(instance)
-            self._condition.notify_all()
+            self._set_free(instance)
         self._dispatch()
 
     def next_batch(self, instance: Instance) -> list[Call]:
         """As `release`, for an instance that goes on in its own thread: its next batch, or [] and it is free."""
         with self._condition:
-            decision = self._take()
+            is_left = self._is_mixed and self._better_waits(instance)
+            decision = Decision([]) if is_left else self._take(instance)
             if not decision.batch:
-                self._free.append(instance)
-                self._condition.notify_all()
+                self._set_free(instance)
         self._settle_unserved(decision)
         return decision.batch
+
+    def ran_out_of_memory(self, rows: int) -> None:
+        """A batch of `rows` rows was too large: make smaller ones for a while."""
+        with self._condition:
+            self._queue.limit.failed(rows)
+            most = self._queue.limit.rows
+        _log.warning("model '%s': out of memory with %d rows: batches of at most %s", self._name, rows, most)
+
+    def executed(self, rows: int) -> None:
+        """A batch succeeded."""
+        if self._queue.limit.rows is not None:
+            with self._condition:
+                self._queue.limit.succeeded(rows, self._queue.configured_rows)
 
     def close(self, timeout_s: float = 30.0) -> None:
         """Refuse new calls, execute the waiting ones, close the instances. Past the timeout what waits is refused."""
@@ -135,40 +194,92 @@ class Scheduler:
     def _dispatch(self) -> None:
         while True:
             with self._condition:
-                if not self._free:
+                instance = self._choose()
+                if instance is None:
                     return
-                decision = self._take()
-                instance = self._free.pop() if decision.batch else None
+                decision = self._take(instance)
+                if decision.batch:
+                    self._free.remove(instance)
             self._settle_unserved(decision)
-            if instance is None:
+            if not decision.batch:
                 return
             instance.start(decision.batch)
 
-    def _take(self) -> Decision:
-        decision = self._queue.take(now_ns())
-        if decision.wake_ns is not None and (self._wake_ns is None or decision.wake_ns < self._wake_ns):
+    def _choose(self) -> Instance | None:
+        """The free instance that takes the next batch; None where none is, or a busy one would be done earlier."""
+        if not self._free:
+            return None
+        if not self._is_mixed or not self._queue.rows:
+            return self._free[-1]
+        rows = min(self._queue.rows, self._queue.batch_rows())
+        quickest = min(self._free, key=lambda one: one.costs.of(None).mean_ns(rows))
+        return None if self._better_waits(quickest) else quickest
+
+    def _better_waits(self, instance: Instance) -> bool:
+        """Whether another instance, though busy, will have served all that waits before this one served a batch."""
+        most = self._queue.batch_rows()
+        own_ns = now_ns() + instance.costs.of(None).mean_ns(min(self._queue.rows, most))
+        rounds = -(-self._queue.rows // most)
+        return any(
+            until_ns + rounds * one.costs.of(None).mean_ns(min(self._queue.rows, most)) < own_ns
+            for one in self._instances
+            if one is not instance and (until_ns := self._until_ns.get(id(one), 0))
+        )
+
+    def _take(self, instance: Instance) -> Decision:
+        now = now_ns()
+        decision = self._queue.take(now, instance.costs)
+        if decision.batch:
+            rows = sum([call.rows for call in decision.batch])
+            self._until_ns[id(instance)] = now + instance.costs.of(decision.batch[0].key).mean_ns(rows)
+        elif decision.wake_ns is not None and (self._wake_ns is None or decision.wake_ns < self._wake_ns):
             self._wake_ns = decision.wake_ns
-            self._timer(max(0, decision.wake_ns - now_ns()) / 1e9, self._wake)
+            self._timer(max(0, decision.wake_ns - now) / 1e9, self._wake)
         return decision
+
+    def _set_free(self, instance: Instance) -> None:
+        self._until_ns.pop(id(instance), None)
+        self._free.append(instance)
+        self._condition.notify_all()
 
     def _wake(self) -> None:
         with self._condition:
             self._wake_ns = None
         self._dispatch()
 
+    def _forecast(self) -> "Forecast":
+        busy = [(self._until_ns.get(id(one), 0), one.costs) for one in self._instances]
+        return Forecast(now_ns(), busy, self._queue.batch_rows())
+
+    def _set_alarm(self, expires_ns: int) -> int:
+        """When to look for calls whose time is up; 0 when a look is due before."""
+        if not expires_ns or (self._expire_ns is not None and self._expire_ns <= expires_ns):
+            return 0
+        self._expire_ns = expires_ns
+        return expires_ns
+
     def _expire(self) -> None:
         """Refuse what has waited for its timeout, though no instance is free."""
         with self._condition:
+            self._expire_ns = None
             expired = self._queue.expire(now_ns())
+            expires_ns = self._set_alarm(self._queue.soonest_ns)
         self._settle_unserved(Decision([], [], None, expired))
+        if expires_ns:
+            self._timer(max(0, expires_ns - now_ns()) / 1e9, self._expire)
 
     def _settle_unserved(self, decision: Decision) -> None:
         if decision.dropped:
             what = f"the request to model '{self._name}' was cancelled by its caller"
             self._fail(decision.dropped, Cancelled(what))
-        if decision.expired:
-            what = f"model '{self._name}': the request waited in the queue for its timeout"
-            self._fail(decision.expired, Unavailable(what))
+        now = now_ns()
+        for call in decision.expired:
+            if call.expires_ns and call.expires_ns <= now:
+                what = f"model '{self._name}': the request waited in the queue for its timeout"
+                self._fail([call], Unavailable(what))
+            else:
+                what = f"model '{self._name}': the request's deadline passed, or came too near, while it waited"
+                self._fail([call], DeadlineExceeded(what))
 
     def _refuse(self, calls: list[Call]) -> None:
         why = "is being unloaded" if self._is_closing else f"has a full queue ({self._queue.max_rows} rows)"
@@ -180,40 +291,100 @@ class Scheduler:
 
 
 class ThreadInstance:
-    """A backend in a thread of its own."""
+    """A backend in a thread of its own, or in its callers' where that is quicker."""
 
-    def __init__(self, name: str, backend: Backend, scheduler: Scheduler, statistics: ModelStatistics) -> None:
+    def __init__(
+        self, name: str, backend: Backend, scheduler: Scheduler, statistics: ModelStatistics, costs: Costs | None = None
+    ) -> None:
         self._name = name
         self._backend = backend
         self._scheduler = scheduler
         self._statistics = statistics
+        self.costs = costs or Costs()
+        # What its executions take of the processor: unlike their duration, no other thread can lengthen it.
+        self._cpu = Costs()
         self._inbox: queue.SimpleQueue[list[Call] | None] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[tuple[list[Call], _Answers, BatchTimes] | None] = queue.SimpleQueue()
+        self._deliverer: threading.Thread | None = None
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     def start(self, batch: list[Call]) -> None:
-        self._inbox.put(batch)
+        if self._may_run_here(batch):
+            _here.depth = getattr(_here, "depth", 0) + 1
+            try:
+                self._deliver(batch, *self._execute(batch))
+            finally:
+                _here.depth -= 1
+            batch = self._scheduler.next_batch(self)  # others' calls, by now: not for this thread to serve
+        if batch:
+            self._inbox.put(batch)
 
     def close(self) -> None:
         self._inbox.put(None)
         self._thread.join()
+        if self._deliverer is not None:
+            self._done.put(None)
+            self._deliverer.join()
         self._backend.close()
+
+    def _may_run_here(self, batch: list[Call]) -> bool:
+        if not self._backend.runs_inline or getattr(_here, "depth", 0) >= MAX_INLINE_DEPTH:
+            return False
+        rows = sum([call.rows for call in batch])
+        return 0 < self._cpu.of(batch[0].key).tail_ns(rows) <= INLINE_NS
 
     def _run(self) -> None:
         while (batch := self._inbox.get()) is not None:
             while batch:
-                self._execute(batch)
-                batch = self._scheduler.next_batch(self)
+                batch = self._execute_and_go_on(batch)
 
-    def _execute(self, batch: list[Call]) -> None:
+    def _execute_and_go_on(self, batch: list[Call]) -> list[Call]:
+        answers, times = self._execute(batch)
+        if times.end_ns - times.start_ns < PIPELINE_NS:
+            self._deliver(batch, answers, times)
+            return self._scheduler.next_batch(self)
+        following = self._scheduler.next_batch(self)
+        if not following:
+            self._deliver(batch, answers, times)
+            return []
+        if self._deliverer is None:
+            self._deliverer = threading.Thread(target=self._deliver_forever, name=f"{self._name} answers", daemon=True)
+            self._deliverer.start()
+        self._done.put((batch, answers, times))
+        return following
+
+    def _deliver_forever(self) -> None:
+        while (done := self._done.get()) is not None:
+            self._deliver(*done)
+
+    def _execute(self, batch: list[Call]) -> tuple["_Answers", BatchTimes]:
         start_ns = now_ns()
-        answers: Sequence[InferResponse | Exception | None]
+        start_cpu_ns = time.thread_time_ns() if self._backend.runs_inline else 0
+        answers = self._answers(batch)
+        end_ns = now_ns()
+        rows, key = sum([call.rows for call in batch]), batch[0].key
+        self.costs.record(key, rows, end_ns - start_ns)
+        if self._backend.runs_inline:
+            self._cpu.record(key, rows, max(1, time.thread_time_ns() - start_cpu_ns))
+        return answers, BatchTimes(start_ns, start_ns, end_ns, end_ns)
+
+    def _answers(self, batch: Sequence[Call]) -> "_Answers":
         try:
             answers = self._backend.execute(batch)
+        except OutOfMemory as error:
+            if len(batch) == 1:
+                return [error]
+            self._scheduler.ran_out_of_memory(sum(call.rows for call in batch))
+            middle = len(batch) // 2
+            return [*self._answers(batch[:middle]), *self._answers(batch[middle:])]
         except Exception as error:
             _log.debug("instance %s failed a batch of %d", self._name, len(batch), exc_info=True)
-            answers = [as_infer_error(self._name, error)] * len(batch)
-        end_ns = now_ns()
+            return [as_infer_error(self._name, error)] * len(batch)
+        self._scheduler.executed(sum([call.rows for call in batch]))
+        return answers
+
+    def _deliver(self, batch: list[Call], answers: "_Answers", times: BatchTimes) -> None:
         answered: list[Call] = []
         is_traced = False
         for call, answer in zip(batch, answers, strict=True):
@@ -221,7 +392,6 @@ class ThreadInstance:
                 call.answer = answer if isinstance(answer, InferResponse) else as_infer_error(self._name, answer)
                 answered.append(call)
             is_traced = is_traced or call.trace is not None
-        times = BatchTimes(start_ns, start_ns, end_ns, end_ns)
         self._statistics.record_batch(batch, times)
         if is_traced:
             trace(batch, times)
@@ -230,6 +400,54 @@ class ThreadInstance:
                 settle(answered)
         except Exception:  # a broken sink must not end the instance
             _log.exception("instance %s: could not deliver answers", self._name)
+
+
+_Answers = Sequence[InferResponse | Exception | None]
+# How many executions the current thread is within.
+_here = threading.local()
+
+
+class Forecast:
+    """What calls that come now may expect: how long until all before them, and they, have been executed."""
+
+    def __init__(self, at_ns: int, instances: Sequence[tuple[int, Costs]], batch_rows: int) -> None:
+        """`instances` are (when it is expected to be free, 0 where it is; its costs)."""
+        self.now_ns = at_ns
+        self._instances = instances
+        self._batch_rows = batch_rows
+        self._free_in_ns = min((max(0, until_ns - at_ns) for until_ns, _ in instances), default=0)
+        self._is_idle = any(not until_ns for until_ns, _ in instances)
+        self._known: dict[tuple[Hashable, int], tuple[float, int]] = {}
+
+    def needed_ns(self, call: Call, rows_ahead: int) -> int:
+        """0 where an instance is idle and nothing waits: then a call is tried whatever is known, and teaches."""
+        if self._is_idle and not rows_ahead:
+            return 0
+        rows = rows_ahead + call.rows
+        batches_before, rest = divmod(rows - 1, self._batch_rows)
+        last_rows = self._batch_rows if batches_before else rest + 1
+        known = self._known.get((call.key, last_rows))
+        if known is None:
+            known = self._known[call.key, last_rows] = self._learned(call.key, last_rows)
+        round_ns, tail_ns = known
+        return int(self._free_in_ns + batches_before * round_ns) + tail_ns
+
+    def _learned(self, key: Hashable, rows: int) -> tuple[float, int]:
+        """(time per full batch with all instances at work, the tail of one execution of `rows` rows)."""
+        models = [costs.of(key) for _, costs in self._instances]
+        means = [mean for model in models if (mean := model.mean_ns(self._batch_rows))]
+        round_ns = 1 / sum(1 / mean for mean in means) if means else 0.0
+        return round_ns, min((model.tail_ns(rows) for model in models), default=0)
+
+
+def _too_late(name: str, call: Call, at_ns: int, needed_ns: int) -> InferError:
+    left_ms = (call.deadline_ns - at_ns) / 1e6
+    if left_ms <= 0:
+        return DeadlineExceeded(f"model '{name}': the request's deadline had passed when it came")
+    return Unavailable(
+        f"model '{name}': cannot finish in time: {left_ms:.0f} ms are left and about {needed_ns / 1e6:.0f} ms needed; "
+        "the request was refused, try again later"
+    )
 
 
 def trace(batch: Sequence[Call], times: BatchTimes) -> None:

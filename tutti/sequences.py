@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from tutti import dtypes
-from tutti.batching import BatchQueue, Decision
+from tutti.batching import BatchLimit, BatchQueue, Decision
 from tutti.config import ModelConfig, SequenceControl, SequencePolicy, SequenceState
+from tutti.cost import Costs
 from tutti.errors import Cancelled, InferError, InvalidArgument, Unavailable
 from tutti.scheduler import Scheduler, Timer
 from tutti.statistics import ModelStatistics
@@ -64,12 +65,21 @@ class SlotQueue:
         self.rows = 0
         self.calls = 0
         self.max_rows = max_rows
+        self.limit = BatchLimit()  # slots are rows: a batch cannot shrink
+        self.configured_rows = policy.slots
+        self.soonest_ns = 0
         self._policy = policy
         self._filler = filler
         self._by_slot: dict[int, Call] = {}
 
     def has_room(self, call: Call) -> bool:
         return True  # a sequence has one request here at a time
+
+    def rows_ahead(self, call: Call) -> int:
+        return 0
+
+    def batch_rows(self) -> int:
+        return self.configured_rows
 
     def push(self, call: Call) -> int:
         assert isinstance(call.key, tuple)
@@ -78,7 +88,7 @@ class SlotQueue:
         self.calls += 1
         return 0
 
-    def take(self, now_ns: int) -> Decision:
+    def take(self, now_ns: int, costs: Costs | None = None) -> Decision:
         if not self._by_slot:
             return Decision([], [])
         oldest = min(self._by_slot.values(), key=lambda call: call.arrived_ns)

@@ -113,10 +113,14 @@ class ModelStatistics:
             for duration, stage_ns in zip(of_size, stages, strict=True):
                 duration.add(stage_ns)
             request_counts, queue_counts = counts.request_time.counts, counts.queue_time.counts
+            last_ns = in_request = in_queue = -1
             for call in answered:
-                arrived_ns = call.arrived_ns
-                request_counts[bisect_left(BUCKETS_NS, times.end_ns - arrived_ns)] += 1
-                queue_counts[bisect_left(BUCKETS_NS, times.start_ns - arrived_ns)] += 1
+                if call.arrived_ns != last_ns:  # what arrived together falls into the same buckets
+                    last_ns = call.arrived_ns
+                    in_request = bisect_left(BUCKETS_NS, times.end_ns - last_ns)
+                    in_queue = bisect_left(BUCKETS_NS, times.start_ns - last_ns)
+                request_counts[in_request] += 1
+                queue_counts[in_queue] += 1
             counts.request_time.ns += times.end_ns * n - arrived
             counts.queue_time.ns += times.start_ns * n - arrived
 

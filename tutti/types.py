@@ -95,18 +95,77 @@ class InferRequest:
     signature: Hashable = None
 
 
-@dataclass(slots=True)
+class Columns:
+    """The outputs of one batch, joined along the first axis; each of its requests has a stretch of rows.
+
+    No output is BYTES. `memo` is for what an encoder works out once for the whole batch.
+    """
+
+    __slots__ = ("memo", "outputs", "raws")
+
+    def __init__(self, outputs: Sequence[Tensor]) -> None:
+        self.outputs = outputs
+        self.memo: dict[Hashable, Any] = {}
+        # (a row's bytes, all bytes) of each output.
+        self.raws = [(len(raw) // max(1, t.shape[0]), raw) for t in outputs for raw in [memoryview(t.raw())]]
+
+    def part(self, start: int, stop: int) -> list[Tensor]:
+        """The outputs of the rows from `start` to `stop`, without a copy."""
+        return [
+            Tensor(t.name, t.datatype, (stop - start, *t.shape[1:]), raw[start * size : stop * size])
+            for t, (size, raw) in zip(self.outputs, self.raws, strict=True)
+        ]
+
+
 class InferResponse:
     """The answer to one request; outputs in the model's order, whatever order they were asked for in.
 
-    `is_null` marks the end of a decoupled model's answers that carries no answer of its own.
+    `is_null` marks the end of a decoupled model's answers that carries no answer of its own. Where `columns` is set the
+    outputs are its rows from `start` to `stop`: who can use them so need not ask for `outputs`.
     """
 
-    model_name: str
-    model_version: str
-    outputs: list[Tensor]
-    parameters: Parameters = field(default_factory=dict)
-    is_null: bool = False
+    __slots__ = ("_outputs", "columns", "is_null", "model_name", "model_version", "parameters", "start", "stop")
+
+    def __init__(
+        self,
+        model_name: str,
+        model_version: str,
+        outputs: list[Tensor],
+        parameters: Parameters | None = None,
+        is_null: bool = False,
+    ) -> None:
+        self.model_name = model_name
+        self.model_version = model_version
+        self.parameters: Parameters = {} if parameters is None else parameters
+        self.is_null = is_null
+        self.columns: Columns | None = None
+        self.start = self.stop = 0
+        self._outputs: list[Tensor] | None = outputs
+
+    @classmethod
+    def of_part(cls, model_name: str, model_version: str, columns: Columns, start: int, stop: int) -> "InferResponse":
+        self = cls.__new__(cls)
+        self.model_name = model_name
+        self.model_version = model_version
+        self.parameters = {}
+        self.is_null = False
+        self.columns = columns
+        self.start = start
+        self.stop = stop
+        self._outputs = None
+        return self
+
+    @property
+    def outputs(self) -> list[Tensor]:
+        if self._outputs is None:
+            assert self.columns is not None
+            self._outputs = self.columns.part(self.start, self.stop)
+        return self._outputs
+
+    @outputs.setter
+    def outputs(self, outputs: list[Tensor]) -> None:
+        self._outputs = outputs
+        self.columns = None
 
     def tensor(self, name: str) -> Tensor:
         return next(output for output in self.outputs if output.name == name)
@@ -135,14 +194,16 @@ class Call:
     `token` belongs to the sink. `rows` and `key` are set by the model that queues the call: calls with equal keys
     may share a batch. `level` and `expires_ns` (0: never) are set by the queue from its policy. Setting
     `is_cancelled` is all a caller does to cancel: a queue then drops the call, its batch-mates unaffected.
+    `deadline_ns` (0: none), of the clock of now_ns, is when its caller stops waiting: what cannot end by then is
+    refused.
 
     A caller that can take more than one answer sets `emit`: a decoupled model hands it each answer but the last,
     which settles the call as ever. `trace` collects timestamps where the call is traced.
     """
 
     __slots__ = (
-        "answer", "arrived_ns", "emit", "expires_ns", "is_cancelled", "key", "level", "request", "rows", "sink",
-        "token", "trace",
+        "answer", "arrived_ns", "deadline_ns", "emit", "expires_ns", "is_cancelled", "key", "level", "request", "rows",
+        "sink", "token", "trace",
     )  # fmt: skip
 
     def __init__(self, request: InferRequest, sink: Sink, token: Any = None, emit: Emit | None = None) -> None:
@@ -156,6 +217,7 @@ class Call:
         self.arrived_ns = 0
         self.level = 0
         self.expires_ns = 0
+        self.deadline_ns = 0
         self.is_cancelled = False
         self.trace: Trace | None = None
 

@@ -1,20 +1,23 @@
 """The scheduler with instances and a clock held by the test: no threads, no sleeps."""
 
+import threading
 from collections.abc import Callable, Sequence
 
 from tests.serving import Gather
 from tutti.batching import BatchingPolicy, BatchQueue
-from tutti.errors import Cancelled, InferError, Internal, Unavailable
+from tutti.cost import Costs
+from tutti.errors import Cancelled, DeadlineExceeded, InferError, Internal, OutOfMemory, Unavailable
 from tutti.scheduler import Scheduler, ThreadInstance
 from tutti.statistics import ModelStatistics
-from tutti.types import Call, InferRequest, InferResponse, settle
+from tutti.types import Call, InferRequest, InferResponse, now_ns, settle
 
 
 class HeldInstance:
     """Keeps its batch until the test lets it finish."""
 
-    def __init__(self, scheduler: Scheduler) -> None:
+    def __init__(self, scheduler: Scheduler, costs: Costs | None = None) -> None:
         self.scheduler = scheduler
+        self.costs = costs or Costs()
         self.batches: list[list[Call]] = []
         self.is_closed = False
 
@@ -127,6 +130,9 @@ def test_close_answers_what_still_waits_when_time_is_up() -> None:
 
 
 class FailingBackend:
+    runs_inline = False
+    kind = "cpu"
+
     def execute(self, calls: Sequence[Call]) -> Sequence[InferResponse | Exception]:
         raise ValueError(f"{len(calls)} requests are too many")
 
@@ -155,6 +161,9 @@ class BrokenSink:
 
 
 class EchoBackend:
+    runs_inline = False
+    kind = "cpu"
+
     def execute(self, calls: Sequence[Call]) -> Sequence[InferResponse | Exception]:
         return [InferResponse("m", "1", []) for _ in calls]
 
@@ -171,4 +180,142 @@ def test_a_sink_that_raises_does_not_end_the_instance() -> None:
     scheduler([Call(InferRequest("m", {}), BrokenSink()), good])
     gather.wait()
     assert not isinstance(good.answer, InferError)
+    scheduler.close()
+
+
+MS = 1_000_000
+
+
+def learned(rows: int, ms: int) -> Costs:
+    costs = Costs()
+    for _ in range(20):
+        costs.record(None, rows, ms * MS)
+    return costs
+
+
+def with_deadline(call: Call, ms: int) -> Call:
+    call.deadline_ns = now_ns() + ms * MS
+    return call
+
+
+def test_what_cannot_finish_in_time_is_refused_at_once_and_says_why() -> None:
+    scheduler, instance, _ = make(BatchingPolicy(4))
+    instance.costs = learned(4, 1000)
+    sink = Settled()
+    first, *queued = calls(5, sink)
+    scheduler([first, *queued])
+    in_time, late = (with_deadline(call, ms) for call, ms in zip(calls(2, sink), (60_000, 1500), strict=True))
+    scheduler([late])
+    assert sink.calls == [late]
+    assert isinstance(late.answer, Unavailable)
+    assert "1500 ms are left" in late.answer.message or "1499 ms are left" in late.answer.message
+    scheduler([in_time])
+    assert sink.calls == [late], "what can finish in time waits"
+
+
+def test_an_idle_instance_tries_whatever_is_known() -> None:
+    """Otherwise one slow execution would keep a model from ever being tried again."""
+    scheduler, instance, _ = make(BatchingPolicy(4))
+    instance.costs = learned(1, 1000)
+    call = with_deadline(calls(1, Settled())[0], 2000)
+    scheduler([call])
+    assert instance.batches == [[call]]
+
+
+def test_a_deadline_that_has_passed_is_answered_so() -> None:
+    scheduler, _, _ = make(BatchingPolicy(4))
+    sink = Settled()
+    scheduler([with_deadline(calls(1, sink)[0], -1)])
+    assert [type(call.answer) for call in sink.calls] == [DeadlineExceeded]
+
+
+def test_a_deadline_that_passes_in_the_queue_is_answered_though_no_instance_is_free() -> None:
+    scheduler, _, timers = make(BatchingPolicy(4))
+    sink = Settled()
+    scheduler(calls(1, Settled()))
+    waiting = with_deadline(calls(1, sink)[0], 20)
+    scheduler([waiting])
+    threading.Event().wait(0.03)
+    timers.waiting.pop()()
+    assert isinstance(waiting.answer, DeadlineExceeded)
+
+
+def test_a_slow_instance_is_left_idle_while_a_quick_one_will_be_done_earlier() -> None:
+    scheduler = Scheduler("m", BatchQueue(BatchingPolicy(4), 100), ModelStatistics(), Timers())
+    quick, slow = HeldInstance(scheduler, learned(4, 100)), HeldInstance(scheduler, learned(4, 10_000))
+    scheduler.add(slow)
+    scheduler.add(quick)
+    sink = Settled()
+    made = calls(5, sink)
+    scheduler(made)
+    assert (len(quick.batches), len(slow.batches)) == (1, 0)
+    quick.finish()
+    assert (len(quick.batches), len(slow.batches)) == (2, 0)
+
+
+def test_a_slow_instance_helps_where_the_queue_is_long() -> None:
+    scheduler = Scheduler("m", BatchQueue(BatchingPolicy(4), 1000), ModelStatistics(), Timers())
+    quick, slow = HeldInstance(scheduler, learned(4, 100)), HeldInstance(scheduler, learned(4, 1000))
+    scheduler.add(slow)
+    scheduler.add(quick)
+    scheduler(calls(100, Settled()))
+    assert (len(quick.batches), len(slow.batches)) == (1, 1)
+
+
+class SmallDevice:
+    """Fails for batches of more than two requests, as a device with little memory does."""
+
+    runs_inline = False
+    kind = "gpu"
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+
+    def execute(self, calls: Sequence[Call]) -> Sequence[InferResponse | Exception]:
+        self.sizes.append(len(calls))
+        if len(calls) > 2:
+            raise OutOfMemory("the device has no room")
+        return [InferResponse("m", "1", []) for _ in calls]
+
+    def close(self) -> None:
+        pass
+
+
+def test_out_of_memory_halves_the_batch_and_fails_nobody() -> None:
+    statistics, device = ModelStatistics(), SmallDevice()
+    waiting = BatchQueue(BatchingPolicy(8), 1000)
+    scheduler = Scheduler("m", waiting, statistics, Timers())
+    gather = Gather(16)
+    made = [Call(InferRequest("m", {}), gather) for _ in range(16)]
+    scheduler(made)
+    scheduler.add(ThreadInstance("m_0", device, scheduler, statistics))
+    gather.wait()
+    assert not any(isinstance(call.answer, InferError) for call in made)
+    assert device.sizes[:4] == [8, 4, 2, 2]
+    assert waiting.limit.rows == 2
+    scheduler.close()
+
+
+class InlineBackend(EchoBackend):
+    runs_inline = True
+
+    def __init__(self) -> None:
+        self.threads: list[str] = []
+
+    def execute(self, calls: Sequence[Call]) -> Sequence[InferResponse | Exception]:
+        self.threads.append(threading.current_thread().name)
+        return super().execute(calls)
+
+
+def test_what_is_known_to_be_quick_runs_in_the_callers_thread() -> None:
+    statistics, backend = ModelStatistics(), InlineBackend()
+    scheduler = Scheduler("m", BatchQueue(BatchingPolicy(8), 100), statistics, Timers())
+    scheduler.add(ThreadInstance("m_0", backend, scheduler, statistics))
+    for _ in range(3):
+        gather = Gather(1)
+        scheduler([Call(InferRequest("m", {}), gather)])
+        gather.wait()
+        scheduler_is_free = threading.Event()
+        scheduler_is_free.wait(0.01)
+    assert backend.threads == ["m_0", threading.current_thread().name, threading.current_thread().name]
     scheduler.close()

@@ -42,6 +42,8 @@ class Reshaped:
         if config.is_decoupled:
             raise ConfigError(f"model '{config.name}': reshape: is not supported for a decoupled model")
         self._backend = backend
+        self.runs_inline = backend.runs_inline
+        self.kind = backend.kind
         self._is_batched = config.is_batched
         self._inputs = {spec.name: spec for spec in config.inputs if spec.reshape is not None}
         self._outputs = {spec.name: spec for spec in config.outputs if spec.reshape is not None}

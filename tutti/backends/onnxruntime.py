@@ -122,13 +122,16 @@ def _check_tensors(config: ModelConfig, session: Any) -> None:
 class OnnxBackend:
     """One instance over a session."""
 
-    def __init__(self, config: ModelConfig, version: str, session: Any) -> None:
+    def __init__(self, config: ModelConfig, version: str, session: Any, kind: str = "cpu") -> None:
+        self.runs_inline = session.get_providers() == ["CPUExecutionProvider"]
+        self.kind = kind
         self._config = config
         self._version = version
         self._session = session
         self._datatypes = {spec.name: spec.datatype for spec in config.outputs}
         for state in config.sequences.states if config.sequences is not None else ():
             self._datatypes[state.output_name] = state.datatype
+        self._all = tuple(self._datatypes)
         self._text_inputs = frozenset(spec.name for spec in config.inputs if spec.datatype == "BYTES")
 
     def execute(self, calls: Sequence[Call]) -> Sequence[InferResponse | Exception]:
@@ -146,16 +149,18 @@ class OnnxBackend:
     def close(self) -> None:
         """The session ends with its last instance."""
 
-    def _run(self, requests: Sequence[InferRequest]) -> list[InferResponse | Exception]:
-        asked = {name for request in requests for name in request.outputs or self._datatypes}
+    def _run(self, requests: Sequence[InferRequest]) -> Sequence[InferResponse | Exception]:
+        first = requests[0]
+        is_alike = all(request.outputs == first.outputs for request in requests)
+        asked = {name for request in (requests[:1] if is_alike else requests) for name in request.outputs or self._all}
         names = [name for name in self._datatypes if name in asked]
-        feed = {name: self._input(requests, name) for name in requests[0].inputs}
+        feed = {name: self._input(requests, name) for name in first.inputs}
         try:
             arrays = self._session.run(names, feed)
         except Exception as error:
-            raise self._failure(requests[0], error) from None
+            raise self._failure(first, error) from None
         outputs = [self._output(name, array) for name, array in zip(names, arrays, strict=True)]
-        return list(self._answers(requests, outputs))
+        return rows.answers(self._config.name, self._version, requests, outputs, is_alike)
 
     def _input(self, requests: Sequence[InferRequest], name: str) -> Any:
         array = rows.join(requests, name)
@@ -169,18 +174,6 @@ class OnnxBackend:
             array = array.astype(NUMPY[datatype])
         return Tensor(name, datatype, array.shape, array)
 
-    def _answers(self, requests: Sequence[InferRequest], outputs: list[Tensor]) -> list[InferResponse]:
-        name, version = self._config.name, self._version
-        if len(requests) == 1:
-            return [InferResponse(name, version, _ordered(outputs, requests[0].outputs))]
-        first_input = next(iter(requests[0].inputs))
-        sizes = [request.inputs[first_input].shape[0] for request in requests]
-        columns = [rows.split(output, sizes) for output in outputs]
-        return [
-            InferResponse(name, version, _ordered(list(parts), request.outputs))
-            for request, parts in zip(requests, zip(*columns, strict=True), strict=True)
-        ]
-
     def _failure(self, request: InferRequest, error: Exception) -> InferError:
         name = self._config.name
         for tensor in request.inputs.values():
@@ -191,9 +184,3 @@ class OnnxBackend:
                 )
         shapes = ", ".join(f"'{t.name}' {t.datatype}{list(t.shape)}" for t in request.inputs.values())
         return Internal(f"model '{name}': onnxruntime failed on input {shapes}: {error}")
-
-
-def _ordered(outputs: list[Tensor], asked: tuple[str, ...]) -> list[Tensor]:
-    if not asked:
-        return outputs
-    return [output for output in outputs if output.name in asked]

@@ -90,6 +90,8 @@ class PythonBackend:
     def __init__(
         self, folder: ModelFolder, version: int, model: Any, index: int, group: InstanceGroup, device: int
     ) -> None:
+        self.runs_inline = False  # a model may wait for whatever it likes
+        self.kind = f"{group.kind}"
         self._config: ModelConfig = folder.config
         self._version = str(version)
         self._model = model

@@ -13,7 +13,7 @@ from tutti import dtypes
 from tutti.errors import InvalidArgument, Unsupported
 from tutti.frontends import http_codec
 from tutti.frontends.http_codec import NO_REGIONS, Regions
-from tutti.types import InferRequest, InferResponse, Parameters, Raw, Shape, SharedRegion, Tensor
+from tutti.types import Columns, InferRequest, InferResponse, Parameters, Raw, Shape, SharedRegion, Tensor
 
 # Where typed `contents` hold each datatype. FP16 and BF16 travel raw only.
 _CONTENTS = {
@@ -161,6 +161,8 @@ def encode(response: InferResponse, request_id: str, shared: Collection[str] = (
 
     Concatenated protobuf messages merge, so the unchanging head is serialized once per signature.
     """
+    if response.columns is not None and not shared and not request_id and not response.parameters:
+        return _encode_part(response, response.columns)
     signature = tuple([(t.name, t.datatype, t.shape) for t in response.outputs])
     head = _head(response.model_name, response.model_version, signature)
     parts = [head]
@@ -172,6 +174,22 @@ def encode(response: InferResponse, request_id: str, shared: Collection[str] = (
     for tensor in response.outputs:
         raw: Raw = b"" if tensor.name in shared else tensor.raw()
         parts += (_RAW_TAG, _varint(len(raw)), raw)  # type: ignore[arg-type]
+    return b"".join(parts)
+
+
+def _encode_part(response: InferResponse, columns: Columns) -> bytes:
+    """A part of a batch: what batch-mates have in common is made once."""
+    start, stop = response.start, response.stop
+    known = columns.memo.get(stop - start)
+    if known is None:
+        outputs = columns.part(start, stop)
+        signature = tuple([(t.name, t.datatype, t.shape) for t in outputs])
+        tags = [_RAW_TAG + _varint(len(tensor.raw())) for tensor in outputs]
+        tags[0] = _head(response.model_name, response.model_version, signature) + tags[0]
+        known = columns.memo[stop - start] = tags
+    parts: list[Raw] = []
+    for tag, (size, raw) in zip(known, columns.raws, strict=True):
+        parts += (tag, raw[start * size : stop * size])
     return b"".join(parts)
 
 

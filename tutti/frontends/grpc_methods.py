@@ -29,6 +29,7 @@ _CODES: dict[type[InferError], int] = {
     errors.InvalidArgument: 3,
     errors.NotFound: 5,
     errors.Unavailable: 14,
+    errors.DeadlineExceeded: 4,
     errors.Unsupported: 12,
     errors.Cancelled: 1,
     errors.Unknown: 2,

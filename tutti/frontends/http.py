@@ -163,6 +163,10 @@ class HttpFront:
         assert self._api is not None
         try:
             response, shared = self._api.complete(call)
+            if exchange.keep_alive and not exchange.encoding and not call.request.id and not shared:
+                parts = http_codec.encode_part(response, exchange.reply, _binary_head)
+                if parts is not None:
+                    return b"".join(parts)
             header_length, body = http_codec.encode(response, call.request.id, exchange.reply, shared)
             return _response(exchange, header_length, body)
         except InferError as error:
@@ -291,7 +295,7 @@ def _scope(exchange: Exchange) -> dict[str, Any]:
 
 def _response(exchange: Exchange, header_length: int | None, body: bytes) -> bytes:
     if header_length is not None and exchange.keep_alive and not exchange.encoding:
-        return _BINARY_HEAD % (header_length, len(body)) + body
+        return _binary_head(header_length, len(body)) + body
     headers = [_JSON_TYPE] if header_length is None else [_BINARY_TYPE]
     if header_length is not None:
         headers.append((b"inference-header-content-length", b"%d" % header_length))
@@ -307,6 +311,10 @@ _BINARY_HEAD = (
     b"HTTP/1.1 200 OK\r\ncontent-type: application/octet-stream\r\n"
     b"inference-header-content-length: %d\r\ncontent-length: %d\r\n\r\n"
 )
+
+
+def _binary_head(header_length: int, length: int) -> bytes:
+    return _BINARY_HEAD % (header_length, length)
 
 
 def _deliver(answered: Sequence[tuple[Exchange, bytes]]) -> None:

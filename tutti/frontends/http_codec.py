@@ -5,7 +5,7 @@ Sizes and positions are bytes. Rules follow Triton's binary tensor data extensio
 
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Protocol
@@ -46,7 +46,7 @@ class NoRegions:
 NO_REGIONS = NoRegions()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class ReplyFormat:
     """Which outputs go as binary: those named in `binary`, by default the others as `default_is_binary` says."""
 
@@ -238,6 +238,30 @@ def encode(
     if not any(binaries):
         return None, header
     return len(header), b"".join([header, *binaries])
+
+
+def encode_part(response: InferResponse, reply: ReplyFormat, head: Callable[[int, int], bytes]) -> list[Raw] | None:
+    """Head, header and data of a part of a batch whose outputs all go as binary; None for any other response.
+
+    `head` makes what precedes a body of (header length, body length). What batch-mates have in common is made once.
+    """
+    columns = response.columns
+    if columns is None or response.parameters:
+        return None
+    start, stop = response.start, response.stop
+    prefix = columns.memo.get((reply, stop - start))
+    if prefix is None:
+        outputs = columns.part(start, stop)
+        described = tuple([(t.name, t.datatype, t.shape, len(t.raw())) for t in outputs])
+        size = sum(item[3] for item in described)
+        prefix = b""
+        if size and reply.all_binary(outputs):
+            header = _binary_header(response.model_name, response.model_version, described)
+            prefix = head(len(header), len(header) + size) + header
+        columns.memo[reply, stop - start] = prefix
+    if not prefix:
+        return None
+    return [prefix, *[raw[start * size : stop * size] for size, raw in columns.raws]]
 
 
 # Responses of one model repeat all but their data: what does not change is serialized once.

@@ -6,6 +6,7 @@ _STATUS: dict[type[errors.InferError], int] = {
     errors.InvalidArgument: 400,
     errors.NotFound: 404,
     errors.Unavailable: 503,
+    errors.DeadlineExceeded: 504,
     errors.Unsupported: 501,
     errors.AlreadyExists: 400,
     errors.Unknown: 400,
