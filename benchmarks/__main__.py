@@ -23,7 +23,7 @@ import psutil
 
 from benchmarks import clients
 from benchmarks.clients import Figures
-from benchmarks.model import write_repository
+from benchmarks.models import MLP, write_repository
 from demo.client import Client, load_items
 from loadtest.process import free_ports, stop, wait_until_ready
 from tests.peers import tritonserver
@@ -60,7 +60,7 @@ def interleave(ours: Callable[[], Figures], theirs: Callable[[], Figures], round
 
 def against_triton(scratch: Path, rounds: int, seconds: int) -> list[Row]:
     repository = scratch / "mlp-repository"
-    write_repository(repository)
+    write_repository(repository, MLP)
     script = clients.http_script(scratch / "mlp.lua", *clients.infer_body())
     message = clients.grpc_message(scratch / "mlp.grpc")
     rows = []
@@ -84,7 +84,7 @@ def against_triton(scratch: Path, rounds: int, seconds: int) -> list[Row]:
 
 def against_plain_ray_serve(scratch: Path, rounds: int, seconds: int) -> list[Row]:
     """One cluster at a time: they would take each other's cores."""
-    model = write_repository(scratch / "ray-repository")
+    model = write_repository(scratch / "ray-repository", MLP)
     script = clients.http_script(scratch / "ray.lua", *clients.infer_body())
     body, header_length = clients.infer_body()
     plain_script = clients.http_script(scratch / "plain.lua", body[header_length:], None)

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 from tritonclient.grpc import service_pb2 as pb
 
+from benchmarks.models import MLP, BenchModel
+
 _UNITS = {"us": 1e-3, "ms": 1.0, "s": 1e3}
 
 
@@ -43,23 +45,29 @@ def http_script(path: Path, body: bytes, header_length: int | None) -> Path:
     return path
 
 
-def infer_body() -> tuple[bytes, int]:
-    """The small model's request over HTTP: binary in, binary out; and its header's length."""
-    data = np.full(384, 0.5, np.float32).tobytes()
+def infer_body(model: BenchModel = MLP, parameters: str = "") -> tuple[bytes, int]:
+    """The model's request over HTTP: binary in, binary out; and its header's length. `parameters` are JSON members."""
     header = (
-        b'{"inputs":[{"name":"x","shape":[1,384],"datatype":"FP32","parameters":{"binary_data_size":1536}}],'
-        b'"outputs":[{"name":"y","parameters":{"binary_data":true}}]}'
-    )
-    return header + data, len(header)
+        f'{{"inputs":[{{"name":"x","shape":{[1, *model.shape]},"datatype":"FP32",'
+        f'"parameters":{{"binary_data_size":{model.item_bytes}}}}}],'
+        f'"outputs":[{{"name":"y","parameters":{{"binary_data":true}}}}]'
+        + (f',"parameters":{{{parameters}}}' if parameters else "")
+        + "}"
+    ).encode()
+    return header + _item(model), len(header)
 
 
-def grpc_message(path: Path) -> Path:
-    """The small model's request as a length-prefixed gRPC message."""
-    tensor = pb.ModelInferRequest.InferInputTensor(name="x", datatype="FP32", shape=[1, 384])
-    raw = np.full(384, 0.5, np.float32).tobytes()
-    message = pb.ModelInferRequest(model_name="mlp", inputs=[tensor], raw_input_contents=[raw]).SerializeToString()
+def grpc_message(path: Path, model: BenchModel = MLP) -> Path:
+    """The model's request as a length-prefixed gRPC message."""
+    tensor = pb.ModelInferRequest.InferInputTensor(name="x", datatype="FP32", shape=[1, *model.shape])
+    request = pb.ModelInferRequest(model_name=model.name, inputs=[tensor], raw_input_contents=[_item(model)])
+    message = request.SerializeToString()
     path.write_bytes(b"\0" + struct.pack(">I", len(message)) + message)
     return path
+
+
+def _item(model: BenchModel) -> bytes:
+    return np.full(model.shape, 0.5, np.float32).tobytes()
 
 
 def wrk(url: str, script: Path, clients: int, seconds: int) -> Figures:

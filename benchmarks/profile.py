@@ -14,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 from benchmarks import clients
-from benchmarks.model import write_repository
+from benchmarks.models import MLP, write_repository
 from tests.serving import serving
 
 RESULTS = Path(__file__).parent
@@ -86,7 +86,7 @@ def main() -> int:
     lines = []
     with tempfile.TemporaryDirectory(prefix="tutti-profile-") as name:
         folder = Path(name)
-        write_repository(folder / "repository")
+        write_repository(folder / "repository", MLP)
         script = clients.http_script(folder / "mlp.lua", *clients.infer_body())
         message = clients.grpc_message(folder / "mlp.grpc")
         with serving(folder / "repository", folder / "log") as served:

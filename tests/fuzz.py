@@ -186,7 +186,8 @@ def http_request(rng: random.Random, cache: http_codec.HeaderCache) -> None:
     )
     _use(read)
     outputs = [Tensor("y", "FP32", (1, 2), b"\0" * 8), Tensor("t", "BYTES", (1,), b"\1\0\0\0a")]
-    head, answer = http_codec.encode(InferResponse("m", "1", outputs), read.id, reply)
+    head, pieces = http_codec.encode(InferResponse("m", "1", outputs), read.id, reply)
+    answer = b"".join(pieces)
     json.loads(answer if head is None else answer[:head])
 
 

@@ -136,18 +136,21 @@ def test_responses_as_json_binary_and_mixed() -> None:
     response = InferResponse(
         "m", "1", [Tensor.of("a", np.float32([[1, 2]])), Tensor.of("b", np.array([[b"hi"]], dtype=object))]
     )
-    length, encoded = http_codec.encode(response, "id1", JSON_REPLY)
+    length, pieces = http_codec.encode(response, "id1", JSON_REPLY)
+    encoded = b"".join(pieces)
     shown = json.loads(encoded)
     assert length is None
     assert shown["id"] == "id1"
     assert [output["data"] for output in shown["outputs"]] == [[1.0, 2.0], ["hi"]]
-    length, encoded = http_codec.encode(response, "", BINARY_REPLY)
+    length, pieces = http_codec.encode(response, "", BINARY_REPLY)
+    encoded = b"".join(pieces)
     assert length is not None
     shown = json.loads(encoded[:length])
     assert "id" not in shown
     assert [output["parameters"]["binary_data_size"] for output in shown["outputs"]] == [8, 6]
     assert encoded[length:] == np.float32([1, 2]).tobytes() + b"\x02\x00\x00\x00hi"
-    length, encoded = http_codec.encode(response, "", ReplyFormat(False, {"b": True}))
+    length, pieces = http_codec.encode(response, "", ReplyFormat(False, {"b": True}))
+    encoded = b"".join(pieces)
     assert encoded.endswith(b"hi")
 
 

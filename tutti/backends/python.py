@@ -17,6 +17,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+
 from tutti import backends, config
 from tutti.backends import triton_python_backend_utils as pb_utils
 from tutti.config import InstanceGroup, ModelConfig
@@ -217,8 +219,9 @@ class PythonBackend:
                 f"model '{self._config.name}': output '{name}': expected {spec.datatype}, "
                 f"model.py made {tensor.datatype}"
             )
-        tensor.datatype = spec.datatype
-        return tensor
+        # A model may write its next answer into the same array before this one has been sent.
+        data = tensor.data.copy() if isinstance(tensor.data, np.ndarray) else tensor.data
+        return Tensor(name, spec.datatype, tensor.shape, data)
 
 
 async def _awaited(work: Any) -> Any:

@@ -3,12 +3,13 @@
 import zlib
 
 from tutti.errors import InvalidArgument, Unsupported
+from tutti.types import Raw
 
 # zlib's window bits say which wrapper the data has. HTTP's deflate is zlib's format.
 _WINDOW_BITS = {"gzip": 31, "deflate": 15}
 
 
-def decompress(data: bytes, encoding: str, limit: int) -> bytes:
+def decompress(data: Raw, encoding: str, limit: int) -> bytes:
     """The content of a request body. Raises InvalidArgument when it is broken or larger than `limit`."""
     if encoding not in _WINDOW_BITS:
         raise Unsupported(f"Content-Encoding '{encoding}' is not supported, only gzip and deflate")

@@ -26,16 +26,21 @@ _RAW_TAG = b"\x32"
 # ModelInferRequest.raw_input_contents is field 7.
 _RAW_INPUT_TAG = b"\x3a"
 _ID_TAG = b"\x1a"
+LARGE_MESSAGE_BYTES = 16 * 1024
+# A message with more fields than this is left to protobuf, which walks faster.
+MAX_FIELDS = 256
 
 
 def decode(payload: bytes, regions: Regions = NO_REGIONS) -> InferRequest:
     """A serialized ModelInferRequest. Raises InvalidArgument naming the model and the tensor."""
+    # Protobuf would copy what is large twice.
+    head, views = _take_raw_inputs(payload) if len(payload) >= LARGE_MESSAGE_BYTES else (payload, None)
     try:
-        message = pb.ModelInferRequest.FromString(payload)
+        message = pb.ModelInferRequest.FromString(head)
     except Exception:
         raise InvalidArgument("the request is not a ModelInferRequest message") from None
     model = message.model_name
-    raw = message.raw_input_contents
+    raw = message.raw_input_contents if views is None else views
     inputs: dict[str, Tensor] = {}
     used = 0
     for item in message.inputs:
@@ -64,6 +69,55 @@ def decode(payload: bytes, regions: Regions = NO_REGIONS) -> InferRequest:
     if parameters:
         http_codec.check_parameters(model, parameters)
     return InferRequest(model, inputs, message.model_version, message.id, outputs, parameters, classes, shared_outputs)
+
+
+def _take_raw_inputs(payload: bytes) -> tuple[bytes, list[memoryview] | None]:
+    """The message without its raw inputs, and these as views of it; (payload, None) when it cannot be told apart."""
+    view = memoryview(payload)
+    kept: list[Raw] = []
+    inputs = []
+    at = 0
+    try:
+        while at < len(payload):
+            start = at
+            tag, at = _read_varint(payload, at)
+            kind = tag & 7
+            if kind == 0:
+                _, at = _read_varint(payload, at)
+            elif kind == 1:
+                at += 8
+            elif kind == 5:
+                at += 4
+            elif kind == 2:
+                size, at = _read_varint(payload, at)
+                at += size
+                if tag == _RAW_INPUT_TAG[0] and at <= len(payload):
+                    inputs.append(view[at - size : at])
+                    continue
+            else:
+                return payload, None
+            if len(kept) > MAX_FIELDS:
+                return payload, None
+            kept.append(view[start:at])
+    except IndexError:
+        return payload, None
+    if at != len(payload):
+        return payload, None
+    return b"".join(kept), inputs
+
+
+def _read_varint(data: bytes, at: int) -> tuple[int, int]:
+    """(value, where it ends). Raises IndexError when it does not end."""
+    value = shift = 0
+    while True:
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+        shift += 7
+        if shift > 63:
+            raise IndexError("a varint has at most ten bytes")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -123,7 +177,7 @@ class TemplateCache:
 
     def _remember(self, payload: bytes, request: InferRequest) -> None:
         tensors = request.inputs.values()
-        if request.id or request.shared_outputs or any(type(tensor.data) is not bytes for tensor in tensors):
+        if request.id or request.shared_outputs or any(isinstance(tensor.data, np.ndarray) for tensor in tensors):
             return
         tail = [(_RAW_INPUT_TAG + _varint(len(t.data)), len(t.data)) for t in tensors]
         at = len(payload) - sum(len(head) + size for head, size in tail)

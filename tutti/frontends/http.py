@@ -18,9 +18,17 @@ from tutti.frontends import compression, http_codec
 from tutti.frontends.api import Api, Limits
 from tutti.frontends.gate import Gate
 from tutti.frontends.http_codec import ReplyFormat
-from tutti.frontends.http_connection import Connection, Exchange, Head, error_response, response_head
+from tutti.frontends.http_connection import (
+    LARGE_RESPONSE_BYTES,
+    Connection,
+    Exchange,
+    Head,
+    Response,
+    error_response,
+    response_head,
+)
 from tutti.frontends.http_status import REFUSED, status_of
-from tutti.types import Call, InferRequest
+from tutti.types import Call, InferRequest, Raw
 
 _log = logging.getLogger(__name__)
 
@@ -158,7 +166,7 @@ class HttpFront:
         regions = self._api.shared_memory
         return http_codec.decode(name, version, exchange.body, header_length, self._headers, regions)
 
-    def _encode(self, call: Call) -> bytes:
+    def _encode(self, call: Call) -> Response:
         exchange: Exchange = call.token
         assert self._api is not None
         try:
@@ -166,9 +174,9 @@ class HttpFront:
             if exchange.keep_alive and not exchange.encoding and not call.request.id and not shared:
                 parts = http_codec.encode_part(response, exchange.reply, _binary_head)
                 if parts is not None:
-                    return b"".join(parts)
-            header_length, body = http_codec.encode(response, call.request.id, exchange.reply, shared)
-            return _response(exchange, header_length, body)
+                    return _pieces(parts)
+            header_length, parts = http_codec.encode(response, call.request.id, exchange.reply, shared)
+            return _response(exchange, header_length, parts)
         except InferError as error:
             return error_response(status_of(error), error.message, exchange.keep_alive)
         except Exception as error:
@@ -186,7 +194,7 @@ class HttpFront:
             if is_received:  # an app that asks again waits for the client to go: it is cancelled then
                 await asyncio.Event().wait()
             is_received = True
-            return {"type": "http.request", "body": exchange.body, "more_body": False}
+            return {"type": "http.request", "body": bytes(exchange.body), "more_body": False}
 
         try:
             await self._app(_scope(exchange), receive, reply.send)
@@ -293,9 +301,15 @@ def _scope(exchange: Exchange) -> dict[str, Any]:
     }
 
 
-def _response(exchange: Exchange, header_length: int | None, body: bytes) -> bytes:
+def _pieces(parts: list[Raw]) -> Response:
+    """Joined, unless a copy costs more than several writes."""
+    return b"".join(parts) if sum(map(len, parts)) < LARGE_RESPONSE_BYTES else parts
+
+
+def _response(exchange: Exchange, header_length: int | None, parts: list[Raw]) -> Response:
     if header_length is not None and exchange.keep_alive and not exchange.encoding:
-        return _binary_head(header_length, len(body)) + body
+        return _pieces([_binary_head(header_length, sum(map(len, parts))), *parts])
+    body = b"".join(parts)
     headers = [_JSON_TYPE] if header_length is None else [_BINARY_TYPE]
     if header_length is not None:
         headers.append((b"inference-header-content-length", b"%d" % header_length))
@@ -317,6 +331,6 @@ def _binary_head(header_length: int, length: int) -> bytes:
     return _BINARY_HEAD % (header_length, length)
 
 
-def _deliver(answered: Sequence[tuple[Exchange, bytes]]) -> None:
+def _deliver(answered: Sequence[tuple[Exchange, Response]]) -> None:
     for exchange, response in answered:
         exchange.connection.deliver(exchange, response)

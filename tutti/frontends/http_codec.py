@@ -210,8 +210,8 @@ def decode_raw(config: ModelConfig, version: str, body: Raw) -> InferRequest:
 
 def encode(
     response: InferResponse, request_id: str, reply: ReplyFormat, shared: Collection[str] = ()
-) -> tuple[int | None, bytes]:
-    """(header length, body); the length is None when the body is all JSON.
+) -> tuple[int | None, list[Raw]]:
+    """(header length, the body's pieces); the length is None when the body is all JSON.
 
     Outputs in `shared` are in shared memory already. Raises InvalidArgument for a datatype that JSON cannot carry.
     """
@@ -219,7 +219,7 @@ def encode(
         raws = [tensor.raw() for tensor in response.outputs]
         described = tuple([(t.name, t.datatype, t.shape, len(r)) for t, r in zip(response.outputs, raws, strict=True)])
         header = _binary_header(response.model_name, response.model_version, described)
-        return (len(header) if any(raws) else None), b"".join([header, *raws])
+        return (len(header) if any(raws) else None), [header, *raws]
     outputs, binaries = [], []
     for tensor in response.outputs:
         if tensor.name in shared:
@@ -236,8 +236,8 @@ def encode(
     shown_id = b'"id":%s,' % orjson.dumps(request_id) if request_id else b""
     header = b'%s%s"outputs":[%s]}' % (head, shown_id, b",".join(outputs))
     if not any(binaries):
-        return None, header
-    return len(header), b"".join([header, *binaries])
+        return None, [header]
+    return len(header), [header, *binaries]
 
 
 def encode_part(response: InferResponse, reply: ReplyFormat, head: Callable[[int, int], bytes]) -> list[Raw] | None:

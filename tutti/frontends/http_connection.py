@@ -9,14 +9,15 @@ import logging
 from collections import deque
 from collections.abc import Sequence
 from http import HTTPStatus
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import httptools
+import numpy as np
 import orjson
 
 from tutti.frontends.api import Limits
 from tutti.frontends.http_codec import JSON_REPLY, ReplyFormat
-from tutti.types import Call
+from tutti.types import Call, Raw
 
 _log = logging.getLogger(__name__)
 
@@ -28,6 +29,13 @@ MAX_KNOWN_HEAD_BYTES = 4096
 _NOT_REPEATABLE = frozenset({b"transfer-encoding", b"expect", b"upgrade"})
 # A client that still sends what has been refused would not read the answer if the connection broke under it.
 LINGER_S = 2.0
+# How long answers are awaited for a client that sends no more; an app's may be endless streams.
+HALF_CLOSED_S = 30.0
+HALF_CLOSED_APP_S = 0.5
+# A body from here on is received into the one buffer it stays in.
+LARGE_BODY_BYTES = 64 * 1024
+# A response from here on is written in the pieces it is made of, rather than joined.
+LARGE_RESPONSE_BYTES = 64 * 1024
 IDLE_TIMEOUT_S = 75.0
 READ_TIMEOUT_S = 60.0
 
@@ -76,6 +84,10 @@ def error_response(status: int, message: str, keep_alive: bool) -> bytes:
     return response_head(status, headers, len(body), keep_alive) + body
 
 
+# In one piece, or in several that are written one after the other.
+Response = bytes | list[Raw]
+
+
 class Exchange:
     """One request on a connection, and its response once there is one. The sink's token of an infer call."""
 
@@ -104,13 +116,46 @@ class Exchange:
         self.is_http_1_0 = False
         self.head: Head | None = None
         self.headers: list[tuple[bytes, bytes]] = []
-        self.body: bytes = b""
+        self.body: Raw = b""
         self.call: Call | None = None
         self.task: asyncio.Task[None] | None = None
         self.parts: list[bytes] | None = None
         self.reply: ReplyFormat = JSON_REPLY
         self.encoding = ""
-        self.response: bytes | None = None
+        self.response: Response | None = None
+
+
+class _LargeBody(asyncio.BufferedProtocol):
+    """Stands in for a connection while a large body comes, so that the system writes it where it stays."""
+
+    def __init__(self, connection: "Connection", exchange: Exchange, length: int, begun: Sequence[bytes]) -> None:
+        self._connection = connection
+        self._exchange = exchange
+        buffer: Any = np.empty(length, np.uint8)  # unlike a bytearray not written before it is needed
+        self._body = memoryview(buffer)
+        self._size = 0
+        for piece in begun:
+            self._body[self._size : self._size + len(piece)] = piece
+            self._size += len(piece)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._connection.connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        self._connection.pause_writing()
+
+    def resume_writing(self) -> None:
+        self._connection.resume_writing()
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._body[self._size :]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self._size += nbytes
+        self._connection.last_read = asyncio.get_running_loop().time()
+        if self._size == len(self._body):
+            self._exchange.body = self._body
+            self._connection.end_large_body(self._exchange)
 
 
 class Connection(asyncio.Protocol):
@@ -122,7 +167,9 @@ class Connection(asyncio.Protocol):
         self._parser = httptools.HttpRequestParser(self)
         self._transport: asyncio.Transport | None = None
         self.pending: deque[Exchange] = deque()
-        self._last_read = 0.0
+        self.last_read = 0.0
+        # The length of the body being read, where it is a large one of known length.
+        self._large_length = 0
         self._is_reading = False
         self._is_closing = False
         self._is_write_paused = False
@@ -135,7 +182,7 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's transports do not inherit from it
-        self._last_read = self._loop.time()
+        self.last_read = self._loop.time()
         self._front.connections.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -149,10 +196,27 @@ class Connection(asyncio.Protocol):
         self.pending.clear()
         self._can_write.set()
 
+    def eof_received(self) -> bool:
+        """The client sends no more. Most have gone, some wait for their answers: what is being executed is answered.
+
+        What only waits in a queue is cancelled.
+        """
+        if not self.pending or self._is_reading:
+            return False
+        self._is_closing = True
+        self.pending[-1].keep_alive = False
+        is_app = False
+        for exchange in self.pending:
+            is_app = is_app or exchange.task is not None
+            if exchange.call is not None:
+                exchange.call.is_cancelled = True
+        self._loop.call_later(HALF_CLOSED_APP_S if is_app else HALF_CLOSED_S, self._close)
+        return True
+
     def data_received(self, data: bytes) -> None:
         if self._is_closing:
             return
-        self._last_read = self._loop.time()
+        self.last_read = self._loop.time()
         if not self._is_reading:
             data = self._take_known(data)
             if not data:
@@ -167,6 +231,11 @@ class Connection(asyncio.Protocol):
         except httptools.HttpParserError as error:
             if not self._is_closing:
                 self._refuse(400, f"malformed HTTP request: {error}")
+        else:
+            if self._large_length and not self._is_closing:
+                length, self._large_length = self._large_length, 0
+                begun, self._body = self._body, []
+                self._begin_large_body(self._read_exchange(), length, begun)
 
     def _take_known(self, data: bytes) -> bytes:
         """Take the whole requests at the start of `data` whose heads were read before; returns what is left.
@@ -180,13 +249,21 @@ class Connection(asyncio.Protocol):
             end = data.find(b"\r\n\r\n", at, at + MAX_KNOWN_HEAD_BYTES) + 4
             if end == 3:
                 break
-            head = self._front.heads.get(data[at:end])
-            if head is None or end + head.length > len(data):
-                self._new_head = data[at:end]
+            raw = data[at:end]
+            head = self._front.heads.get(raw)
+            if head is None:
+                self._new_head = raw
+                break
+            is_whole = end + head.length <= len(data)
+            if not is_whole and head.length < LARGE_BODY_BYTES:
+                self._new_head = raw
                 break
             exchange = Exchange(self, head.method, head.url, head.keep_alive)
             exchange.head = head
             exchange.headers = head.headers
+            if not is_whole:
+                self._begin_large_body(exchange, head.length, [data[end:]])
+                return b""
             exchange.body = data[end : end + head.length]
             at = end + head.length
             self._accept(exchange)
@@ -237,11 +314,18 @@ class Connection(asyncio.Protocol):
         self._count_header(len(name) + len(value) + _HEADER_OVERHEAD)
 
     def on_headers_complete(self) -> None:
+        length, is_plain = 0, True
         for name, value in self._headers:
-            if name == b"content-length" and int(value) > self._front.limits.max_input_size:
-                self._refuse(413, self._too_large(int(value)))
+            if name == b"content-length":
+                length = int(value)
+                if length > self._front.limits.max_input_size:
+                    self._refuse(413, self._too_large(length))
+            elif name == b"transfer-encoding" or name == b"upgrade":
+                is_plain = False
             elif name == b"expect" and value.lower() == b"100-continue" and not self.pending and not self._is_closing:
                 self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if is_plain and length >= LARGE_BODY_BYTES and self._parser.get_method() != b"CONNECT":
+            self._large_length = length
 
     def on_body(self, body: bytes) -> None:
         self._body_size += len(body)
@@ -252,17 +336,51 @@ class Connection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         self._is_reading = False
+        self._large_length = 0
         if self._parser.should_upgrade():
             self._refuse(400, "protocol upgrades are not supported")
         if self._is_closing:
             return
-        exchange = Exchange(self, self._parser.get_method(), self._url, self._parser.should_keep_alive())
-        exchange.headers = self._headers
-        exchange.is_http_1_0 = self._parser.get_http_version() == "1.0"
+        exchange = self._read_exchange()
         exchange.body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
         self._body = []
         self._remember(exchange)
         self._accept(exchange)
+
+    def _read_exchange(self) -> Exchange:
+        """The request whose head the parser has read."""
+        exchange = Exchange(self, self._parser.get_method(), self._url, self._parser.should_keep_alive())
+        exchange.headers = self._headers
+        exchange.is_http_1_0 = self._parser.get_http_version() == "1.0"
+        return exchange
+
+    def _begin_large_body(self, exchange: Exchange, length: int, begun: Sequence[bytes]) -> None:
+        """Receive what is missing of a body without a copy."""
+        assert self._transport is not None
+        self._is_reading = True
+        try:
+            self._switch(_LargeBody(self, exchange, length, begun))
+        except MemoryError:
+            self._refuse(503, f"no memory for a body of {length} bytes")
+
+    def end_large_body(self, exchange: Exchange) -> None:
+        """The whole body is there."""
+        self._is_reading = False
+        self._parser = httptools.HttpRequestParser(self)  # the last one still waits for the body's rest
+        self._start_message()
+        self._switch(self)
+        if exchange.head is None:
+            self._remember(exchange)
+        self._accept(exchange)
+
+    def _switch(self, protocol: asyncio.BaseProtocol) -> None:
+        transport = self._transport
+        if transport is None or transport.is_closing():
+            return
+        transport.set_protocol(protocol)
+        if not self._is_read_paused:  # reading goes on in the way that the new protocol wants
+            transport.pause_reading()
+            transport.resume_reading()
 
     def _accept(self, exchange: Exchange) -> None:
         self.pending.append(exchange)
@@ -278,7 +396,7 @@ class Connection(asyncio.Protocol):
         """Answer with an error."""
         self.deliver(exchange, error_response(status, message, exchange.keep_alive))
 
-    def deliver(self, exchange: Exchange, response: bytes) -> None:
+    def deliver(self, exchange: Exchange, response: Response) -> None:
         """Write the response now, or when those before it have been written."""
         exchange.response = response
         exchange.call = None  # the two refer to each other: left to the garbage collector, they cost milliseconds
@@ -322,9 +440,9 @@ class Connection(asyncio.Protocol):
         """Close when nothing was sent for long: between requests silently, within one with a 408."""
         if self.pending or self._is_write_paused or self._is_closing:
             return
-        if self._is_reading and now - self._last_read > READ_TIMEOUT_S:
+        if self._is_reading and now - self.last_read > READ_TIMEOUT_S:
             self._refuse(408, f"no data for {READ_TIMEOUT_S:.0f} s within a request")
-        elif not self._is_reading and now - self._last_read > IDLE_TIMEOUT_S:
+        elif not self._is_reading and now - self.last_read > IDLE_TIMEOUT_S:
             self._close()
 
     def _start_message(self) -> None:
@@ -351,9 +469,12 @@ class Connection(asyncio.Protocol):
         self.pending.append(exchange)
         self.respond(exchange, status, message)
 
-    def _write(self, data: bytes) -> None:
+    def _write(self, data: Response) -> None:
         if self._transport is not None and not self._transport.is_closing():
-            self._transport.write(data)
+            if isinstance(data, list):
+                self._transport.writelines(data)
+            else:
+                self._transport.write(data)
 
     def _close(self) -> None:
         self._is_closing = True
