@@ -125,6 +125,6 @@ def _cnn() -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
 def _mean(model: BenchModel) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
     """The mean over all axes but the batch's and, of an image, the channels'."""
     axes = list(range(2, len(model.shape) + 1)) or [1]
-    weights = [numpy_helper.from_array(np.int64(axes), "axes")]
+    weights = [numpy_helper.from_array(np.array(axes, np.int64), "axes")]
     keeps = 0 if len(model.shape) > 1 else 1
     return [helper.make_node("ReduceMean", ["x", "axes"], ["y"], keepdims=keeps)], weights

@@ -9,7 +9,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from tutti.cost import Costs
+from tutti.cost import Costs, LatencyModel
 from tutti.types import Call
 
 
@@ -120,6 +120,50 @@ class BatchLimit:
             self.rows = None if self.rows * 2 >= configured else self.rows * 2
 
 
+class Returns:
+    """How soon clients that have been answered ask again: those that wait for an answer before they do are expected.
+
+    Where an execution costs much whatever its size, one that begins just before they are back is followed by another
+    one for them, and so on: half the work in each, for ever. It can be quicker to wait for them.
+    """
+
+    MIN_CHANCE = 0.75
+    _MOST = 0.9
+    _WEIGHT = 1 / 8
+
+    def __init__(self) -> None:
+        self.chance = 0.0
+        self.delay_ns = 0.0
+        self._answered_ns = 0
+        self._answered_rows = 0
+        self._arrived_rows = 0
+        self._is_known = True
+
+    def answered(self, now_ns: int, rows: int) -> None:
+        """A batch of `rows` rows gets its answers."""
+        if not self._is_known:
+            self.chance -= self.chance * self._WEIGHT  # most of the last one's did not come back
+        self._answered_ns, self._answered_rows, self._arrived_rows, self._is_known = now_ns, rows, 0, False
+
+    def arrived(self, now_ns: int, rows: int) -> None:
+        self._arrived_rows += rows
+        if not self._is_known and self._arrived_rows >= self._MOST * self._answered_rows:
+            delay_ns = now_ns - self._answered_ns
+            self.delay_ns += (delay_ns - self.delay_ns) * (self._WEIGHT if self.delay_ns else 1.0)
+            self.chance += (1 - self.chance) * self._WEIGHT
+            self._is_known = True
+
+    def wait_ns(self, now_ns: int, rows: int, limit: int, model: LatencyModel) -> int:
+        """How long to wait for more with `rows` rows at hand, of at most `limit`; 0 where it is quicker not to."""
+        coming = min(self._answered_rows - self._arrived_rows, limit - rows)
+        left_ns = self._answered_ns + int(self.delay_ns) - now_ns
+        patience_ns = left_ns + int(self.delay_ns) // 2
+        if self.chance < self.MIN_CHANCE or coming <= 0 or patience_ns <= 0:
+            return 0
+        together_ns = model.mean_ns(rows + coming) + max(0, left_ns)
+        return patience_ns if (rows + coming) * model.mean_ns(rows) > rows * together_ns else 0
+
+
 class _Lane:
     """Calls of one level and key, in order of arrival. `is_late`: their timeout has passed, and they were delayed."""
 
@@ -216,6 +260,23 @@ class BatchQueue:
             if lane_wake_ns is not None:
                 wake_ns = lane_wake_ns if wake_ns is None else min(wake_ns, lane_wake_ns)
         return Decision([], decision.dropped, wake_ns, decision.expired)
+
+    def may_grow(self) -> bool:
+        """Whether a batch that has been taken may still take more, as far as the policy goes."""
+        policy = self.policy
+        return self._is_plain and policy is not None and not policy.preferred_batch_sizes and not self.soonest_ns
+
+    def more(self, key: Hashable, rows: int) -> Decision:
+        """Up to `rows` rows for a batch of `key` that has been taken but does not execute yet."""
+        decision = Decision([])
+        lane = self._lanes.get(key)
+        while lane is not None and lane.calls and lane.calls[0].rows <= rows and self.may_grow():
+            call = self._pop(lane)
+            (decision.dropped if call.is_cancelled else decision.batch).append(call)
+            rows -= 0 if call.is_cancelled else call.rows
+        if lane is not None:
+            self._forget_if_empty(lane)
+        return decision
 
     def expire(self, now_ns: int) -> list[Call]:
         """Remove and return what has waited too long; what its policy delays goes behind all that is on time."""
@@ -316,14 +377,19 @@ class BatchQueue:
         model = costs.of(lanes[0].key) if costs is not None and self.soonest_ns else None
         waiting = min(limit, sum(lane.rows for lane in lanes))
         batch, rows, tightest_ns = decision.batch, 0, 0
+        if model is None:
+            self._fill_fast(lanes, limit, decision)
+            return
         for lane in lanes:
             calls = lane.calls
-            while calls and (not batch or rows + calls[0].rows <= limit):
+            while calls:
                 head = calls[0]
                 if head.is_cancelled:
                     decision.dropped.append(self._pop(lane))
                     continue
-                if model is not None and head.deadline_ns and (not tightest_ns or head.deadline_ns < tightest_ns):
+                if batch and rows + head.rows > limit:
+                    break
+                if head.deadline_ns and (not tightest_ns or head.deadline_ns < tightest_ns):
                     most = max(limit, head.rows)
                     fits = model.rows_within(head.deadline_ns - now_ns, most)
                     if fits < head.rows or (not batch and fits < waiting // 2):
@@ -335,6 +401,30 @@ class BatchQueue:
                     limit = min(most, fits)
                 batch.append(self._pop(lane))
                 rows += head.rows
+            self._forget_if_empty(lane)
+            if calls:
+                return
+
+    def _fill_fast(self, lanes: Sequence[_Lane], limit: int, decision: Decision) -> None:
+        """As `_fill`, where no call is in a hurry."""
+        batch, rows = decision.batch, 0
+        for lane in lanes:
+            calls, taken, before = lane.calls, 0, rows
+            while calls:
+                call = calls[0]
+                if call.is_cancelled:
+                    decision.dropped.append(self._pop(lane))
+                    continue
+                if batch and rows + call.rows > limit:
+                    break
+                batch.append(calls.popleft())
+                rows += call.rows
+                taken += 1
+            lane.rows -= rows - before
+            self.rows -= rows - before
+            self.calls -= taken
+            if not self._is_plain:
+                self._level_rows[lane.level] -= rows - before
             self._forget_if_empty(lane)
             if calls:
                 return

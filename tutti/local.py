@@ -1,8 +1,10 @@
 """An engine whose models execute in this process. Used by the single process and by each replica on Ray."""
 
 import asyncio
+import ctypes
 import logging
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +30,7 @@ EnsembleFactory = Callable[[ModelFolder, int, ModelStatistics, ModelOf, Infer], 
 """Turns an ensemble's configuration into an Infer: `ModelOf` describes its steps' models, the Infer serves them."""
 
 DEFAULT_CACHE_BYTES = 1 << 20
+_PR_SET_TIMERSLACK = 29
 
 
 def make_engine(
@@ -38,6 +41,7 @@ def make_engine(
     cache_bytes: int = DEFAULT_CACHE_BYTES,
 ) -> Engine:
     """An engine over `root` that has loaded nothing yet. `cache_bytes` bounds the response cache of all its models."""
+    make_timers_precise()
     cache = ResponseCache(cache_bytes)
 
     def load(folder: ModelFolder, version: int, statistics: ModelStatistics) -> Served:
@@ -134,6 +138,15 @@ async def poll_forever(engine: Engine, interval_s: float) -> None:
             await asyncio.to_thread(engine.poll)
         except Exception:
             _log.exception("the repository could not be polled")
+
+
+def make_timers_precise() -> None:
+    """Have Linux end waits when they are over, for this thread and those it starts.
+
+    By default it adds up to 50 us to save power: to queue delays, and to each wait of a model's own.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1, 0, 0, 0)
 
 
 def loop_timer(loop: asyncio.AbstractEventLoop) -> Timer:

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from typing import Protocol
 
-from tutti.batching import BatchLimit, Decision
+from tutti.batching import BatchLimit, Decision, Returns
 from tutti.cost import Costs
 from tutti.errors import Cancelled, DeadlineExceeded, InferError, Internal, OutOfMemory, Unavailable
 from tutti.statistics import BatchTimes, ModelStatistics
@@ -33,6 +33,12 @@ INLINE_NS = 250_000
 MAX_INLINE_DEPTH = 4
 # After an execution of this length the next one begins before the answers are delivered.
 PIPELINE_NS = 500_000
+# How often to look for more while waiting for clients that are expected back.
+LINGER_STEP_S = 100e-6
+
+
+Answers = Sequence[InferResponse | Exception | None]
+Executed = Answers | Callable[[], Answers]
 
 
 class Backend(Protocol):
@@ -45,11 +51,12 @@ class Backend(Protocol):
     runs_inline: bool
     kind: str
 
-    def execute(self, calls: Sequence[Call]) -> Sequence[InferResponse | Exception | None]:
+    def execute(self, calls: Sequence[Call]) -> Executed:
         """One answer per call, in order: an InferError fails only its own call. A raise fails them all.
 
         None means that the backend settles the call itself, now or later, from any thread. OutOfMemory, raised, means
-        that fewer calls at a time might fit.
+        that fewer calls at a time might fit. Where making the answers takes time of its own, a function that makes
+        them: it is called once, by any thread, maybe while the next batch executes.
         """
 
     def close(self) -> None: ...
@@ -82,6 +89,8 @@ class Waiting(Protocol):
     def has_room(self, call: Call) -> bool: ...
     def rows_ahead(self, call: Call) -> int: ...
     def batch_rows(self) -> int: ...
+    def may_grow(self) -> bool: ...
+    def more(self, key: Hashable, rows: int) -> Decision: ...
     def push(self, call: Call) -> int: ...
     def take(self, now_ns: int, costs: Costs | None = None) -> Decision: ...
     def expire(self, now_ns: int) -> list[Call]: ...
@@ -102,6 +111,8 @@ class Scheduler:
         # When each busy instance is expected to be free.
         self._until_ns: dict[int, int] = {}
         self._is_mixed = False
+        # Set once an execution was long enough for waiting to be worth a thought.
+        self._returns: Returns | None = None
         self._wake_ns: int | None = None
         self._expire_ns: int | None = None
         self._is_closing = False
@@ -133,6 +144,8 @@ class Scheduler:
                 if call_expires_ns and (not expires_ns or call_expires_ns < expires_ns):
                     expires_ns = call_expires_ns
             expires_ns = self._set_alarm(expires_ns)
+            if self._returns is not None:
+                self._returns.arrived(now_ns(), sum([call.rows for call in calls]))
         if refused:
             self._refuse(refused)
         for call, error in late:
@@ -162,6 +175,30 @@ class Scheduler:
                 self._set_free(instance)
         self._settle_unserved(decision)
         return decision.batch
+
+    def answers(self, rows: int) -> None:
+        """A batch that took long gets its answers now."""
+        with self._condition:
+            if self._returns is None:
+                self._returns = Returns()
+            self._returns.answered(now_ns(), rows)
+
+    def top_up(self, instance: Instance, batch: list[Call]) -> int:
+        """Add calls that came meanwhile to a batch that has not begun; returns how long to wait for more, ns."""
+        key = batch[0].key
+        rows = sum([call.rows for call in batch])
+        with self._condition:
+            if self._returns is None or self._is_closing or len(self._instances) > 1:
+                return 0
+            limit = self._queue.batch_rows()
+            decision = self._queue.more(key, limit - rows)
+            batch += decision.batch
+            rows += sum([call.rows for call in decision.batch])
+            wait_ns = 0
+            if rows < limit and self._queue.may_grow():
+                wait_ns = self._returns.wait_ns(now_ns(), rows, limit, instance.costs.of(key))
+        self._settle_unserved(decision)
+        return wait_ns
 
     def ran_out_of_memory(self, rows: int) -> None:
         """A batch of `rows` rows was too large: make smaller ones for a while."""
@@ -304,7 +341,7 @@ class ThreadInstance:
         # What its executions take of the processor: unlike their duration, no other thread can lengthen it.
         self._cpu = Costs()
         self._inbox: queue.SimpleQueue[list[Call] | None] = queue.SimpleQueue()
-        self._done: queue.SimpleQueue[tuple[list[Call], _Answers, BatchTimes] | None] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[tuple[list[Call], Executed, BatchTimes] | None] = queue.SimpleQueue()
         self._deliverer: threading.Thread | None = None
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -340,10 +377,15 @@ class ThreadInstance:
                 batch = self._execute_and_go_on(batch)
 
     def _execute_and_go_on(self, batch: list[Call]) -> list[Call]:
+        until_ns = 0
+        while (wait_ns := self._scheduler.top_up(self, batch)) and (not until_ns or now_ns() < until_ns):
+            until_ns = until_ns or now_ns() + wait_ns
+            time.sleep(LINGER_STEP_S)
         answers, times = self._execute(batch)
         if times.end_ns - times.start_ns < PIPELINE_NS:
             self._deliver(batch, answers, times)
             return self._scheduler.next_batch(self)
+        self._scheduler.answers(sum([call.rows for call in batch]))
         following = self._scheduler.next_batch(self)
         if not following:
             self._deliver(batch, answers, times)
@@ -358,7 +400,7 @@ class ThreadInstance:
         while (done := self._done.get()) is not None:
             self._deliver(*done)
 
-    def _execute(self, batch: list[Call]) -> tuple["_Answers", BatchTimes]:
+    def _execute(self, batch: list[Call]) -> tuple[Executed, BatchTimes]:
         start_ns = now_ns()
         start_cpu_ns = time.thread_time_ns() if self._backend.runs_inline else 0
         answers = self._answers(batch)
@@ -369,7 +411,7 @@ class ThreadInstance:
             self._cpu.record(key, rows, max(1, time.thread_time_ns() - start_cpu_ns))
         return answers, BatchTimes(start_ns, start_ns, end_ns, end_ns)
 
-    def _answers(self, batch: Sequence[Call]) -> "_Answers":
+    def _answers(self, batch: Sequence[Call]) -> Executed:
         try:
             answers = self._backend.execute(batch)
         except OutOfMemory as error:
@@ -377,14 +419,20 @@ class ThreadInstance:
                 return [error]
             self._scheduler.ran_out_of_memory(sum(call.rows for call in batch))
             middle = len(batch) // 2
-            return [*self._answers(batch[:middle]), *self._answers(batch[middle:])]
+            halves = [self._answers(batch[:middle]), self._answers(batch[middle:])]
+            return [answer for half in halves for answer in (half() if callable(half) else half)]
         except Exception as error:
             _log.debug("instance %s failed a batch of %d", self._name, len(batch), exc_info=True)
             return [as_infer_error(self._name, error)] * len(batch)
         self._scheduler.executed(sum([call.rows for call in batch]))
         return answers
 
-    def _deliver(self, batch: list[Call], answers: "_Answers", times: BatchTimes) -> None:
+    def _deliver(self, batch: list[Call], executed: Executed, times: BatchTimes) -> None:
+        try:
+            answers = executed() if callable(executed) else executed
+        except Exception as error:
+            _log.debug("instance %s failed a batch of %d", self._name, len(batch), exc_info=True)
+            answers = [as_infer_error(self._name, error)] * len(batch)
         answered: list[Call] = []
         is_traced = False
         for call, answer in zip(batch, answers, strict=True):
@@ -402,7 +450,6 @@ class ThreadInstance:
             _log.exception("instance %s: could not deliver answers", self._name)
 
 
-_Answers = Sequence[InferResponse | Exception | None]
 # How many executions the current thread is within.
 _here = threading.local()
 

@@ -78,6 +78,12 @@ class SlotQueue:
     def rows_ahead(self, call: Call) -> int:
         return 0
 
+    def may_grow(self) -> bool:
+        return False
+
+    def more(self, key: Hashable, rows: int) -> Decision:
+        return Decision([])
+
     def batch_rows(self) -> int:
         return self.configured_rows
 

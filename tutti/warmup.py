@@ -39,7 +39,8 @@ def run(folder: ModelFolder, instances: Sequence[Backend]) -> None:
                 call = Call(InferRequest(config.name, dict(inputs)), sink, None, lambda _: None)
                 call.rows = warmup.batch_size
                 try:
-                    (answer,) = instance.execute([call])
+                    executed = instance.execute([call])
+                    (answer,) = executed() if callable(executed) else executed
                 except Exception as error:
                     answer = error
                 failure = sink.error if answer is None else answer

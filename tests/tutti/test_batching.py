@@ -103,11 +103,12 @@ def oracle(waiting: list[Call], policy: BatchingPolicy | None, now_ns: int) -> l
             continue
         batch, rows = [mine[0]], mine[0].rows
         for one in mine[1:]:
+            if one.is_cancelled:
+                continue
             if rows + one.rows > limit:
                 break
-            if not one.is_cancelled:
-                batch.append(one)
-                rows += one.rows
+            batch.append(one)
+            rows += one.rows
         return batch
     return []
 

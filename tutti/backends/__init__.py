@@ -9,7 +9,7 @@ from tutti import rows
 from tutti.config import InstanceGroup, ModelConfig
 from tutti.errors import ConfigError
 from tutti.repository import ModelFolder
-from tutti.scheduler import Backend
+from tutti.scheduler import Backend, Executed
 from tutti.types import Call, Infer, InferResponse, Tensor
 
 SUPPORTED = ("onnxruntime", "python")
@@ -48,13 +48,14 @@ class Reshaped:
         self._inputs = {spec.name: spec for spec in config.inputs if spec.reshape is not None}
         self._outputs = {spec.name: spec for spec in config.outputs if spec.reshape is not None}
 
-    def execute(self, calls: Sequence[Call]) -> Sequence[InferResponse | Exception | None]:
+    def execute(self, calls: Sequence[Call]) -> Executed:
         for call in calls:
             inputs = call.request.inputs
             for name, spec in self._inputs.items():
                 if name in inputs:
                     inputs[name] = rows.reshape(inputs[name], spec.dims, spec.model_dims, self._is_batched)
-        answers = self._backend.execute(calls)
+        executed = self._backend.execute(calls)
+        answers = executed() if callable(executed) else executed
         for answer in answers:
             if isinstance(answer, InferResponse):
                 answer.outputs = [self._as_configured(tensor) for tensor in answer.outputs]

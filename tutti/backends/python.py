@@ -17,15 +17,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
-
 from tutti import backends, config
 from tutti.backends import triton_python_backend_utils as pb_utils
 from tutti.config import InstanceGroup, ModelConfig
+from tutti.dtypes import NUMPY, Array, from_numpy
 from tutti.errors import ConfigError, InferError, Internal
 from tutti.repository import ModelFolder
-from tutti.scheduler import Backend
-from tutti.types import Call, Infer, InferRequest, InferResponse, Tensor
+from tutti.scheduler import Backend, Executed
+from tutti.types import Call, Infer, InferResponse, Tensor
 
 _log = logging.getLogger(__name__)
 
@@ -98,7 +97,8 @@ class PythonBackend:
         self._version = str(version)
         self._model = model
         self._output_names = tuple(spec.name for spec in folder.config.outputs)
-        self._specs = {spec.name: spec for spec in folder.config.outputs}
+        self._datatypes = {spec.name: spec.datatype for spec in folder.config.outputs}
+        self._has_text = any(spec.datatype == "BYTES" for spec in folder.config.inputs)
         self._null = InferResponse(self._config.name, self._version, [], is_null=True)
         self._owed = 0
         self._settled = threading.Condition()
@@ -117,20 +117,21 @@ class PythonBackend:
             "model_name": name,
         }
 
-    def execute(self, calls: Sequence[Call]) -> Sequence[InferResponse | Exception | None]:
+    def execute(self, calls: Sequence[Call]) -> Executed:
         """None where the model answers, or has answered, through a response sender."""
-        answers: list[InferResponse | Exception | None] = []
-        passed = []
-        for call in calls:
+        spoiled: dict[int, InferError] = {}
+        for call in calls if self._has_text else ():  # the sizes of other tensors have been checked
             try:
                 for tensor in call.request.inputs.values():
                     tensor.array()
-                passed.append(call)
-                answers.append(_PENDING)
             except InferError as error:
-                answers.append(type(error)(f"model '{self._config.name}': {error.message}"))
-        executed = iter(self._execute(passed) if passed else ())
-        return [next(executed) if answer is _PENDING else answer for answer in answers]
+                spoiled[id(call)] = type(error)(f"model '{self._config.name}': {error.message}")
+        passed = [call for call in calls if id(call) not in spoiled] if spoiled else list(calls)
+        executed = self._execute(passed) if passed else []
+        if not spoiled:
+            return executed
+        rest = iter(executed() if callable(executed) else executed)
+        return [spoiled[id(call)] if id(call) in spoiled else next(rest) for call in calls]
 
     def close(self) -> None:
         """Wait for the answers still owed, then finalize."""
@@ -143,7 +144,7 @@ class PythonBackend:
             except Exception:
                 _log.exception("model '%s': finalize failed", self._config.name)
 
-    def _execute(self, calls: list[Call]) -> list[InferResponse | Exception | None]:
+    def _execute(self, calls: list[Call]) -> Executed:
         is_decoupled = self._config.is_decoupled
         senders: dict[int, pb_utils.InferenceResponseSender] = {}
 
@@ -173,7 +174,8 @@ class PythonBackend:
             for sender in senders.values():
                 sender.fail(failure)
             return [None if id(call) in senders else failure for call in calls]
-        return [
+        pb_utils.detach(responses or ())
+        return lambda: [
             None if response is None and id(call) in senders else self._answer(call, response)
             for call, response in zip(calls, responses or [None] * len(calls), strict=True)
         ]
@@ -197,35 +199,30 @@ class PythonBackend:
         error = response.error()
         if error is not None:
             return error.as_infer_error()
-        request: InferRequest = call.request
+        asked = call.request.outputs
         try:
-            outputs = {tensor.name: tensor for tensor in pb_utils.to_outputs(response)}
-            asked = request.outputs
-            chosen = [self._checked(outputs, name) for name in self._output_names if not asked or name in asked]
+            arrays = pb_utils.arrays_of(response)
+            chosen = [self._output(arrays, name) for name in self._output_names if not asked or name in asked]
         except InferError as bad_output:
             return Internal(bad_output.message)
-        parameters = json.loads(response.parameters())
-        if not all(isinstance(value, bool | int | float | str) for value in parameters.values()):
+        parameters = pb_utils.parameters_of(response)
+        if parameters and not all(isinstance(value, bool | int | float | str) for value in parameters.values()):
             return Internal(f"model '{self._config.name}': response parameters: expected numbers, text and booleans")
         return InferResponse(self._config.name, self._version, chosen, parameters)
 
-    def _checked(self, outputs: dict[str, Tensor], name: str) -> Tensor:
-        spec = self._specs[name]
-        tensor = outputs.get(name)
-        if tensor is None:
+    def _output(self, arrays: dict[str, Array], name: str) -> Tensor:
+        array = arrays.get(name)
+        if array is None:
             raise Internal(f"model '{self._config.name}': its response lacks output '{name}'")
-        if tensor.datatype != spec.datatype and (tensor.datatype, spec.datatype) != ("UINT16", "BF16"):
-            raise Internal(
-                f"model '{self._config.name}': output '{name}': expected {spec.datatype}, "
-                f"model.py made {tensor.datatype}"
-            )
-        # A model may write its next answer into the same array before this one has been sent.
-        data = tensor.data.copy() if isinstance(tensor.data, np.ndarray) else tensor.data
-        return Tensor(name, spec.datatype, tensor.shape, data)
+        datatype = self._datatypes[name]
+        if array.dtype != NUMPY[datatype]:
+            made = from_numpy(array.dtype)
+            if made != datatype and (made, datatype) != ("UINT16", "BF16"):
+                raise Internal(
+                    f"model '{self._config.name}': output '{name}': expected {datatype}, model.py made {made}"
+                )
+        return Tensor(name, datatype, array.shape, array)
 
 
 async def _awaited(work: Any) -> Any:
     return await work
-
-
-_PENDING: Any = object()

@@ -7,8 +7,9 @@ import asyncio
 import json
 import logging
 import queue
+import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, ClassVar
 
@@ -83,9 +84,11 @@ class TritonError:
 class Tensor:
     """A named tensor over a numpy array."""
 
+    __slots__ = ("_array", "_name")
+
     def __init__(self, name: str, array: Array) -> None:
         self._name = name
-        self._array = np.asarray(array)
+        self._array = array if type(array) is np.ndarray else np.asarray(array)
 
     @classmethod
     def from_dlpack(cls, name: str, tensor: Any) -> "Tensor":
@@ -142,6 +145,8 @@ class InferenceTrace:
 class InferenceResponse:
     """The answer to one request: its outputs, or an error."""
 
+    __slots__ = ("_error", "_outputs", "_parameters")
+
     def __init__(
         self,
         output_tensors: Sequence[Tensor] = (),
@@ -150,9 +155,9 @@ class InferenceResponse:
     ) -> None:
         self._outputs = list(output_tensors)
         self._error = TritonError(error) if isinstance(error, str) else error
-        self._parameters: dict[str, Any] = (
-            json.loads(parameters or "{}") if isinstance(parameters, str) else dict(parameters or {})
-        )
+        self._parameters: dict[str, Any] = {}
+        if parameters:
+            self._parameters = json.loads(parameters) if isinstance(parameters, str) else dict(parameters)
 
     def output_tensors(self) -> list[Tensor]:
         return self._outputs
@@ -237,6 +242,8 @@ class InferenceResponseSender:
 
 class InferenceRequest:
     """A request: one of the batch, as execute sees it, or one that a model makes to another model."""
+
+    __slots__ = ("_call", "_output_names", "_request", "_sender")
 
     def __init__(
         self,
@@ -576,9 +583,30 @@ def deserialize_bytes_tensor(encoded: bytes) -> Array:
     return np.array(elements, dtype=object)
 
 
-def to_outputs(response: InferenceResponse) -> list[_Tensor]:
-    """A response's tensors in the server's own form."""
-    return [_Tensor.of(tensor.name(), _text_as_bytes(tensor.as_numpy())) for tensor in response.output_tensors()]
+def arrays_of(response: InferenceResponse) -> dict[str, Array]:
+    """Not for models: a response's outputs, text as objects."""
+    return {tensor.name(): _text_as_bytes(tensor.as_numpy()) for tensor in response.output_tensors()}
+
+
+def detach(responses: Iterable[Any]) -> None:
+    """Not for models: give responses copies of those arrays that the model could write to again.
+
+    An array that its tensor alone refers to, and that is no view of another, is the tensor's own.
+    """
+    for response in responses:
+        if isinstance(response, InferenceResponse):
+            for tensor in response._outputs:
+                if tensor._array.base is not None or sys.getrefcount(tensor._array) > _REFERENCES_OF_ITS_OWN:
+                    tensor._array = tensor._array.copy()
+
+
+# The tensor's, and getrefcount's argument.
+_REFERENCES_OF_ITS_OWN = 2
+
+
+def parameters_of(response: InferenceResponse) -> dict[str, Any]:
+    """Not for models: a copy of a response's parameters."""
+    return dict(response._parameters)
 
 
 def _text_as_bytes(array: Array) -> Array:
