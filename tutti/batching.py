@@ -137,25 +137,35 @@ class Returns:
         self._answered_ns = 0
         self._answered_rows = 0
         self._arrived_rows = 0
+        self._longest_ns = 0
         self._is_known = True
 
-    def answered(self, now_ns: int, rows: int) -> None:
-        """A batch of `rows` rows gets its answers."""
+    def answered(self, now_ns: int, rows: int, took_ns: int) -> None:
+        """A batch of `rows` rows, which took `took_ns` to execute, gets its answers."""
         if not self._is_known:
             self.chance -= self.chance * self._WEIGHT  # most of the last one's did not come back
         self._answered_ns, self._answered_rows, self._arrived_rows, self._is_known = now_ns, rows, 0, False
+        self._longest_ns = took_ns
 
     def arrived(self, now_ns: int, rows: int) -> None:
         self._arrived_rows += rows
-        if not self._is_known and self._arrived_rows >= self._MOST * self._answered_rows:
-            delay_ns = now_ns - self._answered_ns
-            self.delay_ns += (delay_ns - self.delay_ns) * (self._WEIGHT if self.delay_ns else 1.0)
-            self.chance += (1 - self.chance) * self._WEIGHT
-            self._is_known = True
+        if self._is_known or self._arrived_rows < self._MOST * self._answered_rows:
+            return
+        self._is_known = True
+        delay_ns = now_ns - self._answered_ns
+        if delay_ns > self._longest_ns:  # these were not waited for
+            self.chance -= self.chance * self._WEIGHT
+            return
+        self.delay_ns += (delay_ns - self.delay_ns) * (self._WEIGHT if self.delay_ns else 1.0)
+        self.chance += (1 - self.chance) * self._WEIGHT
+
+    def coming(self, most: int) -> int:
+        """Rows that are still expected, of at most `most`."""
+        return max(0, min(self._answered_rows - self._arrived_rows, most))
 
     def wait_ns(self, now_ns: int, rows: int, limit: int, model: LatencyModel) -> int:
         """How long to wait for more with `rows` rows at hand, of at most `limit`; 0 where it is quicker not to."""
-        coming = min(self._answered_rows - self._arrived_rows, limit - rows)
+        coming = self.coming(limit - rows)
         left_ns = self._answered_ns + int(self.delay_ns) - now_ns
         patience_ns = left_ns + int(self.delay_ns) // 2
         if self.chance < self.MIN_CHANCE or coming <= 0 or patience_ns <= 0:

@@ -54,18 +54,23 @@ def answers(
         return [InferResponse(name, version, outputs)]
     first_input = next(iter(requests[0].inputs))
     sizes = [request.inputs[first_input].shape[0] for request in requests]
-    made = []
     if is_alike and all(tensor.datatype != "BYTES" for tensor in outputs):
-        columns = Columns(outputs)
-        at = 0
-        for size in sizes:
-            made.append(InferResponse.of_part(name, version, columns, at, at + size))
-            at += size
-        return made
-    parts = zip(*[split(output, sizes) for output in outputs], strict=True)
-    for request, own in zip(requests, parts, strict=True):
+        return parts(name, version, Columns(outputs), sizes)
+    made = []
+    splits = zip(*[split(output, sizes) for output in outputs], strict=True)
+    for request, own in zip(requests, splits, strict=True):
         asked = request.outputs
         made.append(InferResponse(name, version, [part for part in own if not asked or part.name in asked]))
+    return made
+
+
+def parts(name: str, version: str, columns: Columns, sizes: Sequence[int]) -> list[InferResponse]:
+    """Responses of `sizes` rows each, one after the other."""
+    made = []
+    at = 0
+    for size in sizes:
+        made.append(InferResponse.of_part(name, version, columns, at, at + size))
+        at += size
     return made
 
 

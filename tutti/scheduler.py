@@ -33,8 +33,6 @@ INLINE_NS = 250_000
 MAX_INLINE_DEPTH = 4
 # After an execution of this length the next one begins before the answers are delivered.
 PIPELINE_NS = 500_000
-# How often to look for more while waiting for clients that are expected back.
-LINGER_STEP_S = 100e-6
 
 
 Answers = Sequence[InferResponse | Exception | None]
@@ -113,6 +111,8 @@ class Scheduler:
         self._is_mixed = False
         # Set once an execution was long enough for waiting to be worth a thought.
         self._returns: Returns | None = None
+        # How many rows wake the instance that waits for them.
+        self._wanted_rows = 0
         self._wake_ns: int | None = None
         self._expire_ns: int | None = None
         self._is_closing = False
@@ -146,6 +146,8 @@ class Scheduler:
             expires_ns = self._set_alarm(expires_ns)
             if self._returns is not None:
                 self._returns.arrived(now_ns(), sum([call.rows for call in calls]))
+                if self._wanted_rows and self._queue.rows >= self._wanted_rows:
+                    self._condition.notify_all()
         if refused:
             self._refuse(refused)
         for call, error in late:
@@ -176,12 +178,12 @@ class Scheduler:
         self._settle_unserved(decision)
         return decision.batch
 
-    def answers(self, rows: int) -> None:
+    def answers(self, rows: int, took_ns: int) -> None:
         """A batch that took long gets its answers now."""
         with self._condition:
             if self._returns is None:
                 self._returns = Returns()
-            self._returns.answered(now_ns(), rows)
+            self._returns.answered(now_ns(), rows, took_ns)
 
     def top_up(self, instance: Instance, batch: list[Call]) -> int:
         """Add calls that came meanwhile to a batch that has not begun; returns how long to wait for more, ns."""
@@ -197,8 +199,16 @@ class Scheduler:
             wait_ns = 0
             if rows < limit and self._queue.may_grow():
                 wait_ns = self._returns.wait_ns(now_ns(), rows, limit, instance.costs.of(key))
+            self._wanted_rows = self._returns.coming(limit - rows) if wait_ns else 0
         self._settle_unserved(decision)
         return wait_ns
+
+    def wait_for_more(self, timeout_ns: int) -> None:
+        """Until all that top_up expected has come."""
+        with self._condition:
+            if self._wanted_rows:
+                self._condition.wait(timeout_ns / 1e9)
+                self._wanted_rows = 0
 
     def ran_out_of_memory(self, rows: int) -> None:
         """A batch of `rows` rows was too large: make smaller ones for a while."""
@@ -378,14 +388,17 @@ class ThreadInstance:
 
     def _execute_and_go_on(self, batch: list[Call]) -> list[Call]:
         until_ns = 0
-        while (wait_ns := self._scheduler.top_up(self, batch)) and (not until_ns or now_ns() < until_ns):
-            until_ns = until_ns or now_ns() + wait_ns
-            time.sleep(LINGER_STEP_S)
+        while wait_ns := self._scheduler.top_up(self, batch):
+            now = now_ns()
+            until_ns = until_ns or now + wait_ns
+            if now >= until_ns:
+                break
+            self._scheduler.wait_for_more(until_ns - now)
         answers, times = self._execute(batch)
         if times.end_ns - times.start_ns < PIPELINE_NS:
             self._deliver(batch, answers, times)
             return self._scheduler.next_batch(self)
-        self._scheduler.answers(sum([call.rows for call in batch]))
+        self._scheduler.answers(sum([call.rows for call in batch]), times.end_ns - times.start_ns)
         following = self._scheduler.next_batch(self)
         if not following:
             self._deliver(batch, answers, times)

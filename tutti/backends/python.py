@@ -17,14 +17,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tutti import backends, config
+from tutti import backends, config, rows
 from tutti.backends import triton_python_backend_utils as pb_utils
 from tutti.config import InstanceGroup, ModelConfig
 from tutti.dtypes import NUMPY, Array, from_numpy
 from tutti.errors import ConfigError, InferError, Internal
 from tutti.repository import ModelFolder
 from tutti.scheduler import Backend, Executed
-from tutti.types import Call, Infer, InferResponse, Tensor
+from tutti.types import Call, Columns, Infer, InferResponse, Tensor
 
 _log = logging.getLogger(__name__)
 
@@ -175,10 +175,12 @@ class PythonBackend:
                 sender.fail(failure)
             return [None if id(call) in senders else failure for call in calls]
         pb_utils.detach(responses or ())
-        return lambda: [
-            None if response is None and id(call) in senders else self._answer(call, response)
-            for call, response in zip(calls, responses or [None] * len(calls), strict=True)
-        ]
+        if senders:
+            return [
+                None if response is None and id(call) in senders else self._answer(call, response)
+                for call, response in zip(calls, responses or [None] * len(calls), strict=True)
+            ]
+        return lambda: self._joined(calls, responses) or list(map(self._answer, calls, responses))
 
     def _paid(self) -> None:
         with self._settled:
@@ -192,6 +194,19 @@ class PythonBackend:
         elif not isinstance(responses, list) or len(responses) != count:
             got = f"{len(responses)} responses" if isinstance(responses, list) else f"a {type(responses).__name__}"
             raise TypeError(f"expected {count} responses, got {got}")
+
+    def _joined(self, calls: Sequence[Call], responses: Any) -> list[InferResponse] | None:
+        """The answers as parts of joined arrays, which are quick to encode, where all are alike, plain and small."""
+        asked = calls[0].request.outputs
+        if len(calls) == 1 or not self._config.is_batched or any(call.request.outputs != asked for call in calls):
+            return None
+        names = [name for name in self._output_names if not asked or name in asked]
+        sizes = [call.rows for call in calls]
+        joined = pb_utils.join(responses, names, [NUMPY[self._datatypes[name]] for name in names], sizes)
+        if joined is None:
+            return None
+        outputs = [Tensor(n, self._datatypes[n], array.shape, array) for n, array in zip(names, joined, strict=True)]
+        return rows.parts(self._config.name, self._version, Columns(outputs), sizes)
 
     def _answer(self, call: Call, response: Any) -> InferResponse | InferError:
         if not isinstance(response, pb_utils.InferenceResponse):

@@ -198,6 +198,7 @@ class InferenceResponseSender:
         is_final = bool(flags & TRITONSERVER_RESPONSE_COMPLETE_FINAL)
         if response is None and not is_final:
             raise TritonModelException("send: expected a response, or the final flag")
+        detach([response])
         with self._lock:
             if self._is_closed:
                 if response is None and not self._is_decoupled:
@@ -586,6 +587,36 @@ def deserialize_bytes_tensor(encoded: bytes) -> Array:
 def arrays_of(response: InferenceResponse) -> dict[str, Array]:
     """Not for models: a response's outputs, text as objects."""
     return {tensor.name(): _text_as_bytes(tensor.as_numpy()) for tensor in response.output_tensors()}
+
+
+def join(
+    responses: Sequence[Any], names: Sequence[str], wanted: Sequence[np.dtype[Any]], rows: Sequence[int]
+) -> list[Array] | None:
+    """Not for models: each output of all responses, joined; None where they are not alike, or too large to copy."""
+    columns: list[list[Array]] = [[] for _ in names]
+    for response, size in zip(responses, rows, strict=True):
+        if not isinstance(response, InferenceResponse) or response._error is not None or response._parameters:
+            return None
+        if len(response._outputs) != len(names):
+            return None
+        for index, tensor in enumerate(response._outputs):
+            array = tensor._array
+            if tensor._name != names[index] or array.dtype != wanted[index] or array.shape[:1] != (size,):
+                return None
+            columns[index].append(array)
+    if any(
+        wide.dtype == object or sum([a.nbytes for a in column]) > _MAX_JOINED
+        for column in columns
+        for wide in column[:1]
+    ):
+        return None
+    try:
+        return [np.concatenate(column) for column in columns]
+    except ValueError:  # other axes differ
+        return None
+
+
+_MAX_JOINED = 64 * 1024
 
 
 def detach(responses: Iterable[Any]) -> None:
