@@ -8,6 +8,7 @@ import asyncio
 import logging
 import re
 import ssl
+import threading
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,6 +50,7 @@ class HttpFront:
         self._app = app
         self._api = api
         self._loop = asyncio.get_running_loop()
+        self._thread = threading.get_ident()
         self._arrived: list[Exchange] = []
         self._headers = http_codec.HeaderCache()
         self._routes: dict[bytes, tuple[str, str] | None] = {}
@@ -99,6 +101,9 @@ class HttpFront:
     def settle(self, calls: Sequence[Call]) -> None:
         """Encode in the caller's thread, write on the loop: one trip for all of them."""
         answered = [(call.token, self._encode(call)) for call in calls]
+        if threading.get_ident() == self._thread:
+            _deliver(answered)
+            return
         try:
             self._loop.call_soon_threadsafe(_deliver, answered)
         except RuntimeError:
