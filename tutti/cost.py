@@ -94,6 +94,29 @@ class LatencyModel:
         return int(low_ns + slope * (rows - low)) if rows <= high else int(high_ns + slope * (rows - high))
 
 
+class Alternatives:
+    """Which of two ways to do a thing costs less for each unit: the better one so far, the other one now and then."""
+
+    TRY_EVERY = 32
+
+    def __init__(self) -> None:
+        self._ns: list[float] = [0.0, 0.0]
+        self._turns = 0
+
+    def choose(self) -> int:
+        """0 or 1."""
+        for way, ns in enumerate(self._ns):
+            if not ns:
+                return way
+        self._turns += 1
+        best = 0 if self._ns[0] <= self._ns[1] else 1
+        return 1 - best if self._turns % self.TRY_EVERY == 0 else best
+
+    def record(self, way: int, ns: int, units: int) -> None:
+        each = max(1.0, ns / units)
+        self._ns[way] += (each - self._ns[way]) * (_MEAN_WEIGHT if self._ns[way] else 1.0)
+
+
 class Costs:
     """The latency models of one kind of instance, by batch key: shapes decide how long a row takes.
 

@@ -1,6 +1,7 @@
 """Joining requests into one batch along the first axis, and splitting the outputs back. Pure."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -9,7 +10,33 @@ from tutti.dtypes import Array
 from tutti.types import Columns, InferRequest, InferResponse, Shape, Tensor
 
 
-def join(requests: Sequence[InferRequest], name: str) -> Array:
+class Scratch:
+    """Memory for large joined inputs, by name: fresh pages for each batch would cost more than the copy itself.
+
+    Who has one executes one batch at a time, and keeps no input.
+    """
+
+    MIN_BYTES = 256 * 1024
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Array] = {}
+
+    def take(self, name: str, size: int) -> Array:
+        """`size` bytes, of any content."""
+        buffer = self._buffers.get(name)
+        if buffer is None or len(buffer) < size:
+            buffer = self._buffers[name] = np.empty(size, np.uint8)
+        return buffer[:size]
+
+
+def is_large(requests: Sequence[InferRequest]) -> bool:
+    """Whether joining these requests, which are of about one size, takes copies that count."""
+    data = [tensor.data for tensor in requests[0].inputs.values()]
+    size = sum([one.nbytes if isinstance(one, np.ndarray) else len(one) for one in data])
+    return size * len(requests) >= Scratch.MIN_BYTES
+
+
+def join(requests: Sequence[InferRequest], name: str, scratch: Scratch | None = None) -> Array:
     """Input `name` of all requests, concatenated along the first axis: one copy, none for a single request.
 
     The requests share a batch key, so all but the first axis agree.
@@ -20,6 +47,12 @@ def join(requests: Sequence[InferRequest], name: str) -> Array:
         return first.array()
     if first.datatype == "BYTES" or any(isinstance(tensor.data, np.ndarray) for tensor in tensors):
         return np.concatenate([tensor.array() for tensor in tensors])
+    size = sum([len(tensor.data) for tensor in tensors])
+    if scratch is not None and size >= scratch.MIN_BYTES:
+        buffer = scratch.take(name, size)
+        parts: list[Any] = [np.frombuffer(tensor.data, np.uint8) for tensor in tensors]
+        np.concatenate(parts, out=buffer)
+        return buffer.view(dtypes.NUMPY[first.datatype]).reshape(-1, *first.shape[1:])
     joined = b"".join([tensor.data for tensor in tensors])  # type: ignore[misc]
     return np.frombuffer(joined, dtypes.NUMPY[first.datatype]).reshape(-1, *first.shape[1:])
 
