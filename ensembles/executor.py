@@ -100,7 +100,9 @@ class EnsembleExecutor:
         parent = run.call.request
         wanted = tuple(model_name for model_name, _ in step.outputs)
         request = InferRequest(step.model_name, inputs, step.version, parent.id, wanted, parent.parameters)
-        return Call(request, self, (run, step))
+        call = Call(request, self, (run, step))
+        call.deadline_ns = run.call.deadline_ns
+        return call
 
     def _advance(self, run: _Run, step: Step, answer: InferResponse | None, ready: dict[int, list[_Run]]) -> None:
         assert answer is not None

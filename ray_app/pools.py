@@ -171,7 +171,7 @@ class Router:
 
     async def send_to(self, pool: Pool, replica: str, calls: Sequence[Call]) -> list[Answer]:
         """As `infer`, by one replica and no other. Raises Unavailable when it is lost."""
-        message = wire.pack_requests([call.request for call in calls])
+        message = wire.pack_calls(calls, now_ns())
         try:
             answer = await self._call(pool, message, replica)
             if isinstance(answer, str):
@@ -195,7 +195,7 @@ class Router:
 
         A stream that is lost before its first answer begins anew elsewhere.
         """
-        message = wire.pack_requests([call.request])
+        message = wire.pack_calls([call], now_ns())
         failed: list[Pool] = []
         deadline = self._loop.time() + NO_POOL_TIMEOUT_S
         while True:
@@ -261,7 +261,7 @@ class Router:
 
     async def infer(self, calls: Sequence[Call]) -> list[Answer]:
         """One answer per call. Raises Unavailable when no pool comes up in time, Internal when every send was lost."""
-        message = wire.pack_requests([call.request for call in calls])
+        message = wire.pack_calls(calls, now_ns())
         failed: list[Pool] = []
         lost = ""
         while len(failed) < MAX_SENDS:

@@ -10,7 +10,7 @@ from ray_app import wire
 from ray_app.control import Change
 from ray_app.placement import PoolName
 from tutti.errors import ConfigError
-from tutti.types import Call
+from tutti.types import Call, now_ns
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +86,8 @@ class Replica:
         refusal = self._refusal(generation, to)
         if refusal:
             return refusal
-        requests = wire.unpack_requests(message)
-        gather = _Gather(len(requests), self._loop)
-        calls = [Call(request, gather) for request in requests]
+        gather = _Gather(len(message[2]), self._loop)
+        calls = wire.unpack_calls(message, gather, now_ns())
         self._engine(calls)
         await gather.done
         return wire.pack_answers([call.answer for call in calls if call.answer is not None])
@@ -103,9 +102,11 @@ class Replica:
         if refusal:
             yield refusal
             return
-        (request,) = wire.unpack_requests(message)
         answers = Answers()
-        self._engine([answers.call(request)])
+        (sent,) = wire.unpack_calls(message, answers, now_ns())
+        call = answers.call(sent.request)
+        call.deadline_ns = sent.deadline_ns
+        self._engine([call])
         try:
             while True:
                 item = await answers.get()

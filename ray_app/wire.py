@@ -6,10 +6,10 @@ All tensors of a message lie in one buffer, so that a hop costs one copy and a f
 from collections.abc import Sequence
 from typing import Any
 
-from tutti.types import Answer, InferRequest, InferResponse, Parameters, Raw, Shape, Tensor
+from tutti.types import Answer, Call, InferRequest, InferResponse, Parameters, Raw, Shape, Sink, Tensor
 
 _TensorHead = tuple[str, str, Shape, int]
-_RequestHead = tuple[str, tuple[str, ...], Parameters, tuple[_TensorHead, ...]]
+_RequestHead = tuple[str, tuple[str, ...], Parameters, tuple[_TensorHead, ...], int]
 BatchMessage = tuple[str, str, list[_RequestHead], bytes]
 AnswerMessage = tuple[list[Any], bytes]
 
@@ -18,24 +18,31 @@ GONE = "gone"
 BEHIND = "behind"
 
 
-def pack_requests(requests: Sequence[InferRequest]) -> BatchMessage:
-    """Requests to one model and version."""
+def pack_calls(calls: Sequence[Call], now_ns: int) -> BatchMessage:
+    """Calls of one model and version. Machines' clocks differ: what travels is the time that is left."""
     parts: list[Raw] = []
-    heads = [(r.id, r.outputs, r.parameters, _pack(r.inputs.values(), parts)) for r in requests]
-    return requests[0].model_name, requests[0].model_version, heads, b"".join(parts)
+    heads = []
+    for call in calls:
+        r = call.request
+        left_ns = max(1, call.deadline_ns - now_ns) if call.deadline_ns else 0
+        heads.append((r.id, r.outputs, r.parameters, _pack(r.inputs.values(), parts), left_ns))
+    first = calls[0].request
+    return first.model_name, first.model_version, heads, b"".join(parts)
 
 
-def unpack_requests(message: BatchMessage) -> list[InferRequest]:
-    """The inverse; tensors are views of the message."""
+def unpack_calls(message: BatchMessage, sink: Sink, now_ns: int) -> list[Call]:
+    """The inverse, with answers for `sink`; tensors are views of the message."""
     model_name, version, heads, data = message
     view = memoryview(data)
     at = 0
-    requests = []
-    for request_id, outputs, parameters, tensors in heads:
+    calls = []
+    for request_id, outputs, parameters, tensors, left_ns in heads:
         unpacked, at = _unpack(tensors, view, at)
         inputs = {tensor.name: tensor for tensor in unpacked}
-        requests.append(InferRequest(model_name, inputs, version, request_id, outputs, parameters))
-    return requests
+        call = Call(InferRequest(model_name, inputs, version, request_id, outputs, parameters), sink)
+        call.deadline_ns = now_ns + left_ns if left_ns else 0
+        calls.append(call)
+    return calls
 
 
 def pack_answers(answers: Sequence[Answer]) -> AnswerMessage:

@@ -56,6 +56,11 @@ class BatchingPolicy:
         policies = (self.queue, *self.queue_by_level.values())
         return not self.priority_levels and not any(p.timeout_ns or p.allows_override for p in policies)
 
+    @property
+    def has_timeout_override(self) -> bool:
+        """Whether requests may have timeouts of their own in some queue."""
+        return any(policy.allows_override for policy in (self.queue, *self.queue_by_level.values()))
+
     def level_of(self, call: Call) -> int:
         if not self.priority_levels:
             return 0

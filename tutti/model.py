@@ -13,6 +13,8 @@ from tutti.statistics import ModelStatistics
 from tutti.types import Call, Infer, InferRequest, Shape, Tensor, now_ns, settle, settle_all
 
 _MAX_SIGNATURES = 4096
+# A year: more is no deadline.
+_MAX_TIMEOUT_US = 365 * 86400 * 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,9 @@ class Model:
         self.labels = labels
         self.statistics = statistics
         self._served = served
+        # Where the queue policy lets requests have timeouts, the `timeout` parameter is for the queue alone.
+        policy = config.batching
+        self._timeout_is_deadline = policy is None or not policy.has_timeout_override
         self._checked: dict[Hashable, tuple[int, Hashable]] = {}
         self._output_names = frozenset(spec.name for spec in config.outputs)
         self._gate = threading.Condition()
@@ -75,6 +80,8 @@ class Model:
         now = now_ns()
         for call in calls:
             call.arrived_ns = now
+            if call.request.parameters and self._timeout_is_deadline:
+                set_deadline(call, call.request.parameters.get("timeout"), now)
             try:
                 call.rows, call.key = self._check(call.request)
                 if self.config.is_decoupled and call.emit is None:
@@ -123,6 +130,13 @@ class Model:
                 self._checked.clear()
             self._checked[signature] = known
         return known
+
+
+def set_deadline(call: Call, timeout_us: object, at_ns: int) -> None:
+    """Let the call's deadline be `timeout_us` after `at_ns`, unless it is none or the call has an earlier one."""
+    if type(timeout_us) is int and 0 < timeout_us < _MAX_TIMEOUT_US:
+        deadline_ns = at_ns + timeout_us * 1000
+        call.deadline_ns = min(call.deadline_ns or deadline_ns, deadline_ns)
 
 
 def check_request(config: ModelConfig, output_names: frozenset[str], request: InferRequest) -> tuple[int, Hashable]:

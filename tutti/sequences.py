@@ -313,6 +313,7 @@ class SequenceBatcher:
             outputs = tuple(dict.fromkeys((*outputs, *(state.output_name for state in self._policy.states))))
         made = InferRequest(request.model_name, inputs, request.model_version, request.id, outputs, given)
         inner = Call(made, self, (outer, sequence, is_end), outer.emit)
+        inner.deadline_ns = outer.deadline_ns
         inner.arrived_ns = outer.arrived_ns
         inner.trace = outer.trace
         shapes: Hashable = outer.key

@@ -11,10 +11,11 @@ from ray_app.gateway import hop_policy
 from ray_app.options import Options
 from ray_app.placement import plan_pools
 from ray_app.pools import Pool, PoolStatus, ReplicaState, choose
+from tests.serving import Gather
 from tutti import config
 from tutti.batching import BatchingPolicy
 from tutti.errors import ConfigError, InvalidArgument
-from tutti.types import InferRequest, InferResponse, Tensor
+from tutti.types import Call, InferRequest, InferResponse, Tensor
 
 
 def test_batches_survive_the_wire() -> None:
@@ -25,8 +26,12 @@ def test_batches_survive_the_wire() -> None:
         )
         for n in (1, 3)
     ]
-    back = wire.unpack_requests(pickle.loads(pickle.dumps(wire.pack_requests(requests))))
-    for sent, got in zip(requests, back, strict=True):
+    sink = Gather(2)
+    calls = [Call(request, sink) for request in requests]
+    calls[1].deadline_ns = 1500
+    there = wire.unpack_calls(pickle.loads(pickle.dumps(wire.pack_calls(calls, 1000))), sink, 9000)
+    assert [call.deadline_ns for call in there] == [0, 9500], "the time left travels, not a clock's reading"
+    for sent, got in zip(requests, [call.request for call in there], strict=True):
         assert (got.model_name, got.model_version, got.id) == ("m", "2", sent.id)
         np.testing.assert_array_equal(got.inputs["x"].array(), sent.inputs["x"].array())
         assert got.inputs["t"].array().tolist() == texts.tolist()

@@ -7,7 +7,7 @@ bidirectional streams, goes to the grpcio server of grpc_aio.py behind it.
 import hashlib
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -18,7 +18,7 @@ from tutti.frontends import grpc_codec, grpc_methods
 from tutti.frontends.api import Api
 from tutti.frontends.gate import Category
 from tutti.frontends.grpc_methods import INTERNAL, MODEL_INFER, REFUSED, RESOURCE_EXHAUSTED, code_of, metadata_headers
-from tutti.types import Call
+from tutti.types import Call, now_ns
 
 _log = logging.getLogger(__name__)
 
@@ -78,16 +78,9 @@ class GrpcFront:
                 self._front.fail(call.token, INTERNAL, f"internal error: {type(error).__name__}")
 
     def _receive(self) -> None:
-        # A call's metadata costs a tenth of the rate: it is asked for only where something depends on it.
-        if self._api.grpc.needs_headers or self._api.tracer.needs_headers:
-            receive: Callable[[int], Any] = self._front.recv_batch_details
-        else:
-            receive = self._front.recv_batch
-        while (events := receive(_BURST)) is not None:
+        while (events := self._front.recv_batch_details(_BURST)) is not None:
             calls = []
-            for event in events:
-                kind, call_id, method, payload = event[:4]
-                details = event[5] if len(event) > 5 else None
+            for kind, call_id, method, payload, _, details in events:
                 if kind != EVENT_CALL:
                     self._cancel(call_id)
                 elif method == 0:
@@ -120,6 +113,8 @@ class GrpcFront:
             _log.exception("a ModelInfer message could not be decoded")
             self._front.fail(call_id, INTERNAL, f"internal error: {type(error).__name__}")
             return None
+        if details is not None and details[2] is not None:
+            call.deadline_ns = now_ns() + int(details[2] * 1e9)
         if api.grpc.forward is not None and details is not None:
             api.grpc.forward_headers(metadata_headers(details[0]).items(), call.request)
         if api.tracer.is_on:

@@ -26,7 +26,7 @@ from tutti.frontends.grpc_methods import (
     code_of,
     metadata_headers,
 )
-from tutti.types import Call, InferRequest, InferResponse
+from tutti.types import Call, InferRequest, InferResponse, now_ns
 
 _log = logging.getLogger(__name__)
 
@@ -132,6 +132,9 @@ class GrpcioFront:
         raise AssertionError("aborted")
 
     def _begin(self, call: Call, context: Any) -> None:
+        left_s = context.time_remaining()
+        if left_s is not None:
+            call.deadline_ns = now_ns() + max(1, int(left_s * 1e9))
         if self._api.grpc.forward is not None or self._api.tracer.is_on:
             headers = metadata_headers(context.invocation_metadata())
             self._api.grpc.forward_headers(headers.items(), call.request)

@@ -29,7 +29,7 @@ from tutti.frontends.http_connection import (
     response_head,
 )
 from tutti.frontends.http_status import REFUSED, status_of
-from tutti.types import Call, InferRequest, Raw
+from tutti.types import Call, InferRequest, Raw, now_ns
 
 _log = logging.getLogger(__name__)
 
@@ -144,6 +144,8 @@ class HttpFront:
                 continue
             exchange.call = call = Call(request, self, exchange)
             exchange.body = b""
+            if exchange.timeout_ns:
+                call.deadline_ns = now_ns() + exchange.timeout_ns
             if self._api.http.forward is not None:
                 self._api.http.forward_headers(http_headers(exchange.headers).items(), request)
             if self._api.tracer.is_on:
@@ -163,6 +165,7 @@ class HttpFront:
                 exchange.head.infer = head
         header_length = head.header_length
         exchange.encoding = head.reply_coding
+        exchange.timeout_ns = head.timeout_ns
         if head.coding:
             exchange.body = compression.decompress(exchange.body, head.coding, self.limits.max_input_size)
         if header_length == 0:
@@ -221,16 +224,21 @@ class HttpFront:
 
 @dataclass(frozen=True, slots=True)
 class InferHead:
-    """What the headers of an infer request say: how long its JSON is, and how it and its answer are compressed."""
+    """What the headers of an infer request say: how long its JSON is, how it and its answer are compressed, its time.
+
+    `timeout_ns` is 0 where the client waits for as long as it takes.
+    """
 
     header_length: int | None
     coding: str
     reply_coding: str
+    timeout_ns: int
 
 
 def _infer_head(model: str, headers: Sequence[tuple[bytes, bytes]]) -> InferHead:
     header_length: int | None = None
     coding = reply_coding = ""
+    timeout_ns = 0
     for key, value in headers:
         if key == b"inference-header-content-length":
             if not value.isdigit() or len(value) > 18:
@@ -240,7 +248,10 @@ def _infer_head(model: str, headers: Sequence[tuple[bytes, bytes]]) -> InferHead
             coding = value.decode("latin-1").lower()
         elif key == b"accept-encoding":
             reply_coding = compression.choose(value.decode("latin-1"))
-    return InferHead(header_length, coding, reply_coding)
+        elif key in http_codec.TIMEOUT_HEADERS:
+            given_ns = http_codec.timeout_ns(model, key, value)
+            timeout_ns = min(timeout_ns or given_ns, given_ns)
+    return InferHead(header_length, coding, reply_coding, timeout_ns)
 
 
 class _Reply:

@@ -12,12 +12,12 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from tutti.errors import InferError, InvalidArgument, NotFound
-from tutti.frontends import compression, generate
+from tutti.frontends import compression, generate, http_codec
 from tutti.frontends.answers import Answers
 from tutti.frontends.api import Api
 from tutti.frontends.gate import Category, Gate
 from tutti.frontends.http_status import REFUSED, status_of
-from tutti.types import Call, InferResponse
+from tutti.types import Call, InferResponse, now_ns
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -278,6 +278,11 @@ class _Routes:
         self._api.http.forward_headers(request.headers.items(), sent)
         answers = Answers()
         call = answers.call(sent)
+        for header in http_codec.TIMEOUT_HEADERS:
+            value = request.headers.get(header.decode())
+            if value is not None:
+                deadline_ns = now_ns() + http_codec.timeout_ns(name, header, value.encode("latin-1"))
+                call.deadline_ns = min(call.deadline_ns or deadline_ns, deadline_ns)
         if self._api.tracer.is_on:
             self._api.tracer.begin(call, request.headers.get("traceparent", ""))
         self._api.submit([call])

@@ -105,6 +105,7 @@ class Exchange:
         "reply",
         "response",
         "task",
+        "timeout_ns",
         "url",
     )
 
@@ -122,6 +123,7 @@ class Exchange:
         self.parts: list[bytes] | None = None
         self.reply: ReplyFormat = JSON_REPLY
         self.encoding = ""
+        self.timeout_ns = 0
         self.response: Response | None = None
 
 
