@@ -48,6 +48,8 @@ def _threads(count: int) -> str:
 
 MLP = BenchModel("mlp", (384,), 10, 64, "onnxruntime", _threads(1))
 ACCELERATOR = BenchModel("accelerator", (384,), 10, 64, "python")
+# The accelerator, ten times slower: two cores can offer it twice what it can do.
+SLOW_ACCELERATOR = BenchModel("slow_accelerator", (384,), 10, 64, "python")
 CNN = BenchModel("cnn", (3, 32, 32), 10, 8, "onnxruntime", _threads(2))
 IMAGE = BenchModel("image", (3, 224, 224), 3, 8, "onnxruntime", _threads(1))
 AUDIO = BenchModel("audio", (500_000,), 1, 8, "onnxruntime", _threads(1))
@@ -62,7 +64,7 @@ _ACCELERATOR = """
     class TritonPythonModel:
         def execute(self, requests):
             rows = sum(pb_utils.get_input_tensor_by_name(request, "x").shape()[0] for request in requests)
-            time.sleep(0.002 + 0.00002 * rows)
+            time.sleep(FIXED_S + ROW_S * rows)
             return [
                 pb_utils.InferenceResponse([pb_utils.Tensor("y", np.zeros((1, 10), np.float32))]) for _ in requests
             ]
@@ -81,7 +83,9 @@ def _write(root: Path, model: BenchModel) -> Path:
     (root / model.name / "config.pbtxt").write_text(model.config())
     if model.backend == "python":
         path = folder / "model.py"
-        path.write_text(textwrap.dedent(_ACCELERATOR).lstrip())
+        fixed_s, row_s = (0.02, 0.0002) if model is SLOW_ACCELERATOR else (0.002, 0.00002)
+        source = textwrap.dedent(_ACCELERATOR).lstrip()
+        path.write_text(source.replace("FIXED_S", str(fixed_s)).replace("ROW_S", f"{row_s:.5f}"))
         return path
     path = folder / "model.onnx"
     nodes, weights = {MLP: _mlp, CNN: _cnn}[model]() if model in (MLP, CNN) else _mean(model)
