@@ -92,7 +92,8 @@ class _Run:
 
 def run(address: str, payload: bytes, rate: float, seconds: float, deadline_ms: float, seed: int = 0) -> Outcome:
     """Poisson arrivals of `payload`, a whole HTTP request, at `rate` a second."""
-    return uvloop.run(_run(address, payload, rate, seconds, deadline_ms, seed))
+    outcome: Outcome = uvloop.run(_run(address, payload, rate, seconds, deadline_ms, seed))
+    return outcome
 
 
 async def _run(address: str, payload: bytes, rate: float, seconds: float, deadline_ms: float, seed: int) -> Outcome:
