@@ -54,6 +54,36 @@ CNN = BenchModel("cnn", (3, 32, 32), 10, 8, "onnxruntime", _threads(2))
 IMAGE = BenchModel("image", (3, 224, 224), 3, 8, "onnxruntime", _threads(1))
 AUDIO = BenchModel("audio", (500_000,), 1, 8, "onnxruntime", _threads(1))
 
+# Clips of 1 to 30 s at 100 values a second; their lengths fall into four buckets, or each is a batch of its own.
+CLIP_RATE = 100
+_CLIP_EXTRA = """parameters { key: "tutti.buckets.x" value { string_value: "500, 1000, 2000, 3000" } }
+parameters { key: "tutti.lengths.x" value { string_value: "n" } }
+input { name: "n" data_type: TYPE_INT64 dims: 1 optional: true }
+"""
+CLIPS = BenchModel("clips", (-1,), 1, 16, "python", _CLIP_EXTRA)
+CLIPS_ALONE = BenchModel("clips_alone", (-1,), 1, 16, "python", _CLIP_EXTRA.split("\n", 1)[1].split("\n", 1)[1])
+
+_CLIP_MODEL = """
+    import time
+
+    import numpy as np
+    import triton_python_backend_utils as pb_utils
+
+
+    def mean(request):
+        x = pb_utils.get_input_tensor_by_name(request, "x").as_numpy()
+        n = pb_utils.get_input_tensor_by_name(request, "n")
+        length = x.shape[1] if n is None else int(n.as_numpy()[0, 0])
+        return x.shape[1], x[:, :length].mean(axis=1, keepdims=True)
+
+
+    class TritonPythonModel:
+        def execute(self, requests):
+            sizes, means = zip(*map(mean, requests))
+            time.sleep(0.002 + 0.0001 * max(sizes) / 100)
+            return [pb_utils.InferenceResponse([pb_utils.Tensor("y", one)]) for one in means]
+"""
+
 _ACCELERATOR = """
     import time
 
@@ -81,6 +111,10 @@ def _write(root: Path, model: BenchModel) -> Path:
     folder = root / model.name / "1"
     folder.mkdir(parents=True)
     (root / model.name / "config.pbtxt").write_text(model.config())
+    if model in (CLIPS, CLIPS_ALONE):
+        path = folder / "model.py"
+        path.write_text(textwrap.dedent(_CLIP_MODEL).lstrip())
+        return path
     if model.backend == "python":
         path = folder / "model.py"
         fixed_s, row_s = (0.02, 0.0002) if model is SLOW_ACCELERATOR else (0.002, 0.00002)

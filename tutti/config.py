@@ -17,6 +17,8 @@ from tritonclient.grpc import model_config_pb2 as pb
 from tutti import dtypes
 from tutti.batching import BatchingPolicy, QueuePolicy
 from tutti.errors import ConfigError
+from tutti.padding import NO_PADDING, Padding
+from tutti.padding import parse as parse_padding
 from tutti.types import Shape
 
 DEFAULT_MAX_QUEUED_ROWS = 16_384
@@ -209,6 +211,7 @@ class ModelConfig:
     sequences: SequencePolicy | None = None
     warmups: tuple[Warmup, ...] = ()
     metric_tags: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    padding: Padding = NO_PADDING
 
     @property
     def is_ensemble(self) -> bool:
@@ -432,6 +435,15 @@ def _check_batching(proto: Any) -> None:
             raise _fail(proto.name, "dynamic_batching.priority_queue_policy", f"{expected}, got {level}")
 
 
+def _padding(proto: Any, parameters: Mapping[str, str], specs: Any) -> Padding:
+    padding = parse_padding(proto.name, parameters, *specs)
+    if padding.inputs and (proto.HasField("ensemble_scheduling") or proto.HasField("sequence_batching")):
+        raise _fail(proto.name, "parameters.tutti.buckets", "neither an ensemble nor a model with sequences is padded")
+    if padding.outputs and proto.model_transaction_policy.decoupled:
+        raise _fail(proto.name, "parameters.tutti.unpad", "is not supported for a decoupled model")
+    return padding
+
+
 def _build(proto: Any) -> ModelConfig:
     backend = "ensemble" if proto.HasField("ensemble_scheduling") else proto.backend
     backend = backend or _PLATFORM_BACKENDS.get(proto.platform, "")
@@ -439,18 +451,20 @@ def _build(proto: Any) -> ModelConfig:
         raise _fail(proto.name, "backend", f"expected a backend, or a platform of {sorted(_PLATFORM_BACKENDS)}")
     policy = proto.dynamic_batching
     is_dynamic = proto.HasField("dynamic_batching")
+    parameters = MappingProxyType({key: value.string_value for key, value in proto.parameters.items()})
+    inputs, outputs = (tuple(_spec(spec) for spec in specs) for specs in (proto.input, proto.output))
     return ModelConfig(
         name=proto.name,
         platform=proto.platform or {v: k for k, v in _PLATFORM_BACKENDS.items()}.get(backend, backend),
         backend=backend,
         max_batch_size=proto.max_batch_size,
-        inputs=tuple(_spec(spec) for spec in proto.input),
-        outputs=tuple(_spec(spec) for spec in proto.output),
+        inputs=inputs,
+        outputs=outputs,
         batching=_batching(proto) if is_dynamic else None,
         max_queued_rows=policy.default_queue_policy.max_queue_size or DEFAULT_MAX_QUEUED_ROWS,
         instance_groups=tuple(_group(proto, index) for index in range(len(proto.instance_group))) or (InstanceGroup(),),
         version_policy=_version_policy(proto),
-        parameters=MappingProxyType({key: value.string_value for key, value in proto.parameters.items()}),
+        parameters=parameters,
         steps=_steps(proto),
         model_filename=proto.default_model_filename,
         proto=proto,
@@ -459,6 +473,7 @@ def _build(proto: Any) -> ModelConfig:
         sequences=_sequences(proto),
         warmups=tuple(_warmup(proto, index) for index in range(len(proto.model_warmup))),
         metric_tags=MappingProxyType(dict(proto.metric_tags)),
+        padding=_padding(proto, parameters, (inputs, outputs)),
     )
 
 

@@ -45,6 +45,9 @@ def join(requests: Sequence[InferRequest], name: str, scratch: Scratch | None = 
     first = tensors[0]
     if len(tensors) == 1:
         return first.array()
+    whole = _whole(tensors)
+    if whole is not None:
+        return whole
     if first.datatype == "BYTES" or any(isinstance(tensor.data, np.ndarray) for tensor in tensors):
         return np.concatenate([tensor.array() for tensor in tensors])
     size = sum([len(tensor.data) for tensor in tensors])
@@ -55,6 +58,21 @@ def join(requests: Sequence[InferRequest], name: str, scratch: Scratch | None = 
         return buffer.view(dtypes.NUMPY[first.datatype]).reshape(-1, *first.shape[1:])
     joined = b"".join([tensor.data for tensor in tensors])  # type: ignore[misc]
     return np.frombuffer(joined, dtypes.NUMPY[first.datatype]).reshape(-1, *first.shape[1:])
+
+
+def _whole(tensors: Sequence[Tensor]) -> Array | None:
+    """The array that the tensors are all of, one after the other; None where there is none."""
+    base = tensors[0].data.base if isinstance(tensors[0].data, np.ndarray) else None
+    if not isinstance(base, np.ndarray) or base.dtype != tensors[0].data.dtype:  # type: ignore[union-attr]
+        return None
+    at = base.ctypes.data
+    for tensor in tensors:
+        data = tensor.data
+        if not isinstance(data, np.ndarray) or data.base is not base or data.ctypes.data != at:
+            return None
+        at += data.nbytes
+    is_all = at == base.ctypes.data + base.nbytes and base.shape[1:] == tensors[0].shape[1:]
+    return base if is_all else None
 
 
 def split(tensor: Tensor, rows: Sequence[int]) -> list[Tensor]:

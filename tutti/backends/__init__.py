@@ -1,7 +1,7 @@
 """Backends, one file each: a `load` that makes a model's instances. Each imports its library only when used."""
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -9,7 +9,7 @@ from tutti import rows
 from tutti.config import InstanceGroup, ModelConfig
 from tutti.errors import ConfigError
 from tutti.repository import ModelFolder
-from tutti.scheduler import Backend, Executed
+from tutti.scheduler import Answers, Backend, Executed
 from tutti.types import Call, Infer, InferResponse, Tensor
 
 SUPPORTED = ("onnxruntime", "python")
@@ -30,9 +30,38 @@ def load(folder: ModelFolder, version: int, infer: Infer) -> list[Backend]:
         raise ConfigError(f"model '{folder.config.name}': backend: '{name}' is not one of {', '.join(SUPPORTED)}")
     module = cast(BackendModule, importlib.import_module(f"tutti.backends.{name}"))
     loaded = module.load(folder, version, infer)
-    if any(spec.reshape is not None for spec in (*folder.config.inputs, *folder.config.outputs)):
-        return [Reshaped(folder.config, backend) for backend in loaded]
+    config = folder.config
+    if any(spec.reshape is not None for spec in (*config.inputs, *config.outputs)):
+        loaded = [Reshaped(config, backend) for backend in loaded]
+    if config.padding.inputs:
+        loaded = [Padded(config, backend) for backend in loaded]
     return loaded
+
+
+class Padded:
+    """A backend whose model takes inputs of a few lengths only, and its clients send any."""
+
+    def __init__(self, config: ModelConfig, backend: Backend) -> None:
+        self._backend = backend
+        self.runs_inline = backend.runs_inline
+        self.kind = backend.kind
+        self._padding = config.padding
+        self._is_batched = config.is_batched
+
+    def execute(self, calls: Sequence[Call]) -> Executed:
+        lengths = self._padding.pad([call.request for call in calls], self._is_batched)
+        executed = self._backend.execute(calls)
+        return (lambda: self._cut(executed(), lengths)) if callable(executed) else self._cut(executed, lengths)
+
+    def close(self) -> None:
+        self._backend.close()
+
+    def _cut(self, answers: Answers, lengths: Sequence[Mapping[str, int]]) -> Answers:
+        if self._padding.outputs:
+            for answer, own in zip(answers, lengths, strict=True):
+                if isinstance(answer, InferResponse):
+                    answer.outputs = self._padding.cut(answer.outputs, own, self._is_batched)
+        return answers
 
 
 class Reshaped:
