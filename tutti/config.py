@@ -52,7 +52,8 @@ _HONOURED = frozenset(
         # How the data travels between host and GPU, and how eagerly: results are the same.
         "optimization.graph.level", "optimization.priority", "optimization.input_pinned_memory.*",
         "optimization.output_pinned_memory.*", "optimization.gather_kernel_buffer_threshold",
-        "optimization.eager_batching",
+        "optimization.eager_batching", "optimization.cuda.graphs",
+        "optimization.execution_accelerators.gpu_execution_accelerator.*",
     }
 )  # fmt: skip
 # Set, but to what it is anyway.

@@ -147,14 +147,16 @@ def test_errors_are_of_one_request_and_parameters_come_back(repository: Reposito
     )
     with engine_over(repository.root) as engine:
         sent = [
-            InferRequest("mixed", {"x": Tensor.of("x", np.array([[n]], np.int32))}, parameters={"a": n, "timeout": 9})
+            InferRequest(
+                "mixed", {"x": Tensor.of("x", np.array([[n]], np.int32))}, parameters={"a": n, "timeout": 9_000_000}
+            )
             for n in (-1, 2)
         ]
         bad, good = infer(engine, sent)
         assert isinstance(bad, InvalidArgument)
         assert bad.message == "negative"
         assert isinstance(good, InferResponse)
-        assert good.parameters == {"seen": '{"a": 2}', "timeout": 9}
+        assert good.parameters == {"seen": '{"a": 2}', "timeout": 9_000_000}
 
 
 BLS = """

@@ -3,21 +3,22 @@
 Honours the parameters of Triton's onnxruntime backend: `intra_op_thread_count`, `inter_op_thread_count`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import onnxruntime as ort
 from tritonclient.grpc import model_config_pb2 as pb
 
-from tutti import backends, rows
-from tutti.config import ModelConfig
-from tutti.cost import Alternatives
-from tutti.dtypes import NUMPY, to_config
-from tutti.errors import ConfigError, InferError, Internal, InvalidArgument
+from tutti import backends
+from tutti.backends import joined
+from tutti.backends.joined import JoinedBackend
+from tutti.config import InstanceGroup, ModelConfig
+from tutti.dtypes import Array, to_config
+from tutti.errors import ConfigError, OutOfMemory
 from tutti.repository import ModelFolder
 from tutti.scheduler import Backend
-from tutti.types import Call, Infer, InferRequest, InferResponse, Tensor, now_ns
+from tutti.types import Infer
 
 _COMPLETED_BATCH_SIZE = 4
 _ORT_TYPES = {
@@ -29,15 +30,21 @@ _ORT_TYPES = {
 
 
 def load(folder: ModelFolder, version: int, infer: Infer) -> list[Backend]:
-    """One session, shared by the model's instances: ONNX Runtime's Run is thread-safe and weights are kept once."""
+    """One session for each device, shared by the instances there: Run is thread-safe and weights are kept once."""
     config = folder.config
     path = backends.model_file(folder, version, "model.onnx")
-    try:
-        session = ort.InferenceSession(path, _options(config), providers=_providers(config))
-    except Exception as error:
-        raise ConfigError(f"model '{config.name}': onnxruntime cannot load {path.name}: {error}") from None
-    _check_tensors(config, session)
-    return [OnnxBackend(config, str(version), session) for _ in backends.instances(config)]
+    sessions: dict[str, Any] = {}
+    loaded: list[Backend] = []
+    for group, number in backends.instances(config):
+        device = f"cuda:{number}" if _is_gpu(config, group) else "cpu"
+        if device not in sessions:
+            try:
+                sessions[device] = ort.InferenceSession(path, _options(config), providers=_providers(config, device))
+            except Exception as error:
+                raise ConfigError(f"model '{config.name}': onnxruntime cannot load {path.name}: {error}") from None
+            _check_tensors(config, sessions[device])
+        loaded.append(OnnxBackend(config, str(version), sessions[device], device))
+    return loaded
 
 
 def complete(proto: Any, path: Path) -> None:
@@ -87,21 +94,41 @@ def _options(config: ModelConfig) -> Any:
     # Threads that spin between runs take the cores that the other models and the front-ends need.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     for key in ("intra_op_thread_count", "inter_op_thread_count"):
-        text = config.parameters.get(key, "0")
-        if not text.isdecimal():
-            raise ConfigError(f"model '{config.name}': parameters.{key}: expected a whole number, got '{text}'")
-        setattr(options, key.replace("thread_count", "num_threads"), int(text))
+        setattr(options, key.replace("thread_count", "num_threads"), joined.whole_number(config, key))
     return options
 
 
-def _providers(config: ModelConfig) -> list[str]:
-    kinds = {group.kind for group in config.instance_groups}
+def _is_gpu(config: ModelConfig, group: InstanceGroup) -> bool:
     has_cuda = "CUDAExecutionProvider" in ort.get_available_providers()
-    if kinds == {"cpu"} or not has_cuda:
-        if kinds == {"gpu"}:
-            raise ConfigError(f"model '{config.name}': instance_group.kind: KIND_GPU, but onnxruntime finds no CUDA")
+    if group.kind == "gpu" and not has_cuda:
+        raise ConfigError(f"model '{config.name}': instance_group.kind: KIND_GPU, but onnxruntime finds no CUDA")
+    return group.kind != "cpu" and has_cuda
+
+
+def _providers(config: ModelConfig, device: str) -> list[Any]:
+    """In order of preference, with their options; TensorRT where `execution_accelerators` asks for it."""
+    if device == "cpu":
         return ["CPUExecutionProvider"]
-    return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    number = device.partition(":")[2]
+    chosen: list[Any] = []
+    for accelerator in config.proto.optimization.execution_accelerators.gpu_execution_accelerator:
+        if accelerator.name != "tensorrt":
+            what = f"expected 'tensorrt', got '{accelerator.name}'"
+            raise ConfigError(f"model '{config.name}': optimization.execution_accelerators: {what}")
+        given = dict(accelerator.parameters)
+        options = {"device_id": number, "trt_engine_cache_enable": "0"}
+        if given.pop("precision_mode", "FP32") == "FP16":
+            options["trt_fp16_enable"] = "1"
+        if "max_workspace_size_bytes" in given:
+            options["trt_max_workspace_size"] = given.pop("max_workspace_size_bytes")
+        for key, value in given.items():
+            if not key.startswith("trt_"):
+                raise ConfigError(
+                    f"model '{config.name}': optimization.execution_accelerators: parameter '{key}' is not known"
+                )
+            options[key] = value
+        chosen.append(("TensorrtExecutionProvider", options))
+    return [*chosen, ("CUDAExecutionProvider", {"device_id": number}), "CPUExecutionProvider"]
 
 
 def _check_tensors(config: ModelConfig, session: Any) -> None:
@@ -120,81 +147,42 @@ def _check_tensors(config: ModelConfig, session: Any) -> None:
                 )
 
 
-class OnnxBackend:
+class OnnxBackend(JoinedBackend):
     """One instance over a session."""
 
-    def __init__(self, config: ModelConfig, version: str, session: Any, kind: str = "cpu") -> None:
-        self.runs_inline = session.get_providers() == ["CPUExecutionProvider"]
-        self.kind = kind
-        self._config = config
-        self._version = version
+    library = "onnxruntime"
+
+    def __init__(self, config: ModelConfig, version: str, session: Any, device: str = "cpu") -> None:
+        super().__init__(config, version, device)
         self._session = session
-        self._datatypes = {spec.name: spec.datatype for spec in config.outputs}
-        for state in config.sequences.states if config.sequences is not None else ():
-            self._datatypes[state.output_name] = state.datatype
-        self._scratch = rows.Scratch()
-        self._ways: dict[int, Alternatives] = {}
-        self._all = tuple(self._datatypes)
+        self._is_bound = device != "cpu"
         self._text_inputs = frozenset(spec.name for spec in config.inputs if spec.datatype == "BYTES")
 
-    def execute(self, calls: Sequence[Call]) -> Sequence[InferResponse | Exception]:
-        """One run for all. Where that fails, each request runs alone, so that only the culprit fails.
-
-        Large inputs, which would have to be copied to be joined, run one by one where that has proved to be quicker.
-        """
-        requests = [call.request for call in calls]
-        if len(requests) == 1 or not self.runs_inline or not rows.is_large(requests):
-            return self._execute(requests)
-        known = self._ways.setdefault(len(requests), Alternatives())
-        way = known.choose()
-        start_ns = now_ns()
-        answers = self._execute(requests) if way == 0 else [self._execute([one])[0] for one in requests]
-        known.record(way, now_ns() - start_ns, len(requests))
-        return answers
-
-    def _execute(self, requests: Sequence[InferRequest]) -> Sequence[InferResponse | Exception]:
+    def run(self, names: Sequence[str], feed: Mapping[str, Array]) -> Sequence[Array]:
+        if self._text_inputs:  # the string tensors of ONNX Runtime are text
+            feed = {name: x.astype(str) if name in self._text_inputs else x for name, x in feed.items()}
         try:
-            return self._run(requests)
-        except InferError as error:
-            if len(requests) == 1:
-                return [error]
-        return [answer for request in requests for answer in self._execute([request])]
-
-    def close(self) -> None:
-        """The session ends with its last instance."""
-
-    def _run(self, requests: Sequence[InferRequest]) -> Sequence[InferResponse | Exception]:
-        first = requests[0]
-        is_alike = all(request.outputs == first.outputs for request in requests)
-        asked = {name for request in (requests[:1] if is_alike else requests) for name in request.outputs or self._all}
-        names = [name for name in self._datatypes if name in asked]
-        feed = {name: self._input(requests, name) for name in first.inputs}
-        try:
-            arrays = self._session.run(names, feed)
+            arrays: Sequence[Array] = self._run_bound(names, feed) if self._is_bound else self._session.run(names, feed)
         except Exception as error:
-            raise self._failure(first, error) from None
-        outputs = [self._output(name, array) for name, array in zip(names, arrays, strict=True)]
-        return rows.answers(self._config.name, self._version, requests, outputs, is_alike)
+            if _is_out_of_memory(error):
+                raise OutOfMemory(f"onnxruntime has no memory left on {self.device}: {error}") from None
+            raise
+        return arrays
 
-    def _input(self, requests: Sequence[InferRequest], name: str) -> Any:
-        array = rows.join(requests, name, self._scratch)
-        if name in self._text_inputs:
-            return array.astype(str)  # the string tensors of ONNX Runtime are text
-        return array
+    def _run_bound(self, names: Sequence[str], feed: Mapping[str, Array]) -> Sequence[Array]:
+        """With inputs and outputs bound: what a device makes is copied once, when all of it is there."""
+        binding = self._session.io_binding()
+        for name, array in feed.items():
+            binding.bind_cpu_input(name, array)
+        for name in names:
+            binding.bind_output(name, "cpu")
+        binding.synchronize_inputs()
+        self._session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+        arrays: Sequence[Array] = binding.copy_outputs_to_cpu()
+        return arrays
 
-    def _output(self, name: str, array: Any) -> Tensor:
-        datatype = self._datatypes[name]
-        if array.dtype != NUMPY[datatype]:
-            array = array.astype(NUMPY[datatype])
-        return Tensor(name, datatype, array.shape, array)
 
-    def _failure(self, request: InferRequest, error: Exception) -> InferError:
-        name = self._config.name
-        for tensor in request.inputs.values():
-            if 0 in tensor.shape:  # what most graphs fail on, in words that do not say so
-                shape = list(tensor.shape)
-                return InvalidArgument(
-                    f"model '{name}': input '{tensor.name}' is empty: expected elements, got {shape}"
-                )
-        shapes = ", ".join(f"'{t.name}' {t.datatype}{list(t.shape)}" for t in request.inputs.values())
-        return Internal(f"model '{name}': onnxruntime failed on input {shapes}: {error}")
+def _is_out_of_memory(error: Exception) -> bool:
+    text = str(error)
+    return "Failed to allocate memory" in text or "out of memory" in text.lower() or "bad_alloc" in text

@@ -1,0 +1,108 @@
+"""What backends share that execute a batch as one: inputs are joined, executed once, and outputs split again."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+
+from tutti import rows
+from tutti.backends import turns
+from tutti.config import ModelConfig
+from tutti.cost import Alternatives
+from tutti.dtypes import NUMPY, Array
+from tutti.errors import ConfigError, InferError, Internal, InvalidArgument, OutOfMemory
+from tutti.types import Call, InferRequest, InferResponse, Tensor, now_ns
+
+
+class JoinedBackend:
+    """One instance on `device`, "cpu" or as "cuda:0". What is derived from it implements `run`.
+
+    On the processor, execute may run in its callers' threads; elsewhere models take turns.
+    """
+
+    library = ""
+
+    def __init__(self, config: ModelConfig, version: str, device: str = "cpu") -> None:
+        self.kind = device.partition(":")[0]
+        self.runs_inline = self.kind == "cpu"
+        self.device = device
+        self.config = config
+        self._version = version
+        self._turns = turns.device(device) if self.kind != "cpu" else None
+        self._datatypes = {spec.name: spec.datatype for spec in config.outputs}
+        for state in config.sequences.states if config.sequences is not None else ():
+            self._datatypes[state.output_name] = state.datatype
+        self._all = tuple(self._datatypes)
+        self._scratch = rows.Scratch()
+        self._ways: dict[int, Alternatives] = {}
+
+    def run(self, names: Sequence[str], feed: Mapping[str, Array]) -> Sequence[Array]:
+        """The outputs `names` for joined inputs. Raises OutOfMemory, or anything else for a batch that fails."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Nothing, unless there is something to release."""
+
+    def execute(self, calls: Sequence[Call]) -> Sequence[InferResponse | Exception]:
+        """One run for all. Where that fails, each request runs alone, so that only the culprit fails.
+
+        Large inputs, which would have to be copied to be joined, run one by one where that has proved to be quicker.
+        """
+        requests = [call.request for call in calls]
+        if len(requests) == 1 or not self.runs_inline or not rows.is_large(requests):
+            return self._execute(requests)
+        known = self._ways.setdefault(len(requests), Alternatives())
+        way = known.choose()
+        start_ns = now_ns()
+        answers = self._execute(requests) if way == 0 else [self._execute([one])[0] for one in requests]
+        known.record(way, now_ns() - start_ns, len(requests))
+        return answers
+
+    def _execute(self, requests: Sequence[InferRequest]) -> Sequence[InferResponse | Exception]:
+        try:
+            return self._run(requests)
+        except OutOfMemory:
+            raise  # smaller batches may fit
+        except InferError as error:
+            if len(requests) == 1:
+                return [error]
+        return [answer for request in requests for answer in self._execute([request])]
+
+    def _run(self, requests: Sequence[InferRequest]) -> Sequence[InferResponse | Exception]:
+        first = requests[0]
+        is_alike = all(request.outputs == first.outputs for request in requests)
+        asked = {name for request in (requests[:1] if is_alike else requests) for name in request.outputs or self._all}
+        names = [name for name in self._datatypes if name in asked]
+        feed = {name: rows.join(requests, name, self._scratch) for name in first.inputs}
+        try:
+            with self._turns.turn(self.config.name) if self._turns is not None else nullcontext():
+                arrays = self.run(names, feed)
+        except OutOfMemory as error:
+            raise OutOfMemory(f"model '{self.config.name}': {error.message}") from None
+        except Exception as error:
+            raise self._failure(first, error) from None
+        outputs = [self._output(name, array) for name, array in zip(names, arrays, strict=True)]
+        return rows.answers(self.config.name, self._version, requests, outputs, is_alike)
+
+    def _output(self, name: str, array: Array) -> Tensor:
+        datatype = self._datatypes[name]
+        if array.dtype != NUMPY[datatype]:
+            array = array.astype(NUMPY[datatype])
+        return Tensor(name, datatype, array.shape, array)
+
+    def _failure(self, request: InferRequest, error: Exception) -> InferError:
+        name = self.config.name
+        for tensor in request.inputs.values():
+            if 0 in tensor.shape:  # what most graphs fail on, in words that do not say so
+                shape = list(tensor.shape)
+                return InvalidArgument(
+                    f"model '{name}': input '{tensor.name}' is empty: expected elements, got {shape}"
+                )
+        shapes = ", ".join(f"'{t.name}' {t.datatype}{list(t.shape)}" for t in request.inputs.values())
+        return Internal(f"model '{name}': {self.library} failed on input {shapes}: {error}")
+
+
+def whole_number(config: ModelConfig, key: str) -> int:
+    """A parameter of the configuration, 0 where it is not given. Raises ConfigError."""
+    text = config.parameters.get(key, "0")
+    if not text.isdecimal():
+        raise ConfigError(f"model '{config.name}': parameters.{key}: expected a whole number, got '{text}'")
+    return int(text)
