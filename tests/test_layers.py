@@ -33,9 +33,9 @@ ROOTS = {"tutti.cli", "ray_app.app", "ray_app.run"}
 # Heavy library -> the files that may import it. export/ may import what it exports with.
 HEAVY = {
     "ray": {"ray_app.app", "ray_app.run", "ray_app.replica", "ray_app.routing"},
-    "torch": set(),
+    "torch": {"tutti.backends.pytorch", "tutti.backends.tensorrt"},
     "transformers": set(),
-    "tensorrt": set(),
+    "tensorrt": {"tutti.backends.tensorrt"},
     "onnxruntime": {"tutti.backends.onnxruntime"},
     "psutil": {"ray_app.processes"},
 }

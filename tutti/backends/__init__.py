@@ -12,7 +12,8 @@ from tutti.repository import ModelFolder
 from tutti.scheduler import Answers, Backend, Executed
 from tutti.types import Call, Infer, InferResponse, Tensor
 
-SUPPORTED = ("onnxruntime", "python")
+SUPPORTED = ("onnxruntime", "pytorch", "tensorrt", "python")
+_NEEDS = {"torch": "PyTorch (pip install torch)", "tensorrt": "TensorRT"}
 
 
 class BackendModule(Protocol):
@@ -28,7 +29,11 @@ def load(folder: ModelFolder, version: int, infer: Infer) -> list[Backend]:
     name = folder.config.backend
     if name not in SUPPORTED:
         raise ConfigError(f"model '{folder.config.name}': backend: '{name}' is not one of {', '.join(SUPPORTED)}")
-    module = cast(BackendModule, importlib.import_module(f"tutti.backends.{name}"))
+    try:
+        module = cast(BackendModule, importlib.import_module(f"tutti.backends.{name}"))
+    except ModuleNotFoundError as error:
+        needed = _NEEDS.get((error.name or "").partition(".")[0], f"'{error.name}'")
+        raise ConfigError(f"model '{folder.config.name}': backend: '{name}' needs {needed}") from None
     loaded = module.load(folder, version, infer)
     config = folder.config
     if any(spec.reshape is not None for spec in (*config.inputs, *config.outputs)):

@@ -75,8 +75,8 @@ class JoinedBackend:
         try:
             with self._turns.turn(self.config.name) if self._turns is not None else nullcontext():
                 arrays = self.run(names, feed)
-        except OutOfMemory as error:
-            raise OutOfMemory(f"model '{self.config.name}': {error.message}") from None
+        except InferError as error:
+            raise type(error)(f"model '{self.config.name}': {error.message}") from None
         except Exception as error:
             raise self._failure(first, error) from None
         outputs = [self._output(name, array) for name, array in zip(names, arrays, strict=True)]
