@@ -11,9 +11,9 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from ray_app import wire
 from ray_app.control import Change, Desired
 from ray_app.replica import Description
+from tutti import wire
 from tutti.cost import Costs
 from tutti.errors import Cancelled, InferError, Internal, Unavailable
 from tutti.scheduler import Scheduler, trace

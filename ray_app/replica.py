@@ -6,9 +6,9 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ray_app import wire
 from ray_app.control import Change
 from ray_app.placement import PoolName
+from tutti import wire
 from tutti.errors import ConfigError
 from tutti.types import Call, now_ns
 

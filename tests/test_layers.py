@@ -11,13 +11,14 @@ PACKAGES = ("tutti", "ensembles", "ray_app", "export", "loadtest", "demo", "benc
 # The layer of each module; a package's entry covers what lies below it.
 LAYERS = {
     "tutti": 0, "tutti.types": 0, "tutti.dtypes": 0, "tutti.errors": 0,
-    "tutti.batching": 1, "tutti.cost": 1, "tutti.padding": 1, "tutti.config": 1, "tutti.rows": 1, "ensembles.graph": 1,
+    "tutti.batching": 1, "tutti.cost": 1, "tutti.padding": 1, "tutti.wire": 1, "tutti.config": 1, "tutti.rows": 1,
+    "ensembles.graph": 1,
     "tutti.statistics": 1,    "tutti.collector": 1, "tutti.custom_metrics": 1,
     "tutti.frontends.http_codec": 1, "tutti.frontends.grpc_codec": 1, "tutti.frontends.http_status": 1,
     "tutti.frontends.compression": 1, "tutti.frontends.generate": 1, "tutti.frontends.gate": 1,
     "tutti.classification": 1, "tutti.frontends.answers": 2, "tutti.shared_memory": 2, "tutti.logs": 2,
     "tutti.tracing": 2,
-    "tutti.frontends": 1, "ray_app.wire": 1, "ray_app.placement": 1, "ray_app": 1, "ray_app.environment": 1,
+    "tutti.frontends": 1, "ray_app.placement": 1, "ray_app": 1, "ray_app.environment": 1,
     "tutti.repository": 2, "tutti.scheduler": 2, "tutti.sequences": 2,
     "tutti.cache": 2, "tutti.warmup": 2, "tutti.backends": 2, "tutti.model": 2, "ensembles.executor": 2,
     "ensembles": 2,

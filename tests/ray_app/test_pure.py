@@ -6,13 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ray_app import wire
 from ray_app.gateway import hop_policy
 from ray_app.options import Options
 from ray_app.placement import plan_pools
 from ray_app.pools import Pool, PoolStatus, ReplicaState, choose
 from tests.serving import Gather
-from tutti import config
+from tutti import config, wire
 from tutti.batching import BatchingPolicy
 from tutti.errors import ConfigError, InvalidArgument
 from tutti.types import Call, InferRequest, InferResponse, Tensor

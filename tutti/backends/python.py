@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from tutti import backends, config, rows
+from tutti.backends import isolated
 from tutti.backends import triton_python_backend_utils as pb_utils
 from tutti.config import InstanceGroup, ModelConfig
 from tutti.dtypes import NUMPY, Array, from_numpy
@@ -38,6 +39,15 @@ def load(folder: ModelFolder, version: int, infer: Infer) -> list[Backend]:
     path = backends.model_file(folder, version, "model.py")
     pb_utils.serve_with(infer)
     loaded: list[Backend] = []
+    if isolated.is_wanted(folder):
+        try:
+            for index, (group, device) in enumerate(backends.instances(folder.config)):
+                loaded.append(isolated.IsolatedBackend(folder, version, index, group, device))
+        except ConfigError:
+            for backend in loaded:
+                backend.close()
+            raise
+        return loaded
     try:
         module = _import(path, f"tutti_model_{folder.config.name}_{version}")
         for index, (group, device) in enumerate(backends.instances(folder.config)):
@@ -48,6 +58,16 @@ def load(folder: ModelFolder, version: int, infer: Infer) -> list[Backend]:
         reason = f"{type(error).__name__}: {error}"
         raise ConfigError(f"model '{folder.config.name}': {path.name} failed to load: {reason}") from error
     return loaded
+
+
+def load_one(folder: ModelFolder, version: int, index: int, group: InstanceGroup, device: int) -> Backend:
+    """One instance, in a process that has no others."""
+    path = backends.model_file(folder, version, "model.py")
+    try:
+        module = _import(path, f"tutti_model_{folder.config.name}_{version}")
+        return PythonBackend(folder, version, module.TritonPythonModel(), index, group, device)
+    except Exception as error:
+        raise ConfigError(f"{path.name} failed to load: {type(error).__name__}: {error}") from error
 
 
 def complete(proto: Any, path: Path) -> None:

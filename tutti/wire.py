@@ -1,4 +1,4 @@
-"""A batch of requests, and of answers, as one message between gateway and replica. Pure.
+"""A batch of requests, and of answers, as one message between processes. Pure.
 
 All tensors of a message lie in one buffer, so that a hop costs one copy and a few small objects per request.
 """
