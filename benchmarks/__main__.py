@@ -1,6 +1,7 @@
 """`make bench`: tutti beside a real tritonserver, and its Ray application beside plain Ray Serve.
 
-Both sides of a comparison are measured in turn, round after round, in one run; figures are medians.
+Both sides of a comparison are measured in turn, round after round, in one run; figures are medians. Each part writes a
+section of benchmarks/results.md and results.json; `--only` measures some parts again and keeps the others' figures.
 """
 
 import argparse
@@ -12,18 +13,31 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 
-from benchmarks import clients
+from benchmarks import clients, overload
 from benchmarks.clients import Figures
-from benchmarks.models import MLP, write_repository
+from benchmarks.models import (
+    ACCELERATOR,
+    AUDIO,
+    CLIPS,
+    CLIPS_ALONE,
+    CNN,
+    IMAGE,
+    MLP,
+    SLOW_ACCELERATOR,
+    BenchModel,
+    write_repository,
+)
 from demo.client import Client, load_items
 from loadtest.process import free_ports, stop, wait_until_ready
 from tests.peers import tritonserver
@@ -32,76 +46,251 @@ from tests.serving import serving
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks"
 SAMPLE = ROOT / "model_repository"
+TRITON = "tritonserver"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """How long and how often to measure, and where to put files."""
+
+    scratch: Path
+    rounds: int
+    seconds: int
+
+    def folder(self, name: str) -> Path:
+        made = self.scratch / name
+        made.mkdir()
+        return made
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One comparison: medians of both sides over the rounds."""
+    """One comparison: medians of both sides over the rounds, and the least and greatest ratio of a pair."""
 
     what: str
     ours: Figures
     theirs: Figures
+    least: float
+    greatest: float
 
     @property
     def ratio(self) -> float:
         return self.ours.rate / self.theirs.rate
 
 
-def median(figures: list[Figures]) -> Figures:
+def median(figures: Sequence[Figures]) -> Figures:
     return Figures(*(statistics.median(getattr(one, key) for one in figures) for key in ("rate", "p50_ms", "p99_ms")))
 
 
-def interleave(ours: Callable[[], Figures], theirs: Callable[[], Figures], rounds: int) -> tuple[Figures, Figures]:
+def compared(what: str, pairs: Sequence[tuple[Figures, Figures]]) -> Row:
+    ratios = [ours.rate / theirs.rate for ours, theirs in pairs]
+    return Row(what, median([a for a, _ in pairs]), median([b for _, b in pairs]), min(ratios), max(ratios))
+
+
+def interleave(what: str, ours: Callable[[], Figures], theirs: Callable[[], Figures], rounds: int) -> Row:
     """Each side once per round, in turn, after a warm-up of both."""
     ours(), theirs()
-    measured = [(ours(), theirs()) for _ in range(rounds)]
-    return median([a for a, _ in measured]), median([b for _, b in measured])
+    return compared(what, [(ours(), theirs()) for _ in range(rounds)])
 
 
-def against_triton(scratch: Path, rounds: int, seconds: int) -> list[Row]:
-    repository = scratch / "mlp-repository"
-    write_repository(repository, MLP)
-    script = clients.http_script(scratch / "mlp.lua", *clients.infer_body())
-    message = clients.grpc_message(scratch / "mlp.grpc")
-    rows = []
+def loads(run: Run, folder: Path, model: BenchModel) -> dict[str, Callable[[Any, int], Figures]]:
+    """Protocol -> a load of so many clients on a server."""
+    script = clients.http_script(folder / f"{model.name}.lua", *clients.infer_body(model))
+    message = clients.grpc_message(folder / f"{model.name}.grpc", model)
+    path = f"/v2/models/{model.name}/infer"
+    return {
+        "HTTP": lambda server, count: clients.wrk(f"http://{server.http}{path}", script, count, run.seconds),
+        "gRPC": lambda server, count: clients.h2load(server.grpc, message, count, run.seconds),
+    }
+
+
+@contextmanager
+def both(folder: Path, *models: BenchModel) -> Iterator[tuple[Any, Any]]:
+    """tutti and tritonserver over one repository."""
+    write_repository(folder / "repository", *models)
     with (
-        serving(repository, scratch / "tutti.log") as ours,
-        tritonserver.running(repository, scratch) as theirs,
+        serving(folder / "repository", folder / "tutti.log") as ours,
+        tritonserver.running(folder / "repository", folder) as theirs,
     ):
-        route = "/v2/models/mlp/infer"
-        for count in (16, 64):
+        yield ours, theirs
 
-            def http(address: str, count: int = count) -> Callable[[], Figures]:
-                return lambda: clients.wrk(f"http://{address}{route}", script, count, seconds)
 
-            def grpc(address: str, count: int = count) -> Callable[[], Figures]:
-                return lambda: clients.h2load(address, message, count, seconds)
-
-            rows.append(Row(f"HTTP, {count} clients", *interleave(http(ours.http), http(theirs.http), rounds)))
-            rows.append(Row(f"gRPC, {count} clients", *interleave(grpc(ours.grpc), grpc(theirs.grpc), rounds)))
+def against_triton(run: Run, name: str, wanted: Sequence[tuple[BenchModel, Sequence[int]]]) -> list[Row]:
+    folder = run.folder(name)
+    rows = []
+    with both(folder, *(model for model, _ in wanted)) as (ours, theirs):
+        for model, counts in wanted:
+            for protocol, load in loads(run, folder, model).items():
+                for count in counts:
+                    what = f"{model.name}, {protocol}, {count} client{'s' if count > 1 else ''}"
+                    rows.append(interleave(what, partial(load, ours, count), partial(load, theirs, count), run.rounds))
     return rows
 
 
-def against_plain_ray_serve(scratch: Path, rounds: int, seconds: int) -> list[Row]:
-    """One cluster at a time: they would take each other's cores."""
-    model = write_repository(scratch / "ray-repository", MLP)
-    script = clients.http_script(scratch / "ray.lua", *clients.infer_body())
-    body, header_length = clients.infer_body()
-    plain_script = clients.http_script(scratch / "plain.lua", body[header_length:], None)
-    measured: dict[int, list[tuple[Figures, Figures]]] = {64: [], 256: []}
-    for number in range(rounds):
-        with serving(model.parents[2], scratch / f"gateway-{number}.log", "--ray") as ours:
-            url = f"http://{ours.http}/v2/models/mlp/infer"
-            clients.wrk(url, script, 64, seconds)
-            gateway = {count: clients.wrk(url, script, count, seconds) for count in measured}
-        with plain_ray_serve(model, scratch / f"plain-{number}.log") as url:
-            clients.wrk(url, plain_script, 64, seconds)
-            for count, figures in measured.items():
-                figures.append((gateway[count], clients.wrk(url, plain_script, count, seconds)))
-    return [
-        Row(f"HTTP through the gateway, {count} clients", median([a for a, _ in pairs]), median([b for _, b in pairs]))
-        for count, pairs in measured.items()
+def tiny(run: Run) -> list[str]:
+    rows = against_triton(run, "tiny", [(MLP, (1, 16, 64))])
+    lines = table(rows, TRITON)
+    bare_ms = bare_call_ms(run)
+    for row in rows[::3]:
+        added = row.ours.p50_ms - bare_ms
+        lines.append(
+            f"\n{row.what}: {added:.2f} ms more than the bare session call ({bare_ms:.3f} ms); tritonserver adds "
+            f"{row.theirs.p50_ms - bare_ms:.2f} ms."
+        )
+    return lines
+
+
+def bare_call_ms(run: Run) -> float:
+    """The median of the model's session called by hand."""
+    session = _session(write_repository(run.folder("bare") / "repository", MLP), 1)
+    item = np.full((1, *MLP.shape), 0.5, np.float32)
+    times = []
+    for _ in range(2000):
+        start = time.perf_counter()
+        session.run(None, {"x": item})
+        times.append((time.perf_counter() - start) * 1e3)
+    return statistics.median(times)
+
+
+def _session(model: Path, threads: int) -> Any:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    return ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+
+
+def malformed(run: Run) -> list[str]:
+    """The rate of good requests with one in a hundred bad, beside that with none. The client is the same."""
+    folder = run.folder("malformed")
+    write_repository(folder / "repository", MLP)
+    body, length = clients.infer_body(MLP)
+    bad = body.replace(b'"shape"', b'"shapf"', 1)
+    scripts = [clients.mixed_script(folder / f"{n}.lua", body, bad, length, n) for n in (1, 0)]
+    with serving(folder / "repository", folder / "log") as server:
+        url = f"http://{server.http}/v2/models/mlp/infer"
+        some, none = (partial(clients.wrk_good, url, script, 64, run.seconds) for script in scripts)
+        row = interleave("good requests, 64 clients", some, none, run.rounds)
+    return table([row], "without bad ones", ours="with 1% malformed")
+
+
+def large(run: Run) -> list[str]:
+    return table(against_triton(run, "large", [(IMAGE, (1, 8)), (AUDIO, (1, 8))]), TRITON)
+
+
+def accelerator(run: Run) -> list[str]:
+    rows = against_triton(run, "accelerator", [(ACCELERATOR, (16, 64, 256))])
+    capacity = ACCELERATOR.max_batch_size / (0.002 + 0.00002 * ACCELERATOR.max_batch_size)
+    lines = table(rows, TRITON)
+    for row in (rows[2], rows[5]):
+        share, theirs = row.ours.rate / capacity, row.theirs.rate / capacity
+        lines.append(f"\n{row.what}: {share:.1%} of what it could do at full batches; tritonserver {theirs:.1%}.")
+    return lines
+
+
+def cnn(run: Run) -> list[str]:
+    """Served, beside the session called in a loop by hand at its best batch and thread setting."""
+    folder = run.folder("cnn")
+    model = write_repository(folder / "repository", CNN)
+
+    def by_hand(session: Any, batch: int, seconds: float) -> Figures:
+        items = np.full((batch, *CNN.shape), 0.5, np.float32)
+        start, count = time.perf_counter(), 0
+        while time.perf_counter() - start < seconds:
+            session.run(None, {"x": items})
+            count += batch
+        return Figures(count / (time.perf_counter() - start), 0, 0)
+
+    settings = [(_session(model, threads), batch) for threads in (1, 2) for batch in (1, 2, 4, 8)]
+    session, batch = max(settings, key=lambda setting: by_hand(setting[0], setting[1], 1.5).rate)
+    with serving(folder / "repository", folder / "log") as server:
+        load = loads(run, folder, CNN)["HTTP"]
+        row = interleave(
+            "cnn, HTTP, 16 clients", lambda: load(server, 16), lambda: by_hand(session, batch, run.seconds), run.rounds
+        )
+    return table([row], f"by hand, batch {batch}")
+
+
+def overloaded(run: Run) -> list[str]:
+    """Twice what the accelerator can do, open loop, with a deadline of 100 ms in each request."""
+    folder = run.folder("overload")
+    model, deadline_ms = SLOW_ACCELERATOR, 100
+    body, length = clients.infer_body(model, f'"timeout":{deadline_ms * 1000}')
+    request = overload.http_request(f"/v2/models/{model.name}/infer", body, length)
+    script = clients.http_script(folder / "peak.lua", *clients.infer_body(model))
+    lines = [
+        "| | peak /s | offered /s | goodput /s | of peak | refused, p50 ms | late | memory MiB, before and after |"
     ]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    with both(folder, model) as (ours, theirs):
+        for name, server, pid in (("tutti", ours, ours.process.pid), (TRITON, theirs, theirs.pid)):
+            url = f"http://{server.http}/v2/models/{model.name}/infer"
+            peak = median([clients.wrk(url, script, 256, run.seconds) for _ in range(3)]).rate
+            before = _memory(pid)
+            runs = [
+                overload.run(server.http, request, 2 * peak, run.seconds, deadline_ms, seed)
+                for seed in range(run.rounds)
+            ]
+            goodput = statistics.median(one.goodput for one in runs)
+            refused = sum(len(one.refused) for one in runs)
+            head = f"| {name} | {peak:,.0f} | {runs[0].offered:,.0f} | {goodput:,.0f} | **{goodput / peak:.0%}**"
+            shown = f"{refused}, {statistics.median(one.refusal_p50_ms for one in runs):.2f}" if refused else "none"
+            late = sum(len(one.late) + one.lost for one in runs)
+            lines.append(f"{head} | {shown} | {late} | {before:.0f}, {_memory(pid):.0f} |")
+    return lines
+
+
+def _memory(pid: int) -> float:
+    process = psutil.Process(pid)
+    return float(sum(one.memory_info().rss for one in (process, *process.children(recursive=True)))) / 2**20
+
+
+def clips(run: Run) -> list[str]:
+    """Clips of 1 to 30 s in buckets, beside each length alone."""
+    folder = run.folder("clips")
+    write_repository(folder / "repository", CLIPS, CLIPS_ALONE)
+    with serving(folder / "repository", folder / "log") as server:
+        bucketed, alone = (
+            partial(
+                clients.wrk,
+                f"http://{server.http}/v2/models/{model.name}/infer",
+                clients.clips_script(folder / f"{model.name}.lua"),
+                64,
+                run.seconds,
+            )
+            for model in (CLIPS, CLIPS_ALONE)
+        )
+        row = interleave("clips of 1 to 30 s, 64 clients", bucketed, alone, run.rounds)
+    return table([row], "unbatched", ours="bucketed")
+
+
+def ray(run: Run) -> list[str]:
+    """One cluster at a time: they would take each other's cores."""
+    folder = run.folder("ray")
+    model = write_repository(folder / "repository", MLP)
+    body, header_length = clients.infer_body()
+    script = clients.http_script(folder / "ray.lua", body, header_length)
+    plain_script = clients.http_script(folder / "plain.lua", body[header_length:], None)
+    path = "/v2/models/mlp/infer"
+    plain: dict[int, list[tuple[Figures, Figures]]] = {64: [], 256: []}
+    triton: list[tuple[Figures, Figures]] = []
+    for number in range(run.rounds):
+        with serving(folder / "repository", folder / f"gateway-{number}.log", "--ray") as ours:
+            clients.wrk(f"http://{ours.http}{path}", script, 64, run.seconds)
+            gateway = {count: clients.wrk(f"http://{ours.http}{path}", script, count, run.seconds) for count in plain}
+        with plain_ray_serve(model, folder / f"plain-{number}.log") as url:
+            clients.wrk(url, plain_script, 64, run.seconds)
+            for count, pairs in plain.items():
+                pairs.append((gateway[count], clients.wrk(url, plain_script, count, run.seconds)))
+        with (
+            tempfile.TemporaryDirectory(dir=folder) as own,
+            tritonserver.running(folder / "repository", Path(own)) as theirs,
+        ):
+            clients.wrk(f"http://{theirs.http}{path}", script, 256, run.seconds)
+            triton.append((gateway[256], clients.wrk(f"http://{theirs.http}{path}", script, 256, run.seconds)))
+    rows = [compared(f"HTTP through the gateway, {count} clients", pairs) for count, pairs in plain.items()]
+    beside = compared("HTTP through the gateway, 256 clients", triton)
+    return [*table(rows, "Ray Serve"), "", *table([beside], f"{TRITON}, one process")]
 
 
 @contextmanager
@@ -122,13 +311,13 @@ def plain_ray_serve(model: Path, log: Path) -> Iterator[str]:
                 one.kill()
 
 
-def first_inference(scratch: Path, rounds: int) -> dict[str, float]:
-    """Seconds from the start of the process to the ensemble's first answer, medians."""
+def first_inference(run: Run) -> list[str]:
+    """Seconds from the start of the process to the ensemble's first answer."""
     item = load_items()[0]
 
     def ours() -> float:
         started = time.monotonic()
-        with serving(SAMPLE, scratch / "cold.log") as served:
+        with serving(SAMPLE, run.scratch / "cold.log") as served:
             Client("http", served.http).infer("content_intelligence", item.inputs())
             return time.monotonic() - started
 
@@ -138,11 +327,59 @@ def first_inference(scratch: Path, rounds: int) -> dict[str, float]:
             Client("http", running.http).infer("content_intelligence", item.inputs())
             return time.monotonic() - started
 
-    measured = [(ours(), theirs()) for _ in range(rounds)]
-    return {
-        "tutti": statistics.median(a for a, _ in measured),
-        "tritonserver": statistics.median(b for _, b in measured),
-    }
+    pairs = [(ours(), theirs()) for _ in range(run.rounds)]
+    medians = [statistics.median(times) for times in zip(*pairs, strict=True)]
+    return [f"- {name}: {seconds:.2f} s" for name, seconds in zip(("tutti", TRITON), medians, strict=True)]
+
+
+def perf_analyzer(run: Run) -> list[str]:
+    """NVIDIA's load client, for the record: it takes as much of the machine as a fast server, and lowers both sides."""
+    command = os.environ.get("TUTTI_PERF_ANALYZER")
+    if not command:
+        return ["Not measured: TUTTI_PERF_ANALYZER does not name the program."]
+    folder = run.folder("perf-analyzer")
+    rows = []
+    with both(folder, MLP) as (ours, theirs):
+        for protocol in ("http", "grpc"):
+
+            def load(server: Any, protocol: str = protocol) -> Figures:
+                return clients.perf_analyzer(command, protocol, getattr(server, protocol), 16)
+
+            what = f"mlp, {protocol}, 16 clients"
+            rows.append(interleave(what, partial(load, ours), partial(load, theirs), max(3, run.rounds - 2)))
+    return table(rows, TRITON)
+
+
+def picture(run: Run) -> list[str]:
+    """Latency against throughput from 1 to 128 clients, on both protocols."""
+    from benchmarks.picture import draw
+
+    folder = run.folder("picture")
+    curves: dict[str, list[Figures]] = {}
+    with both(folder, MLP) as (ours, theirs):
+        short = Run(run.scratch, run.rounds, max(2, run.seconds // 2))
+        for protocol, load in loads(short, folder, MLP).items():
+            for count in (1, 4, 16, 64, 128):
+                row = interleave("", partial(load, ours, count), partial(load, theirs, count), 3)
+                curves.setdefault(f"tutti, {protocol}", []).append(row.ours)
+                curves.setdefault(f"{TRITON}, {protocol}", []).append(row.theirs)
+    draw(curves, RESULTS / "latency.svg")
+    return ["![Latency against throughput, 1 to 128 clients](latency.svg)"]
+
+
+SECTIONS: dict[str, tuple[str, Callable[[Run], list[str]]]] = {
+    "tiny": (f"A tiny model, beside {TRITON} 2.51 (its python-based onnxruntime backend)", tiny),
+    "picture": ("The same, drawn", picture),
+    "malformed": ("One request in a hundred malformed", malformed),
+    "accelerator": ("An emulated accelerator: a python model that sleeps 2 ms + 0.02 ms a row", accelerator),
+    "cnn": ("A model that keeps the processor busy, beside onnxruntime called by hand", cnn),
+    "large": ("Tensors of 600 kB (image) and 2 MB (audio)", large),
+    "overload": ("Overload: twice the capacity, open loop, deadlines of 100 ms", overloaded),
+    "clips": ("Audio of mixed lengths, on the emulated accelerator", clips),
+    "perf_analyzer": ("perf_analyzer as the client, for the record", perf_analyzer),
+    "ray": ("On Ray, beside a plain Ray Serve deployment behind Serve's HTTP proxy", ray),
+    "cold": ("From process start to the sample ensemble's first answer", first_inference),
+}
 
 
 def hardware() -> str:
@@ -162,13 +399,14 @@ def commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def table(rows: list[Row], theirs: str) -> list[str]:
-    lines = [f"| | tutti, requests/s | {theirs}, requests/s | ratio | tutti p50 / p99 ms | {theirs} p50 / p99 ms |"]
+def table(rows: Sequence[Row], theirs: str, ours: str = "tutti") -> list[str]:
+    lines = [f"| | {ours}, /s | {theirs}, /s | ratio (pairs) | {ours} p50 / p99 ms | {theirs} p50 / p99 ms |"]
     lines.append("|---|---|---|---|---|---|")
     for row in rows:
         a, b = row.ours, row.theirs
         latencies = f"{a.p50_ms:.2f} / {a.p99_ms:.2f} | {b.p50_ms:.2f} / {b.p99_ms:.2f}"
-        lines.append(f"| {row.what} | {a.rate:,.0f} | {b.rate:,.0f} | **{row.ratio:.2f}** | {latencies} |")
+        ratio = f"**{row.ratio:.2f}** ({row.least:.2f} to {row.greatest:.2f})"
+        lines.append(f"| {row.what} | {a.rate:,.0f} | {b.rate:,.0f} | {ratio} | {latencies} |")
     return lines
 
 
@@ -176,45 +414,52 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=int, default=4)
-    parser.add_argument("--only", choices=("triton", "ray", "cold"), action="append")
+    parser.add_argument("--only", choices=SECTIONS, action="append")
     options = parser.parse_args()
-    parts = options.only or ["triton", "ray", "cold"]
     clients.require_tools()
-    record: dict[str, Any] = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "commit": commit(),
-        "hardware": hardware(),
-        "command": "python -m benchmarks " + " ".join(sys.argv[1:]),
-    }
-    lines = ["# Results", "", *(f"- {key}: {value}" for key, value in record.items()), ""]
-    lines.append(
-        f"Medians of {options.rounds} interleaved rounds of {options.seconds} s. One [1, 384] FP32 item a request,"
-    )
-    lines.append(
-        "three dense layers in onnxruntime with one thread, batches of up to 64; wrk and h2load on the same machine."
-    )
-    lines.append("For gRPC the latencies are h2load's mean and maximum.")
+    path = RESULTS / "results.json"
+    kept: dict[str, Any] = json.loads(path.read_text()) if options.only and path.exists() else {}
     with tempfile.TemporaryDirectory(prefix="tutti-bench-") as folder:
-        scratch = Path(folder)
-        if "triton" in parts:
-            rows = against_triton(scratch, options.rounds, options.seconds)
-            record["triton"] = [asdict(row) for row in rows]
-            lines += ["", "## One process, beside tritonserver 2.51 (its python-based onnxruntime backend)", ""]
-            lines += table(rows, "tritonserver")
-        if "ray" in parts:
-            rows = against_plain_ray_serve(scratch, options.rounds, options.seconds)
-            record["ray"] = [asdict(row) for row in rows]
-            lines += ["", "## On Ray, beside a plain Ray Serve deployment behind Serve's HTTP proxy", ""]
-            lines += table(rows, "Ray Serve")
-        if "cold" in parts:
-            cold = first_inference(scratch, options.rounds)
-            record["first_inference_s"] = cold
-            lines += ["", "## From process start to the sample ensemble's first answer", ""]
-            lines += [f"- {name}: {seconds:.2f} s" for name, seconds in cold.items()]
-    (RESULTS / "results.json").write_text(json.dumps(record, indent=1) + "\n")
-    (RESULTS / "results.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+        run = Run(Path(folder), options.rounds, options.seconds)
+        for name in options.only or SECTIONS:
+            title, measure = SECTIONS[name]
+            print(f"## {title}", flush=True)
+            lines = measure(run)
+            print("\n".join(lines), flush=True)
+            kept[name] = {
+                "title": title,
+                "date": datetime.now(UTC).date().isoformat(),
+                "commit": commit(),
+                "hardware": hardware(),
+                "rounds": options.rounds,
+                "seconds": options.seconds,
+                "lines": lines,
+            }
+            write(kept)
     return 0
+
+
+def write(sections: dict[str, Any]) -> None:
+    """results.json as it is, and results.md from it."""
+    (RESULTS / "results.json").write_text(json.dumps(sections, indent=1) + "\n")
+    lines = [
+        "# Results",
+        "",
+        "`make bench` measures all of this, `.venv/bin/python -m benchmarks --only NAME` one part. Both sides of a",
+        "line are measured in turn on one machine; figures are medians, ratios also show the least and the greatest",
+        "pair. Clients are wrk (HTTP) and h2load (gRPC, whose latencies are its mean and maximum), one thread each, on",
+        "the same cores. Models are in benchmarks/models.py; the tiny one is three dense layers, [1, 384] FP32.",
+    ]
+    for name in SECTIONS:
+        if name in sections:
+            one = sections[name]
+            lines += ["", f"## {one['title']}", ""]
+            lines += [
+                f"`{name}`, {one['date']}, commit {one['commit']}, {one['rounds']} rounds of {one['seconds']} s on "
+            ]
+            lines[-1] += f"{one['hardware']}"
+            lines += ["", *one["lines"]]
+    (RESULTS / "results.md").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class Options(BaseModel):
@@ -40,6 +40,7 @@ class Options(BaseModel):
     grpc_server_key: Path | None = None
     grpc_root_cert: Path | None = None
     grpc_server: Literal["native", "grpcio"] = "native"
+    front_end_processes: int = Field(default=1, ge=1, le=1)  # the gateway is one
     log_verbose: int = 0
     log_file: str = ""
     log_format: Literal["default", "ISO8601"] = "default"

@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import importlib.util
 import logging
+import os
 import re
 import signal
 import sys
@@ -75,6 +76,14 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="local,size=BYTES",
         help="the response cache, for models that ask for it (default: %(default)s; size=0 for none)",
     )
+    serve.add_argument(
+        "--front-end-processes",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes that read requests and write answers, sharing the ports, in front of the engine's; worth it "
+        "where there are cores to spare (default: 1, within the engine's)",
+    )
     serve.add_argument("--allow-client-shm", action="store_true", help="let clients register system shared memory")
     access = serve.add_argument_group("access")
     access.add_argument(
@@ -128,6 +137,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    if options.front_end_processes < 1:
+        parser.error("--front-end-processes needs 1 or more")
+    if options.front_end_processes > 1 and options.ray:
+        parser.error("--front-end-processes does not go with --ray")
     if options.load_model and options.model_control_mode != "explicit":
         parser.error("--load-model needs --model-control-mode explicit")
     for protocol in ("http", "grpc"):
@@ -154,6 +167,8 @@ def _boolean(text: str) -> bool:
 
 
 def _serve(options: argparse.Namespace) -> int:
+    # Processes are started with exec: gRPC need not prepare for a fork, nor say that it has not.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     logs = Logs(options.log_verbose, options.log_file, options.log_format)
     logs.install()
     if options.ray:

@@ -30,6 +30,7 @@ pytestmark = [
 SERVERS = {
     "native": (),
     "grpcio": ("--grpc-server", "grpcio"),
+    "front-ends": ("--front-end-processes", "2"),
     "ray": ("--ray", "--cpu-replicas", "2"),
 }
 # Server -> client -> methods called.
@@ -204,10 +205,12 @@ def test_infer_classes(client: AnyClient) -> None:
 
 def test_infer_parameters_both_ways_and_headers(client: AnyClient) -> None:
     headers = {"x-told-you": "so", "x-other": "no"}
-    result = client.ask("tells", {"x": X}, parameters={"a": 1, "b": "two", "c": True}, timeout=123, headers=headers)
+    result = client.ask(
+        "tells", {"x": X}, parameters={"a": 1, "b": "two", "c": True}, timeout=123_000_000, headers=headers
+    )
     seen = json.loads(result.as_numpy("seen").item())
     assert seen["parameters"] == {"a": 1, "b": "two", "c": True, "x-told-you": "so"}
-    assert seen["timeout"] == 123
+    assert seen["timeout"] == 123_000_000
     response = result.get_response()
     if isinstance(response, dict):
         made = response["parameters"]

@@ -62,6 +62,10 @@ class Access:
                 request.parameters.setdefault(name, value)
 
 
+class Elsewhere(Exception):
+    """Only the engine's process can do it, and this is another one."""
+
+
 class Api:
     """One server as its front-ends see it. Errors are InferErrors."""
 
@@ -74,8 +78,11 @@ class Api:
         shared_memory: SharedMemory | None = None,
         tracer: Tracer | None = None,
         logs: Logs | None = None,
+        is_front_end: bool = False,
     ) -> None:
+        """`is_front_end`: the engine is in another process, and only infer is known here."""
         self.engine = engine
+        self.is_front_end = is_front_end
         self.limits = limits or Limits()
         self.http = http or Access()
         self.grpc = grpc or Access()

@@ -7,15 +7,16 @@ bidirectional streams, goes to the grpcio server of grpc_aio.py behind it.
 import hashlib
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from pygrpc_native import EVENT_CALL, NativeGrpcFront
 
 from tutti.errors import InferError
 from tutti.frontends import grpc_codec, grpc_methods
-from tutti.frontends.api import Api
+from tutti.frontends.api import Api, Elsewhere
 from tutti.frontends.gate import Category
 from tutti.frontends.grpc_methods import INTERNAL, MODEL_INFER, REFUSED, RESOURCE_EXHAUSTED, code_of, metadata_headers
 from tutti.types import Call, now_ns
@@ -28,12 +29,18 @@ _BURST = 64
 class GrpcFront:
     """One listening gRPC server with one receiving thread. The sink of its infer calls; its token is the call's id."""
 
-    def __init__(self, api: Api, host: str, port: int, fallback: str | None = None) -> None:
-        """`fallback` is the Unix socket of the server for all other methods."""
+    def __init__(
+        self, api: Api, host: str, port: int, fallback: str | None = None, raw: Callable[..., None] | None = None
+    ) -> None:
+        """`fallback` is the Unix socket of the server for all other methods.
+
+        A front-end process shares its port, and has `raw` take the serialized requests that it cannot decode.
+        """
         self._api = api
         self._is_open = api.grpc.gate.is_open
         self._max_message_size = api.limits.max_grpc_message_size
-        table = grpc_methods.methods(api)
+        self._raw = raw
+        table = grpc_methods.methods(api) if raw is None else {}
         self._methods = [None, *table.values()]
         # Only with call_details does the front tell of unary calls that were cancelled or ran out of time.
         paths = [(path, False) for path in (MODEL_INFER, *table)]
@@ -46,6 +53,7 @@ class GrpcFront:
             call_details=True,
             bearer_token_sha256=keys or None,
             unauthenticated_message=REFUSED["unauthenticated"][1],
+            reuse_port=raw is not None,
         )
         if fallback is not None:
             self._front.set_fallback(fallback)
@@ -104,8 +112,17 @@ class GrpcFront:
             call_id, "inference", payload, details
         ):
             return None
+        left_s = details[2] if details is not None else None
         try:
-            call = Call(self._templates.decode(payload, api.shared_memory), self, call_id)
+            request = self._templates.decode(payload, api.shared_memory)
+            if request.classes and api.is_front_end:
+                raise Elsewhere
+            call = Call(request, self, call_id)
+        except Elsewhere:
+            assert self._raw is not None
+            left_ns = max(1, int(left_s * 1e9)) if left_s is not None else 0
+            self._raw(payload, left_ns, partial(self._answer_raw, call_id))
+            return None
         except InferError as error:
             self._front.fail(call_id, code_of(error), error.message)
             return None
@@ -113,8 +130,8 @@ class GrpcFront:
             _log.exception("a ModelInfer message could not be decoded")
             self._front.fail(call_id, INTERNAL, f"internal error: {type(error).__name__}")
             return None
-        if details is not None and details[2] is not None:
-            call.deadline_ns = now_ns() + int(details[2] * 1e9)
+        if left_s is not None:
+            call.deadline_ns = now_ns() + max(1, int(left_s * 1e9))
         if api.grpc.forward is not None and details is not None:
             api.grpc.forward_headers(metadata_headers(details[0]).items(), call.request)
         if api.tracer.is_on:
@@ -122,6 +139,12 @@ class GrpcFront:
             api.tracer.begin(call, headers.get("traceparent", ""))
         self._open[call_id] = call
         return call
+
+    def _answer_raw(self, call_id: int, code: int, message: bytes, details: str) -> None:
+        if code:
+            self._front.fail(call_id, code, details)
+        else:
+            self._front.respond(call_id, message)
 
     def _may_pass(self, call_id: int, category: Category, payload: bytes, details: Any) -> bool:
         """Check size and gate; a call that may not pass has been answered."""

@@ -11,12 +11,13 @@ import ssl
 import threading
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
 from tutti.errors import InferError, InvalidArgument
 from tutti.frontends import compression, http_codec
-from tutti.frontends.api import Api, Limits
+from tutti.frontends.api import Api, Elsewhere, Limits
 from tutti.frontends.gate import Gate
 from tutti.frontends.http_codec import ReplyFormat
 from tutti.frontends.http_connection import (
@@ -68,6 +69,11 @@ class HttpFront:
         self._sweep = self._loop.call_later(_SWEEP_S, self._close_idle)
         return int(self._server.sockets[0].getsockname()[1])
 
+    async def start_unix(self, path: Path) -> None:
+        """Listen on a Unix socket that only this user can reach, by its folder."""
+        self._server = await self._loop.create_unix_server(lambda: Connection(self), str(path))
+        self._sweep = self._loop.call_later(_SWEEP_S, self._close_idle)
+
     async def stop(self, grace_s: float = 5.0) -> None:
         """Stop listening, let open exchanges end, then close the connections."""
         if self._sweep is not None:
@@ -94,6 +100,9 @@ class HttpFront:
                 self._loop.call_soon(self._flush)
             self._arrived.append(exchange)
             return
+        self._start_app(exchange)
+
+    def _start_app(self, exchange: Exchange) -> None:
         task = exchange.task = self._loop.create_task(self._run_app(exchange))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -138,6 +147,9 @@ class HttpFront:
             except InferError as error:
                 exchange.connection.respond(exchange, status_of(error), error.message)
                 continue
+            except Elsewhere:
+                self._start_app(exchange)
+                continue
             except Exception as error:
                 _log.exception("an infer request could not be decoded")
                 exchange.connection.respond(exchange, 500, f"internal error: {type(error).__name__}")
@@ -166,13 +178,18 @@ class HttpFront:
         header_length = head.header_length
         exchange.encoding = head.reply_coding
         exchange.timeout_ns = head.timeout_ns
+        if head.coding and self._api.is_front_end:
+            raise Elsewhere
         if head.coding:
             exchange.body = compression.decompress(exchange.body, head.coding, self.limits.max_input_size)
         if header_length == 0:
             config = self._api.engine.model(name, version).config
             return http_codec.decode_raw(config, version, exchange.body), http_codec.BINARY_REPLY
         regions = self._api.shared_memory
-        return http_codec.decode(name, version, exchange.body, header_length, self._headers, regions)
+        request, reply = http_codec.decode(name, version, exchange.body, header_length, self._headers, regions)
+        if request.classes and self._api.is_front_end:
+            raise Elsewhere
+        return request, reply
 
     def _encode(self, call: Call) -> Response:
         exchange: Exchange = call.token
@@ -314,6 +331,7 @@ def _scope(exchange: Exchange) -> dict[str, Any]:
         "headers": exchange.headers,
         "client": None,
         "server": None,
+        "exchange": exchange,
     }
 
 

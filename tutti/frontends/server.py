@@ -10,6 +10,7 @@ from typing import Literal
 from tutti.errors import ConfigError
 from tutti.frontends import http_api
 from tutti.frontends.api import Api
+from tutti.frontends.front_ends import FrontEnds
 from tutti.frontends.grpc import GrpcFront
 from tutti.frontends.grpc_aio import GrpcioFront, TlsFiles
 from tutti.frontends.http import HttpFront
@@ -61,6 +62,7 @@ class Addresses:
     http_tls: Tls | None = None
     grpc_tls: Tls | None = None
     grpc_server: GrpcServer = "native"
+    front_end_processes: int = 1
 
 
 class Server:
@@ -73,6 +75,7 @@ class Server:
         self._http: list[HttpFront] = []
         self._grpc: GrpcFront | None = None
         self._grpcio: GrpcioFront | None = None
+        self._front_ends: FrontEnds | None = None
         self._sockets: tempfile.TemporaryDirectory[str] | None = None
 
     async def start(self) -> Addresses:
@@ -82,13 +85,12 @@ class Server:
         """
         wanted = self._addresses
         http_port = grpc_port = metrics_port = None
+        if wanted.front_end_processes > 1:
+            return await self._start_front_ends()
         if wanted.grpc_port is not None:
             grpc_port = await self._start_grpc(wanted.host, wanted.grpc_port)
         if wanted.metrics_port is not None:
-            metrics = Metrics(self._api.engine, self._extra)
-            front = HttpFront(http_api.metrics_app(metrics.render, self._api.http.gate))
-            self._http.append(front)
-            metrics_port = await front.start(wanted.host, wanted.metrics_port)
+            metrics_port = await self._start_metrics()
         if wanted.http_port is not None:
             front = HttpFront(http_api.make_app(self._api), self._api)
             self._http.append(front)
@@ -98,8 +100,40 @@ class Server:
         _log.info("listening on %s: http %s, grpc %s, metrics %s", wanted.host, http_port, grpc_port, metrics_port)
         return taken
 
+    async def _start_metrics(self) -> int:
+        metrics = Metrics(self._api.engine, self._extra)
+        front = HttpFront(http_api.metrics_app(metrics.render, self._api.http.gate))
+        self._http.append(front)
+        assert self._addresses.metrics_port is not None
+        return await front.start(self._addresses.host, self._addresses.metrics_port)
+
+    async def _start_front_ends(self) -> Addresses:
+        """Processes that share the ports; here only what they pass on, on Unix sockets, and the metrics."""
+        wanted = self._addresses
+        if wanted.grpc_tls is not None or wanted.grpc_server != "native":
+            raise ConfigError("--front-end-processes needs the native gRPC server, without TLS")
+        self._sockets = tempfile.TemporaryDirectory(prefix="tutti-", ignore_cleanup_errors=True)
+        folder = Path(self._sockets.name)
+        self._grpcio = GrpcioFront(self._api, f"unix:{folder / 'grpc'}")
+        await self._grpcio.start()
+        front = HttpFront(http_api.make_app(self._api), self._api)
+        self._http.append(front)
+        await front.start_unix(folder / "http")
+        metrics_port = await self._start_metrics() if wanted.metrics_port is not None else None
+        self._front_ends = FrontEnds(self._api, folder)
+        assert wanted.http_port is not None and wanted.grpc_port is not None
+        tls = wanted.http_tls
+        ports = await self._front_ends.start(
+            wanted.front_end_processes, wanted.host, wanted.http_port, wanted.grpc_port, tls
+        )
+        taken = Addresses(wanted.host, *ports, metrics_port)
+        _log.info("listening on %s: http %s, grpc %s, metrics %s", wanted.host, *ports, metrics_port)
+        return taken
+
     async def stop(self) -> None:
         """Stop listening; open HTTP exchanges may end."""
+        if self._front_ends is not None:
+            await self._front_ends.stop()
         for front in self._http:
             await front.stop()
         if self._grpc is not None:

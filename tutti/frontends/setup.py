@@ -32,6 +32,7 @@ class Options(Protocol):
     http_header_forward_pattern: str | None
     grpc_header_forward_pattern: str | None
     grpc_server: GrpcServer
+    front_end_processes: int
     trace_config: list[str]
 
 
@@ -60,6 +61,7 @@ def addresses(options: Options) -> Addresses:
         _tls(options, "http"),
         _tls(options, "grpc"),
         options.grpc_server,
+        options.front_end_processes,
     )
 
 
