@@ -219,8 +219,9 @@ def serving_all(scratch: Path, *flags_of_ours: tuple[str, ...]) -> Iterator[list
 
 @pytest.fixture(scope="module")
 def sides(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Side]]:
-    """tritonserver, tutti, and tutti with grpcio."""
-    with serving_all(tmp_path_factory.mktemp("differential"), (), ("--grpc-server", "grpcio")) as made:
+    """tritonserver, tutti, tutti with grpcio, and tutti with front-end processes."""
+    flags = ((), ("--grpc-server", "grpcio"), ("--front-end-processes", "2"))
+    with serving_all(tmp_path_factory.mktemp("differential"), *flags) as made:
         yield made
 
 
@@ -242,9 +243,9 @@ SEEN: set[Intended] = set()
 @pytest.mark.parametrize("name", CASES)
 def test_all_answer_the_same(sides: list[Side], name: str) -> None:
     case: Case = CASES[name]
-    triton, native, grpcio = sides
-    # Only gRPC has two servers of ours.
-    mine = (native, grpcio) if any(isinstance(step, Grpc) for step in case.steps) else (native,)
+    triton, native, grpcio, front_ends = sides
+    is_grpc = any(isinstance(step, Grpc) for step in case.steps)
+    mine = (native, grpcio, front_ends) if is_grpc else (native, front_ends)
     for step in case.steps:
         theirs = triton.run(step)
         for side in mine:
