@@ -137,8 +137,8 @@ def _wrk(url: str, script: Path, clients: int, seconds: int) -> str:
 def perf_analyzer(program: str, protocol: str, address: str, clients: int) -> Figures:
     """NVIDIA's client on the tiny model."""
     command = [
-        program, "-m", "mlp", "-u", address, "-i", protocol, "--concurrency-range", str(clients), "-s", "50",
-        "-p", "2000", "--shape", "x:384", "--percentile", "99",
+        program, "-m", "mlp", "-u", address, "-i", protocol, "--concurrency-range", str(clients), "-s", "99",
+        "-r", "3", "-p", "1000", "--shape", "x:384", "--percentile", "99",
     ]  # fmt: skip
     text = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120).stdout
     rate = float(_find(r"Throughput: ([\d.]+) infer/sec", text))
