@@ -11,7 +11,8 @@ PACKAGES = ("tutti", "ensembles", "ray_app", "export", "loadtest", "demo", "benc
 # The layer of each module; a package's entry covers what lies below it.
 LAYERS = {
     "tutti": 0, "tutti.types": 0, "tutti.dtypes": 0, "tutti.errors": 0,
-    "tutti.batching": 1, "tutti.cost": 1, "tutti.padding": 1, "tutti.wire": 1, "tutti.config": 1, "tutti.rows": 1,
+    "tutti.batching": 1, "tutti.cost": 1, "tutti.padding": 1, "tutti.ragged": 1, "tutti.wire": 1,
+    "tutti.config": 1, "tutti.rows": 1,
     "ensembles.graph": 1,
     "tutti.statistics": 1,    "tutti.collector": 1, "tutti.custom_metrics": 1,
     "tutti.frontends.http_codec": 1, "tutti.frontends.grpc_codec": 1, "tutti.frontends.http_status": 1,

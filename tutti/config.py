@@ -19,6 +19,7 @@ from tutti.batching import BatchingPolicy, QueuePolicy
 from tutti.errors import ConfigError
 from tutti.padding import NO_PADDING, Padding
 from tutti.padding import parse as parse_padding
+from tutti.ragged import NOT_RAGGED, BatchInput, Ragged
 from tutti.types import Shape
 
 DEFAULT_MAX_QUEUED_ROWS = 16_384
@@ -52,6 +53,8 @@ _HONOURED = frozenset(
         # How the data travels between host and GPU, and how eagerly: results are the same.
         "optimization.graph.level", "optimization.priority", "optimization.input_pinned_memory.*",
         "optimization.output_pinned_memory.*", "optimization.gather_kernel_buffer_threshold",
+        "input.allow_ragged_batch", "batch_input.kind", "batch_input.target_name", "batch_input.data_type",
+        "batch_input.source_input", "batch_output.target_name", "batch_output.kind", "batch_output.source_input",
         "optimization.eager_batching", "optimization.cuda.graphs",
         "optimization.execution_accelerators.gpu_execution_accelerator.*",
     }
@@ -213,6 +216,7 @@ class ModelConfig:
     warmups: tuple[Warmup, ...] = ()
     metric_tags: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     padding: Padding = NO_PADDING
+    ragged: Ragged = NOT_RAGGED
 
     @property
     def is_ensemble(self) -> bool:
@@ -436,6 +440,39 @@ def _check_batching(proto: Any) -> None:
             raise _fail(proto.name, "dynamic_batching.priority_queue_policy", f"{expected}, got {level}")
 
 
+def _ragged(proto: Any) -> Ragged:
+    ragged = frozenset(spec.name for spec in proto.input if spec.allow_ragged_batch)
+    inputs, outputs = {spec.name for spec in proto.input}, {spec.name for spec in proto.output}
+    made, scattered = [], {}
+    for index, one in enumerate(proto.batch_input):
+        path = f"batch_input[{index}]"
+        if len(one.source_input) != 1 or one.source_input[0] not in inputs:
+            raise _fail(proto.name, f"{path}.source_input", f"expected one input, got {list(one.source_input)}")
+        if not one.target_name:
+            raise _fail(proto.name, f"{path}.target_name", "expected at least one")
+        datatype = _datatype(one.data_type)
+        if datatype not in ("INT32", "FP32"):
+            raise _fail(proto.name, f"{path}.data_type", f"expected TYPE_INT32 or TYPE_FP32, got {datatype or 'none'}")
+        kind = pb.BatchInput.Kind.Name(one.kind)
+        made.append(BatchInput(kind, tuple(one.target_name), datatype, one.source_input[0]))
+    for index, one in enumerate(proto.batch_output):
+        path = f"batch_output[{index}]"
+        if len(one.source_input) != 1 or one.source_input[0] not in inputs:
+            raise _fail(proto.name, f"{path}.source_input", f"expected one input, got {list(one.source_input)}")
+        for name in one.target_name:
+            if name not in outputs:
+                raise _fail(proto.name, f"{path}.target_name", f"the model has no output '{name}'")
+            scattered[name] = one.source_input[0]
+    found = Ragged(ragged, tuple(made), scattered)
+    if found and not proto.max_batch_size:
+        raise _fail(proto.name, "input.allow_ragged_batch", "needs max_batch_size of at least 1")
+    if (made or scattered) and (proto.backend == "python" or proto.HasField("ensemble_scheduling")):
+        raise _fail(proto.name, "batch_input", "only backends that join a batch have batch inputs and outputs")
+    if found and proto.HasField("sequence_batching"):
+        raise _fail(proto.name, "input.allow_ragged_batch", "is not supported with sequence_batching")
+    return found
+
+
 def _padding(proto: Any, parameters: Mapping[str, str], specs: Any) -> Padding:
     padding = parse_padding(proto.name, parameters, *specs)
     if padding.inputs and (proto.HasField("ensemble_scheduling") or proto.HasField("sequence_batching")):
@@ -475,6 +512,7 @@ def _build(proto: Any) -> ModelConfig:
         warmups=tuple(_warmup(proto, index) for index in range(len(proto.model_warmup))),
         metric_tags=MappingProxyType(dict(proto.metric_tags)),
         padding=_padding(proto, parameters, (inputs, outputs)),
+        ragged=_ragged(proto),
     )
 
 

@@ -142,8 +142,8 @@ def set_deadline(call: Call, timeout_us: object, at_ns: int) -> None:
 def check_request(config: ModelConfig, output_names: frozenset[str], request: InferRequest) -> tuple[int, Hashable]:
     """Check tensors and requested outputs against the configuration.
 
-    Returns the request's rows and its batch key: names, and shapes without the batch axis, once padded. Raises
-    InvalidArgument naming the model, the tensor, what was expected and what came.
+    Returns the request's rows and its batch key: names, and shapes without the batch axis, once padded; those of ragged
+    inputs do not count. Raises InvalidArgument naming the model, the tensor, what was expected and what came.
     """
     specs = {spec.name: spec for spec in config.inputs}
     given = request.inputs
@@ -160,9 +160,9 @@ def check_request(config: ModelConfig, output_names: frozenset[str], request: In
         if name not in output_names:
             outputs = [spec.name for spec in config.outputs]
             raise InvalidArgument(f"model '{config.name}': unexpected output '{name}'; expected {_names(outputs)}")
-    key_of = config.padding.key_of
+    key_of, ragged = config.padding.key_of, config.ragged.inputs
     return _rows(config, given), tuple(
-        (name, key_of(name, given[name].shape[config.is_batched :])) for name in sorted(given)
+        (name, () if name in ragged else key_of(name, given[name].shape[config.is_batched :])) for name in sorted(given)
     )
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 
-from tutti import rows
+from tutti import ragged, rows
 from tutti.backends import turns
 from tutti.config import ModelConfig
 from tutti.cost import Alternatives
@@ -71,7 +71,10 @@ class JoinedBackend:
         is_alike = all(request.outputs == first.outputs for request in requests)
         asked = {name for request in (requests[:1] if is_alike else requests) for name in request.outputs or self._all}
         names = [name for name in self._datatypes if name in asked]
-        feed = {name: rows.join(requests, name, self._scratch) for name in first.inputs}
+        is_ragged = bool(self.config.ragged)
+        feed = {name: self._joined(requests, name) for name in first.inputs}
+        if is_ragged:
+            feed |= self.config.ragged.made(requests)
         try:
             with self._turns.turn(self.config.name) if self._turns is not None else nullcontext():
                 arrays = self.run(names, feed)
@@ -80,7 +83,32 @@ class JoinedBackend:
         except Exception as error:
             raise self._failure(first, error) from None
         outputs = [self._output(name, array) for name, array in zip(names, arrays, strict=True)]
+        if is_ragged and self.config.ragged.scattered:
+            return self._scattered(requests, outputs)
         return rows.answers(self.config.name, self._version, requests, outputs, is_alike)
+
+    def _joined(self, requests: Sequence[InferRequest], name: str) -> Array:
+        if name in self.config.ragged.inputs:
+            return ragged.flattened(requests, name)
+        return rows.join(requests, name, self._scratch)
+
+    def _scattered(self, requests: Sequence[InferRequest], outputs: Sequence[Tensor]) -> list[InferResponse]:
+        """Outputs whose parts have an input's shape, and others, which have a row for each of the batch."""
+        sizes = [next(iter(request.inputs.values())).shape[0] for request in requests]
+        columns = [
+            self.config.ragged.parts(self.config.name, output, requests)
+            if output.name in self.config.ragged.scattered
+            else rows.split(output, sizes)
+            for output in outputs
+        ]
+        return [
+            InferResponse(
+                self.config.name,
+                self._version,
+                [part for part in own if not request.outputs or part.name in request.outputs],
+            )
+            for request, own in zip(requests, zip(*columns, strict=True), strict=True)
+        ]
 
     def _output(self, name: str, array: Array) -> Tensor:
         datatype = self._datatypes[name]
