@@ -12,7 +12,7 @@ DIGITS := config:resnet,num_labels=10,embedding_size=16,hidden_sizes=[16,32,64],
 BUILT := $(REPO)/speech_vad/1/model.onnx $(REPO)/text_encoder/1/model.onnx $(REPO)/image_classifier/1/model.onnx
 EXPORT := export/cli.py export/onnx.py export/layout.py export/parity.py export/sources.py
 
-.PHONY: demo test test-fast check bench fuzz models loadtest triton clean
+.PHONY: demo test test-fast check bench profile fuzz models loadtest triton clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.ready
@@ -35,6 +35,10 @@ check: $(VENV)/.ready-dev
 bench: $(VENV)/.ready-dev triton
 	@$(MAKE) --no-print-directory -j2 models
 	$(BIN)/python -m benchmarks
+
+# Where a request's time goes; the last run is in benchmarks/profile.md.
+profile: $(VENV)/.ready-dev
+	$(BIN)/python -m benchmarks.profile
 
 # The long run of the fuzzer; `make test` has a short one.
 fuzz: $(VENV)/.ready-dev

@@ -57,8 +57,8 @@ class LatencyModel:
         if known is not None:
             known.add(rows, ns)
             return
-        self._classes[number] = _Class(rows, ns)
-        self._classes = dict(sorted(self._classes.items()))
+        # A new dict: other threads may be looking through the old one.
+        self._classes = dict(sorted({**self._classes, number: _Class(rows, ns)}.items()))
 
     def mean_ns(self, rows: int) -> int:
         """0 when nothing is known."""

@@ -29,6 +29,7 @@ Timer = Callable[[float, Callable[[], None]], None]
 # An execution that is known to take no more of the processor than this runs in the thread that brings the calls: a
 # hand-over between threads, and their quarrel over the interpreter's lock, would cost more.
 INLINE_NS = 250_000
+MAX_INLINE_NS = 4_000_000
 # Steps of an ensemble that run so call each other: not without end.
 MAX_INLINE_DEPTH = 4
 # After an execution of this length the next one begins before the answers are delivered.
@@ -378,8 +379,10 @@ class ThreadInstance:
     def _may_run_here(self, batch: list[Call]) -> bool:
         if not self._backend.runs_inline or getattr(_here, "depth", 0) >= MAX_INLINE_DEPTH:
             return False
-        rows = sum([call.rows for call in batch])
-        return 0 < self._cpu.of(batch[0].key).tail_ns(rows) <= INLINE_NS
+        rows, key = sum([call.rows for call in batch]), batch[0].key
+        if not 0 < self._cpu.of(key).tail_ns(rows) <= INLINE_NS:
+            return False
+        return self.costs.of(key).mean_ns(rows) <= MAX_INLINE_NS  # it may wait for threads of its own
 
     def _run(self) -> None:
         while (batch := self._inbox.get()) is not None:
@@ -526,7 +529,8 @@ class InOrder:
 
     def __init__(self, infer: Infer) -> None:
         self._infer = infer
-        self._lock = threading.Lock()
+        # An ensemble may submit to this again from within a settling.
+        self._lock = threading.RLock()
         self._waiting: deque[_Turn] = deque()
 
     def __call__(self, calls: Sequence[Call]) -> None:

@@ -7,7 +7,7 @@ from tests.serving import Gather
 from tutti.batching import BatchingPolicy, BatchQueue
 from tutti.cost import Costs
 from tutti.errors import Cancelled, DeadlineExceeded, InferError, Internal, OutOfMemory, Unavailable
-from tutti.scheduler import Scheduler, ThreadInstance
+from tutti.scheduler import InOrder, Scheduler, ThreadInstance
 from tutti.statistics import ModelStatistics
 from tutti.types import Call, InferRequest, InferResponse, now_ns, settle
 
@@ -319,3 +319,25 @@ def test_what_is_known_to_be_quick_runs_in_the_callers_thread() -> None:
         scheduler_is_free.wait(0.01)
     assert backend.threads == ["m_0", threading.current_thread().name, threading.current_thread().name]
     scheduler.close()
+
+
+def test_order_is_kept_where_a_settling_submits_again() -> None:
+    """As an ensemble does that uses one model twice."""
+    answered: list[str] = []
+
+    class Ensemble:
+        def settle(self, calls: Sequence[Call]) -> None:
+            for call in calls:
+                answered.append(call.request.id)
+                if call.request.id == "first":
+                    ordered([Call(InferRequest("m", {}, id="second"), self)])
+
+    def at_once(calls: Sequence[Call]) -> None:
+        for call in calls:
+            call.finish(InferResponse("m", "1", []))
+
+    ordered = InOrder(at_once)
+    done = threading.Thread(target=lambda: ordered([Call(InferRequest("m", {}, id="first"), Ensemble())]), daemon=True)
+    done.start()
+    done.join(5)
+    assert answered == ["first", "second"]

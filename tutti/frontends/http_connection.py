@@ -371,6 +371,8 @@ class Connection(asyncio.Protocol):
         self._parser = httptools.HttpRequestParser(self)  # the last one still waits for the body's rest
         self._start_message()
         self._switch(self)
+        if self._is_closing:  # it has been refused meanwhile
+            return
         if exchange.head is None:
             self._remember(exchange)
         self._accept(exchange)
