@@ -226,11 +226,21 @@ def grpc_request(rng: random.Random, cache: grpc_codec.TemplateCache) -> None:
     # What was read before is read by its form: the same must come out, also of what differs in a byte.
     for made in (payload, payload, _bitten(rng, payload), payload):
         read = _same(partial(cache.decode, made), partial(grpc_codec.decode, made))
+        # So are large ones, by another way.
+        _same(partial(_decode_as_large, made), partial(grpc_codec.decode, made))
     _use(read)
     answer = InferResponse("m", "1", [Tensor("y", "FP32", (1, 2), b"\0" * 8)], {"a": 1, "b": True, "c": "s", "d": 0.5})
     back = service_pb2.ModelInferResponse.FromString(grpc_codec.encode(answer, read.id))
     assert back.id == read.id
     grpc_codec.id_of(payload)
+
+
+def _decode_as_large(payload: bytes) -> InferRequest:
+    usual, grpc_codec.LARGE_MESSAGE_BYTES = grpc_codec.LARGE_MESSAGE_BYTES, 0
+    try:
+        return grpc_codec.decode(payload)
+    finally:
+        grpc_codec.LARGE_MESSAGE_BYTES = usual
 
 
 def grpc_question(rng: random.Random, methods: Any) -> None:

@@ -4,7 +4,8 @@ import random
 
 import pytest
 
-from tutti.batching import BatchingPolicy, BatchQueue, Decision
+from tutti.batching import BatchingPolicy, BatchLimit, BatchQueue, Decision, Returns
+from tutti.cost import Costs, LatencyModel
 from tutti.types import Call, InferRequest
 
 MS = 1_000_000
@@ -143,3 +144,99 @@ def test_random_traces_agree_with_the_oracle(seed: int) -> None:
             assert queue.rows == sum(one.rows for one in waiting)
     ended += queue.drain()
     assert len(ended) == len(set(map(id, ended))) == pushed
+
+
+def affine(fixed_ms: int, row_us: int) -> LatencyModel:
+    model = LatencyModel()
+    for rows in (1, 64):
+        model.record(rows, fixed_ms * MS + rows * row_us * 1000)
+    return model
+
+
+def rounds(returns: Returns, count: int, delay_ns: int, took_ns: int = 3 * MS) -> int:
+    """Batches of 32 whose clients ask again after `delay_ns`; returns when the last was answered."""
+    now = 0
+    for _ in range(count):
+        now += took_ns
+        returns.answered(now, 32, took_ns)
+        returns.arrived(now + delay_ns, 32)
+    now += took_ns
+    returns.answered(now, 32, took_ns)
+    return now
+
+
+def test_clients_that_have_returned_so_far_are_waited_for_where_it_pays() -> None:
+    returns = Returns()
+    now = rounds(returns, 20, MS)
+    accelerator, processor = affine(2, 20), affine(0, 60)
+    assert 0 < returns.wait_ns(now, 32, 64, accelerator) <= 1.5 * MS
+    assert returns.wait_ns(now, 32, 64, processor) == 0, "twice the rows take twice the time"
+    assert returns.wait_ns(now, 64, 64, accelerator) == 0, "the batch is full"
+    assert returns.wait_ns(now + 2 * MS, 32, 64, accelerator) == 0, "they are late: no longer"
+    returns.arrived(now + MS, 32)
+    assert returns.wait_ns(now + MS, 32, 64, accelerator) == 0, "all are back"
+
+
+def test_who_has_not_returned_in_time_before_is_not_waited_for() -> None:
+    for delay_ns in (10 * MS, 10_000 * MS):
+        returns = Returns()
+        assert returns.wait_ns(rounds(returns, 20, delay_ns), 32, 64, affine(2, 20)) == 0
+    returns = Returns()
+    rounds(returns, 20, MS)
+    now = rounds(returns, 3, 10_000 * MS)
+    assert returns.wait_ns(now, 32, 64, affine(2, 20)) == 0, "a pause ends it"
+
+
+def test_a_batch_limit_halves_and_recovers() -> None:
+    limit = BatchLimit()
+    limit.failed(64)
+    limit.failed(64)  # one that was on its way
+    assert limit.rows == 32
+    limit.failed(20)
+    assert limit.rows == 10
+    for _ in range(BatchLimit.GROW_AFTER):
+        limit.succeeded(9, 64)
+    assert limit.rows == 10, "smaller batches prove nothing"
+    for expected in (20, 40, None):
+        for _ in range(BatchLimit.GROW_AFTER):
+            limit.succeeded(64, 64)
+        assert limit.rows == expected
+
+
+def costing(ms_by_rows: dict[int, int]) -> Costs:
+    costs = Costs()
+    for rows, ms in ms_by_rows.items():
+        costs.record("a", rows, ms * MS)
+    return costs
+
+
+def with_deadline(at_ms: int, rows: int = 1) -> Call:
+    made = call(rows)
+    made.deadline_ns = at_ms * MS
+    return made
+
+
+def test_a_batch_is_no_larger_than_its_deadlines_allow() -> None:
+    costs = costing({1: 10, 8: 80})
+    calls = [with_deadline(1000), *(with_deadline(55) for _ in range(7))]
+    decision = queue(BatchingPolicy(8), *calls).take(MS, costs)
+    assert decision.batch == calls[:5], "five rows take 50 ms"
+    assert decision.expired == []
+
+
+def test_a_call_that_would_make_its_batch_small_is_given_up_under_load() -> None:
+    costs = costing({1: 10, 8: 80})
+    tight, *others = with_deadline(25), *(with_deadline(1000) for _ in range(7))
+    decision = queue(BatchingPolicy(8), tight, *others).take(MS, costs)
+    assert (decision.expired, decision.batch) == ([tight], others)
+
+
+def test_alone_it_is_served() -> None:
+    tight = with_deadline(25)
+    assert queue(BatchingPolicy(8), tight).take(MS, costing({1: 10, 8: 80})).batch == [tight]
+
+
+def test_what_cannot_end_in_time_is_not_begun() -> None:
+    late = with_deadline(25, rows=4)
+    decision = queue(BatchingPolicy(8), late).take(MS, costing({1: 10, 8: 80}))
+    assert (decision.batch, decision.expired) == ([], [late])

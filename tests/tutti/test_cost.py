@@ -2,7 +2,7 @@
 
 import pytest
 
-from tutti.cost import Costs, LatencyModel
+from tutti.cost import Alternatives, Costs, LatencyModel
 
 MS = 1_000_000
 
@@ -64,3 +64,19 @@ def test_keys_are_bounded() -> None:
         costs.record(number, 1, MS)
     assert costs.of(0).mean_ns(1) == MS
     assert len(costs._by_key) == Costs.MAX_KEYS
+
+
+def test_of_two_ways_the_cheaper_is_taken_and_the_other_tried_now_and_then() -> None:
+    ways = Alternatives()
+    taken = []
+    for _ in range(200):
+        way = ways.choose()
+        ways.record(way, (10, 4)[way] * MS, 2)
+        taken.append(way)
+    assert taken[:2] == [0, 1]
+    assert 0.9 < sum(taken[2:]) / len(taken[2:]) < 1, "the other one may have become cheaper"
+    for _ in range(600):
+        way = ways.choose()
+        ways.record(way, (1, 40)[way] * MS, 2)
+        taken.append(way)
+    assert sum(taken[-100:]) < 10
