@@ -95,26 +95,30 @@ class LatencyModel:
 
 
 class Alternatives:
-    """Which of two ways to do a thing costs less for each unit: the better one so far, the other one now and then."""
+    """Which of two ways to do a thing costs less for each unit: the better one so far, the other one now and then.
+
+    Judged by the least of the latest costs: others at work on the machine, and first times, only add to them.
+    """
 
     TRY_EVERY = 32
+    MIN_TRIALS = 3
+    _WINDOW = 8
 
     def __init__(self) -> None:
-        self._ns: list[float] = [0.0, 0.0]
+        self._latest: tuple[deque[float], deque[float]] = (deque(maxlen=self._WINDOW), deque(maxlen=self._WINDOW))
         self._turns = 0
 
     def choose(self) -> int:
         """0 or 1."""
-        for way, ns in enumerate(self._ns):
-            if not ns:
-                return way
+        counts = [len(latest) for latest in self._latest]
+        if min(counts) < self.MIN_TRIALS:
+            return 0 if counts[0] <= counts[1] else 1
         self._turns += 1
-        best = 0 if self._ns[0] <= self._ns[1] else 1
+        best = 0 if min(self._latest[0]) <= min(self._latest[1]) else 1
         return 1 - best if self._turns % self.TRY_EVERY == 0 else best
 
     def record(self, way: int, ns: int, units: int) -> None:
-        each = max(1.0, ns / units)
-        self._ns[way] += (each - self._ns[way]) * (_MEAN_WEIGHT if self._ns[way] else 1.0)
+        self._latest[way].append(ns / units)
 
 
 class Costs:
