@@ -88,9 +88,18 @@ def compared(what: str, pairs: Sequence[tuple[Figures, Figures]]) -> Row:
 
 
 def interleave(what: str, ours: Callable[[], Figures], theirs: Callable[[], Figures], rounds: int) -> Row:
-    """Each side once per round, in turn, after a warm-up of both."""
+    """Each side once per round, in turn, after a warm-up of both. A pair of which one came to nothing is repeated."""
     ours(), theirs()
-    return compared(what, [(ours(), theirs()) for _ in range(rounds)])
+    pairs: list[tuple[Figures, Figures]] = []
+    for _ in range(3 * rounds):
+        pair = ours(), theirs()
+        if all(one.rate > 0 for one in pair):
+            pairs.append(pair)
+        else:
+            print(f"{what}: a run came to nothing: {pair}", file=sys.stderr)
+        if len(pairs) == rounds:
+            break
+    return compared(what, pairs)
 
 
 def loads(run: Run, folder: Path, model: BenchModel) -> dict[str, Callable[[Any, int], Figures]]:
