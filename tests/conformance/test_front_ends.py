@@ -5,6 +5,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def test_one_that_dies_is_started_anew_and_the_other_serves_on(server: Served) -
         try:
             with http.InferenceServerClient(server.http) as client:
                 return ask(client, http).as_numpy("y") is not None
-        except (OSError, InferenceServerException):
+        except (OSError, HTTPException, InferenceServerException):
             return False
 
     wait_until(answers)
