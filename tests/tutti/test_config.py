@@ -71,7 +71,10 @@ def test_a_full_configuration() -> None:
             'backend: "b" model_warmup { name: "w" inputs { key: "nope" value { zero_data: true } } }' + TENSORS,
             "model_warmup[0].inputs['nope']",
         ),
-        ('backend: "b" batch_input { kind: BATCH_ACCUMULATED_ELEMENT_COUNT }' + TENSORS, "batch_input.kind"),
+        (
+            'backend: "b" batch_input { kind: BATCH_ACCUMULATED_ELEMENT_COUNT }' + TENSORS,
+            "batch_input[0].source_input",
+        ),
         ('backend: "b" instance_group { passive: true }' + TENSORS, "instance_group.passive"),
         ('backend: "b" instance_group { kind: KIND_MODEL }' + TENSORS, "instance_group[0].kind"),
         (
