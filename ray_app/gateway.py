@@ -27,7 +27,7 @@ from tutti.statistics import ModelStatistics
 from tutti.types import Call, Infer
 
 # A hop may carry more than the model's batch: the replica's own scheduler cuts it to size.
-MIN_HOP_ROWS = 64
+MIN_HOP_ROWS = 128
 MAX_STREAMS = 1000
 
 
@@ -144,7 +144,7 @@ def make_engine(options: Options, router: Router, slots: int, timer: Any, contro
         else:
             queue = BatchQueue(hop_policy(config), config.max_queued_rows)
             scheduler = Scheduler(config.name, queue, statistics, timer)
-            attach(scheduler, config.name, router, statistics, slots)
+            attach(scheduler, config, router, statistics, slots)
             infer, close, pending = _mixed(scheduler), scheduler.close, scheduler.queued_calls
             if config.batching is not None and config.batching.preserves_ordering:
                 infer = InOrder(infer)

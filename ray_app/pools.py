@@ -11,11 +11,13 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
+from ray_app import merging
 from ray_app.control import Change, Desired
 from ray_app.replica import Description
 from tutti import wire
+from tutti.config import ModelConfig
 from tutti.cost import Costs
-from tutti.errors import Cancelled, InferError, Internal, Unavailable
+from tutti.errors import Cancelled, DeadlineExceeded, InferError, Internal, Unavailable
 from tutti.scheduler import Scheduler, trace
 from tutti.statistics import BatchTimes, ModelStatistics
 from tutti.types import Answer, Call, InferResponse, now_ns, settle
@@ -187,7 +189,7 @@ class Router:
             pool.status.lost(replica)
             self._wake[pool.status.name].set()
             raise Unavailable(f"{type(error).__name__}") from None
-        self._count(pool, calls)
+        self._count(pool, len(calls))
         return [_marked(one, pool) for one in wire.unpack_answers(answer)]
 
     async def stream(self, call: Call) -> Answer:
@@ -210,7 +212,7 @@ class Router:
                             break
                         answer, is_final = _marked(one[0], pool), one[1]
                         if is_final:
-                            self._count(pool, [call])
+                            self._count(pool, 1)
                             return answer
                         answered = True
                         if isinstance(answer, InferResponse) and call.emit is not None:
@@ -259,9 +261,25 @@ class Router:
             if not has_ended:
                 source.cancel()
 
-    async def infer(self, calls: Sequence[Call]) -> list[Answer]:
-        """One answer per call. Raises Unavailable when no pool comes up in time, Internal when every send was lost."""
-        message = wire.pack_calls(calls, now_ns())
+    async def infer(self, calls: Sequence[Call], most_rows: int = 1) -> list[Answer]:
+        """One answer per call; those that may travel as one request do, of up to `most_rows` rows.
+
+        Raises Unavailable when no pool comes up in time, Internal when every send was lost.
+        """
+        groups = merging.groups(calls, most_rows)
+        answers: dict[Call, Answer] = {}
+        for group, answer in zip(groups, await self._infer(groups), strict=True):
+            own: Sequence[Answer] = [answer] * len(group)
+            if isinstance(answer, InferResponse):
+                own = merging.split(group, answer)
+            elif len(group) > 1 and not isinstance(answer, Unavailable | DeadlineExceeded):
+                own = await self.infer(group)  # one of them may be to blame: the others are not to pay for it
+            answers.update(zip(group, own, strict=True))
+        return [answers[call] for call in calls]
+
+    async def _infer(self, groups: Sequence[Sequence[Call]]) -> list[Answer]:
+        message = wire.pack_calls([merging.merge(group) for group in groups], now_ns())
+        count = sum(map(len, groups))
         failed: list[Pool] = []
         lost = ""
         while len(failed) < MAX_SENDS:
@@ -280,9 +298,9 @@ class Router:
                 lost = f"{type(error).__name__}: {error}"
                 self._fail(pool)
             else:
-                self._count(pool, calls)
+                self._count(pool, count)
                 return [_marked(answer, pool) for answer in answers]
-            _log.info("a batch of %d was lost in pool '%s', sending it again: %s", len(calls), pool.status.name, lost)
+            _log.info("a batch of %d was lost in pool '%s', sending it again: %s", count, pool.status.name, lost)
             failed.append(pool)
         raise Internal(f"model '{message[0]}': {MAX_SENDS} replicas were lost while they held the request: {lost}")
 
@@ -327,10 +345,10 @@ class Router:
         finally:
             pool.in_flight.discard(task)
 
-    def _count(self, pool: Pool, calls: Sequence[Call]) -> None:
-        pool.status.requests += len(calls)
+    def _count(self, pool: Pool, requests: int) -> None:
+        pool.status.requests += requests
         if pool is not self.pools[0]:
-            pool.status.fallbacks += len(calls)
+            pool.status.fallbacks += requests
 
     def _fail(self, pool: Pool) -> None:
         pool.status.failed()
@@ -403,8 +421,10 @@ class PoolInstance:
         statistics: ModelStatistics,
         release: Callable[[Any], None],
         costs: Costs,
+        most_rows: int,
     ) -> None:
         self.costs = costs
+        self._most_rows = most_rows
         self._name = name
         self._router = router
         self._statistics = statistics
@@ -419,7 +439,7 @@ class PoolInstance:
     async def _execute(self, batch: list[Call]) -> None:
         start_ns = now_ns()
         try:
-            answers: Sequence[Answer] = await self._router.infer(batch)
+            answers: Sequence[Answer] = await self._router.infer(batch, self._most_rows)
         except InferError as error:
             answers = [error] * len(batch)
         except asyncio.CancelledError:
@@ -437,8 +457,9 @@ class PoolInstance:
             self._release(self)
 
 
-def attach(scheduler: Scheduler, name: str, router: Router, statistics: ModelStatistics, slots: int) -> None:
+def attach(scheduler: Scheduler, config: ModelConfig, router: Router, statistics: ModelStatistics, slots: int) -> None:
     """Let `slots` batches of a model be on their way at a time."""
     costs = Costs()
+    most_rows = merging.rows_at_most(config)
     for _ in range(slots):
-        scheduler.add(PoolInstance(name, router, statistics, scheduler.release, costs))
+        scheduler.add(PoolInstance(config.name, router, statistics, scheduler.release, costs, most_rows))

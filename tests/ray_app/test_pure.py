@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ray_app.gateway import hop_policy
+from ray_app.gateway import MIN_HOP_ROWS, hop_policy
 from ray_app.options import Options
 from ray_app.placement import plan_pools
 from ray_app.pools import Pool, PoolStatus, ReplicaState, choose
@@ -86,7 +86,7 @@ def test_calls_wait_for_a_hop_by_the_models_priorities() -> None:
     backend: "onnxruntime" max_batch_size: 8
     input { name: "x" data_type: TYPE_FP32 dims: 4 } output { name: "y" data_type: TYPE_FP32 dims: 4 }
     """
-    assert hop_policy(config.parse(text, "m")) == BatchingPolicy(64)
+    assert hop_policy(config.parse(text, "m")) == BatchingPolicy(MIN_HOP_ROWS)
     made = hop_policy(
         config.parse(
             text
@@ -99,7 +99,7 @@ def test_calls_wait_for_a_hop_by_the_models_priorities() -> None:
             "m",
         )
     )
-    assert (made.max_batch_size, made.preferred_batch_sizes, made.max_queue_delay_ns) == (64, (), 0)
+    assert (made.max_batch_size, made.preferred_batch_sizes, made.max_queue_delay_ns) == (MIN_HOP_ROWS, (), 0)
     assert (made.priority_levels, made.default_priority_level, made.queue.timeout_ns) == (2, 1, 5000)
 
 

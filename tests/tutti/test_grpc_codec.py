@@ -6,7 +6,7 @@ from tritonclient.grpc import service_pb2 as pb
 
 from tutti.errors import InferError
 from tutti.frontends import grpc_codec
-from tutti.types import InferResponse, Tensor
+from tutti.types import Columns, InferResponse, Tensor
 
 TENSOR = pb.ModelInferRequest.InferInputTensor
 
@@ -133,3 +133,17 @@ def test_long_messages_are_not_kept() -> None:
     x = TENSOR(name="x" * 9000, datatype="FP32", shape=[1, 2])
     for _ in range(3):
         assert cache.decode(message(x, raw=(bytes(8),))).signature is None
+
+
+@pytest.mark.parametrize("parameters", [{}, {"tutti_pool": "gpu"}, {"n": 1}, {"n": True}])
+def test_a_part_of_a_batch_reads_as_one_that_came_alone(parameters: dict[str, bool | int | float | str]) -> None:
+    columns = Columns([Tensor.of("y", np.arange(6, dtype=np.float32).reshape(3, 2))])
+    for others in ({}, {"n": 1.0}, parameters):  # what batch-mates have in common is made once
+        first = InferResponse.of_part("m", "1", columns, 0, 2)
+        first.parameters = dict(others)
+        grpc_codec.encode(first, "")
+    part = InferResponse.of_part("m", "1", columns, 1, 3)
+    part.parameters = parameters
+    made = pb.ModelInferResponse.FromString(grpc_codec.encode(part, ""))
+    alone = grpc_codec.encode(InferResponse("m", "1", part.outputs, parameters), "")
+    assert made == pb.ModelInferResponse.FromString(alone)

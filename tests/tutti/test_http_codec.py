@@ -9,7 +9,7 @@ from tutti import config
 from tutti.errors import InferError, InvalidArgument
 from tutti.frontends import http_codec
 from tutti.frontends.http_codec import BINARY_REPLY, JSON_REPLY, HeaderCache, ReplyFormat
-from tutti.types import InferResponse, Tensor
+from tutti.types import Columns, InferResponse, Tensor
 
 
 def body(header: dict, binary: bytes = b"") -> tuple[bytes, int]:
@@ -191,3 +191,18 @@ def test_long_headers_are_not_kept() -> None:
         for _ in range(2):
             http_codec.decode("m", "", header + bytes(4), len(header), cache)
         assert (cache.get(header) is not None) == is_kept
+
+
+@pytest.mark.parametrize("parameters", [{}, {"tutti_pool": "gpu"}, {"n": 1}, {"n": True}])
+def test_a_part_of_a_batch_reads_as_one_that_came_alone(parameters: dict[str, bool | int | float | str]) -> None:
+    columns = Columns([Tensor.of("y", np.arange(6, dtype=np.float32).reshape(3, 2))])
+    for others in ({}, {"n": 1.0}, parameters):  # what batch-mates have in common is made once
+        first = InferResponse.of_part("m", "1", columns, 0, 2)
+        first.parameters = dict(others)
+        http_codec.encode_part(first, BINARY_REPLY, lambda header, body: b"%d %d;" % (header, body))
+    part = InferResponse.of_part("m", "1", columns, 1, 3)
+    part.parameters = parameters
+    made = http_codec.encode_part(part, BINARY_REPLY, lambda header, body: b"%d %d;" % (header, body))
+    assert made is not None
+    header_length, pieces = http_codec.encode(InferResponse("m", "1", part.outputs, parameters), "", BINARY_REPLY)
+    assert b"".join(made) == b"%d %d;" % (header_length or 0, len(b"".join(pieces))) + b"".join(pieces)

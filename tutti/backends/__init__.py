@@ -12,7 +12,9 @@ from tutti.repository import ModelFolder
 from tutti.scheduler import Answers, Backend, Executed
 from tutti.types import Call, Infer, InferResponse, Tensor
 
-SUPPORTED = ("onnxruntime", "pytorch", "tensorrt", "python")
+# Those that execute a batch's requests as one, whatever else they carry than tensors.
+JOINING = ("onnxruntime", "pytorch", "tensorrt")
+SUPPORTED = (*JOINING, "python")
 _NEEDS = {"torch": "PyTorch (pip install torch)", "tensorrt": "TensorRT"}
 
 

@@ -215,7 +215,7 @@ def encode(response: InferResponse, request_id: str, shared: Collection[str] = (
 
     Concatenated protobuf messages merge, so the unchanging head is serialized once per signature.
     """
-    if response.columns is not None and not shared and not request_id and not response.parameters:
+    if response.columns is not None and not shared and not request_id:
         return _encode_part(response, response.columns)
     signature = tuple([(t.name, t.datatype, t.shape) for t in response.outputs])
     head = _head(response.model_name, response.model_version, signature)
@@ -234,13 +234,16 @@ def encode(response: InferResponse, request_id: str, shared: Collection[str] = (
 def _encode_part(response: InferResponse, columns: Columns) -> bytes:
     """A part of a batch: what batch-mates have in common is made once."""
     start, stop = response.start, response.stop
-    known = columns.memo.get(stop - start)
+    parameters = tuple(response.parameters.items())
+    key = (stop - start, parameters, tuple(map(type, response.parameters.values())))
+    known = columns.memo.get(key)
     if known is None:
         outputs = columns.part(start, stop)
         signature = tuple([(t.name, t.datatype, t.shape) for t in outputs])
         tags = [_RAW_TAG + _varint(len(tensor.raw())) for tensor in outputs]
-        tags[0] = _head(response.model_name, response.model_version, signature) + tags[0]
-        known = columns.memo[stop - start] = tags
+        head = _head(response.model_name, response.model_version, signature)
+        tags[0] = head + (_parameters_message(response.parameters) if parameters else b"") + tags[0]
+        known = columns.memo[key] = tags
     parts: list[Raw] = []
     for tag, (size, raw) in zip(known, columns.raws, strict=True):
         parts += (tag, raw[start * size : stop * size])

@@ -233,7 +233,7 @@ def encode(
     if not request_id and not shared and not response.parameters and reply.all_binary(response.outputs):
         raws = [tensor.raw() for tensor in response.outputs]
         described = tuple([(t.name, t.datatype, t.shape, len(r)) for t, r in zip(response.outputs, raws, strict=True)])
-        header = _binary_header(response.model_name, response.model_version, described)
+        header = _binary_header(response.model_name, response.model_version, b"", described)
         return (len(header) if any(raws) else None), [header, *raws]
     outputs, binaries = [], []
     for tensor in response.outputs:
@@ -261,19 +261,21 @@ def encode_part(response: InferResponse, reply: ReplyFormat, head: Callable[[int
     `head` makes what precedes a body of (header length, body length). What batch-mates have in common is made once.
     """
     columns = response.columns
-    if columns is None or response.parameters:
+    if columns is None:
         return None
     start, stop = response.start, response.stop
-    prefix = columns.memo.get((reply, stop - start))
+    parameters = orjson.dumps(response.parameters) if response.parameters else b""
+    key = (reply, stop - start, parameters)
+    prefix = columns.memo.get(key)
     if prefix is None:
         outputs = columns.part(start, stop)
         described = tuple([(t.name, t.datatype, t.shape, len(t.raw())) for t in outputs])
         size = sum(item[3] for item in described)
         prefix = b""
         if size and reply.all_binary(outputs):
-            header = _binary_header(response.model_name, response.model_version, described)
+            header = _binary_header(response.model_name, response.model_version, parameters, described)
             prefix = head(len(header), len(header) + size) + header
-        columns.memo[reply, stop - start] = prefix
+        columns.memo[key] = prefix
     if not prefix:
         return None
     return [prefix, *[raw[start * size : stop * size] for size, raw in columns.raws]]
@@ -289,10 +291,12 @@ def _response_head(model: str, version: str, parameters: bytes) -> bytes:
 
 
 @lru_cache(maxsize=4096)
-def _binary_header(model: str, version: str, outputs: tuple[tuple[str, str, Shape, int], ...]) -> bytes:
-    """The JSON header of a response without id and parameters whose outputs are all binary."""
+def _binary_header(
+    model: str, version: str, parameters: bytes, outputs: tuple[tuple[str, str, Shape, int], ...]
+) -> bytes:
+    """The JSON header of a response without id whose outputs are all binary; `parameters` are JSON."""
     shown = b",".join([_binary_output(*output) for output in outputs])
-    return b'%s"outputs":[%s]}' % (_response_head(model, version, b""), shown)
+    return b'%s"outputs":[%s]}' % (_response_head(model, version, parameters), shown)
 
 
 @lru_cache(maxsize=4096)

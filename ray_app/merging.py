@@ -1,0 +1,63 @@
+"""Requests that a model would join anyway travel as one: a hop then costs per batch, not per request. Pure."""
+
+from collections.abc import Sequence
+
+from tutti import rows
+from tutti.backends import JOINING
+from tutti.config import ModelConfig
+from tutti.types import Answer, Call, InferRequest, InferResponse, Tensor
+
+
+def rows_at_most(config: ModelConfig) -> int:
+    """How many rows of a model may travel as one request; 1 where each must stay one of its own."""
+    may_merge = config.backend in JOINING and config.batching is not None
+    return config.max_batch_size if may_merge and not config.padding.inputs and not config.ragged else 1
+
+
+def groups(calls: Sequence[Call], most_rows: int) -> list[list[Call]]:
+    """Calls that may travel as one request of up to `most_rows` rows, in their order."""
+    if most_rows <= 1 or len(calls) == 1:
+        return [[call] for call in calls]
+    made: list[list[Call]] = []
+    # The group of each signature that has room, and its rows.
+    begun: dict[object, tuple[list[Call], int]] = {}
+    for call in calls:
+        request = call.request
+        if request.signature is None or request.parameters or rows.is_large([request]):
+            made.append([call])
+            continue
+        group, size = begun.get(request.signature, ([], 0))
+        if not group or size + call.rows > most_rows:
+            group, size = [], 0
+            made.append(group)
+        group.append(call)
+        begun[request.signature] = group, size + call.rows
+    return made
+
+
+def merge(group: Sequence[Call]) -> Call:
+    """One call with the rows of all. It may take as long as the most patient of them waits."""
+    first = group[0]
+    if len(group) == 1:
+        return first
+    inputs = {}
+    for name, tensor in first.request.inputs.items():
+        data = b"".join([call.request.inputs[name].raw() for call in group])
+        shape = (sum([call.rows for call in group]), *tensor.shape[1:])
+        inputs[name] = Tensor(name, tensor.datatype, shape, data)
+    request = first.request
+    merged = Call(InferRequest(request.model_name, inputs, request.model_version, "", request.outputs), first.sink)
+    deadlines = [call.deadline_ns for call in group]
+    merged.deadline_ns = max(deadlines) if all(deadlines) else 0
+    return merged
+
+
+def split(group: Sequence[Call], answer: InferResponse) -> Sequence[Answer]:
+    """Each call's share of the answer to all."""
+    if len(group) == 1:
+        return [answer]
+    requests = [call.request for call in group]
+    answers = rows.answers(answer.model_name, answer.model_version, requests, answer.outputs, is_alike=True)
+    for one in answers:
+        one.parameters = dict(answer.parameters)
+    return answers
