@@ -1,8 +1,8 @@
 """The models of the comparisons, with seeded weights: each takes one FP32 input "x" and gives one output "y".
 
 mlp: three dense layers, [384] -> [10]. accelerator: emulated, sleeps 2 ms + 0.02 ms a row. cnn: convolutions that keep
-both cores busy, [3, 64, 64] -> [10]. image: the mean of 600 kB. audio: the mean of 2 MB. clips: the accelerator, for
-clips of 1 to 30 s, 0.1 ms a second of audio in the batch, padded or not.
+both cores busy, an instance on each, [3, 64, 64] -> [10]. image: the mean of 600 kB. audio: the mean of 2 MB. clips:
+the accelerator, for clips of 1 to 30 s, 0.1 ms a second of audio in the batch, padded or not.
 """
 
 import itertools
@@ -50,7 +50,7 @@ MLP = BenchModel("mlp", (384,), 10, 64, "onnxruntime", _threads(1))
 ACCELERATOR = BenchModel("accelerator", (384,), 10, 64, "python")
 # The accelerator, ten times slower: two cores can offer it twice what it can do.
 SLOW_ACCELERATOR = BenchModel("slow_accelerator", (384,), 10, 64, "python")
-CNN = BenchModel("cnn", (3, 64, 64), 10, 8, "onnxruntime", _threads(2))
+CNN = BenchModel("cnn", (3, 64, 64), 10, 4, "onnxruntime", _threads(1) + "instance_group { count: 2 kind: KIND_CPU }\n")
 IMAGE = BenchModel("image", (3, 224, 224), 3, 8, "onnxruntime", _threads(1))
 AUDIO = BenchModel("audio", (500_000,), 1, 8, "onnxruntime", _threads(1))
 
