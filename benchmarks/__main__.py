@@ -220,7 +220,7 @@ def cnn(run: Run) -> list[str]:
 
     sessions = {threads: _session(model, threads) for threads in (1, 2)}
     settings = [(threads, loops, batch) for threads, loops in ((1, 1), (1, 2), (2, 1)) for batch in (1, 2, 4, 8)]
-    threads, loops, batch = max(settings, key=lambda one: by_hand(sessions[one[0]], *one[1:], 1.5).rate)
+    threads, loops, batch = max(settings, key=lambda one: by_hand(sessions[one[0]], one[1], one[2], 1.5).rate)
     with serving(folder / "repository", folder / "log") as server:
         load = loads(run, folder, CNN)["HTTP"]
         row = interleave(

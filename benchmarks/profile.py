@@ -24,15 +24,16 @@ STAGES = (
     ("write the socket", r"http_connection\.py:_write"),
     ("receive and answer gRPC calls (the library)", r"grpc\.py:_receive"),
     ("read and answer HTTP/1.1", r"http_connection\.py:.*"),
-    ("decode requests", r"(http|grpc)_codec\.py:(decode|_decode|request|fits|get)"),
+    ("decode requests", r"(http|grpc)_codec\.py:(decode|_decode|request|fits|get|remember|__init__)"),
     ("decode requests", r"http\.py:(_flush|_decode|_route|handle)|grpc\.py:_accept"),
-    ("check and queue", r"(model|engine|api|batching)\.py:.*|scheduler\.py:(__call__|_dispatch|_take|next_batch)"),
+    ("check and queue", r"(model|engine|api|batching|cost)\.py:(?!complete).*"),
+    ("check and queue", r"scheduler\.py:(__call__|_dispatch|_take|next_batch)"),
     ("join inputs", r"rows\.py:join|onnxruntime\.py:_input"),
-    ("run the model (onnxruntime)", r"onnxruntime\.py:_run|onnxruntime_inference_collection\.py.*"),
-    ("split outputs", r"rows\.py:.*|onnxruntime\.py:.*"),
+    ("run the model (onnxruntime)", r"onnxruntime\.py:_?run|onnxruntime_inference_collection\.py.*"),
+    ("split outputs", r"rows\.py:.*|(onnxruntime|joined)\.py:.*"),
     ("count statistics", r"statistics\.py:.*"),
-    ("encode answers", r"(http|grpc)_codec\.py:.*|http\.py:(_encode|_response|settle|_deliver)"),
-    ("encode answers", r"grpc\.py:settle|types\.py:.*"),
+    ("encode answers", r"(http|grpc)_codec\.py:.*|http\.py:(_encode|_response|_pieces|_binary_head|settle|_deliver)"),
+    ("encode answers", r"grpc\.py:settle|(types|answers)\.py:.*|api\.py:complete"),
     ("schedule threads", r"scheduler\.py:.*|.*threading\.py.*"),
 )  # fmt: skip
 FRAME = re.compile(r"(.+) \((?:.*/)?([^/:]+\.py)(?::\d+)?\)")
@@ -42,11 +43,16 @@ def stage_of(stack: str) -> str:
     """The stage of one folded stack, outermost frame first."""
     for part in reversed(stack.split(";")):
         found = FRAME.fullmatch(part.strip())
-        frame = f"{found[2]}:{found[1]}" if found else part
+        frame = f"{found[2]}:{_function(found[1])}" if found else part
         for stage, pattern in STAGES:
             if re.fullmatch(pattern, frame):
                 return stage
     return "other"
+
+
+def _function(qualified: str) -> str:
+    """Of "Class.method.<locals>.<listcomp>" the method."""
+    return qualified.partition(".<locals>")[0].rpartition(".")[2]
 
 
 def sample(pid: int, seconds: int, folder: Path) -> Counter[str]:

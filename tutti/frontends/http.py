@@ -266,7 +266,7 @@ def _infer_head(model: str, headers: Sequence[tuple[bytes, bytes]]) -> InferHead
         elif key == b"accept-encoding":
             reply_coding = compression.choose(value.decode("latin-1"))
         elif key in http_codec.TIMEOUT_HEADERS:
-            given_ns = http_codec.timeout_ns(model, key, value)
+            given_ns = http_codec.timeout_ns(key, value)
             timeout_ns = min(timeout_ns or given_ns, given_ns)
     return InferHead(header_length, coding, reply_coding, timeout_ns)
 

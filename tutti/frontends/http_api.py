@@ -281,7 +281,7 @@ class _Routes:
         for header in http_codec.TIMEOUT_HEADERS:
             value = request.headers.get(header.decode())
             if value is not None:
-                deadline_ns = now_ns() + http_codec.timeout_ns(name, header, value.encode("latin-1"))
+                deadline_ns = now_ns() + http_codec.timeout_ns(header, value.encode("latin-1"))
                 call.deadline_ns = min(call.deadline_ns or deadline_ns, deadline_ns)
         if self._api.tracer.is_on:
             self._api.tracer.begin(call, request.headers.get("traceparent", ""))
