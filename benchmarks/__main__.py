@@ -59,9 +59,7 @@ class Run:
     seconds: int
 
     def folder(self, name: str) -> Path:
-        made = self.scratch / name
-        made.mkdir()
-        return made
+        return Path(tempfile.mkdtemp(prefix=f"{name}-", dir=self.scratch))
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +97,8 @@ def interleave(what: str, ours: Callable[[], Figures], theirs: Callable[[], Figu
         else:
             print(f"{what}: a run came to nothing: {pair}", file=sys.stderr)
         if len(pairs) == rounds:
-            break
-    return compared(what, pairs)
+            return compared(what, pairs)
+    raise RuntimeError(f"{what}: {len(pairs)} pairs of {rounds} came to something")
 
 
 def loads(run: Run, folder: Path, model: BenchModel) -> dict[str, Callable[[Any, int], Figures]]:
@@ -445,7 +443,7 @@ def main() -> int:
         for name in options.only or SECTIONS:
             title, measure = SECTIONS[name]
             print(f"## {title}", flush=True)
-            lines = measure(run)
+            lines = _measured(measure, run)
             print("\n".join(lines), flush=True)
             kept[name] = {
                 "title": title,
@@ -458,6 +456,16 @@ def main() -> int:
             }
             write(kept)
     return 0
+
+
+def _measured(measure: Callable[[Run], list[str]], run: Run) -> list[str]:
+    """A part's lines. It begins anew when a server dies under it, as tritonserver does now and then."""
+    for _ in range(2):
+        try:
+            return measure(run)
+        except (RuntimeError, subprocess.CalledProcessError) as error:
+            print(f"begins anew: {error}", flush=True)
+    return measure(run)
 
 
 def write(sections: dict[str, Any]) -> None:
