@@ -1,31 +1,61 @@
 """Runs calls through a Plan: an `Infer` made of other `Infer`s.
 
-Dataflow: a step of a call starts as soon as its inputs are there. Calls whose steps become ready together are
-submitted together, so a batch stays a batch, and each step's own scheduler joins what arrives from elsewhere.
-Intermediates are passed by reference and dropped after their last reader.
+Calls that arrive together go through the graph as one Frame: a step's model gets their rows as one request where that
+may be, and a step starts as soon as its inputs are there. Intermediates are passed by reference and dropped after their
+last reader. A request that fails, is cancelled or is decided early leaves its frame; the others go on.
 """
 
 import threading
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Hashable, Sequence
+from typing import Any
 
+from ensembles import explain
+from ensembles.explain import Explanation, StepTimes
+from ensembles.frame import Frame, Group, stretch
 from ensembles.graph import Plan, Step
-from tutti.errors import Cancelled, InferError
+from tutti import rows
+from tutti.cost import Costs
+from tutti.dtypes import Array
+from tutti.errors import Cancelled, DeadlineExceeded, InferError, Internal, Unavailable
 from tutti.statistics import ModelStatistics
-from tutti.types import Call, Infer, InferRequest, InferResponse, Tensor, now_ns, settle, settle_all
+from tutti.types import Call, Infer, InferRequest, InferResponse, now_ns, settle
+
+SHED_PARAMETER = "tutti_shed"
 
 
-class _Run:
-    """One call on its way through the graph."""
+class _Piece:
+    """What of a group reaches the model as one request: the `number`th stretch of its rows. A step call's token."""
 
-    __slots__ = ("call", "is_over", "left", "steps", "tensors", "waits")
+    __slots__ = ("frame", "group", "number", "rows", "started_ns", "step")
 
-    def __init__(self, call: Call, steps: frozenset[int], plan: Plan) -> None:
-        self.call = call
-        self.steps = steps
-        self.left = len(steps)
-        self.is_over = False
-        self.tensors: dict[str, Tensor] = dict(call.request.inputs)
-        self.waits = {index: len(plan.steps[index].needs) for index in steps}
+    def __init__(self, frame: Frame, step: Step, group: Group, number: int, rows: int, started_ns: int) -> None:
+        self.frame = frame
+        self.step = step
+        self.group = group
+        self.number = number
+        self.rows = rows
+        self.started_ns = started_ns
+
+
+class _Work:
+    """One step of one frame in execution. `entry` and `times` are for its explanation."""
+
+    __slots__ = ("entry", "groups", "left", "mask", "shed", "times")
+
+    def __init__(self, groups: list[Group], mask: Array | None) -> None:
+        self.groups = groups
+        self.mask = mask
+        self.left = 0
+        self.shed = 0
+        self.entry: dict[str, Any] | None = None
+        self.times: list[StepTimes] = []
+
+
+_Ready = list[tuple[Frame, Step]]
+# Steps that became ready while this thread starts others: they wait, rather than start within them. Without that a
+# chain of quick steps would keep every step's tensors, and a stack of frames, until its last one ends.
+_here = threading.local()
 
 
 class EnsembleExecutor:
@@ -41,104 +71,310 @@ class EnsembleExecutor:
             step.index: tuple(later.index for later in plan.steps if step.index in later.needs) for step in plan.steps
         }
         self._steps_for: dict[tuple[str, ...], frozenset[int]] = {}
+        self._costs = [Costs() for _ in plan.steps]
 
     def __call__(self, calls: Sequence[Call]) -> None:
-        ready: dict[int, list[_Run]] = {}
-        for call in calls:
-            run = _Run(call, self._needed(call.request.outputs), self._plan)
-            for index in sorted(run.steps):
-                if not run.waits[index]:
-                    ready.setdefault(index, []).append(run)
+        plan = self._plan
+        if plan.deadline_ns:
+            for call in calls:
+                call.deadline_ns = call.deadline_ns or call.arrived_ns + plan.deadline_ns
+        frames: list[Frame] = []
+        if len(calls) == 1:
+            frames.append(self._frame(calls))
+        else:
+            alike: dict[Hashable, list[Call]] = {}
+            for call in calls:
+                alike.setdefault(self._key(call), []).append(call)
+            frames += [self._frame(group) for group in alike.values()]
+        ready = []
+        for frame in frames:
+            steps = [plan.steps[index] for index in sorted(frame.waits) if not frame.waits[index]]
+            ready += [(frame, step) for step in steps]
         self._start(ready)
 
     def settle(self, calls: Sequence[Call]) -> None:
         """Steps' calls come back: store their outputs, start what has become ready, end what is complete."""
-        ready: dict[int, list[_Run]] = {}
+        ready: _Ready = []
+        again: list[Call] = []
         ended: list[Call] = []
         with self._lock:
             for call in calls:
-                run, step = call.token
-                if run.is_over:
-                    continue
-                if isinstance(call.answer, InferError):
-                    self._fail(run, step, call.answer)
-                    ended.append(run.call)
-                else:
-                    self._advance(run, step, call.answer, ready)
-                    if run.left == 0:
-                        self._complete(run)
-                        ended.append(run.call)
+                self._take_back(call, ready, again, ended)
+        self._go_on(ready, again, ended)
+
+    def _key(self, call: Call) -> Hashable:
+        """Calls of equal keys share a frame. Large ones do not: they would have to be copied."""
+        request = call.request
+        if not self._plan.is_batched or rows.is_large([request]):
+            return id(call)
+        parameters = tuple(sorted(request.parameters.items())) if request.parameters else ()
+        return tuple(request.inputs), request.outputs, parameters, tuple(map(type, request.parameters.values()))
+
+    def _frame(self, calls: Sequence[Call]) -> Frame:
+        outputs = calls[0].request.outputs
+        steps = self._steps_for.get(outputs)
+        if steps is None:
+            steps = self._steps_for[outputs] = self._plan.steps_for(outputs)
+        frame = Frame(self._plan, calls, steps)
+        parameters = calls[0].request.parameters
+        if parameters and parameters.get(explain.PARAMETER):
+            frame.explanation = Explanation(now_ns(), len(calls), frame.rows)
+        return frame
+
+    def _start(self, ready: _Ready) -> None:
+        waiting: deque[tuple[EnsembleExecutor, _Ready]] | None = getattr(_here, "waiting", None)
+        if waiting is not None:
+            waiting.append((self, ready))
+            return
+        waiting = _here.waiting = deque([(self, ready)])
+        try:
+            while waiting:
+                executor, steps = waiting.popleft()
+                executor._submit(steps)
+        finally:
+            _here.waiting = None
+
+    def _submit(self, ready: _Ready) -> None:
+        calls: dict[int, list[Call]] = {}
+        done: list[tuple[Frame, Step]] = []
+        ended: list[Call] = []
+        with self._lock:
+            for frame, step in ready:
+                self._drop_gone(frame, step, ended)
+                if step.unless is not None and frame.open:
+                    ended += [frame.calls[index] for index in frame.leave(step.unless, self._version)]
+                made = self._begin(frame, step, ended) if frame.open else []
+                if made:
+                    calls.setdefault(step.index, []).extend(made)
+                elif frame.open:
+                    done.append((frame, step))
+            following: _Ready = []
+            for frame, step in done:
+                self._finish(frame, step, following, ended)
+        # What has threads of its own first: it executes while others do so in this one.
+        for index in sorted(calls, key=lambda index: self._plan.steps[index].is_merged):
+            self._infer(calls[index])
+        self._go_on(following, [], ended)
+
+    def _go_on(self, ready: _Ready, again: Sequence[Call], ended: Sequence[Call]) -> None:
+        if again:
+            for call in again:
+                self._infer([call])
         if ready:
             self._start(ready)
         if ended:
             self._record(ended)
             settle(ended)
 
-    def _needed(self, outputs: tuple[str, ...]) -> frozenset[int]:
-        steps = self._steps_for.get(outputs)
-        if steps is None:
-            steps = self._steps_for[outputs] = self._plan.steps_for(outputs)
-        return steps
-
-    def _start(self, ready: dict[int, list[_Run]]) -> None:
-        for index, runs in ready.items():
-            step = self._plan.steps[index]
-            calls = [self._step_call(run, step) for run in runs]
-            gone = [call for call in calls if call.token[0].call.is_cancelled]
-            if gone:
-                settle_all(gone, Cancelled("the request was cancelled by its caller"))
-                calls = [call for call in calls if call.answer is None]
-            if calls:
-                self._infer(calls)
-
-    def _step_call(self, run: _Run, step: Step) -> Call:
-        inputs = {}
-        for model_name, name in step.inputs:
-            tensor = run.tensors.get(name)
-            if tensor is not None:  # an optional input that was not sent
-                inputs[model_name] = Tensor(model_name, tensor.datatype, tensor.shape, tensor.data)
-        parent = run.call.request
-        wanted = tuple(model_name for model_name, _ in step.outputs)
-        request = InferRequest(step.model_name, inputs, step.version, parent.id, wanted, parent.parameters)
-        call = Call(request, self, (run, step))
-        call.deadline_ns = run.call.deadline_ns
-        return call
-
-    def _advance(self, run: _Run, step: Step, answer: InferResponse | None, ready: dict[int, list[_Run]]) -> None:
-        assert answer is not None
-        names = dict(step.outputs)
-        for output in answer.outputs:
-            run.tensors[names[output.name]] = output
-        run.left -= 1
-        run.waits[step.index] = -1
-        for later in self._followers[step.index]:
-            if later in run.waits:
-                run.waits[later] -= 1
-                if run.waits[later] == 0:
-                    ready.setdefault(later, []).append(run)
-        self._drop_read(run, step)
-
-    def _drop_read(self, run: _Run, step: Step) -> None:
-        """Forget the tensors that no unfinished step reads and nobody asked for."""
-        kept = run.call.request.outputs or self._plan.outputs
-        for _, name in step.inputs:
-            if name not in kept and all(run.waits.get(reader, -1) == -1 for reader in self._plan.readers[name]):
-                run.tensors.pop(name, None)
-
-    def _complete(self, run: _Run) -> None:
-        run.is_over = True
-        outputs = []
-        asked = run.call.request.outputs
-        for name in self._plan.outputs:
-            if asked and name not in asked:
+    def _drop_gone(self, frame: Frame, step: Step, ended: list[Call]) -> None:
+        """End the calls that nobody waits for any longer."""
+        now = 0
+        for index, call in enumerate(frame.calls):
+            if frame.is_over[index] or not (call.is_cancelled or call.deadline_ns):
                 continue
-            tensor = run.tensors[name]
-            outputs.append(Tensor(name, tensor.datatype, tensor.shape, tensor.data))
-        run.call.answer = InferResponse(self._plan.name, self._version, outputs)
+            now = now or now_ns()
+            if call.is_cancelled:
+                self._end(frame, index, step, Cancelled("the request was cancelled by its caller"), ended)
+            elif call.deadline_ns <= now:
+                what = "the request's deadline passed before this step"
+                self._end(frame, index, step, DeadlineExceeded(what), ended)
 
-    def _fail(self, run: _Run, step: Step, error: InferError) -> None:
-        run.is_over = True
-        run.call.answer = type(error)(f"in ensemble '{self._plan.name}', step '{step.model_name}': {error.message}")
+    def _begin(self, frame: Frame, step: Step, ended: list[Call]) -> list[Call]:
+        """The calls of one step for one frame; none where no row takes it."""
+        try:
+            mask = frame.chosen(step)
+            groups = frame.groups(step, mask) if mask is None or mask.any() else []
+        except InferError as error:  # text that is none
+            self._end_all(frame, step, error, ended)
+            return []
+        self._count(frame, step, mask, groups)
+        work = frame.working[step.index] = _Work(groups, mask)
+        calls = []
+        now = now_ns()
+        for group in groups:
+            calls += self._calls(frame, step, group, now)
+        work.left = len(calls)
+        if frame.explanation is not None:
+            self._explain(frame, step, work, calls, now)
+        return calls
+
+    def _explain(self, frame: Frame, step: Step, work: _Work, calls: Sequence[Call], now: int) -> None:
+        assert frame.explanation is not None
+        if not calls:
+            frame.explanation.skipped(step.model_name, now, frame.why_not(step))
+            return
+        rows_chosen = frame.rows if work.mask is None else int(work.mask.sum())
+        items = sum([group.rows for group in work.groups]) if step.each is not None else None
+        work.entry = frame.explanation.begun(step.model_name, now, rows_chosen, len(calls), items)
+        for call in calls:
+            call.trace = StepTimes()
+            work.times.append(call.trace)
+
+    def _calls(self, frame: Frame, step: Step, group: Group, now: int) -> list[Call]:
+        parent = frame.calls[group.calls[0]].request
+        is_one = len(group.calls) == 1
+        size = step.max_rows or group.rows
+        count = 1 if group.rows <= size else -(-group.rows // size)
+        group.outputs = [None] * count
+        group.left = count
+        deadline_ns = self._deadline_ns(frame, step, group)
+        wanted = tuple([name for name, _ in step.outputs])
+        made = []
+        for number in range(count):
+            inputs = group.inputs
+            if count > 1:
+                inputs = {name: stretch(tensor, number * size, size) for name, tensor in inputs.items()}
+            request_id = parent.id if is_one else ""
+            request = InferRequest(step.model_name, inputs, step.version, request_id, wanted, parent.parameters)
+            own = min(size, group.rows - number * size)
+            call = Call(request, self, _Piece(frame, step, group, number, own, now))
+            call.deadline_ns = deadline_ns
+            call.requests = len(group.calls)
+            made.append(call)
+        return made
+
+    def _deadline_ns(self, frame: Frame, step: Step, group: Group) -> int:
+        """Until when a step must have ended: as the most patient of its calls says.
+
+        An optional one leaves time for the steps after it, and goes by the most hurried.
+        """
+        deadlines = [frame.calls[index].deadline_ns for index in group.calls]
+        if step.is_optional:
+            given = [deadline for deadline in deadlines if deadline]
+            return max(1, min(given) - self._needed_ns(frame, step)) if given else 0
+        return max(deadlines) if all(deadlines) else 0
+
+    def _needed_ns(self, frame: Frame, step: Step) -> int:
+        """What the longest way from a step's end to the frame's is expected to take."""
+        ways = [
+            self._costs[later].of(None).tail_ns(frame.rows) + self._needed_ns(frame, self._plan.steps[later])
+            for later in self._followers[step.index]
+            if later in frame.waits and not self._plan.steps[later].is_optional
+        ]
+        return max(ways, default=0)
+
+    def _take_back(self, call: Call, ready: _Ready, again: list[Call], ended: list[Call]) -> None:
+        piece: _Piece = call.token
+        frame, step, group = piece.frame, piece.step, piece.group
+        answer = call.answer
+        work: _Work = frame.working[step.index]
+        if isinstance(answer, InferResponse):
+            answer = self._stored(piece, call, answer)
+        if isinstance(answer, InferResponse):
+            if frame.calls[0].deadline_ns:
+                self._costs[step.index].record(None, frame.rows, now_ns() - piece.started_ns)
+        else:
+            assert answer is not None
+            self._failed(piece, answer, work, again, ended)
+        group.left -= 1
+        work.left -= 1
+        if not work.left and frame.open:
+            self._finish(frame, step, ready, ended)
+
+    def _stored(self, piece: _Piece, call: Call, answer: InferResponse) -> InferResponse | InferError:
+        """The answer, kept; an error where it is not what the graph can go on with."""
+        by_name = {tensor.name: tensor for tensor in answer.outputs}
+        step = piece.step
+        outputs = []
+        for name, _ in step.outputs:
+            tensor = by_name.get(name)
+            if tensor is None:
+                return Internal(f"output '{name}': the model's answer lacks it")
+            if step.max_rows and (not tensor.shape or tensor.shape[0] != piece.rows):
+                shape = list(tensor.shape)
+                return Internal(f"output '{name}': expected {piece.rows} rows, the model's answer has shape {shape}")
+            outputs.append(tensor)
+        piece.group.outputs[piece.number] = outputs
+        return answer
+
+    def _failed(self, piece: _Piece, error: InferError, work: _Work, again: list[Call], ended: list[Call]) -> None:
+        frame, step, group = piece.frame, piece.step, piece.group
+        is_refusal = isinstance(error, Unavailable | DeadlineExceeded)
+        group.outputs[piece.number] = None
+        if step.is_optional and is_refusal:
+            work.shed += len(group.calls)
+            for index in group.calls:
+                self._shed(frame, index, step)
+        elif len(group.calls) == 1 or is_refusal:
+            for index in group.calls:
+                self._end(frame, index, step, error, ended)
+        elif group in work.groups:  # one of them may be to blame: the others are not to pay for it
+            work.groups.remove(group)
+            now = now_ns()
+            for index in group.calls:
+                if not frame.is_over[index]:
+                    alone = frame.group_of(group, index)
+                    if not alone.rows:
+                        continue
+                    work.groups.append(alone)
+                    calls = self._calls(frame, step, alone, now)
+                    work.left += len(calls)
+                    again += calls
+
+    def _shed(self, frame: Frame, index: int, step: Step) -> None:
+        names = frame.shed.setdefault(index, [])
+        if step.model_name not in names:
+            names.append(step.model_name)
+            self._statistics.record_step(step.model_name, 0, 1, 0)
+
+    def _finish(self, frame: Frame, step: Step, ready: _Ready, ended: list[Call]) -> None:
+        """All of a step's calls are back, or there were none."""
+        work: _Work = frame.working.pop(step.index)
+        if frame.explanation is not None and work.entry is not None:
+            frame.explanation.ended(work.entry, now_ns(), work.times, work.shed)
+        try:
+            frame.put(step, work.groups, work.mask)
+        except (ValueError, InferError) as error:
+            what = error if isinstance(error, InferError) else Internal(str(error))
+            self._end_all(frame, step, what, ended)
+            return
+        frame.left -= 1
+        frame.waits[step.index] = -1
+        for later in self._followers[step.index]:
+            if later in frame.waits:
+                frame.waits[later] -= 1
+                if frame.waits[later] == 0:
+                    ready.append((frame, self._plan.steps[later]))
+        for name in step.read:
+            if name not in frame.asked and all(
+                frame.waits.get(reader, -1) == -1 for reader in self._plan.readers[name]
+            ):
+                frame.columns.pop(name, None)
+        if not frame.left:
+            self._complete(frame, ended)
+
+    def _complete(self, frame: Frame, ended: list[Call]) -> None:
+        for index, answer in enumerate(frame.answers(self._version)):
+            if answer is None:
+                continue
+            if frame.explanation is not None:
+                answer.parameters[explain.PARAMETER] = frame.explanation.text(self._plan.name, now_ns())
+            if index in frame.shed:
+                answer.parameters[SHED_PARAMETER] = ",".join(frame.shed[index])
+            frame.calls[index].answer = answer
+            ended.append(frame.calls[index])
+        frame.columns.clear()
+        frame.open = 0
+
+    def _end(self, frame: Frame, index: int, step: Step, error: InferError, ended: list[Call]) -> None:
+        if not frame.is_over[index]:
+            what = f"in ensemble '{self._plan.name}', step '{step.model_name}': {error.message}"
+            frame.end(index, type(error)(what))
+            ended.append(frame.calls[index])
+
+    def _end_all(self, frame: Frame, step: Step, error: InferError, ended: list[Call]) -> None:
+        for index in range(len(frame.calls)):
+            self._end(frame, index, step, error, ended)
+        frame.columns.clear()
+
+    def _count(self, frame: Frame, step: Step, mask: Any, groups: Sequence[Group]) -> None:
+        is_conditional = step.when is not None or step.unless is not None
+        skipped = 0
+        if is_conditional and mask is not None:
+            skipped = int((~mask if frame.gone is None else ~(mask | frame.gone)).sum())
+        items = sum([group.rows for group in groups]) if step.each is not None else 0
+        if skipped or items:
+            self._statistics.record_step(step.model_name, skipped, 0, items)
 
     def _record(self, calls: Sequence[Call]) -> None:
         now = now_ns()

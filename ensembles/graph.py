@@ -1,23 +1,59 @@
-"""`ensemble_scheduling` -> a checked Plan. Pure: sees configurations only, executes nothing.
+"""`ensemble_scheduling` and what extensions.py adds to it -> a checked Plan. Pure: executes nothing.
 
-Every mistake is found here, at load: missing or doubled maps, unknown models and tensors, cycles, and datatypes or
-shapes that do not fit.
+Every mistake is found here, at load: missing or doubled maps, unknown models and tensors, cycles, datatypes or shapes
+that do not fit, conditions on what is not there, and outputs that nothing may make.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
+import numpy as np
+
+from ensembles import conditions, extensions
+from ensembles.conditions import Condition, ConditionError
+from ensembles.extensions import ExtensionError, Extensions
 from tutti.config import EnsembleStep, ModelConfig, TensorSpec
+from tutti.dtypes import NUMPY
 from tutti.errors import ConfigError
 from tutti.types import Shape
 
 ConfigOf = Callable[[str, str], ModelConfig]
 """(model name, version) -> its configuration. Raises a TuttiError when there is none."""
 
+# Whether a tensor is made for every row, for all rows of a request or none, or for some rows.
+Made = Literal["always", "by request", "by row"]
+
+
+@dataclass(frozen=True, slots=True)
+class Each:
+    """How a step runs per item: the ensemble tensors whose items it takes, and the one that counts each row's."""
+
+    items: tuple[str, ...]
+    count: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorType:
+    """An ensemble tensor: dims without the batch axis, and its value where nothing makes it, None where it has none.
+
+    With `is_items` another tensor says how many items a row has: it may be filled up with more.
+    """
+
+    datatype: str
+    dims: Shape
+    default: Any = None
+    made: Made = "always"
+    is_items: bool = False
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One step of a plan. Maps hold (model tensor, ensemble tensor) pairs; `needs` are the steps it waits for."""
+    """One step of a plan. Maps hold (model tensor, ensemble tensor) pairs; `needs` are the steps it waits for.
+
+    It runs for rows that have all its `required` ensemble tensors and for which its conditions hold. `max_rows` is the
+    model's largest batch, 0 where it has no batch axis; with `is_merged` requests of equal shapes reach it as one.
+    """
 
     index: int
     model_name: str
@@ -25,17 +61,39 @@ class Step:
     inputs: tuple[tuple[str, str], ...]
     outputs: tuple[tuple[str, str], ...]
     needs: frozenset[int]
+    required: tuple[str, ...] = ()
+    max_rows: int = 0
+    is_merged: bool = False
+    when: Condition | None = None
+    unless: Condition | None = None
+    each: Each | None = None
+    gathers: tuple[str, ...] = ()
+    is_optional: bool = False
+    is_decoupled: bool = False
+
+    @property
+    def read(self) -> tuple[str, ...]:
+        """All ensemble tensors that it looks at."""
+        names = [name for _, name in self.inputs]
+        for condition in (self.when, self.unless):
+            names += condition.names if condition is not None else ()
+        if self.each is not None and self.each.count:
+            names.append(self.each.count)
+        return tuple(dict.fromkeys(names))
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A checked graph. `readers` lists, for each ensemble tensor, the steps that read it."""
+    """A checked graph. `readers` lists, for each ensemble tensor, the steps that look at it."""
 
     name: str
     steps: tuple[Step, ...]
     outputs: tuple[str, ...]
     producer: Mapping[str, int]
     readers: Mapping[str, tuple[int, ...]]
+    tensors: Mapping[str, TensorType]
+    is_batched: bool = True
+    deadline_ns: int = 0
 
     def steps_for(self, outputs: tuple[str, ...]) -> frozenset[int]:
         """The steps that the given outputs need, directly or not. No outputs means all of them."""
@@ -53,117 +111,301 @@ def plan(config: ModelConfig, config_of: ConfigOf) -> Plan:
     """Check an ensemble's configuration against the models it uses. Raises ConfigError naming step and tensor."""
     if not config.steps:
         raise _fail(config, "ensemble_scheduling.step", "expected at least one")
-    specs: dict[str, Shape] = {spec.name: config.wire_shape(spec) for spec in config.inputs}
-    datatypes = {spec.name: spec.datatype for spec in config.inputs}
-    models = [_model(config, step, config_of) for step in config.steps]
-    producer = _producers(config, models, specs, datatypes)
-    for index, (step, model) in enumerate(zip(config.steps, models, strict=True)):
-        _check_inputs(config, index, step, model, specs, datatypes)
-    _check_outputs(config, specs, datatypes, producer)
-    steps = tuple(_step(index, step, producer) for index, step in enumerate(config.steps))
-    _check_order(config, steps)
-    names = [name for step in steps for _, name in step.inputs]
-    readers = {name: tuple(step.index for step in steps if name in dict(step.inputs).values()) for name in names}
-    return Plan(config.name, steps, tuple(spec.name for spec in config.outputs), producer, readers)
+    try:
+        extra = extensions.parse(config.parameters)
+    except ExtensionError as error:
+        raise ConfigError(f"ensemble '{config.name}': {error}") from None
+    return _Planner(config, extra, config_of).plan()
+
+
+class _Planner:
+    """One graph while it is checked."""
+
+    def __init__(self, config: ModelConfig, extra: Extensions, config_of: ConfigOf) -> None:
+        self._config = config
+        self._extra = extra
+        self._config_of = config_of
+        self._models = [self._model(step) for step in config.steps]
+        self._producer: dict[str, int] = {}
+        self._shapes: dict[str, Shape] = {spec.name: config.wire_shape(spec) for spec in config.inputs}
+        self._datatypes = {spec.name: spec.datatype for spec in config.inputs}
+        self._each: dict[int, Each] = {}
+
+    def plan(self) -> Plan:
+        config = self._config
+        for index, step in enumerate(config.steps):
+            for tensor in step.output_map.values():
+                if tensor in self._producer or tensor in self._shapes:
+                    raise _fail(config, self._path(index, "output_map"), f"tensor '{tensor}' is made more than once")
+                self._producer[tensor] = index
+        for tensor in (*self._extra.when, *self._extra.each, *self._extra.gather, *self._extra.optional):
+            self._step_of("when" if tensor in self._extra.when else "each, gather or optional", tensor)
+        for index in range(len(config.steps)):
+            self._find_each(index)
+        for index in range(len(config.steps)):
+            self._add_outputs(index)
+        for index in range(len(config.steps)):
+            self._check_inputs(index)
+        self._check_counts()
+        self._check_outputs()
+        steps = [self._step(index) for index in range(len(config.steps))]
+        steps = self._with_exit(steps)
+        order = self._order(steps)
+        tensors = self._tensors(steps, order)
+        read = {name for step in steps for name in step.read}
+        readers = {name: tuple(step.index for step in steps if name in step.read) for name in read}
+        return Plan(
+            config.name, tuple(steps), tuple(spec.name for spec in config.outputs), self._producer, readers, tensors,
+            config.is_batched, self._extra.deadline_ns,
+        )  # fmt: skip
+
+    def _path(self, index: int, what: str = "") -> str:
+        return f"step {index} '{self._config.steps[index].model_name}'" + (f" {what}" if what else "")
+
+    def _model(self, step: EnsembleStep) -> ModelConfig:
+        if step.model_name == self._config.name:
+            raise _fail(self._config, f"step '{step.model_name}'", "an ensemble cannot use itself")
+        try:
+            return self._config_of(step.model_name, step.version)
+        except Exception as error:
+            raise _fail(self._config, f"step '{step.model_name}'", f"its model is not available: {error}") from None
+
+    def _step_of(self, kind: str, tensor: str) -> int:
+        if tensor not in self._producer:
+            raise _fail(self._config, f"parameters.tutti.{kind}.{tensor}", "no step makes a tensor of that name")
+        return self._producer[tensor]
+
+    def _find_each(self, index: int) -> None:
+        made = self._config.steps[index].output_map.values()
+        given = {self._extra.each[tensor] for tensor in made if tensor in self._extra.each}
+        if not given:
+            for tensor in made:
+                if tensor in self._extra.gather:
+                    raise _fail(self._config, f"parameters.tutti.gather.{tensor}", f"needs tutti.each.{tensor}")
+            return
+        items = tuple(dict.fromkeys(name for names in given for name in names))
+        path = f"{self._path(index)} tutti.each"
+        mapped = self._config.steps[index].input_map.values()
+        for name in items:
+            if name not in mapped:
+                raise _fail(self._config, path, f"the step has no input '{name}', it has {sorted(set(mapped))}")
+        if not self._config.is_batched or not self._models[index].is_batched:
+            raise _fail(self._config, path, "needs max_batch_size of at least 1, of the ensemble and of the model")
+        counts = {self._extra.items[name] for name in items if name in self._extra.items}
+        if len(counts) > 1:
+            raise _fail(self._config, path, f"its items are counted by more than one tensor: {sorted(counts)}")
+        self._each[index] = Each(items, next(iter(counts), ""))
+
+    def _add_outputs(self, index: int) -> None:
+        """Shapes and datatypes of what a step makes."""
+        model, step = self._models[index], self._config.steps[index]
+        specs = {spec.name: spec for spec in model.outputs}
+        for model_tensor, tensor in step.output_map.items():
+            if model_tensor not in specs:
+                path = self._path(index, f"output_map '{model_tensor}'")
+                raise _fail(self._config, path, f"the model has outputs {sorted(specs)}")
+            shape = model.wire_shape(specs[model_tensor])
+            datatype = specs[model_tensor].datatype
+            how = self._extra.gather.get(tensor, "concat")
+            if index in self._each and how == "concat":
+                shape = (shape[0], -1, *shape[1:])
+            elif index in self._each and datatype in ("BYTES", "BOOL"):
+                raise _fail(self._config, f"parameters.tutti.gather.{tensor}", f"{how} of {datatype}: expected concat")
+            self._shapes[tensor], self._datatypes[tensor] = shape, datatype
+
+    def _check_inputs(self, index: int) -> None:
+        model, step = self._models[index], self._config.steps[index]
+        specs = {spec.name: spec for spec in model.inputs}
+        path = self._path(index, "input_map")
+        for name, spec in specs.items():
+            if name not in step.input_map and not spec.is_optional:
+                raise _fail(self._config, path, f"input '{name}' of the model is not mapped")
+        for model_tensor, tensor in step.input_map.items():
+            if model_tensor not in specs:
+                raise _fail(self._config, f"{path} '{model_tensor}'", f"the model has inputs {sorted(specs)}")
+            if tensor not in self._shapes:
+                raise _fail(self._config, f"{path} '{model_tensor}'", f"nothing makes ensemble tensor '{tensor}'")
+            self._check_fit(index, f"{path} '{model_tensor}'", specs[model_tensor], tensor)
+
+    def _check_counts(self) -> None:
+        for name, count in self._extra.items.items():
+            path = f"parameters.tutti.items.{name}"
+            if name not in self._shapes or count not in self._shapes:
+                raise _fail(self._config, path, f"nothing makes '{count if name in self._shapes else name}'")
+            if self._dims(count) not in ((), (1,)) or self._datatypes[count] not in _WHOLE:
+                what = f"'{count}' is {self._datatypes[count]} with dims {list(self._dims(count))}"
+                raise _fail(self._config, path, f"expected one whole number a row, {what}")
+            if self._extra.default.get(count, "0") != "0":
+                what = "a row without items has none: expected 0"
+                raise _fail(self._config, f"parameters.tutti.default.{count}", what)
+
+    def _check_fit(self, index: int, path: str, spec: TensorSpec, tensor: str) -> None:
+        shape, datatype = self._shapes[tensor], self._datatypes[tensor]
+        if datatype != spec.datatype:
+            raise _fail(
+                self._config, path, f"expected datatype {spec.datatype}, ensemble tensor '{tensor}' is {datatype}"
+            )
+        expected = self._models[index].wire_shape(spec)
+        each = self._each.get(index)
+        if each is not None and tensor in each.items:
+            expected = (expected[0], -1, *expected[1:])
+        if not _shapes_fit(expected, shape):
+            what = "items of " if each is not None and tensor in each.items else ""
+            raise _fail(
+                self._config,
+                path,
+                f"expected shape {list(expected)}, {what}ensemble tensor '{tensor}' has {list(shape)}",
+            )
+
+    def _dims(self, tensor: str) -> Shape:
+        return self._shapes[tensor][1:] if self._config.is_batched else self._shapes[tensor]
+
+    def _check_outputs(self) -> None:
+        for spec in self._config.outputs:
+            path = f"output '{spec.name}'"
+            if spec.name not in self._producer:
+                raise _fail(self._config, path, "no step makes it")
+            if self._datatypes[spec.name] != spec.datatype:
+                made = self._datatypes[spec.name]
+                raise _fail(self._config, path, f"configured as {spec.datatype}, its step makes {made}")
+            if not _shapes_fit(self._config.wire_shape(spec), self._shapes[spec.name]):
+                expected = f"configured with shape {list(self._config.wire_shape(spec))}"
+                raise _fail(self._config, path, f"{expected}, its step makes {list(self._shapes[spec.name])}")
+
+    def _step(self, index: int) -> Step:
+        model, step = self._models[index], self._config.steps[index]
+        optional = {spec.name for spec in model.inputs if spec.is_optional}
+        each = self._each.get(index)
+        required = [tensor for name, tensor in step.input_map.items() if name not in optional]
+        required += [*each.items, *([each.count] if each.count else [])] if each is not None else []
+        made = list(step.output_map.values())
+        texts = list(dict.fromkeys(self._extra.when[tensor] for tensor in made if tensor in self._extra.when))
+        when = self._condition(f"{self._path(index)} tutti.when", _joined(texts)) if texts else None
+        is_merged = _may_merge(model, self._config_of) and self._config.is_batched
+        if not model.is_batched and self._config.is_batched and when is not None:
+            raise _fail(
+                self._config, f"{self._path(index)} tutti.when", "the model has no batch axis to take rows from"
+            )
+        made_step = Step(
+            index, step.model_name, step.version, tuple(step.input_map.items()), tuple(step.output_map.items()),
+            frozenset(), tuple(dict.fromkeys(required)), model.max_batch_size, is_merged, when, None, each,
+            tuple(self._extra.gather.get(tensor, "concat") for tensor in made) if each is not None else (),
+            any(tensor in self._extra.optional for tensor in made), model.is_decoupled,
+        )  # fmt: skip
+        return self._with_needs(made_step)
+
+    def _with_needs(self, step: Step) -> Step:
+        return replace(step, needs=frozenset(self._producer[name] for name in step.read if name in self._producer))
+
+    def _condition(self, path: str, text: str) -> Condition:
+        specs = {name: (self._datatypes[name], self._dims(name)) for name in self._shapes}
+        try:
+            return conditions.parse(text, specs)
+        except ConditionError as error:
+            raise _fail(self._config, path, str(error)) from None
+
+    def _with_exit(self, steps: list[Step]) -> list[Step]:
+        """Rows for which the exit's condition holds take no step that it does not itself need."""
+        if not self._extra.exit:
+            return steps
+        condition = self._condition("parameters.tutti.exit", self._extra.exit)
+        before: set[int] = set()
+        waiting = [self._producer[name] for name in condition.names if name in self._producer]
+        while waiting:
+            index = waiting.pop()
+            if index not in before:
+                before.add(index)
+                waiting.extend(steps[index].needs)
+        later = [step for step in steps if step.index not in before]
+        for step in later:
+            if not self._models[step.index].is_batched and self._config.is_batched:
+                raise _fail(self._config, "parameters.tutti.exit", f"{self._path(step.index)} has no batch axis")
+        return [step if step.index in before else self._with_needs(replace(step, unless=condition)) for step in steps]
+
+    def _order(self, steps: list[Step]) -> list[Step]:
+        """Each step after those it needs. Raises ConfigError when some wait for each other."""
+        done: set[int] = set()
+        ordered: list[Step] = []
+        while len(ordered) < len(steps):
+            ready = [step for step in steps if step.index not in done and step.needs <= done]
+            if not ready:
+                left = [step.model_name for step in steps if step.index not in done]
+                raise _fail(self._config, "ensemble_scheduling.step", f"cycle among {left}")
+            ordered += ready
+            done.update(step.index for step in ready)
+        return ordered
+
+    def _tensors(self, steps: list[Step], order: list[Step]) -> dict[str, TensorType]:
+        """All tensors, and whether they are made; an output that may be missing in some rows needs a default."""
+        defaults = {name: self._default(name, text) for name, text in self._extra.default.items()}
+        found: dict[str, TensorType] = {}
+        for spec in self._config.inputs:
+            default = defaults.get(spec.name)
+            made: Made = "by request" if spec.is_optional and default is None else "always"
+            found[spec.name] = TensorType(spec.datatype, self._dims(spec.name), default, made)
+        for step in order:
+            made = "by request" if step.is_optional else "always"
+            if any(found[name].made == "by request" for name in step.required):
+                made = "by request"
+            if step.when is not None or step.unless is not None:
+                made = "by row"
+            if any(found[name].made == "by row" for name in step.required):
+                made = "by row"
+            hows = step.gathers or ("",) * len(step.outputs)
+            for (_, name), how in zip(step.outputs, hows, strict=True):
+                default = defaults.get(name)
+                own: Made = "by row" if how in ("max", "min", "mean") else made
+                own = own if default is None else "always"
+                is_items = name in self._extra.items
+                found[name] = TensorType(self._datatypes[name], self._dims(name), default, own, is_items)
+        for spec in self._config.outputs:
+            if found[spec.name].made == "by row" and self._config.is_batched:
+                what = f"is not made for every row: needs parameters.tutti.default.{spec.name}"
+                raise _fail(self._config, f"output '{spec.name}'", what)
+        return found
+
+    def _default(self, name: str, text: str) -> Any:
+        path = f"parameters.tutti.default.{name}"
+        if name not in self._shapes:
+            raise _fail(self._config, path, "there is no tensor of that name")
+        datatype = self._datatypes[name]
+        if datatype == "BYTES":
+            return text.encode()
+        if datatype == "BOOL":
+            if text not in ("true", "false"):
+                raise _fail(self._config, path, f"expected true or false, got '{text}'")
+            return text == "true"
+        try:
+            number = float(text) if datatype in ("FP16", "FP32", "FP64", "BF16") else int(text)
+            return np.array(number, NUMPY[datatype])[()] if datatype != "BF16" else _bf16(number)
+        except (ValueError, OverflowError):
+            raise _fail(self._config, path, f"expected a value of {datatype}, got '{text}'") from None
+
+
+_WHOLE = ("INT8", "INT16", "INT32", "INT64", "UINT8", "UINT16", "UINT32", "UINT64")
+
+
+def _bf16(number: float) -> Any:
+    """The upper half of an FP32."""
+    return np.array([number], np.float32).view(np.uint16)[1]
+
+
+def _joined(texts: list[str]) -> str:
+    return texts[0] if len(texts) == 1 else " and ".join(f"({text})" for text in texts)
+
+
+def _may_merge(model: ModelConfig, config_of: ConfigOf) -> bool:
+    if not model.is_ensemble:
+        return model.may_merge
+    return model.is_batched and all(
+        _may_merge(config_of(step.model_name, step.version), config_of) for step in model.steps
+    )
 
 
 def _fail(config: ModelConfig, path: str, why: str) -> ConfigError:
     return ConfigError(f"ensemble '{config.name}': {path}: {why}")
 
 
-def _model(config: ModelConfig, step: EnsembleStep, config_of: ConfigOf) -> ModelConfig:
-    if step.model_name == config.name:
-        raise _fail(config, f"step '{step.model_name}'", "an ensemble cannot use itself")
-    try:
-        return config_of(step.model_name, step.version)
-    except Exception as error:
-        raise _fail(config, f"step '{step.model_name}'", f"its model is not available: {error}") from None
-
-
-def _producers(
-    config: ModelConfig, models: list[ModelConfig], shapes: dict[str, Shape], datatypes: dict[str, str]
-) -> dict[str, int]:
-    """Ensemble tensor -> the step that makes it. Adds their shapes and datatypes to the two dicts."""
-    producer: dict[str, int] = {}
-    for index, (step, model) in enumerate(zip(config.steps, models, strict=True)):
-        specs = {spec.name: spec for spec in model.outputs}
-        for model_tensor, tensor in step.output_map.items():
-            path = f"step {index} '{step.model_name}' output_map '{model_tensor}'"
-            if model_tensor not in specs:
-                raise _fail(config, path, f"the model has outputs {sorted(specs)}")
-            if tensor in shapes:
-                raise _fail(config, path, f"ensemble tensor '{tensor}' is made more than once")
-            producer[tensor] = index
-            shapes[tensor] = model.wire_shape(specs[model_tensor])
-            datatypes[tensor] = specs[model_tensor].datatype
-    return producer
-
-
-def _check_inputs(
-    config: ModelConfig,
-    index: int,
-    step: EnsembleStep,
-    model: ModelConfig,
-    shapes: Mapping[str, Shape],
-    datatypes: Mapping[str, str],
-) -> None:
-    specs = {spec.name: spec for spec in model.inputs}
-    path = f"step {index} '{step.model_name}' input_map"
-    for name, spec in specs.items():
-        if name not in step.input_map and not spec.is_optional:
-            raise _fail(config, path, f"input '{name}' of the model is not mapped")
-    for model_tensor, tensor in step.input_map.items():
-        if model_tensor not in specs:
-            raise _fail(config, f"{path} '{model_tensor}'", f"the model has inputs {sorted(specs)}")
-        if tensor not in shapes:
-            raise _fail(config, f"{path} '{model_tensor}'", f"nothing makes ensemble tensor '{tensor}'")
-        spec = specs[model_tensor]
-        _check_fit(config, f"{path} '{model_tensor}'", model, spec, tensor, shapes[tensor], datatypes[tensor])
-
-
-def _check_fit(
-    config: ModelConfig, path: str, model: ModelConfig, spec: TensorSpec, tensor: str, shape: Shape, datatype: str
-) -> None:
-    if datatype != spec.datatype:
-        raise _fail(config, path, f"expected datatype {spec.datatype}, ensemble tensor '{tensor}' is {datatype}")
-    expected = model.wire_shape(spec)
-    if not _shapes_fit(expected, shape):
-        raise _fail(config, path, f"expected shape {list(expected)}, ensemble tensor '{tensor}' has {list(shape)}")
-
-
 def _shapes_fit(expected: Shape, given: Shape) -> bool:
     """Whether some tensor can have both shapes: -1 is any size."""
     return len(expected) == len(given) and all(a == b or -1 in (a, b) for a, b in zip(expected, given, strict=True))
-
-
-def _check_outputs(
-    config: ModelConfig, shapes: Mapping[str, Shape], datatypes: Mapping[str, str], producer: Mapping[str, int]
-) -> None:
-    for spec in config.outputs:
-        path = f"output '{spec.name}'"
-        if spec.name not in producer:
-            raise _fail(config, path, "no step makes it")
-        if datatypes[spec.name] != spec.datatype:
-            raise _fail(config, path, f"configured as {spec.datatype}, its step makes {datatypes[spec.name]}")
-        if not _shapes_fit(config.wire_shape(spec), shapes[spec.name]):
-            expected = f"configured with shape {list(config.wire_shape(spec))}"
-            raise _fail(config, path, f"{expected}, its step makes {list(shapes[spec.name])}")
-
-
-def _step(index: int, step: EnsembleStep, producer: Mapping[str, int]) -> Step:
-    needs = frozenset(producer[tensor] for tensor in step.input_map.values() if tensor in producer)
-    return Step(
-        index, step.model_name, step.version, tuple(step.input_map.items()), tuple(step.output_map.items()), needs
-    )
-
-
-def _check_order(config: ModelConfig, steps: tuple[Step, ...]) -> None:
-    """Raises ConfigError when some steps wait for each other."""
-    done: set[int] = set()
-    left = list(steps)
-    while left:
-        ready = [step for step in left if step.needs <= done]
-        if not ready:
-            raise _fail(config, "ensemble_scheduling.step", f"cycle among {[step.model_name for step in left]}")
-        done.update(step.index for step in ready)
-        left = [step for step in left if step.index not in done]

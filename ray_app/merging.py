@@ -3,15 +3,13 @@
 from collections.abc import Sequence
 
 from tutti import rows
-from tutti.backends import JOINING
 from tutti.config import ModelConfig
 from tutti.types import Answer, Call, InferRequest, InferResponse, Tensor
 
 
 def rows_at_most(config: ModelConfig) -> int:
     """How many rows of a model may travel as one request; 1 where each must stay one of its own."""
-    may_merge = config.backend in JOINING and config.batching is not None
-    return config.max_batch_size if may_merge and not config.padding.inputs and not config.ragged else 1
+    return config.max_batch_size if config.may_merge else 1
 
 
 def groups(calls: Sequence[Call], most_rows: int) -> list[list[Call]]:

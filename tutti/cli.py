@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     parser = make_parser()
     options, rest = parser.parse_known_args(arguments)
-    if rest and options.command != "export":
+    if rest and options.command not in ("export", "ensemble"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if options.command == "serve":
         _check(parser, options)
@@ -35,6 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from export.cli import main as export
 
             return export(rest)
+        if options.command == "ensemble":
+            from ensembles.cli import main as ensemble
+
+            return ensemble(rest)
         return _serve(options)
     except TuttiError as error:
         print(f"tutti: {error}", file=sys.stderr)
@@ -133,6 +137,9 @@ def make_parser() -> argparse.ArgumentParser:
     ray.add_argument("--cpu-replicas", type=int, default=1)
     ray.add_argument("--num-gpus", type=int, help="logical GPUs of a cluster started here (default: those found)")
     commands.add_parser("export", help="export a model into a repository (see: tutti export --help)", add_help=False)
+    commands.add_parser(
+        "ensemble", help="check, show, draw, explain and build ensembles (see: tutti ensemble --help)", add_help=False
+    )
     return parser
 
 

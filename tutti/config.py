@@ -72,6 +72,10 @@ _DEFAULT_SEQUENCE_IDLE_US = 1_000_000
 _MAX_NAME = 1024
 
 
+# Backends that execute a batch's requests as one, whatever else they carry than tensors.
+JOINING = ("onnxruntime", "pytorch", "tensorrt")
+
+
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
     """One input or output as configured. `dims` exclude the batch axis; -1 is any size, zero included."""
@@ -226,6 +230,13 @@ class ModelConfig:
     def is_batched(self) -> bool:
         """Whether tensors carry a leading batch axis."""
         return self.max_batch_size > 0
+
+    @property
+    def may_merge(self) -> bool:
+        """Whether requests of equal shapes may reach the model as one: its backend joins them anyway."""
+        is_plain = self.sequences is None and not (self.is_decoupled or self.is_cached)
+        is_joined = self.backend in JOINING and self.batching is not None and self.max_batch_size > 1
+        return is_plain and is_joined and not self.padding.inputs and not self.ragged
 
     def wire_shape(self, spec: TensorSpec) -> Shape:
         """`dims` with the batch axis in front, as metadata shows it."""

@@ -16,7 +16,7 @@ from prometheus_client.metrics_core import (
 from tutti import custom_metrics
 from tutti.engine import Engine
 from tutti.model import Model
-from tutti.statistics import BUCKETS_NS, Counts, Histogram
+from tutti.statistics import BUCKETS_NS, Counts, Histogram, StepCounts
 
 # name, help, value of one model version's counts
 _COUNTERS: tuple[tuple[str, str, Callable[[Counts], float]], ...] = (
@@ -42,6 +42,12 @@ _GAUGES: tuple[tuple[str, str, Callable[[Model], float]], ...] = (
 _HISTOGRAMS: tuple[tuple[str, str, Callable[[Counts], Histogram]], ...] = (
     ("tutti_request_duration_seconds", "Time of successful requests, from arrival to answer", lambda c: c.request_time),
     ("tutti_queue_duration_seconds", "Time of executed requests in the queue", lambda c: c.queue_time),
+)
+
+_OF_STEPS: tuple[tuple[str, str, Callable[[StepCounts], int]], ...] = (
+    ("tutti_ensemble_skipped_rows", "Rows for which a step was left out by its condition", lambda c: c.skipped_rows),
+    ("tutti_ensemble_shed_requests", "Requests for which an optional step had no time", lambda c: c.shed_requests),
+    ("tutti_ensemble_items", "Items for which a step ran, of all its rows", lambda c: c.items),
 )
 
 Collect = Callable[[], Iterable[Metric]]
@@ -91,6 +97,12 @@ class Metrics:
                 found = histogram(model.statistics.counts)
                 family.add_metric(labels(model), _buckets(found), found.ns / 1e9)
             yield family
+        for name, text, of_step in _OF_STEPS:
+            counter = CounterMetricFamily(name, text, labels=[*names, "step"])
+            for model in models:
+                for step, counts in dict(model.statistics.counts.steps).items():
+                    counter.add_metric([*labels(model), step], of_step(counts))
+            yield counter
         yield from custom_metrics.collect()
         if self._extra is not None:
             yield from self._extra()

@@ -41,7 +41,11 @@ def join(requests: Sequence[InferRequest], name: str, scratch: Scratch | None = 
 
     The requests share a batch key, so all but the first axis agree.
     """
-    tensors = [request.inputs[name] for request in requests]
+    return concatenate([request.inputs[name] for request in requests], name, scratch)
+
+
+def concatenate(tensors: Sequence[Tensor], name: str = "", scratch: Scratch | None = None) -> Array:
+    """The tensors along their first axis: one copy, none for a single one or for stretches of one array."""
     first = tensors[0]
     if len(tensors) == 1:
         return first.array()

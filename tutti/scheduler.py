@@ -515,8 +515,10 @@ def _too_late(name: str, call: Call, at_ns: int, needed_ns: int) -> InferError:
 
 def trace(batch: Sequence[Call], times: BatchTimes) -> None:
     """Tell the batch's traced calls when it was executed."""
+    rows = sum([call.rows for call in batch])
     for call in batch:
         if call.trace is not None:
+            call.trace.executed_with(rows)
             call.trace.record("QUEUE_START", call.arrived_ns)
             call.trace.record("COMPUTE_START", times.start_ns)
             call.trace.record("COMPUTE_INPUT_END", times.infer_start_ns)

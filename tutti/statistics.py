@@ -39,9 +39,10 @@ class Histogram:
     counts: list[int] = field(default_factory=lambda: [0] * (len(BUCKETS_NS) + 1))
     ns: int = 0
 
-    def add(self, ns: int) -> None:
-        self.counts[bisect_left(BUCKETS_NS, ns)] += 1
-        self.ns += ns
+    def add(self, ns: int, count: int = 1) -> None:
+        """`count` observations of `ns` each."""
+        self.counts[bisect_left(BUCKETS_NS, ns)] += count
+        self.ns += ns * count
 
 
 @dataclass(slots=True)
@@ -52,6 +53,15 @@ class BatchTimes:
     infer_start_ns: int
     infer_end_ns: int
     end_ns: int
+
+
+@dataclass(slots=True)
+class StepCounts:
+    """What a graph did not do for a step, or did for each item of its rows."""
+
+    skipped_rows: int = 0
+    shed_requests: int = 0
+    items: int = 0
 
 
 @dataclass(slots=True)
@@ -72,6 +82,7 @@ class Counts:
     request_time: Histogram = field(default_factory=Histogram)
     queue_time: Histogram = field(default_factory=Histogram)
     batches: dict[int, list[Duration]] = field(default_factory=dict)
+    steps: dict[str, StepCounts] = field(default_factory=dict)
 
 
 class ModelStatistics:
@@ -87,8 +98,8 @@ class ModelStatistics:
         Only a sequence batcher's fillers have no rows.
         """
         answered = [call for call in calls if call.rows and not isinstance(call.answer, InferError)]
-        n, rows = len(answered), sum(call.rows for call in answered)
-        arrived = sum(call.arrived_ns for call in answered)
+        n, rows = sum([call.requests for call in answered]), sum([call.rows for call in answered])
+        arrived = sum([call.arrived_ns * call.requests for call in answered])
         stages = (
             times.infer_start_ns - times.start_ns,
             times.infer_end_ns - times.infer_start_ns,
@@ -99,7 +110,7 @@ class ModelStatistics:
             counts.executions += 1
             if len(answered) != len(calls):
                 failed = [call for call in calls if call.rows and isinstance(call.answer, InferError)]
-                counts.fail.add(sum(times.end_ns - call.arrived_ns for call in failed), len(failed))
+                _add_failures(counts, failed, times.end_ns)
             if not answered:
                 return
             counts.inferences += rows
@@ -119,24 +130,33 @@ class ModelStatistics:
                     last_ns = call.arrived_ns
                     in_request = bisect_left(BUCKETS_NS, times.end_ns - last_ns)
                     in_queue = bisect_left(BUCKETS_NS, times.start_ns - last_ns)
-                request_counts[in_request] += 1
-                queue_counts[in_queue] += 1
+                request_counts[in_request] += call.requests
+                queue_counts[in_queue] += call.requests
             counts.request_time.ns += times.end_ns * n - arrived
             counts.queue_time.ns += times.start_ns * n - arrived
 
     def record_failures(self, calls: Sequence[Call], now_ns: int) -> None:
         """Count calls that failed without being executed: refused, invalid or cancelled."""
         with self._lock:
-            self.counts.fail.add(sum(max(0, now_ns - (call.arrived_ns or now_ns)) for call in calls), len(calls))
+            _add_failures(self.counts, calls, now_ns)
 
     def record_successes(self, calls: Sequence[Call], now_ns: int) -> None:
         """Count calls that succeeded without an execution of their own, as an ensemble's do."""
         with self._lock:
             self.counts.inferences += sum(call.rows for call in calls)
             self.counts.last_inference_ms = time.time_ns() // 1_000_000
-            self.counts.success.add(sum(now_ns - call.arrived_ns for call in calls), len(calls))
             for call in calls:
-                self.counts.request_time.add(now_ns - call.arrived_ns)
+                waited_ns = now_ns - call.arrived_ns
+                self.counts.success.add(waited_ns * call.requests, call.requests)
+                self.counts.request_time.add(waited_ns, call.requests)
+
+    def record_step(self, step: str, skipped: int, shed: int, items: int) -> None:
+        """Count what a graph did not do, or did more than once, for a step: rows skipped or shed, items executed."""
+        with self._lock:
+            counts = self.counts.steps.setdefault(step, StepCounts())
+            counts.skipped_rows += skipped
+            counts.shed_requests += shed
+            counts.items += items
 
     def record_cache(self, hits: Sequence[Call], misses: Sequence[Call], start_ns: int, end_ns: int) -> None:
         """Count look-ups in the response cache that took from `start_ns` to `end_ns` in all. A hit is a success."""
@@ -150,3 +170,8 @@ class ModelStatistics:
                 counts.success.add(sum(end_ns - call.arrived_ns for call in hits), len(hits))
                 for call in hits:
                     counts.request_time.add(end_ns - call.arrived_ns)
+
+
+def _add_failures(counts: Counts, calls: Sequence[Call], now_ns: int) -> None:
+    waited_ns = sum([max(0, now_ns - (call.arrived_ns or now_ns)) * call.requests for call in calls])
+    counts.fail.add(waited_ns, sum([call.requests for call in calls]))

@@ -103,6 +103,9 @@ class Record:
     def record(self, activity: str, ns: int) -> None:
         self.timestamps.append((activity, ns))
 
+    def executed_with(self, rows: int) -> None:
+        """Triton's traces do not say."""
+
 
 class Writer(Protocol):
     """Where finished traces go."""

@@ -181,6 +181,9 @@ class Trace(Protocol):
     def record(self, activity: str, ns: int) -> None:
         """`ns` is of the clock of now_ns."""
 
+    def executed_with(self, rows: int) -> None:
+        """The call was executed in a batch of so many rows."""
+
 
 class Sink(Protocol):
     """Where settled calls go. Called from any thread, once per group of calls settled together."""
@@ -198,12 +201,13 @@ class Call:
     refused.
 
     A caller that can take more than one answer sets `emit`: a decoupled model hands it each answer but the last,
-    which settles the call as ever. `trace` collects timestamps where the call is traced.
+    which settles the call as ever. `trace` collects timestamps where the call is traced. `requests` is how many
+    requests it stands for, to statistics.
     """
 
     __slots__ = (
-        "answer", "arrived_ns", "deadline_ns", "emit", "expires_ns", "is_cancelled", "key", "level", "request", "rows",
-        "sink", "token", "trace",
+        "answer", "arrived_ns", "deadline_ns", "emit", "expires_ns", "is_cancelled", "key", "level", "request",
+        "requests", "rows", "sink", "token", "trace",
     )  # fmt: skip
 
     def __init__(self, request: InferRequest, sink: Sink, token: Any = None, emit: Emit | None = None) -> None:
@@ -213,6 +217,7 @@ class Call:
         self.emit = emit
         self.answer: Answer | None = None
         self.rows = 1
+        self.requests = 1
         self.key: Hashable = None
         self.arrived_ns = 0
         self.level = 0

@@ -6,14 +6,12 @@ from pathlib import Path
 from typing import Protocol, cast
 
 from tutti import rows
-from tutti.config import InstanceGroup, ModelConfig
+from tutti.config import JOINING, InstanceGroup, ModelConfig
 from tutti.errors import ConfigError
 from tutti.repository import ModelFolder
 from tutti.scheduler import Answers, Backend, Executed
 from tutti.types import Call, Infer, InferResponse, Tensor
 
-# Those that execute a batch's requests as one, whatever else they carry than tensors.
-JOINING = ("onnxruntime", "pytorch", "tensorrt")
 SUPPORTED = (*JOINING, "python")
 _NEEDS = {"torch": "PyTorch (pip install torch)", "tensorrt": "TensorRT"}
 

@@ -1,0 +1,78 @@
+"""What a graph may say beyond Triton, in parameters of the ensemble's config.pbtxt that a stock Triton ignores. Pure.
+
+A step goes by any tensor that it makes:
+
+    tutti.when.TENSOR       the condition (conditions.py) under which the step runs for a row
+    tutti.default.TENSOR    the tensor's value where no step made it: a number, text, true or false; a variable
+                            dimension is 0 then
+    tutti.each.TENSOR       "ITEMS, ...": the step runs once for each item of these tensors, along their first axis
+                            after the batch's; its other inputs are repeated
+    tutti.items.ITEMS       the tensor, one whole number a row, that says how many items a row of ITEMS has; by default
+                            all along the axis
+    tutti.gather.TENSOR     max, min, mean or sum of an each-step's output over a row's items, or concat, the default:
+                            all of them along a new first axis
+    tutti.optional.TENSOR   "true": the step is left out where there is no time for it
+    tutti.exit              the condition under which a row is decided: steps that the condition does not need are left
+                            out for it
+    tutti.deadline_ms       how long a request may take that does not say so itself
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+PREFIX = "tutti."
+GATHERS = ("concat", "max", "min", "mean", "sum")
+
+
+class ExtensionError(ValueError):
+    """A parameter that is not understood; says which and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Extensions:
+    """The parameters by kind, their texts not yet checked against the graph."""
+
+    when: Mapping[str, str] = field(default_factory=dict)
+    default: Mapping[str, str] = field(default_factory=dict)
+    each: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    items: Mapping[str, str] = field(default_factory=dict)
+    gather: Mapping[str, str] = field(default_factory=dict)
+    optional: frozenset[str] = frozenset()
+    exit: str = ""
+    deadline_ns: int = 0
+
+
+def parse(parameters: Mapping[str, str]) -> Extensions:
+    """Raises ExtensionError for a key of ours that is not known: a misspelt condition must not be ignored."""
+    by_kind: dict[str, dict[str, str]] = {k: {} for k in ("when", "default", "each", "items", "gather", "optional")}
+    decided, deadline_ns = "", 0
+    for key, text in parameters.items():
+        if not key.startswith(PREFIX):
+            continue
+        kind, _, tensor = key.removeprefix(PREFIX).partition(".")
+        if key == "tutti.exit":
+            decided = text
+        elif key == "tutti.deadline_ms":
+            if not text.isdecimal() or not 0 < int(text) < 10**9:
+                raise ExtensionError(f"parameters.{key}: expected a whole number of milliseconds, got '{text}'")
+            deadline_ns = int(text) * 1_000_000
+        elif kind in by_kind and tensor:
+            by_kind[kind][tensor] = text
+        else:
+            raise ExtensionError(f"parameters.{key}: is not known; see tutti.when, .default, .each and others")
+    for tensor, how in by_kind["gather"].items():
+        if how not in GATHERS:
+            raise ExtensionError(f"parameters.tutti.gather.{tensor}: expected one of {', '.join(GATHERS)}, got '{how}'")
+    for tensor, text in by_kind["optional"].items():
+        if text not in ("true", "false"):
+            raise ExtensionError(f"parameters.tutti.optional.{tensor}: expected true or false, got '{text}'")
+    return Extensions(
+        by_kind["when"],
+        by_kind["default"],
+        {tensor: tuple(name.strip() for name in text.split(",")) for tensor, text in by_kind["each"].items()},
+        by_kind["items"],
+        by_kind["gather"],
+        frozenset(tensor for tensor, text in by_kind["optional"].items() if text == "true"),
+        decided,
+        deadline_ns,
+    )
