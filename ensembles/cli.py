@@ -1,0 +1,210 @@
+"""`tutti ensemble`: check, show, draw, explain and build the ensembles of a repository."""
+
+import argparse
+import importlib.util
+import json
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import ensembles
+from ensembles import explain, graph, show
+from ensembles.builder import Graph
+from tutti import local, repository
+from tutti.config import ModelConfig, TensorSpec
+from tutti.dtypes import NUMPY
+from tutti.errors import ConfigError, InferError
+from tutti.types import Call, InferRequest, InferResponse, Tensor
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one of the commands; returns its exit status. Raises ConfigError for a graph that cannot run."""
+    options = _parser().parse_args(arguments)
+    run: dict[str, Any] = {"check": _check, "show": _show, "draw": _draw, "explain": _explain, "build": _build}
+    status: int = run[options.what](options)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tutti ensemble", description="Look at the ensembles of a repository.")
+    commands = parser.add_subparsers(dest="what", required=True)
+    for name, text in (
+        ("check", "check one ensemble, or all, against the models they use"),
+        ("show", "inputs, steps in the order of their execution, conditions and outputs"),
+        ("draw", "the graph as a picture, SVG"),
+        ("explain", "run one request here, and show when each step ran, for how many rows, or why not"),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("name", nargs="?" if name == "check" else None, help="the ensemble")
+        command.add_argument("--repository", type=Path, default=Path("model_repository"), help="(default: %(default)s)")
+        if name == "draw":
+            command.add_argument("--output", type=Path, help="where to write it (default: NAME.svg)")
+        if name == "explain":
+            command.add_argument(
+                "inputs",
+                nargs="*",
+                metavar="INPUT=VALUE",
+                help="one row of an input: JSON or text, or @FILE: .npy as it is, any other as bytes",
+            )
+            command.add_argument("--json", action="store_true", help="as the protocol's parameter has it")
+            command.add_argument(
+                "--repeat", type=int, default=3, help="show the last of so many (default: %(default)s)"
+            )
+    build = commands.add_parser("build", help="write config.pbtxt from a graph written in Python")
+    build.add_argument("file", type=Path, help="a Python file with a function build(repository) -> Graph")
+    build.add_argument("--repository", type=Path, default=Path("model_repository"), help="(default: %(default)s)")
+    build.add_argument("--check", action="store_true", help="fail if config.pbtxt is not what would be written")
+    return parser
+
+
+def planned(root: Path, name: str) -> graph.Plan:
+    """The checked plan of one of the repository's ensembles. Raises ConfigError."""
+    config = repository.open_model(root, name).config
+    if not config.is_ensemble:
+        raise ConfigError(f"model '{name}' is no ensemble")
+    return graph.plan(config, lambda model, version: _config_of(root, model, version))
+
+
+def _config_of(root: Path, name: str, version: str) -> ModelConfig:
+    folder = repository.open_model(root, name)
+    if version and int(version) not in folder.versions:
+        raise ConfigError(f"model '{name}' has no version {version}, it has {list(folder.versions)}")
+    return folder.config
+
+
+def _check(options: argparse.Namespace) -> int:
+    names = [options.name] if options.name else repository.model_names(options.repository)
+    failures = checked = 0
+    for name in names:
+        try:
+            if not options.name and not repository.open_model(options.repository, name).config.is_ensemble:
+                continue
+            checked += 1
+            plan = planned(options.repository, name)
+            print(f"{name}: {len(plan.steps)} steps, right")
+        except ConfigError as error:
+            failures += 1
+            print(f"{name}: {error}", file=sys.stderr)
+    if not checked and not failures:
+        print("no ensembles")
+    return 1 if failures else 0
+
+
+def _show(options: argparse.Namespace) -> int:
+    print(show.table(planned(options.repository, options.name)))
+    return 0
+
+
+def _draw(options: argparse.Namespace) -> int:
+    path = options.output or Path(f"{options.name}.svg")
+    path.write_text(show.draw(planned(options.repository, options.name)), encoding="utf-8")
+    print(path)
+    return 0
+
+
+def _build(options: argparse.Namespace) -> int:
+    made = graph_of(options.file, options.repository)
+    text = f"# Written by `tutti ensemble build {options.file.as_posix()}`.\n{made.config()}"
+    path = options.repository / made.name / "config.pbtxt"
+    if options.check:
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            raise ConfigError(f"{path} is not what {options.file} makes: run tutti ensemble build {options.file}")
+        return 0
+    (path.parent / "1").mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    print(path)
+    return 0
+
+
+def graph_of(file: Path, root: Path) -> Graph:
+    """What the file's `build` makes. Raises ConfigError."""
+    spec = importlib.util.spec_from_file_location(f"tutti_graph_{file.stem}", file)
+    if spec is None or spec.loader is None or not file.is_file():
+        raise ConfigError(f"{file}: expected a Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "build"):
+        raise ConfigError(f"{file}: expected a function build(repository) -> Graph")
+    made = module.build(root)
+    if not isinstance(made, Graph):
+        raise ConfigError(f"{file}: build returned a {type(made).__name__}, no Graph")
+    return made
+
+
+def _explain(options: argparse.Namespace) -> int:
+    config = repository.open_model(options.repository, options.name).config
+    planned(options.repository, options.name)
+    inputs = dict(_input(config, text) for text in options.inputs)
+    timers: list[threading.Timer] = []
+
+    def timer(delay_s: float, callback: Any) -> None:
+        timers.append(threading.Timer(delay_s, callback))
+        timers[-1].daemon = True
+        timers[-1].start()
+
+    engine = local.make_engine(options.repository, timer, ensembles.load)
+    engine.load_all([options.name])
+    try:
+        if engine.failures():
+            raise ConfigError("; ".join(engine.failures()))
+        for _ in range(max(1, options.repeat)):
+            done = _Done()
+            request = InferRequest(options.name, dict(inputs), parameters={explain.PARAMETER: True})
+            call = Call(request, done)
+            engine([call])
+            done.event.wait()
+        if isinstance(call.answer, InferError):
+            raise ConfigError(call.answer.message)
+        assert isinstance(call.answer, InferResponse)
+        text = str(call.answer.parameters[explain.PARAMETER])
+        print(text if options.json else explain.waterfall(json.loads(text)))
+        return 0
+    finally:
+        engine.close()
+
+
+class _Done:
+    """A sink for one call."""
+
+    def __init__(self) -> None:
+        self.event = threading.Event()
+
+    def settle(self, calls: Sequence[Call]) -> None:
+        self.event.set()
+
+
+def _input(config: ModelConfig, text: str) -> tuple[str, Tensor]:
+    name, sign, value = text.partition("=")
+    spec = next((spec for spec in config.inputs if spec.name == name), None)
+    if spec is None or not sign:
+        raise ConfigError(
+            f"expected INPUT=VALUE with one of {[spec.name for spec in config.inputs]}, got '{text[:60]}'"
+        )
+    array = _array(spec, value)
+    if config.is_batched and array.ndim == len(spec.dims):
+        array = array[np.newaxis]
+    return name, Tensor(name, spec.datatype, array.shape, array)
+
+
+def _array(spec: TensorSpec, value: str) -> Any:
+    if value.startswith("@"):
+        path = Path(value[1:])
+        if not path.is_file():
+            raise ConfigError(f"input '{spec.name}': no file '{path}'")
+        if path.suffix == ".npy":
+            return np.load(path).astype(NUMPY[spec.datatype])
+        data: Any = path.read_bytes()
+    elif spec.datatype == "BYTES":
+        data = value.encode()
+    else:
+        try:
+            return np.array(json.loads(value), NUMPY[spec.datatype])
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"input '{spec.name}': expected numbers in JSON, or @FILE: {error}") from None
+    element = np.empty((1,) * max(1, len(spec.dims)), dtype=object)
+    element.reshape(-1)[0] = data
+    return element

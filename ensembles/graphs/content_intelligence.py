@@ -1,0 +1,54 @@
+"""What is known of an item: when people speak and how loud, what the text says, what the picture shows, one score.
+
+Any of AUDIO, TEXT and IMAGE may be given. A cheap look at the text decides whether its encoder runs.
+"""
+
+from pathlib import Path
+
+from ensembles.builder import Graph
+
+# Of the held-out texts that are not safe none is below it.
+RISK = 0.2
+
+
+def build(repository: Path) -> Graph:
+    graph = Graph("content_intelligence", repository, max_batch_size=32)
+    audio = graph.input("AUDIO", "FP32", [-1], optional=True)  # 16 kHz mono PCM in [-1, 1]
+    text = graph.input("TEXT", "BYTES", [1], optional=True)  # UTF-8
+    image = graph.input("IMAGE", "BYTES", [1], optional=True)  # a JPEG or PNG file
+
+    speech = graph.step("speech_vad", AUDIO=audio)
+    segments = graph.step("speech_segments", SPEECH_PROBS=speech["SPEECH_PROBS"])
+    clips = graph.step("speech_clips", AUDIO=audio, SEGMENTS=segments["SEGMENTS"])
+    graph.items(clips["CLIPS"], clips["COUNT"])
+    graph.items(clips["SAMPLES"], clips["COUNT"])
+    levels = graph.step(
+        "speech_level", CLIP=clips["CLIPS"], SAMPLES=clips["SAMPLES"], each=[clips["CLIPS"], clips["SAMPLES"]]
+    )
+
+    gate = graph.step("text_gate", TEXT=text)
+    with graph.where(gate["RISK"] > RISK):
+        tokens = graph.step("text_tokenizer", TEXT=text)
+        encoded = graph.step("text_encoder", tokens.as_inputs())
+        labels = graph.step("text_classifier", EMBEDDING=encoded["EMBEDDING"])
+
+    pixels = graph.step("image_decoder", IMAGE=image)
+    shown = graph.step("image_classifier", PIXELS=pixels["PIXELS"])
+
+    score = graph.step(
+        "moderation_score",
+        SPEECH_PROBS=speech["SPEECH_PROBS"],
+        TEXT_RISK=gate["RISK"],
+        LABEL_SCORES=labels["LABEL_SCORES"],
+        IMAGE_SCORES=shown["IMAGE_SCORES"],
+    )
+
+    graph.output("SPEECH_PROBS", speech["SPEECH_PROBS"])  # per 32 ms
+    graph.output("SEGMENTS", segments["SEGMENTS"])  # start and end in seconds
+    graph.output("SEGMENT_LEVELS", levels["LEVEL"])  # dBFS of each segment
+    graph.output("TEXT_RISK", gate["RISK"])
+    graph.output("EMBEDDING", encoded["EMBEDDING"], default=0)
+    graph.output("LABEL_SCORES", labels["LABEL_SCORES"], default=0)
+    graph.output("IMAGE_SCORES", shown["IMAGE_SCORES"])
+    graph.output("MODERATION_SCORE", score["MODERATION_SCORE"])
+    return graph
