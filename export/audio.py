@@ -1,4 +1,4 @@
-"""Speech detection: Silero VAD's 16 kHz network over a whole clip at once, and its segments.
+"""Speech detection: Silero VAD's 16 kHz network over a whole clip at once, its segments, and how loud each is.
 
 The graph takes 16 kHz mono PCM of any length: framing, the STFT (as a convolution) and the recurrence are inside.
 """
@@ -22,6 +22,8 @@ SAMPLE_RATE = 16_000
 FRAME = 512
 CONTEXT = 64
 MAX_BATCH_SIZE = 32
+LEVEL_BATCH_SIZE = 256
+SILENCE_DBFS = -100.0
 TOLERANCE = 1e-4
 _SEGMENT_PARAMETERS = {
     "frame_s": str(FRAME / SAMPLE_RATE),
@@ -63,6 +65,53 @@ class SpeechDetector(torch.nn.Module):
         return self.head(states.relu().transpose(1, 2)).sigmoid().squeeze(1)  # type: ignore[no-any-return]
 
 
+class SegmentLevel(torch.nn.Module):
+    """CLIP [batch, samples] FP32 of which SAMPLES [batch, 1] INT32 count -> LEVEL [batch, 1] FP32, RMS in dBFS.
+
+    dBFS = 10 log10(mean square); silence is SILENCE_DBFS.
+    """
+
+    def forward(self, CLIP: torch.Tensor, SAMPLES: torch.Tensor) -> torch.Tensor:  # noqa: N803 - the tensors' names
+        real = torch.arange(CLIP.shape[1], device=CLIP.device).unsqueeze(0) < SAMPLES
+        square = (CLIP * real).square().sum(1, keepdim=True) / SAMPLES.clamp(min=1)
+        return 10 * torch.log10(square.clamp(min=10 ** (SILENCE_DBFS / 10)))
+
+
+def level_reference(case: parity.Arrays) -> parity.Arrays:
+    """The same, row by row."""
+    levels = []
+    for clip, (samples,) in zip(case["CLIP"], case["SAMPLES"], strict=True):
+        square = float(np.square(clip[:samples].astype(np.float64)).mean()) if samples else 0.0
+        levels.append([10 * np.log10(max(square, 10 ** (SILENCE_DBFS / 10)))])
+    return {"LEVEL": np.array(levels, dtype=np.float32)}
+
+
+def _level_cases() -> list[Mapping[str, np.ndarray[Any, Any]]]:
+    rng = np.random.default_rng(1)
+    cases: list[Mapping[str, np.ndarray[Any, Any]]] = []
+    for batch, samples in ((1, 1), (2, 16_000), (5, 48_000)):
+        clips = (rng.normal(size=(batch, samples)) * 0.1).astype(np.float32)
+        cases.append({"CLIP": clips, "SAMPLES": rng.integers(0, samples + 1, (batch, 1)).astype(np.int32)})
+    return cases
+
+
+def export_level(format: Format, name: str, work: Path) -> tuple[layout.Entry, Report]:
+    """NAME_level, for one segment at a time."""
+    path = work / "level.onnx"
+    example = {"CLIP": torch.randn(2, SAMPLE_RATE), "SAMPLES": torch.full((2, 1), 9_000, dtype=torch.int32)}
+    axes = {"CLIP": {0: onnx.BATCH, 1: "samples"}, "SAMPLES": {0: onnx.BATCH}}
+    onnx.save(SegmentLevel().eval(), path, example, ["LEVEL"], axes)
+    report = parity.check(path, level_reference, _level_cases(), TOLERANCE)
+    inputs, outputs = onnx.tensor_specs(path)
+    profile = {
+        "CLIP": ((1, SAMPLE_RATE), (16, 5 * SAMPLE_RATE), (LEVEL_BATCH_SIZE, 30 * SAMPLE_RATE)),
+        "SAMPLES": ((1, 1), (16, 1), (LEVEL_BATCH_SIZE, 1)),
+    }
+    backend, files = model_files(format, path, profile)
+    parameters = {"intra_op_thread_count": "1"}
+    return layout.Entry(f"{name}_level", backend, inputs, outputs, files, LEVEL_BATCH_SIZE, parameters), report
+
+
 def load(source: Source) -> tuple[SpeechDetector, Any]:
     """The detector with the weights of Silero's TorchScript file, and that file's own network as the reference."""
     try:
@@ -100,7 +149,10 @@ def _cases() -> list[Mapping[str, np.ndarray[Any, Any]]]:
 
 
 def export(source: Source, repository: Path, name: str, format: Format, work: Path) -> list[Report]:
-    """Publish NAME_vad and NAME_segments. Raises ParityError, and publishes nothing, where the graph differs."""
+    """Publish NAME_vad, NAME_segments, NAME_clips and NAME_level.
+
+    Raises ParityError, and publishes nothing, where a graph differs.
+    """
     detector, reference = load(source)
     path = work / "model.onnx"
     example = {"AUDIO": torch.randn(2, 4 * FRAME + 100)}
@@ -112,6 +164,8 @@ def export(source: Source, repository: Path, name: str, format: Format, work: Pa
     second = SAMPLE_RATE
     profile = {"AUDIO": ((1, FRAME), (8, 10 * second), (MAX_BATCH_SIZE, 30 * second))}
     backend, files = model_files(format, path, profile)
+    segments = TensorSpec("SEGMENTS", "FP32", (-1, 2))
+    level, level_report = export_level(format, name, work)
     layout.publish(
         repository,
         [
@@ -122,11 +176,25 @@ def export(source: Source, repository: Path, name: str, format: Format, work: Pa
                 f"{name}_segments",
                 "python",
                 outputs,
-                [TensorSpec("SEGMENTS", "FP32", (-1, 2))],
+                [segments],
                 {"model.py": layout.step_file("speech_segments")},
                 MAX_BATCH_SIZE,
                 _SEGMENT_PARAMETERS,
             ),
+            layout.Entry(
+                f"{name}_clips",
+                "python",
+                [*inputs, segments],
+                [
+                    TensorSpec("CLIPS", "FP32", (-1, -1)),
+                    TensorSpec("SAMPLES", "INT32", (-1, 1)),
+                    TensorSpec("COUNT", "INT32", (1,)),
+                ],
+                {"model.py": layout.step_file("speech_clips")},
+                MAX_BATCH_SIZE,
+                {"sample_rate": str(SAMPLE_RATE)},
+            ),
+            level,
         ],
     )
-    return [report]
+    return [report, level_report]

@@ -1,10 +1,11 @@
-"""Sentence encoders and a classifier head over their embeddings.
+"""Sentence encoders, a classifier head over their embeddings, and a cheap gate before them.
 
 The encoder's graph ends in mean pooling over the attention mask and L2 normalisation, as sentence-transformers does;
 the tokenizer is a python step of its own.
 """
 
 import csv
+import importlib.util
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ from tutti.config import TensorSpec
 
 MAX_BATCH_SIZE = 32
 TOLERANCE = 1e-4
+GATE_FEATURES = 16_384
+GATE_RISK = 0.2
+_MIN_GATE_RECALL = 0.95
 _MIN_LABELLED = 20
 
 
@@ -188,6 +192,45 @@ def export_classifier(
     return entry, report, accuracy
 
 
+def export_gate(labelled: Labelled, name: str, work: Path) -> tuple[layout.Entry, float]:
+    """NAME_gate: TEXT -> RISK, how likely it is that the text's label is not the first; and its recall of those.
+
+    Cheap beside the encoder: for the recall, the texts of the test split that GATE_RISK lets through.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    gate = _gate_features()
+    rows = {split: np.stack([gate(text, GATE_FEATURES) for text in texts]) for split, texts in labelled.texts.items()}
+    is_other = {split: np.array(targets) > 0 for split, targets in labelled.targets.items()}
+    fitted = LogisticRegression(C=30.0, max_iter=2000).fit(rows["train"], is_other["train"])
+    risk = fitted.predict_proba(rows["test"])[:, 1]
+    path = work / "gate.npz"
+    np.savez(path, weights=fitted.coef_[0].astype(np.float32), bias=np.float32(fitted.intercept_[0]))
+    files = {
+        "model.py": layout.step_file("text_gate"),
+        "text_gate_features.py": layout.step_file("text_gate_features"),
+        "gate.npz": path,
+    }
+    entry = layout.Entry(
+        f"{name}_gate",
+        "python",
+        [TensorSpec("TEXT", "BYTES", (1,))],
+        [TensorSpec("RISK", "FP32", (1,))],
+        files,
+        MAX_BATCH_SIZE,
+    )
+    return entry, float((risk[is_other["test"]] > GATE_RISK).mean())
+
+
+def _gate_features() -> Any:
+    """The function that the published step uses too."""
+    spec = importlib.util.spec_from_file_location("text_gate_features", layout.step_file("text_gate_features"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.features
+
+
 class _Classifier(torch.nn.Module):
     def __init__(self, linear: torch.nn.Linear) -> None:
         super().__init__()
@@ -208,8 +251,12 @@ def export(
     entries, report = export_encoder(encoder, name, format, work)
     reports, accuracy = [report], None
     if labelled is not None:
-        entry, report, accuracy = export_classifier(encoder, read_labelled(labelled), name, format, work)
-        entries.append(entry)
+        examples = read_labelled(labelled)
+        entry, report, accuracy = export_classifier(encoder, examples, name, format, work)
+        gate, recall = export_gate(examples, name, work)
+        if recall < _MIN_GATE_RECALL:
+            raise ExportError(f"the text gate lets {recall:.3f} of the texts through that it must, not 0.95")
+        entries += [entry, gate]
         reports.append(report)
     layout.publish(repository, entries)
     return reports, accuracy

@@ -1,5 +1,6 @@
 """Small models for tests: ONNX graphs made by hand, and python models from a few lines."""
 
+import shutil
 import textwrap
 from pathlib import Path
 
@@ -99,3 +100,15 @@ class Repository:
             f"    def answer(self, request):\n{body}\n"
         )
         self.add(name, config, {"model.py": source})
+
+
+def plain_sample(sample: Path, at: Path) -> Path:
+    """The sample repository, its ensemble in what a stock Triton understands, in the new folder `at`."""
+    at.mkdir()
+    for model in sorted(sample.iterdir()):
+        if model.is_dir() and model.name != "content_intelligence":
+            (at / model.name).symlink_to(model.resolve())
+    ensemble = at / "content_intelligence"
+    (ensemble / "1").mkdir(parents=True)
+    shutil.copyfile(Path(__file__).parent / "peers" / "plain_ensemble.pbtxt", ensemble / "config.pbtxt")
+    return at

@@ -59,7 +59,7 @@ def test_control_calls(served: Served, protocol: str) -> None:
     config = client.get_model_config("text_encoder", **as_json)
     assert config.get("config", config)["max_batch_size"] == 32
     index = client.get_model_repository_index(**as_json)
-    assert len(index if protocol == "http" else index["models"]) == 9
+    assert len(index if protocol == "http" else index["models"]) == 12
     assert client.get_inference_statistics("text_encoder", **as_json)["model_stats"]
     assert not client.is_model_ready("nope")
     assert not client.is_model_ready("text_encoder", "9")

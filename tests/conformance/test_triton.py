@@ -1,4 +1,4 @@
-"""The sample repository, unchanged, in a real tritonserver and in tutti: the same answers."""
+"""The sample's models and a plain ensemble over them, in a real tritonserver and in tutti: the same answers."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +8,7 @@ import pytest
 
 from demo.client import Arrays, Client, as_bytes, load_items
 from loadtest.payloads import Payloads, TensorInfo
+from tests.models import plain_sample
 from tests.peers import tritonserver
 from tests.serving import serving
 
@@ -22,9 +23,10 @@ def pairs(sample_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """(tutti, tritonserver) per protocol, both over one repository."""
     tritonserver.require()
     scratch = tmp_path_factory.mktemp("triton")
+    repository = plain_sample(sample_repository, scratch / "repository")
     with (
-        tritonserver.running(sample_repository, scratch) as theirs,
-        serving(sample_repository, scratch / "tutti.log") as ours,
+        tritonserver.running(repository, scratch) as theirs,
+        serving(repository, scratch / "tutti.log") as ours,
     ):
         yield [(Client(p, getattr(ours, p)), Client(p, getattr(theirs, p))) for p in ("http", "grpc")]
 
@@ -52,7 +54,7 @@ def test_the_ensemble_on_the_samples(pairs: list[tuple[Client, Client]]) -> None
 
 
 MODELS = (
-    "speech_vad", "speech_segments", "text_tokenizer", "text_encoder", "text_classifier", "image_decoder",
+    "speech_vad", "speech_segments", "text_gate", "text_tokenizer", "text_encoder", "text_classifier", "image_decoder",
     "image_classifier", "moderation_score", "content_intelligence",
 )  # fmt: skip
 

@@ -2,8 +2,9 @@
 
 score = 1 - (1 - text_weight(speech) * text_risk) * (1 - image_weight * image_risk)     (a noisy or)
 
-text_risk is 1 - P(safe_label); image_risk is the probability of the flagged image classes; TEXT counts fully where
-the clip is all speech, and `silent_text_weight` where nobody speaks. The policy is in config.pbtxt.
+text_risk is 1 - P(safe_label), or TEXT_RISK of a text that was not looked at closer, whose LABEL_SCORES are zeros;
+image_risk is the probability of the flagged image classes. TEXT counts fully where the clip is all speech, or where there
+is no clip, and `silent_text_weight` where nobody speaks. The policy is in config.pbtxt.
 """
 
 import json
@@ -30,13 +31,19 @@ class TritonPythonModel:
         return [self._answer(request) for request in requests]
 
     def _answer(self, request):
-        speech, text, image = (
-            pb_utils.get_input_tensor_by_name(request, name).as_numpy()
-            for name in ("SPEECH_PROBS", "LABEL_SCORES", "IMAGE_SCORES")
+        speech, hint, text, image = (
+            None if tensor is None else tensor.as_numpy()
+            for tensor in (
+                pb_utils.get_input_tensor_by_name(request, name)
+                for name in ("SPEECH_PROBS", "TEXT_RISK", "LABEL_SCORES", "IMAGE_SCORES")
+            )
         )
-        spoken = (speech >= 0.5).mean(axis=1)
-        text_risk = 1.0 - text[:, self._safe]
-        image_risk = image[:, self._flagged].sum(axis=1)
+        rows = next(len(given) for given in (speech, hint, text, image) if given is not None)
+        text_risk = np.zeros(rows) if hint is None else hint[:, 0]
+        if text is not None:
+            text_risk = np.where(text.any(axis=1), 1.0 - text[:, self._safe], text_risk)
+        image_risk = np.zeros(rows) if image is None else image[:, self._flagged].sum(axis=1)
+        spoken = np.ones(rows) if speech is None else (speech >= 0.5).mean(axis=1)
         text_weight = self._silent_text_weight + (1.0 - self._silent_text_weight) * spoken
         score = 1.0 - (1.0 - text_weight * text_risk) * (1.0 - self._image_weight * image_risk)
         scores = score.astype(np.float32).reshape(-1, 1)
