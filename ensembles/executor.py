@@ -181,17 +181,22 @@ class EnsembleExecutor:
 
     def _begin(self, frame: Frame, step: Step, ended: list[Call]) -> list[Call]:
         """The calls of one step for one frame; none where no row takes it."""
-        try:
-            mask = frame.chosen(step)
-            groups = frame.groups(step, mask) if mask is None or mask.any() else []
-        except InferError as error:  # text that is none
-            self._end_all(frame, step, error, ended)
-            return []
-        self._count(frame, step, mask, groups)
+        mask: Array | None = None
+        whole = frame.everything(step) if step.is_plain else None
+        if whole is not None:
+            groups = [whole]
+        else:
+            try:
+                mask = frame.chosen(step)
+                groups = frame.groups(step, mask) if mask is None or mask.any() else []
+            except InferError as error:  # text that is none
+                self._end_all(frame, step, error, ended)
+                return []
+            self._count(frame, step, mask, groups)
         work = frame.working[step.index] = _Work(groups, mask)
-        calls = []
         now = now_ns()
-        for group in groups:
+        calls = self._calls(frame, step, groups[0], now) if groups else []
+        for group in groups[1:]:
             calls += self._calls(frame, step, group, now)
         work.left = len(calls)
         if frame.explanation is not None:
@@ -218,14 +223,13 @@ class EnsembleExecutor:
         group.outputs = [None] * count
         group.left = count
         deadline_ns = self._deadline_ns(frame, step, group)
-        wanted = tuple([name for name, _ in step.outputs])
         made = []
         for number in range(count):
             inputs = group.inputs
             if count > 1:
                 inputs = {name: stretch(tensor, number * size, size) for name, tensor in inputs.items()}
             request_id = parent.id if is_one else ""
-            request = InferRequest(step.model_name, inputs, step.version, request_id, wanted, parent.parameters)
+            request = InferRequest(step.model_name, inputs, step.version, request_id, step.wanted, parent.parameters)
             own = min(size, group.rows - number * size)
             call = Call(request, self, _Piece(frame, step, group, number, own, now))
             call.deadline_ns = deadline_ns
@@ -273,18 +277,19 @@ class EnsembleExecutor:
 
     def _stored(self, piece: _Piece, call: Call, answer: InferResponse) -> InferResponse | InferError:
         """The answer, kept; an error where it is not what the graph can go on with."""
-        by_name = {tensor.name: tensor for tensor in answer.outputs}
         step = piece.step
-        outputs = []
-        for name, _ in step.outputs:
-            tensor = by_name.get(name)
-            if tensor is None:
-                return Internal(f"output '{name}': the model's answer lacks it")
-            if step.max_rows and (not tensor.shape or tensor.shape[0] != piece.rows):
-                shape = list(tensor.shape)
-                return Internal(f"output '{name}': expected {piece.rows} rows, the model's answer has shape {shape}")
-            outputs.append(tensor)
-        piece.group.outputs[piece.number] = outputs
+        given = answer.outputs
+        if [tensor.name for tensor in given] != list(step.wanted):
+            by_name = {tensor.name: tensor for tensor in given}
+            missing = [name for name in step.wanted if name not in by_name]
+            if missing:
+                return Internal(f"output '{missing[0]}': the model's answer lacks it")
+            given = [by_name[name] for name in step.wanted]
+        for tensor in given if step.max_rows else ():
+            if not tensor.shape or tensor.shape[0] != piece.rows:
+                what = f"expected {piece.rows} rows, the model's answer has shape {list(tensor.shape)}"
+                return Internal(f"output '{tensor.name}': {what}")
+        piece.group.outputs[piece.number] = given
         return answer
 
     def _failed(self, piece: _Piece, error: InferError, work: _Work, again: list[Call], ended: list[Call]) -> None:

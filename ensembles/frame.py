@@ -35,7 +35,9 @@ class Column:
 
     def whole(self) -> Tensor | None:
         """All rows in one tensor; None where shapes differ or parts are missing."""
-        if self._whole is None and self._parts is not None:
+        if self._whole is not None:
+            return self._whole
+        if self._parts is not None:
             parts = [part for part in self._parts if part is not None]
             first = parts[0] if parts else None
             if first is None or len(parts) < len(self._parts):
@@ -99,6 +101,7 @@ class Frame:
         for size in self.sizes[:-1]:
             self.starts.append(self.starts[-1] + size)
         self.rows = self.starts[-1] + self.sizes[-1]
+        self.everyone = tuple(range(len(calls)))
         self.waits = {index: len(plan.steps[index].needs) for index in steps}
         self.left = len(steps)
         self.open = len(calls)
@@ -252,6 +255,21 @@ class Frame:
     def _stop(self, index: int) -> int:
         return self.starts[index] + self.sizes[index]
 
+    def everything(self, step: Step) -> Group | None:
+        """All rows as one request, for a plain step; None where that may not be, or needs a closer look."""
+        if self.gone is not None or not (step.is_merged or len(self.calls) == 1):
+            return None
+        if step.max_rows and self.rows > step.max_rows:
+            return None
+        inputs = {}
+        for model_name, name in step.inputs:
+            column = self.columns.get(name)
+            whole = column.whole() if column is not None and column.valid is None else None
+            if whole is None:
+                return None
+            inputs[model_name] = Tensor(model_name, whole.datatype, whole.shape, whole.data)
+        return Group(self.everyone, None, inputs, self.rows)
+
     def _groups(self, step: Step, mask: Array | None, names: Sequence[tuple[str, str]]) -> list[Group]:
         if step.each is not None:
             return self._groups_of_items(step, mask, names)
@@ -264,7 +282,7 @@ class Frame:
                     break
                 taken[name] = _named(name, whole)
             if len(taken) == len(inputs):
-                return [Group(tuple(range(len(self.calls))), None, taken, self.rows)]
+                return [Group(self.everyone, None, taken, self.rows)]
         alike: dict[Any, list[int]] = {}
         for index in range(len(self.calls)):
             key: Any = index

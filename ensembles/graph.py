@@ -6,6 +6,7 @@ that do not fit, conditions on what is not there, and outputs that nothing may m
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -47,7 +48,7 @@ class TensorType:
     is_items: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Step:
     """One step of a plan. Maps hold (model tensor, ensemble tensor) pairs; `needs` are the steps it waits for.
 
@@ -71,7 +72,17 @@ class Step:
     is_optional: bool = False
     is_decoupled: bool = False
 
-    @property
+    @cached_property
+    def wanted(self) -> tuple[str, ...]:
+        """The outputs that it asks its model for."""
+        return tuple(name for name, _ in self.outputs)
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether it runs for all rows, each once."""
+        return self.when is None and self.unless is None and self.each is None
+
+    @cached_property
     def read(self) -> tuple[str, ...]:
         """All ensemble tensors that it looks at."""
         names = [name for _, name in self.inputs]

@@ -210,6 +210,10 @@ class BatchQueue:
         self.limit = BatchLimit()
         self.configured_rows = policy.max_batch_size if policy is not None else 1
         self._is_plain = policy is None or policy.is_plain
+        # Whether a call that finds nobody before it need not wait.
+        self.is_eager = self._is_plain and (
+            policy is None or not (policy.max_queue_delay_ns or policy.preferred_batch_sizes)
+        )
         self._lanes: dict[Hashable, _Lane] = {}
         self._level_rows: dict[int, int] = {}
         # No call's time is up before this; 0 when no call that waits has a timeout or a deadline.

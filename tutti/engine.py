@@ -202,7 +202,7 @@ class Engine:
 
     def __call__(self, calls: Sequence[Call]) -> None:
         first = calls[0].request
-        if all(
+        if len(calls) == 1 or all(
             c.request.model_name == first.model_name and c.request.model_version == first.model_version for c in calls
         ):
             self._route(first.model_name, first.model_version, calls)

@@ -52,7 +52,8 @@ class Model:
         self._timeout_is_deadline = policy is None or not policy.has_timeout_override
         self._checked: dict[Hashable, tuple[int, Hashable]] = {}
         self._output_names = frozenset(spec.name for spec in config.outputs)
-        self._gate = threading.Condition()
+        self._lock = threading.Lock()
+        self._gate = threading.Condition(self._lock)
         self._entering = 0
         self._is_closed = False
 
@@ -62,16 +63,17 @@ class Model:
 
     def take(self, calls: Sequence[Call]) -> bool:
         """As calling it, but returns False, the calls untouched, when this version has been closed."""
-        with self._gate:
+        with self._lock:
             if self._is_closed:
                 return False
             self._entering += 1
         try:
             self._submit(calls)
         finally:
-            with self._gate:
+            with self._lock:
                 self._entering -= 1
-                self._gate.notify_all()
+                if self._is_closed:
+                    self._gate.notify_all()
         return True
 
     def _submit(self, calls: Sequence[Call]) -> None:

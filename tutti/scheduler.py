@@ -32,6 +32,10 @@ INLINE_NS = 250_000
 MAX_INLINE_NS = 4_000_000
 # Steps of an ensemble that run so call each other: not without end.
 MAX_INLINE_DEPTH = 4
+# What is known to be quick is not asked, and not measured, every time.
+_LOOK_EVERY = 32
+_LEARN_EVERY = 4
+_MAX_QUICK = 1024
 # After an execution of this length the next one begins before the answers are delivered.
 PIPELINE_NS = 500_000
 
@@ -84,6 +88,7 @@ class Waiting(Protocol):
     limit: BatchLimit
     configured_rows: int
     soonest_ns: int
+    is_eager: bool
 
     def has_room(self, call: Call) -> bool: ...
     def rows_ahead(self, call: Call) -> int: ...
@@ -104,11 +109,12 @@ class Scheduler:
         self._queue = waiting
         self._statistics = statistics
         self._timer = timer
-        self._condition = threading.Condition()
+        self._lock = threading.RLock()
+        self._condition = threading.Condition(self._lock)
         self._instances: list[Instance] = []
         self._free: list[Instance] = []
-        # When each busy instance is expected to be free.
-        self._until_ns: dict[int, int] = {}
+        # What each busy instance executes: (since when, of which key, how many rows).
+        self._busy: dict[int, tuple[int, Hashable, int]] = {}
         self._is_mixed = False
         # Set once an execution was long enough for waiting to be worth a thought.
         self._returns: Returns | None = None
@@ -120,16 +126,18 @@ class Scheduler:
 
     def add(self, instance: Instance) -> None:
         """Let an instance take batches from now on."""
-        with self._condition:
+        with self._lock:
             self._instances.append(instance)
             self._is_mixed = len({id(one.costs) for one in self._instances}) > 1
         self.release(instance)
 
     def __call__(self, calls: Sequence[Call]) -> None:
+        if len(calls) == 1 and self._start_at_once(calls[0]):
+            return
         refused: list[Call] = []
         late: list[tuple[Call, InferError]] = []
         expires_ns = 0
-        with self._condition:
+        with self._lock:
             forecast: Forecast | None = None
             for call in calls:
                 if self._is_closing or not self._queue.has_room(call):
@@ -157,6 +165,21 @@ class Scheduler:
         if expires_ns:
             self._timer(max(0, expires_ns - now_ns()) / 1e9, self._expire)
 
+    def _start_at_once(self, call: Call) -> bool:
+        """Give a call that finds nobody before it to a free instance, as `_dispatch` would."""
+        with self._lock:
+            waiting = self._queue
+            if not self._free or waiting.rows or not waiting.is_eager or self._is_mixed or self._is_closing:
+                return False
+            if call.deadline_ns or call.is_cancelled or self._returns is not None or call.rows > waiting.batch_rows():
+                return False
+            instance = self._free.pop()
+            self._busy[id(instance)] = now_ns(), call.key, call.rows
+        instance.start([call])
+        if self._queue.rows:
+            self._dispatch()
+        return True
+
     def queued_rows(self) -> int:
         return self._queue.rows
 
@@ -165,13 +188,16 @@ class Scheduler:
 
     def release(self, instance: Instance) -> None:
         """The instance has settled its batch and is free again."""
-        with self._condition:
+        with self._lock:
             self._set_free(instance)
         self._dispatch()
 
     def next_batch(self, instance: Instance) -> list[Call]:
         """As `release`, for an instance that goes on in its own thread: its next batch, or [] and it is free."""
-        with self._condition:
+        with self._lock:
+            if not self._queue.rows:
+                self._set_free(instance)
+                return []
             is_left = self._is_mixed and self._better_waits(instance)
             decision = Decision([]) if is_left else self._take(instance)
             if not decision.batch:
@@ -181,7 +207,7 @@ class Scheduler:
 
     def answers(self, rows: int, took_ns: int) -> None:
         """A batch that took long gets its answers now."""
-        with self._condition:
+        with self._lock:
             if self._returns is None:
                 self._returns = Returns()
             self._returns.answered(now_ns(), rows, took_ns)
@@ -190,7 +216,7 @@ class Scheduler:
         """Add calls that came meanwhile to a batch that has not begun; returns how long to wait for more, ns."""
         key = batch[0].key
         rows = sum([call.rows for call in batch])
-        with self._condition:
+        with self._lock:
             if self._returns is None or self._is_closing or len(self._instances) > 1:
                 return 0
             limit = self._queue.batch_rows()
@@ -206,27 +232,27 @@ class Scheduler:
 
     def wait_for_more(self, timeout_ns: int) -> None:
         """Until all that top_up expected has come."""
-        with self._condition:
+        with self._lock:
             if self._wanted_rows:
                 self._condition.wait(timeout_ns / 1e9)
                 self._wanted_rows = 0
 
     def ran_out_of_memory(self, rows: int) -> None:
         """A batch of `rows` rows was too large: make smaller ones for a while."""
-        with self._condition:
+        with self._lock:
             self._queue.limit.failed(rows)
             most = self._queue.limit.rows
         _log.warning("model '%s': out of memory with %d rows: batches of at most %s", self._name, rows, most)
 
-    def executed(self, rows: int) -> None:
+    def executed(self, batch: Sequence[Call]) -> None:
         """A batch succeeded."""
         if self._queue.limit.rows is not None:
-            with self._condition:
-                self._queue.limit.succeeded(rows, self._queue.configured_rows)
+            with self._lock:
+                self._queue.limit.succeeded(sum([call.rows for call in batch]), self._queue.configured_rows)
 
     def close(self, timeout_s: float = 30.0) -> None:
         """Refuse new calls, execute the waiting ones, close the instances. Past the timeout what waits is refused."""
-        with self._condition:
+        with self._lock:
             self._is_closing = True
             self._condition.wait_for(
                 lambda: self._queue.rows == 0 and len(self._free) == len(self._instances), timeout_s
@@ -240,8 +266,8 @@ class Scheduler:
         self._free.clear()
 
     def _dispatch(self) -> None:
-        while True:
-            with self._condition:
+        while self._queue.rows:
+            with self._lock:
                 instance = self._choose()
                 if instance is None:
                     return
@@ -271,32 +297,37 @@ class Scheduler:
         return any(
             until_ns + rounds * one.costs.of(None).mean_ns(min(self._queue.rows, most)) < own_ns
             for one in self._instances
-            if one is not instance and (until_ns := self._until_ns.get(id(one), 0))
+            if one is not instance and (until_ns := self._until_ns(one))
         )
+
+    def _until_ns(self, instance: Instance) -> int:
+        """When a busy instance is expected to be free; 0 where it is."""
+        busy = self._busy.get(id(instance))
+        return busy[0] + instance.costs.of(busy[1]).mean_ns(busy[2]) if busy is not None else 0
 
     def _take(self, instance: Instance) -> Decision:
         now = now_ns()
         decision = self._queue.take(now, instance.costs)
         if decision.batch:
-            rows = sum([call.rows for call in decision.batch])
-            self._until_ns[id(instance)] = now + instance.costs.of(decision.batch[0].key).mean_ns(rows)
+            self._busy[id(instance)] = now, decision.batch[0].key, sum([call.rows for call in decision.batch])
         elif decision.wake_ns is not None and (self._wake_ns is None or decision.wake_ns < self._wake_ns):
             self._wake_ns = decision.wake_ns
             self._timer(max(0, decision.wake_ns - now) / 1e9, self._wake)
         return decision
 
     def _set_free(self, instance: Instance) -> None:
-        self._until_ns.pop(id(instance), None)
+        self._busy.pop(id(instance), None)
         self._free.append(instance)
-        self._condition.notify_all()
+        if self._is_closing:
+            self._condition.notify_all()
 
     def _wake(self) -> None:
-        with self._condition:
+        with self._lock:
             self._wake_ns = None
         self._dispatch()
 
     def _forecast(self) -> "Forecast":
-        busy = [(self._until_ns.get(id(one), 0), one.costs) for one in self._instances]
+        busy = [(self._until_ns(one), one.costs) for one in self._instances]
         return Forecast(now_ns(), busy, self._queue.batch_rows())
 
     def _set_alarm(self, expires_ns: int) -> int:
@@ -308,7 +339,7 @@ class Scheduler:
 
     def _expire(self) -> None:
         """Refuse what has waited for its timeout, though no instance is free."""
-        with self._condition:
+        with self._lock:
             self._expire_ns = None
             expired = self._queue.expire(now_ns())
             expires_ns = self._set_alarm(self._queue.soonest_ns)
@@ -351,6 +382,8 @@ class ThreadInstance:
         self.costs = costs or Costs()
         # What its executions take of the processor: unlike their duration, no other thread can lengthen it.
         self._cpu = Costs()
+        # What was quick the last time one looked, and how many executions until one looks, and learns, again.
+        self._quick: dict[tuple[Hashable, int], int] = {}
         self._inbox: queue.SimpleQueue[list[Call] | None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[tuple[list[Call], Executed, BatchTimes] | None] = queue.SimpleQueue()
         self._deliverer: threading.Thread | None = None
@@ -379,10 +412,20 @@ class ThreadInstance:
     def _may_run_here(self, batch: list[Call]) -> bool:
         if not self._backend.runs_inline or getattr(_here, "depth", 0) >= MAX_INLINE_DEPTH:
             return False
-        rows, key = sum([call.rows for call in batch]), batch[0].key
+        key = batch[0].key
+        rows = batch[0].rows if len(batch) == 1 else sum([call.rows for call in batch])
+        left = self._quick.get((key, rows), 0)
+        if left:
+            self._quick[key, rows] = left - 1
+            return True
         if not 0 < self._cpu.of(key).tail_ns(rows) <= INLINE_NS:
             return False
-        return self.costs.of(key).mean_ns(rows) <= MAX_INLINE_NS  # it may wait for threads of its own
+        if self.costs.of(key).mean_ns(rows) > MAX_INLINE_NS:  # it may wait for threads of its own
+            return False
+        if len(self._quick) >= _MAX_QUICK:
+            self._quick.clear()
+        self._quick[key, rows] = _LOOK_EVERY
+        return True
 
     def _run(self) -> None:
         while (batch := self._inbox.get()) is not None:
@@ -417,14 +460,18 @@ class ThreadInstance:
             self._deliver(*done)
 
     def _execute(self, batch: list[Call]) -> tuple[Executed, BatchTimes]:
+        key = batch[0].key
+        rows = batch[0].rows if len(batch) == 1 else sum([call.rows for call in batch])
+        learns = not self._quick.get((key, rows), 0) % _LEARN_EVERY
+        is_inline = self._backend.runs_inline
+        start_cpu_ns = time.thread_time_ns() if learns and is_inline else 0
         start_ns = now_ns()
-        start_cpu_ns = time.thread_time_ns() if self._backend.runs_inline else 0
         answers = self._answers(batch)
         end_ns = now_ns()
-        rows, key = sum([call.rows for call in batch]), batch[0].key
-        self.costs.record(key, rows, end_ns - start_ns)
-        if self._backend.runs_inline:
-            self._cpu.record(key, rows, max(1, time.thread_time_ns() - start_cpu_ns))
+        if learns:
+            self.costs.record(key, rows, end_ns - start_ns)
+            if is_inline:
+                self._cpu.record(key, rows, max(1, time.thread_time_ns() - start_cpu_ns))
         return answers, BatchTimes(start_ns, start_ns, end_ns, end_ns)
 
     def _answers(self, batch: Sequence[Call]) -> Executed:
@@ -440,7 +487,7 @@ class ThreadInstance:
         except Exception as error:
             _log.debug("instance %s failed a batch of %d", self._name, len(batch), exc_info=True)
             return [as_infer_error(self._name, error)] * len(batch)
-        self._scheduler.executed(sum([call.rows for call in batch]))
+        self._scheduler.executed(batch)
         return answers
 
     def _deliver(self, batch: list[Call], executed: Executed, times: BatchTimes) -> None:

@@ -68,6 +68,7 @@ class SlotQueue:
         self.limit = BatchLimit()  # slots are rows: a batch cannot shrink
         self.configured_rows = policy.slots
         self.soonest_ns = 0
+        self.is_eager = False
         self._policy = policy
         self._filler = filler
         self._by_slot: dict[int, Call] = {}

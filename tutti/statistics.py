@@ -97,6 +97,9 @@ class ModelStatistics:
 
         Only a sequence batcher's fillers have no rows.
         """
+        if len(calls) == 1 and calls[0].rows and not isinstance(calls[0].answer, InferError):
+            self._record_one(calls[0], times)
+            return
         answered = [call for call in calls if call.rows and not isinstance(call.answer, InferError)]
         n, rows = sum([call.requests for call in answered]), sum([call.rows for call in answered])
         arrived = sum([call.arrived_ns * call.requests for call in answered])
@@ -134,6 +137,36 @@ class ModelStatistics:
                 queue_counts[in_queue] += call.requests
             counts.request_time.ns += times.end_ns * n - arrived
             counts.queue_time.ns += times.start_ns * n - arrived
+
+    def _record_one(self, call: Call, times: BatchTimes) -> None:
+        n, rows, arrived_ns = call.requests, call.rows, call.arrived_ns
+        start_ns, infer_start_ns, infer_end_ns, end_ns = (
+            times.start_ns, times.infer_start_ns, times.infer_end_ns, times.end_ns,
+        )  # fmt: skip
+        total_ns, queued_ns = end_ns - arrived_ns, start_ns - arrived_ns
+        counts = self.counts
+        with self._lock:
+            counts.executions += 1
+            counts.inferences += rows
+            counts.last_inference_ms = time.time_ns() // 1_000_000
+            of_size = counts.batches.get(rows)
+            if of_size is None:
+                of_size = counts.batches[rows] = [Duration(), Duration(), Duration()]
+            for duration, ns, count in (
+                (counts.success, total_ns * n, n),
+                (counts.queue, queued_ns * n, n),
+                (counts.compute_input, (infer_start_ns - start_ns) * n, n),
+                (counts.compute_infer, (infer_end_ns - infer_start_ns) * n, n),
+                (counts.compute_output, (end_ns - infer_end_ns) * n, n),
+                (of_size[0], infer_start_ns - start_ns, 1),
+                (of_size[1], infer_end_ns - infer_start_ns, 1),
+                (of_size[2], end_ns - infer_end_ns, 1),
+            ):
+                duration.count += count
+                duration.ns += ns
+            for histogram, ns in ((counts.request_time, total_ns), (counts.queue_time, queued_ns)):
+                histogram.counts[bisect_left(BUCKETS_NS, ns)] += n
+                histogram.ns += ns * n
 
     def record_failures(self, calls: Sequence[Call], now_ns: int) -> None:
         """Count calls that failed without being executed: refused, invalid or cancelled."""

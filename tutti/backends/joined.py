@@ -1,7 +1,6 @@
 """What backends share that execute a batch as one: inputs are joined, executed once, and outputs split again."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 
 from tutti import ragged, rows
 from tutti.backends import turns
@@ -10,6 +9,8 @@ from tutti.cost import Alternatives
 from tutti.dtypes import NUMPY, Array
 from tutti.errors import ConfigError, InferError, Internal, InvalidArgument, OutOfMemory
 from tutti.types import Call, InferRequest, InferResponse, Tensor, now_ns
+
+_MAX_ASKED = 256
 
 
 class JoinedBackend:
@@ -33,6 +34,8 @@ class JoinedBackend:
         self._all = tuple(self._datatypes)
         self._scratch = rows.Scratch()
         self._ways: dict[int, Alternatives] = {}
+        # The outputs to make, by those asked for.
+        self._names: dict[tuple[str, ...], list[str]] = {}
 
     def run(self, names: Sequence[str], feed: Mapping[str, Array]) -> Sequence[Array]:
         """The outputs `names` for joined inputs. Raises OutOfMemory, or anything else for a batch that fails."""
@@ -68,16 +71,23 @@ class JoinedBackend:
 
     def _run(self, requests: Sequence[InferRequest]) -> Sequence[InferResponse | Exception]:
         first = requests[0]
-        is_alike = all(request.outputs == first.outputs for request in requests)
-        asked = {name for request in (requests[:1] if is_alike else requests) for name in request.outputs or self._all}
-        names = [name for name in self._datatypes if name in asked]
+        is_alike = len(requests) == 1 or all(request.outputs == first.outputs for request in requests)
+        names = self._names.get(first.outputs) if is_alike else None
+        if names is None:
+            asked = {name for request in requests for name in request.outputs or self._all}
+            names = [name for name in self._datatypes if name in asked]
+            if is_alike and len(self._names) < _MAX_ASKED:
+                self._names[first.outputs] = names
         is_ragged = bool(self.config.ragged)
         feed = {name: self._joined(requests, name) for name in first.inputs}
         if is_ragged:
             feed |= self.config.ragged.made(requests)
         try:
-            with self._turns.turn(self.config.name) if self._turns is not None else nullcontext():
+            if self._turns is None:
                 arrays = self.run(names, feed)
+            else:
+                with self._turns.turn(self.config.name):
+                    arrays = self.run(names, feed)
         except InferError as error:
             raise type(error)(f"model '{self.config.name}': {error.message}") from None
         except Exception as error:
