@@ -79,8 +79,9 @@ class EnsembleExecutor:
             for call in calls:
                 call.deadline_ns = call.deadline_ns or call.arrived_ns + plan.deadline_ns
         frames: list[Frame] = []
-        if len(calls) == 1:
-            frames.append(self._frame(calls))
+        is_alike = len(calls) > 1 and self._are_alike(calls)
+        if is_alike or len(calls) == 1:
+            frames.append(self._frame(calls, is_alike))
         else:
             alike: dict[Hashable, list[Call]] = {}
             for call in calls:
@@ -110,12 +111,20 @@ class EnsembleExecutor:
         parameters = tuple(sorted(request.parameters.items())) if request.parameters else ()
         return tuple(request.inputs), request.outputs, parameters, tuple(map(type, request.parameters.values()))
 
-    def _frame(self, calls: Sequence[Call]) -> Frame:
+    def _are_alike(self, calls: Sequence[Call]) -> bool:
+        """Whether the calls are known to have equal inputs and no parameters, which most have that come together."""
+        first = calls[0].request
+        signature = first.signature
+        if signature is None or not self._plan.is_batched or rows.is_large([first]):
+            return False
+        return not any(call.request.signature is not signature or call.request.parameters for call in calls)
+
+    def _frame(self, calls: Sequence[Call], is_alike: bool = False) -> Frame:
         outputs = calls[0].request.outputs
         steps = self._steps_for.get(outputs)
         if steps is None:
             steps = self._steps_for[outputs] = self._plan.steps_for(outputs)
-        frame = Frame(self._plan, calls, steps)
+        frame = Frame(self._plan, calls, steps, is_alike)
         parameters = calls[0].request.parameters
         if parameters and parameters.get(explain.PARAMETER):
             frame.explanation = Explanation(now_ns(), len(calls), frame.rows)
@@ -144,17 +153,21 @@ class EnsembleExecutor:
                 if step.unless is not None and frame.open:
                     ended += [frame.calls[index] for index in frame.leave(step.unless, self._version)]
                 made = self._begin(frame, step, ended) if frame.open else []
-                if made:
-                    calls.setdefault(step.index, []).extend(made)
+                if made and step.index not in calls:
+                    calls[step.index] = made
+                elif made:
+                    calls[step.index] += made
                 elif frame.open:
                     done.append((frame, step))
             following: _Ready = []
             for frame, step in done:
                 self._finish(frame, step, following, ended)
         # What has threads of its own first: it executes while others do so in this one.
-        for index in sorted(calls, key=lambda index: self._plan.steps[index].is_merged):
+        order = calls if len(calls) <= 1 else sorted(calls, key=lambda index: self._plan.steps[index].is_merged)
+        for index in order:
             self._infer(calls[index])
-        self._go_on(following, [], ended)
+        if following or ended:
+            self._go_on(following, [], ended)
 
     def _go_on(self, ready: _Ready, again: Sequence[Call], ended: Sequence[Call]) -> None:
         if again:
@@ -168,6 +181,12 @@ class EnsembleExecutor:
 
     def _drop_gone(self, frame: Frame, step: Step, ended: list[Call]) -> None:
         """End the calls that nobody waits for any longer."""
+        if not frame.has_deadlines:
+            for call in frame.calls:
+                if call.is_cancelled:
+                    break
+            else:
+                return
         now = 0
         for index, call in enumerate(frame.calls):
             if frame.is_over[index] or not (call.is_cancelled or call.deadline_ns):
@@ -242,6 +261,8 @@ class EnsembleExecutor:
 
         An optional one leaves time for the steps after it, and goes by the most hurried.
         """
+        if not frame.has_deadlines:
+            return 0
         deadlines = [frame.calls[index].deadline_ns for index in group.calls]
         if step.is_optional:
             given = [deadline for deadline in deadlines if deadline]
@@ -265,7 +286,7 @@ class EnsembleExecutor:
         if isinstance(answer, InferResponse):
             answer = self._stored(piece, call, answer)
         if isinstance(answer, InferResponse):
-            if frame.calls[0].deadline_ns:
+            if frame.has_deadlines:
                 self._costs[step.index].record(None, frame.rows, now_ns() - piece.started_ns)
         else:
             assert answer is not None

@@ -6,6 +6,7 @@ back in their places; the others have the tensor's default, or are marked as not
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -24,13 +25,19 @@ class Column:
     `valid` [rows] says for which rows there is one; None for all. A part is None where its call has none at all.
     """
 
-    __slots__ = ("_parts", "_whole", "valid")
+    __slots__ = ("_is_alike", "_parts", "_whole", "valid")
 
     def __init__(
-        self, whole: Tensor | None = None, parts: list[Tensor | None] | None = None, valid: Array | None = None
+        self,
+        whole: Tensor | None = None,
+        parts: list[Tensor | None] | None = None,
+        valid: Array | None = None,
+        is_alike: bool = False,
     ) -> None:
+        """`is_alike`: the parts are known to have one shape."""
         self._whole = whole
         self._parts = parts
+        self._is_alike = is_alike
         self.valid = valid
 
     def whole(self) -> Tensor | None:
@@ -42,7 +49,7 @@ class Column:
             first = parts[0] if parts else None
             if first is None or len(parts) < len(self._parts):
                 return None
-            if any(part.shape[1:] != first.shape[1:] for part in parts):
+            if not self._is_alike and any(part.shape[1:] != first.shape[1:] for part in parts):
                 return None
             if len(parts) == 1:
                 self._whole = first
@@ -91,19 +98,19 @@ class Group:
 class Frame:
     """Calls that go through the graph together: they have the same inputs and ask for the same outputs."""
 
-    def __init__(self, plan: Plan, calls: Sequence[Call], steps: frozenset[int]) -> None:
+    def __init__(self, plan: Plan, calls: Sequence[Call], steps: frozenset[int], is_alike: bool = False) -> None:
+        """`is_alike`: the calls' inputs are known to have the same shapes."""
         self.plan = plan
         self.calls = calls
         outputs = calls[0].request.outputs
         self.asked = [name for name in plan.outputs if not outputs or name in outputs]
         self.sizes = [call.rows for call in calls]
-        self.starts = [0]
-        for size in self.sizes[:-1]:
-            self.starts.append(self.starts[-1] + size)
+        self.starts = [0, *accumulate(self.sizes[:-1])]
         self.rows = self.starts[-1] + self.sizes[-1]
         self.everyone = tuple(range(len(calls)))
         self.waits = {index: len(plan.steps[index].needs) for index in steps}
         self.left = len(steps)
+        self.has_deadlines = any(call.deadline_ns for call in calls)
         self.open = len(calls)
         self.is_over = [False] * len(calls)
         self._decided: Array | None = None
@@ -119,7 +126,7 @@ class Frame:
                 continue
             parts: list[Tensor | None] = [call.request.inputs.get(name) for call in calls]
             if parts[0] is not None:
-                self.columns[name] = Column(parts=parts)
+                self.columns[name] = Column(parts=parts, is_alike=is_alike)
             elif given.default is not None:
                 self.columns[name] = self._nothing(name, given)
 

@@ -139,34 +139,30 @@ class ModelStatistics:
             counts.queue_time.ns += times.start_ns * n - arrived
 
     def _record_one(self, call: Call, times: BatchTimes) -> None:
-        n, rows, arrived_ns = call.requests, call.rows, call.arrived_ns
-        start_ns, infer_start_ns, infer_end_ns, end_ns = (
-            times.start_ns, times.infer_start_ns, times.infer_end_ns, times.end_ns,
-        )  # fmt: skip
-        total_ns, queued_ns = end_ns - arrived_ns, start_ns - arrived_ns
+        """As record_batch, without a loop: a graph of quick steps counts one call after the other."""
+        n, rows, start_ns, end_ns = call.requests, call.rows, times.start_ns, times.end_ns
+        total_ns, queued_ns = end_ns - call.arrived_ns, start_ns - call.arrived_ns
+        input_ns = times.infer_start_ns - start_ns
+        infer_ns = times.infer_end_ns - times.infer_start_ns
+        output_ns = end_ns - times.infer_end_ns
         counts = self.counts
         with self._lock:
             counts.executions += 1
             counts.inferences += rows
             counts.last_inference_ms = time.time_ns() // 1_000_000
+            counts.success.add(total_ns * n, n)
+            counts.queue.add(queued_ns * n, n)
+            counts.compute_infer.add(infer_ns * n, n)
+            counts.compute_input.add(input_ns * n, n)
+            counts.compute_output.add(output_ns * n, n)
             of_size = counts.batches.get(rows)
             if of_size is None:
                 of_size = counts.batches[rows] = [Duration(), Duration(), Duration()]
-            for duration, ns, count in (
-                (counts.success, total_ns * n, n),
-                (counts.queue, queued_ns * n, n),
-                (counts.compute_input, (infer_start_ns - start_ns) * n, n),
-                (counts.compute_infer, (infer_end_ns - infer_start_ns) * n, n),
-                (counts.compute_output, (end_ns - infer_end_ns) * n, n),
-                (of_size[0], infer_start_ns - start_ns, 1),
-                (of_size[1], infer_end_ns - infer_start_ns, 1),
-                (of_size[2], end_ns - infer_end_ns, 1),
-            ):
-                duration.count += count
-                duration.ns += ns
-            for histogram, ns in ((counts.request_time, total_ns), (counts.queue_time, queued_ns)):
-                histogram.counts[bisect_left(BUCKETS_NS, ns)] += n
-                histogram.ns += ns * n
+            of_size[0].add(input_ns)
+            of_size[1].add(infer_ns)
+            of_size[2].add(output_ns)
+            counts.request_time.add(total_ns, n)
+            counts.queue_time.add(queued_ns, n)
 
     def record_failures(self, calls: Sequence[Call], now_ns: int) -> None:
         """Count calls that failed without being executed: refused, invalid or cancelled."""
@@ -176,12 +172,15 @@ class ModelStatistics:
     def record_successes(self, calls: Sequence[Call], now_ns: int) -> None:
         """Count calls that succeeded without an execution of their own, as an ensemble's do."""
         with self._lock:
-            self.counts.inferences += sum(call.rows for call in calls)
-            self.counts.last_inference_ms = time.time_ns() // 1_000_000
+            counts = self.counts
+            counts.inferences += sum([call.rows for call in calls])
+            counts.last_inference_ms = time.time_ns() // 1_000_000
+            at: dict[int, int] = {}  # what arrived together falls into the same bucket
             for call in calls:
-                waited_ns = now_ns - call.arrived_ns
-                self.counts.success.add(waited_ns * call.requests, call.requests)
-                self.counts.request_time.add(waited_ns, call.requests)
+                at[call.arrived_ns] = at.get(call.arrived_ns, 0) + call.requests
+            for arrived_ns, count in at.items():
+                counts.success.add((now_ns - arrived_ns) * count, count)
+                counts.request_time.add(now_ns - arrived_ns, count)
 
     def record_step(self, step: str, skipped: int, shed: int, items: int) -> None:
         """Count what a graph did not do, or did more than once, for a step: rows skipped or shed, items executed."""
