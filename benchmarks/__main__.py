@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from benchmarks import clients, overload
+from benchmarks import clients, graphs, overload
 from benchmarks.clients import Figures
 from benchmarks.models import (
     ACCELERATOR,
@@ -387,6 +387,82 @@ def picture(run: Run) -> list[str]:
     return ["![Latency against throughput, 1 to 128 clients](latency.svg)"]
 
 
+def ensembles(run: Run) -> list[str]:
+    """Chains and branches beside their slowest step alone, and beside tritonserver."""
+    folder = run.folder("ensembles")
+    root = graphs.write(folder / "repository")
+    alone: list[Row] = []
+    beside: list[Row] = []
+    with serving(root, folder / "tutti.log") as ours, tritonserver.running(root, folder) as theirs:
+        step = loads(run, folder, graphs.STEP)
+        for graph in (graphs.CHAIN_3, graphs.CHAIN_6, graphs.FAN):
+            load = loads(run, folder, graph)
+            for protocol in ("HTTP", "gRPC"):
+                what = f"{graph.name}, {protocol}"
+                graph_load, step_load = load[protocol], step[protocol]
+                for count in (1, 64):
+                    row = interleave(
+                        f"{what}, {count} clients", partial(graph_load, ours, count), partial(step_load, ours, count),
+                        run.rounds,
+                    )  # fmt: skip
+                    alone.append(row)
+                beside.append(
+                    interleave(
+                        f"{what}, 64 clients",
+                        partial(graph_load, ours, 64),
+                        partial(graph_load, theirs, 64),
+                        run.rounds,
+                    )
+                )
+    lines = table(alone, "its slowest step alone")
+    for row, steps in ((alone[0], 2), (alone[4], 5)):
+        added_us = (row.ours.p50_ms - row.theirs.p50_ms) / steps * 1e3
+        lines.append(f"\n{row.what}: {added_us:.0f} us for each added step.")
+    return [*lines, "", *table(beside, TRITON)]
+
+
+def gate(run: Run) -> list[str]:
+    """One row in ten goes on to a step that costs ten times as much."""
+    folder = run.folder("gate")
+    root = graphs.write(folder / "repository")
+    body, length = clients.infer_body(graphs.GATED)
+    stays, passes = (body[:length] + np.full(graphs.GATED.shape, x, np.float32).tobytes() for x in (0.0, 1.0))
+    script = clients.mixed_script(folder / "gate.lua", stays, passes, length, bad_in_100=10)
+    with serving(root, folder / "tutti.log") as server:
+        gated, ungated = (
+            partial(clients.wrk, f"http://{server.http}/v2/models/{graph.name}/infer", script, 64, run.seconds)
+            for graph in (graphs.GATED, graphs.UNGATED)
+        )
+        row = interleave("64 clients, HTTP", gated, ungated, run.rounds)
+    return table([row], "every row", ours="one row in ten")
+
+
+def shed(run: Run) -> list[str]:
+    """One and a half times what the whole graph can do, open loop, with a deadline in each request."""
+    folder = run.folder("shed")
+    root = graphs.write(folder / "repository")
+    deadline_ms = 400
+    body, length = clients.infer_body(graphs.SHED, f'"timeout":{deadline_ms * 1000}')
+    script = clients.http_script(folder / "peak.lua", *clients.infer_body(graphs.UNSHED))
+    lines = ["| | capacity /s | offered /s | answered in time | late or refused |", "|---|---|---|---|---|"]
+    with serving(root, folder / "tutti.log") as server:
+        url = f"http://{server.http}/v2/models/{graphs.UNSHED.name}/infer"
+        peak = median([clients.wrk(url, script, 192, run.seconds) for _ in range(3)]).rate
+        for name, graph in (("the second step is optional", graphs.SHED), ("it is not", graphs.UNSHED)):
+            request = overload.http_request(f"/v2/models/{graph.name}/infer", body, length)
+            runs = [
+                overload.run(server.http, request, 1.5 * peak, run.seconds, deadline_ms, seed)
+                for seed in range(run.rounds)
+            ]
+            shares = [one.goodput / one.offered for one in runs]
+            rest = sum(len(one.late) + len(one.refused) + one.lost for one in runs)
+            lines.append(
+                f"| {name} | {peak:,.0f} | {runs[0].offered:,.0f} | **{statistics.median(shares):.0%}** "
+                f"({min(shares):.0%} to {max(shares):.0%}) | {rest} |"
+            )
+    return lines
+
+
 SECTIONS: dict[str, tuple[str, Callable[[Run], list[str]]]] = {
     "tiny": (f"A tiny model, beside {TRITON} 2.51 (its python-based onnxruntime backend)", tiny),
     "picture": ("The same, drawn", picture),
@@ -398,6 +474,9 @@ SECTIONS: dict[str, tuple[str, Callable[[Run], list[str]]]] = {
     "clips": ("Audio of mixed lengths, on the emulated accelerator", clips),
     "perf_analyzer": ("perf_analyzer as the client, for the record", perf_analyzer),
     "ray": ("On Ray, beside a plain Ray Serve deployment behind Serve's HTTP proxy", ray),
+    "ensembles": (f"Ensembles of small models, beside their slowest step and beside {TRITON}", ensembles),
+    "gate": ("A gate that one row in ten passes, before a step that costs ten times as much", gate),
+    "shed": ("One and a half times what a graph can do, deadlines of 400 ms", shed),
     "cold": ("From process start to the sample ensemble's first answer", first_inference),
 }
 

@@ -7,7 +7,7 @@ last reader. A request that fails, is cancelled or is decided early leaves its f
 
 import threading
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 from ensembles import explain
@@ -72,23 +72,22 @@ class EnsembleExecutor:
         }
         self._steps_for: dict[tuple[str, ...], frozenset[int]] = {}
         self._costs = [Costs() for _ in plan.steps]
+        self._frame_rows = max(1, *(step.max_rows for step in plan.steps))
 
     def __call__(self, calls: Sequence[Call]) -> None:
         plan = self._plan
         if plan.deadline_ns:
             for call in calls:
                 call.deadline_ns = call.deadline_ns or call.arrived_ns + plan.deadline_ns
-        frames: list[Frame] = []
         is_alike = len(calls) > 1 and self._are_alike(calls)
-        if is_alike or len(calls) == 1:
-            frames.append(self._frame(calls, is_alike))
-        else:
+        groups: Iterable[Sequence[Call]] = (calls,)
+        if not is_alike and len(calls) > 1:
             alike: dict[Hashable, list[Call]] = {}
             for call in calls:
                 alike.setdefault(self._key(call), []).append(call)
-            frames += [self._frame(group) for group in alike.values()]
+            groups = alike.values()
         ready = []
-        for frame in frames:
+        for frame in [self._frame(part, is_alike) for group in groups for part in self._cut(group)]:
             steps = [plan.steps[index] for index in sorted(frame.waits) if not frame.waits[index]]
             ready += [(frame, step) for step in steps]
         self._start(ready)
@@ -110,6 +109,20 @@ class EnsembleExecutor:
             return id(call)
         parameters = tuple(sorted(request.parameters.items())) if request.parameters else ()
         return tuple(request.inputs), request.outputs, parameters, tuple(map(type, request.parameters.values()))
+
+    def _cut(self, calls: Sequence[Call]) -> list[Sequence[Call]]:
+        """Calls in stretches of as many rows as some step takes at once: a larger frame would wait for all of them."""
+        if len(calls) == 1 or sum([call.rows for call in calls]) <= self._frame_rows:
+            return [calls]
+        parts: list[list[Call]] = [[]]
+        size = 0
+        for call in calls:
+            if parts[-1] and size + call.rows > self._frame_rows:
+                parts.append([])
+                size = 0
+            parts[-1].append(call)
+            size += call.rows
+        return list(parts)
 
     def _are_alike(self, calls: Sequence[Call]) -> bool:
         """Whether the calls are known to have equal inputs and no parameters, which most have that come together."""
