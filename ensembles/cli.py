@@ -202,7 +202,8 @@ def _array(spec: TensorSpec, value: str) -> Any:
         data = value.encode()
     else:
         try:
-            return np.array(json.loads(value), NUMPY[spec.datatype])
+            array = np.array(json.loads(value), NUMPY[spec.datatype])
+            return array if array.ndim else array.reshape((1,) * len(spec.dims))
         except (ValueError, TypeError) as error:
             raise ConfigError(f"input '{spec.name}': expected numbers in JSON, or @FILE: {error}") from None
     element = np.empty((1,) * max(1, len(spec.dims)), dtype=object)

@@ -1,0 +1,157 @@
+"""Graphs written in Python, and the command that checks, shows, draws, explains and builds them."""
+
+import json
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from ensembles import show
+from ensembles.builder import Graph
+from ensembles.cli import planned
+from tests.models import Repository
+from tests.serving import engine_over, infer
+from tutti import cli
+from tutti.errors import ConfigError
+from tutti.types import InferRequest, InferResponse, Tensor
+
+ONE = "data_type: TYPE_FP32 dims: 1"
+SCORE = f"""backend: "python" max_batch_size: 8 dynamic_batching {{}}
+    input {{ name: "x" {ONE} }} output {{ name: "y" {ONE} }}"""
+TEN = """
+    x = pb_utils.get_input_tensor_by_name(request, "x").as_numpy()
+    return pb_utils.InferenceResponse([pb_utils.Tensor("y", x * 10)])
+"""
+FILE = """
+from ensembles.builder import Graph
+
+
+def build(repository):
+    graph = Graph("gated", repository, 8)
+    score = graph.step("ten", x=graph.input("X", "FP32", [1]))["y"]
+    with graph.where((score > 15) & ~(score == 50)):
+        costly = graph.step("costly", x=score)
+    graph.output("S", score)
+    graph.output("Y", costly["y"], default=-1)
+    graph.exit_when(score.max() >= 90)
+    graph.deadline_ms(5000)
+    return graph
+"""
+
+
+@pytest.fixture
+def root(repository: Repository) -> Path:
+    repository.add_python("ten", SCORE, TEN)
+    repository.add_python("costly", SCORE, TEN)
+    return repository.root
+
+
+@pytest.fixture
+def built(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    file = tmp_path / "gated.py"
+    file.write_text(FILE)
+    assert cli.main(["ensemble", "build", str(file), "--repository", str(root)]) == 0
+    assert cli.main(["ensemble", "build", str(file), "--repository", str(root), "--check"]) == 0
+    (root / "gated" / "1" / ".keep").touch()
+    capsys.readouterr()
+    return root
+
+
+def test_what_is_built_is_served(built: Path) -> None:
+    with engine_over(built) as engine:
+        assert not engine.failures(), engine.failures()
+        answers = infer(
+            engine, [InferRequest("gated", {"X": Tensor("X", "FP32", (1, 1), x)}) for x in map(_fp32, (1, 2, 5, 9))]
+        )
+        got = [
+            [output.array().tolist() for output in answer.outputs]
+            for answer in answers
+            if isinstance(answer, InferResponse)
+        ]
+        assert got == [[[[10]], [[-1]]], [[[20]], [[200]]], [[[50]], [[-1]]], [[[90]], [[-1]]]]
+
+
+def _fp32(value: float) -> bytes:
+    import struct
+
+    return struct.pack("<f", value)
+
+
+def test_the_commands(built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where = ["--repository", str(built)]
+    assert cli.main(["ensemble", "check", *where]) == 0
+    assert "gated: 2 steps, right" in capsys.readouterr().out
+    assert cli.main(["ensemble", "show", "gated", *where]) == 0
+    shown = capsys.readouterr().out
+    for line in ("ensemble gated: 2 steps in 2 waves", "deadline  5000 ms", "when (S > 15) and not ((S == 50))",
+                 "unless decided: max(S) >= 90", "output    Y FP32[1], -1.0 where not made"):  # fmt: skip
+        assert line in shown, shown
+    picture = tmp_path / "gated.svg"
+    assert cli.main(["ensemble", "draw", "gated", *where, "--output", str(picture)]) == 0
+    tree = ElementTree.fromstring(picture.read_text())
+    texts = [element.text for element in tree.iter() if element.tag.endswith("}text")]
+    assert {"ten", "costly", "X", "S", "Y", "FP32[1]"} <= set(texts)
+    capsys.readouterr()
+    assert cli.main(["ensemble", "explain", "gated", "X=2", *where]) == 0
+    assert "costly" in capsys.readouterr().out
+    assert cli.main(["ensemble", "explain", "gated", "X=[[1], [2]]", "--json", *where]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [(step["step"], step["rows"]) for step in told["steps"]] == [("ten", 2), ("costly", 1)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["check", "nope"], "no such folder"),
+        (["check", "ten"], "is no ensemble"),
+        (["show", "broken"], "its model is not available"),
+        (["explain", "gated", "Y=1"], "expected INPUT=VALUE with one of ['X']"),
+        (["explain", "gated", "X=one"], "expected numbers in JSON"),
+        (["explain", "gated", "X=@nothing.npy"], "no file"),
+        (["explain", "gated"], "missing input 'X'"),
+        (["build", "nothing.py"], "expected a Python file"),
+    ],
+)
+def test_mistakes_of_the_command(
+    built: Path, arguments: list[str], why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (built / "gated" / "config.pbtxt").read_text().replace('"gated"', '"broken"').replace('"costly"', '"gone"')
+    (built / "broken" / "1").mkdir(parents=True)
+    (built / "broken" / "1" / ".keep").touch()
+    (built / "broken" / "config.pbtxt").write_text(text)
+    assert cli.main(["ensemble", *arguments, "--repository", str(built)]) == 1
+    assert why in capsys.readouterr().err
+
+
+def test_what_does_not_fit_is_refused_where_it_is_written(root: Path) -> None:
+    graph = Graph("g", root, 8)
+    x = graph.input("X", "FP32", [1])
+    with pytest.raises(ConfigError, match="step 'ten': the model has no input 'z', it has"):
+        graph.step("ten", z=x)
+    with pytest.raises(ConfigError, match="the model has no output 'z'"):
+        graph.step("ten", x=x)["z"]
+    with pytest.raises(ConfigError, match="no such folder"):
+        graph.step("nope", x=x)
+    with pytest.raises(ConfigError, match="is a tensor of graph 'g'"):
+        Graph("other", root, 8).step("ten", x=x)
+    with pytest.raises(ConfigError, match="text without quotes"):
+        x == "it's"  # noqa: B015
+    with pytest.raises(TypeError, match="not true or false before a request comes"):
+        bool(x > 1)
+    graph = Graph("g", root, 8)
+    x = graph.input("X", "FP32", [1])
+    made = graph.step("ten", x=x, when=x > 1)["y"]
+    graph.output("Y", made)
+    with pytest.raises(ConfigError, match="output 'Y': is not made for every row"):
+        graph.config()
+
+
+def test_the_sample_graph_is_what_its_file_makes(sample_repository: Path) -> None:
+    file = Path(__file__).parents[2] / "ensembles" / "graphs" / "content_intelligence.py"
+    assert (
+        cli.main(
+            ["ensemble", "build", str(file.relative_to(Path.cwd())), "--repository", str(sample_repository), "--check"]
+        )
+        == 0
+    )
+    assert "for each of" in show.table(planned(sample_repository, "content_intelligence"))
