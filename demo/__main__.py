@@ -99,6 +99,11 @@ def run_items(clients: list[Client], labels: list[str], checks: Checks) -> list[
         checks.expect(len(levels) == len(segments), f"{item.name}: {len(levels)} levels of {len(segments)} segments")
         print(f"{item.name:<13} {shown:<16} {text:<18} {picture:<14} {score:<10.3f} {agreement}, {pool} pool")
         answered.append((item, over_http))
+    for name, output in (("TEXT", "TEXT_RISK"), ("IMAGE", "IMAGE_SCORES"), ("AUDIO", "SEGMENT_LEVELS")):
+        alone, _ = clients[0].infer("content_intelligence", {name: item.inputs()[name]})
+        others = {"TEXT_RISK", "IMAGE_SCORES", "SEGMENT_LEVELS"} - {output}
+        checks.expect(output in alone and not others & alone.keys(), f"{item.name}: {name} alone: {sorted(alone)}")
+        print(f"{item.name}, its {name} alone: moderation {float(alone['MODERATION_SCORE'][0, 0]):.3f}")
     return answered
 
 

@@ -243,7 +243,8 @@ class Frame:
         for rows_of, lacking in kinds:
             if rows_of is None or rows_of.any():
                 had = [(model_name, name) for model_name, name in inputs if name not in lacking]
-                made += self._groups(step, rows_of, had)
+                if had or not step.inputs:  # none of what it might take has been made
+                    made += self._groups(step, rows_of, had)
         if step.each is None and step.max_rows and any(group.rows > step.max_rows for group in made):
             return [part for group in made for part in self._cut(group, step.max_rows)]
         return made

@@ -70,7 +70,6 @@ class Step:
     each: Each | None = None
     gathers: tuple[str, ...] = ()
     is_optional: bool = False
-    is_decoupled: bool = False
 
     @cached_property
     def wanted(self) -> tuple[str, ...]:
@@ -152,6 +151,8 @@ class _Planner:
         for tensor in (*self._extra.when, *self._extra.each, *self._extra.gather, *self._extra.optional):
             self._step_of("when" if tensor in self._extra.when else "each, gather or optional", tensor)
         for index in range(len(config.steps)):
+            if self._models[index].is_decoupled:
+                raise _fail(config, self._path(index), "a decoupled model cannot be a step")
             self._find_each(index)
         for index in range(len(config.steps)):
             self._add_outputs(index)
@@ -301,7 +302,7 @@ class _Planner:
             index, step.model_name, step.version, tuple(step.input_map.items()), tuple(step.output_map.items()),
             frozenset(), tuple(dict.fromkeys(required)), model.max_batch_size, is_merged, when, None, each,
             tuple(self._extra.gather.get(tensor, "concat") for tensor in made) if each is not None else (),
-            any(tensor in self._extra.optional for tensor in made), model.is_decoupled,
+            any(tensor in self._extra.optional for tensor in made),
         )  # fmt: skip
         return self._with_needs(made_step)
 
@@ -355,9 +356,12 @@ class _Planner:
             made: Made = "by request" if spec.is_optional and default is None else "always"
             found[spec.name] = TensorType(spec.datatype, self._dims(spec.name), default, made)
         for step in order:
+            read = [found[name].made for _, name in step.inputs]
             made = "by request" if step.is_optional else "always"
             if any(found[name].made == "by request" for name in step.required):
                 made = "by request"
+            if read and "always" not in read:  # with none of its inputs it does not run
+                made = "by row" if "by row" in read else "by request"
             if step.when is not None or step.unless is not None:
                 made = "by row"
             if any(found[name].made == "by row" for name in step.required):

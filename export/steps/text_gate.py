@@ -12,6 +12,7 @@ from text_gate_features import features
 
 class TritonPythonModel:
     def initialize(self, args):
+        self._name = args["model_name"]
         weights = np.load(Path(__file__).with_name("gate.npz"))
         self._weights, self._bias = weights["weights"], float(weights["bias"])
 
@@ -19,7 +20,12 @@ class TritonPythonModel:
         return [self._answer(request) for request in requests]
 
     def _answer(self, request):
-        texts = pb_utils.get_input_tensor_by_name(request, "TEXT").as_numpy().reshape(-1)
-        scores = [features(text.decode("utf-8", "replace"), len(self._weights)) @ self._weights for text in texts]
+        elements = pb_utils.get_input_tensor_by_name(request, "TEXT").as_numpy().reshape(-1)
+        try:
+            texts = [element.decode("utf-8") for element in elements]
+        except UnicodeDecodeError as error:
+            message = f"model '{self._name}': input 'TEXT': expected UTF-8: {error}"
+            return pb_utils.InferenceResponse([], pb_utils.TritonError(message, pb_utils.TritonError.INVALID_ARG))
+        scores = [features(text, len(self._weights)) @ self._weights for text in texts]
         risk = 1 / (1 + np.exp(-(np.array(scores) + self._bias)))
         return pb_utils.InferenceResponse([pb_utils.Tensor("RISK", risk.astype(np.float32).reshape(-1, 1))])

@@ -1,5 +1,6 @@
 """`tutti serve` on the sample repository, asked by the real tritonclient over both protocols."""
 
+import json
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -151,7 +152,6 @@ def test_classification(served: Served, protocol: str) -> None:
 
 GOOD = load_items()[1].inputs()
 BAD = {
-    "missing tensor": ({k: v for k, v in GOOD.items() if k != "TEXT"}, "missing input 'TEXT'"),
     "wrong dtype": ({**GOOD, "AUDIO": GOOD["AUDIO"].astype(np.float64)}, "expected datatype FP32, got FP64"),
     "wrong shape": (
         {**GOOD, "TEXT": np.array([[b"a", b"b"]], dtype=object)},
@@ -165,7 +165,7 @@ BAD = {
     "truncated image": ({**GOOD, "IMAGE": as_bytes([GOOD["IMAGE"][0, 0][:200]])}, "step 'image_decoder'.*'IMAGE'"),
     "empty image": ({**GOOD, "IMAGE": as_bytes([b""])}, "step 'image_decoder'.*got no bytes"),
     "empty audio": ({**GOOD, "AUDIO": np.zeros((1, 0), np.float32)}, "step 'speech_vad'.*'AUDIO' is empty"),
-    "not text": ({**GOOD, "TEXT": as_bytes([b"\xff\xfe"])}, "step 'text_tokenizer'.*UTF-8"),
+    "not text": ({**GOOD, "TEXT": as_bytes([b"\xff\xfe"])}, "step 'text_gate'.*UTF-8"),
 }
 
 
@@ -190,6 +190,8 @@ def test_bad_input_is_told_what_is_wrong_and_its_neighbours_succeed(
 def test_unknown_model_and_version(served: Served, protocol: str) -> None:
     with pytest.raises(InferenceServerException, match="unknown model 'nope'"):
         send(served, protocol, "nope", GOOD)
+    with pytest.raises(InferenceServerException, match="model 'text_classifier': missing input 'EMBEDDING'"):
+        send(served, protocol, "text_classifier", {})
     with pytest.raises(InferenceServerException, match="version '9'"):
         send(served, protocol, "content_intelligence", GOOD, model_version="9")
 
@@ -256,3 +258,62 @@ def test_model_control_is_off_by_default(served: Served, protocol: str) -> None:
         with pytest.raises(InferenceServerException, match="not allowed"):
             getattr(connect(served, protocol), change)("text_tokenizer")
     assert connect(served, protocol).is_model_ready("text_tokenizer")
+
+
+SPEECH = {"SPEECH_PROBS", "SEGMENTS", "SEGMENT_LEVELS"}
+ALWAYS = {"EMBEDDING", "LABEL_SCORES", "MODERATION_SCORE"}
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize(
+    ("names", "made"),
+    [
+        (("AUDIO",), SPEECH | ALWAYS),
+        (("TEXT",), {"TEXT_RISK"} | ALWAYS),
+        (("IMAGE",), {"IMAGE_SCORES"} | ALWAYS),
+        (("TEXT", "IMAGE"), {"TEXT_RISK", "IMAGE_SCORES"} | ALWAYS),
+    ],
+)
+def test_the_ensemble_takes_what_an_item_has(
+    served: Served, protocol: str, names: tuple[str, ...], made: set[str]
+) -> None:
+    item = load_items()[3]
+    client = Client(protocol, getattr(served, protocol))
+    whole, _ = client.infer("content_intelligence", item.inputs())
+    part, _ = client.infer("content_intelligence", {name: item.inputs()[name] for name in names})
+    assert part.keys() == made
+    for name in made - ALWAYS:
+        np.testing.assert_allclose(part[name], whole[name], atol=1e-4, err_msg=name)
+    assert part["LABEL_SCORES"].any() == ("TEXT" in names)
+    assert 0 <= part["MODERATION_SCORE"][0, 0] <= 1
+    assert whole["SEGMENT_LEVELS"].shape == (1, len(item.segments_s), 1)
+    assert (whole["SEGMENT_LEVELS"] < 0).all()
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_text_that_needs_no_closer_look_costs_no_encoder(served: Served, protocol: str) -> None:
+    client = Client(protocol, getattr(served, protocol))
+    counts = connect(served, "http").get_inference_statistics("text_encoder")["model_stats"][0]["inference_count"]
+    answer, _ = client.infer(
+        "content_intelligence", {"TEXT": as_bytes([b"The train leaves at noon from the old station"])}
+    )
+    after = connect(served, "http").get_inference_statistics("text_encoder")["model_stats"][0]["inference_count"]
+    assert (answer["TEXT_RISK"] <= 0.2).all()
+    assert after == counts
+    assert not answer["EMBEDDING"].any()
+    np.testing.assert_allclose(answer["MODERATION_SCORE"], answer["TEXT_RISK"], atol=1e-6)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_request_may_ask_what_happened(served: Served, protocol: str) -> None:
+    item = load_items()[0]
+    text = {"TEXT": item.inputs()["TEXT"]}
+    result = send(served, protocol, "content_intelligence", text, parameters={"tutti_explain": True})
+    response = result.get_response()
+    told = json.loads(
+        response["parameters"]["tutti_explain"] if protocol == "http"
+        else response.parameters["tutti_explain"].string_param
+    )  # fmt: skip
+    by_step = {step["step"]: step for step in told["steps"]}
+    assert by_step["text_gate"]["rows"] == 1
+    assert by_step["image_decoder"]["skipped"] == "IMAGE: not given or made"

@@ -153,6 +153,8 @@ def test_a_branch_without_its_input_is_left_out(serve: Callable[[str], Engine], 
     assert shown(only_x) == {"A": [[10]], "Y": [[10]]}
     assert shown(only_w) == {"B": [[20]], "Y": [[20]]}
     assert shown(together) == {"A": [[10]], "B": [[20]], "Y": [[30]]}
+    (nothing,) = infer(engine, [InferRequest("e", {})])
+    assert shown(nothing) == {}, "what has nothing to work on does not run"
 
 
 @pytest.mark.parametrize(

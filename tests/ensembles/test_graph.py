@@ -23,6 +23,11 @@ MODELS = {
         ' output { name: "n" data_type: TYPE_INT32 dims: 1 }',
         "text",
     ),
+    "stream": config.parse(
+        'backend: "b" max_batch_size: 8 input { name: "a" data_type: TYPE_FP32 dims: 4 }'
+        ' output { name: "b" data_type: TYPE_FP32 dims: 4 } model_transaction_policy { decoupled: true }',
+        "stream",
+    ),
     "unbatched": config.parse(
         'backend: "b" input { name: "a" data_type: TYPE_FP32 dims: -1 }'
         ' output { name: "b" data_type: TYPE_FP32 dims: -1 }',
@@ -123,3 +128,8 @@ def test_outputs_must_fit() -> None:
 def test_an_optional_input_may_stay_unmapped() -> None:
     plan = graph.plan(ensemble(step("add", {"l": "X"}, {"s": "Y"})), config_of)
     assert plan.steps[0].inputs == (("l", "X"),)
+
+
+def test_a_decoupled_model_is_no_step() -> None:
+    with pytest.raises(ConfigError, match="step 0 'stream': a decoupled model cannot be a step"):
+        graph.plan(ensemble(step("stream", {"a": "X"}, {"b": "Y"})), config_of)
