@@ -22,6 +22,7 @@ from tutti.statistics import ModelStatistics
 from tutti.types import Call, Infer, InferRequest, InferResponse, now_ns, settle
 
 SHED_PARAMETER = "tutti_shed"
+_LOOK_EVERY_NS = 500_000
 
 
 class _Piece:
@@ -125,7 +126,7 @@ class EnsembleExecutor:
         return list(parts)
 
     def _are_alike(self, calls: Sequence[Call]) -> bool:
-        """Whether the calls are known to have equal inputs and no parameters, which most have that come together."""
+        """Whether the calls are known to have equal inputs and no parameters, as most have that come together."""
         first = calls[0].request
         signature = first.signature
         if signature is None or not self._plan.is_batched or rows.is_large([first]):
@@ -193,18 +194,14 @@ class EnsembleExecutor:
             settle(ended)
 
     def _drop_gone(self, frame: Frame, step: Step, ended: list[Call]) -> None:
-        """End the calls that nobody waits for any longer."""
-        if not frame.has_deadlines:
-            for call in frame.calls:
-                if call.is_cancelled:
-                    break
-            else:
-                return
-        now = 0
+        """End the calls that nobody waits for any longer; one looks again after a while only."""
+        now = now_ns()
+        if not frame.has_deadlines and now - frame.looked_ns < _LOOK_EVERY_NS:
+            return
+        frame.looked_ns = now
         for index, call in enumerate(frame.calls):
             if frame.is_over[index] or not (call.is_cancelled or call.deadline_ns):
                 continue
-            now = now or now_ns()
             if call.is_cancelled:
                 self._end(frame, index, step, Cancelled("the request was cancelled by its caller"), ended)
             elif call.deadline_ns <= now:
@@ -383,7 +380,13 @@ class EnsembleExecutor:
             self._complete(frame, ended)
 
     def _complete(self, frame: Frame, ended: list[Call]) -> None:
-        for index, answer in enumerate(frame.answers(self._version)):
+        answers = frame.answers(self._version)
+        if frame.open == len(frame.calls) and not frame.shed and frame.explanation is None:
+            for call, answer in zip(frame.calls, answers, strict=True):
+                call.answer = answer
+            ended += frame.calls
+            answers = []
+        for index, answer in enumerate(answers):
             if answer is None:
                 continue
             if frame.explanation is not None:
@@ -418,7 +421,9 @@ class EnsembleExecutor:
     def _record(self, calls: Sequence[Call]) -> None:
         now = now_ns()
         failed = [call for call in calls if isinstance(call.answer, InferError)]
-        if failed:
-            self._statistics.record_failures(failed, now)
+        if not failed:
+            self._statistics.record_successes(calls, now)
+            return
+        self._statistics.record_failures(failed, now)
         if len(failed) < len(calls):
             self._statistics.record_successes([c for c in calls if not isinstance(c.answer, InferError)], now)

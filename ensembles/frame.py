@@ -110,7 +110,8 @@ class Frame:
         self.everyone = tuple(range(len(calls)))
         self.waits = {index: len(plan.steps[index].needs) for index in steps}
         self.left = len(steps)
-        self.has_deadlines = any(call.deadline_ns for call in calls)
+        self.has_deadlines = max([call.deadline_ns for call in calls]) > 0
+        self.looked_ns = 0
         self.open = len(calls)
         self.is_over = [False] * len(calls)
         self._decided: Array | None = None
@@ -503,11 +504,13 @@ class Frame:
             if whole is None or whole.datatype == "BYTES" or len(self.calls) == 1:
                 return [self._answer(version, names, index) for index in range(len(self.calls))]
             wholes.append(Tensor(name, whole.datatype, whole.shape, whole.data))
-        made: list[InferResponse | None] = []
         columns = Columns(wholes)
-        for index, (start, size) in enumerate(zip(self.starts, self.sizes, strict=True)):
-            is_over = self.is_over[index]
-            made.append(None if is_over else InferResponse.of_part(plan.name, version, columns, start, start + size))
+        made: list[InferResponse | None] = [
+            InferResponse.of_part(plan.name, version, columns, start, start + size)
+            for start, size in zip(self.starts, self.sizes, strict=True)
+        ]
+        if self.open < len(self.calls):
+            made = [None if is_over else answer for is_over, answer in zip(self.is_over, made, strict=True)]
         return made
 
     def _answer(self, version: str, names: Sequence[str], index: int) -> InferResponse | None:

@@ -48,7 +48,8 @@ _HONOURED = frozenset(
         "sequence_batching.state.data_type", "sequence_batching.state.dims",
         "sequence_batching.state.initial_state.*", "sequence_batching.state.use_same_buffer_for_input_output",
         "instance_group.name", "instance_group.kind", "instance_group.count", "instance_group.gpus",
-        "ensemble_scheduling.step.*", "ensemble_scheduling.max_inflight_requests", "parameters.*", "metric_tags", "model_warmup.*",
+        "ensemble_scheduling.step.*", "parameters.*", "metric_tags", "model_warmup.*",
+        "ensemble_scheduling.max_inflight_requests",  # of decoupled steps, of which there are none
         "model_transaction_policy.decoupled", "response_cache.enable",
         # How the data travels between host and GPU, and how eagerly: results are the same.
         "optimization.graph.level", "optimization.priority", "optimization.input_pinned_memory.*",

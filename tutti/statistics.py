@@ -175,10 +175,8 @@ class ModelStatistics:
             counts = self.counts
             counts.inferences += sum([call.rows for call in calls])
             counts.last_inference_ms = time.time_ns() // 1_000_000
-            at: dict[int, int] = {}  # what arrived together falls into the same bucket
-            for call in calls:
-                at[call.arrived_ns] = at.get(call.arrived_ns, 0) + call.requests
-            for arrived_ns, count in at.items():
+            for arrived_ns in {call.arrived_ns for call in calls}:  # what arrived together falls into one bucket
+                count = sum([call.requests for call in calls if call.arrived_ns == arrived_ns])
                 counts.success.add((now_ns - arrived_ns) * count, count)
                 counts.request_time.add(now_ns - arrived_ns, count)
 
