@@ -5,6 +5,7 @@ may be, and a step starts as soon as its inputs are there. Intermediates are pas
 last reader. A request that fails, is cancelled or is decided early leaves its frame; the others go on.
 """
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Hashable, Iterable, Sequence
@@ -19,7 +20,9 @@ from tutti.cost import Costs
 from tutti.dtypes import Array
 from tutti.errors import Cancelled, DeadlineExceeded, InferError, Internal, Unavailable
 from tutti.statistics import ModelStatistics
-from tutti.types import Call, Infer, InferRequest, InferResponse, now_ns, settle
+from tutti.types import Answer, Call, Infer, InferRequest, InferResponse, Tensor, now_ns, settle
+
+_log = logging.getLogger(__name__)
 
 SHED_PARAMETER = "tutti_shed"
 _LOOK_EVERY_NS = 500_000
@@ -67,7 +70,6 @@ class EnsembleExecutor:
         self._version = version
         self._infer = infer
         self._statistics = statistics
-        self._lock = threading.Lock()
         self._followers = {
             step.index: tuple(later.index for later in plan.steps if step.index in later.needs) for step in plan.steps
         }
@@ -98,8 +100,8 @@ class EnsembleExecutor:
         ready: _Ready = []
         again: list[Call] = []
         ended: list[Call] = []
-        with self._lock:
-            for call in calls:
+        for call in calls:
+            with call.token.frame.lock:
                 self._take_back(call, ready, again, ended)
         self._go_on(ready, again, ended)
 
@@ -159,23 +161,15 @@ class EnsembleExecutor:
 
     def _submit(self, ready: _Ready) -> None:
         calls: dict[int, list[Call]] = {}
-        done: list[tuple[Frame, Step]] = []
         ended: list[Call] = []
-        with self._lock:
-            for frame, step in ready:
-                self._drop_gone(frame, step, ended)
-                if step.unless is not None and frame.open:
-                    ended += [frame.calls[index] for index in frame.leave(step.unless, self._version)]
-                made = self._begin(frame, step, ended) if frame.open else []
-                if made and step.index not in calls:
-                    calls[step.index] = made
-                elif made:
-                    calls[step.index] += made
-                elif frame.open:
-                    done.append((frame, step))
-            following: _Ready = []
-            for frame, step in done:
-                self._finish(frame, step, following, ended)
+        following: _Ready = []
+        for frame, step in ready:
+            with frame.lock:
+                made = self._prepare(frame, step, following, ended)
+            if made and step.index in calls:
+                calls[step.index] += made
+            elif made:
+                calls[step.index] = made
         # What has threads of its own first: it executes while others do so in this one.
         order = calls if len(calls) <= 1 else sorted(calls, key=lambda index: self._plan.steps[index].is_merged)
         for index in order:
@@ -185,13 +179,24 @@ class EnsembleExecutor:
 
     def _go_on(self, ready: _Ready, again: Sequence[Call], ended: Sequence[Call]) -> None:
         if again:
-            for call in again:
-                self._infer([call])
+            self._infer(again)
         if ready:
             self._start(ready)
         if ended:
             self._record(ended)
             settle(ended)
+
+    def _prepare(self, frame: Frame, step: Step, following: _Ready, ended: list[Call]) -> list[Call]:
+        """The calls of one step for one frame. Where no row takes it, it has ended with that."""
+        self._drop_gone(frame, step, ended)
+        if step.unless is not None and frame.open:
+            for index in frame.leave(step.unless, self._version):
+                self._explained(frame, frame.calls[index].answer)
+                ended.append(frame.calls[index])
+        made = self._begin(frame, step, ended) if frame.open else []
+        if not made and frame.open:
+            self._finish(frame, step, following, ended)
+        return made
 
     def _drop_gone(self, frame: Frame, step: Step, ended: list[Call]) -> None:
         """End the calls that nobody waits for any longer; one looks again after a while only."""
@@ -218,7 +223,7 @@ class EnsembleExecutor:
             try:
                 mask = frame.chosen(step)
                 groups = frame.groups(step, mask) if mask is None or mask.any() else []
-            except InferError as error:  # text that is none
+            except Exception as error:  # as text that is none, or outputs that do not fit together
                 self._end_all(frame, step, error, ended)
                 return []
             self._count(frame, step, mask, groups)
@@ -245,34 +250,44 @@ class EnsembleExecutor:
             work.times.append(call.trace)
 
     def _calls(self, frame: Frame, step: Step, group: Group, now: int) -> list[Call]:
-        parent = frame.calls[group.calls[0]].request
-        is_one = len(group.calls) == 1
         size = step.max_rows or group.rows
         count = 1 if group.rows <= size else -(-group.rows // size)
         group.outputs = [None] * count
         group.left = count
-        deadline_ns = self._deadline_ns(frame, step, group)
+        deadline_ns = self._deadline_ns(frame, step, group) if frame.has_deadlines else 0
+        if count == 1:
+            return [self._call(frame, step, group, group.inputs, 0, group.rows, now, deadline_ns)]
         made = []
         for number in range(count):
-            inputs = group.inputs
-            if count > 1:
-                inputs = {name: stretch(tensor, number * size, size) for name, tensor in inputs.items()}
-            request_id = parent.id if is_one else ""
-            request = InferRequest(step.model_name, inputs, step.version, request_id, step.wanted, parent.parameters)
+            inputs = {name: stretch(tensor, number * size, size) for name, tensor in group.inputs.items()}
             own = min(size, group.rows - number * size)
-            call = Call(request, self, _Piece(frame, step, group, number, own, now))
-            call.deadline_ns = deadline_ns
-            call.requests = len(group.calls)
-            made.append(call)
+            made.append(self._call(frame, step, group, inputs, number, own, now, deadline_ns))
         return made
+
+    def _call(
+        self,
+        frame: Frame,
+        step: Step,
+        group: Group,
+        inputs: dict[str, Tensor],
+        number: int,
+        size: int,
+        now: int,
+        deadline_ns: int,
+    ) -> Call:
+        parent = frame.calls[group.calls[0]].request
+        request_id = parent.id if len(group.calls) == 1 else ""
+        request = InferRequest(step.model_name, inputs, step.version, request_id, step.wanted, parent.parameters)
+        call = Call(request, self, _Piece(frame, step, group, number, size, now))
+        call.deadline_ns = deadline_ns
+        call.requests = len(group.calls)
+        return call
 
     def _deadline_ns(self, frame: Frame, step: Step, group: Group) -> int:
         """Until when a step must have ended: as the most patient of its calls says.
 
         An optional one leaves time for the steps after it, and goes by the most hurried.
         """
-        if not frame.has_deadlines:
-            return 0
         deadlines = [frame.calls[index].deadline_ns for index in group.calls]
         if step.is_optional:
             given = [deadline for deadline in deadlines if deadline]
@@ -360,9 +375,8 @@ class EnsembleExecutor:
             frame.explanation.ended(work.entry, now_ns(), work.times, work.shed)
         try:
             frame.put(step, work.groups, work.mask)
-        except (ValueError, InferError) as error:
-            what = error if isinstance(error, InferError) else Internal(str(error))
-            self._end_all(frame, step, what, ended)
+        except Exception as error:
+            self._end_all(frame, step, error, ended)
             return
         frame.left -= 1
         frame.waits[step.index] = -1
@@ -389,8 +403,7 @@ class EnsembleExecutor:
         for index, answer in enumerate(answers):
             if answer is None:
                 continue
-            if frame.explanation is not None:
-                answer.parameters[explain.PARAMETER] = frame.explanation.text(self._plan.name, now_ns())
+            self._explained(frame, answer)
             if index in frame.shed:
                 answer.parameters[SHED_PARAMETER] = ",".join(frame.shed[index])
             frame.calls[index].answer = answer
@@ -398,15 +411,22 @@ class EnsembleExecutor:
         frame.columns.clear()
         frame.open = 0
 
+    def _explained(self, frame: Frame, answer: Answer | None) -> None:
+        if frame.explanation is not None and isinstance(answer, InferResponse):
+            answer.parameters[explain.PARAMETER] = frame.explanation.text(self._plan.name, now_ns())
+
     def _end(self, frame: Frame, index: int, step: Step, error: InferError, ended: list[Call]) -> None:
         if not frame.is_over[index]:
             what = f"in ensemble '{self._plan.name}', step '{step.model_name}': {error.message}"
             frame.end(index, type(error)(what))
             ended.append(frame.calls[index])
 
-    def _end_all(self, frame: Frame, step: Step, error: InferError, ended: list[Call]) -> None:
+    def _end_all(self, frame: Frame, step: Step, error: Exception, ended: list[Call]) -> None:
+        if not isinstance(error, InferError | ValueError):
+            _log.exception("ensemble '%s': step '%s' cannot go on", self._plan.name, step.model_name)
+        what = error if isinstance(error, InferError) else Internal(f"{type(error).__name__}: {error}")
         for index in range(len(frame.calls)):
-            self._end(frame, index, step, error, ended)
+            self._end(frame, index, step, what, ended)
         frame.columns.clear()
 
     def _count(self, frame: Frame, step: Step, mask: Any, groups: Sequence[Group]) -> None:

@@ -4,6 +4,7 @@ A step takes rows of columns and gives back columns. Where a step runs for some 
 back in their places; the others have the tensor's default, or are marked as not there.
 """
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -101,6 +102,8 @@ class Frame:
     def __init__(self, plan: Plan, calls: Sequence[Call], steps: frozenset[int], is_alike: bool = False) -> None:
         """`is_alike`: the calls' inputs are known to have the same shapes."""
         self.plan = plan
+        # Held by whoever changes the frame: steps come back from any thread.
+        self.lock = threading.Lock()
         self.calls = calls
         outputs = calls[0].request.outputs
         self.asked = [name for name in plan.outputs if not outputs or name in outputs]

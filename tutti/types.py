@@ -241,7 +241,7 @@ class Infer(Protocol):
 def settle(calls: Sequence[Call]) -> None:
     """Hand answered calls to their sinks, one trip per sink."""
     first = calls[0].sink
-    if all(call.sink is first for call in calls):
+    if len(calls) == 1 or all(call.sink is first for call in calls):
         first.settle(calls)
         return
     groups: dict[int, list[Call]] = {}

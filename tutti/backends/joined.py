@@ -79,7 +79,10 @@ class JoinedBackend:
             if is_alike and len(self._names) < _MAX_ASKED:
                 self._names[first.outputs] = names
         is_ragged = bool(self.config.ragged)
-        feed = {name: self._joined(requests, name) for name in first.inputs}
+        if len(requests) == 1 and not is_ragged:
+            feed = {name: tensor.array() for name, tensor in first.inputs.items()}
+        else:
+            feed = {name: self._joined(requests, name) for name in first.inputs}
         if is_ragged:
             feed |= self.config.ragged.made(requests)
         try:
