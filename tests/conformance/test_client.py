@@ -43,7 +43,8 @@ def send(served: Served, protocol: str, model: str, inputs: dict[str, np.ndarray
         tensor = library(protocol).InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype))
         tensor.set_data_from_numpy(array)
         tensors.append(tensor)
-    return connect(served, protocol).infer(model, tensors, **options)
+    with connect(served, protocol) as client:
+        return client.infer(model, tensors, **options)
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
