@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
                 "inputs",
                 nargs="*",
                 metavar="INPUT=VALUE",
-                help="one row of an input: JSON or text, or @FILE: .npy as it is, any other as bytes",
+                help="one row of an input: JSON or text, or @FILE, an .npy for numbers, anything for BYTES",
             )
             command.add_argument("--json", action="store_true", help="as the protocol's parameter has it")
             command.add_argument(
@@ -195,8 +195,13 @@ def _array(spec: TensorSpec, value: str) -> Any:
         path = Path(value[1:])
         if not path.is_file():
             raise ConfigError(f"input '{spec.name}': no file '{path}'")
-        if path.suffix == ".npy":
-            return np.load(path).astype(NUMPY[spec.datatype])
+        if spec.datatype != "BYTES":
+            try:
+                return np.load(path).astype(NUMPY[spec.datatype])
+            except (ValueError, EOFError) as error:
+                raise ConfigError(
+                    f"input '{spec.name}': '{path}' is no .npy file of {spec.datatype}: {error}"
+                ) from None
         data: Any = path.read_bytes()
     elif spec.datatype == "BYTES":
         data = value.encode()

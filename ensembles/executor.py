@@ -25,6 +25,7 @@ from tutti.types import Answer, Call, Infer, InferRequest, InferResponse, Tensor
 _log = logging.getLogger(__name__)
 
 SHED_PARAMETER = "tutti_shed"
+# How long a frame goes on before one looks again whether its callers still wait.
 _LOOK_EVERY_NS = 500_000
 
 
@@ -101,8 +102,12 @@ class EnsembleExecutor:
         again: list[Call] = []
         ended: list[Call] = []
         for call in calls:
-            with call.token.frame.lock:
-                self._take_back(call, ready, again, ended)
+            piece: _Piece = call.token
+            with piece.frame.lock:
+                try:
+                    self._take_back(piece, call.answer, ready, again, ended)
+                except Exception as error:  # as outputs that do not fit together
+                    self._end_all(piece.frame, piece.step, error, ended)
         self._go_on(ready, again, ended)
 
     def _key(self, call: Call) -> Hashable:
@@ -164,8 +169,12 @@ class EnsembleExecutor:
         ended: list[Call] = []
         following: _Ready = []
         for frame, step in ready:
+            made: list[Call] = []
             with frame.lock:
-                made = self._prepare(frame, step, following, ended)
+                try:
+                    made = self._prepare(frame, step, following, ended)
+                except Exception as error:  # as text that is none
+                    self._end_all(frame, step, error, ended)
             if made and step.index in calls:
                 calls[step.index] += made
             elif made:
@@ -193,7 +202,7 @@ class EnsembleExecutor:
             for index in frame.leave(step.unless, self._version):
                 self._explained(frame, frame.calls[index].answer)
                 ended.append(frame.calls[index])
-        made = self._begin(frame, step, ended) if frame.open else []
+        made = self._begin(frame, step) if frame.open else []
         if not made and frame.open:
             self._finish(frame, step, following, ended)
         return made
@@ -213,19 +222,15 @@ class EnsembleExecutor:
                 what = "the request's deadline passed before this step"
                 self._end(frame, index, step, DeadlineExceeded(what), ended)
 
-    def _begin(self, frame: Frame, step: Step, ended: list[Call]) -> list[Call]:
+    def _begin(self, frame: Frame, step: Step) -> list[Call]:
         """The calls of one step for one frame; none where no row takes it."""
         mask: Array | None = None
         whole = frame.everything(step) if step.is_plain else None
         if whole is not None:
             groups = [whole]
         else:
-            try:
-                mask = frame.chosen(step)
-                groups = frame.groups(step, mask) if mask is None or mask.any() else []
-            except Exception as error:  # as text that is none, or outputs that do not fit together
-                self._end_all(frame, step, error, ended)
-                return []
+            mask = frame.chosen(step)
+            groups = frame.groups(step, mask) if mask is None or mask.any() else []
             self._count(frame, step, mask, groups)
         work = frame.working[step.index] = _Work(groups, mask)
         now = now_ns()
@@ -253,7 +258,6 @@ class EnsembleExecutor:
         size = step.max_rows or group.rows
         count = 1 if group.rows <= size else -(-group.rows // size)
         group.outputs = [None] * count
-        group.left = count
         deadline_ns = self._deadline_ns(frame, step, group) if frame.has_deadlines else 0
         if count == 1:
             return [self._call(frame, step, group, group.inputs, 0, group.rows, now, deadline_ns)]
@@ -303,25 +307,24 @@ class EnsembleExecutor:
         ]
         return max(ways, default=0)
 
-    def _take_back(self, call: Call, ready: _Ready, again: list[Call], ended: list[Call]) -> None:
-        piece: _Piece = call.token
-        frame, step, group = piece.frame, piece.step, piece.group
-        answer = call.answer
+    def _take_back(
+        self, piece: _Piece, answer: Answer | None, ready: _Ready, again: list[Call], ended: list[Call]
+    ) -> None:
+        frame, step = piece.frame, piece.step
         work: _Work = frame.working[step.index]
         if isinstance(answer, InferResponse):
-            answer = self._stored(piece, call, answer)
+            answer = self._stored(piece, answer)
         if isinstance(answer, InferResponse):
             if frame.has_deadlines:
                 self._costs[step.index].record(None, frame.rows, now_ns() - piece.started_ns)
         else:
             assert answer is not None
             self._failed(piece, answer, work, again, ended)
-        group.left -= 1
         work.left -= 1
         if not work.left and frame.open:
             self._finish(frame, step, ready, ended)
 
-    def _stored(self, piece: _Piece, call: Call, answer: InferResponse) -> InferResponse | InferError:
+    def _stored(self, piece: _Piece, answer: InferResponse) -> InferResponse | InferError:
         """The answer, kept; an error where it is not what the graph can go on with."""
         step = piece.step
         given = answer.outputs
@@ -373,11 +376,7 @@ class EnsembleExecutor:
         work: _Work = frame.working.pop(step.index)
         if frame.explanation is not None and work.entry is not None:
             frame.explanation.ended(work.entry, now_ns(), work.times, work.shed)
-        try:
-            frame.put(step, work.groups, work.mask)
-        except Exception as error:
-            self._end_all(frame, step, error, ended)
-            return
+        frame.put(step, work.groups, work.mask)
         frame.left -= 1
         frame.waits[step.index] = -1
         for later in self._followers[step.index]:

@@ -1,4 +1,4 @@
-"""A batch of calls on its way through a graph, as columns over the rows of all calls: no threads, no I/O.
+"""A batch of calls on its way through a graph, as columns over the rows of all calls: executes nothing.
 
 A step takes rows of columns and gives back columns. Where a step runs for some of the rows only, its outputs are put
 back in their places; the others have the tensor's default, or are marked as not there.
@@ -80,7 +80,7 @@ class Column:
         return bool(self.valid[start : start + frame.sizes[index]].all())
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Group:
     """Rows that reach a step's model as one request: of these calls (by index), at these rows of the frame.
 
@@ -93,7 +93,6 @@ class Group:
     rows: int
     owners: Array | None = None
     outputs: list[list[Tensor] | None] = field(default_factory=list)
-    left: int = 0
 
 
 class Frame:

@@ -218,3 +218,46 @@ def test_random_graphs_agree_with_the_oracle(seed: int) -> None:
             for output in answer.outputs:
                 np.testing.assert_array_equal(output.array(), expected[output.name])
     assert statistics.counts.success.count + statistics.counts.fail.count == len(rows)
+
+
+def test_merged_requests_that_fail_are_tried_one_by_one_whatever_rows_they_have() -> None:
+    one = "data_type: TYPE_FP32 dims: 1"
+    text = f'backend: "onnxruntime" max_batch_size: 8 dynamic_batching {{}} output {{ name: "y" {one} }}'
+    models = {
+        "negate": config.parse(f'{text} input {{ name: "x" {one} }}', "negate"),
+        "add": config.parse(f'{text} input {{ name: "x" {one} }} input {{ name: "m" {one} optional: true }}', "add"),
+    }
+    made = config.parse(
+        f"""platform: "ensemble" max_batch_size: 8 input {{ name: "X" {one} }} output {{ name: "Y" {one} }}
+        parameters {{ key: "tutti.when.M" value {{ string_value: "X > 0" }} }} ensemble_scheduling {{
+        step {{ model_name: "negate" input_map {{ key: "x" value: "X" }} output_map {{ key: "y" value: "M" }} }}
+        step {{ model_name: "add" input_map {{ key: "x" value: "X" }} input_map {{ key: "m" value: "M" }}
+                output_map {{ key: "y" value: "Y" }} }} }}""",
+        "e",
+    )
+    tried: list[int] = []
+
+    def serve(calls: Sequence[Call]) -> None:
+        for call in calls:
+            x, *more = [tensor.array() for tensor in call.request.inputs.values()]
+            if call.request.model_name == "add":
+                tried.append(len(x))
+                if call.requests > 1:
+                    call.answer = InvalidArgument("one of them is to blame")
+                    continue
+            call.answer = InferResponse("m", "1", [Tensor.of("y", x + more[0] if more else -x)])
+        settle(calls[::-1])
+
+    executor = EnsembleExecutor(graph.plan(made, lambda name, _: models[name]), "1", serve, ModelStatistics())
+
+    def counted(calls: Sequence[Call]) -> None:
+        for call in calls:
+            call.rows = len(call.request.inputs["X"].array())
+        executor(calls)
+
+    rows = [np.array([[1], [2], [-3], [-4]], np.float32), np.array([[5], [6], [-7], [-8]], np.float32)]
+    answers = infer(counted, [InferRequest("e", {"X": Tensor.of("X", x)}) for x in rows])
+    assert tried == [4, 4, 2, 2, 2, 2], "rows with the optional input and rows without, together and then apart"
+    for answer, expected in zip(answers, ([0, 0, 3, 4], [0, 0, 7, 8]), strict=True):
+        assert isinstance(answer, InferResponse), answer
+        assert answer.tensor("Y").array().ravel().tolist() == expected
