@@ -66,7 +66,11 @@ _here = threading.local()
 class EnsembleExecutor:
     """An `Infer` over a plan. Its steps' calls go to `infer`, and settle here, from any thread."""
 
-    def __init__(self, plan: Plan, version: str, infer: Infer, statistics: ModelStatistics) -> None:
+    def __init__(
+        self, plan: Plan, version: str, infer: Infer, statistics: ModelStatistics, is_part: bool = False
+    ) -> None:
+        """`is_part`: its calls are not the ensemble's requests, and are not counted as such."""
+        self._is_part = is_part
         self._plan = plan
         self._version = version
         self._infer = infer
@@ -192,7 +196,8 @@ class EnsembleExecutor:
         if ready:
             self._start(ready)
         if ended:
-            self._record(ended)
+            if not self._is_part:
+                record(self._statistics, ended)
             settle(ended)
 
     def _prepare(self, frame: Frame, step: Step, following: _Ready, ended: list[Call]) -> list[Call]:
@@ -437,12 +442,14 @@ class EnsembleExecutor:
         if skipped or items:
             self._statistics.record_step(step.model_name, skipped, 0, items)
 
-    def _record(self, calls: Sequence[Call]) -> None:
-        now = now_ns()
-        failed = [call for call in calls if isinstance(call.answer, InferError)]
-        if not failed:
-            self._statistics.record_successes(calls, now)
-            return
-        self._statistics.record_failures(failed, now)
-        if len(failed) < len(calls):
-            self._statistics.record_successes([c for c in calls if not isinstance(c.answer, InferError)], now)
+
+def record(statistics: ModelStatistics, calls: Sequence[Call]) -> None:
+    """Count calls of an ensemble that have ended."""
+    now = now_ns()
+    failed = [call for call in calls if isinstance(call.answer, InferError)]
+    if not failed:
+        statistics.record_successes(calls, now)
+        return
+    statistics.record_failures(failed, now)
+    if len(failed) < len(calls):
+        statistics.record_successes([c for c in calls if not isinstance(c.answer, InferError)], now)

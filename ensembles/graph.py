@@ -4,7 +4,7 @@ Every mistake is found here, at load: missing or doubled maps, unknown models an
 that do not fit, conditions on what is not there, and outputs that nothing may make.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -53,7 +53,8 @@ class Step:
     """One step of a plan. Maps hold (model tensor, ensemble tensor) pairs; `needs` are the steps it waits for.
 
     It runs for rows that have all its `required` ensemble tensors and for which its conditions hold. `max_rows` is the
-    model's largest batch, 0 where it has no batch axis; with `is_merged` requests of equal shapes reach it as one.
+    model's largest batch, 0 where it has no batch axis; with `is_merged` requests of equal shapes reach it as one. Of a
+    decoupled step at most `max_inflight` answers to a request are on their way at a time, any number where it is 0.
     """
 
     index: int
@@ -70,6 +71,8 @@ class Step:
     each: Each | None = None
     gathers: tuple[str, ...] = ()
     is_optional: bool = False
+    is_decoupled: bool = False
+    max_inflight: int = 0
 
     @cached_property
     def wanted(self) -> tuple[str, ...]:
@@ -92,7 +95,7 @@ class Step:
         return tuple(dict.fromkeys(names))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Plan:
     """A checked graph. `readers` lists, for each ensemble tensor, the steps that look at it."""
 
@@ -105,6 +108,11 @@ class Plan:
     is_batched: bool = True
     deadline_ns: int = 0
 
+    @cached_property
+    def is_decoupled(self) -> bool:
+        """Whether a request may have any number of answers."""
+        return any(step.is_decoupled for step in self.steps)
+
     def steps_for(self, outputs: tuple[str, ...]) -> frozenset[int]:
         """The steps that the given outputs need, directly or not. No outputs means all of them."""
         needed: set[int] = set()
@@ -115,6 +123,34 @@ class Plan:
                 needed.add(index)
                 waiting.extend(self.steps[index].needs)
         return frozenset(needed)
+
+    def part(self, indices: Iterable[int], outputs: Sequence[str]) -> "Plan":
+        """The graph of some of the steps, that makes `outputs`; what they read of the others are its inputs."""
+        own = sorted(set(indices))
+        at = {index: position for position, index in enumerate(own)}
+        steps = [
+            replace(
+                self.steps[index],
+                index=position,
+                needs=frozenset(at[needed] for needed in self.steps[index].needs if needed in at),
+            )
+            for position, index in enumerate(own)
+        ]
+        producer = {name: step.index for step in steps for _, name in step.outputs}
+        names = dict.fromkeys([*(name for step in steps for name in step.read), *producer])
+        return replace(
+            self,
+            steps=tuple(steps),
+            outputs=tuple(outputs),
+            producer=producer,
+            readers=_readers(steps),
+            tensors={name: self.tensors[name] for name in names},
+        )
+
+
+def _readers(steps: Iterable[Step]) -> dict[str, tuple[int, ...]]:
+    read = dict.fromkeys(name for step in steps for name in step.read)
+    return {name: tuple(step.index for step in steps if name in step.read) for name in read}
 
 
 def plan(config: ModelConfig, config_of: ConfigOf) -> Plan:
@@ -151,8 +187,6 @@ class _Planner:
         for tensor in (*self._extra.when, *self._extra.each, *self._extra.gather, *self._extra.optional):
             self._step_of("when" if tensor in self._extra.when else "each, gather or optional", tensor)
         for index in range(len(config.steps)):
-            if self._models[index].is_decoupled:
-                raise _fail(config, self._path(index), "a decoupled model cannot be a step")
             self._find_each(index)
         for index in range(len(config.steps)):
             self._add_outputs(index)
@@ -163,12 +197,11 @@ class _Planner:
         steps = [self._step(index) for index in range(len(config.steps))]
         steps = self._with_exit(steps)
         order = self._order(steps)
+        steps = self._with_limits(steps, order)
         tensors = self._tensors(steps, order)
-        read = {name for step in steps for name in step.read}
-        readers = {name: tuple(step.index for step in steps if name in step.read) for name in read}
         return Plan(
-            config.name, tuple(steps), tuple(spec.name for spec in config.outputs), self._producer, readers, tensors,
-            config.is_batched, self._extra.deadline_ns,
+            config.name, tuple(steps), tuple(spec.name for spec in config.outputs), self._producer, _readers(steps),
+            tensors, config.is_batched, self._extra.deadline_ns,
         )  # fmt: skip
 
     def _path(self, index: int, what: str = "") -> str:
@@ -302,7 +335,7 @@ class _Planner:
             index, step.model_name, step.version, tuple(step.input_map.items()), tuple(step.output_map.items()),
             frozenset(), tuple(dict.fromkeys(required)), model.max_batch_size, is_merged, when, None, each,
             tuple(self._extra.gather.get(tensor, "concat") for tensor in made) if each is not None else (),
-            any(tensor in self._extra.optional for tensor in made),
+            any(tensor in self._extra.optional for tensor in made), model.is_decoupled,
         )  # fmt: skip
         return self._with_needs(made_step)
 
@@ -346,6 +379,48 @@ class _Planner:
             ordered += ready
             done.update(step.index for step in ready)
         return ordered
+
+    def _with_limits(self, steps: list[Step], order: list[Step]) -> list[Step]:
+        """Each answer of a decoupled step goes on by itself: it meets tensors that were made of it, and no others.
+
+        A decoupled step waits while too many of its answers are on their way, unless its own model is among those that
+        they wait for.
+        """
+        # The decoupled step of whose answers a tensor is made; None for tensors of the request.
+        source: dict[str, int | None] = dict.fromkeys((spec.name for spec in self._config.inputs), None)
+        after: dict[int, set[str]] = {}  # the models that a decoupled step's answers go through
+        parent: dict[int, int | None] = {}
+        for step in order:
+            index = self._one_source(self._path(step.index), "takes", sorted(step.read), source)
+            above = index
+            while above is not None:
+                after[above] |= _models_of(step, self._config_of)
+                above = parent[above]
+            if step.is_decoupled:
+                self._check_plain(step)
+                parent[step.index], after[step.index] = index, set()
+                index = step.index
+            source.update((name, index) for _, name in step.outputs)
+        self._one_source("output", "the ensemble has", [spec.name for spec in self._config.outputs], source)
+        limit = self._config.max_inflight_requests
+        held = {i for i, models in after.items() if not models & _models_of(steps[i], self._config_of)}
+        return [replace(step, max_inflight=limit) if step.index in held else step for step in steps]
+
+    def _one_source(self, path: str, what: str, names: Sequence[str], source: Mapping[str, int | None]) -> int | None:
+        found = {source[name]: name for name in names}
+        if len(found) > 1:
+            told = [f"'{name}' of {self._path(i) if i is not None else 'the request'}" for i, name in found.items()]
+            raise _fail(self._config, path, f"{what} tensors of different decoupled steps: {', '.join(told)}")
+        return next(iter(found), None)
+
+    def _check_plain(self, step: Step) -> None:
+        extra = self._extra
+        for kind, named in (("when", extra.when), ("default", extra.default), ("each", extra.each)):
+            if any(name in named for _, name in step.outputs):
+                raise _fail(self._config, f"{self._path(step.index)} tutti.{kind}", "the step is decoupled")
+        if step.is_optional or extra.exit:
+            what = "tutti.optional" if step.is_optional else "tutti.exit"
+            raise _fail(self._config, f"{self._path(step.index)} {what}", "the step is decoupled")
 
     def _tensors(self, steps: list[Step], order: list[Step]) -> dict[str, TensorType]:
         """All tensors, and whether they are made; an output that may be missing in some rows needs a default."""
@@ -407,6 +482,14 @@ def _bf16(number: float) -> Any:
 
 def _joined(texts: list[str]) -> str:
     return texts[0] if len(texts) == 1 else " and ".join(f"({text})" for text in texts)
+
+
+def _models_of(step: Step | EnsembleStep, config_of: ConfigOf) -> set[str]:
+    """The names of a step's model and of those that it is made of."""
+    found = {step.model_name}
+    for inner in config_of(step.model_name, step.version).steps:
+        found |= _models_of(inner, config_of)
+    return found
 
 
 def _may_merge(model: ModelConfig, config_of: ConfigOf) -> bool:

@@ -5,7 +5,7 @@ Field meanings follow Triton's model_config.proto.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -48,9 +48,8 @@ _HONOURED = frozenset(
         "sequence_batching.state.data_type", "sequence_batching.state.dims",
         "sequence_batching.state.initial_state.*", "sequence_batching.state.use_same_buffer_for_input_output",
         "instance_group.name", "instance_group.kind", "instance_group.count", "instance_group.gpus",
-        "ensemble_scheduling.step.*", "parameters.*", "metric_tags", "model_warmup.*",
-        "ensemble_scheduling.max_inflight_requests",  # of decoupled steps, of which there are none
-        "model_transaction_policy.decoupled", "response_cache.enable",
+        "ensemble_scheduling.step.*", "ensemble_scheduling.max_inflight_requests", "parameters.*", "metric_tags",
+        "model_warmup.*", "model_transaction_policy.decoupled", "response_cache.enable",
         # How the data travels between host and GPU, and how eagerly: results are the same.
         "optimization.graph.level", "optimization.priority", "optimization.input_pinned_memory.*",
         "optimization.output_pinned_memory.*", "optimization.gather_kernel_buffer_threshold",
@@ -222,6 +221,7 @@ class ModelConfig:
     metric_tags: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     padding: Padding = NO_PADDING
     ragged: Ragged = NOT_RAGGED
+    max_inflight_requests: int = 0
 
     @property
     def is_ensemble(self) -> bool:
@@ -242,6 +242,14 @@ class ModelConfig:
     def wire_shape(self, spec: TensorSpec) -> Shape:
         """`dims` with the batch axis in front, as metadata shows it."""
         return (-1, *spec.dims) if self.is_batched else spec.dims
+
+
+def as_decoupled(config: ModelConfig) -> ModelConfig:
+    """The configuration of a model whose requests may have any number of answers, as an ensemble's of such steps."""
+    proto = pb.ModelConfig()
+    proto.CopyFrom(config.proto)
+    proto.model_transaction_policy.decoupled = True
+    return replace(config, is_decoupled=True, proto=proto)
 
 
 Complete = Callable[[Any], None]
@@ -525,6 +533,7 @@ def _build(proto: Any) -> ModelConfig:
         metric_tags=MappingProxyType(dict(proto.metric_tags)),
         padding=_padding(proto, parameters, (inputs, outputs)),
         ragged=_ragged(proto),
+        max_inflight_requests=proto.ensemble_scheduling.max_inflight_requests,
     )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from tutti import backends, dtypes, warmup
 from tutti.batching import BatchQueue
 from tutti.cache import Cached, ResponseCache
-from tutti.config import SequenceState
+from tutti.config import ModelConfig, SequenceState
 from tutti.cost import Costs
 from tutti.engine import Engine
 from tutti.errors import ConfigError, InferError
@@ -26,8 +26,11 @@ from tutti.types import Infer, Tensor
 _log = logging.getLogger(__name__)
 
 ModelOf = Callable[[str, str], Model]
-EnsembleFactory = Callable[[ModelFolder, int, ModelStatistics, ModelOf, Infer], Infer]
-"""Turns an ensemble's configuration into an Infer: `ModelOf` describes its steps' models, the Infer serves them."""
+EnsembleFactory = Callable[[ModelFolder, int, ModelStatistics, ModelOf, Infer], tuple[ModelConfig, Infer]]
+"""Turns an ensemble's configuration into an Infer: `ModelOf` describes its steps' models, the Infer serves them.
+
+The configuration that comes with it says what follows from the steps.
+"""
 
 DEFAULT_CACHE_BYTES = 1 << 20
 _PR_SET_TIMERSLACK = 29
@@ -47,7 +50,8 @@ def make_engine(
     def load(folder: ModelFolder, version: int, statistics: ModelStatistics) -> Served:
         config = folder.config
         if config.is_ensemble:
-            served = serve_ensemble(folder, ensemble(folder, version, statistics, engine.model, engine), engine)
+            completed, infer = ensemble(folder, version, statistics, engine.model, engine)
+            served = serve_ensemble(completed, infer, engine)
         elif config.sequences is not None:
             served = _serve_sequences(folder, version, statistics, timer, engine)
         else:
@@ -60,11 +64,11 @@ def make_engine(
     return engine
 
 
-def serve_ensemble(folder: ModelFolder, infer: Infer, engine: Engine) -> Served:
+def serve_ensemble(config: ModelConfig, infer: Infer, engine: Engine) -> Served:
     """An ensemble is ready when every model of its steps is."""
 
     def reason() -> str:
-        for step in folder.config.steps:
+        for step in config.steps:
             try:
                 model = engine.model(step.model_name, step.version)
             except InferError as error:
@@ -73,7 +77,7 @@ def serve_ensemble(folder: ModelFolder, infer: Infer, engine: Engine) -> Served:
                 return f"model '{step.model_name}' is not ready"
         return ""
 
-    return Served(infer, lambda: None, is_ready=lambda: not reason(), reason=reason)
+    return Served(infer, lambda: None, is_ready=lambda: not reason(), reason=reason, config=config)
 
 
 def _serve_batches(

@@ -21,7 +21,8 @@ _MAX_TIMEOUT_US = 365 * 86400 * 1_000_000
 class Served:
     """What executes a model's checked calls, and how to tell its state and end it. `close` drains first.
 
-    `pending` counts the requests that wait; `reason` says why it is not ready.
+    `pending` counts the requests that wait; `reason` says why it is not ready. `config` is the model's configuration
+    where what executes it knows more than its folder.
     """
 
     infer: Infer
@@ -29,6 +30,7 @@ class Served:
     is_ready: Callable[[], bool] = lambda: True
     pending: Callable[[], int] = lambda: 0
     reason: Callable[[], str] = lambda: ""
+    config: ModelConfig | None = None
 
 
 class Model:
@@ -42,7 +44,7 @@ class Model:
         served: Served,
         statistics: ModelStatistics,
     ) -> None:
-        self.config = config
+        self.config = config = served.config or config
         self.version = version
         self.labels = labels
         self.statistics = statistics

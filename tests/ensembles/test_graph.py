@@ -128,8 +128,3 @@ def test_outputs_must_fit() -> None:
 def test_an_optional_input_may_stay_unmapped() -> None:
     plan = graph.plan(ensemble(step("add", {"l": "X"}, {"s": "Y"})), config_of)
     assert plan.steps[0].inputs == (("l", "X"),)
-
-
-def test_a_decoupled_model_is_no_step() -> None:
-    with pytest.raises(ConfigError, match="step 0 'stream': a decoupled model cannot be a step"):
-        graph.plan(ensemble(step("stream", {"a": "X"}, {"b": "Y"})), config_of)
