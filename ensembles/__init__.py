@@ -2,9 +2,8 @@
 
 from collections.abc import Callable
 
-from ensembles.executor import EnsembleExecutor
 from ensembles.graph import plan
-from ensembles.streams import StreamExecutor
+from ensembles.placed import executor_of
 from tutti.config import ModelConfig, as_decoupled
 from tutti.model import Model
 from tutti.repository import ModelFolder
@@ -24,6 +23,5 @@ def load(
     The configuration that comes with it says whether the graph is decoupled.
     """
     checked = plan(folder.config, lambda name, wanted: model_of(name, wanted).config)
-    if checked.is_decoupled:
-        return as_decoupled(folder.config), StreamExecutor(checked, str(version), infer, statistics)
-    return folder.config, EnsembleExecutor(checked, str(version), infer, statistics)
+    config = as_decoupled(folder.config) if checked.is_decoupled else folder.config
+    return config, executor_of(checked, str(version), infer, statistics)

@@ -53,6 +53,8 @@ class Column:
 Columns = Mapping[str, Column | None]
 # (values of each row, which of them there are)
 _Values = tuple[Any, Any]
+# (datatype, dims without the batch axis) of each tensor.
+Specs = Mapping[str, tuple[str, Shape]]
 _Evaluate = Callable[[Columns, int], _Values]
 
 
@@ -63,6 +65,14 @@ class Condition:
     text: str
     names: tuple[str, ...]
     _evaluate: _Evaluate
+    _specs: Specs
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return parse, (self.text, self._specs)
+
+    def and_also(self, other: "Condition") -> "Condition":
+        """Raises ConditionError where both together are too long."""
+        return parse(f"({self.text}) and ({other.text})", {**self._specs, **other._specs})
 
     def holds(self, columns: Columns, rows: int) -> Array:
         """For which of `rows` rows it holds, [rows] bool. A tensor that nothing made is None."""
@@ -71,8 +81,8 @@ class Condition:
         return np.broadcast_to(np.logical_and(value, valid), (rows,))
 
 
-def parse(text: str, specs: Mapping[str, tuple[str, Shape]]) -> Condition:
-    """Check a condition on tensors of the given (datatype, dims without the batch axis). Raises ConditionError."""
+def parse(text: str, specs: Specs) -> Condition:
+    """Check a condition on tensors of the given kinds. Raises ConditionError."""
     if len(text) > MAX_LENGTH:
         raise ConditionError(f"expected at most {MAX_LENGTH} characters, got {len(text)}")
     parser = _Parser(text, specs)
@@ -81,11 +91,12 @@ def parse(text: str, specs: Mapping[str, tuple[str, Shape]]) -> Condition:
         raise parser.error("expected the end")
     if kind != "truth":
         raise ConditionError(f"expected a comparison, got a {kind}: {text!r}")
-    return Condition(text, tuple(dict.fromkeys(parser.names)), evaluate)
+    names = tuple(dict.fromkeys(parser.names))
+    return Condition(text, names, evaluate, {name: specs[name] for name in names})
 
 
 class _Parser:
-    def __init__(self, text: str, specs: Mapping[str, tuple[str, Shape]]) -> None:
+    def __init__(self, text: str, specs: Specs) -> None:
         self._text = text
         self._specs = specs
         self._at = self._next = 0

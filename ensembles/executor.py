@@ -421,8 +421,9 @@ class EnsembleExecutor:
 
     def _end(self, frame: Frame, index: int, step: Step, error: InferError, ended: list[Call]) -> None:
         if not frame.is_over[index]:
-            what = f"in ensemble '{self._plan.name}', step '{step.model_name}': {error.message}"
-            frame.end(index, type(error)(what))
+            if not step.is_segment:  # which has said so itself
+                error = type(error)(f"in ensemble '{self._plan.name}', step '{step.model_name}': {error.message}")
+            frame.end(index, error)
             ended.append(frame.calls[index])
 
     def _end_all(self, frame: Frame, step: Step, error: Exception, ended: list[Call]) -> None:

@@ -55,6 +55,7 @@ class Step:
     It runs for rows that have all its `required` ensemble tensors and for which its conditions hold. `max_rows` is the
     model's largest batch, 0 where it has no batch axis; with `is_merged` requests of equal shapes reach it as one. Of a
     decoupled step at most `max_inflight` answers to a request are on their way at a time, any number where it is 0.
+    A segment stands for several steps that are executed elsewhere (segments.py).
     """
 
     index: int
@@ -73,6 +74,7 @@ class Step:
     is_optional: bool = False
     is_decoupled: bool = False
     max_inflight: int = 0
+    is_segment: bool = False
 
     @cached_property
     def wanted(self) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """The composition root on Ray: the gateway's and the pools' deployments, bound into one Serve application."""
 
+from pathlib import Path
 from typing import Any
 
 from ray_app import environment
@@ -12,21 +13,32 @@ from ray.serve.config import RequestRouterConfig  # noqa: E402
 
 from ray_app.gateway import Gateway  # noqa: E402
 from ray_app.options import Options  # noqa: E402
-from ray_app.placement import PoolSpec, plan_pools  # noqa: E402
+from ray_app.placement import PoolSpec, models_for  # noqa: E402
 from ray_app.replica import Replica, ReplicaOptions  # noqa: E402
+from tutti import repository  # noqa: E402
 
-SLOTS_PER_REPLICA = 2
 _HEALTH_CHECK_PERIOD_S = 1.0
 
 
 def build(arguments: Options) -> Any:
     """The application. Raises ConfigError when the cluster cannot hold the replicas asked for."""
-    pools = plan_pools(ray.cluster_resources().get("GPU", 0), arguments.gpu_replicas, arguments.cpu_replicas)
+    pools = arguments.pool_specs(ray.cluster_resources().get("GPU", 0))
     arguments = arguments.with_absolute_paths()
-    replica = ReplicaOptions(
-        arguments.model_repository, arguments.start_models(), arguments.exit_on_error, arguments.log_verbose
-    )
-    handles = {pool.name: _deployment(pool).bind(replica, pool.name) for pool in pools}
+    folders, _ = repository.open_models(Path(arguments.model_repository), arguments.start_models())
+    configs = {folder.config.name: folder.config for folder in folders}
+    handles = {
+        pool.name: _deployment(pool).bind(
+            ReplicaOptions(
+                arguments.model_repository,
+                tuple(models_for(pool, pools, configs)),
+                arguments.exit_on_error,
+                arguments.log_verbose,
+                pool.has_gpu,
+            ),
+            pool.name,
+        )
+        for pool in pools
+    }
     gateway = serve.deployment(
         Gateway,
         name="gateway",
@@ -34,7 +46,7 @@ def build(arguments: Options) -> Any:
         max_ongoing_requests=100,
         health_check_period_s=_HEALTH_CHECK_PERIOD_S,
     )
-    return gateway.bind(arguments, SLOTS_PER_REPLICA * max(pool.replicas for pool in pools), **handles)
+    return gateway.bind(arguments, pools, **handles)
 
 
 def _deployment(pool: PoolSpec) -> Any:

@@ -1,23 +1,41 @@
-"""What the cluster should serve, as changes that every replica applies in order. Pure.
+"""What the cluster should serve, as changes that every replica applies in order, and how they get there.
 
 A replica that starts or comes back later has applied none of them: it is told what it has missed.
 """
 
+import asyncio
+import threading
+from collections import Counter
 from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
+from ensembles.graph import Plan
 from tutti.engine import Override
+from tutti.errors import Internal
+
+TIMEOUT_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One load (with an override), unload (without), or with the name "" a change of the log settings."""
+    """One load (with an override), unload (without), or with the name "" a change of the log settings.
+
+    A `segment` is loaded under its name, too. What is loaded is loaded in `pools` only (None: in all), and is unloaded
+    in the others.
+    """
 
     generation: int
     model: str
     override: Override | None = None
     logs: Mapping[str, Any] | None = None
+    segment: Plan | None = None
+    pools: tuple[str, ...] | None = None
+
+    def is_load(self, pool: str) -> bool:
+        """Whether a replica of `pool` has something to load."""
+        return (self.override is not None or self.segment is not None) and (self.pools is None or pool in self.pools)
 
 
 class Desired:
@@ -27,9 +45,10 @@ class Desired:
         self.generation = 0
         self._changes: dict[str, Change] = {}
 
-    def record(self, model: str, override: Override | None = None, logs: Mapping[str, Any] | None = None) -> Change:
+    def record(self, model: str, override: Override | None = None, **more: Any) -> Change:
+        """`more` are other fields of the change."""
         self.generation += 1
-        self._changes[model] = change = Change(self.generation, model, override, logs)
+        self._changes[model] = change = Change(self.generation, model, override, **more)
         return change
 
     def last(self, model: str) -> Change | None:
@@ -38,3 +57,60 @@ class Desired:
     def since(self, generation: int) -> list[Change]:
         """What a replica at `generation` has not applied yet, in order."""
         return sorted((c for c in self._changes.values() if c.generation > generation), key=lambda c: c.generation)
+
+
+class Carrier(Protocol):
+    """What reaches the replicas."""
+
+    desired: Desired
+
+    def places(self, model: str) -> list[Any]: ...
+
+    async def control(self, change: Change) -> list[str]: ...
+
+
+class Control:
+    """Carries loads, unloads and settings to every replica. Blocks; not to be called on the router's loop."""
+
+    def __init__(self, router: Carrier, loop: asyncio.AbstractEventLoop) -> None:
+        self._router = router
+        self._loop = loop
+        self._lock = threading.Lock()
+        self._users: Counter[str] = Counter()
+
+    def models(self, name: str, override: Override | None, pools: tuple[str, ...]) -> None:
+        """Load a model in its pools, or unload it. Raises Internal, all as it was, when a replica cannot."""
+        desired = self._router.desired
+        before = desired.last(name)
+        had_it = bool(self._router.places(name))
+        failures = self._carry(desired.record(name, override, pools=pools))
+        if not failures:
+            return
+        if before is not None:
+            self._carry(desired.record(name, before.override, pools=before.pools))
+        else:
+            self._carry(desired.record(name, Override() if had_it else None, pools=pools))
+        raise Internal("; ".join(failures))
+
+    def load_segment(self, name: str, segment: Plan, pools: tuple[str, ...]) -> None:
+        """Graphs that were cut alike share their segments."""
+        with self._lock:
+            self._users[name] += 1
+            if self._users[name] == 1:
+                self._carry(self._router.desired.record(name, segment=segment, pools=pools))
+
+    def unload_segment(self, name: str) -> None:
+        with self._lock:
+            self._users[name] -= 1
+            if not self._users[name]:  # nobody waits for it: the gateway may be stopping
+                self._begin(self._router.desired.record(name))
+
+    def logs(self, changes: Mapping[str, Any]) -> None:
+        last = self._router.desired.last("")
+        self._carry(self._router.desired.record("", logs={**(last.logs or {} if last else {}), **changes}))
+
+    def _carry(self, change: Change) -> list[str]:
+        return self._begin(change).result(TIMEOUT_S + 10)
+
+    def _begin(self, change: Change) -> "Future[list[str]]":
+        return asyncio.run_coroutine_threadsafe(self._router.control(change), self._loop)

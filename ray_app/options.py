@@ -5,6 +5,20 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ray_app.placement import PoolSpec, check_pools, plan_pools
+
+
+class PoolOptions(BaseModel):
+    """One pool of replicas, in order of preference; `models` are names or patterns of those it takes."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    replicas: int = 1
+    num_cpus: float = 0.1
+    num_gpus: float = 0.0
+    models: list[str] = ["*"]
+
 
 class Options(BaseModel):
     """Arguments of the application, as `args:` in serve.yaml. Names and meanings as the flags of `tutti serve`."""
@@ -47,6 +61,17 @@ class Options(BaseModel):
     trace_config: list[str] = []
     gpu_replicas: int | None = None
     cpu_replicas: int = 1
+    pools: list[PoolOptions] | None = None
+
+    def pool_specs(self, gpus: float) -> tuple[PoolSpec, ...]:
+        """The pools asked for, or those of `gpu_replicas` and `cpu_replicas`, on a cluster of so many GPUs.
+
+        Raises ConfigError naming what does not fit.
+        """
+        if self.pools is None:
+            return plan_pools(gpus, self.gpu_replicas, self.cpu_replicas)
+        made = [PoolSpec(p.name, p.replicas, p.num_cpus, p.num_gpus, tuple(p.models)) for p in self.pools]
+        return check_pools(made, gpus)
 
     def with_absolute_paths(self) -> "Options":
         """Relative paths are the command's: a gateway's working folder is another."""

@@ -1,25 +1,53 @@
-"""Which pools of replicas there are, and how large. Pure: sees counts, starts nothing."""
+"""Which pools of replicas there are, and which models live in which. Pure: sees configurations and counts.
 
+Pools stand in order of preference. A model lives in every pool that lists it and that has what it needs; a request goes
+to the first of them, to the others when that one is not up. An ensemble runs whole where all its models prefer the same
+pool, and is cut into segments otherwise.
+"""
+
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from fnmatch import fnmatchcase
 
-from tutti.errors import ConfigError
+from tutti.config import ModelConfig
+from tutti.errors import ConfigError, TuttiError
 
-PoolName = Literal["gpu", "cpu"]
+ConfigOf = Callable[[str, str], ModelConfig]
+"""(model name, version) -> its configuration. Raises a TuttiError when there is none."""
+
+_NAME = re.compile(r"[a-z][a-z0-9_]{0,30}")
 
 
 @dataclass(frozen=True, slots=True)
 class PoolSpec:
-    """One pool: `replicas` actors of `num_cpus` and `num_gpus` each. Every replica holds every model."""
+    """One pool: `replicas` actors of `num_cpus` and `num_gpus` each, for models whose names match one of `models`."""
 
-    name: PoolName
+    name: str
     replicas: int
     num_cpus: float
     num_gpus: float
+    models: tuple[str, ...] = ("*",)
+
+    @property
+    def has_gpu(self) -> bool:
+        return self.num_gpus > 0
+
+    def names(self, model: str) -> bool:
+        """Whether it lists the model, not just everything."""
+        return any(pattern != "*" and fnmatchcase(model, pattern) for pattern in self.models)
+
+
+@dataclass(frozen=True, slots=True)
+class Home:
+    """The pools a model lives in, in order of preference, and why. An ensemble without any is cut."""
+
+    pools: tuple[str, ...]
+    why: str
 
 
 def plan_pools(gpus: float, gpu_replicas: int | None, cpu_replicas: int, num_cpus: float = 0.1) -> tuple[PoolSpec, ...]:
-    """Pools in order of preference. `gpu_replicas` None means one for each of the cluster's `gpus`.
+    """The pools where no others are asked for. `gpu_replicas` None means one for each of the cluster's `gpus`.
 
     Raises ConfigError when no replica would be left, or more GPUs are asked for than there are.
     """
@@ -34,3 +62,94 @@ def plan_pools(gpus: float, gpu_replicas: int | None, cpu_replicas: int, num_cpu
         raise ConfigError("no replicas: the cluster has no GPU and the cpu pool is empty")
     pools = (PoolSpec("gpu", wanted, num_cpus, 1.0), PoolSpec("cpu", cpu_replicas, num_cpus, 0.0))
     return tuple(pool for pool in pools if pool.replicas)
+
+
+def check_pools(pools: Sequence[PoolSpec], gpus: float) -> tuple[PoolSpec, ...]:
+    """Pools as somebody wrote them. Raises ConfigError naming the pool and what is wrong."""
+    if not pools:
+        raise ConfigError("pools: expected at least one")
+    for pool in pools:
+        where = f"pool '{pool.name}'"
+        if not _NAME.fullmatch(pool.name):
+            raise ConfigError(f"{where}: expected a name of a-z, 0-9 and _, that begins with a letter")
+        if pool.replicas < 1 or pool.num_cpus < 0 or pool.num_gpus < 0:
+            raise ConfigError(f"{where}: expected 1 or more replicas, and no negative num_cpus or num_gpus")
+        if not pool.models:
+            raise ConfigError(f"{where}: models: expected at least one name or pattern")
+    twice = {pool.name for pool in pools if sum(pool.name == other.name for other in pools) > 1}
+    if twice:
+        raise ConfigError(f"pool '{min(twice)}' is there twice")
+    needed = sum(pool.replicas * pool.num_gpus for pool in pools)
+    if needed > gpus:
+        raise ConfigError(f"pools: their replicas need {needed:g} GPUs, the cluster has {gpus:g}")
+    return tuple(pools)
+
+
+def home(config: ModelConfig, pools: Sequence[PoolSpec], config_of: ConfigOf) -> Home:
+    """Where a model lives. Raises ConfigError with the reasons when no pool takes it."""
+    if config.is_ensemble:
+        return _home_of_ensemble(config, pools, config_of, (config.name,))
+    return _home_of_model(config, pools)
+
+
+def models_for(pool: PoolSpec, pools: Sequence[PoolSpec], configs: dict[str, ModelConfig]) -> list[str]:
+    """What of a repository a pool's replicas load, ensembles that run whole in it among them."""
+
+    def config_of(name: str, version: str) -> ModelConfig:
+        if name not in configs:
+            raise ConfigError(f"model '{name}' is not there")
+        return configs[name]
+
+    found = []
+    for name, config in configs.items():
+        try:
+            is_here = pool.name in home(config, pools, config_of).pools
+        except ConfigError:
+            continue  # the gateway says so
+        if is_here:
+            found.append(name)
+    return found
+
+
+def _home_of_model(config: ModelConfig, pools: Sequence[PoolSpec]) -> Home:
+    kinds = {group.kind for group in config.instance_groups}
+    needs_gpu = "gpu" in kinds or config.backend == "tensorrt"
+    wants_cpu = kinds == {"cpu"}
+    found: list[str] = []
+    refused: list[str] = []
+    for pool in pools:
+        if not (pool.names(config.name) or "*" in pool.models):
+            refused.append(f"{pool.name} does not list it")
+        elif needs_gpu and not pool.has_gpu:
+            refused.append(f"{pool.name} has no GPU, which it needs")
+        elif wants_cpu and pool.has_gpu and not pool.names(config.name):
+            refused.append(f"{pool.name} is for GPUs, and its instances are KIND_CPU")
+        else:
+            found.append(pool.name)
+    if not found and wants_cpu:  # better there than nowhere
+        found = [pool.name for pool in pools if "*" in pool.models]
+        refused = ["there is no pool without GPUs for it"]
+    if not found:
+        raise ConfigError(f"model '{config.name}': no pool takes it: {'; '.join(refused)}")
+    return Home(tuple(found), "; ".join(refused) or "every pool takes it")
+
+
+def _home_of_ensemble(
+    config: ModelConfig, pools: Sequence[PoolSpec], config_of: ConfigOf, path: tuple[str, ...]
+) -> Home:
+    homes: dict[str, Home] = {}
+    for step in config.steps:
+        try:
+            model = config_of(step.model_name, step.version)
+        except TuttiError as error:
+            return Home((), f"its model '{step.model_name}' is not available: {error}")
+        if not model.is_ensemble:
+            homes[step.model_name] = _home_of_model(model, pools)
+        elif model.name not in path:
+            homes[step.model_name] = _home_of_ensemble(model, pools, config_of, (*path, model.name))
+    first = {one.pools[:1] for one in homes.values()}
+    common = [pool.name for pool in pools if all(pool.name in one.pools for one in homes.values())]
+    if len(first) == 1 and common:
+        return Home(tuple(common), f"all its models prefer {common[0]}")
+    where = ", ".join(f"'{name}' in {one.pools[0] if one.pools else 'several'}" for name, one in homes.items())
+    return Home((), f"its models prefer different pools: {where}")

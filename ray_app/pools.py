@@ -1,6 +1,6 @@
 """Pools of replicas: which are up, which one takes the next batch, and batches on their way.
 
-GPU before CPU: a batch goes to the first pool, in order of preference, that is up and that it has not failed on.
+A batch goes to the first of its model's pools, in order of preference, that is up and that it has not failed on.
 """
 
 import asyncio
@@ -11,11 +11,10 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from ray_app import merging
+from ray_app import control, merging
 from ray_app.control import Change, Desired
 from ray_app.replica import Description
 from tutti import wire
-from tutti.config import ModelConfig
 from tutti.cost import Costs
 from tutti.errors import Cancelled, DeadlineExceeded, InferError, Internal, Unavailable
 from tutti.scheduler import Scheduler, trace
@@ -26,7 +25,6 @@ _log = logging.getLogger(__name__)
 
 PROBE_INTERVAL_S = 0.25
 PROBE_TIMEOUT_S = 2.0
-CONTROL_TIMEOUT_S = 120.0
 CANCEL_INTERVAL_S = 0.1
 MAX_SENDS = 3
 NO_POOL_TIMEOUT_S = 10.0
@@ -86,12 +84,16 @@ class PoolStatus:
 
 @dataclass(slots=True)
 class Pool:
-    """A pool's status and its Serve handle. `in_flight` are tasks that wait for a replica's answer."""
+    """A pool's status and its Serve handle. `in_flight` are tasks that wait for a replica's answer.
+
+    `slots` is how many batches of each model may be on their way to it at a time.
+    """
 
     status: PoolStatus
     handle: Any
     send: Any
     stream: Any = None
+    slots: int = 2
     is_catching_up: bool = False
     in_flight: set[asyncio.Task[Any]] = field(default_factory=set)
 
@@ -131,12 +133,13 @@ class Router:
         else:
             self._loop.call_soon_threadsafe(self._keep, work)
 
-    def has_model(self, key: str) -> bool:
-        return any(pool.status.has_model(key) for pool in self.pools)
+    def of(self, names: Sequence[str]) -> tuple[Pool, ...]:
+        """The pools of these names, in order of preference."""
+        return tuple(pool for pool in self.pools if pool.status.name in names)
 
-    def reason(self, key: str) -> str:
-        """Why a model is not everywhere; "" when it is."""
-        replicas = [replica for pool in self.pools if pool.status.is_up for replica in pool.status.replicas]
+    def reason(self, key: str, pools: Sequence[Pool]) -> str:
+        """Why a model is not everywhere in its pools; "" when it is."""
+        replicas = [replica for pool in pools if pool.status.is_up for replica in pool.status.replicas]
         have = sum(key in replica.models for replica in replicas)
         if not replicas:
             return "no replica is up"
@@ -161,7 +164,7 @@ class Router:
                 continue
             try:
                 answers = await pool.handle.broadcast("apply", self.desired.since(0)).results_async(
-                    timeout_s=CONTROL_TIMEOUT_S, return_exceptions=True
+                    timeout_s=control.TIMEOUT_S, return_exceptions=True
                 )
             except Exception as error:
                 _log.warning("pool '%s' did not take a change: %s", pool.status.name, error)
@@ -189,10 +192,10 @@ class Router:
             pool.status.lost(replica)
             self._wake[pool.status.name].set()
             raise Unavailable(f"{type(error).__name__}") from None
-        self._count(pool, len(calls))
+        self._count(pool, self.pools, len(calls))
         return [_marked(one, pool) for one in wire.unpack_answers(answer)]
 
-    async def stream(self, call: Call) -> Answer:
+    async def stream(self, call: Call, pools: Sequence[Pool]) -> Answer:
         """Emit the answers of a decoupled call but the last, which is returned.
 
         A stream that is lost before its first answer begins anew elsewhere.
@@ -201,7 +204,7 @@ class Router:
         failed: list[Pool] = []
         deadline = self._loop.time() + NO_POOL_TIMEOUT_S
         while True:
-            pool = choose(self.pools, failed) or await self._wait_for_pool()
+            pool = choose(pools, failed) or await self._wait_for(pools)
             answered = False
             try:
                 async with aclosing(self._stream(pool, message, call)) as answers:
@@ -212,7 +215,7 @@ class Router:
                             break
                         answer, is_final = _marked(one[0], pool), one[1]
                         if is_final:
-                            self._count(pool, 1)
+                            self._count(pool, pools, 1)
                             return answer
                         answered = True
                         if isinstance(answer, InferResponse) and call.emit is not None:
@@ -261,29 +264,29 @@ class Router:
             if not has_ended:
                 source.cancel()
 
-    async def infer(self, calls: Sequence[Call], most_rows: int = 1) -> list[Answer]:
-        """One answer per call; those that may travel as one request do, of up to `most_rows` rows.
+    async def infer(self, calls: Sequence[Call], pools: Sequence[Pool], most_rows: int = 1) -> list[Answer]:
+        """One answer per call, from one of `pools`; calls that may travel as one request of `most_rows` rows do.
 
         Raises Unavailable when no pool comes up in time, Internal when every send was lost.
         """
         groups = merging.groups(calls, most_rows)
         answers: dict[Call, Answer] = {}
-        for group, answer in zip(groups, await self._infer(groups), strict=True):
+        for group, answer in zip(groups, await self._infer(groups, pools), strict=True):
             own: Sequence[Answer] = [answer] * len(group)
             if isinstance(answer, InferResponse):
                 own = merging.split(group, answer)
             elif len(group) > 1 and not isinstance(answer, Unavailable | DeadlineExceeded):
-                own = await self.infer(group)  # one of them may be to blame: the others are not to pay for it
+                own = await self.infer(group, pools)  # one of them may be to blame: the others are not to pay for it
             answers.update(zip(group, own, strict=True))
         return [answers[call] for call in calls]
 
-    async def _infer(self, groups: Sequence[Sequence[Call]]) -> list[Answer]:
+    async def _infer(self, groups: Sequence[Sequence[Call]], pools: Sequence[Pool]) -> list[Answer]:
         message = wire.pack_calls([merging.merge(group) for group in groups], now_ns())
         count = sum(map(len, groups))
         failed: list[Pool] = []
         lost = ""
         while len(failed) < MAX_SENDS:
-            pool = choose(self.pools, failed) or await self._wait_for_pool()
+            pool = choose(pools, failed) or await self._wait_for(pools)
             try:
                 answer = await self._call(pool, message)
                 assert not isinstance(answer, str), "any replica may take it"
@@ -298,7 +301,7 @@ class Router:
                 lost = f"{type(error).__name__}: {error}"
                 self._fail(pool)
             else:
-                self._count(pool, count)
+                self._count(pool, pools, count)
                 return [_marked(answer, pool) for answer in answers]
             _log.info("a batch of %d was lost in pool '%s', sending it again: %s", count, pool.status.name, lost)
             failed.append(pool)
@@ -312,7 +315,7 @@ class Router:
         pool.is_catching_up = True
         try:
             await pool.handle.broadcast("apply", self.desired.since(0)).results_async(
-                timeout_s=CONTROL_TIMEOUT_S, return_exceptions=True
+                timeout_s=control.TIMEOUT_S, return_exceptions=True
             )
         except Exception as error:
             _log.debug("pool '%s' could not be told of changes: %s", pool.status.name, error)
@@ -345,19 +348,19 @@ class Router:
         finally:
             pool.in_flight.discard(task)
 
-    def _count(self, pool: Pool, requests: int) -> None:
+    def _count(self, pool: Pool, pools: Sequence[Pool], requests: int) -> None:
         pool.status.requests += requests
-        if pool is not self.pools[0]:
+        if pool is not pools[0]:
             pool.status.fallbacks += requests
 
     def _fail(self, pool: Pool) -> None:
         pool.status.failed()
         self._wake[pool.status.name].set()
 
-    async def _wait_for_pool(self) -> Pool:
+    async def _wait_for(self, pools: Sequence[Pool]) -> Pool:
         try:
             async with asyncio.timeout(NO_POOL_TIMEOUT_S), self._changed:
-                while (pool := choose(self.pools, ())) is None:
+                while (pool := choose(pools, ())) is None:
                     await self._changed.wait()
                 return pool
         except TimeoutError:
@@ -418,11 +421,13 @@ class PoolInstance:
         self,
         name: str,
         router: Router,
+        pools: Sequence[Pool],
         statistics: ModelStatistics,
         release: Callable[[Any], None],
         costs: Costs,
         most_rows: int,
     ) -> None:
+        self._pools = pools
         self.costs = costs
         self._most_rows = most_rows
         self._name = name
@@ -439,7 +444,7 @@ class PoolInstance:
     async def _execute(self, batch: list[Call]) -> None:
         start_ns = now_ns()
         try:
-            answers: Sequence[Answer] = await self._router.infer(batch, self._most_rows)
+            answers: Sequence[Answer] = await self._router.infer(batch, self._pools, self._most_rows)
         except InferError as error:
             answers = [error] * len(batch)
         except asyncio.CancelledError:
@@ -457,9 +462,10 @@ class PoolInstance:
             self._release(self)
 
 
-def attach(scheduler: Scheduler, config: ModelConfig, router: Router, statistics: ModelStatistics, slots: int) -> None:
-    """Let `slots` batches of a model be on their way at a time."""
+def attach(
+    scheduler: Scheduler, name: str, router: Router, pools: Sequence[Pool], statistics: ModelStatistics, most_rows: int
+) -> None:
+    """Let as many batches of a model be on their way at a time as its pools have slots."""
     costs = Costs()
-    most_rows = merging.rows_at_most(config)
-    for _ in range(slots):
-        scheduler.add(PoolInstance(config.name, router, statistics, scheduler.release, costs, most_rows))
+    for _ in range(max(pool.slots for pool in pools)):
+        scheduler.add(PoolInstance(name, router, pools, statistics, scheduler.release, costs, most_rows))

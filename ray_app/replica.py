@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ray_app.control import Change
-from ray_app.placement import PoolName
 from tutti import wire
 from tutti.errors import ConfigError
-from tutti.types import Call, now_ns
+from tutti.types import Call, Infer, now_ns
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +20,7 @@ class ReplicaOptions:
     models: tuple[str, ...] | None
     exits_on_error: bool
     log_verbose: int
+    has_gpu: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +53,8 @@ class _Gather:
 class Replica:
     """The class of both pools' deployments. Raises ConfigError from its constructor if a model cannot be loaded."""
 
-    async def __init__(self, options: ReplicaOptions, pool: PoolName) -> None:  # type: ignore[misc]
-        if pool == "cpu":
+    async def __init__(self, options: ReplicaOptions, pool: str) -> None:  # type: ignore[misc]
+        if not options.has_gpu:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before any backend looks for a GPU
         from ray import serve
 
@@ -64,7 +64,9 @@ class Replica:
 
         self._loop = asyncio.get_running_loop()
         self._id: str = serve.get_replica_context().replica_id.unique_id
+        self._pool = pool
         self._name = f"{pool}-{os.getpid()}"
+        self._segments: dict[str, Infer] = {}
         self._generation = 0
         self._applying = asyncio.Lock()
         self._logs = Logs(options.log_verbose)
@@ -88,7 +90,7 @@ class Replica:
             return refusal
         gather = _Gather(len(message[2]), self._loop)
         calls = wire.unpack_calls(message, gather, now_ns())
-        self._engine(calls)
+        self._segments.get(message[0], self._engine)(calls)
         await gather.done
         return wire.pack_answers([call.answer for call in calls if call.answer is not None])
 
@@ -139,16 +141,21 @@ class Replica:
         return "; ".join(failures)
 
     def _apply(self, change: Change) -> None:
+        from ensembles.placed import executor_of_segment
+
         if change.logs is not None:
             self._logs.update(change.logs)
+        elif not change.is_load(self._pool):
+            if self._segments.pop(change.model, None) is None:
+                self._engine.unload(change.model)
+        elif change.segment is not None:
+            self._segments[change.model] = executor_of_segment(change.segment, self._engine)
         elif change.override is not None:
             self._engine.load(change.model, change.override)
-        else:
-            self._engine.unload(change.model)
 
     def describe(self) -> Description:
-        ready = tuple(f"{m.config.name}/{m.version}" for m in self._engine.models() if m.is_ready())
-        return Description(self._id, self._name, ready, self._generation)
+        ready = [f"{m.config.name}/{m.version}" for m in self._engine.models() if m.is_ready()]
+        return Description(self._id, self._name, (*ready, *self._segments), self._generation)
 
     def check_health(self) -> None:
         """Asked by Serve: raises when models are not ready, and the replica is replaced."""

@@ -19,8 +19,9 @@ _MAX_HOP = 64
 class Streams:
     """An `Infer` for decoupled models: a stream from a replica for each call."""
 
-    def __init__(self, router: Router, statistics: ModelStatistics, max_calls: int) -> None:
+    def __init__(self, router: Router, pools: Sequence[Pool], statistics: ModelStatistics, max_calls: int) -> None:
         self._router = router
+        self._pools = pools
         self._statistics = statistics
         self._max_calls = max_calls
         self._open = 0
@@ -43,7 +44,7 @@ class Streams:
     async def _run(self, call: Call) -> None:
         start_ns = now_ns()
         try:
-            answer = await self._router.stream(call)
+            answer = await self._router.stream(call, self._pools)
         except InferError as error:
             answer = error
         except asyncio.CancelledError:

@@ -23,14 +23,14 @@ LAYERS = {
     "tutti.frontends": 1, "ray_app.placement": 1, "ray_app": 1, "ray_app.environment": 1,
     "tutti.repository": 2, "tutti.scheduler": 2, "tutti.sequences": 2,
     "tutti.cache": 2, "tutti.warmup": 2, "tutti.backends": 2, "tutti.model": 2, "ensembles.executor": 2,
-    "ensembles": 2,
+    "ensembles": 2, "ensembles.streams": 2, "ensembles.placed": 2,
     "tutti.engine": 3, "tutti.local": 3, "tutti.metrics": 3,
     "tutti.frontends.api": 4, "tutti.frontends.http_api": 4, "tutti.frontends.http": 4,
     "tutti.frontends.http_connection": 4, "tutti.frontends.grpc": 4, "tutti.frontends.grpc_aio": 4,
     "tutti.frontends.grpc_methods": 4, "tutti.frontends.setup": 4,
     "tutti.frontends.link": 4, "tutti.frontends.task": 4, "tutti.frontends.front_ends": 4, "tutti.frontends.worker": 5,
     "tutti.frontends.server": 4, "ray_app.pools": 4, "ray_app.replica": 4, "ray_app.gateway": 4,
-    "ray_app.control": 4, "ray_app.options": 1, "ray_app.routing": 4, "ray_app.sticky": 4,
+    "ray_app.control": 4, "ray_app.engine": 4, "ray_app.options": 1, "ray_app.routing": 4, "ray_app.sticky": 4,
     "tutti.cli": 5, "ray_app.app": 5, "ray_app.run": 5, "ray_app.processes": 1,
 }  # fmt: skip
 ROOTS = {"tutti.cli", "tutti.frontends.worker", "ray_app.app", "ray_app.run"}

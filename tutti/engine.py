@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from tutti import repository
+from tutti.config import ModelConfig
 from tutti.errors import ConfigError, Internal, InvalidArgument, NotFound, TuttiError, Unavailable
 from tutti.model import Model, Served
 from tutti.repository import ModelFolder
@@ -37,8 +38,8 @@ class Override:
     files: Mapping[str, bytes] = field(default_factory=dict)
 
 
-Propagate = Callable[[str, Override | None], None]
-"""Tells the processes behind this one of a load, or with None an unload, before it is done here. Raises TuttiError."""
+Propagate = Callable[[str, Override | None, ModelConfig | None], None]
+"""Tells the processes behind this one of a load, before it is done here; of an unload with None. Raises TuttiError."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,20 +79,9 @@ class Engine:
         An ensemble brings its models with it. A model that cannot be loaded is logged and shown by the index; the
         others are served.
         """
-        folders: list[ModelFolder] = []
-        present = repository.model_names(self._root)
-        waiting = list(present if names is None else names)
-        seen: set[str] = set()
-        while waiting:
-            name = waiting.pop(0)
-            if name in seen:
-                continue
-            seen.add(name)
-            try:
-                folders.append(repository.open_model(self._root, name))
-                waiting += [step.model_name for step in folders[-1].config.steps if step.model_name in present]
-            except ConfigError as error:
-                self._record_failure(name, "", error)
+        folders, failures = repository.open_models(self._root, names)
+        for name, error in failures.items():
+            self._record_failure(name, "", error)
         ensembles = [folder for folder in folders if folder.config.is_ensemble]
         with ThreadPoolExecutor(4, thread_name_prefix="load") as pool:
             list(pool.map(self._load, [folder for folder in folders if not folder.config.is_ensemble]))
@@ -173,7 +163,7 @@ class Engine:
             for step in folder.config.steps:
                 if step.model_name not in self._models and step.model_name not in (*above, name):
                     closing += self._load_anew(step.model_name, Override(), (*above, name))
-            self._propagate(name, override)
+            self._propagate(name, override, folder.config)
             for version in folder.versions:
                 made[str(version)] = self._make(folder, version)
         except (TuttiError, OSError) as error:
@@ -187,7 +177,7 @@ class Engine:
         return closing
 
     def _unload(self, name: str) -> list[Model]:
-        self._propagate(name, None)
+        self._propagate(name, None, None)
         old = self._replace(name, {})
         self._unloaded[name] = tuple(old)
         self._keep_scratch(name, None)

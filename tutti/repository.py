@@ -4,7 +4,7 @@ Layout, as Triton's: `<repository>/<model>/config.pbtxt` and `<repository>/<mode
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -118,6 +118,25 @@ def open_model(root: Path, name: str, override: str | None = None) -> ModelFolde
     if not versions:
         raise ConfigError(f"model '{name}': no version folder that its version_policy selects; found {sorted(present)}")
     return ModelFolder(path, model_config, tuple(versions))
+
+
+def open_models(root: Path, names: Iterable[str] | None = None) -> tuple[list[ModelFolder], dict[str, ConfigError]]:
+    """The named models (all, by default) and those that their ensembles use; and why others cannot be read."""
+    present = model_names(root)
+    waiting = list(present if names is None else names)
+    folders: dict[str, ModelFolder] = {}
+    failures: dict[str, ConfigError] = {}
+    while waiting:
+        name = waiting.pop(0)
+        if name in folders or name in failures:
+            continue
+        try:
+            folders[name] = open_model(root, name)
+        except ConfigError as error:
+            failures[name] = error
+        else:
+            waiting += [step.model_name for step in folders[name].config.steps if step.model_name in present]
+    return list(folders.values()), failures
 
 
 def check_name(name: str) -> None:

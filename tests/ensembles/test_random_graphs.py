@@ -3,6 +3,7 @@
 The oracle knows nothing of columns: a row is a dict of what was made for it, and each step looks whether it may run.
 """
 
+import pickle
 import random
 import threading
 from collections.abc import Callable, Sequence
@@ -14,11 +15,12 @@ import pytest
 
 from ensembles import graph
 from ensembles.executor import EnsembleExecutor
+from ensembles.placed import PlacedExecutor, executor_of_segment
 from tests.serving import infer
 from tutti import config
 from tutti.errors import InferError, Internal, InvalidArgument
 from tutti.statistics import ModelStatistics
-from tutti.types import Call, InferRequest, InferResponse, Tensor, settle
+from tutti.types import Call, Infer, InferRequest, InferResponse, Tensor, settle
 
 GRAPHS = 2_000
 SHARDS = 20
@@ -89,7 +91,7 @@ class Models:
 class Counted:
     """As a model does for its executor: says how many rows each call has."""
 
-    def __init__(self, executor: EnsembleExecutor) -> None:
+    def __init__(self, executor: Infer) -> None:
         self._executor = executor
 
     def __call__(self, calls: Sequence[Call]) -> None:
@@ -328,6 +330,34 @@ def check(answer: Any, expected: dict[str, np.ndarray] | None) -> None:
     assert [output.name for output in answer.outputs] == list(expected)
     for output in answer.outputs:
         np.testing.assert_allclose(output.array(), expected[output.name], rtol=1e-5, atol=1e-5, err_msg=output.name)
+
+
+@pytest.mark.parametrize("shard", range(SHARDS))
+def test_graphs_cut_by_places_agree_with_the_oracle(shard: int) -> None:
+    segments = 0
+    for seed in range(shard, GRAPHS, SHARDS):
+        rng = random.Random(seed)
+        drawn = draw(rng)
+        models = Models(drawn.models, rng)
+        kinds = rng.choice([["gpu"], ["gpu", "gpu", "cpu"], ["gpu", None]])
+        places = {name: rng.choice(kinds) for name in drawn.configs}
+
+        def serve(step: graph.Step, segment: graph.Plan, place: object, models: Models = models) -> Infer:
+            nonlocal segments
+            segments += 1
+            assert len({places[inner.model_name] for inner in segment.steps}) == 1  # noqa: B023
+            return executor_of_segment(pickle.loads(pickle.dumps(segment)), models)
+
+        plan = graph.plan(config.parse(drawn.text, "e"), lambda name, _, drawn=drawn: drawn.configs[name])
+        made = PlacedExecutor(
+            plan, "1", models, ModelStatistics(), lambda step, places=places: places[step.model_name], serve
+        )
+        asked = requests_of(rng, seed)
+        requests = [InferRequest("e", {name: Tensor.of(name, x) for name, x in request.items()}) for request in asked]
+        expected = [oracle(drawn, request) for request in asked]
+        for answer, right in zip(infer(Counted(made), requests), expected, strict=True):
+            check(answer, right)
+    assert segments > 4
 
 
 @pytest.mark.parametrize("shard", range(SHARDS))

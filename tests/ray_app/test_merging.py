@@ -87,7 +87,7 @@ def infer(replica: Replica, calls: Sequence[Call]) -> tuple[list[Any], Pool]:
     async def run() -> tuple[list[Any], Pool]:
         pool = Pool(PoolStatus("gpu"), None, replica)
         pool.status.saw([ReplicaState("r", frozenset({"m/1"}))])
-        return await Router([pool], asyncio.get_running_loop()).infer(calls, 8), pool
+        return await Router([pool], asyncio.get_running_loop()).infer(calls, [pool], 8), pool
 
     return asyncio.run(run())
 

@@ -1,0 +1,175 @@
+"""An engine whose models execute in pools of replicas: what waits, is batched and is sent where."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ensembles import graph
+from ensembles.placed import Arriving, PlacedExecutor
+from ray_app import merging
+from ray_app.control import Control
+from ray_app.placement import PoolSpec, home
+from ray_app.pools import Pool, Router, attach
+from ray_app.sticky import Sequences, Streams
+from tutti import local
+from tutti.batching import BatchingPolicy, BatchQueue
+from tutti.cache import Cached, ResponseCache
+from tutti.config import DEFAULT_MAX_QUEUED_ROWS, ModelConfig, as_decoupled
+from tutti.engine import Engine, Override
+from tutti.errors import ConfigError
+from tutti.model import Served
+from tutti.repository import ModelFolder
+from tutti.scheduler import InOrder, Scheduler, Timer
+from tutti.statistics import ModelStatistics
+from tutti.types import Call, Infer
+
+_log = logging.getLogger(__name__)
+
+# A hop may carry more than the model's batch: the replica's own scheduler cuts it to size.
+MIN_HOP_ROWS = 128
+MAX_STREAMS = 1000
+
+
+def make_engine(
+    root: Path,
+    is_controllable: bool,
+    cache_bytes: int,
+    specs: Sequence[PoolSpec],
+    router: Router,
+    timer: Timer,
+    control: Control,
+) -> Engine:
+    """An engine that reads configurations only: every model executes in its pools."""
+    cache = ResponseCache(cache_bytes)
+
+    def config_of(name: str, version: str) -> ModelConfig:
+        return engine.model(name, version).config
+
+    def load(folder: ModelFolder, version: int, statistics: ModelStatistics) -> Served:
+        config = folder.config
+        place = home(config, specs, config_of)
+        if config.is_ensemble:
+            checked = graph.plan(config, config_of)
+            config = as_decoupled(config) if checked.is_decoupled else config
+        _log.info("model '%s': %s: %s", config.name, " and ".join(place.pools) or "in segments", place.why)
+        served = (
+            _serve_in(config, version, statistics, router, router.of(place.pools), timer)
+            if place.pools
+            else _serve_cut(config, checked, version, statistics)
+        )
+        if config.is_cached and cache_bytes:
+            served = replace(served, infer=Cached(served.infer, cache, version, statistics))
+        return served
+
+    def _serve_cut(config: ModelConfig, checked: graph.Plan, version: int, statistics: ModelStatistics) -> Served:
+        if any(step.max_inflight for step in checked.steps):
+            what = "max_inflight_requests: is not supported on Ray for a graph whose models live in several pools"
+            raise ConfigError(f"ensemble '{config.name}': {what}")
+        segments = Segments(control, router, timer)
+        infer = PlacedExecutor(
+            checked,
+            str(version),
+            engine,
+            statistics,
+            lambda step: home(config_of(step.model_name, step.version), specs, config_of).pools or None,
+            segments.serve,
+        )
+        served = local.serve_ensemble(config, infer, engine)
+        return replace(
+            served,
+            close=segments.close,
+            is_ready=lambda: served.is_ready() and segments.are_ready(),
+            reason=lambda: served.reason() or ("" if segments.are_ready() else "a segment is not loaded yet"),
+        )
+
+    def propagate(name: str, override: Override | None, config: ModelConfig | None) -> None:
+        control.models(name, override, home(config, specs, config_of).pools if config is not None else ())
+
+    engine = Engine(root, load, is_controllable, propagate)
+    return engine
+
+
+def _serve_in(
+    config: ModelConfig, version: int, statistics: ModelStatistics, router: Router, pools: Sequence[Pool], timer: Timer
+) -> Served:
+    """A model, or a whole ensemble, that its pools execute."""
+    key = f"{config.name}/{version}"
+    if config.is_decoupled and config.sequences is not None:
+        raise ConfigError(f"model '{config.name}': a decoupled model with sequences is not supported on Ray")
+    infer: Infer
+    close: Callable[[], None] = lambda: None  # noqa: E731
+    if config.is_decoupled:
+        streams = Streams(router, pools, statistics, MAX_STREAMS)
+        infer, pending = streams, streams.pending
+    elif config.sequences is not None:
+        sequences = Sequences(config.name, router, statistics, config.sequences.idle_ns, config.max_queued_rows)
+        infer, pending = sequences, sequences.pending
+    else:
+        queue = BatchQueue(hop_policy(config), config.max_queued_rows)
+        scheduler = Scheduler(config.name, queue, statistics, timer)
+        attach(scheduler, config.name, router, pools, statistics, merging.rows_at_most(config))
+        infer, close, pending = _mixed(scheduler), scheduler.close, scheduler.queued_calls
+        if config.batching is not None and config.batching.preserves_ordering:
+            infer = InOrder(infer)
+    return Served(
+        infer,
+        close,
+        lambda: any(pool.status.has_model(key) for pool in pools),
+        pending,
+        lambda: router.reason(key, pools),
+        config,
+    )
+
+
+class Segments:
+    """The segments of one graph: each has a queue here, and is executed by its pools."""
+
+    def __init__(self, control: Control, router: Router, timer: Timer) -> None:
+        self._control = control
+        self._router = router
+        self._timer = timer
+        self._made: dict[str, tuple[Scheduler, Sequence[Pool]]] = {}
+
+    def serve(self, step: graph.Step, segment: graph.Plan, pools: Any) -> Infer:
+        """`pools` are the names of those it lives in."""
+        name, statistics = step.model_name, ModelStatistics()
+        scheduler = Scheduler(
+            name,
+            BatchQueue(BatchingPolicy(max(step.max_rows, MIN_HOP_ROWS)), DEFAULT_MAX_QUEUED_ROWS),
+            statistics,
+            self._timer,
+        )
+        placed = self._router.of(pools)
+        attach(scheduler, name, self._router, placed, statistics, step.max_rows if step.is_merged else 1)
+        self._control.load_segment(name, segment, pools)
+        self._made[name] = scheduler, placed
+        return Arriving(_mixed(scheduler), segment.is_batched)
+
+    def are_ready(self) -> bool:
+        return all(any(p.status.has_model(name) for p in pools) for name, (_, pools) in self._made.items())
+
+    def close(self) -> None:
+        for name, (scheduler, _) in self._made.items():
+            scheduler.close()
+            self._control.unload_segment(name)
+
+
+def hop_policy(config: ModelConfig) -> BatchingPolicy:
+    """How calls wait for a hop: by the model's priorities and timeouts, but never for more calls to come."""
+    rows = max(config.max_batch_size, MIN_HOP_ROWS)
+    if config.batching is None:
+        return BatchingPolicy(rows)
+    return replace(config.batching, max_batch_size=rows, preferred_batch_sizes=(), max_queue_delay_ns=0)
+
+
+def _mixed(scheduler: Scheduler) -> Infer:
+    """A hop mixes shapes."""
+
+    def infer(calls: Sequence[Call]) -> None:
+        for call in calls:
+            call.key = None
+        scheduler(calls)
+
+    return infer
