@@ -6,8 +6,6 @@ last reader. A request that fails, is cancelled or is decided early leaves its f
 """
 
 import logging
-import threading
-from collections import deque
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
@@ -15,6 +13,7 @@ from ensembles import explain
 from ensembles.explain import Explanation, StepTimes
 from ensembles.frame import Frame, Group, stretch
 from ensembles.graph import Plan, Step
+from ensembles.solo import SoloExecutor, in_turn, output_fault, wanted_outputs
 from tutti import rows
 from tutti.cost import Costs
 from tutti.dtypes import Array
@@ -58,9 +57,6 @@ class _Work:
 
 
 _Ready = list[tuple[Frame, Step]]
-# Steps that became ready while this thread starts others: they wait, rather than start within them. Without that a
-# chain of quick steps would keep every step's tensors, and a stack of frames, until its last one ends.
-_here = threading.local()
 
 
 class EnsembleExecutor:
@@ -80,6 +76,7 @@ class EnsembleExecutor:
         }
         self._steps_for: dict[tuple[str, ...], frozenset[int]] = {}
         self._costs = [Costs() for _ in plan.steps]
+        self._solo = SoloExecutor(plan, version, infer, self._settle)
         self._frame_rows = max(1, *(step.max_rows for step in plan.steps))
 
     def __call__(self, calls: Sequence[Call]) -> None:
@@ -87,6 +84,9 @@ class EnsembleExecutor:
         if plan.deadline_ns:
             for call in calls:
                 call.deadline_ns = call.deadline_ns or call.arrived_ns + plan.deadline_ns
+        if len(calls) == 1 and self._solo.takes(calls[0]) and explain.PARAMETER not in calls[0].request.parameters:
+            self._solo.start(calls[0])
+            return
         is_alike = len(calls) > 1 and self._are_alike(calls)
         groups: Iterable[Sequence[Call]] = (calls,)
         if not is_alike and len(calls) > 1:
@@ -98,7 +98,7 @@ class EnsembleExecutor:
         for frame in [self._frame(part, is_alike) for group in groups for part in self._cut(group)]:
             steps = [plan.steps[index] for index in sorted(frame.waits) if not frame.waits[index]]
             ready += [(frame, step) for step in steps]
-        self._start(ready)
+        in_turn(self._submit, ready)
 
     def settle(self, calls: Sequence[Call]) -> None:
         """Steps' calls come back: store their outputs, start what has become ready, end what is complete."""
@@ -155,19 +155,6 @@ class EnsembleExecutor:
             frame.explanation = Explanation(now_ns(), len(calls), frame.rows)
         return frame
 
-    def _start(self, ready: _Ready) -> None:
-        waiting: deque[tuple[EnsembleExecutor, _Ready]] | None = getattr(_here, "waiting", None)
-        if waiting is not None:
-            waiting.append((self, ready))
-            return
-        waiting = _here.waiting = deque([(self, ready)])
-        try:
-            while waiting:
-                executor, steps = waiting.popleft()
-                executor._submit(steps)
-        finally:
-            _here.waiting = None
-
     def _submit(self, ready: _Ready) -> None:
         calls: dict[int, list[Call]] = {}
         ended: list[Call] = []
@@ -194,11 +181,14 @@ class EnsembleExecutor:
         if again:
             self._infer(again)
         if ready:
-            self._start(ready)
+            in_turn(self._submit, ready)
         if ended:
-            if not self._is_part:
-                record(self._statistics, ended)
-            settle(ended)
+            self._settle(ended)
+
+    def _settle(self, ended: Sequence[Call]) -> None:
+        if not self._is_part:
+            record(self._statistics, ended)
+        settle(ended)
 
     def _prepare(self, frame: Frame, step: Step, following: _Ready, ended: list[Call]) -> list[Call]:
         """The calls of one step for one frame. Where no row takes it, it has ended with that."""
@@ -332,17 +322,12 @@ class EnsembleExecutor:
     def _stored(self, piece: _Piece, answer: InferResponse) -> InferResponse | InferError:
         """The answer, kept; an error where it is not what the graph can go on with."""
         step = piece.step
-        given = answer.outputs
-        if [tensor.name for tensor in given] != list(step.wanted):
-            by_name = {tensor.name: tensor for tensor in given}
-            missing = [name for name in step.wanted if name not in by_name]
-            if missing:
-                return Internal(f"output '{missing[0]}': the model's answer lacks it")
-            given = [by_name[name] for name in step.wanted]
-        for tensor in given if step.max_rows else ():
-            if not tensor.shape or tensor.shape[0] != piece.rows:
-                what = f"expected {piece.rows} rows, the model's answer has shape {list(tensor.shape)}"
-                return Internal(f"output '{tensor.name}': {what}")
+        given = wanted_outputs(step, answer)
+        if isinstance(given, InferError):
+            return given
+        fault = output_fault(step, given, piece.rows)
+        if fault is not None:
+            return fault
         piece.group.outputs[piece.number] = given
         return answer
 

@@ -23,7 +23,7 @@ LAYERS = {
     "tutti.frontends": 1, "ray_app.placement": 1, "ray_app": 1, "ray_app.environment": 1,
     "tutti.repository": 2, "tutti.scheduler": 2, "tutti.sequences": 2,
     "tutti.cache": 2, "tutti.warmup": 2, "tutti.backends": 2, "tutti.model": 2, "ensembles.executor": 2,
-    "ensembles": 2, "ensembles.streams": 2, "ensembles.placed": 2,
+    "ensembles": 2, "ensembles.streams": 2, "ensembles.solo": 2, "ensembles.placed": 2,
     "tutti.engine": 3, "tutti.local": 3, "tutti.metrics": 3,
     "tutti.frontends.api": 4, "tutti.frontends.http_api": 4, "tutti.frontends.http": 4,
     "tutti.frontends.http_connection": 4, "tutti.frontends.grpc": 4, "tutti.frontends.grpc_aio": 4,

@@ -192,6 +192,10 @@ class Engine:
 
     def __call__(self, calls: Sequence[Call]) -> None:
         first = calls[0].request
+        if len(calls) == 1 and not first.model_version:
+            newest = self._newest.get(first.model_name)
+            if newest is not None and newest.take(calls):
+                return
         if len(calls) == 1 or all(
             c.request.model_name == first.model_name and c.request.model_version == first.model_version for c in calls
         ):

@@ -1,0 +1,218 @@
+"""One request through a graph of plain steps: what a frame does for many, without columns, masks and groups.
+
+Most requests of a server with few clients come alone, and their latency is what Python adds to each step.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ensembles.graph import Plan, Step
+from tutti.errors import Cancelled, DeadlineExceeded, InferError, Internal
+from tutti.types import Answer, Call, Infer, InferRequest, InferResponse, Tensor, now_ns
+
+# Steps that became ready while this thread starts others: they wait, rather than start within them. Without that a
+# chain of quick steps would keep every step's tensors, and a stack of frames, until its last one ends.
+_here = threading.local()
+
+
+def in_turn(submit: Callable[[Any], None], ready: Any) -> None:
+    """Call `submit` with what is ready, or leave that to the call of it that this thread is in."""
+    waiting: deque[tuple[Callable[[Any], None], Any]] | None = getattr(_here, "waiting", None)
+    if waiting is not None:
+        waiting.append((submit, ready))
+        return
+    waiting = _here.waiting = deque([(submit, ready)])
+    try:
+        while waiting:
+            next_submit, steps = waiting.popleft()
+            next_submit(steps)
+    finally:
+        _here.waiting = None
+
+
+def output_fault(step: Step, given: Sequence[Tensor], rows: int) -> InferError | None:
+    """Why the graph cannot go on with a step's outputs, which are those it wants."""
+    for tensor in given if step.max_rows else ():
+        if not tensor.shape or tensor.shape[0] != rows:
+            what = f"expected {rows} rows, the model's answer has shape {list(tensor.shape)}"
+            return Internal(f"output '{tensor.name}': {what}")
+    return None
+
+
+def wanted_outputs(step: Step, answer: InferResponse) -> list[Tensor] | InferError:
+    """A step's outputs in its order, or why they cannot be had."""
+    given = answer.outputs
+    if tuple([tensor.name for tensor in given]) == step.wanted:
+        return given
+    by_name = {tensor.name: tensor for tensor in given}
+    missing = [name for name in step.wanted if name not in by_name]
+    if missing:
+        return Internal(f"output '{missing[0]}': the model's answer lacks it")
+    return [by_name[name] for name in step.wanted]
+
+
+class _Program:
+    """What of a plan the outputs that are asked for need."""
+
+    def __init__(self, plan: Plan, outputs: tuple[str, ...]) -> None:
+        needed = plan.steps_for(outputs)
+        self.asked = [name for name in plan.outputs if not outputs or name in outputs]
+        self.count = len(needed)
+        self.waits = [len(step.needs) for step in plan.steps]
+        self.first = [plan.steps[index] for index in sorted(needed) if not plan.steps[index].needs]
+        self.followers = [
+            [later for later in plan.steps if later.index in needed and step.index in later.needs]
+            for step in plan.steps
+        ]
+        readers = {name: [one for one in all_ if one in needed] for name, all_ in plan.readers.items()}
+        kept = set(self.asked)
+        # After a step, the tensors that nobody else reads; and those of which the last of several readers drops them.
+        self.drops = [
+            [name for name in step.read if name not in kept and len(readers[name]) == 1] for step in plan.steps
+        ]
+        self.shared = {name: len(all_) for name, all_ in readers.items() if name not in kept and len(all_) > 1}
+
+
+class _Solo:
+    """One request on its way."""
+
+    __slots__ = ("call", "is_over", "left", "lock", "program", "shared", "tensors", "waits")
+
+    def __init__(self, call: Call, program: _Program) -> None:
+        self.call = call
+        self.program = program
+        self.tensors = dict(call.request.inputs)
+        self.waits = program.waits.copy()
+        self.shared = program.shared.copy() if program.shared else None
+        self.left = program.count
+        self.is_over = False
+        self.lock = threading.Lock()
+
+
+_Ready = list[tuple[_Solo, Step]]
+
+
+class SoloExecutor:
+    """Takes single calls through a plan of plain steps. They are handed to `end` with their answers."""
+
+    def __init__(self, plan: Plan, version: str, infer: Infer, end: Callable[[list[Call]], None]) -> None:
+        self._plan = plan
+        self._version = version
+        self._infer = infer
+        self._end = end
+        self._programs: dict[tuple[str, ...], _Program] = {}
+        self._inputs = sum(name not in plan.producer for name in plan.tensors)
+        self._most_rows = min((step.max_rows for step in plan.steps if step.max_rows), default=1)
+        self._is_plain = all(step.is_plain and not step.is_optional for step in plan.steps) and all(
+            plan.tensors[name].made == "always" for step in plan.steps for name in step.read
+        )
+        # Of each step, part of its requests' signatures.
+        self._marks = [object() for _ in plan.steps]
+
+    def takes(self, call: Call) -> bool:
+        request = call.request
+        return self._is_plain and call.rows <= self._most_rows and len(request.inputs) == self._inputs
+
+    def start(self, call: Call) -> None:
+        outputs = call.request.outputs
+        program = self._programs.get(outputs)
+        if program is None:
+            program = self._programs[outputs] = _Program(self._plan, outputs)
+        solo = _Solo(call, program)
+        in_turn(self._submit, [(solo, step) for step in program.first])
+
+    def settle(self, calls: Sequence[Call]) -> None:
+        """Steps' calls come back."""
+        ready: _Ready = []
+        ended: list[Call] = []
+        for call in calls:
+            solo, step = call.token
+            with solo.lock:
+                if not solo.is_over:
+                    self._take_back(solo, step, call.answer, ready)
+                    if solo.is_over:
+                        ended.append(solo.call)
+        if ready:
+            in_turn(self._submit, ready)
+        if ended:
+            self._end(ended)
+
+    def _submit(self, ready: _Ready) -> None:
+        if len(ready) > 1:  # what has threads of its own first: it executes while others do so in this one
+            ready = sorted(ready, key=lambda one: one[1].is_merged)
+        for solo, step in ready:
+            call = solo.call
+            if call.is_cancelled or (call.deadline_ns and call.deadline_ns <= now_ns()):
+                self._drop(solo, step)
+                continue
+            parent, tensors = call.request, solo.tensors
+            inputs = {}
+            shapes = []
+            for model_name, name in step.inputs:
+                tensor = tensors[name]
+                inputs[model_name] = Tensor(model_name, tensor.datatype, tensor.shape, tensor.data)
+                shapes.append(tensor.shape)
+            request = InferRequest(
+                step.model_name, inputs, step.version, parent.id, step.wanted, parent.parameters, {}, {},
+                (self._marks[step.index], *shapes),
+            )  # fmt: skip
+            inner = Call(request, self, (solo, step))
+            inner.deadline_ns = call.deadline_ns
+            inner.requests = call.requests
+            self._infer([inner])
+
+    def _drop(self, solo: _Solo, step: Step) -> None:
+        error: InferError = DeadlineExceeded("the request's deadline passed before this step")
+        if solo.call.is_cancelled:
+            error = Cancelled("the request was cancelled by its caller")
+        with solo.lock:
+            if solo.is_over:
+                return
+            self._fail(solo, step, error)
+        self._end([solo.call])
+
+    def _take_back(self, solo: _Solo, step: Step, answer: Answer | None, ready: _Ready) -> None:
+        if not isinstance(answer, InferResponse):
+            assert answer is not None
+            self._fail(solo, step, answer)
+            return
+        given = wanted_outputs(step, answer)
+        fault = given if isinstance(given, InferError) else output_fault(step, given, solo.call.rows)
+        if isinstance(given, InferError) or fault is not None:
+            assert fault is not None
+            self._fail(solo, step, fault)
+            return
+        program, tensors = solo.program, solo.tensors
+        for (_, name), tensor in zip(step.outputs, given, strict=True):
+            tensors[name] = Tensor(name, tensor.datatype, tensor.shape, tensor.data)
+        for name in program.drops[step.index]:
+            del tensors[name]
+        if solo.shared is not None:
+            self._release(solo, step)
+        solo.left -= 1
+        if not solo.left:
+            made = [tensors[name] for name in program.asked]
+            solo.call.answer = InferResponse(self._plan.name, self._version, made)
+            solo.is_over = True
+            return
+        for later in program.followers[step.index]:
+            solo.waits[later.index] -= 1
+            if not solo.waits[later.index]:
+                ready.append((solo, later))
+
+    def _release(self, solo: _Solo, step: Step) -> None:
+        assert solo.shared is not None
+        for name in step.read:
+            if name in solo.shared:
+                solo.shared[name] -= 1
+                if not solo.shared[name]:
+                    del solo.tensors[name]
+
+    def _fail(self, solo: _Solo, step: Step, error: InferError) -> None:
+        if not step.is_segment:  # which has said so itself
+            error = type(error)(f"in ensemble '{self._plan.name}', step '{step.model_name}': {error.message}")
+        solo.call.answer = error
+        solo.is_over = True
+        solo.tensors.clear()
