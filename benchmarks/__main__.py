@@ -442,21 +442,31 @@ def shed(run: Run) -> list[str]:
     body, length = clients.infer_body(graphs.SHED, f'"timeout":{deadline_ms * 1000}')
     script = clients.http_script(folder / "peak.lua", *clients.infer_body(graphs.UNSHED))
     lines = ["| | capacity /s | offered /s | answered in time | late or refused |", "|---|---|---|---|---|"]
-    with serving(root, folder / "tutti.log") as server:
+
+    def measure(server: Any, what: str, wanted: dict[str, BenchModel]) -> None:
         url = f"http://{server.http}/v2/models/{graphs.UNSHED.name}/infer"
         peak = median([clients.wrk(url, script, 192, run.seconds) for _ in range(3)]).rate
-        for name, graph in (("the second step is optional", graphs.SHED), ("it is not", graphs.UNSHED)):
+        for name, graph in wanted.items():
             request = overload.http_request(f"/v2/models/{graph.name}/infer", body, length)
             runs = [
-                overload.run(server.http, request, 1.5 * peak, run.seconds, deadline_ms, seed)
+                overload.run(server.http, request, 1.5 * peak, 2 * run.seconds, deadline_ms, seed)
                 for seed in range(run.rounds)
             ]
             shares = [one.goodput / one.offered for one in runs]
             rest = sum(len(one.late) + len(one.refused) + one.lost for one in runs)
             lines.append(
-                f"| {name} | {peak:,.0f} | {runs[0].offered:,.0f} | **{statistics.median(shares):.0%}** "
+                f"| {what}{name} | {peak:,.0f} | {runs[0].offered:,.0f} | **{statistics.median(shares):.0%}** "
                 f"({min(shares):.0%} to {max(shares):.0%}) | {rest} |"
             )
+
+    with serving(root, folder / "tutti.log") as server:
+        measure(
+            server,
+            "tutti, the second step is ",
+            {"optional": graphs.SHED, "not: what is refused is refused in time": graphs.UNSHED},
+        )
+    with tritonserver.running(root, folder) as theirs:
+        measure(theirs, f"{TRITON}, which sheds and refuses nothing", {"": graphs.UNSHED})
     return lines
 
 
