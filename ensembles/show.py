@@ -57,6 +57,8 @@ def notes(plan: Plan, step: Step) -> list[str]:
         count = f" ({step.each.count} a row)" if step.each.count else ""
         hows = ", ".join(f"{how} of {name}" for (_, name), how in zip(step.outputs, step.gathers, strict=True))
         found.append(f"for each of {', '.join(step.each.items)}{count}: {hows}")
+    if step.is_decoupled:
+        found.append("each of its answers goes on by itself")
     if step.is_optional:
         found.append("left out where time is short")
     for name in _made(step):

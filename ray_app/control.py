@@ -6,7 +6,7 @@ A replica that starts or comes back later has applied none of them: it is told w
 import asyncio
 import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -64,7 +64,7 @@ class Carrier(Protocol):
 
     desired: Desired
 
-    def places(self, model: str) -> list[Any]: ...
+    def places(self, model: str) -> Sequence[Any]: ...
 
     async def control(self, change: Change) -> list[str]: ...
 

@@ -1,6 +1,7 @@
 """An engine whose models execute in pools of replicas: what waits, is batched and is sent where."""
 
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +11,9 @@ from ensembles import graph
 from ensembles.placed import Arriving, PlacedExecutor
 from ray_app import merging
 from ray_app.control import Control
+from ray_app.hops import Hop
 from ray_app.placement import PoolSpec, home
-from ray_app.pools import Pool, Router, attach
+from ray_app.pools import Pool, Router
 from ray_app.sticky import Sequences, Streams
 from tutti import local
 from tutti.batching import BatchingPolicy, BatchQueue
@@ -30,6 +32,10 @@ _log = logging.getLogger(__name__)
 # A hop may carry more than the model's batch: the replica's own scheduler cuts it to size.
 MIN_HOP_ROWS = 128
 MAX_STREAMS = 1000
+FALLBACK = "tutti.fallback"
+FALLBACK_PARAMETER = "tutti_fallback"
+# Which share of a lower pool's slots for a model may be taken while the preferred pool is up, but busy.
+MAX_SPILL = 0.5
 
 
 def make_engine(
@@ -101,26 +107,79 @@ def _serve_in(
     infer: Infer
     close: Callable[[], None] = lambda: None  # noqa: E731
     if config.is_decoupled:
-        streams = Streams(router, pools, statistics, MAX_STREAMS)
+        streams = Streams(router, key, pools, statistics, MAX_STREAMS)
         infer, pending = streams, streams.pending
     elif config.sequences is not None:
         sequences = Sequences(config.name, router, statistics, config.sequences.idle_ns, config.max_queued_rows)
         infer, pending = sequences, sequences.pending
     else:
-        queue = BatchQueue(hop_policy(config), config.max_queued_rows)
-        scheduler = Scheduler(config.name, queue, statistics, timer)
-        attach(scheduler, config.name, router, pools, statistics, merging.rows_at_most(config))
-        infer, close, pending = _mixed(scheduler), scheduler.close, scheduler.queued_calls
+        way = Fallback(config, key, router, pools, statistics, timer)
+        infer, close, pending = way, way.close, way.pending
         if config.batching is not None and config.batching.preserves_ordering:
             infer = InOrder(infer)
     return Served(
         infer,
         close,
-        lambda: any(pool.status.has_model(key) for pool in pools),
+        lambda: router.has_model(key, pools),
         pending,
         lambda: router.reason(key, pools),
         config,
     )
+
+
+class Fallback:
+    """An `Infer` over a model's pools: the first, and as its configuration and each request allow, the others.
+
+    `tutti.fallback` in the configuration: "late", the default, has others help out when all of the first are busy and
+    they would be done earlier; "missing" only when the first has no replica; "never" not at all. A request whose
+    parameter `tutti_fallback` is false waits for the first.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        key: str,
+        router: Router,
+        pools: Sequence[Pool],
+        statistics: ModelStatistics,
+        timer: Timer,
+    ) -> None:
+        when = config.parameters.get(FALLBACK, "late")
+        if when not in ("late", "missing", "never"):
+            what = f"expected late, missing or never, got '{when}'"
+            raise ConfigError(f"model '{config.name}': parameters.{FALLBACK}: {what}")
+
+        def hop(own: Sequence[Pool]) -> Hop:
+            queue = BatchQueue(hop_policy(config), config.max_queued_rows)
+            scheduler = Scheduler(config.name, queue, statistics, timer, MAX_SPILL if when == "late" else 0.0)
+            return Hop(scheduler, config.name, key, router, own, statistics, merging.rows_at_most(config))
+
+        self._make_strict: Callable[[], Hop] = lambda: hop(pools[:1])
+        self._hop = hop(pools[:1] if when == "never" else pools)
+        self._strict = self._hop if len(self._hop.pools) == 1 else None
+        self._lock = threading.Lock()
+
+    def __call__(self, calls: Sequence[Call]) -> None:
+        if not any(call.request.parameters.get(FALLBACK_PARAMETER) is False for call in calls):
+            _mixed(self._hop.scheduler)(calls)
+            return
+        with self._lock:
+            self._strict = self._strict or self._make_strict()
+        strict = [call for call in calls if call.request.parameters.get(FALLBACK_PARAMETER) is False]
+        _mixed(self._strict.scheduler)(strict)
+        if len(strict) < len(calls):
+            own = set(map(id, strict))
+            _mixed(self._hop.scheduler)([call for call in calls if id(call) not in own])
+
+    def pending(self) -> int:
+        return sum(hop.scheduler.queued_calls() for hop in self._hops())
+
+    def close(self) -> None:
+        for hop in self._hops():
+            hop.close()
+
+    def _hops(self) -> list[Hop]:
+        return [self._hop] if self._strict in (None, self._hop) else [self._hop, self._strict]  # type: ignore[list-item]
 
 
 class Segments:
@@ -130,29 +189,24 @@ class Segments:
         self._control = control
         self._router = router
         self._timer = timer
-        self._made: dict[str, tuple[Scheduler, Sequence[Pool]]] = {}
+        self._made: dict[str, Hop] = {}
 
     def serve(self, step: graph.Step, segment: graph.Plan, pools: Any) -> Infer:
         """`pools` are the names of those it lives in."""
         name, statistics = step.model_name, ModelStatistics()
-        scheduler = Scheduler(
-            name,
-            BatchQueue(BatchingPolicy(max(step.max_rows, MIN_HOP_ROWS)), DEFAULT_MAX_QUEUED_ROWS),
-            statistics,
-            self._timer,
-        )
-        placed = self._router.of(pools)
-        attach(scheduler, name, self._router, placed, statistics, step.max_rows if step.is_merged else 1)
+        queue = BatchQueue(BatchingPolicy(max(step.max_rows, MIN_HOP_ROWS)), DEFAULT_MAX_QUEUED_ROWS)
+        scheduler = Scheduler(name, queue, statistics, self._timer, MAX_SPILL)
+        most_rows = step.max_rows if step.is_merged else 1
         self._control.load_segment(name, segment, pools)
-        self._made[name] = scheduler, placed
+        self._made[name] = Hop(scheduler, name, name, self._router, self._router.of(pools), statistics, most_rows)
         return Arriving(_mixed(scheduler), segment.is_batched)
 
     def are_ready(self) -> bool:
-        return all(any(p.status.has_model(name) for p in pools) for name, (_, pools) in self._made.items())
+        return all(self._router.has_model(name, hop.pools) for name, hop in self._made.items())
 
     def close(self) -> None:
-        for name, (scheduler, _) in self._made.items():
-            scheduler.close()
+        for name, hop in self._made.items():
+            hop.close()
             self._control.unload_segment(name)
 
 

@@ -7,19 +7,18 @@ from typing import Any
 
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from ray_app import routing
 from ray_app.control import Control
 from ray_app.engine import make_engine
+from ray_app.members import PoolStatus
 from ray_app.options import Options
 from ray_app.placement import PoolSpec
-from ray_app.pools import Pool, PoolStatus, Router
+from ray_app.pools import Pool, Router
 from tutti import collector, local
 from tutti.errors import ConfigError
 from tutti.frontends import setup
 from tutti.frontends.server import Addresses, Server
 from tutti.logs import Logs, Settings
-
-# Batches of a model that may be on their way at a time, for each replica: one executes, one waits.
-SLOTS = 2
 
 
 class ClusterLogs(Logs):
@@ -43,12 +42,9 @@ class Gateway:
     ) -> None:
         """`handles` are the pools' deployments, by their names."""
         loop = asyncio.get_running_loop()
-        pools = [
-            Pool(PoolStatus(spec.name), handles[spec.name], *_senders(handles[spec.name]), SLOTS * spec.replicas)
-            for spec in specs
-        ]
+        pools = [Pool(PoolStatus(spec.name), **_methods(handles[spec.name])) for spec in specs]
         self._router = Router(pools, loop)
-        self._router.start()
+        self._router.start(routing.watch)
         control = Control(self._router, loop)
         logs = ClusterLogs(options, control)
         logs.install()
@@ -83,13 +79,15 @@ class Gateway:
         self._router.stop()
 
 
-def _senders(handle: Any) -> tuple[Any, Any]:
-    """For batches and for streams. `handle.options` builds a new object at each call: made once."""
+def _methods(handle: Any) -> dict[str, Any]:
+    """A replica's methods. `handle.options` builds a new object at each call: made once."""
     pickled = {"request_serialization": "pickle", "response_serialization": "pickle"}
-    return (
-        handle.options(method_name="infer", **pickled),
-        handle.options(method_name="stream", stream=True, **pickled),
-    )
+    return {
+        "send": handle.options(method_name="infer", **pickled),
+        "stream": handle.options(method_name="stream", stream=True, **pickled),
+        "describe": handle.options(method_name="describe"),
+        "apply": handle.options(method_name="apply"),
+    }
 
 
 def pool_metrics(pools: Sequence[Pool]) -> Iterator[Metric]:
@@ -101,7 +99,7 @@ def pool_metrics(pools: Sequence[Pool]) -> Iterator[Metric]:
     )
     for pool in pools:
         status = pool.status
-        replicas.add_metric([status.name], len(status.replicas) if status.is_up else 0)
+        replicas.add_metric([status.name], len(status.up))
         requests.add_metric([status.name], status.requests)
         fallbacks.add_metric([status.name], status.fallbacks)
     yield from (replicas, requests, fallbacks)

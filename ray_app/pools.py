@@ -1,6 +1,7 @@
-"""Pools of replicas: which are up, which one takes the next batch, and batches on their way.
+"""Batches on their way to replicas: sent, and sent again when a replica is lost with them; and the replicas' probing.
 
-A batch goes to the first of its model's pools, in order of preference, that is up and that it has not failed on.
+A batch that was lost twice is taken apart: one of its requests may be what ends replicas. Each then goes alone, one at
+a time in the whole gateway, so that only the culprit is lost a third time, and nothing with it.
 """
 
 import asyncio
@@ -13,114 +14,67 @@ from typing import Any
 
 from ray_app import control, merging
 from ray_app.control import Change, Desired
+from ray_app.members import Member, PoolStatus, another
 from ray_app.replica import Description
 from tutti import wire
-from tutti.cost import Costs
 from tutti.errors import Cancelled, DeadlineExceeded, InferError, Internal, Unavailable
-from tutti.scheduler import Scheduler, trace
-from tutti.statistics import BatchTimes, ModelStatistics
-from tutti.types import Answer, Call, InferResponse, now_ns, settle
+from tutti.types import Answer, Call, InferResponse, now_ns
 
 _log = logging.getLogger(__name__)
 
 PROBE_INTERVAL_S = 0.25
-PROBE_TIMEOUT_S = 2.0
+PROBE_TIMEOUT_S = 1.0
+# However many replicas there are, probing them takes no more than this.
+MAX_PROBES_PER_S = 100
 CANCEL_INTERVAL_S = 0.1
 MAX_SENDS = 3
-NO_POOL_TIMEOUT_S = 10.0
+NO_REPLICA_TIMEOUT_S = 10.0
 POOL_PARAMETER = "tutti_pool"
 
 
-@dataclass(frozen=True, slots=True)
-class ReplicaState:
-    """What a replica says of itself when probed. `models` are "name/version" of those ready."""
-
-    replica: str
-    models: frozenset[str]
-    id: str = ""
-    generation: int = 0
+Watch = Callable[[str, Callable[[list[str], str], None]], None]
+"""Has a callback called, on the router's loop, with the ids of a deployment's replicas, and that of one that died."""
 
 
-@dataclass(slots=True)
-class PoolStatus:
-    """What is known of one pool. Pure: told of probes and failures, answers whether to use it."""
-
-    name: str
-    is_up: bool = False
-    replicas: tuple[ReplicaState, ...] = ()
-    requests: int = 0
-    fallbacks: int = 0
-    failed_probes: int = 0
-
-    def saw(self, replicas: Sequence[ReplicaState]) -> None:
-        """A probe's result. No replica means down at once."""
-        self.failed_probes = 0
-        self.replicas = tuple(replicas)
-        self._set_up(bool(replicas))
-
-    def missed(self) -> None:
-        """A probe that did not come back. One may be chance; two in a row mean down."""
-        self.failed_probes += 1
-        if self.failed_probes >= 2:
-            self.replicas = ()
-            self._set_up(False)
-
-    def failed(self) -> None:
-        """A batch was lost: down, until a probe says otherwise."""
-        self._set_up(False)
-
-    def lost(self, replica: str) -> None:
-        """One replica, by id, is gone: the others are not to blame."""
-        self.replicas = tuple(one for one in self.replicas if one.id != replica)
-
-    def has_model(self, key: str) -> bool:
-        return self.is_up and any(key in replica.models for replica in self.replicas)
-
-    def _set_up(self, is_up: bool) -> None:
-        if is_up != self.is_up:
-            _log.warning("pool '%s' is %s, %d replicas", self.name, "up" if is_up else "down", len(self.replicas))
-            self.is_up = is_up
+class _Lost(Exception):
+    """The replica is gone, or does not answer any more."""
 
 
 @dataclass(slots=True)
 class Pool:
-    """A pool's status and its Serve handle. `in_flight` are tasks that wait for a replica's answer.
-
-    `slots` is how many batches of each model may be on their way to it at a time.
-    """
+    """A pool's status and the methods of its Serve handle. `slots` are batches of a model at a time, per replica."""
 
     status: PoolStatus
-    handle: Any
     send: Any
     stream: Any = None
+    describe: Any = None
+    apply: Any = None
     slots: int = 2
-    is_catching_up: bool = False
-    in_flight: set[asyncio.Task[Any]] = field(default_factory=set)
-
-
-def choose(pools: Sequence[Pool], failed: Sequence[Pool]) -> Pool | None:
-    """The pool for a batch that has failed on some already: the first that is up, untried ones before others."""
-    up = [pool for pool in pools if pool.status.is_up]
-    untried = [pool for pool in up if pool not in failed]
-    return next(iter(untried or up), None)
+    # The sends that wait for each replica, by its id.
+    sends: dict[str, set[asyncio.Task[Any]]] = field(default_factory=dict)
 
 
 class Router:
-    """Sends batches to pools, retries what was lost, and keeps the pools' status by probing. Lives on one loop."""
+    """Knows the pools' replicas and sends to them. Lives on one loop."""
 
     def __init__(self, pools: Sequence[Pool], loop: asyncio.AbstractEventLoop) -> None:
         self.pools = tuple(pools)
+        self._by_name = {pool.status.name: pool for pool in pools}
         self._loop = loop
         self._thread = threading.get_ident()
         self._changed = asyncio.Condition()
-        self._wake = {pool.status.name: asyncio.Event() for pool in pools}
+        self._listeners: list[Callable[[], None]] = []
+        self._wake: dict[str, asyncio.Event] = {}
+        self._catching_up: set[str] = set()
+        self._suspects = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
         self.desired = Desired()
 
-    def start(self) -> None:
-        """Begin to probe."""
+    def start(self, watch: Watch) -> None:
+        """Begin to follow the replicas, of which `watch` tells."""
         for pool in self.pools:
-            self.spawn(self._probe_forever(pool))
+            watch(pool.status.name, lambda ids, dead, pool=pool: self._present(pool, ids, dead))  # type: ignore[misc]
+            self.spawn(self._find(pool))
 
     def stop(self) -> None:
         for task in self._tasks:
@@ -133,24 +87,37 @@ class Router:
         else:
             self._loop.call_soon_threadsafe(self._keep, work)
 
+    def listen(self, changed: Callable[[], None]) -> Callable[[], None]:
+        """Call `changed`, on the loop, now and whenever replicas are others; returns what ends that. Thread-safe."""
+        self._loop.call_soon_threadsafe(self._listeners.append, changed)
+        self._loop.call_soon_threadsafe(changed)
+
+        def end() -> None:
+            self._loop.call_soon_threadsafe(self._forget, changed)
+
+        return end
+
     def of(self, names: Sequence[str]) -> tuple[Pool, ...]:
         """The pools of these names, in order of preference."""
         return tuple(pool for pool in self.pools if pool.status.name in names)
 
+    def has_model(self, key: str, pools: Sequence[Pool]) -> bool:
+        return any(pool.status.having(key) for pool in pools)
+
     def reason(self, key: str, pools: Sequence[Pool]) -> str:
         """Why a model is not everywhere in its pools; "" when it is."""
-        replicas = [replica for pool in pools if pool.status.is_up for replica in pool.status.replicas]
-        have = sum(key in replica.models for replica in replicas)
-        if not replicas:
+        members = [member for pool in pools for member in pool.status.up]
+        have = sum(key in member.models for member in members)
+        if not members:
             return "no replica is up"
-        return "" if have == len(replicas) else f"ready on {have} of {len(replicas)} replicas"
+        return "" if have == len(members) else f"ready on {have} of {len(members)} replicas"
 
-    def places(self, model: str) -> list[tuple[Pool, str]]:
-        """The replicas, by id, of the first pool that is up and has the model, whichever version."""
+    def places(self, model: str) -> list[tuple[Pool, Member]]:
+        """The replicas of the first pool that has the model, whichever version."""
         for pool in self.pools:
-            found = [r.id for r in pool.status.replicas if any(key.split("/")[0] == model for key in r.models)]
-            if pool.status.is_up and found:
-                return [(pool, replica) for replica in found]
+            found = [m for m in pool.status.up if any(key.split("/")[0] == model for key in m.models)]
+            if found:
+                return [(pool, member) for member in found]
         return []
 
     async def control(self, change: Change) -> list[str]:
@@ -158,60 +125,95 @@ class Router:
 
         A replica that does not answer now is told when it does.
         """
-        failures: list[str] = []
-        for pool in self.pools:
-            if not pool.status.replicas:
-                continue
-            try:
-                answers = await pool.handle.broadcast("apply", self.desired.since(0)).results_async(
-                    timeout_s=control.TIMEOUT_S, return_exceptions=True
-                )
-            except Exception as error:
-                _log.warning("pool '%s' did not take a change: %s", pool.status.name, error)
-                continue
-            failures += [answer for answer in answers if isinstance(answer, str) and answer]
-        for pool in self.pools:  # what is known of them has changed
-            await self._probe(pool)
-        return failures
+        members = [(pool, member) for pool in self.pools for member in pool.status.up]
+        answers = await asyncio.gather(*(self._apply(pool, member) for pool, member in members))
+        for pool, member in members:  # what is known of them has changed
+            await self._probe(pool, member)
+        return [answer for answer in answers if answer]
 
-    async def send_to(self, pool: Pool, replica: str, calls: Sequence[Call]) -> list[Answer]:
+    async def send_to(self, pool: Pool, member: Member, calls: Sequence[Call]) -> list[Answer]:
         """As `infer`, by one replica and no other. Raises Unavailable when it is lost."""
-        message = wire.pack_calls(calls, now_ns())
         try:
-            answer = await self._call(pool, message, replica)
-            if isinstance(answer, str):
-                pool.status.lost(replica)
-                raise Unavailable("it is gone")
-        except InferError:
-            raise
-        except asyncio.CancelledError:
-            if pool.status.is_up:
-                raise
-            raise Unavailable("its pool went down") from None
-        except Exception as error:
-            pool.status.lost(replica)
-            self._wake[pool.status.name].set()
-            raise Unavailable(f"{type(error).__name__}") from None
+            answers = await self._call(pool, member, calls)
+        except _Lost as error:
+            raise Unavailable(str(error)) from None
         self._count(pool, self.pools, len(calls))
-        return [_marked(one, pool) for one in wire.unpack_answers(answer)]
+        return answers
 
-    async def stream(self, call: Call, pools: Sequence[Pool]) -> Answer:
+    async def infer(
+        self, calls: Sequence[Call], key: str, pools: Sequence[Pool], first: Member, most_rows: int = 1
+    ) -> tuple[list[Answer], Member | None]:
+        """One answer per call, and the replica that gave them all; `first` is asked first.
+
+        Calls that may travel as one request, of up to `most_rows` rows, do. Raises Unavailable when no replica comes up
+        in time.
+        """
+        groups = merging.groups(calls, most_rows)
+        found, by = await self._infer([merging.merge(group) for group in groups], key, pools, first)
+        answers: dict[Call, Answer] = {}
+        for group, answer in zip(groups, found, strict=True):
+            own: Sequence[Answer] = [answer] * len(group)
+            if isinstance(answer, InferResponse):
+                own = merging.split(group, answer)
+            elif len(group) > 1 and not isinstance(answer, Unavailable | DeadlineExceeded):
+                # One of them may be to blame: the others are not to pay for it.
+                own, by = (await self._infer(group, key, pools, by or first))[0], None
+            answers.update(zip(group, own, strict=True))
+        ordered = [answers[call] for call in calls]
+        if by is not None:
+            self._count(self._by_name[by.pool], pools, len(calls))
+        else:
+            for name in [one.parameters[POOL_PARAMETER] for one in ordered if isinstance(one, InferResponse)]:
+                self._count(self._by_name[str(name)], pools, 1)
+        return ordered, by
+
+    async def _infer(
+        self, calls: Sequence[Call], key: str, pools: Sequence[Pool], first: Member
+    ) -> tuple[list[Answer], Member | None]:
+        tried: list[Member] = []
+        member: Member | None = first
+        while len(tried) < MAX_SENDS - 1:
+            member = member or await self._another(key, pools, tried)
+            try:
+                return await self._call(self._by_name[member.pool], member, calls), member
+            except _Lost as error:
+                _log.info("replica %s was lost with %d requests to '%s': %s", member.name, len(calls), key, error)
+                tried.append(member)
+                member = None
+        return [await self._alone(call, key, pools, tried) for call in calls], None
+
+    async def _alone(self, call: Call, key: str, pools: Sequence[Pool], tried: Sequence[Member]) -> Answer:
+        """The answer to a request that may be what ended two replicas."""
+        async with self._suspects:
+            try:
+                member = await self._another(key, pools, tried)
+                (answer,) = await self._call(self._by_name[member.pool], member, [call])
+                return answer
+            except _Lost as error:
+                what = f"{MAX_SENDS} replicas were lost while they held the request, at last {member.name}: {error}"
+                return Internal(f"model '{call.request.model_name}': {what}")
+            except InferError as error:
+                return error
+
+    async def stream(self, call: Call, key: str, pools: Sequence[Pool]) -> Answer:
         """Emit the answers of a decoupled call but the last, which is returned.
 
         A stream that is lost before its first answer begins anew elsewhere.
         """
-        message = wire.pack_calls([call], now_ns())
-        failed: list[Pool] = []
-        deadline = self._loop.time() + NO_POOL_TIMEOUT_S
+        tried: list[Member] = []
+        deadline = self._loop.time() + NO_REPLICA_TIMEOUT_S
         while True:
-            pool = choose(pools, failed) or await self._wait_for(pools)
+            member = await self._another(key, pools, tried)
+            pool = self._by_name[member.pool]
             answered = False
             try:
-                async with aclosing(self._stream(pool, message, call)) as answers:
+                async with aclosing(self._stream(pool, member, call)) as answers:
                     async for one in answers:
                         if isinstance(one, str):
-                            self._check_behind(pool, deadline)
-                            await self._catch_up(pool)
+                            if one == wire.GONE:
+                                raise ConnectionError("it is gone")
+                            self._check_behind(member, deadline)
+                            await self._catch_up(pool, member)
                             break
                         answer, is_final = _marked(one[0], pool), one[1]
                         if is_final:
@@ -223,20 +225,19 @@ class Router:
             except InferError:
                 raise
             except Exception as error:
-                self._fail(pool)
-                failed.append(pool)
-                if answered or len(failed) >= MAX_SENDS:
+                self._lost(pool, member)
+                tried.append(member)
+                if answered or len(tried) >= MAX_SENDS:
                     what = f"the replica was lost while it answered: {type(error).__name__}"
                     raise Unavailable(f"model '{call.request.model_name}': {what}") from None
 
-    async def _stream(
-        self, pool: Pool, message: wire.BatchMessage, call: Call
-    ) -> AsyncGenerator[str | tuple[Answer, bool], None]:
+    async def _stream(self, pool: Pool, member: Member, call: Call) -> AsyncGenerator[str | tuple[Answer, bool], None]:
         """Answers, each with whether it is the last. Raises Cancelled when the caller has gone.
 
         However it ends before the last answer, the replica is told to stop.
         """
-        source = pool.stream.remote(message, self.desired.generation)
+        message = wire.pack_calls([call], now_ns())
+        source = pool.stream.remote(message, self.desired.generation, to=member.id)
         iterator = aiter(source)
         ahead: asyncio.Task[Any] | None = None
         has_ended = False
@@ -247,6 +248,8 @@ class Router:
                 if call.is_cancelled:
                     raise Cancelled(f"the request to model '{call.request.model_name}' was cancelled by its caller")
                 if not ahead.done():
+                    if member.is_hung:
+                        raise ConnectionError("it does not answer")
                     continue
                 got, ahead = ahead.result(), None
                 if got is None:
@@ -264,142 +267,162 @@ class Router:
             if not has_ended:
                 source.cancel()
 
-    async def infer(self, calls: Sequence[Call], pools: Sequence[Pool], most_rows: int = 1) -> list[Answer]:
-        """One answer per call, from one of `pools`; calls that may travel as one request of `most_rows` rows do.
+    async def _call(self, pool: Pool, member: Member, calls: Sequence[Call]) -> list[Answer]:
+        """A replica's answers. One that is behind is told what it has missed, and asked again.
 
-        Raises Unavailable when no pool comes up in time, Internal when every send was lost.
+        Raises _Lost when it is gone, Unavailable when it does not catch up in time.
         """
-        groups = merging.groups(calls, most_rows)
-        answers: dict[Call, Answer] = {}
-        for group, answer in zip(groups, await self._infer(groups, pools), strict=True):
-            own: Sequence[Answer] = [answer] * len(group)
-            if isinstance(answer, InferResponse):
-                own = merging.split(group, answer)
-            elif len(group) > 1 and not isinstance(answer, Unavailable | DeadlineExceeded):
-                own = await self.infer(group, pools)  # one of them may be to blame: the others are not to pay for it
-            answers.update(zip(group, own, strict=True))
-        return [answers[call] for call in calls]
+        deadline = self._loop.time() + NO_REPLICA_TIMEOUT_S
+        while (answer := await self._send(pool, member, wire.pack_calls(calls, now_ns()))) == wire.BEHIND:
+            self._check_behind(member, deadline)
+            await self._catch_up(pool, member)
+        if isinstance(answer, str):
+            self._lost(pool, member)
+            raise _Lost("it is gone")
+        return [_marked(one, pool) for one in wire.unpack_answers(answer)]
 
-    async def _infer(self, groups: Sequence[Sequence[Call]], pools: Sequence[Pool]) -> list[Answer]:
-        message = wire.pack_calls([merging.merge(group) for group in groups], now_ns())
-        count = sum(map(len, groups))
-        failed: list[Pool] = []
-        lost = ""
-        while len(failed) < MAX_SENDS:
-            pool = choose(pools, failed) or await self._wait_for(pools)
-            try:
-                answer = await self._call(pool, message)
-                assert not isinstance(answer, str), "any replica may take it"
-                answers = wire.unpack_answers(answer)
-            except Unavailable:
+    async def _send(self, pool: Pool, member: Member, message: wire.BatchMessage) -> wire.AnswerMessage | str:
+        send = asyncio.ensure_future(_awaited(pool.send.remote(message, self.desired.generation, to=member.id)))
+        waiting = pool.sends.setdefault(member.id, set())
+        waiting.add(send)
+        try:
+            answer: wire.AnswerMessage | str = await send
+            return answer
+        except asyncio.CancelledError:
+            if not send.cancelled() or (task := asyncio.current_task()) is None or task.cancelling():
                 raise
-            except asyncio.CancelledError:
-                if pool.status.is_up:
-                    raise
-                lost = f"the {pool.status.name} pool went down"
-            except Exception as error:
-                lost = f"{type(error).__name__}: {error}"
-                self._fail(pool)
-            else:
-                self._count(pool, pools, count)
-                return [_marked(answer, pool) for answer in answers]
-            _log.info("a batch of %d was lost in pool '%s', sending it again: %s", count, pool.status.name, lost)
-            failed.append(pool)
-        raise Internal(f"model '{message[0]}': {MAX_SENDS} replicas were lost while they held the request: {lost}")
+            raise _Lost("it does not answer") from None
+        except InferError:
+            raise
+        except Exception as error:
+            self._lost(pool, member)
+            raise _Lost(f"{type(error).__name__}: {error}") from None
+        finally:
+            send.cancel()
+            waiting.discard(send)
 
-    async def _catch_up(self, pool: Pool) -> None:
-        """Tell the pool's replicas what they have missed, unless somebody does so already."""
-        if pool.is_catching_up:
+    def _check_behind(self, member: Member, deadline: float) -> None:
+        if self._loop.time() > deadline:
+            raise Unavailable(f"replica {member.name} has not caught up in {NO_REPLICA_TIMEOUT_S:g} s")
+
+    async def _catch_up(self, pool: Pool, member: Member) -> None:
+        """Tell a replica what it has missed, unless somebody does so already."""
+        if member.id in self._catching_up:
             await asyncio.sleep(PROBE_INTERVAL_S / 5)
             return
-        pool.is_catching_up = True
+        self._catching_up.add(member.id)
         try:
-            await pool.handle.broadcast("apply", self.desired.since(0)).results_async(
-                timeout_s=control.TIMEOUT_S, return_exceptions=True
-            )
+            await self._apply(pool, member)
+        finally:
+            self._catching_up.discard(member.id)
+
+    async def _apply(self, pool: Pool, member: Member) -> str:
+        """Have a replica do what it has not done yet; returns why it could not do some of that."""
+        try:
+            async with asyncio.timeout(control.TIMEOUT_S):
+                answer: str = await pool.apply.remote(self.desired.since(0), to=member.id)
         except Exception as error:
-            _log.debug("pool '%s' could not be told of changes: %s", pool.status.name, error)
+            _log.warning("replica %s did not take a change: %s", member.name, error)
             await asyncio.sleep(PROBE_INTERVAL_S)
-        finally:
-            pool.is_catching_up = False
-
-    async def _call(self, pool: Pool, message: wire.BatchMessage, to: str = "") -> wire.AnswerMessage | str:
-        """A replica's answers, or GONE. One that is behind is told what it has missed, and asked again.
-
-        Raises Unavailable when it does not catch up in time.
-        """
-        deadline = self._loop.time() + NO_POOL_TIMEOUT_S
-        while (answer := await self._send(pool, message, to)) == wire.BEHIND:
-            self._check_behind(pool, deadline)
-            await self._catch_up(pool)
+            return ""
         return answer
-
-    def _check_behind(self, pool: Pool, deadline: float) -> None:
-        if self._loop.time() > deadline:
-            raise Unavailable(f"the {pool.status.name} pool's replicas have not caught up in {NO_POOL_TIMEOUT_S:g} s")
-
-    async def _send(self, pool: Pool, message: wire.BatchMessage, to: str) -> wire.AnswerMessage | str:
-        task = asyncio.current_task()
-        assert task is not None
-        pool.in_flight.add(task)
-        try:
-            answer: wire.AnswerMessage | str = await pool.send.remote(message, self.desired.generation, to=to)
-            return answer
-        finally:
-            pool.in_flight.discard(task)
 
     def _count(self, pool: Pool, pools: Sequence[Pool], requests: int) -> None:
         pool.status.requests += requests
         if pool is not pools[0]:
             pool.status.fallbacks += requests
 
-    def _fail(self, pool: Pool) -> None:
-        pool.status.failed()
-        self._wake[pool.status.name].set()
-
-    async def _wait_for(self, pools: Sequence[Pool]) -> Pool:
+    async def _another(self, key: str, pools: Sequence[Pool], tried: Sequence[Member]) -> Member:
+        statuses = [pool.status for pool in pools]
         try:
-            async with asyncio.timeout(NO_POOL_TIMEOUT_S), self._changed:
-                while (pool := choose(pools, ())) is None:
+            async with asyncio.timeout(NO_REPLICA_TIMEOUT_S), self._changed:
+                while (member := another(statuses, key, tried)) is None:
                     await self._changed.wait()
-                return pool
+                return member
         except TimeoutError:
-            raise Unavailable(f"no replica is up, waited {NO_POOL_TIMEOUT_S:g} s") from None
+            raise Unavailable(f"no replica is up, waited {NO_REPLICA_TIMEOUT_S:g} s") from None
 
-    async def _probe_forever(self, pool: Pool) -> None:
-        wake = self._wake[pool.status.name]
-        while True:
-            await self._probe(pool)
-            if not pool.status.is_up and not pool.status.replicas:
-                for task in list(pool.in_flight):  # nobody is left to answer them
-                    task.cancel()
-            async with self._changed:
-                self._changed.notify_all()
-            wake.clear()
+    async def _find(self, pool: Pool) -> None:
+        """Serve makes a handle's router when it is first used: use it until that tells of replicas."""
+        while not pool.status.members:
             try:
-                async with asyncio.timeout(PROBE_INTERVAL_S):
-                    await wake.wait()
-            except TimeoutError:
-                continue
+                async with asyncio.timeout(PROBE_TIMEOUT_S):
+                    await pool.describe.remote()
+            except Exception as error:
+                _log.debug("pool '%s' does not answer yet: %s", pool.status.name, error)
+            await asyncio.sleep(PROBE_INTERVAL_S)
 
-    async def _probe(self, pool: Pool) -> None:
+    def _present(self, pool: Pool, ids: Sequence[str], dead: str) -> None:
+        """Serve says which replicas there are. It would keep what was sent to a dead one for the next that comes."""
+        if dead:
+            self._give_up(pool, dead)
+        for member in pool.status.present(ids):
+            self._keep(self._follow(pool, member))
+        self._tell(pool)
+
+    async def _follow(self, pool: Pool, member: Member) -> None:
+        """Probe a replica for as long as there is one of its id."""
+        wake = self._wake[member.id] = asyncio.Event()
         try:
-            answers = await pool.handle.broadcast("describe").results_async(
-                timeout_s=PROBE_TIMEOUT_S, return_exceptions=True
-            )
-        except Exception as error:
-            _log.debug("pool '%s' did not answer a probe: %s", pool.status.name, error)
-            pool.status.missed()
+            while pool.status.members.get(member.id) is member:
+                await self._probe(pool, member)
+                wake.clear()
+                interval_s = max(PROBE_INTERVAL_S, sum(len(p.status.members) for p in self.pools) / MAX_PROBES_PER_S)
+                try:
+                    async with asyncio.timeout(interval_s):
+                        await wake.wait()
+                except TimeoutError:
+                    continue
+        finally:
+            self._wake.pop(member.id, None)
+
+    async def _probe(self, pool: Pool, member: Member) -> None:
+        try:
+            async with asyncio.timeout(PROBE_TIMEOUT_S):
+                answer: Description = await pool.describe.remote(to=member.id)
+        except TimeoutError:
+            if member.missed():
+                _log.warning("replica %s does not answer", member.name)
+                self._tell(pool)
+            if member.is_hung:  # and so would be for ever what waits for it
+                self._give_up(pool, member.id)
             return
-        pool.status.saw(
-            [
-                ReplicaState(answer.name, frozenset(answer.models), answer.id, answer.generation)
-                for answer in answers
-                if isinstance(answer, Description)
-            ]
-        )
-        if any(replica.generation < self.desired.generation for replica in pool.status.replicas):
-            self._keep(self._catch_up(pool))
+        except Exception as error:
+            _log.debug("replica %s did not answer a probe: %s", member.name, error)
+            self._lost(pool, member)
+            return
+        if answer.id != member.id:  # there is none of that id any more
+            self._lost(pool, member)
+            return
+        if member.saw(answer.name, answer.models, answer.generation):
+            self._tell(pool)
+        if member.generation < self.desired.generation:
+            self._keep(self._catch_up(pool, member))
+
+    def _lost(self, pool: Pool, member: Member) -> None:
+        """What was sent to it fails by itself."""
+        if member.lost():
+            self._tell(pool)
+            if member.id in self._wake:
+                self._wake[member.id].set()
+
+    def _give_up(self, pool: Pool, replica: str) -> None:
+        for send in list(pool.sends.get(replica, ())):
+            send.cancel()
+
+    def _tell(self, pool: Pool) -> None:
+        pool.status.tell()
+        for changed in list(self._listeners):
+            changed()
+        self._keep(self._notify())
+
+    async def _notify(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+    def _forget(self, changed: Callable[[], None]) -> None:
+        if changed in self._listeners:
+            self._listeners.remove(changed)
 
     def _keep(self, work: Any) -> None:
         task = self._loop.create_task(work)
@@ -407,65 +430,12 @@ class Router:
         task.add_done_callback(self._tasks.discard)
 
 
+async def _awaited(response: Any) -> Any:
+    return await response
+
+
 def _marked(answer: Answer, pool: Pool) -> Answer:
     """The answer, saying which pool it came from."""
     if isinstance(answer, InferResponse):
         answer.parameters[POOL_PARAMETER] = pool.status.name
     return answer
-
-
-class PoolInstance:
-    """One batch on its way to a replica: to the scheduler an instance like any other."""
-
-    def __init__(
-        self,
-        name: str,
-        router: Router,
-        pools: Sequence[Pool],
-        statistics: ModelStatistics,
-        release: Callable[[Any], None],
-        costs: Costs,
-        most_rows: int,
-    ) -> None:
-        self._pools = pools
-        self.costs = costs
-        self._most_rows = most_rows
-        self._name = name
-        self._router = router
-        self._statistics = statistics
-        self._release = release
-
-    def start(self, batch: list[Call]) -> None:
-        self._router.spawn(self._execute(batch))
-
-    def close(self) -> None:
-        """Nothing of its own to close."""
-
-    async def _execute(self, batch: list[Call]) -> None:
-        start_ns = now_ns()
-        try:
-            answers: Sequence[Answer] = await self._router.infer(batch, self._pools, self._most_rows)
-        except InferError as error:
-            answers = [error] * len(batch)
-        except asyncio.CancelledError:
-            answers = [Unavailable(f"model '{self._name}': the gateway is stopping")] * len(batch)
-        end_ns = now_ns()
-        self.costs.record(batch[0].key, sum(call.rows for call in batch), end_ns - start_ns)
-        for call, answer in zip(batch, answers, strict=True):
-            call.answer = answer
-        times = BatchTimes(start_ns, start_ns, end_ns, end_ns)
-        self._statistics.record_batch(batch, times)
-        trace(batch, times)
-        try:
-            settle(batch)
-        finally:
-            self._release(self)
-
-
-def attach(
-    scheduler: Scheduler, name: str, router: Router, pools: Sequence[Pool], statistics: ModelStatistics, most_rows: int
-) -> None:
-    """Let as many batches of a model be on their way at a time as its pools have slots."""
-    costs = Costs()
-    for _ in range(max(pool.slots for pool in pools)):
-        scheduler.add(PoolInstance(name, router, pools, statistics, scheduler.release, costs, most_rows))

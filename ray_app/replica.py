@@ -123,10 +123,11 @@ class Replica:
             return wire.GONE
         return wire.BEHIND if generation > self._generation else ""
 
-    async def apply(self, changes: Sequence[Change]) -> str:
+    async def apply(self, changes: Sequence[Change], to: str = "") -> str:
         """Do what of the changes has not been done yet; returns why some failed, "" if none has.
 
-        One that failed is not tried again: this replica goes on with what it has.
+        One that failed is not tried again: this replica goes on with what it has. Who is not the replica it is `to`
+        does them all the same: it will be asked to next.
         """
         failures = []
         async with self._applying:
@@ -153,7 +154,8 @@ class Replica:
         elif change.override is not None:
             self._engine.load(change.model, change.override)
 
-    def describe(self) -> Description:
+    async def describe(self, to: str = "") -> Description:
+        """Who answers may be another than it is `to`, where that one is gone."""
         ready = [f"{m.config.name}/{m.version}" for m in self._engine.models() if m.is_ready()]
         return Description(self._id, self._name, (*ready, *self._segments), self._generation)
 

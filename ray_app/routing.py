@@ -1,9 +1,24 @@
-"""Serve's request router for the pools: the less busy of two replicas, or the one that a request names."""
+"""Serve's request router for the pools: every call names its replica. It tells the gateway which ones there are."""
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 from ray.serve.request_router import RequestRouter
+
+Changed = Callable[[list[str], str], None]
+
+# Who wants to know which replicas a deployment has, by its name. Serve makes a router for each handle, in the process
+# and on the loop of who holds it.
+_watchers: dict[str, Changed] = {}
+
+
+def watch(deployment: str, changed: Changed) -> None:
+    """Have `changed` called with the ids of a deployment's replicas whenever they are others.
+
+    And with that of one that died: others that are no longer there end what they have begun.
+    """
+    _watchers[deployment] = changed
 
 
 class AddressedRouter(RequestRouter):  # type: ignore[misc]
@@ -11,6 +26,22 @@ class AddressedRouter(RequestRouter):  # type: ignore[misc]
 
     When it is not, another one gets the call and refuses it.
     """
+
+    def update_replicas(self, replicas: list[Any]) -> None:
+        super().update_replicas(replicas)
+        self._tell()
+
+    def on_replica_actor_died(self, replica_id: Any) -> None:
+        super().on_replica_actor_died(replica_id)
+        self._tell(replica_id.unique_id)
+
+    def _tell(self, dead: str = "") -> None:
+        # Serve may carry this class with a copy of its module: the module itself is what `watch` was told.
+        from ray_app import routing
+
+        changed = routing._watchers.get(self._deployment_id.name)
+        if changed is not None:
+            changed([replica_id.unique_id for replica_id in self.curr_replicas], dead)
 
     async def choose_replicas(self, candidate_replicas: list[Any], pending_request: Any = None) -> list[list[Any]]:
         if pending_request is not None:

@@ -6,6 +6,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from ray_app.members import Member
 from ray_app.pools import Pool, Router
 from tutti.errors import InferError, Unavailable
 from tutti.scheduler import trace
@@ -19,8 +20,12 @@ _MAX_HOP = 64
 class Streams:
     """An `Infer` for decoupled models: a stream from a replica for each call."""
 
-    def __init__(self, router: Router, pools: Sequence[Pool], statistics: ModelStatistics, max_calls: int) -> None:
+    def __init__(
+        self, router: Router, key: str, pools: Sequence[Pool], statistics: ModelStatistics, max_calls: int
+    ) -> None:
+        """`key` is the model's to replicas."""
         self._router = router
+        self._key = key
         self._pools = pools
         self._statistics = statistics
         self._max_calls = max_calls
@@ -44,7 +49,7 @@ class Streams:
     async def _run(self, call: Call) -> None:
         start_ns = now_ns()
         try:
-            answer = await self._router.stream(call, self._pools)
+            answer = await self._router.stream(call, self._key, self._pools)
         except InferError as error:
             answer = error
         except asyncio.CancelledError:
@@ -64,7 +69,7 @@ class _Pin:
     """A sequence and where it lives."""
 
     pool: Pool
-    replica: str
+    replica: Member
     waiting: deque[Call] = field(default_factory=deque)
     is_busy: bool = False
     used_ns: int = 0
@@ -128,8 +133,8 @@ class Sequences:
             places = self._router.places(self._name)
             if not places:
                 raise Unavailable(f"model '{self._name}': no replica is up")
-            counts = Counter((id(one.pool), one.replica) for one in self._pins.values())
-            pool, replica = min(places, key=lambda place: counts[id(place[0]), place[1]])
+            counts = Counter(id(one.replica) for one in self._pins.values())
+            pool, replica = min(places, key=lambda place: counts[id(place[1])])
             pin = self._pins[key] = _Pin(pool, replica, used_ns=now_ns())
         return key, pin
 
@@ -154,7 +159,7 @@ class Sequences:
 
     def _move(self, pin: _Pin) -> bool:
         """Give a sequence another replica; returns whether there is one."""
-        places = [place for place in self._router.places(self._name) if place[1] != pin.replica]
+        places = [place for place in self._router.places(self._name) if place[1] is not pin.replica]
         if places:
             pin.pool, pin.replica = places[0]
         return bool(places)

@@ -8,6 +8,7 @@ and whether it is worth a thread.
 
 import logging
 import queue
+import random
 import threading
 import time
 from collections import deque
@@ -36,6 +37,12 @@ MAX_INLINE_DEPTH = 4
 _LOOK_EVERY = 32
 _LEARN_EVERY = 4
 _MAX_QUICK = 1024
+# Of very many free instances so many, at random, are compared.
+_MOST_COMPARED = 16
+# One that is not preferred helps out where the others would need so many times as long as it does.
+_PATIENCE = 3
+# How much later than expected one looks whether a busy instance is free.
+_LATE_S = 0.0005
 # After an execution of this length the next one begins before the answers are delivered.
 PIPELINE_NS = 500_000
 
@@ -68,10 +75,15 @@ class Backend(Protocol):
 class Instance(Protocol):
     """Executes one batch at a time: settles every call of it, then tells the scheduler `release`.
 
-    Instances that take the same time share their `costs`, and record in it what they execute.
+    Instances that take the same time share their `costs`, and record in it what they execute. Those of the lowest
+    `rank` are preferred: others help out.
     """
 
     costs: Costs
+    rank: int
+
+    def ahead_ns(self, at_ns: int) -> int:
+        """How long it will take to begin, since something else is before it."""
 
     def start(self, batch: list[Call]) -> None:
         """Begin without blocking for long."""
@@ -104,7 +116,14 @@ class Waiting(Protocol):
 class Scheduler:
     """An `Infer`: queues calls, and hands a batch to an instance whenever one is free to take it."""
 
-    def __init__(self, name: str, waiting: Waiting, statistics: ModelStatistics, timer: Timer) -> None:
+    def __init__(
+        self, name: str, waiting: Waiting, statistics: ModelStatistics, timer: Timer, spill: float = 0.0
+    ) -> None:
+        """`spill` is which share of the instances that are not preferred may help out while preferred ones are busy."""
+        self._spill = spill
+        self._best_rank = 0
+        # Instances that were removed while they executed.
+        self._removed: set[int] = set()
         self._name = name
         self._queue = waiting
         self._statistics = statistics
@@ -128,8 +147,30 @@ class Scheduler:
         """Let an instance take batches from now on."""
         with self._lock:
             self._instances.append(instance)
-            self._is_mixed = len({id(one.costs) for one in self._instances}) > 1
+            self._rank()
         self.release(instance)
+
+    def remove(self, instance: Instance) -> None:
+        """Give an instance no more batches; one that it executes goes on."""
+        with self._lock:
+            self._instances.remove(instance)
+            if instance in self._free:
+                self._free.remove(instance)
+            else:
+                self._removed.add(id(instance))
+            self._rank()
+        self._dispatch()  # what waited for it, rather than for another, need not any longer
+
+    def refuse_waiting(self, error: InferError) -> None:
+        """Settle what waits with an error."""
+        with self._lock:
+            waiting = self._queue.drain()
+        if waiting:
+            self._fail(waiting, error)
+
+    def _rank(self) -> None:
+        self._is_mixed = len({id(one.costs) for one in self._instances}) > 1
+        self._best_rank = min((one.rank for one in self._instances), default=0)
 
     def __call__(self, calls: Sequence[Call]) -> None:
         if len(calls) == 1 and self._start_at_once(calls[0]):
@@ -254,9 +295,7 @@ class Scheduler:
         """Refuse new calls, execute the waiting ones, close the instances. Past the timeout what waits is refused."""
         with self._lock:
             self._is_closing = True
-            self._condition.wait_for(
-                lambda: self._queue.rows == 0 and len(self._free) == len(self._instances), timeout_s
-            )
+            self._condition.wait_for(lambda: self._queue.rows == 0 and not self._busy, timeout_s)
             left = self._queue.drain()
         settle_all(left, Unavailable(f"model '{self._name}' is being unloaded"))
         for instance in self._instances:
@@ -270,6 +309,8 @@ class Scheduler:
             with self._lock:
                 instance = self._choose()
                 if instance is None:
+                    if self._free:
+                        self._look_again()
                     return
                 decision = self._take(instance)
                 if decision.batch:
@@ -286,13 +327,33 @@ class Scheduler:
         if not self._is_mixed or not self._queue.rows:
             return self._free[-1]
         rows = min(self._queue.rows, self._queue.batch_rows())
-        quickest = min(self._free, key=lambda one: one.costs.of(None).mean_ns(rows))
+        now = now_ns()
+        free = self._free if len(self._free) <= _MOST_COMPARED else random.sample(self._free, _MOST_COMPARED)
+        quickest = min(free, key=lambda one: (one.rank, one.ahead_ns(now) + one.costs.of(None).mean_ns(rows)))
+        if quickest.rank > self._best_rank and not self._may_spill(quickest, rows):
+            return None
         return None if self._better_waits(quickest) else quickest
+
+    def _may_spill(self, instance: Instance, rows: int) -> bool:
+        """Whether one that is not preferred may help out: within its share, and of those not known one at a time."""
+        others = [one for one in self._instances if one.rank > self._best_rank]
+        busy = sum(id(one) in self._busy for one in others)
+        if not instance.costs.of(None).mean_ns(rows):
+            return bool(self._spill) and not busy and self._queue.rows > self._queue.batch_rows()
+        return busy < self._spill * len(others)
+
+    def _look_again(self) -> None:
+        """What waits for a busy instance, though another is free, is looked at again when that one ought to be done."""
+        soonest = min((until_ns for one in self._instances if (until_ns := self._until_ns(one))), default=0)
+        if soonest and (self._wake_ns is None or soonest < self._wake_ns):
+            self._wake_ns = soonest
+            self._timer(max(0, soonest - now_ns()) / 1e9 + _LATE_S, self._wake)
 
     def _better_waits(self, instance: Instance) -> bool:
         """Whether another instance, though busy, will have served all that waits before this one served a batch."""
         most = self._queue.batch_rows()
-        own_ns = now_ns() + instance.costs.of(None).mean_ns(min(self._queue.rows, most))
+        patience = 1 if instance.rank == self._best_rank else _PATIENCE
+        own_ns = now_ns() + patience * instance.costs.of(None).mean_ns(min(self._queue.rows, most))
         rounds = -(-self._queue.rows // most)
         return any(
             until_ns + rounds * one.costs.of(None).mean_ns(min(self._queue.rows, most)) < own_ns
@@ -303,13 +364,20 @@ class Scheduler:
     def _until_ns(self, instance: Instance) -> int:
         """When a busy instance is expected to be free; 0 where it is."""
         busy = self._busy.get(id(instance))
-        return busy[0] + instance.costs.of(busy[1]).mean_ns(busy[2]) if busy is not None else 0
+        if busy is None:
+            return 0
+        start_ns, key, rows = busy
+        mean_ns = instance.costs.of(key).mean_ns(rows)
+        late_ns = now_ns() - start_ns - mean_ns if mean_ns else 0
+        # What is late already may be late for as long again: it may be stuck.
+        return start_ns + mean_ns + 2 * max(0, late_ns)
 
     def _take(self, instance: Instance) -> Decision:
         now = now_ns()
         decision = self._queue.take(now, instance.costs)
         if decision.batch:
-            self._busy[id(instance)] = now, decision.batch[0].key, sum([call.rows for call in decision.batch])
+            begin_ns = now + instance.ahead_ns(now)
+            self._busy[id(instance)] = begin_ns, decision.batch[0].key, sum([call.rows for call in decision.batch])
         elif decision.wake_ns is not None and (self._wake_ns is None or decision.wake_ns < self._wake_ns):
             self._wake_ns = decision.wake_ns
             self._timer(max(0, decision.wake_ns - now) / 1e9, self._wake)
@@ -317,7 +385,10 @@ class Scheduler:
 
     def _set_free(self, instance: Instance) -> None:
         self._busy.pop(id(instance), None)
-        self._free.append(instance)
+        if id(instance) in self._removed:
+            self._removed.remove(id(instance))
+        else:
+            self._free.append(instance)
         if self._is_closing:
             self._condition.notify_all()
 
@@ -327,7 +398,7 @@ class Scheduler:
         self._dispatch()
 
     def _forecast(self) -> "Forecast":
-        busy = [(self._until_ns(one), one.costs) for one in self._instances]
+        busy = [(self._until_ns(one), one.costs) for one in self._instances if one.rank == self._best_rank]
         return Forecast(now_ns(), busy, self._queue.batch_rows())
 
     def _set_alarm(self, expires_ns: int) -> int:
@@ -379,6 +450,7 @@ class ThreadInstance:
         self._backend = backend
         self._scheduler = scheduler
         self._statistics = statistics
+        self.rank = 0
         self.costs = costs or Costs()
         # What its executions take of the processor: unlike their duration, no other thread can lengthen it.
         self._cpu = Costs()
@@ -389,6 +461,10 @@ class ThreadInstance:
         self._deliverer: threading.Thread | None = None
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
+
+    def ahead_ns(self, at_ns: int) -> int:
+        """It begins at once."""
+        return 0
 
     def start(self, batch: list[Call]) -> None:
         if self._may_run_here(batch):

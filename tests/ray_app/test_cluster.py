@@ -91,7 +91,7 @@ def test_gpu_replicas_die_under_load_and_come_back(small: Repository, tmp_path: 
         family = psutil.Process(served.process.pid).children(recursive=True)
         with Load(served) as load:
             wait_until(lambda: load.pools["gpu"] > 200)
-            assert not load.pools["cpu"]
+            assert load.pools["cpu"] < 0.1 * load.pools["gpu"], "no more than to help out"
             victims = replicas(served, "gpu")
             assert len(victims) == 2
             for victim in victims:

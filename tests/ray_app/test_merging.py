@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from ray_app import merging
-from ray_app.pools import POOL_PARAMETER, Pool, PoolStatus, ReplicaState, Router
+from ray_app.members import PoolStatus
+from ray_app.pools import POOL_PARAMETER, Pool, Router
 from tests.serving import Gather
 from tutti import config, wire
 from tutti.errors import InferError, InvalidArgument, Unavailable
@@ -85,9 +86,12 @@ class Replica:
 
 def infer(replica: Replica, calls: Sequence[Call]) -> tuple[list[Any], Pool]:
     async def run() -> tuple[list[Any], Pool]:
-        pool = Pool(PoolStatus("gpu"), None, replica)
-        pool.status.saw([ReplicaState("r", frozenset({"m/1"}))])
-        return await Router([pool], asyncio.get_running_loop()).infer(calls, [pool], 8), pool
+        pool = Pool(PoolStatus("gpu"), replica)
+        (member,) = pool.status.present(["r"])
+        member.saw("r", ["m/1"], 0)
+        router = Router([pool], asyncio.get_running_loop())
+        answers, _ = await router.infer(calls, "m/1", [pool], member, 8)
+        return answers, pool
 
     return asyncio.run(run())
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from ray_app.engine import MIN_HOP_ROWS, hop_policy
+from ray_app.members import PoolStatus, another
 from ray_app.options import Options
 from ray_app.placement import plan_pools
-from ray_app.pools import Pool, PoolStatus, ReplicaState, choose
 from tests.serving import Gather
 from tutti import config, wire
 from tutti.batching import BatchingPolicy
@@ -103,43 +103,58 @@ def test_calls_wait_for_a_hop_by_the_models_priorities() -> None:
     assert (made.priority_levels, made.default_priority_level, made.queue.timeout_ns) == (2, 1, 5000)
 
 
-REPLICA = ReplicaState("r", frozenset({"m/1"}))
+def pool(name: str, *ids: str) -> PoolStatus:
+    """A pool whose replicas are up and have a model."""
+    status = PoolStatus(name)
+    for member in status.present(ids):
+        member.saw(member.id, ["m/1"], 0)
+    return status
 
 
-def pools() -> tuple[Pool, Pool]:
-    gpu, cpu = (Pool(PoolStatus(name), None, None) for name in ("gpu", "cpu"))
-    return gpu, cpu
-
-
-def test_the_first_pool_that_is_up_takes_the_batch() -> None:
-    gpu, cpu = both = pools()
-    assert choose(both, []) is None
-    cpu.status.saw([REPLICA])
-    assert choose(both, []) is cpu
-    gpu.status.saw([REPLICA])
-    assert choose(both, []) is gpu
-    gpu.status.saw([])
-    assert choose(both, []) is cpu
-
-
-def test_a_batch_that_was_lost_goes_elsewhere_if_it_can() -> None:
-    gpu, cpu = both = pools()
-    gpu.status.saw([REPLICA])
-    cpu.status.saw([REPLICA])
-    assert choose(both, [gpu]) is cpu
-    cpu.status.failed()
-    assert choose(both, [gpu]) is gpu
-    gpu.status.failed()
-    assert choose(both, [gpu]) is None
+def test_what_was_lost_goes_to_the_least_busy_of_the_first_pool_that_is_up() -> None:
+    gpu, cpu = pool("gpu", "a", "b"), pool("cpu", "c")
+    both = (gpu, cpu)
+    a, b, c = gpu.members["a"], gpu.members["b"], cpu.members["c"]
+    a.begins(0, 10)
+    assert another(both, "m/1", []) is b
+    assert another(both, "m/1", [b]) is a
+    assert another(both, "m/1", [a, b]) is c
+    assert another(both, "m/1", [a, b, c]) is None
+    assert another(both, "m/2", []) is None
+    b.lost()
+    assert another(both, "m/1", [a]) is c
+    gpu.present([])
+    assert another(both, "m/1", []) is c
 
 
 def test_one_missed_probe_is_chance_two_are_down() -> None:
-    status = PoolStatus("gpu")
-    status.saw([REPLICA])
-    status.missed()
-    assert status.is_up
-    status.missed()
-    assert not status.is_up
-    status.saw([REPLICA])
-    assert status.has_model("m/1")
-    assert not status.has_model("m/2")
+    (member,) = pool("gpu", "a").members.values()
+    assert not member.missed()
+    assert member.is_up
+    assert member.missed()
+    assert (member.is_up, member.is_hung) == (False, True)
+    assert member.saw("a", ["m/1"], 0)
+    assert (member.is_up, member.is_hung) == (True, False)
+    assert not member.saw("a", ["m/1"], 1), "nothing that matters has changed"
+
+
+def test_a_pool_is_up_while_one_of_its_replicas_is() -> None:
+    gpu = pool("gpu", "a", "b")
+    gpu.members["a"].lost()
+    assert gpu.is_up
+    assert [member.id for member in gpu.having("m/1")] == ["b"]
+    kept = gpu.members["b"]
+    assert [member.id for member in gpu.present(["b", "c"])] == ["c"]
+    assert gpu.members["b"] is kept
+    kept.lost()
+    assert not gpu.is_up, "one that was never seen is not up"
+
+
+def test_how_long_a_replica_was_at_a_batch_leaves_out_those_before_it() -> None:
+    (member,) = pool("gpu", "a").members.values()
+    member.begins(0, 100)
+    member.begins(10, 100)
+    assert member.ahead_ns(20) == 180
+    assert member.ends(0, 90) == 90
+    assert member.ends(10, 170) == 80
+    assert member.ahead_ns(171) == 0

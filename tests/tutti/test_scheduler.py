@@ -15,11 +15,16 @@ from tutti.types import Call, InferRequest, InferResponse, now_ns, settle
 class HeldInstance:
     """Keeps its batch until the test lets it finish."""
 
-    def __init__(self, scheduler: Scheduler, costs: Costs | None = None) -> None:
+    def __init__(self, scheduler: Scheduler, costs: Costs | None = None, rank: int = 0) -> None:
         self.scheduler = scheduler
+        self.rank = rank
+        self.ahead = 0
         self.costs = costs or Costs()
         self.batches: list[list[Call]] = []
         self.is_closed = False
+
+    def ahead_ns(self, at_ns: int) -> int:
+        return self.ahead
 
     def start(self, batch: list[Call]) -> None:
         self.batches.append(batch)
@@ -260,6 +265,89 @@ def test_a_slow_instance_helps_where_the_queue_is_long() -> None:
     scheduler.add(quick)
     scheduler(calls(100, Settled()))
     assert (len(quick.batches), len(slow.batches)) == (1, 1)
+
+
+def ranked(spill: float, *others: Costs) -> tuple[Scheduler, HeldInstance, list[HeldInstance]]:
+    """A preferred instance, and those that may help out."""
+    scheduler = Scheduler("m", BatchQueue(BatchingPolicy(4), 1000), ModelStatistics(), Timers(), spill)
+    preferred = HeldInstance(scheduler, learned(4, 100))
+    helpers = [HeldInstance(scheduler, costs, rank=1) for costs in others]
+    for instance in (*helpers, preferred):
+        scheduler.add(instance)
+    return scheduler, preferred, helpers
+
+
+def test_one_that_is_preferred_is_taken_while_it_is_free_though_another_is_quicker() -> None:
+    scheduler, preferred, (helper,) = ranked(1.0, learned(4, 10))
+    scheduler(calls(4, Settled()))
+    assert (len(preferred.batches), len(helper.batches)) == (1, 0)
+
+
+def test_others_help_out_within_their_share_where_the_preferred_one_is_late() -> None:
+    scheduler, preferred, helpers = ranked(0.5, *[learned(4, 200)] * 4)
+    scheduler(calls(100, Settled()))
+    assert len(preferred.batches) == 1
+    assert sum(len(one.batches) for one in helpers) == 2
+    next(one for one in helpers if one.batches).finish()
+    assert sum(len(one.batches) for one in helpers) == 3
+
+
+def test_others_do_not_help_out_where_they_may_not() -> None:
+    scheduler, preferred, (helper,) = ranked(0.0, learned(4, 10))
+    scheduler(calls(100, Settled()))
+    assert (len(preferred.batches), len(helper.batches)) == (1, 0)
+
+
+def test_without_a_preferred_one_the_others_take_all() -> None:
+    scheduler, preferred, (helper,) = ranked(0.0, learned(4, 10))
+    scheduler.remove(preferred)
+    scheduler(calls(4, Settled()))
+    assert len(helper.batches) == 1
+
+
+def test_what_waits_goes_elsewhere_when_the_instance_it_waited_for_is_removed() -> None:
+    scheduler, preferred, (helper,) = ranked(0.0, learned(4, 10))
+    sink = Settled()
+    made = calls(8, sink)
+    scheduler(made)
+    assert (len(preferred.batches), len(helper.batches)) == (1, 0)
+    scheduler.remove(preferred)
+    assert helper.batches == [made[4:]]
+    preferred.finish()
+    helper.finish()
+    assert len(sink.calls) == 8
+    scheduler(calls(1, Settled()))
+    assert (len(preferred.batches), len(helper.batches)) == (1, 2), "it gets no more"
+    scheduler.close(timeout_s=0.0)
+
+
+def test_an_unknown_helper_is_tried_once_and_only_in_need() -> None:
+    scheduler, preferred, (first, second) = ranked(1.0, Costs(), Costs())
+    scheduler(calls(8, Settled()))
+    assert (len(preferred.batches), len(first.batches) + len(second.batches)) == (1, 0)
+    scheduler(calls(40, Settled()))
+    assert len(first.batches) + len(second.batches) == 1
+
+
+def test_of_equal_instances_the_one_with_less_before_it_is_taken() -> None:
+    scheduler = Scheduler("m", BatchQueue(BatchingPolicy(4), 1000), ModelStatistics(), Timers())
+    one, other = HeldInstance(scheduler, learned(4, 100)), HeldInstance(scheduler, learned(4, 100))
+    one.ahead = 50_000_000
+    scheduler.add(other)
+    scheduler.add(one)
+    scheduler(calls(1, Settled()))
+    assert (len(one.batches), len(other.batches)) == (0, 1)
+
+
+def test_waiting_calls_can_be_refused() -> None:
+    scheduler, instance, _ = make(BatchingPolicy(4))
+    scheduler(calls(4, Settled()))
+    sink = Settled()
+    scheduler(calls(3, sink))
+    scheduler.refuse_waiting(Unavailable("nobody is there"))
+    assert [str(call.answer) for call in sink.calls] == ["nobody is there"] * 3
+    instance.finish()
+    assert len(instance.batches) == 1
 
 
 class SmallDevice:

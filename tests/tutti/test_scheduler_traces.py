@@ -88,9 +88,13 @@ class Instance:
     def __init__(self, run: "Run", number: int, factor: int, costs: Costs) -> None:
         self.run = run
         self.number = number
+        self.rank = 0
         self.costs = costs
         self._factor = factor
         self._batch: list[Call] = []
+
+    def ahead_ns(self, at_ns: int) -> int:
+        return 0
 
     def start(self, batch: list[Call]) -> None:
         assert not self._batch, "one batch at a time"

@@ -1,0 +1,127 @@
+"""A model's way to its replicas: each is an instance of the model's scheduler, like a thread is on one machine."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ray_app.members import Member
+from ray_app.pools import Pool, Router
+from tutti.cost import Costs
+from tutti.errors import InferError, Unavailable
+from tutti.scheduler import Scheduler, trace
+from tutti.statistics import BatchTimes, ModelStatistics
+from tutti.types import Answer, Call, now_ns, settle
+
+# How often one looks whether requests wait for replicas that do not come, and how long they may.
+_LOOK_EVERY_S = 0.5
+_PATIENCE_NS = 10_000_000_000
+
+
+class ReplicaInstance:
+    """One batch at a time on its way to a replica."""
+
+    def __init__(self, hop: "Hop", member: Member, rank: int, costs: Costs) -> None:
+        self.costs = costs
+        self.rank = rank
+        self._hop = hop
+        self._member = member
+
+    def ahead_ns(self, at_ns: int) -> int:
+        """How long what the replica has will keep it."""
+        return self._member.ahead_ns(at_ns)
+
+    def start(self, batch: list[Call]) -> None:
+        self._hop.router.spawn(self._execute(batch))
+
+    def close(self) -> None:
+        """Nothing of its own to close."""
+
+    async def _execute(self, batch: list[Call]) -> None:
+        hop, member = self._hop, self._member
+        rows = sum([call.rows for call in batch])
+        start_ns = now_ns()
+        by: Member | None = None
+        member.begins(start_ns, self.costs.of(batch[0].key).mean_ns(rows))
+        try:
+            answers: Sequence[Answer]
+            answers, by = await hop.router.infer(batch, hop.key, hop.pools, member, hop.most_rows)
+        except InferError as error:
+            answers = [error] * len(batch)
+        except asyncio.CancelledError:
+            answers = [Unavailable(f"model '{hop.name}': the gateway is stopping")] * len(batch)
+        end_ns = now_ns()
+        took_ns = member.ends(start_ns, end_ns)
+        if by is member:
+            self.costs.record(batch[0].key, rows, took_ns)
+        for call, answer in zip(batch, answers, strict=True):
+            call.answer = answer
+        times = BatchTimes(start_ns, start_ns, end_ns, end_ns)
+        hop.statistics.record_batch(batch, times)
+        trace(batch, times)
+        try:
+            settle(batch)
+        finally:
+            hop.scheduler.release(self)
+
+
+class Hop:
+    """Keeps a scheduler's instances in step with the replicas that have its model."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        name: str,
+        key: str,
+        router: Router,
+        pools: Sequence[Pool],
+        statistics: ModelStatistics,
+        most_rows: int,
+    ) -> None:
+        self.scheduler = scheduler
+        self.name = name
+        self.key = key
+        self.router = router
+        self.pools = pools
+        self.statistics = statistics
+        self.most_rows = most_rows
+        self._instances: dict[Member, list[ReplicaInstance]] = {}
+        self._empty_since_ns = now_ns()
+        self._is_closed = False
+        self._end: Callable[[], Any] = router.listen(self._refresh)
+        router.spawn(self._refuse_forever())
+
+    def close(self) -> None:
+        """Execute what waits, then take no more."""
+        self.scheduler.close()
+        self._is_closed = True
+        self._end()
+
+    def _refresh(self) -> None:
+        """On the router's loop, whenever replicas are others."""
+        if self._is_closed:
+            return
+        present = {
+            member: (rank, pool.slots)
+            for rank, pool in enumerate(self.pools)
+            for member in pool.status.having(self.key)
+        }
+        for member in [member for member in self._instances if member not in present]:
+            for instance in self._instances.pop(member):
+                self.scheduler.remove(instance)
+        for member, (rank, slots) in present.items():
+            if member not in self._instances:
+                costs = Costs()
+                made = [ReplicaInstance(self, member, rank, costs) for _ in range(slots)]
+                self._instances[member] = made
+                for instance in made:
+                    self.scheduler.add(instance)
+        if present or not self._empty_since_ns:
+            self._empty_since_ns = 0 if present else now_ns()
+
+    async def _refuse_forever(self) -> None:
+        """What waits for a replica does not wait for ever."""
+        while not self._is_closed:
+            await asyncio.sleep(_LOOK_EVERY_S)
+            if self._empty_since_ns and now_ns() - self._empty_since_ns > _PATIENCE_NS:
+                what = f"model '{self.name}': no replica is up, waited {_PATIENCE_NS / 1e9:g} s"
+                self.scheduler.refuse_waiting(Unavailable(what))
