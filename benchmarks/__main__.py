@@ -7,7 +7,6 @@ section of benchmarks/results.md and results.json; `--only` measures some parts 
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -27,6 +26,7 @@ import psutil
 
 from benchmarks import clients, graphs, overload
 from benchmarks.clients import Figures
+from benchmarks.machine import commit, hardware
 from benchmarks.models import (
     ACCELERATOR,
     AUDIO,
@@ -486,23 +486,6 @@ SECTIONS: dict[str, tuple[str, Callable[[Run], list[str]]]] = {
     "shed": ("One and a half times what a graph can do, deadlines of 400 ms", shed),
     "cold": ("From process start to the sample ensemble's first answer", first_inference),
 }
-
-
-def hardware() -> str:
-    cpu = platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            cpu = line.split(":", 1)[1].strip()
-            break
-    memory = psutil.virtual_memory().total / 2**30
-    return f"{cpu}, {os.cpu_count()} cores, {memory:.0f} GiB, no GPU, Python {platform.python_version()}"
-
-
-def commit() -> str:
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False
-    )
-    return done.stdout.strip() or "unknown"
 
 
 def table(rows: Sequence[Row], theirs: str, ours: str = "tutti") -> list[str]:

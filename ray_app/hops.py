@@ -15,6 +15,8 @@ from tutti.types import Answer, Call, now_ns, settle
 # How often one looks whether requests wait for replicas that do not come, and how long they may.
 _LOOK_EVERY_S = 0.5
 _PATIENCE_NS = 10_000_000_000
+# After so long without a batch, how long a replica took says nothing about it any more.
+_FORGET_NS = 5_000_000_000
 
 
 class ReplicaInstance:
@@ -23,6 +25,7 @@ class ReplicaInstance:
     def __init__(self, hop: "Hop", member: Member, rank: int, costs: Costs) -> None:
         self.costs = costs
         self.rank = rank
+        self.learned_ns = now_ns()
         self._hop = hop
         self._member = member
 
@@ -52,6 +55,7 @@ class ReplicaInstance:
         end_ns = now_ns()
         took_ns = member.ends(start_ns, end_ns)
         if by is member:
+            self.learned_ns = end_ns
             self.costs.record(batch[0].key, rows, took_ns)
         for call, answer in zip(batch, answers, strict=True):
             call.answer = answer
@@ -88,7 +92,7 @@ class Hop:
         self._empty_since_ns = now_ns()
         self._is_closed = False
         self._end: Callable[[], Any] = router.listen(self._refresh)
-        router.spawn(self._refuse_forever())
+        router.spawn(self._look_forever())
 
     def close(self) -> None:
         """Execute what waits, then take no more."""
@@ -118,10 +122,23 @@ class Hop:
         if present or not self._empty_since_ns:
             self._empty_since_ns = 0 if present else now_ns()
 
-    async def _refuse_forever(self) -> None:
+    def _try_again(self) -> None:
+        """A replica that was slow is given nothing while others are quicker: what is known of it grows old.
+
+        It is forgotten then, so that the replica is tried.
+        """
+        at_ns = now_ns()
+        for instances in self._instances.values():
+            if instances and at_ns - max(one.learned_ns for one in instances) > _FORGET_NS:
+                costs = Costs()
+                for one in instances:
+                    one.costs, one.learned_ns = costs, at_ns
+
+    async def _look_forever(self) -> None:
         """What waits for a replica does not wait for ever."""
         while not self._is_closed:
             await asyncio.sleep(_LOOK_EVERY_S)
+            self._try_again()
             if self._empty_since_ns and now_ns() - self._empty_since_ns > _PATIENCE_NS:
                 what = f"model '{self.name}': no replica is up, waited {_PATIENCE_NS / 1e9:g} s"
                 self.scheduler.refuse_waiting(Unavailable(what))
