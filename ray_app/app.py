@@ -1,5 +1,6 @@
 """The composition root on Ray: the gateway's and the pools' deployments, bound into one Serve application."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ environment.apply()  # before ray.serve is imported
 
 import ray  # noqa: E402
 from ray import serve  # noqa: E402
-from ray.serve.config import RequestRouterConfig  # noqa: E402
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig  # noqa: E402
 
 from ray_app.gateway import Gateway  # noqa: E402
 from ray_app.options import Options  # noqa: E402
@@ -18,10 +19,14 @@ from ray_app.replica import Replica, ReplicaOptions  # noqa: E402
 from tutti import repository  # noqa: E402
 
 _HEALTH_CHECK_PERIOD_S = 1.0
+# A replica that is not needed is kept for so long: loads that come and go do not start one each time.
+_DOWNSCALE_DELAY_S = 15.0
 
 
 def build(arguments: Options) -> Any:
     """The application. Raises ConfigError when the cluster cannot hold the replicas asked for."""
+    nodes = [node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]]
+    environment.require_authentication(nodes, os.environ.get("RAY_AUTH_MODE"))
     pools = arguments.pool_specs(ray.cluster_resources().get("GPU", 0))
     arguments = arguments.with_absolute_paths()
     folders, _ = repository.open_models(Path(arguments.model_repository), arguments.start_models())
@@ -34,6 +39,7 @@ def build(arguments: Options) -> Any:
                 arguments.exit_on_error,
                 arguments.log_verbose,
                 pool.has_gpu,
+                arguments.hang_timeout_secs,
             ),
             pool.name,
         )
@@ -49,11 +55,29 @@ def build(arguments: Options) -> Any:
     return gateway.bind(arguments, pools, **handles)
 
 
+def _replicas(pool: PoolSpec) -> dict[str, Any]:
+    if not pool.max_replicas:
+        return {"num_replicas": pool.replicas}
+    return {
+        "num_replicas": "auto",
+        "autoscaling_config": AutoscalingConfig(
+            min_replicas=pool.min_replicas,
+            initial_replicas=pool.replicas,
+            max_replicas=pool.max_replicas,
+            metrics_interval_s=0.5,
+            look_back_period_s=1.0,
+            upscale_delay_s=0.0,
+            downscale_delay_s=_DOWNSCALE_DELAY_S,
+            policy=AutoscalingPolicy(policy_function="ray_app.autoscaling:policy"),
+        ),
+    }
+
+
 def _deployment(pool: PoolSpec) -> Any:
     return serve.deployment(
         Replica,
         name=pool.name,
-        num_replicas=pool.replicas,
+        **_replicas(pool),
         ray_actor_options={"num_cpus": pool.num_cpus, "num_gpus": pool.num_gpus},
         max_ongoing_requests=10_000,  # the gateway's slots are the limit
         health_check_period_s=_HEALTH_CHECK_PERIOD_S,

@@ -152,7 +152,8 @@ class Fallback:
         def hop(own: Sequence[Pool]) -> Hop:
             queue = BatchQueue(hop_policy(config), config.max_queued_rows)
             scheduler = Scheduler(config.name, queue, statistics, timer, MAX_SPILL if when == "late" else 0.0)
-            return Hop(scheduler, config.name, key, router, own, statistics, merging.rows_at_most(config))
+            most_rows = merging.rows_at_most(config)
+            return Hop(scheduler, config.name, key, router, own, statistics, most_rows, max(1, config.max_batch_size))
 
         self._make_strict: Callable[[], Hop] = lambda: hop(pools[:1])
         self._hop = hop(pools[:1] if when == "never" else pools)
@@ -161,15 +162,15 @@ class Fallback:
 
     def __call__(self, calls: Sequence[Call]) -> None:
         if not any(call.request.parameters.get(FALLBACK_PARAMETER) is False for call in calls):
-            _mixed(self._hop.scheduler)(calls)
+            self._hop(calls)
             return
         with self._lock:
             self._strict = self._strict or self._make_strict()
         strict = [call for call in calls if call.request.parameters.get(FALLBACK_PARAMETER) is False]
-        _mixed(self._strict.scheduler)(strict)
+        self._strict(strict)
         if len(strict) < len(calls):
             own = set(map(id, strict))
-            _mixed(self._hop.scheduler)([call for call in calls if id(call) not in own])
+            self._hop([call for call in calls if id(call) not in own])
 
     def pending(self) -> int:
         return sum(hop.scheduler.queued_calls() for hop in self._hops())
@@ -198,8 +199,9 @@ class Segments:
         scheduler = Scheduler(name, queue, statistics, self._timer, MAX_SPILL)
         most_rows = step.max_rows if step.is_merged else 1
         self._control.load_segment(name, segment, pools)
-        self._made[name] = Hop(scheduler, name, name, self._router, self._router.of(pools), statistics, most_rows)
-        return Arriving(_mixed(scheduler), segment.is_batched)
+        placed, batch_rows = self._router.of(pools), max(1, step.max_rows)
+        self._made[name] = hop = Hop(scheduler, name, name, self._router, placed, statistics, most_rows, batch_rows)
+        return Arriving(hop, segment.is_batched)
 
     def are_ready(self) -> bool:
         return all(self._router.has_model(name, hop.pools) for name, hop in self._made.items())
@@ -216,14 +218,3 @@ def hop_policy(config: ModelConfig) -> BatchingPolicy:
     if config.batching is None:
         return BatchingPolicy(rows)
     return replace(config.batching, max_batch_size=rows, preferred_batch_sizes=(), max_queue_delay_ns=0)
-
-
-def _mixed(scheduler: Scheduler) -> Infer:
-    """A hop mixes shapes."""
-
-    def infer(calls: Sequence[Call]) -> None:
-        for call in calls:
-            call.key = None
-        scheduler(calls)
-
-    return infer

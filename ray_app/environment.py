@@ -4,6 +4,9 @@ Handle calls go over gRPC and run on the replica's own loop: measured, this is 1
 """
 
 import os
+from collections.abc import Iterable
+
+from tutti.errors import ConfigError
 
 SETTINGS = {
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
@@ -19,3 +22,16 @@ def apply() -> None:
     """Set what is not set already, in this process."""
     for key, value in SETTINGS.items():
         os.environ.setdefault(key, value)
+
+
+def require_authentication(addresses: Iterable[str], mode: str | None) -> None:
+    """Raises ConfigError for nodes on several machines where Ray asks nobody for a token.
+
+    Ray's ports, and those of Serve's replicas, execute what they are sent.
+    """
+    machines = set(addresses)
+    if len(machines) > 1 and mode != "token":
+        raise ConfigError(
+            f"the cluster has {len(machines)} machines and no authentication: anyone who reaches its ports can run "
+            "code there. Set RAY_AUTH_MODE=token, and a token, on every node and here: see docs/security.md"
+        )

@@ -42,7 +42,7 @@ class Gateway:
     ) -> None:
         """`handles` are the pools' deployments, by their names."""
         loop = asyncio.get_running_loop()
-        pools = [Pool(PoolStatus(spec.name), **_methods(handles[spec.name])) for spec in specs]
+        pools = [_pool(spec, handles[spec.name]) for spec in specs]
         self._router = Router(pools, loop)
         self._router.start(routing.watch)
         control = Control(self._router, loop)
@@ -71,7 +71,7 @@ class Gateway:
     def is_ready(self) -> bool:
         """Whether it serves what there is to serve: with explicit control that may be nothing yet."""
         return all(model.is_ready() for model in self._engine.models()) and any(
-            pool.status.is_up for pool in self._router.pools
+            pool.status.is_up or pool.may_be_empty for pool in self._router.pools
         )
 
     async def __del__(self) -> None:
@@ -79,15 +79,19 @@ class Gateway:
         self._router.stop()
 
 
-def _methods(handle: Any) -> dict[str, Any]:
-    """A replica's methods. `handle.options` builds a new object at each call: made once."""
+def _pool(spec: PoolSpec, handle: Any) -> Pool:
+    """`handle.options` builds a new object at each call: made once."""
     pickled = {"request_serialization": "pickle", "response_serialization": "pickle"}
-    return {
-        "send": handle.options(method_name="infer", **pickled),
-        "stream": handle.options(method_name="stream", stream=True, **pickled),
-        "describe": handle.options(method_name="describe"),
-        "apply": handle.options(method_name="apply"),
-    }
+    return Pool(
+        PoolStatus(spec.name),
+        send=handle.options(method_name="infer", **pickled),
+        stream=handle.options(method_name="stream", stream=True, **pickled),
+        describe=handle.options(method_name="describe"),
+        apply=handle.options(method_name="apply"),
+        broadcast=handle.broadcast,
+        patience_s=spec.patience_s,
+        may_be_empty=spec.may_be_empty,
+    )
 
 
 def pool_metrics(pools: Sequence[Pool]) -> Iterator[Metric]:
@@ -97,9 +101,11 @@ def pool_metrics(pools: Sequence[Pool]) -> Iterator[Metric]:
     fallbacks = CounterMetricFamily(
         "tutti_fallback_requests", "Requests answered by a pool other than the preferred one", labels=["pool"]
     )
+    wanted = GaugeMetricFamily("tutti_pool_wanted_replicas", "Replicas that the pool's work needs", labels=["pool"])
     for pool in pools:
         status = pool.status
+        wanted.add_metric([status.name], pool.wanted)
         replicas.add_metric([status.name], len(status.up))
         requests.add_metric([status.name], status.requests)
         fallbacks.add_metric([status.name], status.fallbacks)
-    yield from (replicas, requests, fallbacks)
+    yield from (replicas, wanted, requests, fallbacks)

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ray_app.autoscaling import Demand, Meter, row_s
 from ray_app.members import Member
 from ray_app.pools import Pool, Router
 from tutti.cost import Costs
@@ -12,9 +13,8 @@ from tutti.scheduler import Scheduler, trace
 from tutti.statistics import BatchTimes, ModelStatistics
 from tutti.types import Answer, Call, now_ns, settle
 
-# How often one looks whether requests wait for replicas that do not come, and how long they may.
-_LOOK_EVERY_S = 0.5
-_PATIENCE_NS = 10_000_000_000
+# How often one looks whether requests wait for replicas that do not come.
+_LOOK_EVERY_S = 0.25
 # After so long without a batch, how long a replica took says nothing about it any more.
 _FORGET_NS = 5_000_000_000
 
@@ -80,7 +80,9 @@ class Hop:
         pools: Sequence[Pool],
         statistics: ModelStatistics,
         most_rows: int,
+        batch_rows: int,
     ) -> None:
+        """Up to `most_rows` rows travel as one request; the model takes `batch_rows` at once."""
         self.scheduler = scheduler
         self.name = name
         self.key = key
@@ -88,16 +90,34 @@ class Hop:
         self.pools = pools
         self.statistics = statistics
         self.most_rows = most_rows
+        self.batch_rows = batch_rows
+        self.meter = Meter()
+        self._row_s = 0.0
         self._instances: dict[Member, list[ReplicaInstance]] = {}
         self._empty_since_ns = now_ns()
         self._is_closed = False
         self._end: Callable[[], Any] = router.listen(self._refresh)
+        pools[0].hops.append(self)
         router.spawn(self._look_forever())
+
+    def __call__(self, calls: Sequence[Call]) -> None:
+        """Queue calls of any shapes: a hop mixes them."""
+        for call in calls:
+            call.key = None
+        self.meter.arrived(now_ns(), sum([call.rows for call in calls]))
+        self.scheduler(calls)
+
+    def demand(self) -> Demand:
+        """Of the first of its pools."""
+        first = [instances[0] for instances in self._instances.values() if instances and instances[0].rank == 0]
+        costs = [cost for one in first if (cost := row_s(one.costs.of(None), self.batch_rows))]
+        return Demand(self.meter.rows_per_s(now_ns()), self.scheduler.queued_rows(), min(costs, default=self._row_s))
 
     def close(self) -> None:
         """Execute what waits, then take no more."""
         self.scheduler.close()
         self._is_closed = True
+        self.pools[0].hops.remove(self)
         self._end()
 
     def _refresh(self) -> None:
@@ -139,6 +159,10 @@ class Hop:
         while not self._is_closed:
             await asyncio.sleep(_LOOK_EVERY_S)
             self._try_again()
-            if self._empty_since_ns and now_ns() - self._empty_since_ns > _PATIENCE_NS:
-                what = f"model '{self.name}': no replica is up, waited {_PATIENCE_NS / 1e9:g} s"
+            self._row_s = self.demand().row_s  # what was known last, while there is no replica
+            if not self._instances and self.scheduler.queued_rows():
+                self.router.call_for(self.pools)
+            patience_s = max(pool.patience_s for pool in self.pools)
+            if self._empty_since_ns and now_ns() - self._empty_since_ns > patience_s * 1e9:
+                what = f"model '{self.name}': no replica is up, waited {patience_s:g} s"
                 self.scheduler.refuse_waiting(Unavailable(what))

@@ -9,12 +9,17 @@ from ray_app.placement import PoolSpec, check_pools, plan_pools
 
 
 class PoolOptions(BaseModel):
-    """One pool of replicas, in order of preference; `models` are names or patterns of those it takes."""
+    """One pool of replicas, in order of preference; `models` are names or patterns of those it takes.
+
+    With `max_replicas` it has as many as its work needs, and begins with `replicas` (default: `min_replicas`).
+    """
 
     model_config = ConfigDict(extra="forbid")
 
     name: str
-    replicas: int = 1
+    replicas: int | None = None
+    min_replicas: int = Field(default=0, ge=0)
+    max_replicas: int = Field(default=0, ge=0)
     num_cpus: float = 0.1
     num_gpus: float = 0.0
     models: list[str] = ["*"]
@@ -62,6 +67,7 @@ class Options(BaseModel):
     gpu_replicas: int | None = None
     cpu_replicas: int = 1
     pools: list[PoolOptions] | None = None
+    hang_timeout_secs: float = Field(default=60.0, gt=0)
 
     def pool_specs(self, gpus: float) -> tuple[PoolSpec, ...]:
         """The pools asked for, or those of `gpu_replicas` and `cpu_replicas`, on a cluster of so many GPUs.
@@ -70,7 +76,18 @@ class Options(BaseModel):
         """
         if self.pools is None:
             return plan_pools(gpus, self.gpu_replicas, self.cpu_replicas)
-        made = [PoolSpec(p.name, p.replicas, p.num_cpus, p.num_gpus, tuple(p.models)) for p in self.pools]
+        made = [
+            PoolSpec(
+                pool.name,
+                (pool.min_replicas if pool.max_replicas else 1) if pool.replicas is None else pool.replicas,
+                pool.num_cpus,
+                pool.num_gpus,
+                tuple(pool.models),
+                pool.min_replicas,
+                pool.max_replicas,
+            )
+            for pool in self.pools
+        ]
         return check_pools(made, gpus)
 
     def with_absolute_paths(self) -> "Options":

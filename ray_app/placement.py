@@ -28,10 +28,22 @@ class PoolSpec:
     num_cpus: float
     num_gpus: float
     models: tuple[str, ...] = ("*",)
+    # With `max_replicas` as many as the work needs, between these; `replicas` to begin with.
+    min_replicas: int = 0
+    max_replicas: int = 0
 
     @property
     def has_gpu(self) -> bool:
         return self.num_gpus > 0
+
+    @property
+    def may_be_empty(self) -> bool:
+        return bool(self.max_replicas) and not self.min_replicas
+
+    @property
+    def patience_s(self) -> float:
+        """How long requests wait for a replica: one that has to be started takes its time."""
+        return 120.0 if self.may_be_empty else 10.0
 
     def names(self, model: str) -> bool:
         """Whether it lists the model, not just everything."""
@@ -72,8 +84,13 @@ def check_pools(pools: Sequence[PoolSpec], gpus: float) -> tuple[PoolSpec, ...]:
         where = f"pool '{pool.name}'"
         if not _NAME.fullmatch(pool.name):
             raise ConfigError(f"{where}: expected a name of a-z, 0-9 and _, that begins with a letter")
-        if pool.replicas < 1 or pool.num_cpus < 0 or pool.num_gpus < 0:
-            raise ConfigError(f"{where}: expected 1 or more replicas, and no negative num_cpus or num_gpus")
+        if pool.num_cpus < 0 or pool.num_gpus < 0:
+            raise ConfigError(f"{where}: expected no negative num_cpus or num_gpus")
+        if pool.max_replicas:
+            if not 0 <= pool.min_replicas <= pool.replicas <= pool.max_replicas:
+                raise ConfigError(f"{where}: expected 0 <= min_replicas <= replicas <= max_replicas")
+        elif pool.replicas < 1 or pool.min_replicas:
+            raise ConfigError(f"{where}: expected 1 or more replicas, or max_replicas")
         if not pool.models:
             raise ConfigError(f"{where}: models: expected at least one name or pattern")
     twice = {pool.name for pool in pools if sum(pool.name == other.name for other in pools) > 1}
@@ -113,7 +130,7 @@ def models_for(pool: PoolSpec, pools: Sequence[PoolSpec], configs: dict[str, Mod
 
 def _home_of_model(config: ModelConfig, pools: Sequence[PoolSpec]) -> Home:
     kinds = {group.kind for group in config.instance_groups}
-    needs_gpu = "gpu" in kinds or config.backend == "tensorrt"
+    needs_gpu = ("gpu" in kinds and not config.cpu_filename) or config.backend == "tensorrt"
     wants_cpu = kinds == {"cpu"}
     found: list[str] = []
     refused: list[str] = []

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ray_app import control, merging
+from ray_app.autoscaling import wanted
 from ray_app.control import Change, Desired
 from ray_app.members import Member, PoolStatus, another
 from ray_app.replica import Description
@@ -37,7 +38,11 @@ Watch = Callable[[str, Callable[[list[str], str], None]], None]
 
 
 class _Lost(Exception):
-    """The replica is gone, or does not answer any more."""
+    """The replica is gone."""
+
+
+class _Silent(_Lost):
+    """The replica does not answer any more."""
 
 
 @dataclass(slots=True)
@@ -50,6 +55,13 @@ class Pool:
     describe: Any = None
     apply: Any = None
     slots: int = 2
+    # How long requests wait for a first replica; one that may have none has to be started for them.
+    patience_s: float = 10.0
+    may_be_empty: bool = False
+    broadcast: Any = None
+    # How many replicas its work needs, as its replicas are told.
+    wanted: float = 0.0
+    hops: list[Any] = field(default_factory=list)
     # The sends that wait for each replica, by its id.
     sends: dict[str, set[asyncio.Task[Any]]] = field(default_factory=dict)
 
@@ -66,12 +78,14 @@ class Router:
         self._listeners: list[Callable[[], None]] = []
         self._wake: dict[str, asyncio.Event] = {}
         self._catching_up: set[str] = set()
+        self._called: set[str] = set()
         self._suspects = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
         self.desired = Desired()
 
     def start(self, watch: Watch) -> None:
         """Begin to follow the replicas, of which `watch` tells."""
+        self.spawn(self.measure_forever())
         for pool in self.pools:
             watch(pool.status.name, lambda ids, dead, pool=pool: self._present(pool, ids, dead))  # type: ignore[misc]
             self.spawn(self._find(pool))
@@ -102,7 +116,8 @@ class Router:
         return tuple(pool for pool in self.pools if pool.status.name in names)
 
     def has_model(self, key: str, pools: Sequence[Pool]) -> bool:
-        return any(pool.status.having(key) for pool in pools)
+        """Whether requests are answered, be it by a replica that has to be started for them."""
+        return any(pool.status.having(key) or (pool.may_be_empty and not pool.status.members) for pool in pools)
 
     def reason(self, key: str, pools: Sequence[Pool]) -> str:
         """Why a model is not everywhere in its pools; "" when it is."""
@@ -173,6 +188,8 @@ class Router:
         tried: list[Member] = []
         member: Member | None = first
         while len(tried) < MAX_SENDS - 1:
+            if tried and all(map(_is_unwanted, calls)):
+                return [_unwanted(call) for call in calls], None
             member = member or await self._another(key, pools, tried)
             try:
                 return await self._call(self._by_name[member.pool], member, calls), member
@@ -184,11 +201,19 @@ class Router:
 
     async def _alone(self, call: Call, key: str, pools: Sequence[Pool], tried: Sequence[Member]) -> Answer:
         """The answer to a request that may be what ended two replicas."""
+        if _is_unwanted(call):
+            return _unwanted(call)
         async with self._suspects:
             try:
-                member = await self._another(key, pools, tried)
-                (answer,) = await self._call(self._by_name[member.pool], member, [call])
-                return answer
+                while True:
+                    member = await self._another(key, pools, tried)
+                    try:
+                        (answer,) = await self._call(self._by_name[member.pool], member, [call])
+                        return answer
+                    except _Silent:  # which may have reasons of its own, other than this request
+                        if _is_unwanted(call):
+                            return _unwanted(call)
+                        tried = [*tried, member]
             except _Lost as error:
                 what = f"{MAX_SENDS} replicas were lost while they held the request, at last {member.name}: {error}"
                 return Internal(f"model '{call.request.model_name}': {what}")
@@ -291,7 +316,7 @@ class Router:
         except asyncio.CancelledError:
             if not send.cancelled() or (task := asyncio.current_task()) is None or task.cancelling():
                 raise
-            raise _Lost("it does not answer") from None
+            raise _Silent("it does not answer") from None
         except InferError:
             raise
         except Exception as error:
@@ -334,20 +359,38 @@ class Router:
 
     async def _another(self, key: str, pools: Sequence[Pool], tried: Sequence[Member]) -> Member:
         statuses = [pool.status for pool in pools]
+        patience_s = max(pool.patience_s for pool in pools)
         try:
-            async with asyncio.timeout(NO_REPLICA_TIMEOUT_S), self._changed:
+            async with asyncio.timeout(patience_s), self._changed:
                 while (member := another(statuses, key, tried)) is None:
+                    self.call_for(pools)
                     await self._changed.wait()
                 return member
         except TimeoutError:
-            raise Unavailable(f"no replica is up, waited {NO_REPLICA_TIMEOUT_S:g} s") from None
+            raise Unavailable(f"no replica is up, waited {patience_s:g} s") from None
+
+    def call_for(self, pools: Sequence[Pool]) -> None:
+        """Requests wait, and there is no replica: let Serve know, which then starts one."""
+        for pool in pools:
+            if not pool.status.members and pool.status.name not in self._called:
+                self._called.add(pool.status.name)
+                self._keep(self._call_for(pool))
+
+    async def _call_for(self, pool: Pool) -> None:
+        try:
+            async with asyncio.timeout(pool.patience_s):
+                await pool.describe.remote()
+        except Exception as error:
+            _log.debug("pool '%s' has not started a replica: %s", pool.status.name, error)
+        finally:
+            self._called.discard(pool.status.name)
 
     async def _find(self, pool: Pool) -> None:
         """Serve makes a handle's router when it is first used: use it until that tells of replicas."""
         while not pool.status.members:
             try:
                 async with asyncio.timeout(PROBE_TIMEOUT_S):
-                    await pool.describe.remote()
+                    await pool.broadcast("describe").results_async()
             except Exception as error:
                 _log.debug("pool '%s' does not answer yet: %s", pool.status.name, error)
             await asyncio.sleep(PROBE_INTERVAL_S)
@@ -379,7 +422,7 @@ class Router:
     async def _probe(self, pool: Pool, member: Member) -> None:
         try:
             async with asyncio.timeout(PROBE_TIMEOUT_S):
-                answer: Description = await pool.describe.remote(to=member.id)
+                answer: Description = await pool.describe.remote(to=member.id, wanted=pool.wanted)
         except TimeoutError:
             if member.missed():
                 _log.warning("replica %s does not answer", member.name)
@@ -420,6 +463,13 @@ class Router:
         async with self._changed:
             self._changed.notify_all()
 
+    async def measure_forever(self) -> None:
+        """How many replicas each pool's work needs; probes tell them, and they tell Serve."""
+        while True:
+            for pool in self.pools:
+                pool.wanted = wanted([hop.demand() for hop in pool.hops])
+            await asyncio.sleep(PROBE_INTERVAL_S)
+
     def _forget(self, changed: Callable[[], None]) -> None:
         if changed in self._listeners:
             self._listeners.remove(changed)
@@ -428,6 +478,18 @@ class Router:
         task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _is_unwanted(call: Call) -> bool:
+    return call.is_cancelled or bool(call.deadline_ns and call.deadline_ns <= now_ns())
+
+
+def _unwanted(call: Call) -> InferError:
+    """Nobody waits for what was lost with its replica: it is not sent again."""
+    name = call.request.model_name
+    if call.is_cancelled:
+        return Cancelled(f"the request to model '{name}' was cancelled by its caller")
+    return DeadlineExceeded(f"model '{name}': the replica was lost, and no time is left for another")
 
 
 async def _awaited(response: Any) -> Any:

@@ -2,11 +2,14 @@
 
 import asyncio
 import os
+import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ray_app.autoscaling import METRIC
 from ray_app.control import Change
+from ray_app.health import INFERENCE_TIMEOUT_S, Pulse, request_for
 from tutti import wire
 from tutti.errors import ConfigError
 from tutti.types import Call, Infer, now_ns
@@ -21,6 +24,7 @@ class ReplicaOptions:
     exits_on_error: bool
     log_verbose: int
     has_gpu: bool
+    hang_timeout_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +71,10 @@ class Replica:
         self._pool = pool
         self._name = f"{pool}-{os.getpid()}"
         self._segments: dict[str, Infer] = {}
+        self._pulse = Pulse(at_s=time.monotonic())
+        self._hang_timeout_s = options.hang_timeout_s
         self._generation = 0
+        self._wanted = 0.0
         self._applying = asyncio.Lock()
         self._logs = Logs(options.log_verbose)
         self._logs.install()
@@ -90,8 +97,12 @@ class Replica:
             return refusal
         gather = _Gather(len(message[2]), self._loop)
         calls = wire.unpack_calls(message, gather, now_ns())
-        self._segments.get(message[0], self._engine)(calls)
-        await gather.done
+        self._pulse.begins(time.monotonic())
+        try:
+            self._segments.get(message[0], self._engine)(calls)
+            await gather.done
+        finally:
+            self._pulse.ends(time.monotonic())
         return wire.pack_answers([call.answer for call in calls if call.answer is not None])
 
     async def stream(
@@ -154,12 +165,39 @@ class Replica:
         elif change.override is not None:
             self._engine.load(change.model, change.override)
 
-    async def describe(self, to: str = "") -> Description:
-        """Who answers may be another than it is `to`, where that one is gone."""
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """For Serve: how many replicas the pool's work needs, as a gateway has told."""
+        return {METRIC: self._wanted}
+
+    async def describe(self, to: str = "", wanted: float = 0.0) -> Description:
+        """Who answers may be another than it is `to`, where that one is gone. `wanted` are the replicas needed."""
+        self._wanted = wanted
         ready = [f"{m.config.name}/{m.version}" for m in self._engine.models() if m.is_ready()]
         return Description(self._id, self._name, (*ready, *self._segments), self._generation)
 
-    def check_health(self) -> None:
-        """Asked by Serve: raises when models are not ready, and the replica is replaced."""
+    async def check_health(self) -> None:
+        """Asked by Serve: raises when models are not ready or nothing is executed any more; it is replaced then."""
+        if self._pulse.is_stuck(time.monotonic(), self._hang_timeout_s):
+            raise RuntimeError(f"replica {self._name}: no batch has ended for {self._hang_timeout_s:g} s")
+        if self._pulse.is_idle(time.monotonic()):
+            await self._infer_something()
         if any(not model.is_ready() for model in self._engine.models() if not model.config.is_ensemble):
             raise RuntimeError(f"replica {self._name}: models are not ready")
+
+    async def _infer_something(self) -> None:
+        """A real inference, of the first model that allows for it."""
+        found = (request_for(model.config) for model in self._engine.models() if model.is_ready())
+        request = next((one for one in found if one is not None), None)
+        if request is None:
+            return
+        gather = _Gather(1, self._loop)
+        self._pulse.begins(time.monotonic())
+        try:
+            self._engine([Call(request, gather)])
+            async with asyncio.timeout(INFERENCE_TIMEOUT_S):
+                await gather.done
+        except TimeoutError:
+            what = f"model '{request.model_name}' does not answer"
+            raise RuntimeError(f"replica {self._name}: {what}") from None
+        finally:
+            self._pulse.ends(time.monotonic())

@@ -8,11 +8,11 @@ import onnx
 from onnx import TensorProto, helper
 
 
-def onnx_add_one(width: int = 4) -> bytes:
-    """y = x + 1, [batch, width] FP32."""
+def onnx_add_one(width: int = 4, amount: float = 1.0) -> bytes:
+    """y = x + amount, [batch, width] FP32."""
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", width])
     y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", width])
-    one = helper.make_tensor("one", TensorProto.FLOAT, [1], [1.0])
+    one = helper.make_tensor("one", TensorProto.FLOAT, [1], [amount])
     graph = helper.make_graph([helper.make_node("Add", ["x", "one"], ["y"])], "add_one", [x], [y], [one])
     return _serialized(graph)
 

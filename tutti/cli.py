@@ -136,6 +136,12 @@ def make_parser() -> argparse.ArgumentParser:
     ray.add_argument("--gpu-replicas", type=int, help="default: one for each GPU of the cluster")
     ray.add_argument("--cpu-replicas", type=int, default=1)
     ray.add_argument("--placement", type=Path, help="YAML with pools and the models they take (docs/cluster.md)")
+    ray.add_argument(
+        "--hang-timeout-secs",
+        type=float,
+        default=60.0,
+        help="replace a replica that has work and has ended none of it for so long",
+    )
     ray.add_argument("--num-gpus", type=int, help="logical GPUs of a cluster started here (default: those found)")
     commands.add_parser("export", help="export a model into a repository (see: tutti export --help)", add_help=False)
     commands.add_parser(

@@ -239,6 +239,11 @@ class ModelConfig:
         is_joined = self.backend in JOINING and self.batching is not None and self.max_batch_size > 1
         return is_plain and is_joined and not self.padding.inputs and not self.ragged
 
+    @property
+    def cpu_filename(self) -> str:
+        """The file that stands in for the model's where there is no GPU for it; "" for none."""
+        return self.parameters.get("tutti.cpu_model_filename", "")
+
     def wire_shape(self, spec: TensorSpec) -> Shape:
         """`dims` with the batch axis in front, as metadata shows it."""
         return (-1, *spec.dims) if self.is_batched else spec.dims

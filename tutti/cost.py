@@ -60,6 +60,10 @@ class LatencyModel:
         # A new dict: other threads may be looking through the old one.
         self._classes = dict(sorted({**self._classes, number: _Class(rows, ns)}.items()))
 
+    def sizes(self) -> list[float]:
+        """The mean rows of each size class that was seen."""
+        return [one.rows for one in self._classes.values()]
+
     def mean_ns(self, rows: int) -> int:
         """0 when nothing is known."""
         return self._at(rows, is_tail=False)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from ray_app import environment
 from ray_app.options import Options, PoolOptions
 from ray_app.placement import Home, PoolSpec, home, models_for, plan_pools
 from tutti import config
@@ -35,6 +36,11 @@ CONFIGS = {
         model("cpu", "instance_group { kind: KIND_CPU }"),
         model("gpu", "instance_group { kind: KIND_GPU }"),
         model("plan", backend="tensorrt"),
+        model(
+            "variant",
+            "instance_group { kind: KIND_GPU } "
+            'parameters { key: "tutti.cpu_model_filename" value { string_value: "model.int8.onnx" } }',
+        ),
         ensemble("same", "auto", "gpu"),
         ensemble("both", "cpu", "auto"),
         ensemble("nested", "same", "auto"),
@@ -62,6 +68,7 @@ def pools_of(name: str, pools: tuple[PoolSpec, ...]) -> tuple[str, ...]:
         ("cpu", DEFAULT, ("cpu",)),
         ("gpu", DEFAULT, ("gpu",)),
         ("plan", DEFAULT, ("gpu",)),
+        ("variant", DEFAULT, ("gpu", "cpu")),
         ("auto", ONLY_CPU, ("cpu",)),
         ("cpu", ONLY_GPU, ("gpu",)),
         ("same", DEFAULT, ("gpu",)),
@@ -94,8 +101,8 @@ def test_reasons_are_told() -> None:
 
 def test_what_each_pool_loads() -> None:
     gpu, cpu = DEFAULT
-    assert models_for(gpu, DEFAULT, CONFIGS) == ["auto", "gpu", "plan", "same", "nested", "itself"]
-    assert models_for(cpu, DEFAULT, CONFIGS) == ["auto", "cpu", "itself"]
+    assert models_for(gpu, DEFAULT, CONFIGS) == ["auto", "gpu", "plan", "variant", "same", "nested", "itself"]
+    assert models_for(cpu, DEFAULT, CONFIGS) == ["auto", "cpu", "variant", "itself"]
 
 
 @pytest.mark.parametrize(
@@ -113,6 +120,26 @@ def test_pools_that_cannot_be_are_refused(pools: list[dict[str, object]], says: 
     options = Options(model_repository="m", pools=[PoolOptions(**one) for one in pools])
     with pytest.raises(ConfigError, match=says):
         options.pool_specs(2)
+
+
+@pytest.mark.parametrize(
+    ("addresses", "mode", "is_refused"),
+    [
+        (["10.0.0.1"], None, False),
+        (["10.0.0.1", "10.0.0.1"], None, False),
+        (["10.0.0.1", "10.0.0.2"], "token", False),
+        (["10.0.0.1", "10.0.0.2"], "disabled", True),
+        (["10.0.0.1", "10.0.0.2"], None, True),
+    ],
+)
+def test_a_cluster_of_several_machines_needs_authentication(
+    addresses: list[str], mode: str | None, is_refused: bool
+) -> None:
+    if not is_refused:
+        environment.require_authentication(addresses, mode)
+        return
+    with pytest.raises(ConfigError, match="RAY_AUTH_MODE=token"):
+        environment.require_authentication(addresses, mode)
 
 
 def test_fractions_of_gpus() -> None:

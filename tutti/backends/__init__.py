@@ -114,7 +114,11 @@ def instances(config: ModelConfig) -> list[tuple[InstanceGroup, int]]:
 
 def model_file(folder: ModelFolder, version: int, default: str) -> Path:
     """The version's model file. Raises ConfigError if it is not there."""
-    name = folder.config.model_filename or default
+    return version_file(folder, version, folder.config.model_filename or default)
+
+
+def version_file(folder: ModelFolder, version: int, name: str) -> Path:
+    """A file in the version's folder. Raises ConfigError if it is not there."""
     path = (folder.version_path(version) / name).resolve()
     if not path.is_relative_to(folder.path.resolve()) or not path.is_file():
         raise ConfigError(f"model '{folder.config.name}': version {version} has no file '{name}'")

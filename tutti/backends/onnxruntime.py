@@ -1,12 +1,16 @@
 """ONNX Runtime: requests of a batch are joined, executed once and split again.
 
-Honours the parameters of Triton's onnxruntime backend: `intra_op_thread_count`, `inter_op_thread_count`.
+Honours the parameters of Triton's onnxruntime backend: `intra_op_thread_count`, `inter_op_thread_count`. And, for
+machines without a GPU, `tutti.cpu_model_filename`: a variant of the model for CPUs, as one with 8-bit integers, whose
+outputs differ by no more than `tutti.cpu_tolerance` (0.05) of their range. That is checked at load.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime as ort
 from tritonclient.grpc import model_config_pb2 as pb
 
@@ -14,13 +18,18 @@ from tutti import backends
 from tutti.backends import joined
 from tutti.backends.joined import JoinedBackend
 from tutti.config import InstanceGroup, ModelConfig
-from tutti.dtypes import Array, to_config
+from tutti.dtypes import NUMPY, Array, to_config
 from tutti.errors import ConfigError, OutOfMemory
 from tutti.repository import ModelFolder
 from tutti.scheduler import Backend
 from tutti.types import Infer
 
+_log = logging.getLogger(__name__)
+
 _COMPLETED_BATCH_SIZE = 4
+_CPU_TOLERANCE = 0.05
+# The size of variable dimensions where a variant is compared.
+_VARIABLE = 8
 _ORT_TYPES = {
     "tensor(bool)": "BOOL", "tensor(uint8)": "UINT8", "tensor(uint16)": "UINT16", "tensor(uint32)": "UINT32",
     "tensor(uint64)": "UINT64", "tensor(int8)": "INT8", "tensor(int16)": "INT16", "tensor(int32)": "INT32",
@@ -38,13 +47,58 @@ def load(folder: ModelFolder, version: int, infer: Infer) -> list[Backend]:
     for group, number in backends.instances(config):
         device = f"cuda:{number}" if _is_gpu(config, group) else "cpu"
         if device not in sessions:
-            try:
-                sessions[device] = ort.InferenceSession(path, _options(config), providers=_providers(config, device))
-            except Exception as error:
-                raise ConfigError(f"model '{config.name}': onnxruntime cannot load {path.name}: {error}") from None
-            _check_tensors(config, sessions[device])
+            variant = config.cpu_filename if device == "cpu" else ""
+            own = backends.version_file(folder, version, variant) if variant else path
+            sessions[device] = _session(config, own, device)
+            if variant:
+                _check_variant(config, _session(config, path, device), sessions[device])
         loaded.append(OnnxBackend(config, str(version), sessions[device], device))
     return loaded
+
+
+def _session(config: ModelConfig, path: Path, device: str) -> Any:
+    try:
+        session = ort.InferenceSession(path, _options(config), providers=_providers(config, device))
+    except Exception as error:
+        raise ConfigError(f"model '{config.name}': onnxruntime cannot load {path.name}: {error}") from None
+    _check_tensors(config, session)
+    return session
+
+
+def _check_variant(config: ModelConfig, original: Any, variant: Any) -> None:
+    """Raises ConfigError where the variant's outputs are not the model's, nearly."""
+    try:
+        tolerance = float(config.parameters.get("tutti.cpu_tolerance", _CPU_TOLERANCE))
+    except ValueError:
+        raise ConfigError(f"model '{config.name}': parameters.tutti.cpu_tolerance: expected a number") from None
+    rng = np.random.default_rng(0)
+    feed: dict[str, Array] = {}
+    for spec in config.inputs:
+        shape = tuple(dim if dim > 0 else _VARIABLE for dim in spec.model_dims)
+        shape = (min(2, config.max_batch_size), *shape) if config.is_batched else shape
+        if spec.datatype == "BYTES":
+            feed[spec.name] = np.full(shape, "")
+        elif spec.datatype in ("FP16", "FP32", "FP64"):
+            feed[spec.name] = rng.normal(size=shape).astype(NUMPY[spec.datatype])
+        else:  # ids, masks: what is not zero may be out of range
+            feed[spec.name] = np.zeros(shape, NUMPY[spec.datatype])
+    try:
+        expected = original.run([spec.name for spec in config.outputs], feed)
+    except Exception as error:
+        _log.warning("model '%s': its variant for CPUs cannot be compared with it: %s", config.name, error)
+        return
+    for spec, right, made in zip(
+        config.outputs, expected, variant.run([o.name for o in config.outputs], feed), strict=True
+    ):
+        if not np.issubdtype(right.dtype, np.number) or not right.size:
+            continue
+        span = max(float(np.abs(right.astype(np.float64)).max()), 1e-6)
+        off = float(np.abs(right.astype(np.float64) - made.astype(np.float64)).max()) / span
+        if not off <= tolerance:
+            raise ConfigError(
+                f"model '{config.name}': '{config.cpu_filename}' differs in output '{spec.name}' by {off:.1%} of its "
+                f"range, more than tutti.cpu_tolerance allows ({tolerance:.1%})"
+            )
 
 
 def complete(proto: Any, path: Path) -> None:
@@ -100,7 +154,7 @@ def _options(config: ModelConfig) -> Any:
 
 def _is_gpu(config: ModelConfig, group: InstanceGroup) -> bool:
     has_cuda = "CUDAExecutionProvider" in ort.get_available_providers()
-    if group.kind == "gpu" and not has_cuda:
+    if group.kind == "gpu" and not has_cuda and not config.cpu_filename:
         raise ConfigError(f"model '{config.name}': instance_group.kind: KIND_GPU, but onnxruntime finds no CUDA")
     return group.kind != "cpu" and has_cuda
 

@@ -1,0 +1,82 @@
+"""How many replicas a pool needs: the work that comes against what a replica does. Pure.
+
+The gateway measures, for each model, the rows that come and what one costs a replica in batches of full size; their
+product is the work, in replicas. Ray Serve's controller asks `policy`, and applies the pool's limits and delays.
+"""
+
+import math
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from tutti.cost import LatencyModel
+
+# Replicas are meant to be busy for this share of their time.
+UTILIZATION = 0.7
+# What waits should be gone after so long.
+DRAIN_S = 2.0
+METRIC = "tutti_wanted"
+_WINDOW_NS = 1_000_000_000
+
+
+@dataclass(slots=True)
+class Meter:
+    """The rows of one model that came during the last second."""
+
+    _arrived: deque[tuple[int, int]] = field(default_factory=deque)
+    _rows: int = 0
+
+    def arrived(self, at_ns: int, rows: int) -> None:
+        last = self._arrived[-1] if self._arrived else None
+        if last is not None and at_ns - last[0] < _WINDOW_NS // 50:  # together: few entries, however many requests
+            self._arrived[-1] = (last[0], last[1] + rows)
+        else:
+            self._arrived.append((at_ns, rows))
+        self._rows += rows
+
+    def rows_per_s(self, at_ns: int) -> float:
+        while self._arrived and at_ns - self._arrived[0][0] > _WINDOW_NS:
+            self._rows -= self._arrived.popleft()[1]
+        return self._rows * 1e9 / _WINDOW_NS
+
+
+def row_s(model: LatencyModel, most_rows: int) -> float:
+    """What a row costs in the largest batch, seconds; 0 when nothing is known.
+
+    Where only one size is known, as it costs in that: a line needs two.
+    """
+    known = model.sizes()
+    rows = most_rows if len(known) > 1 else max(known, default=0.0)
+    return model.mean_ns(math.ceil(rows)) / rows / 1e9 if rows else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """Of one model: rows that come in a second, rows that wait, and what one costs, seconds."""
+
+    rows_per_s: float
+    waiting: int
+    row_s: float
+
+
+def wanted(demands: Iterable[Demand]) -> float:
+    """Replicas that serve the demands, those that wait for DRAIN_S included. A model that is not known needs some."""
+    work = 0.0
+    for one in demands:
+        if one.row_s:
+            work += (one.rows_per_s + one.waiting / DRAIN_S) * one.row_s
+        elif one.rows_per_s or one.waiting:
+            work += UTILIZATION
+    return work / UTILIZATION
+
+
+def policy(context: Any) -> tuple[float, dict[str, Any]]:
+    """For Serve's controller, which applies limits and delays: what the gateways say, told by the pool's replicas.
+
+    What no replica has been told yet stays as it is.
+    """
+    told = (context.aggregated_metrics or {}).get(METRIC, {})
+    if not told:
+        return context.target_num_replicas, {}
+    return max(told.values()), {}
