@@ -5,6 +5,7 @@ product is the work, in replicas. Ray Serve's controller asks `policy`, and appl
 """
 
 import math
+import threading
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -22,23 +23,26 @@ _WINDOW_NS = 1_000_000_000
 
 @dataclass(slots=True)
 class Meter:
-    """The rows of one model that came during the last second."""
+    """The rows of one model that came during the last second. Thread-safe."""
 
     _arrived: deque[tuple[int, int]] = field(default_factory=deque)
     _rows: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def arrived(self, at_ns: int, rows: int) -> None:
-        last = self._arrived[-1] if self._arrived else None
-        if last is not None and at_ns - last[0] < _WINDOW_NS // 50:  # together: few entries, however many requests
-            self._arrived[-1] = (last[0], last[1] + rows)
-        else:
-            self._arrived.append((at_ns, rows))
-        self._rows += rows
+        with self._lock:
+            last = self._arrived[-1] if self._arrived else None
+            if last is not None and at_ns - last[0] < _WINDOW_NS // 50:  # together: few entries, however many requests
+                self._arrived[-1] = (last[0], last[1] + rows)
+            else:
+                self._arrived.append((at_ns, rows))
+            self._rows += rows
 
     def rows_per_s(self, at_ns: int) -> float:
-        while self._arrived and at_ns - self._arrived[0][0] > _WINDOW_NS:
-            self._rows -= self._arrived.popleft()[1]
-        return self._rows * 1e9 / _WINDOW_NS
+        with self._lock:
+            while self._arrived and at_ns - self._arrived[0][0] > _WINDOW_NS:
+                self._rows -= self._arrived.popleft()[1]
+            return self._rows * 1e9 / _WINDOW_NS
 
 
 def row_s(model: LatencyModel, most_rows: int) -> float:

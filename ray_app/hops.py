@@ -1,6 +1,7 @@
 """A model's way to its replicas: each is an instance of the model's scheduler, like a thread is on one machine."""
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,10 +9,12 @@ from ray_app.autoscaling import Demand, Meter, row_s
 from ray_app.members import Member
 from ray_app.pools import Pool, Router
 from tutti.cost import Costs
-from tutti.errors import InferError, Unavailable
+from tutti.errors import InferError, Internal, Unavailable
 from tutti.scheduler import Scheduler, trace
 from tutti.statistics import BatchTimes, ModelStatistics
 from tutti.types import Answer, Call, now_ns, settle
+
+_log = logging.getLogger(__name__)
 
 # How often one looks whether requests wait for replicas that do not come.
 _LOOK_EVERY_S = 0.25
@@ -52,6 +55,9 @@ class ReplicaInstance:
             answers = [error] * len(batch)
         except asyncio.CancelledError:
             answers = [Unavailable(f"model '{hop.name}': the gateway is stopping")] * len(batch)
+        except Exception as error:  # whatever it is, callers wait
+            _log.exception("model '%s': a batch could not be sent", hop.name)
+            answers = [Internal(f"model '{hop.name}': {type(error).__name__}: {error}")] * len(batch)
         end_ns = now_ns()
         took_ns = member.ends(start_ns, end_ns)
         if by is member:

@@ -41,8 +41,8 @@ _MAX_QUICK = 1024
 _MOST_COMPARED = 16
 # One that is not preferred helps out where the others would need so many times as long as it does.
 _PATIENCE = 3
-# How much later than expected one looks whether a busy instance is free.
-_LATE_S = 0.0005
+# One looks whether a busy instance is free when it ought to be, but no more often than this.
+_LOOK_AGAIN_S = 0.002
 # After an execution of this length the next one begins before the answers are delivered.
 PIPELINE_NS = 500_000
 
@@ -153,6 +153,8 @@ class Scheduler:
     def remove(self, instance: Instance) -> None:
         """Give an instance no more batches; one that it executes goes on."""
         with self._lock:
+            if instance not in self._instances:  # it has been closed with all others
+                return
             self._instances.remove(instance)
             if instance in self._free:
                 self._free.remove(instance)
@@ -347,7 +349,7 @@ class Scheduler:
         soonest = min((until_ns for one in self._instances if (until_ns := self._until_ns(one))), default=0)
         if soonest and (self._wake_ns is None or soonest < self._wake_ns):
             self._wake_ns = soonest
-            self._timer(max(0, soonest - now_ns()) / 1e9 + _LATE_S, self._wake)
+            self._timer(max(_LOOK_AGAIN_S, (soonest - now_ns()) / 1e9), self._wake)
 
     def _better_waits(self, instance: Instance) -> bool:
         """Whether another instance, though busy, will have served all that waits before this one served a batch."""
