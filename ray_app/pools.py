@@ -214,6 +214,8 @@ class Router:
                         if _is_unwanted(call):
                             return _unwanted(call)
                         tried = [*tried, member]
+                        if len(tried) > 2 * MAX_SENDS:
+                            raise
             except _Lost as error:
                 what = f"{MAX_SENDS} replicas were lost while they held the request, at last {member.name}: {error}"
                 return Internal(f"model '{call.request.model_name}': {what}")
@@ -316,7 +318,7 @@ class Router:
         except asyncio.CancelledError:
             if not send.cancelled() or (task := asyncio.current_task()) is None or task.cancelling():
                 raise
-            raise _Silent("it does not answer") from None
+            raise (_Silent("it does not answer") if member.is_hung else _Lost("it died")) from None
         except InferError:
             raise
         except Exception as error:

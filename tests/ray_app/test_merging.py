@@ -12,7 +12,7 @@ from ray_app.members import PoolStatus
 from ray_app.pools import POOL_PARAMETER, Pool, Router
 from tests.serving import Gather
 from tutti import config, wire
-from tutti.errors import InferError, InvalidArgument, Unavailable
+from tutti.errors import Cancelled, DeadlineExceeded, InferError, Internal, InvalidArgument, Unavailable
 from tutti.types import Call, InferRequest, InferResponse, Tensor
 
 TEXT = """
@@ -120,3 +120,48 @@ def test_what_is_refused_for_lack_of_room_is_not_asked_again() -> None:
     answers, _ = infer(replica, [call(1), call(2)])
     assert replica.rows == [[2]]
     assert [answer.message for answer in answers] == ["full", "full"]
+
+
+class Dying:
+    """Five replicas: one that gets a 13 is lost."""
+
+    def __init__(self) -> None:
+        self.lost: list[str] = []
+
+    async def remote(self, message: wire.BatchMessage, generation: int, to: str) -> wire.AnswerMessage | str:
+        calls = wire.unpack_calls(message, Gather(1), 0)
+        arrays = [one.request.inputs["x"].array() for one in calls]
+        if any((x == 13).any() for x in arrays):
+            self.lost.append(to)
+            raise ConnectionError("it died")
+        return wire.pack_answers([InferResponse("m", "1", [Tensor.of("y", -x)]) for x in arrays])
+
+
+def ask_dying(calls: Sequence[Call]) -> tuple[list[Any], Dying]:
+    async def run() -> tuple[list[Any], Dying]:
+        replica = Dying()
+        pool = Pool(PoolStatus("gpu"), replica)
+        for member in pool.status.present(list("abcde")):
+            member.saw(member.id, ["m/1"], 0)
+        router = Router([pool], asyncio.get_running_loop())
+        answers, _ = await router.infer(calls, "m/1", [pool], pool.status.members["a"])
+        return answers, replica
+
+    return asyncio.run(run())
+
+
+def test_a_request_that_ends_replicas_fails_alone_and_ends_three() -> None:
+    answers, replica = ask_dying([call(1), call(13), call(3)])
+    assert [isinstance(answer, Internal) for answer in answers] == [False, True, False]
+    assert "3 replicas were lost while they held the request" in answers[1].message
+    assert answers[2].tensor("y").array().tolist() == [[-3, -3]]
+    assert len(replica.lost) == 3
+
+
+def test_what_nobody_waits_for_is_not_sent_again() -> None:
+    calls = [call(13), call(13)]
+    calls[0].is_cancelled = True
+    calls[1].deadline_ns = 1
+    answers, replica = ask_dying(calls)
+    assert [type(answer) for answer in answers] == [Cancelled, DeadlineExceeded]
+    assert len(replica.lost) == 1
