@@ -16,6 +16,9 @@ from tutti.errors import Cancelled, InferError, Internal
 from tutti.statistics import ModelStatistics
 from tutti.types import Answer, Call, Infer, InferRequest, InferResponse, Parameters, Sink, Tensor, now_ns
 
+# How often a step that waits for its answers to be taken looks whether its caller still waits.
+_LOOK_EVERY_S = 0.05
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -272,10 +275,6 @@ class _Run(Sink):
 
     def _told(self, step: Step, error: InferError) -> InferError:
         return type(error)(f"in ensemble '{self._plan.name}', step '{step.model_name}': {error.message}")
-
-
-# How often a step that waits for its answers to be taken looks whether its caller still waits.
-_LOOK_EVERY_S = 0.05
 
 
 def _rows(tensors: Iterable[Tensor]) -> int:

@@ -327,6 +327,8 @@ class Router:
         finally:
             send.cancel()
             waiting.discard(send)
+            if not waiting:  # replicas come and go
+                pool.sends.pop(member.id, None)
 
     def _check_behind(self, member: Member, deadline: float) -> None:
         if self._loop.time() > deadline:
