@@ -12,7 +12,9 @@ import ray  # noqa: E402
 from ray import serve  # noqa: E402
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig  # noqa: E402
 
-from ray_app.gateway import Gateway  # noqa: E402
+from ray_app import journal  # noqa: E402
+from ray_app.gateway import SHUTDOWN_TIMEOUT_S, Gateway  # noqa: E402
+from ray_app.journal import RayStore  # noqa: E402
 from ray_app.options import Options  # noqa: E402
 from ray_app.placement import PoolSpec, models_for  # noqa: E402
 from ray_app.replica import Replica, ReplicaOptions  # noqa: E402
@@ -29,6 +31,7 @@ def build(arguments: Options) -> Any:
     environment.require_authentication(nodes, os.environ.get("RAY_AUTH_MODE"))
     pools = arguments.pool_specs(ray.cluster_resources().get("GPU", 0))
     arguments = arguments.with_absolute_paths()
+    _forget_what_has_ended(arguments.journal)
     folders, _ = repository.open_models(Path(arguments.model_repository), arguments.start_models())
     configs = {folder.config.name: folder.config for folder in folders}
     handles = {
@@ -48,11 +51,22 @@ def build(arguments: Options) -> Any:
     gateway = serve.deployment(
         Gateway,
         name="gateway",
+        num_replicas=arguments.gateways,
+        graceful_shutdown_timeout_s=SHUTDOWN_TIMEOUT_S,
         ray_actor_options={"num_cpus": 0.1},
         max_ongoing_requests=100,
         health_check_period_s=_HEALTH_CHECK_PERIOD_S,
     )
     return gateway.bind(arguments, pools, **handles)
+
+
+def _forget_what_has_ended(name: str) -> None:
+    """Loads of an earlier run are forgotten; those of one that is being updated are kept."""
+    store = RayStore()
+    app = (store.get(journal.owner_key(name)) or b"").decode()
+    actors = ray.util.list_named_actors(all_namespaces=True)
+    if not any(journal.gateway_name(app) in actor["name"] for actor in actors):
+        journal.forget(store, name)
 
 
 def _replicas(pool: PoolSpec) -> dict[str, Any]:

@@ -19,6 +19,8 @@ UTILIZATION = 0.7
 DRAIN_S = 2.0
 METRIC = "tutti_wanted"
 _WINDOW_NS = 1_000_000_000
+# A gateway that has not told anything for so long is gone.
+_TOLD_FOR_S = 5.0
 
 
 @dataclass(slots=True)
@@ -73,6 +75,22 @@ def wanted(demands: Iterable[Demand]) -> float:
         elif one.rows_per_s or one.waiting:
             work += UTILIZATION
     return work / UTILIZATION
+
+
+@dataclass(slots=True)
+class Wanted:
+    """What gateways have told a replica lately: how many replicas the work of each needs."""
+
+    _told: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    def told(self, gateway: str, replicas: float, now_s: float) -> None:
+        self._told[gateway] = replicas, now_s
+
+    def total(self, now_s: float) -> float:
+        """Of the gateways that still tell."""
+        for gateway in [one for one, (_, at_s) in self._told.items() if now_s - at_s > _TOLD_FOR_S]:
+            del self._told[gateway]
+        return sum(replicas for replicas, _ in self._told.values())
 
 
 def policy(context: Any) -> tuple[float, dict[str, Any]]:

@@ -5,9 +5,7 @@ A replica that starts or comes back later has applied none of them: it is told w
 
 import asyncio
 import threading
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -45,11 +43,10 @@ class Desired:
         self.generation = 0
         self._changes: dict[str, Change] = {}
 
-    def record(self, model: str, override: Override | None = None, **more: Any) -> Change:
-        """`more` are other fields of the change."""
-        self.generation += 1
-        self._changes[model] = change = Change(self.generation, model, override, **more)
-        return change
+    def add(self, change: Change) -> None:
+        """The next one."""
+        self._changes[change.model] = change
+        self.generation = change.generation  # last: who sees it finds the change
 
     def last(self, model: str) -> Change | None:
         return self._changes.get(model)
@@ -59,10 +56,16 @@ class Desired:
         return sorted((c for c in self._changes.values() if c.generation > generation), key=lambda c: c.generation)
 
 
-class Carrier(Protocol):
-    """What reaches the replicas."""
+class Records(Protocol):
+    """What keeps changes, those of other gateways among them."""
 
     desired: Desired
+
+    def record(self, model: str, override: Override | None = None, **more: Any) -> Change: ...
+
+
+class Carrier(Protocol):
+    """What reaches the replicas."""
 
     def places(self, model: str) -> Sequence[Any]: ...
 
@@ -72,45 +75,39 @@ class Carrier(Protocol):
 class Control:
     """Carries loads, unloads and settings to every replica. Blocks; not to be called on the router's loop."""
 
-    def __init__(self, router: Carrier, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, router: Carrier, records: Records, loop: asyncio.AbstractEventLoop) -> None:
         self._router = router
+        self._records = records
         self._loop = loop
         self._lock = threading.Lock()
-        self._users: Counter[str] = Counter()
 
     def models(self, name: str, override: Override | None, pools: tuple[str, ...]) -> None:
         """Load a model in its pools, or unload it. Raises Internal, all as it was, when a replica cannot."""
-        desired = self._router.desired
-        before = desired.last(name)
+        record = self._records.record
+        before = self._records.desired.last(name)
         had_it = bool(self._router.places(name))
-        failures = self._carry(desired.record(name, override, pools=pools))
+        failures = self._carry(record(name, override, pools=pools))
         if not failures:
             return
         if before is not None:
-            self._carry(desired.record(name, before.override, pools=before.pools))
+            self._carry(record(name, before.override, pools=before.pools))
         else:
-            self._carry(desired.record(name, Override() if had_it else None, pools=pools))
+            self._carry(record(name, Override() if had_it else None, pools=pools))
         raise Internal("; ".join(failures))
 
     def load_segment(self, name: str, segment: Plan, pools: tuple[str, ...]) -> None:
-        """Graphs that were cut alike share their segments."""
-        with self._lock:
-            self._users[name] += 1
-            if self._users[name] == 1:
-                self._carry(self._router.desired.record(name, segment=segment, pools=pools))
+        """Graphs that were cut alike share their segments, in all gateways.
 
-    def unload_segment(self, name: str) -> None:
+        They stay: another gateway may still go by the graph they are of, and a plan costs next to nothing.
+        """
         with self._lock:
-            self._users[name] -= 1
-            if not self._users[name]:  # nobody waits for it: the gateway may be stopping
-                self._begin(self._router.desired.record(name))
+            last = self._records.desired.last(name)
+            if last is None or last.pools != pools:
+                self._carry(self._records.record(name, segment=segment, pools=pools))
 
     def logs(self, changes: Mapping[str, Any]) -> None:
-        last = self._router.desired.last("")
-        self._carry(self._router.desired.record("", logs={**(last.logs or {} if last else {}), **changes}))
+        last = self._records.desired.last("")
+        self._carry(self._records.record("", logs={**(last.logs or {} if last else {}), **changes}))
 
     def _carry(self, change: Change) -> list[str]:
-        return self._begin(change).result(TIMEOUT_S + 10)
-
-    def _begin(self, change: Change) -> "Future[list[str]]":
-        return asyncio.run_coroutine_threadsafe(self._router.control(change), self._loop)
+        return asyncio.run_coroutine_threadsafe(self._router.control(change), self._loop).result(TIMEOUT_S + 10)

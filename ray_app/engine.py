@@ -61,7 +61,7 @@ def make_engine(
             config = as_decoupled(config) if checked.is_decoupled else config
         _log.info("model '%s': %s: %s", config.name, " and ".join(place.pools) or "in segments", place.why)
         served = (
-            _serve_in(config, version, statistics, router, router.of(place.pools), timer)
+            _serve_in(config, version, statistics, router, router.of(place.pools), timer, engine)
             if place.pools
             else _serve_cut(config, checked, version, statistics)
         )
@@ -98,9 +98,15 @@ def make_engine(
 
 
 def _serve_in(
-    config: ModelConfig, version: int, statistics: ModelStatistics, router: Router, pools: Sequence[Pool], timer: Timer
+    config: ModelConfig,
+    version: int,
+    statistics: ModelStatistics,
+    router: Router,
+    pools: Sequence[Pool],
+    timer: Timer,
+    successor: Infer,
 ) -> Served:
-    """A model, or a whole ensemble, that its pools execute."""
+    """A model, or a whole ensemble, that its pools execute. `successor` takes what waits when it is closed."""
     key = f"{config.name}/{version}"
     if config.is_decoupled and config.sequences is not None:
         raise ConfigError(f"model '{config.name}': a decoupled model with sequences is not supported on Ray")
@@ -114,7 +120,7 @@ def _serve_in(
         infer, pending = sequences, sequences.pending
     else:
         way = Fallback(config, key, router, pools, statistics, timer)
-        infer, close, pending = way, way.close, way.pending
+        infer, close, pending = way, lambda: way.close(successor), way.pending
         if config.batching is not None and config.batching.preserves_ordering:
             infer = InOrder(infer)
     return Served(
@@ -175,9 +181,9 @@ class Fallback:
     def pending(self) -> int:
         return sum(hop.scheduler.queued_calls() for hop in self._hops())
 
-    def close(self) -> None:
+    def close(self, successor: Infer) -> None:
         for hop in self._hops():
-            hop.close()
+            hop.close(successor)
 
     def _hops(self) -> list[Hop]:
         return [self._hop] if self._strict in (None, self._hop) else [self._hop, self._strict]  # type: ignore[list-item]
@@ -207,9 +213,8 @@ class Segments:
         return all(self._router.has_model(name, hop.pools) for name, hop in self._made.items())
 
     def close(self) -> None:
-        for name, hop in self._made.items():
+        for hop in self._made.values():
             hop.close()
-            self._control.unload_segment(name)
 
 
 def hop_policy(config: ModelConfig) -> BatchingPolicy:

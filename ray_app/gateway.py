@@ -1,15 +1,21 @@
 """The gateway: owns the HTTP, gRPC and metrics ports, queues and batches, and sends whole batches to the pools."""
 
 import asyncio
+import logging
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import ray
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from ray import serve
 
-from ray_app import routing
-from ray_app.control import Control
+from ray_app import control, routing
+from ray_app.control import Change, Control
 from ray_app.engine import make_engine
+from ray_app.journal import Journal, RayStore, gateway_name, owner_key
 from ray_app.members import PoolStatus
 from ray_app.options import Options
 from ray_app.placement import PoolSpec
@@ -20,9 +26,19 @@ from tutti.frontends import setup
 from tutti.frontends.server import Addresses, Server
 from tutti.logs import Logs, Settings
 
+_log = logging.getLogger(__name__)
+
+
+FOLLOW_INTERVAL_S = 0.25
+# Serve ends a gateway after this: time for what is inside to end, and for clients to go elsewhere.
+SHUTDOWN_TIMEOUT_S = 30.0
+DRAIN_S = 2.0
+# Gateways of one machine, those of an update among them, take the first free port from the metrics port on.
+_METRICS_PORTS = 16
+
 
 class ClusterLogs(Logs):
-    """Log settings of the gateway and of every replica."""
+    """Log settings of all gateways and every replica."""
 
     def __init__(self, options: Options, control: Control) -> None:
         super().__init__(options.log_verbose, options.log_file, options.log_format)
@@ -33,35 +49,49 @@ class ClusterLogs(Logs):
         self._control.logs(changes)
         return settings
 
+    def follow(self, changes: Mapping[str, Any]) -> None:
+        """What another gateway has been told, and has told the replicas."""
+        super().update(changes)
+
 
 class Gateway:
-    """The gateway's deployment. It listens from its constructor on, and is ready when a pool is."""
+    """The gateways' deployment. One listens from its constructor on, and is ready when a pool is."""
 
     async def __init__(  # type: ignore[misc]
         self, options: Options, specs: Sequence[PoolSpec], **handles: Any
     ) -> None:
         """`handles` are the pools' deployments, by their names."""
         loop = asyncio.get_running_loop()
+        context = serve.get_replica_context()
         pools = [_pool(spec, handles[spec.name]) for spec in specs]
-        self._router = Router(pools, loop)
+        self._store = RayStore()
+        self._store.replace(owner_key(options.journal), context.app_name.encode())
+        self._journal = Journal(self._store, options.journal)
+        changes = await asyncio.to_thread(self._journal.news)
+        self._router = Router(pools, loop, self._journal.desired, context.replica_id.unique_id)
         self._router.start(routing.watch)
-        control = Control(self._router, loop)
-        logs = ClusterLogs(options, control)
+        carrier = Control(self._router, self._journal, loop)
+        self._logs = logs = ClusterLogs(options, carrier)
         logs.install()
         self._engine = make_engine(
             Path(options.model_repository), options.model_control_mode == "explicit",
-            setup.cache_size(options.cache_config), specs, self._router, local.loop_timer(loop), control,
+            setup.cache_size(options.cache_config), specs, self._router, local.loop_timer(loop), carrier,
         )  # fmt: skip
         if options.model_control_mode == "poll":
             self._engine.remember()
         await asyncio.to_thread(self._engine.load_all, options.start_models())
         if self._engine.failures() and options.exit_on_error:
             raise ConfigError("; ".join(self._engine.failures()))
+        await asyncio.to_thread(self._follow, changes)
+        self._router.spawn(self._follow_forever())
         api = setup.make_api(self._engine, options, logs)
-        self._server = Server(api, setup.addresses(options), lambda: pool_metrics(pools))
+        shared = replace(setup.addresses(options), shares_ports=True, metrics_ports=_METRICS_PORTS)
+        if not _others(context):  # with which to share
+            shared.check_free()
+        self._server = Server(api, shared, lambda: pool_metrics(pools))
         self._taken = await self._server.start()
         if options.model_control_mode == "poll":
-            self._router.spawn(local.poll_forever(self._engine, options.repository_poll_secs))
+            self._router.spawn(self._poll_forever(options.repository_poll_secs))
         collector.settle()
 
     def addresses(self) -> Addresses:
@@ -75,8 +105,53 @@ class Gateway:
         )
 
     async def __del__(self) -> None:
-        await self._server.stop()
+        await self._server.stop(DRAIN_S)
         self._router.stop()
+
+    def _follow(self, changes: Sequence[Change]) -> None:
+        """Do here what other gateways have done. Blocks."""
+        for change in changes:
+            if change is not self._journal.desired.last(change.model):
+                continue  # it has changed again since
+            try:
+                if change.logs is not None:
+                    self._logs.follow(change.logs)
+                elif change.segment is None:
+                    self._engine.follow(change.model, change.override)
+            except Exception:
+                _log.exception("a change of '%s' that another gateway has made could not be done here", change.model)
+
+    async def _follow_forever(self) -> None:
+        while True:
+            await asyncio.sleep(FOLLOW_INTERVAL_S)
+            try:
+                changes = await asyncio.to_thread(self._journal.news)
+            except Exception as error:  # it is in the cluster's head, which may be gone for a while
+                _log.debug("the journal cannot be read: %s", error)
+                continue
+            for change in changes:
+                if change.override is not None:  # until then the replicas have what this gateway has
+                    await self._router.wait_for(change.generation, control.TIMEOUT_S)
+                await asyncio.to_thread(self._follow, [change])
+
+    async def _poll_forever(self, interval_s: float) -> None:
+        """One of the gateways looks at the repository, each time whoever comes first."""
+        while True:
+            await asyncio.sleep(interval_s)
+            turn = int(time.time() / interval_s)
+            try:
+                if await asyncio.to_thread(self._store.add, f"poll/{self._journal.name}/{turn}", b""):
+                    await asyncio.to_thread(self._engine.poll)
+                    await asyncio.to_thread(self._store.clear, f"poll/{self._journal.name}/{turn - 2}")
+            except Exception:
+                _log.exception("the repository could not be polled")
+
+
+def _others(context: Any) -> bool:
+    """Whether the application has other gateways now."""
+    own = context.replica_id.unique_id
+    actors = ray.util.list_named_actors(all_namespaces=True)
+    return any(gateway_name(context.app_name) in one["name"] and own not in one["name"] for one in actors)
 
 
 def _pool(spec: PoolSpec, handle: Any) -> Pool:

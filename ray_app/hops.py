@@ -12,7 +12,7 @@ from tutti.cost import Costs
 from tutti.errors import InferError, Internal, Unavailable
 from tutti.scheduler import Scheduler, trace
 from tutti.statistics import BatchTimes, ModelStatistics
-from tutti.types import Answer, Call, now_ns, settle
+from tutti.types import Answer, Call, Infer, now_ns, settle
 
 _log = logging.getLogger(__name__)
 
@@ -119,8 +119,11 @@ class Hop:
         costs = [cost for one in first if (cost := row_s(one.costs.of(None), self.batch_rows))]
         return Demand(self.meter.rows_per_s(now_ns()), self.scheduler.queued_rows(), min(costs, default=self._row_s))
 
-    def close(self) -> None:
-        """Execute what waits, then take no more."""
+    def close(self, successor: Infer | None = None) -> None:
+        """Take no more. What waits is executed, or goes to `successor`: replicas may have the next version only."""
+        waiting = self.scheduler.take_waiting() if successor is not None else []
+        if waiting and successor is not None:
+            successor(waiting)
         self.scheduler.close()
         self._is_closed = True
         self.pools[0].hops.remove(self)

@@ -1,9 +1,10 @@
 """The application's arguments: one set for the command, for serve.yaml and for the gateway."""
 
+import hashlib
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ray_app.placement import PoolSpec, check_pools, plan_pools
 
@@ -64,10 +65,25 @@ class Options(BaseModel):
     log_file: str = ""
     log_format: Literal["default", "ISO8601"] = "default"
     trace_config: list[str] = []
+    gateways: int = Field(default=1, ge=1)
     gpu_replicas: int | None = None
     cpu_replicas: int = 1
     pools: list[PoolOptions] | None = None
     hang_timeout_secs: float = Field(default=60.0, gt=0)
+
+    @model_validator(mode="after")
+    def _check_gateways(self) -> "Options":
+        if self.gateways > 1 and not (self.http_port and self.grpc_port and self.metrics_port):
+            raise ValueError(f"{self.gateways} gateways share their ports: expected no port 0")
+        if self.gateways > 1 and self.allow_client_shm:
+            raise ValueError("shared memory is registered with one gateway: expected 1 gateway, or no allow_client_shm")
+        return self
+
+    @property
+    def journal(self) -> str:
+        """The name under which gateways of this application, those of its next update too, keep what they change."""
+        repository = hashlib.sha256(str(Path(self.model_repository).resolve()).encode()).hexdigest()[:16]
+        return f"{repository}-{self.http_port}"
 
     def pool_specs(self, gpus: float) -> tuple[PoolSpec, ...]:
         """The pools asked for, or those of `gpu_replicas` and `cpu_replicas`, on a cluster of so many GPUs.

@@ -69,7 +69,12 @@ class Pool:
 class Router:
     """Knows the pools' replicas and sends to them. Lives on one loop."""
 
-    def __init__(self, pools: Sequence[Pool], loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self, pools: Sequence[Pool], loop: asyncio.AbstractEventLoop, desired: Desired | None = None, name: str = ""
+    ) -> None:
+        """`desired` is what replicas should have applied; `name` is this gateway's, to them."""
+        self.desired = desired or Desired()
+        self._name = name
         self.pools = tuple(pools)
         self._by_name = {pool.status.name: pool for pool in pools}
         self._loop = loop
@@ -81,7 +86,6 @@ class Router:
         self._called: set[str] = set()
         self._suspects = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
-        self.desired = Desired()
 
     def start(self, watch: Watch) -> None:
         """Begin to follow the replicas, of which `watch` tells."""
@@ -145,6 +149,15 @@ class Router:
         for pool, member in members:  # what is known of them has changed
             await self._probe(pool, member)
         return [answer for answer in answers if answer]
+
+    async def wait_for(self, generation: int, timeout_s: float) -> bool:
+        """Until every replica that is up has applied a change; returns whether they have."""
+        until = self._loop.time() + timeout_s
+        while any(member.generation < generation for pool in self.pools for member in pool.status.up):
+            if self._loop.time() > until:
+                return False
+            await asyncio.sleep(PROBE_INTERVAL_S / 2)
+        return True
 
     async def send_to(self, pool: Pool, member: Member, calls: Sequence[Call]) -> list[Answer]:
         """As `infer`, by one replica and no other. Raises Unavailable when it is lost."""
@@ -426,7 +439,7 @@ class Router:
     async def _probe(self, pool: Pool, member: Member) -> None:
         try:
             async with asyncio.timeout(PROBE_TIMEOUT_S):
-                answer: Description = await pool.describe.remote(to=member.id, wanted=pool.wanted)
+                answer: Description = await pool.describe.remote(to=member.id, wanted=pool.wanted, by=self._name)
         except TimeoutError:
             if member.missed():
                 _log.warning("replica %s does not answer", member.name)

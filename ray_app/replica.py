@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ray_app.autoscaling import METRIC
+from ray_app.autoscaling import METRIC, Wanted
 from ray_app.control import Change
 from ray_app.health import INFERENCE_TIMEOUT_S, Pulse, request_for
 from tutti import wire
@@ -74,7 +74,7 @@ class Replica:
         self._pulse = Pulse(at_s=time.monotonic())
         self._hang_timeout_s = options.hang_timeout_s
         self._generation = 0
-        self._wanted = 0.0
+        self._wanted = Wanted()
         self._applying = asyncio.Lock()
         self._logs = Logs(options.log_verbose)
         self._logs.install()
@@ -166,12 +166,15 @@ class Replica:
             self._engine.load(change.model, change.override)
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """For Serve: how many replicas the pool's work needs, as a gateway has told."""
-        return {METRIC: self._wanted}
+        """For Serve: how many replicas the pool's work needs, as the gateways have told."""
+        return {METRIC: self._wanted.total(time.monotonic())}
 
-    async def describe(self, to: str = "", wanted: float = 0.0) -> Description:
-        """Who answers may be another than it is `to`, where that one is gone. `wanted` are the replicas needed."""
-        self._wanted = wanted
+    async def describe(self, to: str = "", wanted: float = 0.0, by: str = "") -> Description:
+        """Who answers may be another than it is `to`, where that one is gone.
+
+        `wanted` are the replicas that the work of gateway `by` needs.
+        """
+        self._wanted.told(by, wanted, time.monotonic())
         ready = [f"{m.config.name}/{m.version}" for m in self._engine.models() if m.is_ready()]
         return Description(self._id, self._name, (*ready, *self._segments), self._generation)
 

@@ -330,6 +330,7 @@ class _Front:
     """Answers every exchange at once, and notes what it was."""
 
     limits = Limits(max_input_size=1000)
+    is_draining = False
 
     def __init__(self, heads: dict[bytes, Any]) -> None:
         self.connections: set[Connection] = set()

@@ -133,6 +133,7 @@ def make_parser() -> argparse.ArgumentParser:
     ray = serve.add_argument_group("on Ray")
     ray.add_argument("--ray", action="store_true", help="serve through replicas on a Ray cluster")
     ray.add_argument("--ray-address", help="join this cluster (default: start one on this machine)")
+    ray.add_argument("--gateways", type=int, default=1, help="how many share the ports (default: 1)")
     ray.add_argument("--gpu-replicas", type=int, help="default: one for each GPU of the cluster")
     ray.add_argument("--cpu-replicas", type=int, default=1)
     ray.add_argument("--placement", type=Path, help="YAML with pools and the models they take (docs/cluster.md)")

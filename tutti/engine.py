@@ -116,6 +116,20 @@ class Engine:
                         closing += self._unload(step.model_name)
         _close(closing)
 
+    def follow(self, name: str, override: Override | None) -> None:
+        """Load (unload, with None) what another process has been asked to, and told all others of: tell nobody.
+
+        Blocks. Raises Internal as `load` does.
+        """
+        with self._control:
+            closing: list[Model] = []
+            self._seen[name] = repository.fingerprint(self._root, name)
+            if override is not None:
+                closing = self._load_anew(name, override, (), tells=False)
+            elif name in self._models:
+                closing = self._unload(name, tells=False)
+        _close(closing)
+
     def poll(self) -> None:
         """Load what is new or has changed in the repository, unload what has gone. Blocks. Failures are logged."""
         with self._control:
@@ -146,7 +160,7 @@ class Engine:
         """Take what is loaded now as what poll compares with."""
         self._seen = {name: repository.fingerprint(self._root, name) for name in repository.model_names(self._root)}
 
-    def _load_anew(self, name: str, override: Override, above: tuple[str, ...]) -> list[Model]:
+    def _load_anew(self, name: str, override: Override, above: tuple[str, ...], tells: bool = True) -> list[Model]:
         """Load one model, and what it needs; returns the models to close."""
         closing: list[Model] = []
         made: dict[str, Model] = {}
@@ -162,8 +176,9 @@ class Engine:
             folder = repository.open_model(root, name, override.config)
             for step in folder.config.steps:
                 if step.model_name not in self._models and step.model_name not in (*above, name):
-                    closing += self._load_anew(step.model_name, Override(), (*above, name))
-            self._propagate(name, override, folder.config)
+                    closing += self._load_anew(step.model_name, Override(), (*above, name), tells)
+            if tells:
+                self._propagate(name, override, folder.config)
             for version in folder.versions:
                 made[str(version)] = self._make(folder, version)
         except (TuttiError, OSError) as error:
@@ -176,8 +191,9 @@ class Engine:
         self._failures = {key: why for key, why in self._failures.items() if key[0] != name}
         return closing
 
-    def _unload(self, name: str) -> list[Model]:
-        self._propagate(name, None, None)
+    def _unload(self, name: str, tells: bool = True) -> list[Model]:
+        if tells:
+            self._propagate(name, None, None)
         old = self._replace(name, {})
         self._unloaded[name] = tuple(old)
         self._keep_scratch(name, None)

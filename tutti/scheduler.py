@@ -165,10 +165,14 @@ class Scheduler:
 
     def refuse_waiting(self, error: InferError) -> None:
         """Settle what waits with an error."""
-        with self._lock:
-            waiting = self._queue.drain()
+        waiting = self.take_waiting()
         if waiting:
             self._fail(waiting, error)
+
+    def take_waiting(self) -> list[Call]:
+        """What waits, which somebody else is to execute."""
+        with self._lock:
+            return self._queue.drain()
 
     def _rank(self) -> None:
         self._is_mixed = len({id(one.costs) for one in self._instances}) > 1

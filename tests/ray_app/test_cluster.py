@@ -67,9 +67,9 @@ class Load:
                 self.failures.append(repr(error))
 
 
-def replicas(served: Served, pool: str) -> list[psutil.Process]:
+def replicas(served: Served, pool: str, app: str = "tutti") -> list[psutil.Process]:
     children = psutil.Process(served.process.pid).children(recursive=True)
-    return [child for child in children if f"ServeReplica:tutti:{pool}" in " ".join(_command(child))]
+    return [child for child in children if f"ServeReplica:{app}:{pool}" in " ".join(_command(child))]
 
 
 def _command(process: psutil.Process) -> list[str]:

@@ -10,7 +10,7 @@ import pytest
 import tritonclient.grpc as grpcclient
 from tritonclient.utils import InferenceServerException
 
-from ray_app.control import Desired
+from ray_app.control import Change, Desired
 from tests.conformance.test_every_method import COUNT, ENDLESS
 from tests.models import Repository
 from tests.ray_app.test_cluster import replicas
@@ -22,10 +22,10 @@ X = np.array([[1, 2, 3, 4]], np.float32)
 
 def test_only_the_last_change_of_a_model_counts() -> None:
     desired = Desired()
-    desired.record("a", Override("1"))
-    desired.record("b", Override())
-    desired.record("a")
-    desired.record("", logs={"log_info": False})
+    desired.add(Change(1, "a", Override("1")))
+    desired.add(Change(2, "b", Override()))
+    desired.add(Change(3, "a"))
+    desired.add(Change(4, "", logs={"log_info": False}))
     assert [(c.generation, c.model) for c in desired.since(0)] == [(2, "b"), (3, "a"), (4, "")]
     assert [c.model for c in desired.since(3)] == [""]
     last = desired.last("a")

@@ -4,9 +4,11 @@ Answers go out from whichever thread settles them. HTTP/2 itself runs in Rust, o
 bidirectional streams, goes to the grpcio server of grpc_aio.py behind it.
 """
 
+import asyncio
 import hashlib
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -30,11 +32,17 @@ class GrpcFront:
     """One listening gRPC server with one receiving thread. The sink of its infer calls; its token is the call's id."""
 
     def __init__(
-        self, api: Api, host: str, port: int, fallback: str | None = None, raw: Callable[..., None] | None = None
+        self,
+        api: Api,
+        host: str,
+        port: int,
+        fallback: str | None = None,
+        raw: Callable[..., None] | None = None,
+        shares_port: bool = False,
     ) -> None:
         """`fallback` is the Unix socket of the server for all other methods.
 
-        A front-end process shares its port, and has `raw` take the serialized requests that it cannot decode.
+        A front-end process has `raw` take the serialized requests that it cannot decode.
         """
         self._api = api
         self._is_open = api.grpc.gate.is_open
@@ -55,7 +63,7 @@ class GrpcFront:
             call_details=True,
             bearer_token_sha256=keys or None,
             unauthenticated_message=REFUSED["unauthenticated"][1],
-            reuse_port=raw is not None,
+            reuse_port=shares_port,
         )
         if fallback is not None:
             self._front.set_fallback(fallback)
@@ -69,6 +77,12 @@ class GrpcFront:
         self._front.start()
         self._thread.start()
         return int(self._front.bound_port)
+
+    async def drain(self, drain_s: float) -> None:
+        """Wait for a moment without calls; what is inside when it stops fails as unavailable."""
+        until = time.monotonic() + drain_s
+        while self._open and time.monotonic() < until:
+            await asyncio.sleep(0.001)
 
     def stop(self) -> None:
         self._front.close()

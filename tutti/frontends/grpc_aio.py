@@ -48,7 +48,7 @@ class TlsFiles:
 class GrpcioFront:
     """One grpcio server. Build and use it on one event loop."""
 
-    def __init__(self, api: Api, address: str, tls: TlsFiles | None = None) -> None:
+    def __init__(self, api: Api, address: str, tls: TlsFiles | None = None, shares_port: bool = False) -> None:
         """`address` is HOST:PORT or unix:PATH."""
         self._api = api
         limit = min(api.limits.max_grpc_message_size, 2**31 - 1)
@@ -56,7 +56,7 @@ class GrpcioFront:
             options=[
                 ("grpc.max_receive_message_length", limit),
                 ("grpc.max_send_message_length", -1),
-                ("grpc.so_reuseport", 0),
+                ("grpc.so_reuseport", int(shares_port)),
             ]
         )
         self._server.add_generic_rpc_handlers((_Handler(self._routes()),))

@@ -57,6 +57,7 @@ class HttpFront:
         self._routes: dict[bytes, tuple[str, str] | None] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self.connections: set[Connection] = set()
+        self.is_draining = False
         self.heads: dict[bytes, Head] = {}
         self._server: asyncio.Server | None = None
         self._sweep: asyncio.TimerHandle | None = None
@@ -74,17 +75,24 @@ class HttpFront:
         self._server = await self._loop.create_unix_server(lambda: Connection(self), str(path))
         self._sweep = self._loop.call_later(_SWEEP_S, self._close_idle)
 
-    async def stop(self, grace_s: float = 5.0) -> None:
-        """Stop listening, let open exchanges end, then close the connections."""
+    async def stop(self, drain_s: float = 0.0, grace_s: float = 5.0) -> None:
+        """Stop listening, let open exchanges end, then close the connections.
+
+        For `drain_s` before that, each connection that asks again is told to close with its answer.
+        """
         if self._sweep is not None:
             self._sweep.cancel()
         if self._server is not None:
             self._server.close()
+        self.is_draining = True
+        deadline = self._loop.time() + drain_s
+        while self.connections and self._loop.time() < deadline:
+            await asyncio.sleep(0.01)
         deadline = self._loop.time() + grace_s
         while any(connection.pending for connection in self.connections) and self._loop.time() < deadline:
             await asyncio.sleep(0.01)
         for connection in list(self.connections):
-            connection.abort()
+            connection.end()
         for task in self._tasks:
             task.cancel()
 

@@ -60,6 +60,7 @@ class Front(Protocol):
     limits: Limits
     connections: set["Connection"]
     heads: dict[bytes, Head]
+    is_draining: bool
 
     def handle(self, exchange: "Exchange") -> None:
         """A complete request; `exchange.connection.deliver` answers it, now or later."""
@@ -388,6 +389,8 @@ class Connection(asyncio.Protocol):
 
     def _accept(self, exchange: Exchange) -> None:
         self.pending.append(exchange)
+        if self._front.is_draining:
+            exchange.keep_alive = False
         if not exchange.keep_alive:
             self._is_closing = True
         if self._is_write_paused or len(self.pending) >= MAX_PIPELINED:
@@ -439,6 +442,13 @@ class Connection(asyncio.Protocol):
     def abort(self) -> None:
         if self._transport is not None:
             self._transport.abort()
+
+    def end(self) -> None:
+        """Close now; at once where something is still under way."""
+        if self.pending or self._is_reading:
+            self.abort()
+        else:
+            self._close()
 
     def close_if_idle(self, now: float) -> None:
         """Close when nothing was sent for long: between requests silently, within one with a 408."""

@@ -1,6 +1,8 @@
 """All front-ends of one process over one Api: HTTP, gRPC and metrics, started and stopped together."""
 
+import asyncio
 import logging
+import socket
 import ssl
 import tempfile
 from dataclasses import dataclass
@@ -63,6 +65,18 @@ class Addresses:
     grpc_tls: Tls | None = None
     grpc_server: GrpcServer = "native"
     front_end_processes: int = 1
+    # With other processes, which may come and go; each then takes the first free one of so many metrics ports.
+    shares_ports: bool = False
+    metrics_ports: int = 1
+
+    def check_free(self) -> None:
+        """Raises OSError when somebody else listens on a port that is to be shared."""
+        for port in (self.http_port, self.grpc_port):
+            if port:
+                try:
+                    socket.create_server((self.host, port)).close()
+                except OSError as error:
+                    raise OSError(error.errno, f"{self.host}:{port}: {error.strerror}") from None
 
 
 class Server:
@@ -95,7 +109,7 @@ class Server:
             front = HttpFront(http_api.make_app(self._api), self._api)
             self._http.append(front)
             tls = wanted.http_tls.context() if wanted.http_tls is not None else None
-            http_port = await front.start(wanted.host, wanted.http_port, tls=tls)
+            http_port = await front.start(wanted.host, wanted.http_port, wanted.shares_ports, tls)
         taken = Addresses(wanted.host, http_port, grpc_port, metrics_port)
         _log.info("listening on %s: http %s, grpc %s, metrics %s", wanted.host, http_port, grpc_port, metrics_port)
         return taken
@@ -104,8 +118,14 @@ class Server:
         metrics = Metrics(self._api.engine, self._extra)
         front = HttpFront(http_api.metrics_app(metrics.render, self._api.http.gate))
         self._http.append(front)
-        assert self._addresses.metrics_port is not None
-        return await front.start(self._addresses.host, self._addresses.metrics_port)
+        first = self._addresses.metrics_port
+        assert first is not None
+        for port in range(first, first + self._addresses.metrics_ports - 1):
+            try:
+                return await front.start(self._addresses.host, port)
+            except OSError:
+                continue  # another's
+        return await front.start(self._addresses.host, first + self._addresses.metrics_ports - 1)
 
     async def _start_front_ends(self) -> Addresses:
         """Processes that share the ports; here only what they pass on, on Unix sockets, and the metrics."""
@@ -130,16 +150,20 @@ class Server:
         _log.info("listening on %s: http %s, grpc %s, metrics %s", wanted.host, *ports, metrics_port)
         return taken
 
-    async def stop(self) -> None:
-        """Stop listening; open HTTP exchanges may end."""
+    async def stop(self, drain_s: float = 0.0) -> None:
+        """Stop listening; open exchanges may end.
+
+        Where others share the ports, clients get `drain_s` to go there: connections over HTTP are answered once more
+        and closed, gRPC is stopped at a moment without calls, if there is one.
+        """
         if self._front_ends is not None:
             await self._front_ends.stop()
-        for front in self._http:
-            await front.stop()
+        await asyncio.gather(*(front.stop(drain_s) for front in self._http))
         if self._grpc is not None:
+            await self._grpc.drain(drain_s)
             self._grpc.stop()
         if self._grpcio is not None:
-            await self._grpcio.stop()
+            await self._grpcio.stop(max(0.5, drain_s))
         if self._sockets is not None:
             self._sockets.cleanup()
         self._api.close()
@@ -148,7 +172,8 @@ class Server:
         tls = self._addresses.grpc_tls
         if tls is not None or self._addresses.grpc_server == "grpcio":
             try:
-                self._grpcio = GrpcioFront(self._api, f"{host}:{port}", tls.files() if tls is not None else None)
+                files = tls.files() if tls is not None else None
+                self._grpcio = GrpcioFront(self._api, f"{host}:{port}", files, self._addresses.shares_ports)
             except RuntimeError as error:
                 raise OSError(f"gRPC: {error}") from None
             return await self._grpcio.start()
@@ -157,5 +182,5 @@ class Server:
         path = str(Path(self._sockets.name) / "grpc")
         self._grpcio = GrpcioFront(self._api, f"unix:{path}")
         await self._grpcio.start()
-        self._grpc = GrpcFront(self._api, host, port, fallback=path)
+        self._grpc = GrpcFront(self._api, host, port, path, shares_port=self._addresses.shares_ports)
         return self._grpc.start()

@@ -34,7 +34,7 @@ async def serve(task: Task) -> None:
     link = await FrontEnd.connect(task.sockets / "engine", stop.set)
     engine, regions = cast(Any, link), cast(Any, RegionsElsewhere())
     api = Api(engine, task.limits, task.http, task.grpc, shared_memory=regions, is_front_end=True)
-    grpc = GrpcFront(api, task.host, task.grpc_port, fallback=str(task.sockets / "grpc"), raw=link.ask_raw)
+    grpc = GrpcFront(api, task.host, task.grpc_port, str(task.sockets / "grpc"), link.ask_raw, shares_port=True)
     grpc.start()
     http = HttpFront(pass_on(task.sockets / "http"), api)
     tls = task.http_tls.context() if task.http_tls is not None else None
