@@ -46,10 +46,10 @@ fuzz: $(VENV)/.ready-dev
 
 # Faults on a local cluster under load; the last long run is in benchmarks/chaos.md.
 chaos: $(VENV)/.ready-dev
-	$(BIN)/python -m benchmarks.chaos --minutes 15 --faults 54 --report benchmarks/chaos.md
+	$(BIN)/python -m benchmarks.chaos --minutes 15 --faults 60 --report benchmarks/chaos.md
 
 chaos-short: $(VENV)/.ready-dev
-	$(BIN)/python -m benchmarks.chaos --minutes 2 --faults 9 --most-rate 150
+	$(BIN)/python -m benchmarks.chaos --minutes 2 --faults 10
 
 models: $(BUILT)
 
