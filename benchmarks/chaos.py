@@ -476,8 +476,8 @@ def report(
     all_s = sorted(one.done_s - one.due_s for one in outcomes if one.kind == "ok")
     lines = [
         f"{len(outcomes):,} requests in {seconds:.0f} s at {rate:.0f} /s, 60% of what was done without faults: "
-        f"{kinds['ok']:,} right, {kinds['wrong']} wrong, {kinds['failed']} failed ({kinds['failed'] / len(outcomes):.4%}), "
-        f"{kinds['poison']} poison; asked again by the client: {retries}",
+        f"{kinds['ok']:,} right, {kinds['wrong']} wrong, {kinds['failed']} failed "
+        f"({kinds['failed'] / len(outcomes):.4%}), {kinds['poison']} poison; asked again by the client: {retries}",
         f"p99 {normal_s * 1e3:.0f} ms before the first fault, {all_s[int(0.99 * len(all_s))] * 1e3:.0f} ms over all; "
         f"answered by the cpu pool: {sum(one.pool == 'cpu' for one in outcomes) / len(outcomes):.1%}",
         "",
