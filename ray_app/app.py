@@ -13,6 +13,7 @@ from ray import serve  # noqa: E402
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig  # noqa: E402
 
 from ray_app import journal  # noqa: E402
+from ray_app.autoscaling import SERVE_SETTINGS  # noqa: E402
 from ray_app.gateway import SHUTDOWN_TIMEOUT_S, Gateway  # noqa: E402
 from ray_app.journal import RayStore  # noqa: E402
 from ray_app.options import Options  # noqa: E402
@@ -21,8 +22,6 @@ from ray_app.replica import Replica, ReplicaOptions  # noqa: E402
 from tutti import repository  # noqa: E402
 
 _HEALTH_CHECK_PERIOD_S = 1.0
-# A replica that is not needed is kept for so long: loads that come and go do not start one each time.
-_DOWNSCALE_DELAY_S = 15.0
 
 
 def build(arguments: Options) -> Any:
@@ -78,10 +77,7 @@ def _replicas(pool: PoolSpec) -> dict[str, Any]:
             min_replicas=pool.min_replicas,
             initial_replicas=pool.replicas,
             max_replicas=pool.max_replicas,
-            metrics_interval_s=0.5,
-            look_back_period_s=1.0,
-            upscale_delay_s=0.0,
-            downscale_delay_s=_DOWNSCALE_DELAY_S,
+            **SERVE_SETTINGS,
             policy=AutoscalingPolicy(policy_function="ray_app.autoscaling:policy"),
         ),
     }

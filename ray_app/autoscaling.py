@@ -7,8 +7,9 @@ product is the work, in replicas. Ray Serve's controller asks `policy`, and appl
 import math
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from tutti.cost import LatencyModel
@@ -18,6 +19,10 @@ UTILIZATION = 0.7
 # What waits should be gone after so long.
 DRAIN_S = 2.0
 METRIC = "tutti_wanted"
+# For Serve. A replica that is not needed is kept for a while: loads that come and go do not start one each time.
+SERVE_SETTINGS: Mapping[str, float] = MappingProxyType(
+    {"metrics_interval_s": 0.5, "look_back_period_s": 1.0, "upscale_delay_s": 0.0, "downscale_delay_s": 15.0}
+)
 _WINDOW_NS = 1_000_000_000
 # A gateway that has not told anything for so long is gone.
 _TOLD_FOR_S = 5.0

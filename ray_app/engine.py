@@ -10,6 +10,7 @@ from typing import Any
 from ensembles import graph
 from ensembles.placed import Arriving, PlacedExecutor
 from ray_app import merging
+from ray_app.autoscaling import Demand
 from ray_app.control import Control
 from ray_app.hops import Hop
 from ray_app.placement import PoolSpec, home
@@ -159,7 +160,10 @@ class Fallback:
             queue = BatchQueue(hop_policy(config), config.max_queued_rows)
             scheduler = Scheduler(config.name, queue, statistics, timer, MAX_SPILL if when == "late" else 0.0)
             most_rows = merging.rows_at_most(config)
-            return Hop(scheduler, config.name, key, router, own, statistics, most_rows, max(1, config.max_batch_size))
+            batch_rows = max(1, config.max_batch_size)
+            # A graph works on several requests at once, whatever a batch of it is.
+            least_rows = queue.configured_rows if config.is_ensemble else batch_rows * _instances(config)
+            return Hop(scheduler, config.name, key, router, own, statistics, most_rows, batch_rows, least_rows)
 
         self._make_strict: Callable[[], Hop] = lambda: hop(pools[:1])
         self._hop = hop(pools[:1] if when == "never" else pools)
@@ -177,6 +181,10 @@ class Fallback:
         if len(strict) < len(calls):
             own = set(map(id, strict))
             self._hop([call for call in calls if id(call) not in own])
+
+    def demand(self) -> Demand:
+        """What comes and waits, and what a row costs."""
+        return self._hop.demand()
 
     def pending(self) -> int:
         return sum(hop.scheduler.queued_calls() for hop in self._hops())
@@ -206,7 +214,10 @@ class Segments:
         most_rows = step.max_rows if step.is_merged else 1
         self._control.load_segment(name, segment, pools)
         placed, batch_rows = self._router.of(pools), max(1, step.max_rows)
-        self._made[name] = hop = Hop(scheduler, name, name, self._router, placed, statistics, most_rows, batch_rows)
+        self._made[name] = hop = Hop(
+            scheduler, name, name, self._router, placed, statistics, most_rows, batch_rows,
+            queue.configured_rows,
+        )  # fmt: skip
         return Arriving(hop, segment.is_batched)
 
     def are_ready(self) -> bool:
@@ -215,6 +226,11 @@ class Segments:
     def close(self) -> None:
         for hop in self._made.values():
             hop.close()
+
+
+def _instances(config: ModelConfig) -> int:
+    """How many batches of a model one replica executes at a time."""
+    return max(1, sum(group.count for group in config.instance_groups))
 
 
 def hop_policy(config: ModelConfig) -> BatchingPolicy:

@@ -18,6 +18,8 @@ _log = logging.getLogger(__name__)
 
 # How often one looks whether requests wait for replicas that do not come.
 _LOOK_EVERY_S = 0.25
+# Several batches of a model go to a replica together if they take no longer than this.
+_TOGETHER_NS = 10_000_000
 # After so long without a batch, how long a replica took says nothing about it any more.
 _FORGET_NS = 5_000_000_000
 
@@ -63,6 +65,7 @@ class ReplicaInstance:
         if by is member:
             self.learned_ns = end_ns
             self.costs.record(batch[0].key, rows, took_ns)
+            hop.learned(self.costs)
         for call, answer in zip(batch, answers, strict=True):
             call.answer = answer
         times = BatchTimes(start_ns, start_ns, end_ns, end_ns)
@@ -87,8 +90,12 @@ class Hop:
         statistics: ModelStatistics,
         most_rows: int,
         batch_rows: int,
+        least_rows: int,
     ) -> None:
-        """Up to `most_rows` rows travel as one request; the model takes `batch_rows` at once."""
+        """Up to `most_rows` rows travel as one request; the model takes `batch_rows` at once.
+
+        Of a model that takes its time no more than `least_rows` go to a replica together: another may be free for them.
+        """
         self.scheduler = scheduler
         self.name = name
         self.key = key
@@ -98,6 +105,8 @@ class Hop:
         self.most_rows = most_rows
         self.batch_rows = batch_rows
         self.meter = Meter()
+        self._least_rows = least_rows
+        scheduler.limit_batches(least_rows)
         self._row_s = 0.0
         self._instances: dict[Member, list[ReplicaInstance]] = {}
         self._empty_since_ns = now_ns()
@@ -112,6 +121,11 @@ class Hop:
             call.key = None
         self.meter.arrived(now_ns(), sum([call.rows for call in calls]))
         self.scheduler(calls)
+
+    def learned(self, costs: Costs) -> None:
+        """A replica has executed a batch."""
+        batch_ns = costs.of(None).mean_ns(self._least_rows)
+        self.scheduler.limit_batches(self._least_rows * max(1, _TOGETHER_NS // max(1, batch_ns)))
 
     def demand(self) -> Demand:
         """Of the first of its pools."""

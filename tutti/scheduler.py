@@ -291,6 +291,10 @@ class Scheduler:
             most = self._queue.limit.rows
         _log.warning("model '%s': out of memory with %d rows: batches of at most %s", self._name, rows, most)
 
+    def limit_batches(self, rows: int) -> None:
+        """Make batches of at most so many rows, whatever the queue allows."""
+        self._queue.limit.rows = rows
+
     def executed(self, batch: Sequence[Call]) -> None:
         """A batch succeeded."""
         if self._queue.limit.rows is not None:
@@ -358,13 +362,19 @@ class Scheduler:
     def _better_waits(self, instance: Instance) -> bool:
         """Whether another instance, though busy, will have served all that waits before this one served a batch."""
         most = self._queue.batch_rows()
+        rows = min(self._queue.rows, most)
+        mean_ns = instance.costs.of(None).mean_ns(rows)
+        if not mean_ns:
+            return False  # it is tried
         patience = 1 if instance.rank == self._best_rank else _PATIENCE
-        own_ns = now_ns() + patience * instance.costs.of(None).mean_ns(min(self._queue.rows, most))
+        own_ns = now_ns() + patience * mean_ns
         rounds = -(-self._queue.rows // most)
         return any(
-            until_ns + rounds * one.costs.of(None).mean_ns(min(self._queue.rows, most)) < own_ns
+            until_ns + rounds * others_ns < own_ns
             for one in self._instances
-            if one is not instance and (until_ns := self._until_ns(one))
+            if one is not instance
+            and (others_ns := one.costs.of(None).mean_ns(rows))
+            and (until_ns := self._until_ns(one))
         )
 
     def _until_ns(self, instance: Instance) -> int:

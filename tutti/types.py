@@ -260,6 +260,15 @@ def settle_all(calls: Iterable[Call], error: InferError) -> None:
         settle(failed)
 
 
+_clock: Callable[[], int] = time.monotonic_ns
+
+
 def now_ns() -> int:
     """The clock of queues and statistics: monotonic nanoseconds."""
-    return time.monotonic_ns()
+    return _clock()
+
+
+def set_clock(clock: Callable[[], int] = time.monotonic_ns) -> None:
+    """Have now_ns tell another time, for all of the process: a simulation's."""
+    global _clock
+    _clock = clock
