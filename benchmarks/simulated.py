@@ -191,7 +191,7 @@ def compare(seconds: float, seed: int) -> tuple[list[str], dict[str, float]]:
         tables[name]["took s"] = time.monotonic() - begun
     errors = {what: tables["simulated"][what] / value - 1 for what, value in real.items()}
     lines = [
-        f"{len(took):,} requests in {seconds:.0f} s; calibrated: hop {hop_ms:.1f} ms, replicas start in {start_s:.1f} s",
+        f"{len(took):,} requests in {seconds:.0f} s; calibrated: hop {hop_ms:.1f} ms, start {start_s:.1f} s",
         "",
         "| | real | simulated | error | by half seconds | error |",
         "|---|---|---|---|---|---|",

@@ -9,13 +9,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import ValidationError
-
 from ray_app import environment, processes
+from ray_app.cli import checked, load_placement
 from ray_app.options import Options
 from tutti.errors import ConfigError
 
@@ -77,8 +74,8 @@ def _run(options: argparse.Namespace, stop: threading.Event, loop: asyncio.Abstr
     serve.start(proxy_location="Disabled")
     given = {name: getattr(options, name) for name in Options.model_fields if hasattr(options, name)}
     if options.placement is not None:
-        given |= _placement(options.placement)
-    arguments = _checked({**given, "model_repository": str(options.model_repository)})
+        given |= load_placement(options.placement)
+    arguments = checked({**given, "model_repository": str(options.model_repository)})
     try:
         handle = serve.run(build(arguments), name=APP, route_prefix=None)
     except RuntimeError as error:
@@ -86,25 +83,6 @@ def _run(options: argparse.Namespace, stop: threading.Event, loop: asyncio.Abstr
     asyncio.run_coroutine_threadsafe(_report_ready(handle, stop), loop).result()
     stop.wait()
     _log.info("stopping")
-
-
-def _placement(path: Path) -> dict[str, Any]:
-    """What a placement file says. Raises ConfigError if it is none."""
-    try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"--placement {path}: {error}") from None
-    if not isinstance(given, dict) or set(given) != {"pools"}:
-        raise ConfigError(f"--placement {path}: expected 'pools' and a list of them")
-    return given
-
-
-def _checked(given: dict[str, Any]) -> Options:
-    try:
-        return Options(**given)
-    except ValidationError as error:
-        what = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()]
-        raise ConfigError("; ".join(what)) from None
 
 
 def _reasons() -> str:

@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     parser = make_parser()
     options, rest = parser.parse_known_args(arguments)
-    if rest and options.command not in ("export", "ensemble"):
+    if rest and options.command not in ("export", "ensemble", "cluster"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if options.command == "serve":
         _check(parser, options)
@@ -39,6 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from ensembles.cli import main as ensemble
 
             return ensemble(rest)
+        if options.command == "cluster":
+            _needs(options.command, "ray", "psutil")
+            from ray_app.cli import main as cluster
+
+            return cluster(rest)
         return _serve(options)
     except TuttiError as error:
         print(f"tutti: {error}", file=sys.stderr)
@@ -148,6 +153,9 @@ def make_parser() -> argparse.ArgumentParser:
     commands.add_parser(
         "ensemble", help="check, show, draw, explain and build ensembles (see: tutti ensemble --help)", add_help=False
     )
+    commands.add_parser(
+        "cluster", help="plan and simulate pools of replicas on Ray (see: tutti cluster --help)", add_help=False
+    )
     return parser
 
 
@@ -187,9 +195,7 @@ def _serve(options: argparse.Namespace) -> int:
     logs = Logs(options.log_verbose, options.log_file, options.log_format)
     logs.install()
     if options.ray:
-        missing = [name for name in ("ray", "psutil") if importlib.util.find_spec(name) is None]
-        if missing:
-            raise ConfigError(f"--ray needs {' and '.join(missing)}: pip install 'tutti[ray]'")
+        _needs("--ray", "ray", "psutil")
         from ray_app.run import serve_on_ray
 
         return serve_on_ray(options)
@@ -197,6 +203,12 @@ def _serve(options: argparse.Namespace) -> int:
 
     status: int = uvloop.run(_serve_here(options, logs))
     return status
+
+
+def _needs(what: str, *libraries: str) -> None:
+    missing = [name for name in libraries if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"{what} needs {' and '.join(missing)}: pip install 'tutti[ray]'")
 
 
 async def _serve_here(options: argparse.Namespace, logs: Logs) -> int:
