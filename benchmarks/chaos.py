@@ -2,22 +2,17 @@
 
     python -m benchmarks.chaos --minutes 15 --faults 50 --seed 0
 
-Every answer is checked. A request fails when no answer came within its deadline; as clients of a load balancer do,
-ours asks again while time remains when a connection breaks or the server says that it is not available. Latency counts
-from when a request was due. The exit status is 0 when nothing was lost or wrong.
+The exit status is 0 when nothing was lost or wrong.
 """
 
 import argparse
-import asyncio
 import contextlib
-import multiprocessing
 import random
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -25,62 +20,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import aiohttp
-import numpy as np
 import psutil
-import tritonclient.grpc.aio as grpcclient
-import tritonclient.http.aio as httpclient
-from tritonclient.utils import InferenceServerException
 
 from benchmarks.machine import commit, hardware
+from benchmarks.open_loop import DEADLINE_S, LoadProcess, Outcome, write_model
 from loadtest.process import free_ports, stop, wait_until_ready
 
-WIDTH = 8
-DEADLINE_S = 10.0
-POISON = 13.0
 NODES = 3
 GATEWAYS = 2
 # A replica may grow by so much before it is out of memory.
 HOG_BYTES = 300_000_000
-MODEL = """
-    import os
-    import time
-    from pathlib import Path
-
-    import triton_python_backend_utils as pb_utils
-
-    HERE = Path(__file__).parent
-
-
-    class TritonPythonModel:
-        hoard = []
-
-        def execute(self, requests):
-            given = [pb_utils.get_input_tensor_by_name(request, "x").as_numpy() for request in requests]
-            if any((x == 13.0).any() for x in given):
-                os._exit(1)
-            slow = 10 if (HERE / f"slow.{os.getpid()}").exists() else 1
-            if (HERE / f"hog.{os.getpid()}").exists():
-                self.hoard.append(bytearray(os.urandom(1024)) * 40_000)
-            # As a model on an accelerator: it takes time, not the processor. Four replicas do some 500 rows a second.
-            time.sleep(slow * (0.016 + 0.003 * sum(len(x) for x in given)))
-            return [pb_utils.InferenceResponse([pb_utils.Tensor("y", x * 2 + 1)]) for x in given]
-"""
-CONFIG = f"""
-    backend: "python" max_batch_size: 16 dynamic_batching {{}}
-    input {{ name: "x" data_type: TYPE_FP32 dims: {WIDTH} }} output {{ name: "y" data_type: TYPE_FP32 dims: {WIDTH} }}
-"""
-
-
-@dataclass(slots=True)
-class Outcome:
-    """One request: when it was due and done, seconds since the start, and what became of it."""
-
-    due_s: float
-    done_s: float
-    kind: str  # ok, wrong, failed, poison
-    what: str = ""
-    pool: str = ""
 
 
 @dataclass(slots=True)
@@ -107,10 +56,7 @@ class Cluster:
     def start(self) -> None:
         from ray.cluster_utils import Cluster as RayCluster
 
-        repository = self.folder / "models" / "double" / "1"
-        repository.mkdir(parents=True)
-        (repository / "model.py").write_text(textwrap.dedent(MODEL).lstrip())
-        (repository.parent / "config.pbtxt").write_text(CONFIG)
+        write_model(self.folder / "models")
         self.cluster = RayCluster(initialize_head=True, head_node_args={"num_cpus": 2, "resources": {"head": 10}})
         for _ in range(NODES):
             self.add_node()
@@ -170,154 +116,6 @@ def _raylet(process: psutil.Process) -> int:
         return int(process.ppid())
     except psutil.Error:
         return 0
-
-
-class Load:
-    """Poisson arrivals over both protocols, half each."""
-
-    def __init__(self, http: str, grpc: str, rate: float, seed: int) -> None:
-        self.outcomes: list[Outcome] = []
-        self.retries = 0
-        self.start_s = 0.0
-        self._addresses = http, grpc
-        self._rate = rate
-        self._rng = random.Random(seed)
-        self._numbers = np.random.default_rng(seed)
-        self._running: set[asyncio.Task[None]] = set()
-
-    def now_s(self) -> float:
-        return time.monotonic() - self.start_s
-
-    async def run(self, seconds: float) -> None:
-        self.open()
-        due = 0.0
-        while due < seconds:
-            if due > self.now_s():
-                await asyncio.sleep(due - self.now_s())
-            task = asyncio.create_task(self._ask(due, "http" if self._rng.random() < 0.5 else "grpc", self._values()))
-            self._running.add(task)
-            task.add_done_callback(self._running.discard)
-            due += self._rng.expovariate(self._rate)
-        while self._running:
-            await asyncio.sleep(0.1)
-        await self.close()
-
-    def open(self) -> None:
-        self.start_s = time.monotonic()
-        self._http = httpclient.InferenceServerClient(self._addresses[0], conn_limit=1000)
-        own = [("grpc.use_local_subchannel_pool", 1)]  # connections of their own: gateways share them out
-        address = self._addresses[1]
-        self._grpc = [grpcclient.InferenceServerClient(address, channel_args=own) for _ in range(4 * GATEWAYS)]
-
-    async def close(self) -> None:
-        await asyncio.gather(self._http.close(), *(client.close() for client in self._grpc))
-
-    async def keep_asking(self, seconds: float, clients: int) -> None:
-        """A closed loop."""
-        self.open()
-
-        async def one(protocol: str) -> None:
-            while self.now_s() < seconds:
-                await self._ask(self.now_s(), protocol, self._values())
-
-        await asyncio.gather(*(one("http" if number % 2 else "grpc") for number in range(clients)))
-        await self.close()
-
-    def poison(self) -> bool:
-        """Begin one request that ends the replica that executes it."""
-        x = self._values()
-        x[0, 0] = POISON
-        task = asyncio.create_task(self._ask(self.now_s(), "grpc", x, is_poison=True))
-        self._running.add(task)
-        task.add_done_callback(self._running.discard)
-        return True
-
-    def _values(self) -> Any:
-        return self._numbers.integers(100, 1000, (self._rng.choice([1, 1, 2, 4]), WIDTH)).astype(np.float32)
-
-    async def _ask(self, due: float, protocol: str, x: Any, is_poison: bool = False) -> None:
-        while True:
-            left_s = due + DEADLINE_S - self.now_s()
-            if left_s <= 0:
-                self.outcomes.append(Outcome(due, self.now_s(), "failed", "no answer within the deadline"))
-                return
-            try:
-                y, pool = await asyncio.wait_for(self._infer(protocol, x), left_s)
-            except (InferenceServerException, aiohttp.ClientError, OSError, TimeoutError) as error:
-                what = str(error)
-                if is_poison and "replicas were lost" in what:
-                    self.outcomes.append(Outcome(due, self.now_s(), "poison"))
-                    return
-                if not _may_ask_again(error):
-                    self.outcomes.append(Outcome(due, self.now_s(), "failed", f"{protocol}: {what[:300]}"))
-                    return
-                self.retries += 1
-                await asyncio.sleep(0.05)
-                continue
-            kind = "ok" if np.array_equal(y, x * 2 + 1) else "wrong"
-            self.outcomes.append(Outcome(due, self.now_s(), kind, pool=pool))
-            return
-
-    async def _infer(self, protocol: str, x: Any) -> tuple[Any, str]:
-        library: Any = httpclient if protocol == "http" else grpcclient
-        client: Any = self._http if protocol == "http" else self._rng.choice(self._grpc)
-        tensor = library.InferInput("x", list(x.shape), "FP32")
-        tensor.set_data_from_numpy(x)
-        result = await client.infer("double", [tensor])
-        response = result.get_response()
-        parameters = response["parameters"] if protocol == "http" else response.parameters
-        pool = parameters["tutti_pool"]
-        return result.as_numpy("y"), pool if protocol == "http" else pool.string_param
-
-
-def _may_ask_again(error: BaseException) -> bool:
-    """A broken connection, or a server that says to try again."""
-    if isinstance(error, OSError | TimeoutError | aiohttp.ClientError):
-        return True
-    status = error.status() if isinstance(error, InferenceServerException) else None
-    return status is None or "UNAVAILABLE" in str(status) or str(status) in ("502", "503")
-
-
-class LoadProcess:
-    """The load in a process of its own: a cluster's nodes are forked from this one, which must not have threads."""
-
-    def __init__(self, cluster: Cluster, rate: float, seed: int, seconds: float, clients: int = 0) -> None:
-        """With `clients` a closed loop of so many."""
-        spawn = multiprocessing.get_context("spawn")
-        self._ours, theirs = spawn.Pipe()
-        arguments = (theirs, cluster.http, cluster.grpc, rate, seed, seconds, clients)
-        self._process = spawn.Process(target=_run_load, args=arguments, daemon=True)
-        self._process.start()
-        self._start_s = float(self._ours.recv())
-
-    def now_s(self) -> float:
-        return time.monotonic() - self._start_s
-
-    def poison(self) -> str:
-        self._ours.send("poison")
-        return ""
-
-    def result(self, timeout_s: float) -> tuple[list[Outcome], int]:
-        """The outcomes, and how often clients asked again. Raises TimeoutError when the load does not end."""
-        if not self._ours.poll(timeout_s):
-            raise TimeoutError("the load does not end: requests were lost")
-        outcomes, retries = self._ours.recv()
-        self._process.join(10)
-        return outcomes, retries
-
-
-def _run_load(pipe: Any, http: str, grpc: str, rate: float, seed: int, seconds: float, clients: int) -> None:
-    load = Load(http, grpc, rate, seed)
-
-    async def run() -> None:
-        loop = asyncio.get_running_loop()
-        loop.add_reader(pipe.fileno(), lambda: pipe.poll() and pipe.recv() and load.poison())
-        pipe.send(time.monotonic())
-        await (load.keep_asking(seconds, clients) if clients else load.run(seconds))
-        loop.remove_reader(pipe.fileno())
-
-    asyncio.run(run())
-    pipe.send((load.outcomes, load.retries))
 
 
 class Faults:
@@ -470,7 +268,7 @@ def report(
     outcomes: list[Outcome], retries: int, faults: Faults, rate: float, seconds: float
 ) -> tuple[list[str], bool]:
     """Lines of the report, and whether all went well."""
-    kinds = Counter(one.kind for one in outcomes)
+    kinds = Counter("wrong" if one.kind == "ok" and one.version != 1 else one.kind for one in outcomes)
     quiet = sorted(one.done_s - one.due_s for one in outcomes if one.due_s < faults.done[0].at_s and one.kind == "ok")
     normal_s = quiet[int(0.99 * (len(quiet) - 1))]
     all_s = sorted(one.done_s - one.due_s for one in outcomes if one.kind == "ok")
@@ -497,12 +295,12 @@ def report(
 
 
 def _run(cluster: Cluster, options: argparse.Namespace) -> tuple[list[str], bool]:
-    warm, _ = LoadProcess(cluster, 1.0, 0, 4.0, clients=96).result(30)
+    warm, _ = LoadProcess(cluster.http, cluster.grpc, [(4.0, 0.0)], clients=96).result(30)
     capacity = len([one for one in warm if 1 < one.done_s < 4]) / 3
     rate = 0.6 * capacity
     print(f"capacity {capacity:.0f} /s, load {rate:.0f} /s", flush=True)
     seconds = 60 * options.minutes
-    load = LoadProcess(cluster, rate, options.seed, seconds)
+    load = LoadProcess(cluster.http, cluster.grpc, [(seconds, rate)], options.seed)
     faults = Faults(cluster, load, options.seed)
     faults.kinds = {kind: do for kind, do in faults.kinds.items() if not options.only or kind in options.only}
     faults.run(seconds, options.faults)

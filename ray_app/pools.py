@@ -481,10 +481,15 @@ class Router:
             self._changed.notify_all()
 
     async def measure_forever(self) -> None:
-        """How many replicas each pool's work needs; probes tell them, and they tell Serve."""
+        """How many replicas each pool's work needs; probes tell them, and they tell Serve.
+
+        A pool that has none is called for, though a lower one may answer meanwhile.
+        """
         while True:
             for pool in self.pools:
                 pool.wanted = wanted([hop.demand() for hop in pool.hops])
+                if pool.wanted and pool.may_be_empty:
+                    self.call_for([pool])
             await asyncio.sleep(PROBE_INTERVAL_S)
 
     def _forget(self, changed: Callable[[], None]) -> None:

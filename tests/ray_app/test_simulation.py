@@ -69,7 +69,7 @@ def test_replicas_follow_a_step_and_go_again() -> None:
     trace = steady(30, 30), steady(250, 60), steady(0, 60)
     found = simulate(scenario(*trace, pools=[{**ELASTIC, "min_replicas": 0}]))
     assert found.failed == 0
-    assert found.most == {"gpu": 3}
+    assert found.most["gpu"] in (3, 4), "one more while those who came during the start are served"
     assert found.latencies.quantile(1.0) < 8, "a replica starts within 3 s"
     assert found.replica_s["gpu"] < 30 + 3 * 60 + 3 * 20
 
