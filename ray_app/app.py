@@ -52,7 +52,7 @@ def build(arguments: Options) -> Any:
         name="gateway",
         num_replicas=arguments.gateways,
         graceful_shutdown_timeout_s=SHUTDOWN_TIMEOUT_S,
-        ray_actor_options={"num_cpus": 0.1},
+        ray_actor_options={"num_cpus": 0.1, "resources": arguments.gateway_resources},
         max_ongoing_requests=100,
         health_check_period_s=_HEALTH_CHECK_PERIOD_S,
     )

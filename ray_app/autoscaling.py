@@ -1,7 +1,8 @@
 """How many replicas a pool needs: the work that comes against what a replica does. Pure.
 
 The gateway measures, for each model, the rows that come and what one costs a replica in batches of full size; their
-product is the work, in replicas. Ray Serve's controller asks `policy`, and applies the pool's limits and delays.
+product is the work, in replicas. Where deadlines are missed all the same, it is taken to be more. Ray Serve's
+controller asks `policy`, and applies the pool's limits and delays.
 """
 
 import math
@@ -24,6 +25,10 @@ SERVE_SETTINGS: Mapping[str, float] = MappingProxyType(
     {"metrics_interval_s": 0.5, "look_back_period_s": 1.0, "upscale_delay_s": 0.0, "downscale_delay_s": 15.0}
 )
 _WINDOW_NS = 1_000_000_000
+# One request in a hundred that is late adds a tenth to the work, one in ten doubles it. Halved every half minute.
+_MISSES_WEIGHT = 10
+_MISSES_FADE_NS = 30_000_000_000
+_MISSES_OF = 20
 # A gateway that has not told anything for so long is gone.
 _TOLD_FOR_S = 5.0
 
@@ -62,13 +67,34 @@ def row_s(model: LatencyModel, most_rows: int) -> float:
     return model.mean_ns(math.ceil(rows)) / rows / 1e9 if rows else 0.0
 
 
+@dataclass(slots=True)
+class Misses:
+    """The share of a model's requests that missed their deadlines though it had the replicas wanted; it fades."""
+
+    share: float = 0.0
+    _late: int = 0
+    _requests: int = 0
+    _at_ns: int = 0
+
+    def count(self, at_ns: int, late: int, requests: int, has_enough: bool) -> None:
+        """Of all that have ended, so many were late. While replicas are still to come, misses say nothing."""
+        if at_ns - self._at_ns < _WINDOW_NS:
+            return
+        self.share *= 0.5 ** ((at_ns - self._at_ns) / _MISSES_FADE_NS)
+        came = requests - self._requests
+        if has_enough and came >= _MISSES_OF:
+            self.share = max(self.share, (late - self._late) / came)
+        self._at_ns, self._late, self._requests = at_ns, late, requests
+
+
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """Of one model: rows that come in a second, rows that wait, and what one costs, seconds."""
+    """Of one model: rows that come in a second, rows that wait, what one costs in seconds, the share that is late."""
 
     rows_per_s: float
     waiting: int
     row_s: float
+    late: float = 0.0
 
 
 def wanted(demands: Iterable[Demand]) -> float:
@@ -76,7 +102,7 @@ def wanted(demands: Iterable[Demand]) -> float:
     work = 0.0
     for one in demands:
         if one.row_s:
-            work += (one.rows_per_s + one.waiting / DRAIN_S) * one.row_s
+            work += (one.rows_per_s + one.waiting / DRAIN_S) * one.row_s * (1 + min(1.0, _MISSES_WEIGHT * one.late))
         elif one.rows_per_s or one.waiting:
             work += UTILIZATION
     return work / UTILIZATION

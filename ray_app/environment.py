@@ -18,6 +18,16 @@ SETTINGS = {
 }
 
 
+# Ray takes 127.0.0.1 for this node's address, as it does where it supports no clusters: all of it but Serve's replicas
+# listens there only, its pages of metrics too, which ask nobody for a token. It must stand before ray is imported.
+_LOOPBACK = ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+
+
+def stay_on_loopback() -> None:
+    """For a cluster of this machine alone, which this process starts."""
+    os.environ.setdefault(*_LOOPBACK)
+
+
 def apply() -> None:
     """Set what is not set already, in this process."""
     for key, value in SETTINGS.items():

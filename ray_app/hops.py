@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ray_app.autoscaling import Demand, Meter, row_s
+from ray_app.autoscaling import Demand, Meter, Misses, row_s
 from ray_app.members import Member
 from ray_app.pools import Pool, Router
 from tutti.cost import Costs
@@ -105,6 +105,7 @@ class Hop:
         self.most_rows = most_rows
         self.batch_rows = batch_rows
         self.meter = Meter()
+        self.misses = Misses()
         self._least_rows = least_rows
         scheduler.limit_batches(least_rows)
         self._row_s = 0.0
@@ -131,7 +132,11 @@ class Hop:
         """Of the first of its pools."""
         first = [instances[0] for instances in self._instances.values() if instances and instances[0].rank == 0]
         costs = [cost for one in first if (cost := row_s(one.costs.of(None), self.batch_rows))]
-        return Demand(self.meter.rows_per_s(now_ns()), self.scheduler.queued_rows(), min(costs, default=self._row_s))
+        at_ns, counts, pool = now_ns(), self.statistics.counts, self.pools[0]
+        has_enough = len(pool.status.up) >= pool.wanted
+        self.misses.count(at_ns, counts.late, counts.success.count + counts.fail.count, has_enough)
+        rows_per_s, waiting = self.meter.rows_per_s(at_ns), self.scheduler.queued_rows()
+        return Demand(rows_per_s, waiting, min(costs, default=self._row_s), self.misses.share)
 
     def close(self, successor: Infer | None = None) -> None:
         """Take no more. What waits is executed, or goes to `successor`: replicas may have the next version only."""

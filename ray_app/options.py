@@ -1,6 +1,7 @@
 """The application's arguments: one set for the command, for serve.yaml and for the gateway."""
 
 import hashlib
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -66,9 +67,13 @@ class Options(BaseModel):
     log_format: Literal["default", "ISO8601"] = "default"
     trace_config: list[str] = []
     gateways: int = Field(default=1, ge=1)
+    # Of nodes that gateways run on, as Ray counts them: {"gateway": 1}.
+    gateway_resources: dict[str, float] = {}
     gpu_replicas: int | None = None
     cpu_replicas: int = 1
     pools: list[PoolOptions] | None = None
+    # Nodes come as they are asked for: pools may need more GPUs than there are now.
+    autoscaled_cluster: bool = False
     hang_timeout_secs: float = Field(default=60.0, gt=0)
 
     @model_validator(mode="after")
@@ -104,7 +109,7 @@ class Options(BaseModel):
             )
             for pool in self.pools
         ]
-        return check_pools(made, gpus)
+        return check_pools(made, math.inf if self.autoscaled_cluster else gpus)
 
     def with_absolute_paths(self) -> "Options":
         """Relative paths are the command's: a gateway's working folder is another."""

@@ -19,7 +19,7 @@ from ray_app.members import Member, PoolStatus, another
 from ray_app.replica import Description
 from tutti import wire
 from tutti.errors import Cancelled, DeadlineExceeded, InferError, Internal, Unavailable
-from tutti.types import Answer, Call, InferResponse, now_ns
+from tutti.types import POOL_PARAMETER, Answer, Call, InferResponse, now_ns
 
 _log = logging.getLogger(__name__)
 
@@ -30,7 +30,6 @@ MAX_PROBES_PER_S = 100
 CANCEL_INTERVAL_S = 0.1
 MAX_SENDS = 3
 NO_REPLICA_TIMEOUT_S = 10.0
-POOL_PARAMETER = "tutti_pool"
 
 
 Watch = Callable[[str, Callable[[list[str], str], None]], None]

@@ -31,6 +31,7 @@ def serve_on_ray(options: argparse.Namespace) -> int:
     is_ours = options.ray_address is None
     if is_ours:
         processes.adopt_orphans()
+        environment.stay_on_loopback()
     status = 0
     try:
         _start_ray(options, is_ours)

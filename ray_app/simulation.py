@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from ray_app.autoscaling import METRIC, SERVE_SETTINGS, Demand, policy, wanted
-from ray_app.engine import FALLBACK, Fallback
+from ray_app.fallback import FALLBACK, of_model
 from ray_app.members import PoolStatus
 from ray_app.pools import Pool, Router
 from ray_app.replica import Description
@@ -375,7 +375,7 @@ async def _simulate(scenario: Scenario, load: Load) -> Result:
         changed(list(deployments[name].replicas), "")
 
     router.start(watch)
-    way = Fallback(model_config(scenario), KEY, router, pools, ModelStatistics(), local.loop_timer(loop))
+    way = of_model(model_config(scenario), KEY, router, pools, ModelStatistics(), local.loop_timer(loop))
     sink = _Sink(loop)
     result = Result(load.seconds)
     await asyncio.sleep(1.0)  # until the router knows its replicas

@@ -1,5 +1,6 @@
 """Serving in tests: an engine in this process, calls that wait for their answers, and real server processes."""
 
+import re
 import subprocess
 import sys
 import threading
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ensembles
-from loadtest.process import free_ports, server_name, stop, wait_until_ready
+from loadtest.process import START_TIMEOUT_S, free_ports, server_name, stop, wait_until_ready
 from tutti import local
 from tutti.engine import Engine
 from tutti.types import Answer, Call, Infer, InferRequest
@@ -60,7 +61,7 @@ def infer(serve: Infer, requests: Sequence[InferRequest]) -> list[Answer]:
     return [call.answer for call in calls if call.answer is not None]
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+def wait_until(condition: Callable[[], object], timeout_s: float = 20.0) -> None:
     """Poll until `condition` holds; fails the test when it never does."""
     pause = threading.Event()
     deadline = time.monotonic() + timeout_s
@@ -95,7 +96,10 @@ def serving(
         )
         try:
             if is_guarded:
-                wait_until(lambda: "ready:" in log.read_text() or process.poll() is not None)
+                wait_until(
+                    lambda: re.search(r"ready(:| on Ray)", log.read_text()) or process.poll() is not None,
+                    START_TIMEOUT_S,
+                )
                 assert process.poll() is None, log.read_text()
                 yield Served(f"127.0.0.1:{http}", f"127.0.0.1:{grpc}", f"127.0.0.1:{metrics}", process)
                 return

@@ -30,8 +30,8 @@ LAYERS = {
     "tutti.frontends.grpc_methods": 4, "tutti.frontends.setup": 4,
     "tutti.frontends.link": 4, "tutti.frontends.task": 4, "tutti.frontends.front_ends": 4, "tutti.frontends.worker": 5,
     "tutti.frontends.server": 4, "ray_app.pools": 4, "ray_app.replica": 4, "ray_app.gateway": 4,
-    "ray_app.control": 4, "ray_app.journal": 4, "ray_app.engine": 4, "ray_app.autoscaling": 2, "ray_app.health": 2,
-    "ray_app.hops": 4, "ray_app.members": 1,
+    "ray_app.control": 4, "ray_app.journal": 4, "ray_app.engine": 4, "ray_app.fallback": 4,
+    "ray_app.autoscaling": 2, "ray_app.health": 2, "ray_app.hops": 4, "ray_app.members": 1,
     "ray_app.options": 1, "ray_app.scenario": 1, "ray_app.simulation": 4, "ray_app.routing": 4, "ray_app.sticky": 4,
     "tutti.cli": 5, "ray_app.app": 5, "ray_app.run": 5, "ray_app.cli": 5, "ray_app.planner": 1, "ray_app.processes": 1,
 }  # fmt: skip

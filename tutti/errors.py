@@ -6,6 +6,7 @@ TuttiError
     ├── InvalidArgument     the request itself is wrong
     ├── NotFound            no such model or version
     ├── Unavailable         a queue is full, or nothing is there to execute (may pass: try again)
+    │   └── TooLate         it could not be done by its deadline, and was not begun
     ├── DeadlineExceeded    the caller's time was up before the work was done
     ├── Unsupported         the request asks for something this server does not do
     ├── AlreadyExists       what is to be made is there already
@@ -44,6 +45,10 @@ class NotFound(InferError):
 
 class Unavailable(InferError):
     """Refused for now: the queue is full, the model is not ready or no replica is there."""
+
+
+class TooLate(Unavailable):
+    """Refused at once: what waits before it and its own execution would take longer than the caller gives."""
 
 
 class DeadlineExceeded(InferError):

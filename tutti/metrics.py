@@ -29,6 +29,7 @@ _COUNTERS: tuple[tuple[str, str, Callable[[Counts], float]], ...] = (
     ("nv_inference_compute_input_duration_us", "Cumulative input time", lambda c: c.compute_input.ns / 1000),
     ("nv_inference_compute_infer_duration_us", "Cumulative inference time", lambda c: c.compute_infer.ns / 1000),
     ("nv_inference_compute_output_duration_us", "Cumulative output time", lambda c: c.compute_output.ns / 1000),
+    ("tutti_deadline_misses", "Requests late, or refused because they would be", lambda c: c.late),
     ("nv_cache_num_hits_per_model", "Number of cache hits per model", lambda c: c.cache_hit.count),
     ("nv_cache_num_misses_per_model", "Number of cache misses per model", lambda c: c.cache_miss.count),
     ("nv_cache_hit_duration_per_model", "Cumulative cache hit time (us)", lambda c: c.cache_hit.ns / 1000),
@@ -68,7 +69,7 @@ class Metrics:
         Triton's counters are named without the library's `_total`, and its dashboards ask for those names.
         """
         page = generate_latest(self._registry)
-        for name, _, _ in _COUNTERS:
+        for name in [name for name, _, _ in _COUNTERS if name.startswith("nv_")]:
             page = page.replace(f"{name}_total".encode(), name.encode())
         return page, CONTENT_TYPE_LATEST
 

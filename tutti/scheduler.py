@@ -17,7 +17,7 @@ from typing import Protocol
 
 from tutti.batching import BatchLimit, Decision, Returns
 from tutti.cost import Costs
-from tutti.errors import Cancelled, DeadlineExceeded, InferError, Internal, OutOfMemory, Unavailable
+from tutti.errors import Cancelled, DeadlineExceeded, InferError, Internal, OutOfMemory, TooLate, Unavailable
 from tutti.statistics import BatchTimes, ModelStatistics
 from tutti.types import Call, Infer, InferResponse, Sink, now_ns, settle, settle_all
 
@@ -452,8 +452,11 @@ class Scheduler:
         self._fail(calls, Unavailable(f"model '{self._name}' {why}: the request was refused, try again later"))
 
     def _fail(self, calls: list[Call], error: InferError) -> None:
+        for call in calls:
+            call.answer = error
         self._statistics.record_failures(calls, now_ns())
-        settle_all(calls, error)
+        if calls:
+            settle(calls)
 
 
 class ThreadInstance:
@@ -646,7 +649,7 @@ def _too_late(name: str, call: Call, at_ns: int, needed_ns: int) -> InferError:
     left_ms = (call.deadline_ns - at_ns) / 1e6
     if left_ms <= 0:
         return DeadlineExceeded(f"model '{name}': the request's deadline had passed when it came")
-    return Unavailable(
+    return TooLate(
         f"model '{name}': cannot finish in time: {left_ms:.0f} ms are left and about {needed_ns / 1e6:.0f} ms needed; "
         "the request was refused, try again later"
     )

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from tutti.errors import InferError
+from tutti.errors import DeadlineExceeded, InferError, TooLate
 from tutti.types import Call
 
 # How many batches of one request wait to be counted together.
@@ -74,6 +74,8 @@ class Counts:
 
     inferences: int = 0
     executions: int = 0
+    # Of the failures: requests that missed their deadlines, those that were refused for them among them.
+    late: int = 0
     last_inference_ms: int = 0
     success: Duration = field(default_factory=Duration)
     fail: Duration = field(default_factory=Duration)
@@ -250,4 +252,5 @@ class ModelStatistics:
 
 def _add_failures(counts: Counts, calls: Sequence[Call], now_ns: int) -> None:
     waited_ns = sum([max(0, now_ns - (call.arrived_ns or now_ns)) * call.requests for call in calls])
+    counts.late += sum([call.requests for call in calls if isinstance(call.answer, DeadlineExceeded | TooLate)])
     counts.fail.add(waited_ns, sum([call.requests for call in calls]))

@@ -260,6 +260,9 @@ def settle_all(calls: Iterable[Call], error: InferError) -> None:
         settle(failed)
 
 
+# On Ray, of a response: the pool of replicas that it came from. HTTP has it as a header, too.
+POOL_PARAMETER = "tutti_pool"
+
 _clock: Callable[[], int] = time.monotonic_ns
 
 

@@ -160,7 +160,7 @@ def test_api_keys(small: Repository, tmp_path: Path, grpc_server: str) -> None:
     log = tmp_path / "log"
     flags = ("--api-key-file", str(tmp_path / "keys"), "--grpc-server", grpc_server)
     with serving(small.root, log, *flags, is_guarded=True) as served:
-        every = [route for routes in ROUTES.values() for route in routes] + [
+        every = [route for category, routes in ROUTES.items() if category != "health" for route in routes] + [
             ("GET", "/v2/none"),
             ("GET", "/v2/models/stats"),
         ]
@@ -176,7 +176,11 @@ def test_api_keys(small: Repository, tmp_path: Path, grpc_server: str) -> None:
             assert ask(served.http, method, path, x_api_key="second-key") != 401, path
         assert ask(served.metrics, "GET", "/metrics") == 401
         assert ask(served.metrics, "GET", "/metrics", authorization="Bearer second-key") == 200
-        for name in [name for names in METHODS.values() for name in names]:
+        for method, path in ROUTES["health"]:
+            assert ask(served.http, method, path) == 200, "load balancers ask without a key"
+        for name in METHODS["health"]:
+            assert call(served.grpc, name) != "UNAUTHENTICATED", name
+        for name in [name for category, names in METHODS.items() if category != "health" for name in names]:
             assert call(served.grpc, name) == "UNAUTHENTICATED", name
             assert call(served.grpc, name, ("authorization", "Bearer first-key")) != "UNAUTHENTICATED", name
         assert stream(served.grpc) == "UNAUTHENTICATED"

@@ -13,7 +13,7 @@ import pytest
 import tritonclient.grpc.aio as grpcclient
 
 from ray_app import autoscaling
-from ray_app.autoscaling import DRAIN_S, METRIC, UTILIZATION, Demand, Meter, row_s, wanted
+from ray_app.autoscaling import DRAIN_S, METRIC, UTILIZATION, Demand, Meter, Misses, row_s, wanted
 from tests.models import Repository
 from tests.serving import Served, serving, wait_until
 from tutti.cost import LatencyModel
@@ -45,6 +45,25 @@ def test_wanted_is_work_and_what_waits_over_what_replicas_are_to_be_busy() -> No
     assert wanted([Demand(100, 0, 0.01)]) == pytest.approx(1 / UTILIZATION)
     assert wanted([Demand(100, 0, 0.01), Demand(0, 200, 0.01)]) == pytest.approx((1 + 2 / DRAIN_S) / UTILIZATION)
     assert wanted([Demand(5, 0, 0)]) == 1, "what is not known yet needs a replica to tell"
+
+
+def test_missed_deadlines_are_work_that_was_not_seen() -> None:
+    work = wanted([Demand(100, 0, 0.01)])
+    assert wanted([Demand(100, 0, 0.01, late=0.01)]) == pytest.approx(1.1 * work)
+    assert wanted([Demand(100, 0, 0.01, late=0.9)]) == pytest.approx(2 * work), "and not without end"
+
+
+def test_misses_count_where_there_were_enough_replicas_and_fade() -> None:
+    misses = Misses()
+    misses.count(1 * SECOND, 0, 100, has_enough=True)
+    misses.count(2 * SECOND, 50, 200, has_enough=False)
+    assert misses.share == 0, "replicas were still to come"
+    misses.count(3 * SECOND, 60, 300, has_enough=True)
+    assert misses.share == pytest.approx(0.1)
+    misses.count(4 * SECOND, 65, 305, has_enough=True)
+    assert misses.share == pytest.approx(0.1, rel=0.03), "five requests tell nothing"
+    misses.count(33 * SECOND, 65, 1000, has_enough=True)
+    assert misses.share == pytest.approx(0.05, rel=0.03)
 
 
 def context(told: dict[str, float], target: int = 3) -> Any:

@@ -1,5 +1,6 @@
 """The application on a real local Ray cluster with logical GPUs: clients, faults, and nothing left behind."""
 
+import json
 import os
 import signal
 import subprocess
@@ -79,6 +80,19 @@ def _command(process: psutil.Process) -> list[str]:
         return []
 
 
+def pool_headers(served: Served) -> set[str]:
+    """What the header of answers in JSON and in binary says of the pool."""
+    found = set()
+    for is_binary in (False, True):
+        tensor = {"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [1, 2, 3, 4]}
+        body = {"inputs": [tensor], "parameters": {"binary_data_output": is_binary}}
+        url = f"http://{served.http}/v2/models/add_one/infer"
+        with urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode()), timeout=10) as answer:
+            assert (answer.headers["inference-header-content-length"] is not None) == is_binary
+            found.add(answer.headers["tutti-pool"])
+    return found
+
+
 def metrics(served: Served) -> str:
     with urllib.request.urlopen(f"http://{served.metrics}/metrics", timeout=10) as page:
         return str(page.read().decode())
@@ -100,6 +114,7 @@ def test_gpu_replicas_die_under_load_and_come_back(small: Repository, tmp_path: 
             before = load.pools["gpu"]
             wait_until(lambda: load.pools["gpu"] > before + 200, timeout_s=90)
         assert load.failures == []
+        assert pool_headers(served) <= {"gpu", "cpu"}
         page = metrics(served)
         assert 'tutti_pool_replicas{pool="gpu"}' in page
         fallbacks = next(

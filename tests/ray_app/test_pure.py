@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ray_app.engine import MIN_HOP_ROWS, hop_policy
+from ray_app.fallback import MIN_HOP_ROWS, hop_policy
 from ray_app.members import PoolStatus, another
 from ray_app.options import Options
 from ray_app.placement import plan_pools

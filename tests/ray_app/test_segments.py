@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -62,11 +63,11 @@ class Asker:
     def __init__(self, address: str) -> None:
         self.client = grpcclient.InferenceServerClient(address)
 
-    def __call__(self, x: np.ndarray, outputs: tuple[str, ...] = ("Y", "B")) -> dict[str, np.ndarray]:
+    def __call__(self, x: np.ndarray, outputs: tuple[str, ...] = ("Y", "B"), **more: Any) -> dict[str, np.ndarray]:
         tensor = grpcclient.InferInput("X", list(x.shape), "FP32")
         tensor.set_data_from_numpy(x)
         wanted = [grpcclient.InferRequestedOutput(name) for name in outputs]
-        result = self.client.infer("graph", [tensor], outputs=wanted, client_timeout=60)
+        result = self.client.infer("graph", [tensor], outputs=wanted, **{"client_timeout": 60, **more})
         return {name: result.as_numpy(name) for name in outputs}
 
 
@@ -109,10 +110,13 @@ def test_by_the_kinds_of_instances(placed: Repository, tmp_path: Path) -> None:
             ask(np.full((1, 4), 2000, np.float32))
         assert "in ensemble 'graph', step 'prepare': input 'x' is too large" in str(failed.value)
 
-        # A replica that comes back is told of the segment; until then the other pool has it.
+        # A replica that comes back is told of the segment; until then the other pool has it, but for those who wait.
         for victim in replicas(served, "gpu"):
             os.kill(victim.pid, signal.SIGKILL)
         check(ask, placed.root)
+        before = requests(metrics(served))
+        assert (ask(np.ones((1, 4), np.float32), parameters={"tutti_fallback": False})["Y"] == 120).all()
+        assert requests(metrics(served))["gpu"] == before["gpu"] + 1
         wait_until(lambda: bool(replicas(served, "gpu")), timeout_s=60)
         count = requests(metrics(served))["gpu"]
         wait_until(lambda: bool(ask(np.ones((1, 4), np.float32))) and requests(metrics(served))["gpu"] > count, 60)

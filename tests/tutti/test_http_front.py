@@ -14,6 +14,7 @@ import uvloop
 from tests.models import Repository
 from tests.serving import engine_over, wait_until
 from tutti.engine import Engine
+from tutti.frontends import http as front
 from tutti.frontends import http_api
 from tutti.frontends import http_connection as http
 from tutti.frontends.api import Api, Limits
@@ -349,3 +350,11 @@ def test_a_head_that_ends_oddly_is_not_kept(server: Running, end: bytes) -> None
         connection.sendall(data)
         read_response(connection, bytearray())
     assert server.front.heads == {}
+
+
+@pytest.mark.parametrize(
+    ("pool", "header"), [("gpu", b"tutti-pool: gpu\r\n"), ("a\r\nset-cookie: b", b""), ("", b""), (7, b"")]
+)
+def test_the_pool_that_answered_is_a_header_if_it_can_be(pool: object, header: bytes) -> None:
+    head = front._binary_head(10, 20, {"tutti_pool": pool})
+    assert head == front._binary_head(10, 20, {})[:-2] + header + b"\r\n"

@@ -24,7 +24,7 @@ Refusal = Literal["", "restricted", "unauthenticated"]
 class Gate:
     """`restricted` maps an API to the (header, value) that opens it; with `api_keys` every call needs one of them.
 
-    Header names are lower-case.
+    Health does not: load balancers and Kubernetes' probes have no keys. Header names are lower-case.
     """
 
     restricted: Mapping[str, tuple[str, str]] = field(default_factory=dict)
@@ -37,7 +37,7 @@ class Gate:
 
     def check(self, category: Category | None, headers: Mapping[str, str]) -> Refusal:
         """Why a call must not pass, "" if it may. Without a category, as the metrics page, only the key counts."""
-        if self.api_keys and not any(self._has_key(headers)):
+        if self.api_keys and category != "health" and not any(self._has_key(headers)):
             return "unauthenticated"
         needed = self.restricted.get(category or "")
         if needed is not None and not _equal(headers.get(needed[0], ""), needed[1]):

@@ -30,7 +30,7 @@ from tutti.frontends.http_connection import (
     response_head,
 )
 from tutti.frontends.http_status import REFUSED, status_of
-from tutti.types import Call, InferRequest, Raw, now_ns
+from tutti.types import POOL_PARAMETER, Call, InferRequest, Parameters, Raw, now_ns
 
 _log = logging.getLogger(__name__)
 
@@ -209,7 +209,7 @@ class HttpFront:
                 if parts is not None:
                     return _pieces(parts)
             header_length, parts = http_codec.encode(response, call.request.id, exchange.reply, shared)
-            return _response(exchange, header_length, parts)
+            return _response(exchange, header_length, parts, response.parameters)
         except InferError as error:
             return error_response(status_of(error), error.message, exchange.keep_alive)
         except Exception as error:
@@ -348,9 +348,9 @@ def _pieces(parts: list[Raw]) -> Response:
     return b"".join(parts) if sum(map(len, parts)) < LARGE_RESPONSE_BYTES else parts
 
 
-def _response(exchange: Exchange, header_length: int | None, parts: list[Raw]) -> Response:
+def _response(exchange: Exchange, header_length: int | None, parts: list[Raw], parameters: Parameters) -> Response:
     if header_length is not None and exchange.keep_alive and not exchange.encoding:
-        return _pieces([_binary_head(header_length, sum(map(len, parts))), *parts])
+        return _pieces([_binary_head(header_length, sum(map(len, parts)), parameters), *parts])
     body = b"".join(parts)
     headers = [_JSON_TYPE] if header_length is None else [_BINARY_TYPE]
     if header_length is not None:
@@ -358,10 +358,14 @@ def _response(exchange: Exchange, header_length: int | None, parts: list[Raw]) -
     if exchange.encoding:
         body = compression.compress(body, exchange.encoding)
         headers.append((b"content-encoding", exchange.encoding.encode()))
+    if parameters and (pool := _pool(parameters)):
+        headers.append((_POOL_HEADER, pool))
     return response_head(200, headers, len(body), exchange.keep_alive) + body
 
 
 _JSON_TYPE = (b"content-type", b"application/json")
+_POOL_HEADER = b"tutti-pool"
+_POOL_NAME = re.compile(r"[a-z0-9_]{1,64}")
 _BINARY_TYPE = (b"content-type", b"application/octet-stream")
 _BINARY_HEAD = (
     b"HTTP/1.1 200 OK\r\ncontent-type: application/octet-stream\r\n"
@@ -369,8 +373,17 @@ _BINARY_HEAD = (
 )
 
 
-def _binary_head(header_length: int, length: int) -> bytes:
-    return _BINARY_HEAD % (header_length, length)
+def _binary_head(header_length: int, length: int, parameters: Parameters) -> bytes:
+    head = _BINARY_HEAD % (header_length, length)
+    if parameters and (pool := _pool(parameters)):
+        return b"%b%b: %b\r\n\r\n" % (head[:-2], _POOL_HEADER, pool)
+    return head
+
+
+def _pool(parameters: Parameters) -> bytes:
+    """The pool that answered, where a parameter says so: a model may write there what is no header."""
+    pool = parameters.get(POOL_PARAMETER)
+    return pool.encode() if isinstance(pool, str) and _POOL_NAME.fullmatch(pool) else b""
 
 
 def _deliver(answered: Sequence[tuple[Exchange, Response]]) -> None:

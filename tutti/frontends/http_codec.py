@@ -255,10 +255,14 @@ def encode(
     return len(header), [header, *binaries]
 
 
-def encode_part(response: InferResponse, reply: ReplyFormat, head: Callable[[int, int], bytes]) -> list[Raw] | None:
+MakeHead = Callable[[int, int, Parameters], bytes]
+"""(JSON header's length, body's length, the response's parameters) -> what precedes the body."""
+
+
+def encode_part(response: InferResponse, reply: ReplyFormat, head: MakeHead) -> list[Raw] | None:
     """Head, header and data of a part of a batch whose outputs all go as binary; None for any other response.
 
-    `head` makes what precedes a body of (header length, body length). What batch-mates have in common is made once.
+    What batch-mates have in common is made once.
     """
     columns = response.columns
     if columns is None:
@@ -274,7 +278,7 @@ def encode_part(response: InferResponse, reply: ReplyFormat, head: Callable[[int
         prefix = b""
         if size and reply.all_binary(outputs):
             header = _binary_header(response.model_name, response.model_version, parameters, described)
-            prefix = head(len(header), len(header) + size) + header
+            prefix = head(len(header), len(header) + size, response.parameters) + header
         columns.memo[key] = prefix
     if not prefix:
         return None
