@@ -12,7 +12,7 @@ DIGITS := config:resnet,num_labels=10,embedding_size=16,hidden_sizes=[16,32,64],
 BUILT := $(REPO)/speech_vad/1/model.onnx $(REPO)/text_encoder/1/model.onnx $(REPO)/image_classifier/1/model.onnx
 EXPORT := export/cli.py export/onnx.py export/layout.py export/parity.py export/sources.py
 
-.PHONY: demo test test-fast check bench chaos chaos-short profile fuzz models loadtest triton clean
+.PHONY: demo test test-fast check bench bench-cluster chaos chaos-short profile fuzz models loadtest triton clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.ready
@@ -47,6 +47,11 @@ fuzz: $(VENV)/.ready-dev
 # Faults on a local cluster under load; the last long run is in benchmarks/chaos.md.
 chaos: $(VENV)/.ready-dev
 	$(BIN)/python -m benchmarks.chaos --minutes 15 --faults 60 --report benchmarks/chaos.md
+
+# Each promise of a cluster by itself, and the simulator beside a real one; the last runs are in benchmarks/.
+bench-cluster: $(VENV)/.ready-dev
+	$(BIN)/python -m benchmarks.cluster --report benchmarks/cluster.md
+	$(BIN)/python -m benchmarks.simulated --report benchmarks/simulated.md
 
 chaos-short: $(VENV)/.ready-dev
 	$(BIN)/python -m benchmarks.chaos --minutes 2 --faults 10
