@@ -29,6 +29,9 @@ _WINDOW_NS = 1_000_000_000
 _MISSES_WEIGHT = 10
 _MISSES_FADE_NS = 30_000_000_000
 _MISSES_OF = 20
+# What is no noise: a quarter more and half a replica, or less than half.
+_ABOVE, _ABOVE_BY, _BELOW = 1.25, 0.5, 0.5
+_STEADY_NS = 5_000_000_000
 # A gateway that has not told anything for so long is gone.
 _TOLD_FOR_S = 5.0
 
@@ -106,6 +109,26 @@ def wanted(demands: Iterable[Demand]) -> float:
         elif one.rows_per_s or one.waiting:
             work += UTILIZATION
     return work / UTILIZATION
+
+
+@dataclass(slots=True)
+class Steady:
+    """Replicas wanted without the noise of arrivals: a mean of some seconds, unless they are well above or below it.
+
+    A step in the load is followed at once; crowds and gaps of a steady one start and stop no replicas.
+    """
+
+    replicas: float = 0.0
+    _at_ns: int = 0
+
+    def follow(self, at_ns: int, replicas: float) -> float:
+        weight = 1 - 0.5 ** ((at_ns - self._at_ns) / _STEADY_NS)
+        is_step = replicas > _ABOVE * self.replicas + _ABOVE_BY or replicas < _BELOW * self.replicas
+        self.replicas = (
+            replicas if is_step or not self.replicas else self.replicas + weight * (replicas - self.replicas)
+        )
+        self._at_ns = at_ns
+        return self.replicas
 
 
 @dataclass(slots=True)

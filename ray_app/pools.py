@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ray_app import control, merging
-from ray_app.autoscaling import wanted
+from ray_app.autoscaling import Steady, wanted
 from ray_app.control import Change, Desired
 from ray_app.members import Member, PoolStatus, another
 from ray_app.replica import Description
@@ -60,6 +60,7 @@ class Pool:
     broadcast: Any = None
     # How many replicas its work needs, as its replicas are told.
     wanted: float = 0.0
+    steady: Steady = field(default_factory=Steady)
     hops: list[Any] = field(default_factory=list)
     # The sends that wait for each replica, by its id.
     sends: dict[str, set[asyncio.Task[Any]]] = field(default_factory=dict)
@@ -486,7 +487,7 @@ class Router:
         """
         while True:
             for pool in self.pools:
-                pool.wanted = wanted([hop.demand() for hop in pool.hops])
+                pool.wanted = pool.steady.follow(now_ns(), wanted([hop.demand() for hop in pool.hops]))
                 if pool.wanted and pool.may_be_empty:
                     self.call_for([pool])
             await asyncio.sleep(PROBE_INTERVAL_S)

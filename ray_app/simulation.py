@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from ray_app.autoscaling import METRIC, SERVE_SETTINGS, Demand, policy, wanted
+from ray_app.autoscaling import METRIC, SERVE_SETTINGS, Demand, Steady, policy, wanted
 from ray_app.fallback import FALLBACK, of_model
 from ray_app.members import PoolStatus
 from ray_app.pools import Pool, Router
@@ -508,6 +508,7 @@ class _FluidPool:
         self.rows_per_s = spec.rows_per_s(scenario.max_batch_size)
         self.row_s = 0.0
         self._controller = Controller(spec)
+        self._steady = Steady()
         self.up = self._controller.target
         self._starting: deque[tuple[float, int]] = deque()
         self._told: deque[float] = deque(maxlen=max(1, round(SERVE_SETTINGS["look_back_period_s"] / _TICK_S)))
@@ -515,7 +516,7 @@ class _FluidPool:
     def control(self, now_s: float, demand: Demand, is_called: bool) -> None:
         while self._starting and self._starting[0][0] <= now_s:
             self.up += self._starting.popleft()[1]
-        self._told.append(wanted([demand]))
+        self._told.append(self._steady.follow(round(now_s * 1e9), wanted([demand])))
         told = {"": sum(self._told) / len(self._told)} if self.up else {}
         target = self._controller.decide(now_s, told, self.up, is_called)
         starting = sum(count for _, count in self._starting)

@@ -1,6 +1,9 @@
 """How many replicas a pool needs, as arithmetic, and replicas that follow load on a real cluster."""
 
 import asyncio
+import itertools
+import math
+import random
 import re
 import time
 import urllib.request
@@ -13,7 +16,7 @@ import pytest
 import tritonclient.grpc.aio as grpcclient
 
 from ray_app import autoscaling
-from ray_app.autoscaling import DRAIN_S, METRIC, UTILIZATION, Demand, Meter, Misses, row_s, wanted
+from ray_app.autoscaling import DRAIN_S, METRIC, UTILIZATION, Demand, Meter, Misses, Steady, row_s, wanted
 from tests.models import Repository
 from tests.serving import Served, serving, wait_until
 from tutti.cost import LatencyModel
@@ -64,6 +67,19 @@ def test_misses_count_where_there_were_enough_replicas_and_fade() -> None:
     assert misses.share == pytest.approx(0.1, rel=0.03), "five requests tell nothing"
     misses.count(33 * SECOND, 65, 1000, has_enough=True)
     assert misses.share == pytest.approx(0.05, rel=0.03)
+
+
+def test_noise_starts_no_replicas_and_steps_are_followed_at_once() -> None:
+    steady, rng = Steady(), random.Random(1)
+    assert steady.follow(0, 0.7) == 0.7, "from nothing at once"
+    told = [steady.follow(tick * SECOND // 4, max(0.0, rng.gauss(5.8, 0.7))) for tick in range(1, 400)]
+    assert told[0] > 4, "a step"
+    changes = [math.ceil(one) for one in told[80:]]
+    assert set(changes) <= {6, 7}
+    assert sum(a != b for a, b in itertools.pairwise(changes)) < 20
+    assert steady.follow(100 * SECOND, 48.0) == 48.0
+    assert steady.follow(101 * SECOND, 2.0) == 2.0, "a step down"
+    assert steady.follow(102 * SECOND, 0.0) == 0.0
 
 
 def context(told: dict[str, float], target: int = 3) -> Any:
