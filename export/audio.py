@@ -1,9 +1,10 @@
-"""Speech detection: Silero VAD's 16 kHz network over a whole clip at once, its segments, and how loud each is.
+"""Audio: which family a source is of, and the classifiers and embeddings over whole clips.
 
-The graph takes 16 kHz mono PCM of any length: framing, the STFT (as a convolution) and the recurrence are inside.
+Features are in the graph, so that it takes samples: log-mel spectrograms as a convolution (AST, CLAP), zero mean and
+unit variance (wav2vec 2.0, WavLM, HuBERT). They are compared with the checkpoint's own feature extractor.
 """
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,190 +12,235 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from export import layout, onnx, parity
+from export import onnx, silero, whisper
+from export.ensemble import chain, labels_step
 from export.errors import ExportError
-from export.formats import Format, model_files
-from export.parity import Report
+from export.features import LogMel, kernel
+from export.graphs import Arrays, Graph, Limits, Product
+from export.sound import AUDIO_FILE, decoder_step, read
 from export.sources import Source
-from tutti.config import TensorSpec
 
-SAMPLE_RATE = 16_000
-FRAME = 512
-CONTEXT = 64
-MAX_BATCH_SIZE = 32
-LEVEL_BATCH_SIZE = 256
-SILENCE_DBFS = -100.0
-TOLERANCE = 1e-4
-_SEGMENT_PARAMETERS = {
-    "frame_s": str(FRAME / SAMPLE_RATE),
-    "threshold": "0.5",
-    "min_speech_s": "0.25",
-    "min_silence_s": "0.3",
-}
-# TorchScript parameter -> ours. The network is the one of Silero VAD's 16 kHz model.
-_WEIGHTS = {
-    "stft.forward_basis_buffer": "stft.weight",
-    **{f"encoder.{i}.reparam_conv.{kind}": f"encoder.{i}.{kind}" for i in range(4) for kind in ("weight", "bias")},
-    **{f"decoder.rnn.{kind}_{gate}": f"lstm.{kind}_{gate}_l0" for kind in ("weight", "bias") for gate in ("ih", "hh")},
-    **{f"decoder.decoder.2.{kind}": f"head.{kind}" for kind in ("weight", "bias")},
-}
+MAX_BATCH_SIZE = 16
+SEED = 0
+_WAVEFORM = ("wav2vec2", "wavlm", "hubert", "unispeech", "unispeech-sat", "wav2vec2-conformer")
+_AST_FLOOR = 1.192092955078125e-07
+# The extractors work in float64, and cast what they make: mels of near silence differ by more than a graph does.
+_FEATURES = Limits(1e-3, 0.9999, 1.0)
 
 
-class SpeechDetector(torch.nn.Module):
-    """AUDIO [batch, samples] FP32 in [-1, 1] -> speech probability per 32 ms frame [batch, ceil(samples / 512)]."""
+class SpectrogramClassifier(torch.nn.Module):
+    """AUDIO [batch, samples] FP32, 16 kHz -> SCORES [batch, classes] FP32, softmax: AST over its filter bank."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: Any, extractor: Any) -> None:
         super().__init__()
-        self.stft = torch.nn.Conv1d(1, 258, 256, stride=128, bias=False)
-        channels = ((129, 128, 1), (128, 64, 2), (64, 64, 2), (64, 128, 1))
-        self.encoder = torch.nn.ModuleList(
-            torch.nn.Conv1d(inside, outside, 3, stride=stride, padding=1) for inside, outside, stride in channels
-        )
-        self.lstm = torch.nn.LSTM(128, 128, batch_first=True)
-        self.head = torch.nn.Conv1d(128, 1, 1)
+        self.model = model
+        window = np.hanning(400)
+        filters = _ast_filters(extractor)
+        weight = kernel(window, 512, preemphasis=0.97, removes_offset=True)
+        self.mel = LogMel(weight, 160, filters, _AST_FLOOR, "log")
+        self._frames = int(extractor.max_length)
+        self._is_normalized = bool(extractor.do_normalize)
+        self._mean, self._scale = float(extractor.mean), 2 * float(extractor.std)
 
     def forward(self, AUDIO: torch.Tensor) -> torch.Tensor:  # noqa: N803 - the tensor's name in the repository
-        # Each frame sees the 64 samples before it; the last one is filled up with zeros.
-        frames = F.pad(AUDIO, (CONTEXT, FRAME - 1)).unfold(1, CONTEXT + FRAME, FRAME)
-        flat = frames.reshape(-1, CONTEXT + FRAME)
-        spectrum = self.stft(F.pad(flat, (0, 64), mode="reflect").unsqueeze(1))
-        features = (spectrum[:, :129] ** 2 + spectrum[:, 129:] ** 2).sqrt()
-        for layer in self.encoder:
-            features = layer(features).relu()
-        states, _ = self.lstm(features.reshape(AUDIO.shape[0], -1, 128))
-        return self.head(states.relu().transpose(1, 2)).sigmoid().squeeze(1)  # type: ignore[no-any-return]
+        mel = F.pad(self.mel(AUDIO), (0, 0, 0, self._frames))[:, : self._frames]
+        if self._is_normalized:
+            mel = (mel - self._mean) / self._scale
+        return self.model(input_values=mel).logits.softmax(-1)  # type: ignore[no-any-return]
 
 
-class SegmentLevel(torch.nn.Module):
-    """CLIP [batch, samples] FP32 of which SAMPLES [batch, 1] INT32 count -> LEVEL [batch, 1] FP32, RMS in dBFS.
+class WaveformClassifier(torch.nn.Module):
+    """AUDIO [batch, samples] FP32, 16 kHz -> SCORES [batch, classes] FP32, softmax."""
 
-    dBFS = 10 log10(mean square); silence is SILENCE_DBFS.
-    """
+    def __init__(self, model: Any, extractor: Any) -> None:
+        super().__init__()
+        self.model = model
+        self._is_normalized = bool(extractor.do_normalize)
 
-    def forward(self, CLIP: torch.Tensor, SAMPLES: torch.Tensor) -> torch.Tensor:  # noqa: N803 - the tensors' names
-        real = torch.arange(CLIP.shape[1], device=CLIP.device).unsqueeze(0) < SAMPLES
-        square = (CLIP * real).square().sum(1, keepdim=True) / SAMPLES.clamp(min=1)
-        return 10 * torch.log10(square.clamp(min=10 ** (SILENCE_DBFS / 10)))
-
-
-def level_reference(case: parity.Arrays) -> parity.Arrays:
-    """The same, row by row."""
-    levels = []
-    for clip, (samples,) in zip(case["CLIP"], case["SAMPLES"], strict=True):
-        square = float(np.square(clip[:samples].astype(np.float64)).mean()) if samples else 0.0
-        levels.append([10 * np.log10(max(square, 10 ** (SILENCE_DBFS / 10)))])
-    return {"LEVEL": np.array(levels, dtype=np.float32)}
+    def forward(self, AUDIO: torch.Tensor) -> torch.Tensor:  # noqa: N803 - the tensor's name in the repository
+        audio = AUDIO
+        if self._is_normalized:
+            variance = audio.var(dim=1, keepdim=True, correction=0)
+            audio = (audio - audio.mean(dim=1, keepdim=True)) / (variance + 1e-7).sqrt()
+        return self.model(input_values=audio).logits.softmax(-1)  # type: ignore[no-any-return]
 
 
-def _level_cases() -> list[Mapping[str, np.ndarray[Any, Any]]]:
-    rng = np.random.default_rng(1)
-    cases: list[Mapping[str, np.ndarray[Any, Any]]] = []
-    for batch, samples in ((1, 1), (2, 16_000), (5, 48_000)):
-        clips = (rng.normal(size=(batch, samples)) * 0.1).astype(np.float32)
-        cases.append({"CLIP": clips, "SAMPLES": rng.integers(0, samples + 1, (batch, 1)).astype(np.int32)})
-    return cases
+class AudioEncoder(torch.nn.Module):
+    """AUDIO [batch, samples] FP32, 48 kHz and 10 s -> EMBEDDING [batch, width] FP32 of length 1: CLAP."""
+
+    def __init__(self, model: Any, extractor: Any) -> None:
+        super().__init__()
+        self.model = model
+        size = int(extractor.fft_window_size)
+        window = np.hanning(size + 1)[:-1]
+        filters = extractor.mel_filters_slaney
+        self.mel = LogMel(kernel(window, size), int(extractor.hop_length), filters, 1e-10, "dB", size // 2)
+
+    def forward(self, AUDIO: torch.Tensor) -> torch.Tensor:  # noqa: N803 - the tensor's name in the repository
+        found = self.model.get_audio_features(input_features=self.mel(AUDIO).unsqueeze(1))
+        return F.normalize(found if isinstance(found, torch.Tensor) else found.pooler_output, dim=-1)
 
 
-def export_level(format: Format, name: str, work: Path) -> tuple[layout.Entry, Report]:
-    """NAME_level, for one segment at a time."""
-    path = work / "level.onnx"
-    example = {"CLIP": torch.randn(2, SAMPLE_RATE), "SAMPLES": torch.full((2, 1), 9_000, dtype=torch.int32)}
-    axes = {"CLIP": {0: onnx.BATCH, 1: "samples"}, "SAMPLES": {0: onnx.BATCH}}
-    onnx.save(SegmentLevel().eval(), path, example, ["LEVEL"], axes)
-    report = parity.check(path, level_reference, _level_cases(), TOLERANCE)
-    inputs, outputs = onnx.tensor_specs(path)
-    profile = {
-        "CLIP": ((1, SAMPLE_RATE), (16, 5 * SAMPLE_RATE), (LEVEL_BATCH_SIZE, 30 * SAMPLE_RATE)),
-        "SAMPLES": ((1, 1), (16, 1), (LEVEL_BATCH_SIZE, 1)),
-    }
-    backend, files = model_files(format, path, profile)
-    parameters = {"intra_op_thread_count": "1"}
-    return layout.Entry(f"{name}_level", backend, inputs, outputs, files, LEVEL_BATCH_SIZE, parameters), report
+def _ast_filters(extractor: Any) -> Any:
+    """[257, mels]; the extractor has none of its own where torchaudio is installed."""
+    from transformers.audio_utils import mel_filter_bank
+
+    return mel_filter_bank(
+        num_frequency_bins=257, num_mel_filters=extractor.num_mel_bins, min_frequency=20,
+        max_frequency=extractor.sampling_rate // 2, sampling_rate=extractor.sampling_rate, norm=None,
+        mel_scale="kaldi", triangularize_in_mel_space=True,
+    )  # fmt: skip
 
 
-def load(source: Source) -> tuple[SpeechDetector, Any]:
-    """The detector with the weights of Silero's TorchScript file, and that file's own network as the reference."""
+def product(
+    source: Source, name: str, ensemble: str, work: Path, language: str, task: str, samples: Path | None
+) -> Product:
+    """Of the family that the source is of: a file is Silero's, a folder or hub id says by its configuration."""
+    from transformers import AutoConfig
+
+    if samples is not None and not samples.is_dir():
+        raise ExportError(f"--samples {samples}: expected a folder of WAV files")
+    if source.is_local and source.path.is_file():
+        return silero.product(source, name, ensemble, samples)
+    if source.location is None:
+        return _classifier(source, source.config_type, name, ensemble, work, samples)
     try:
-        reference = torch.jit.load(str(source.path), map_location="cpu").eval()
-    except RuntimeError as error:
-        raise ExportError(f"'{source.location}' is no TorchScript file: {error}") from None
-    given = {name.removeprefix("_model."): tensor for name, tensor in reference.state_dict().items()}
-    missing = sorted(set(_WEIGHTS) - set(given))
-    if missing:
-        raise ExportError(f"'{source.location}' is not Silero VAD: it lacks {missing[:3]}")
-    detector = SpeechDetector()
-    detector.load_state_dict({ours: given[theirs] for theirs, ours in _WEIGHTS.items()})
-    return detector.eval(), reference
+        kind = AutoConfig.from_pretrained(source.location).model_type
+    except (OSError, ValueError) as error:
+        raise ExportError(f"transformers cannot load '{source.location}': {error}") from None
+    if kind == "whisper":
+        return whisper.product(source.location, source.provenance, name, ensemble, work, language, task)
+    if kind == "clap":
+        return _embedding(source, name, ensemble, samples)
+    return _classifier(source, kind, name, ensemble, work, samples)
 
 
-def reference_probabilities(reference: Any, audio: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Frame by frame, as the package runs it: [batch, samples] -> [batch, frames]."""
-    rows = []
-    for row in audio:
-        reference.reset_states()
-        padded = np.pad(row, (0, -len(row) % FRAME))
-        chunks = torch.from_numpy(padded).split(FRAME)
+def _load(source: Source, kind: str, family: str) -> tuple[Any, Any]:
+    """(model, its feature extractor); random weights and a plain extractor for a configuration."""
+    import transformers
+
+    torch.manual_seed(SEED)
+    maker = getattr(transformers, family)
+    try:
+        if source.location is not None:
+            model = maker.from_pretrained(source.location, dtype=torch.float32)
+            return model.eval(), transformers.AutoFeatureExtractor.from_pretrained(source.location)
+        config = transformers.AutoConfig.for_model(source.config_type, **dict(source.options))
+        model = maker.from_config(config).eval()
+        if kind == "audio-spectrogram-transformer":
+            frames, bins = int(config.max_length), int(config.num_mel_bins)
+            return model, transformers.ASTFeatureExtractor(max_length=frames, num_mel_bins=bins)
+        return model, transformers.Wav2Vec2FeatureExtractor()
+    except (OSError, ValueError, KeyError) as error:
+        raise ExportError(f"transformers cannot load the audio model: {error}") from None
+
+
+def _classifier(source: Source, kind: str, name: str, ensemble: str, work: Path, samples: Path | None) -> Product:
+    """NAME_classifier, from samples to scores; and the ensemble from a file's bytes to labels."""
+    known = ("audio-spectrogram-transformer", *_WAVEFORM)
+    if kind not in known:
+        raise ExportError(f"expected whisper, clap, {', '.join(known)} or Silero's file, got '{kind}'")
+    model, extractor = _load(source, kind, "AutoModelForAudioClassification")
+    is_spectrogram = kind == "audio-spectrogram-transformer"
+    module = (SpectrogramClassifier if is_spectrogram else WaveformClassifier)(model, extractor).eval()
+
+    def reference(case: Arrays) -> Arrays:
+        features = extractor(list(case["AUDIO"]), sampling_rate=extractor.sampling_rate, return_tensors="pt")
         with torch.inference_mode():
-            rows.append([float(reference(chunk, SAMPLE_RATE)) for chunk in chunks])
-    return np.array(rows, dtype=np.float32)
+            return {"SCORES": model(input_values=features["input_values"]).logits.softmax(-1).numpy()}
 
-
-def _cases() -> list[Mapping[str, np.ndarray[Any, Any]]]:
-    rng = np.random.default_rng(0)
-    cases: list[Mapping[str, np.ndarray[Any, Any]]] = []
-    for batch, samples in ((1, 1), (1, FRAME), (2, FRAME + 1), (3, 16_000), (1, 50_001)):
-        loudness = np.abs(np.sin(np.arange(samples) / 3000)) * 0.3
-        cases.append({"AUDIO": (rng.normal(size=(batch, samples)) * loudness).astype(np.float32)})
-    return cases
-
-
-def export(source: Source, repository: Path, name: str, format: Format, work: Path) -> list[Report]:
-    """Publish NAME_vad, NAME_segments, NAME_clips and NAME_level.
-
-    Raises ParityError, and publishes nothing, where a graph differs.
-    """
-    detector, reference = load(source)
-    path = work / "model.onnx"
-    example = {"AUDIO": torch.randn(2, 4 * FRAME + 100)}
-    onnx.save(detector, path, example, ["SPEECH_PROBS"], {"AUDIO": {0: onnx.BATCH, 1: "samples"}})
-    report = parity.check(
-        path, lambda case: {"SPEECH_PROBS": reference_probabilities(reference, case["AUDIO"])}, _cases(), TOLERANCE
+    rate, names = int(extractor.sampling_rate), model.config.id2label
+    labels = [str(names[number]) for number in range(len(names))]
+    longest = 160 * (int(extractor.max_length) + 2) if is_spectrogram else 10 * rate
+    graph = Graph(
+        f"{name}_classifier",
+        module,
+        {"AUDIO": torch.from_numpy(_noise(2, rate, 3))},
+        ("SCORES",),
+        {"AUDIO": {0: onnx.BATCH, 1: "samples"}},
+        _cases((rate // 2, rate, 2 * rate + 123, min(longest + 5000, 4 * rate)), samples, rate),
+        {"AUDIO": ((1, rate // 2), (4, 2 * rate), (MAX_BATCH_SIZE, max(longest, 4 * rate)))},
+        reference=reference,
+        max_batch_size=MAX_BATCH_SIZE,
+        labels=labels,
+        decision="SCORES",
+        limits={"fp32": _FEATURES, "torch": _FEATURES},
     )
-    inputs, outputs = onnx.tensor_specs(path)
-    second = SAMPLE_RATE
-    profile = {"AUDIO": ((1, FRAME), (8, 10 * second), (MAX_BATCH_SIZE, 30 * second))}
-    backend, files = model_files(format, path, profile)
-    segments = TensorSpec("SEGMENTS", "FP32", (-1, 2))
-    level, level_report = export_level(format, name, work)
-    layout.publish(
-        repository,
-        [
-            layout.Entry(
-                f"{name}_vad", backend, inputs, outputs, files, MAX_BATCH_SIZE, {"intra_op_thread_count": "1"}
-            ),
-            layout.Entry(
-                f"{name}_segments",
-                "python",
-                outputs,
-                [segments],
-                {"model.py": layout.step_file("speech_segments")},
-                MAX_BATCH_SIZE,
-                _SEGMENT_PARAMETERS,
-            ),
-            layout.Entry(
-                f"{name}_clips",
-                "python",
-                [*inputs, segments],
-                [
-                    TensorSpec("CLIPS", "FP32", (-1, -1)),
-                    TensorSpec("SAMPLES", "INT32", (-1, 1)),
-                    TensorSpec("COUNT", "INT32", (1,)),
-                ],
-                {"model.py": layout.step_file("speech_clips")},
-                MAX_BATCH_SIZE,
-                {"sample_rate": str(SAMPLE_RATE)},
-            ),
-            level,
-        ],
+    return _with_ensemble(graph, source, name, ensemble, rate, 0, labels, work)
+
+
+def _embedding(source: Source, name: str, ensemble: str, samples: Path | None) -> Product:
+    """NAME_encoder, from ten seconds of samples to an embedding; and the ensemble from a file's bytes."""
+    model, extractor = _load(source, "clap", "AutoModel")
+    if model.config.audio_config.enable_fusion:
+        raise ExportError(
+            "CLAP with fusion draws the pieces of a clip at random, so that it has no one answer: expected a "
+            "checkpoint without, as laion/clap-htsat-unfused"
+        )
+    size, rate = int(extractor.nb_max_samples), int(extractor.sampling_rate)
+
+    def reference(case: Arrays) -> Arrays:
+        features = extractor(
+            list(case["AUDIO"]), sampling_rate=rate, return_tensors="pt", truncation="rand_trunc", padding="repeatpad"
+        )
+        with torch.inference_mode():
+            found = model.get_audio_features(input_features=features["input_features"])
+        found = found if isinstance(found, torch.Tensor) else found.pooler_output
+        return {"EMBEDDING": F.normalize(found, dim=-1).numpy()}
+
+    graph = Graph(
+        f"{name}_encoder",
+        AudioEncoder(model, extractor).eval(),
+        {"AUDIO": torch.from_numpy(_noise(2, size, 3))},
+        ("EMBEDDING",),
+        {"AUDIO": {0: onnx.BATCH}},
+        _cases((size, size), None, rate) + _own(samples, rate, size),
+        {"AUDIO": ((1, size), (4, size), (MAX_BATCH_SIZE, size))},
+        reference=reference,
+        max_batch_size=MAX_BATCH_SIZE,
+        limits={"fp32": _FEATURES, "torch": _FEATURES},
     )
-    return [report, level_report]
+    return _with_ensemble(graph, source, name, ensemble, rate, size, [], Path())
+
+
+def _with_ensemble(
+    graph: Graph, source: Source, name: str, ensemble: str, rate: int, size: int, labels: Sequence[str], work: Path
+) -> Product:
+    steps = [decoder_step(name, rate, size, "repeat")]
+    if not ensemble:
+        return Product([graph], steps, None, source.provenance)
+    steps += [labels_step(name, labels, work)] if labels else []
+    names = [f"{name}_decoder", graph.name, *(step.name for step in steps[1:])]
+    return Product(
+        [graph], steps, lambda entries: chain(ensemble, AUDIO_FILE, [entries[one] for one in names]), source.provenance
+    )
+
+
+def _noise(batch: int, samples: int, seed: int) -> np.ndarray[Any, Any]:
+    """Noise under a loudness that rises and falls, with a tone in it."""
+    rng = np.random.default_rng(seed)
+    time = np.arange(samples)
+    loudness = 0.05 + np.abs(np.sin(time / 5000)) * 0.3
+    tones = np.sin(time * rng.uniform(0.01, 0.3, (batch, 1))) * 0.3
+    return ((rng.normal(size=(batch, samples)) * 0.3 + tones) * loudness).astype(np.float32)
+
+
+def _cases(lengths: Sequence[int], samples: Path | None, rate: int) -> list[Arrays]:
+    batches = (1, 2, 3, 1)
+    made: list[Arrays] = [
+        {"AUDIO": _noise(batch, length, seed)}
+        for seed, (batch, length) in enumerate(zip(batches, lengths, strict=False))
+    ]
+    return made + _own(samples, rate, 0)
+
+
+def _own(samples: Path | None, rate: int, size: int) -> list[Arrays]:
+    """The user's files, each a case; fitted to `size` samples as the decoder step does."""
+    found: list[Arrays] = []
+    for path in sorted(samples.iterdir()) if samples is not None else ():
+        audio = read(path, rate)
+        if size:
+            audio = np.tile(audio, max(1, size // max(1, len(audio))))[:size]
+            audio = np.pad(audio, (0, size - len(audio)))
+        found.append({"AUDIO": audio[np.newaxis]})
+    return found

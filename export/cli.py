@@ -3,85 +3,198 @@
 import argparse
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tutti.errors import TuttiError
 
+if TYPE_CHECKING:
+    from export.graphs import Product
+    from export.pipeline import Options, Outcome
+    from export.sources import Source
+
 _SOURCE = "hub id, local folder or file, package:NAME/PATH, or config:TYPE[,key=value] (random weights)"
+_VARIANTS = ("fp32", "fp16", "int8", "torch", "tensorrt")
+_BACKENDS = {"onnx": "onnxruntime", "tensorrt": "tensorrt", "torch": "pytorch"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one export; returns the exit status: 0 only if the graph was verified and published."""
-    options = make_parser().parse_args(arguments)
-    if options.format == "onnx" and options.compute_capability:
-        print("tutti export: --compute-capability needs --format tensorrt", file=sys.stderr)
+    """Run one export; returns the exit status: 0 only if everything was verified and published."""
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    wrong = _wrong(options)
+    if wrong:
+        print(f"tutti export: {wrong}", file=sys.stderr)
         return 2
-    started = time.monotonic()
     try:
         with tempfile.TemporaryDirectory(prefix="tutti-export-") as work:
-            reports, accuracy = _export(options, Path(work))
+            return _export(options, Path(work))
     except TuttiError as error:
         print(f"tutti export: nothing was published: {error}", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:
         print(f"tutti export: '{error.name}' is not installed: pip install 'tutti[export]'", file=sys.stderr)
         return 1
-    for report in reports:
-        print(f"{options.kind} '{options.name}': equal to PyTorch: {report}")
-    if accuracy is not None:
-        print(f"{options.kind} '{options.name}': held-out accuracy {accuracy:.3f}")
-    print(f"{options.kind} '{options.name}': published in {options.repository} ({time.monotonic() - started:.1f} s)")
-    return 0
+
+
+def _wrong(options: argparse.Namespace) -> str:
+    unknown = sorted(set(options.variants) - set(_VARIANTS))
+    if unknown:
+        return f"--variants: expected some of {', '.join(_VARIANTS)}, got '{unknown[0]}'"
+    if options.compute_capability and "tensorrt" not in (*options.variants, options.format):
+        return "--compute-capability needs --format tensorrt, or tensorrt among --variants"
+    if options.latency_goal_ms <= 0:
+        return f"--latency-goal-ms: expected more than 0, got {options.latency_goal_ms:g}"
+    return ""
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tutti export", description="Export a PyTorch model into a model repository.")
     kinds = parser.add_subparsers(dest="kind", required=True)
     for kind, text, name in (
-        ("audio", "speech detection (Silero VAD)", "speech"),
-        ("text", "a sentence encoder, and a classifier on top", "text"),
-        ("vision", "an image classifier", "image"),
+        ("audio", "Whisper, AST, wav2vec 2.0, WavLM, CLAP, Silero VAD", "speech"),
+        ("text", "embeddings and classifiers of BERT's kind, with their tokenizers", "text"),
+        ("vision", "image classifiers, image embeddings and zero-shot classification", "image"),
     ):
         command = kinds.add_parser(kind, help=text)
         command.add_argument("source", metavar="SOURCE", help=_SOURCE)
         command.add_argument("--name", default=name, help="prefix of the published models (default: %(default)s)")
         command.add_argument("--repository", type=Path, default=Path("model_repository"))
-        command.add_argument("--format", choices=("onnx", "tensorrt"), default="onnx")
+        command.add_argument("--version", type=int, default=1, help="of the models (default: %(default)s)")
+        command.add_argument(
+            "--ensemble", help="name of the ensemble over all of it (default: NAME_ensemble; '': none)"
+        )
+        command.add_argument(
+            "--variants", type=lambda text: text.split(","), default=["fp32"],
+            help="fp32,fp16,int8,torch,tensorrt: what is built, each verified (default: fp32)",
+        )  # fmt: skip
+        command.add_argument(
+            "--format", choices=_BACKENDS, default="onnx", help="what is served (default: %(default)s)"
+        )
+        command.add_argument("--cpu", choices=("fp32", "int8"), default="fp32", help="variant served on processors")
+        command.add_argument("--gpu", choices=("fp32", "fp16"), help="variant served on GPUs (default: fp16 if built)")
         command.add_argument("--compute-capability", default="", help="build the plan for this GPU, as SM89")
+        command.add_argument(
+            "--samples", type=Path, help="your own data to verify on: a text file, or a folder of files"
+        )
+        command.add_argument("--profile", action="store_true", help="measure latencies, and configure by them")
+        command.add_argument("--latency-goal-ms", type=float, default=50.0, help="for --profile (default: %(default)s)")
+        command.add_argument("--report", type=Path, help="the page about it (default: NAME.export.html)")
+        command.add_argument("--dry-run", action="store_true", help="show what would be done")
+        command.add_argument("--force", action="store_true", help="also where nothing has changed since the last time")
         if kind == "text":
+            command.add_argument("--task", choices=("auto", "embedding", "classification"), default="auto")
             command.add_argument("--labelled", type=Path, help="tab-separated label, split, text: train a classifier")
+        if kind == "audio":
+            command.add_argument("--language", default="", help="Whisper: of the speech (default: told by the model)")
+            command.add_argument("--task", choices=("transcribe", "translate"), default="transcribe", help="Whisper")
         if kind == "vision":
+            command.add_argument("--task", choices=("auto", "classification", "embedding"), default="auto")
+            command.add_argument("--labels", help="zero-shot classes, separated by commas (CLIP, SigLIP)")
+            command.add_argument("--template", default="a photo of a {}.", help="the text for a zero-shot class")
             command.add_argument("--train", choices=("digits",), help="train here, in under a minute")
             command.add_argument("--image-size", type=int, help="height and width (default: the checkpoint's)")
     return parser
 
 
-def _export(options: argparse.Namespace, work: Path) -> tuple[list[object], float | None]:
-    from export import sources
-    from export.formats import Format
+def _export(options: argparse.Namespace, work: Path) -> int:
+    from export import manifest, pipeline, sources
+    from export.errors import ParityError
 
     source = sources.resolve(options.source)
-    format = Format(options.format, options.compute_capability)
-    if format.name == "tensorrt":
+    own = _options(options)
+    if "tensorrt" in own.variants:
         from export import tensorrt
 
         tensorrt.load_library()  # fail before minutes of work
-    common = (source, options.repository, options.name, format, work)
+    given = {name: value for name, value in vars(options).items() if name not in _NO_INPUTS}
+    key = manifest.key(source, given)
+    label = f"{options.kind} '{options.name}'"
+    known = [] if options.force or options.dry_run else manifest.unchanged(options.repository, key, options.version)
+    if known:
+        print(f"{label}: nothing has changed: {', '.join(known)} in {options.repository} (--force does it again)")
+        return 0
+    product = _product(options, source, work)
+    if options.dry_run:
+        print("\n".join([f"{label}: {source.provenance}", *pipeline.plan_lines(product, own, options.repository)]))
+        return 0
+    try:
+        outcome = pipeline.run(product, source, options.name, options.repository, own, work, key)
+    except ParityError as error:
+        found = pipeline.stopped(error)
+        if found is not None:
+            print(f"tutti export: report: {_report(found, options)}", file=sys.stderr)
+        raise
+    _tell(outcome, label, options)
+    return 0
+
+
+# What changes nothing in what is made.
+_NO_INPUTS = frozenset({"source", "repository", "report", "dry_run", "force"})
+
+
+def _options(options: argparse.Namespace) -> "Options":
+    from export.pipeline import Options
+
+    variants = list(dict.fromkeys(["fp32", *options.variants]))
+    if options.format != "onnx" and options.format not in variants:
+        variants.append(options.format)
+    if options.cpu not in variants:
+        variants.insert(1, options.cpu)
+    gpu = options.gpu or ("fp16" if "fp16" in variants else "fp32")
+    if gpu not in variants:
+        variants.insert(1, gpu)
+    ordered = tuple(one for one in _VARIANTS if one in variants)
+    return Options(
+        ordered, _BACKENDS[options.format], options.cpu, gpu, options.compute_capability, options.version,
+        options.profile, options.latency_goal_ms,
+    )  # fmt: skip
+
+
+def _product(options: argparse.Namespace, source: "Source", work: Path) -> "Product":
+    ensemble = f"{options.name}_ensemble" if options.ensemble is None else options.ensemble
     if options.kind == "audio":
         from export import audio
 
-        return list(audio.export(*common)), None
+        return audio.product(source, options.name, ensemble, work, options.language, options.task, options.samples)
     if options.kind == "text":
         from export import text
 
-        reports, accuracy = text.export(*common, options.labelled)
-    else:
-        from export import vision
+        return text.product(source, options.name, ensemble, work, options.task, options.labelled, options.samples)
+    from export import vision
 
-        reports, accuracy = vision.export(*common, options.train, options.image_size)
-    return list(reports), accuracy
+    return vision.product(
+        source, options.name, ensemble, work, options.task, options.labels, options.template, options.train,
+        options.image_size, options.samples,
+    )  # fmt: skip
+
+
+def _report(outcome: "Outcome", options: argparse.Namespace) -> Path:
+    from export import report
+
+    path: Path = options.report or Path(f"{options.name}.export.html")
+    report.write(outcome, path)
+    return path
+
+
+def _tell(outcome: "Outcome", label: str, options: argparse.Namespace) -> None:
+    for result in outcome.results:
+        for one in result.comparisons:
+            if one.cases:
+                print(f"{label}: {one.graph} {one.variant}: equal to {result.reference}: {one}")
+            else:
+                print(f"{label}: {one.graph} {one.variant}: built, not executed here: {one.precision} ({one.note})")
+        for variant, why in result.left_out.items():
+            print(f"{label}: {result.graph.name} {variant}: left out: {why}")
+    for check in outcome.checks:
+        if "/" not in check.what:  # of single files there are many, and the report has them
+            print(f"{label}: {check.what}: {check.why}")
+    if outcome.accuracy is not None:
+        print(f"{label}: held-out accuracy {outcome.accuracy:.3f}")
+    if options.report is not None or outcome.measured:
+        print(f"{label}: report: {_report(outcome, options)}")
+    print(f"{label}: published in {options.repository} ({outcome.seconds:.1f} s)")
 
 
 if __name__ == "__main__":

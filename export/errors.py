@@ -13,4 +13,7 @@ class ExportError(TuttiError):
 
 
 class ParityError(ExportError):
-    """Outputs differ from PyTorch's by more than the tolerance."""
+    """Something of what would have been published is not as it should be. Its second argument is all that was seen."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])

@@ -1,56 +1,166 @@
-"""Whether an exported graph answers as PyTorch does: several batch sizes and lengths, every output."""
+"""Whether a variant answers as the reference does: several batches and lengths, every output. Pure but for numpy."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime as ort
 
-from export.errors import ParityError
+from export.graphs import Arrays, Limits
 
-Arrays = Mapping[str, npt.NDArray[Any]]
-Reference = Callable[[Arrays], Arrays]
+_ROWS_SHOWN = 8
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
-    """How far the graph is from the reference over all cases."""
+@dataclass(slots=True)
+class Worst:
+    """Where an output was farthest off: the case's inputs, and the values around the place."""
 
-    cases: int
-    max_abs_error: float
-    tolerance: float
+    output: str
+    shapes: str
+    error: float
+    expected: list[float]
+    got: list[float]
+    inputs: str
+
+
+@dataclass(slots=True)
+class Comparison:
+    """What was seen of one variant of one graph over all cases. Errors are absolute; `scale` is the outputs' range."""
+
+    graph: str
+    variant: str
+    limits: Limits
+    cases: int = 0
+    max_abs: float = 0.0
+    p99_abs: float = 0.0
+    max_rel: float = 0.0
+    p99_rel: float = 0.0
+    cosine: float = 1.0
+    top1: float = 1.0
+    rows: int = 0
+    worst: Worst | None = None
+    failures: list[str] = field(default_factory=list)
+    precision: str = ""
+    note: str = ""
+
+    @property
+    def is_well(self) -> bool:
+        return not self.failures
 
     def __str__(self) -> str:
-        return f"{self.cases} cases, max abs error {self.max_abs_error:.1e} (tolerance {self.tolerance:.0e})"
+        decisions = f", {self.top1:.1%} of {self.rows} decisions" if self.rows else ""
+        return (
+            f"{self.cases} cases, max abs error {self.max_abs:.1e}, least cosine {self.cosine:.6f}{decisions} "
+            f"(tolerated: {self.limits.max_error:.0e} of the range, {self.limits.cosine})"
+        )
 
 
-def check(path: Path, reference: Reference, cases: Sequence[Arrays], tolerance: float) -> Report:
-    """Run every case through the graph and the reference.
+class Comparer:
+    """Collects what a variant answers."""
 
-    Raises ParityError naming the output, the input shapes and the error when one differs by more than `tolerance`,
-    in shape, or is not finite.
-    """
-    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    names = [node.name for node in session.get_outputs()]
-    inputs = {node.name for node in session.get_inputs()}
-    worst = 0.0
-    for case in cases:
-        expected = reference(case)
-        got = session.run(names, {name: array for name, array in case.items() if name in inputs})
-        for name, array in zip(names, got, strict=True):
-            worst = max(worst, _difference(path, name, case, expected[name], array, tolerance))
-    return Report(len(cases), worst, tolerance)
+    def __init__(self, graph: str, variant: str, limits: Limits, decision: str = "") -> None:
+        self._found = Comparison(graph, variant, limits)
+        self._decision = decision
+        self._errors: list[npt.NDArray[Any]] = []
+        self._relative: list[npt.NDArray[Any]] = []
+        self._right = 0
+        self._decided = 0
+
+    def case(self, inputs: Arrays, expected: Arrays, got: Arrays) -> None:
+        """One case: every output that was asked for."""
+        self._found.cases += 1
+        for name, right in expected.items():
+            self._output(name, inputs, np.asarray(right), np.asarray(got[name]))
+
+    def failed(self, what: str) -> None:
+        """It could not be executed, or is not what it should be."""
+        self._found.failures.append(what)
+
+    def _output(self, name: str, inputs: Arrays, right: npt.NDArray[Any], got: npt.NDArray[Any]) -> None:
+        shapes = ", ".join(f"{key} {list(array.shape)}" for key, array in inputs.items())
+        where = f"output '{name}' on {shapes}"
+        if right.shape != got.shape:
+            self.failed(f"{where}: expected shape {list(right.shape)}, got {list(got.shape)}")
+            return
+        right, got = right.astype(np.float64), got.astype(np.float64)
+        if not np.isfinite(got).all():
+            self.failed(f"{where}: {int((~np.isfinite(got)).sum())} values are not finite")
+            return
+        off = np.abs(right - got)
+        scale = max(1.0, float(np.abs(right).max(initial=0.0)))
+        self._errors.append(off.reshape(-1))
+        self._relative.append((off / np.maximum(np.abs(right), 1e-3 * scale)).reshape(-1))
+        self._note_worst(name, shapes, inputs, right, got, off)
+        limits = self._found.limits
+        error = float(off.max(initial=0.0))
+        if error > limits.max_error * scale:
+            self.failed(
+                f"{where}: differs from PyTorch by {error:.2e}, tolerated are {limits.max_error:.0e} of {scale:.3g}"
+            )
+        cosine = _least_cosine(right, got)
+        self._found.cosine = min(self._found.cosine, cosine)
+        if cosine < limits.cosine:
+            self.failed(f"{where}: a row has cosine {cosine:.5f} with PyTorch's, expected at least {limits.cosine}")
+        if name == self._decision and right.ndim > 1 and right.shape[-1] > 1:
+            self._decide(right, got, off)
+
+    def _decide(self, right: npt.NDArray[Any], got: npt.NDArray[Any], off: npt.NDArray[Any]) -> None:
+        """A row whose two best are closer than the error says nothing."""
+        best = np.sort(right, axis=-1)
+        clear = (best[..., -1] - best[..., -2]) > 2 * off.max(axis=-1)
+        self._decided += right[..., 0].size
+        agrees = right.argmax(-1) == got.argmax(-1)
+        self._right += int((agrees | (~clear & (self._found.variant in ("fp32", "torch")))).sum())
+
+    def _note_worst(
+        self, name: str, shapes: str, inputs: Arrays, right: npt.NDArray[Any], got: npt.NDArray[Any], off: Any
+    ) -> None:
+        if not off.size or not off.ndim or (self._found.worst is not None and off.max() <= self._found.worst.error):
+            return
+        at = [int(index) for index in np.unravel_index(int(off.argmax()), off.shape)]
+        row = at[0]
+        around = slice(max(0, at[-1] - _ROWS_SHOWN // 2), at[-1] + _ROWS_SHOWN // 2)
+        index: Any = (*at[:-1], around)
+        shown = "; ".join(f"{key}[{row}]: {_short(array, int(row))}" for key, array in inputs.items())
+        expected, made = right[index].tolist(), got[index].tolist()
+        self._found.worst = Worst(name, shapes, float(off.max()), expected, made, shown)
+
+    def result(self) -> Comparison:
+        found = self._found
+        if self._errors:
+            errors, relative = np.concatenate(self._errors), np.concatenate(self._relative)
+            if errors.size:
+                found.max_abs, found.p99_abs = float(errors.max()), float(np.quantile(errors, 0.99))
+                found.max_rel, found.p99_rel = float(relative.max()), float(np.quantile(relative, 0.99))
+        if self._decided:
+            found.rows, found.top1 = self._decided, self._right / self._decided
+            if found.top1 < found.limits.top1:
+                found.failures.append(
+                    f"output '{self._decision}': {found.top1:.1%} of {self._decided} decisions are PyTorch's, expected "
+                    f"at least {found.limits.top1:.1%}"
+                )
+        return found
 
 
-def _difference(path: Path, name: str, case: Arrays, expected: Any, got: Any, tolerance: float) -> float:
-    shapes = ", ".join(f"{key} {list(array.shape)}" for key, array in case.items())
-    where = f"{path.name}: output '{name}' on {shapes}"
-    if expected.shape != got.shape:
-        raise ParityError(f"{where}: expected shape {list(expected.shape)}, got {list(got.shape)}")
-    error = float(np.max(np.abs(expected.astype(np.float64) - got.astype(np.float64)), initial=0.0))
-    if not np.isfinite(error) or error > tolerance:
-        raise ParityError(f"{where}: differs from PyTorch by {error:.2e}, tolerated are {tolerance:.0e}")
-    return error
+def _least_cosine(right: npt.NDArray[Any], got: npt.NDArray[Any]) -> float:
+    """Of rows; one that is near zero in the reference has no direction."""
+    if right.ndim < 2 or not right.size:
+        return 1.0
+    right, got = right.reshape(len(right), -1), got.reshape(len(got), -1)
+    lengths = np.linalg.norm(right, axis=1) * np.linalg.norm(got, axis=1)
+    is_long = np.linalg.norm(right, axis=1) > 1e-3
+    if not is_long.any():
+        return 1.0
+    return float(((right * got).sum(1)[is_long] / np.maximum(lengths[is_long], 1e-30)).min())
+
+
+def _short(array: npt.NDArray[Any], row: int) -> str:
+    flat = np.asarray(array[row] if array.ndim and row < len(array) else array).reshape(-1)
+    values = ", ".join(f"{value:.4g}" if isinstance(value, float) else str(value) for value in flat[:12].tolist())
+    return f"{values}{', ...' if flat.size > 12 else ''} ({flat.size} values)"
+
+
+def summary(found: Sequence[Comparison]) -> Mapping[str, str]:
+    """A line for each variant of each graph."""
+    return {f"{one.graph} {one.variant}": str(one) for one in found}

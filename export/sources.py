@@ -1,6 +1,7 @@
 """Where a model comes from: a hub id, a local folder, a file inside an installed package, or a bare configuration."""
 
 import ast
+import hashlib
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ class Source:
     location: str | None
     config_type: str = ""
     options: tuple[tuple[str, Any], ...] = ()
+    # As it was given.
+    given: str = ""
 
     @property
     def path(self) -> Path:
@@ -24,15 +27,51 @@ class Source:
             raise ExportError(f"expected a local file or folder, got '{self.location or 'config:' + self.config_type}'")
         return Path(self.location)
 
+    @property
+    def is_local(self) -> bool:
+        return self.location is not None and Path(self.location).exists()
+
+    @property
+    def provenance(self) -> str:
+        """Where the weights are from, for people."""
+        if self.location is None:
+            return "random weights of a fixed seed: for benchmarks, its answers mean nothing"
+        return f"{'local' if self.is_local else 'hub'}: {self.given or self.location}"
+
+    def revision(self) -> str:
+        """The commit of a hub id, where it is known; "" for others."""
+        if self.location is None or self.is_local:
+            return ""
+        from transformers import AutoConfig
+
+        try:
+            return str(getattr(AutoConfig.from_pretrained(self.location), "_commit_hash", None) or "")
+        except (OSError, ValueError) as error:
+            raise ExportError(f"transformers cannot load '{self.location}': {error}") from None
+
+    def content(self) -> str:
+        """What tells this source from any other: a hash of its files, the hub's commit, or the configuration."""
+        if self.location is None:
+            return f"{self.config_type} {self.options}"
+        if not self.is_local:
+            return f"{self.location} {self.revision()}"
+        found = hashlib.sha256()
+        for path in sorted(self.path.rglob("*")) if self.path.is_dir() else [self.path]:
+            if path.is_file():
+                found.update(str(path.relative_to(self.path)).encode())
+                with path.open("rb") as file:
+                    found.update(hashlib.file_digest(file, "sha256").digest())
+        return found.hexdigest()
+
 
 def resolve(text: str) -> Source:
     """`package:NAME/PATH`, `config:TYPE[,key=value]`, a local path, or else a hub id."""
     if text.startswith("package:"):
-        return Source(str(_in_package(text.removeprefix("package:"))))
+        return Source(str(_in_package(text.removeprefix("package:"))), given=text)
     if text.startswith("config:"):
         config_type, *pairs = _split(text.removeprefix("config:"))
-        return Source(None, config_type, tuple(_option(pair) for pair in pairs))
-    return Source(text)
+        return Source(None, config_type, tuple(_option(pair) for pair in pairs), text)
+    return Source(text, given=text)
 
 
 def _in_package(text: str) -> Path:

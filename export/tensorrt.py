@@ -1,22 +1,34 @@
-"""ONNX file -> TensorRT plan, with whichever of `tensorrt` and `tensorrt_rtx` is installed.
+"""ONNX file -> TensorRT plan, with whichever of `tensorrt` and `tensorrt_rtx` is installed, and what is in it.
 
 A plan fits only the TensorRT version that built it: build where it will be served. TensorRT-RTX builds without a GPU.
+Networks are strongly typed: a plan computes in the datatypes of the ONNX file, which are looked at in the network.
 """
 
 import importlib
-from collections.abc import Mapping
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from export.errors import ExportError
-from tutti.types import Shape
-
-Profile = Mapping[str, tuple[Shape, Shape, Shape]]
-"""Input name -> smallest, usual and largest shape, batch axis included."""
+from export.graphs import Profile
 
 _MODULES = ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings")
 _WORKSPACE_BYTES = 2 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A plan: who built it, and how many of its layers compute in which datatype."""
+
+    library: str
+    datatypes: dict[str, int]
+
+    @property
+    def main(self) -> str:
+        """The datatype of most layers that compute."""
+        return max(self.datatypes, key=lambda name: self.datatypes[name]) if self.datatypes else ""
 
 
 def load_library() -> ModuleType:
@@ -29,13 +41,13 @@ def load_library() -> ModuleType:
         if hasattr(module, "Builder"):
             return module
     raise ExportError(
-        "--format tensorrt needs TensorRT, and neither 'tensorrt' nor 'tensorrt_rtx' is installed: "
+        "TensorRT plans need TensorRT, and neither 'tensorrt' nor 'tensorrt_rtx' is installed: "
         "pip install 'tutti[tensorrt]' for TensorRT-RTX, or run in NVIDIA's TensorRT or Triton container"
     )
 
 
-def build(onnx_path: Path, plan_path: Path, profile: Profile, compute_capability: str = "") -> str:
-    """Build and save a plan; returns the library's name and version.
+def build(onnx_path: Path, plan_path: Path, profile: Profile, compute_capability: str = "") -> Built:
+    """Build and save a plan.
 
     `compute_capability` ("SM89") is for building without the GPU that will serve, which TensorRT-RTX can do.
     Raises ExportError with the parser's or the builder's reason.
@@ -53,11 +65,25 @@ def build(onnx_path: Path, plan_path: Path, profile: Profile, compute_capability
     config.add_optimization_profile(_profile(builder, network, profile))
     if compute_capability:
         _target(trt, config, compute_capability)
+    datatypes = _datatypes(trt, network)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise ExportError(f"TensorRT could not build a plan from {onnx_path.name}")
     plan_path.write_bytes(bytes(plan))
-    return f"{trt.__name__} {trt.__version__}"
+    return Built(f"{trt.__name__} {trt.__version__}", datatypes)
+
+
+def _datatypes(trt: Any, network: Any) -> dict[str, int]:
+    """Of the matrix products and convolutions, by their outputs: a strongly typed network has no others."""
+    computing = {trt.LayerType.MATRIX_MULTIPLY, trt.LayerType.CONVOLUTION, trt.LayerType.EINSUM}
+    if hasattr(trt.LayerType, "ATTENTION"):
+        computing.add(trt.LayerType.ATTENTION)
+    found: Counter[str] = Counter()
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.type in computing:
+            found[str(layer.get_output(0).dtype).rpartition(".")[2]] += 1
+    return dict(found)
 
 
 def _profile(builder: Any, network: Any, profile: Profile) -> Any:

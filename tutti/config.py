@@ -244,6 +244,30 @@ class ModelConfig:
         """The file that stands in for the model's where there is no GPU for it; "" for none."""
         return self.parameters.get("tutti.cpu_model_filename", "")
 
+    @property
+    def gpu_filename(self) -> str:
+        """The file that is executed on GPUs in the model's place; "" for none."""
+        return self.parameters.get("tutti.gpu_model_filename", "")
+
+    @property
+    def latency_ns(self) -> dict[int, int]:
+        """What executions of so many rows are told to take, before any was seen.
+
+        Raises ConfigError for a `tutti.latency_ms` that is not "ROWS:MILLISECONDS,...".
+        """
+        text = self.parameters.get("tutti.latency_ms", "")
+        found: dict[int, int] = {}
+        for part in text.split(",") if text else ():
+            rows, _, ms = part.partition(":")
+            try:
+                found[int(rows)] = int(float(ms) * 1e6)
+            except (ValueError, OverflowError):
+                found[-1] = 0
+        if any(rows < 1 or ns < 1 for rows, ns in found.items()):
+            what = f"expected ROWS:MILLISECONDS and more of them, got '{text[:80]}'"
+            raise ConfigError(f"model '{self.name}': parameters.tutti.latency_ms: {what}")
+        return found
+
     def wire_shape(self, spec: TensorSpec) -> Shape:
         """`dims` with the batch axis in front, as metadata shows it."""
         return (-1, *spec.dims) if self.is_batched else spec.dims

@@ -6,7 +6,7 @@ tried is not held to be slow, so that it can be tried.
 """
 
 from collections import OrderedDict, deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 
 _WINDOW = 64
 _MEAN_WEIGHT = 1 / 16
@@ -133,8 +133,11 @@ class Costs:
 
     MAX_KEYS = 64
 
-    def __init__(self) -> None:
+    def __init__(self, told_ns: Mapping[int, int] | None = None) -> None:
+        """`told_ns` is what executions of so many rows took elsewhere, as where the model was exported."""
         self._all = LatencyModel()
+        for rows, ns in (told_ns or {}).items():
+            self._all.record(rows, ns)
         self._by_key: OrderedDict[Hashable, LatencyModel] = OrderedDict()
 
     def record(self, key: Hashable, rows: int, ns: int) -> None:

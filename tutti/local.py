@@ -89,7 +89,7 @@ def _serve_batches(
     scheduler = Scheduler(config.name, BatchQueue(config.batching, config.max_queued_rows), statistics, timer)
     costs: dict[str, Costs] = {}
     for index, backend in enumerate(loaded):
-        known = costs.setdefault(backend.kind, Costs())
+        known = costs.setdefault(backend.kind, Costs(config.latency_ns))
         scheduler.add(ThreadInstance(f"{config.name}_{index}", backend, scheduler, statistics, known))
     is_ordered = config.batching is not None and config.batching.preserves_ordering
     return Served(InOrder(scheduler) if is_ordered else scheduler, scheduler.close, pending=scheduler.queued_calls)

@@ -1,10 +1,14 @@
-"""A Triton python model: encoded JPEG or PNG bytes -> RGB pixels of one size, [3, height, width] UINT8."""
+"""A Triton python model: encoded JPEG or PNG bytes -> RGB pixels of one size, [3, height, width] UINT8.
+
+How pictures are resized and cropped is in the parameters, as the checkpoint's own processor does it.
+"""
 
 import io
 import json
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
+from image_transform import fitted
 from PIL import Image, UnidentifiedImageError
 
 # Larger pictures are refused before they are decoded: a small file can announce gigabytes of pixels.
@@ -17,6 +21,9 @@ class TritonPythonModel:
         self._name = config["name"]
         dims = pb_utils.get_output_config_by_name(config, "PIXELS")["dims"]
         self._height, self._width = int(dims[1]), int(dims[2])
+        parameters = {key: value["string_value"] for key, value in config.get("parameters", {}).items()}
+        self._resize = parameters.get("resize", "exact")
+        self._resample = int(parameters.get("resample", str(int(Image.Resampling.BILINEAR))))
 
     def execute(self, requests):
         return [self._answer(request) for request in requests]
@@ -37,5 +44,4 @@ class TritonPythonModel:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"got {image.width}x{image.height} pixels, at most {MAX_PIXELS} are accepted")
-            resized = image.convert("RGB").resize((self._width, self._height), Image.Resampling.BILINEAR)
-        return np.asarray(resized, dtype=np.uint8).transpose(2, 0, 1)
+            return fitted(image, self._height, self._width, self._resize, self._resample)

@@ -1,8 +1,12 @@
-"""The export pipeline: what is published, what is refused, and that a graph which differs is caught."""
+"""The export pipeline: what is verified, refused and published, and that faults of every kind are caught."""
 
+import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -10,9 +14,13 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from export import cli, layout, parity, sources, tensorrt, text
+from export import cli, layout, manifest, pipeline, profiling, report, sources, tensorrt, text
 from export import onnx as to_onnx
 from export.errors import ExportError, ParityError
+from export.graphs import Graph, Product
+from export.parity import Comparer
+from export.variants import Builder
+from tests.export import checkpoints
 from tests.models import onnx_add_one
 from tutti import config
 from tutti.config import TensorSpec
@@ -20,73 +28,113 @@ from tutti.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore")
+LABELLED = str(ROOT / "export" / "data" / "moderation.tsv")
+BERT = "config:bert,vocab_size=50,hidden_size=8,num_hidden_layers=1,num_attention_heads=1,intermediate_size=8"
+RESNET = "config:resnet,num_labels=3,embedding_size=8,hidden_sizes=[8],depths=[1],layer_type=basic"
 
 
 class Affine(torch.nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, gain: float = 1.0) -> None:
         super().__init__()
-        self.linear = torch.nn.Linear(4, 3)
+        torch.manual_seed(0)
+        self.first, self.second = torch.nn.Linear(4, 64), torch.nn.Linear(64, 3)
+        self.gain = gain
 
     def forward(self, x: torch.Tensor, unused: torch.Tensor) -> torch.Tensor:
-        return self.linear(x) + 0 * unused.shape[0]
+        return self.second((self.first(x) * self.gain).relu() / self.gain) + 0 * unused.shape[0]
 
 
-@pytest.fixture
-def graph(tmp_path: Path) -> tuple[Affine, Path]:
-    torch.manual_seed(0)
-    module, path = Affine().eval(), tmp_path / "model.onnx"
-    example = {"x": torch.randn(2, 4), "unused": torch.randn(2, 1)}
-    to_onnx.save(module, path, example, ["y"], {"x": {0: "batch"}, "unused": {0: "batch"}})
-    return module, path
-
-
-def reference(module: Affine) -> parity.Reference:
-    def run(case: parity.Arrays) -> parity.Arrays:
-        with torch.inference_mode():
-            return {"y": module(torch.from_numpy(case["x"]), torch.zeros(len(case["x"]), 1)).numpy()}
-
-    return run
-
-
-def cases() -> list[dict[str, np.ndarray]]:
+def graph(gain: float = 1.0, axes: bool = True, **more: Any) -> Graph:
     rng = np.random.default_rng(0)
-    return [
+    cases = [
         {"x": rng.normal(size=(n, 4)).astype(np.float32), "unused": np.zeros((n, 1), np.float32)} for n in (1, 2, 9)
     ]
+    batch = {"x": {0: "batch"}, "unused": {0: "batch"}} if axes else {}
+    shapes = {"x": ((1, 4), (2, 4), (8, 4)), "unused": ((1, 1), (2, 1), (8, 1))}
+    example = {"x": torch.randn(2, 4), "unused": torch.randn(2, 1)}
+    given: dict[str, Any] = {"labels": ["a", "b", "c"], "decision": "y", **more}
+    return Graph("affine", Affine(gain).eval(), example, ("y",), batch, cases, shapes, **given)
 
 
-def test_specs_come_from_the_saved_graph(graph: tuple[Affine, Path]) -> None:
-    inputs, outputs = to_onnx.tensor_specs(graph[1])
+def built(tmp_path: Path, of: Graph, *variants: str) -> Builder:
+    builder = Builder(of, tmp_path)
+    for variant in ("fp32", *variants):
+        builder.make(variant)
+    return builder
+
+
+def test_specs_come_from_the_saved_graph(tmp_path: Path) -> None:
+    path = built(tmp_path, graph()).result.built["fp32"].path
+    inputs, outputs = to_onnx.tensor_specs(path)
     assert inputs[0] == TensorSpec("x", "FP32", (4,))
     assert outputs == [TensorSpec("y", "FP32", (3,))]
 
 
-def test_a_faithful_graph_passes(graph: tuple[Affine, Path]) -> None:
-    module, path = graph
-    report = parity.check(path, reference(module), cases(), 1e-5)
-    assert report.cases == 3
-    assert report.max_abs_error <= 1e-5
+def test_every_variant_of_a_faithful_graph_passes(tmp_path: Path) -> None:
+    result = built(tmp_path, graph(), "fp16", "int8", "torch").result
+    assert result.reference == "PyTorch in float64"
+    for variant, one in result.built.items():
+        found = one.comparison
+        assert found.failures == [], variant
+        assert found.cases == 3
+        assert (found.rows, found.top1) == (12, 1.0)
+        assert 0 < found.max_abs < 0.05
+        assert found.p99_abs <= found.max_abs
+        assert found.worst is not None
+        assert found.worst.output == "y"
+    errors = {variant: one.comparison.max_abs for variant, one in result.built.items()}
+    assert errors["fp32"] < errors["fp16"] < errors["int8"], "each is really in fewer bits"
+    assert to_onnx.precision(tmp_path / "model.fp16.onnx")[0] == "fp16"
+    assert to_onnx.precision(tmp_path / "model.int8.onnx")[0] == "int8"
 
 
 @pytest.mark.parametrize("fault", ["perturbed", "not finite"])
-def test_planted_faults_are_caught(graph: tuple[Affine, Path], fault: str) -> None:
-    module, path = graph
-    model = onnx.load(str(path))
-    weight = next(tensor for tensor in model.graph.initializer if list(tensor.dims) in ([3, 4], [4, 3]))
-    array = numpy_helper.to_array(weight).copy()
-    array = array * 1.01 if fault == "perturbed" else np.full_like(array, np.inf)
-    weight.CopyFrom(numpy_helper.from_array(array.astype(np.float32), weight.name))
-    onnx.save(model, str(path))
-    with pytest.raises(ParityError, match=r"output 'y' on x \[1, 4\]"):
-        parity.check(path, reference(module), cases(), 1e-5)
+def test_a_planted_fault_in_an_operator_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    save = to_onnx.save
+
+    def planted(module: Any, path: Path, *rest: Any) -> None:
+        save(module, path, *rest)
+        model = onnx.load(str(path))
+        weight = next(tensor for tensor in model.graph.initializer if sorted(tensor.dims) == [3, 64])
+        array = numpy_helper.to_array(weight).copy()
+        array = array * 1.01 if fault == "perturbed" else np.full_like(array, np.inf)
+        weight.CopyFrom(numpy_helper.from_array(array.astype(np.float32), weight.name))
+        onnx.save(model, str(path))
+
+    monkeypatch.setattr(to_onnx, "save", planted)
+    (failure, *_) = built(tmp_path, graph()).result.built["fp32"].comparison.failures
+    assert failure.startswith("output 'y' on x [1, 4]")
+    assert ("differs from PyTorch" if fault == "perturbed" else "not finite") in failure
 
 
-def test_a_constant_folded_batch_axis_is_caught(graph: tuple[Affine, Path], tmp_path: Path) -> None:
-    module, _ = graph
-    path = tmp_path / "fixed.onnx"
-    to_onnx.save(module, path, {"x": torch.randn(2, 4), "unused": torch.randn(2, 1)}, ["y"], {})
-    with pytest.raises(Exception, match="Got invalid dimensions"):
-        parity.check(path, reference(module), cases(), 1e-5)
+def test_a_constant_folded_batch_axis_is_caught(tmp_path: Path) -> None:
+    failures = built(tmp_path, graph(axes=False)).result.built["fp32"].comparison.failures
+    assert any("fixed batch axis: it was folded into a constant" in one for one in failures)
+    assert any("cannot be executed on x [1, 4]" in one for one in failures)
+
+
+def test_what_is_too_large_for_16_bits_is_caught(tmp_path: Path) -> None:
+    result = built(tmp_path, graph(gain=1e5), "fp16").result
+    assert result.built["fp32"].comparison.is_well
+    (failure,) = result.built["fp16"].comparison.failures
+    assert "16 bits are not enough: tensor '" in failure
+    assert "65504 is the most" in failure
+
+
+def test_a_precision_that_was_not_built_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by a converter that leaves everything as it was."""
+    monkeypatch.setattr(to_onnx, "to_half", lambda source, target, _: shutil.copyfile(source, target))
+    (failure,) = built(tmp_path, graph(), "fp16").result.built["fp16"].comparison.failures
+    assert failure.startswith("expected a graph in fp16, its weights are in fp32")
+
+
+def test_decisions_are_compared() -> None:
+    comparer = Comparer("g", "int8", graph().limits_of("int8"), "y")
+    right = np.eye(4, 3, dtype=np.float32)
+    comparer.case({"x": right}, {"y": right}, {"y": right[:, ::-1]})
+    found = comparer.result()
+    assert found.top1 == 0.5
+    assert any("decisions are PyTorch's" in one for one in found.failures)
 
 
 def test_sources(tmp_path: Path) -> None:
@@ -94,29 +142,55 @@ def test_sources(tmp_path: Path) -> None:
     made = sources.resolve("config:resnet,hidden_sizes=[16,32],layer_type=basic")
     assert (made.location, made.config_type) == (None, "resnet")
     assert dict(made.options) == {"hidden_sizes": [16, 32], "layer_type": "basic"}
-    assert sources.resolve("package:export/steps").path.is_dir()
+    assert "random weights" in made.provenance
+    folder = sources.resolve("package:export/steps")
+    assert folder.path.is_dir()
+    assert folder.content() == sources.resolve(str(folder.path)).content()
     for wrong in ("package:no_such_package/x", "package:export/nothing", "config:resnet,broken"):
         with pytest.raises(ExportError):
             sources.resolve(wrong)
 
 
 def entry(tmp_path: Path, name: str = "m", **fields: object) -> layout.Entry:
-    graph = tmp_path / "built.onnx"
-    graph.write_bytes(onnx_add_one())
+    file = tmp_path / "built.onnx"
+    file.write_bytes(onnx_add_one())
     specs = [TensorSpec("x", "FP32", (4,))], [TensorSpec("y", "FP32", (4,))]
-    return layout.Entry(name, "onnxruntime", *specs, {"model.onnx": graph}, **fields)  # type: ignore[arg-type]
+    return layout.Entry(name, "onnxruntime", *specs, {"model.onnx": file}, **fields)  # type: ignore[arg-type]
 
 
 def test_publishing_writes_a_model_the_server_reads(tmp_path: Path) -> None:
     repository = tmp_path / "models"
     for _ in range(2):  # the second time replaces the first
-        layout.publish(repository, [entry(tmp_path, labels=["a", "b"], parameters={"k": "v"})])
+        more = {"labels": ["a", "b"], "parameters": {"k": "v"}, "warmups": [layout.Warmup(2, {"x": (4,)})]}
+        layout.publish(repository, [entry(tmp_path, **more)])
     read = config.load(repository / "m" / "config.pbtxt")
     assert read.parameters["k"] == "v"
     assert read.outputs[0].label_filename == "labels.txt"
+    assert [(warmup.batch_size, warmup.inputs["x"].dims) for warmup in read.warmups] == [(2, (4,))]
     assert (repository / "m" / "labels.txt").read_text() == "a\nb\n"
     assert sorted(path.name for path in (repository / "m").iterdir()) == ["1", "config.pbtxt", "labels.txt"]
     assert [path.name for path in (repository / "m" / "1").iterdir()] == ["model.onnx"]
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == [], "nothing is left behind"
+
+
+def test_other_versions_are_kept(tmp_path: Path) -> None:
+    repository = tmp_path / "models"
+    layout.publish(repository, [entry(tmp_path)], version=1)
+    (repository / "m" / "1" / ".gitkeep").touch()
+    layout.publish(repository, [entry(tmp_path)], version=2)
+    layout.publish(repository, [entry(tmp_path)], version=1)
+    assert sorted(path.name for path in (repository / "m").iterdir()) == ["1", "2", "config.pbtxt"]
+    assert sorted(path.name for path in (repository / "m" / "1").iterdir()) == [".gitkeep", "model.onnx"]
+
+
+def test_without_an_exchange_of_the_system_folders_are_still_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layout, "_exchange", lambda *_: False)
+    for label in ("a", "b"):
+        layout.publish(tmp_path / "models", [entry(tmp_path, labels=[label])])
+    assert (tmp_path / "models" / "m" / "labels.txt").read_text() == "b\n"
+    assert [path.name for path in (tmp_path / "models").iterdir()] == ["m"]
 
 
 def test_nothing_is_published_when_one_entry_is_wrong(tmp_path: Path) -> None:
@@ -128,6 +202,116 @@ def test_nothing_is_published_when_one_entry_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="missing files"):
         layout.publish(repository, [missing])
     assert not repository.exists()
+
+
+def test_what_runs_that_were_killed_have_left_is_removed(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left = tmp_path / f".models.export-{dead.pid}" / "m"
+    left.mkdir(parents=True)
+    layout.publish(tmp_path / "models", [entry(tmp_path)])
+    assert not left.parent.exists()
+
+
+def run(tmp_path: Path, of: Graph, **options: Any) -> pipeline.Outcome:
+    source = sources.Source(None, "affine", given="config:affine")
+    work = tmp_path / "work"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    return pipeline.run(
+        Product([of]), source, "affine", tmp_path / "models", pipeline.Options(**options), work, key="the key"
+    )
+
+
+def test_a_manifest_says_what_it_was_made_of(tmp_path: Path) -> None:
+    outcome = run(tmp_path, graph(), variants=("fp32", "fp16", "int8"), cpu="int8", gpu="fp16")
+    assert [path.name for path in outcome.published] == ["affine"]
+    version = tmp_path / "models" / "affine" / "1"
+    said = json.loads((version / manifest.NAME).read_text())
+    assert said["key"] == "the key"
+    assert "random weights" in said["provenance"]
+    assert set(said["variants"]) == {"fp32", "fp16", "int8"}
+    assert said["variants"]["fp16"]["limits"] == {"max_error": 0.02, "cosine": 0.999, "top1": 0.99}
+    assert said["libraries"]["torch"] == manifest.libraries()["torch"]
+    for name, known in said["files"].items():
+        assert layout.sha256(version / name) == known["sha256"]
+    read = config.load(tmp_path / "models" / "affine" / "config.pbtxt")
+    assert (read.cpu_filename, read.gpu_filename) == ("model.int8.onnx", "model.fp16.onnx")
+    assert manifest.unchanged(tmp_path / "models", "the key", 1) == ["affine"]
+    assert manifest.unchanged(tmp_path / "models", "another", 1) == []
+    (version / "model.onnx").write_bytes(b"cut")
+    assert manifest.unchanged(tmp_path / "models", "the key", 1) == []
+
+
+def refused(tmp_path: Path, of: Graph, *variants: str) -> pipeline.Outcome:
+    """What was found in an export that publishes nothing."""
+    with pytest.raises(ParityError) as failed:
+        run(tmp_path, of, variants=("fp32", *variants))
+    assert not (tmp_path / "models").exists()
+    found = pipeline.stopped(failed.value)
+    assert found is not None
+    return found
+
+
+def test_a_truncated_file_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut(source: Path, target: Path) -> None:
+        data = Path(source).read_bytes()
+        Path(target).write_bytes(data[: len(data) // 2] if target.name == "model.onnx" else data)
+
+    monkeypatch.setattr(layout.shutil, "copyfile", cut)
+    assert refused(tmp_path, graph()).failures == [
+        "affine/model.onnx: it is not the file that was verified: truncated, or written since"
+    ]
+
+
+def test_a_swapped_pair_of_labels_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = layout._write
+
+    def swapped(path: Path, text: str) -> None:
+        write(path, "b\na\nc\n" if path.name == "labels.txt" else text)
+
+    monkeypatch.setattr(layout, "_write", swapped)
+    assert refused(tmp_path, graph()).failures == [
+        "affine/labels.txt: class 0 is 'a' in the checkpoint, and not so here"
+    ]
+
+
+def test_fewer_labels_than_classes_are_caught(tmp_path: Path) -> None:
+    (failure,) = refused(tmp_path, graph(labels=["a"])).failures
+    assert "the graph has a class" in failure
+
+
+def test_profiles_choose_batches_and_start_the_scheduler(tmp_path: Path) -> None:
+    outcome = run(tmp_path, graph(), profiles=True, goal_ms=1000.0)
+    assert {one.rows for one in outcome.measured["affine"]} == {1, 2, 4, 8, 16, 32}
+    read = config.load(tmp_path / "models" / "affine" / "config.pbtxt")
+    assert read.max_batch_size == 32
+    assert set(read.latency_ns) == {1, 2, 4, 8, 16, 32}
+    assert all(ns > 0 for ns in read.latency_ns.values())
+    page = report.page(outcome)
+    assert "<svg" in page
+    assert "max_batch_size: 32" in page
+
+
+def test_recommendations_keep_two_batches_within_the_goal() -> None:
+    measured = [profiling.Measured("fp32", "cpu", rows, 1, 2 + rows) for rows in (1, 2, 4, 8, 16)]
+    found = profiling.recommend(measured, "fp32", 20)
+    assert found.max_batch_size == 8
+    assert found.preferred == (8,)
+    assert found.latency.startswith("1:3.000,2:4.000")
+    assert profiling.recommend(measured, "fp32", 0.1).max_batch_size == 1
+
+
+@pytest.mark.parametrize("told", ["x", "1:", "0:3", "1:-2", "1:2,nan:3"])
+def test_latencies_that_are_none_are_refused(told: str) -> None:
+    made = config.parse(
+        'backend: "onnxruntime" max_batch_size: 4 input { name: "x" data_type: TYPE_FP32 dims: 1 } '
+        'output { name: "y" data_type: TYPE_FP32 dims: 1 } '
+        f'parameters {{ key: "tutti.latency_ms" value {{ string_value: "{told}" }} }}',
+        "m",
+    )
+    with pytest.raises(ConfigError, match=r"model 'm': parameters\.tutti\.latency_ms: expected ROWS:MILLISECONDS"):
+        _ = made.latency_ns
 
 
 @pytest.mark.parametrize(
@@ -149,82 +333,140 @@ def test_the_labelled_sentences_of_the_repository() -> None:
     assert len(set(sentences)) == len(sentences), "a sentence is in both splits"
 
 
+Export = Callable[..., int]
+
+
+@pytest.fixture
+def export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Export:
+    """The command, into tmp_path/models, its report beside it."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def run(*arguments: str) -> int:
+        where = ["--repository", str(tmp_path / "models"), "--report", str(tmp_path / "report.html")]
+        return cli.main([*arguments, *where])
+
+    return run
+
+
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "says"),
     [
-        ["audio", "no/such/file"],
-        ["text", "config:bert"],
-        ["text", "no/such/folder"],
-        ["vision", "config:no_such_type"],
-        ["audio", "package:export/cli.py"],
+        (["audio", "no/such/file"], "transformers cannot load 'no/such/file'"),
+        (["audio", "no-such/hub-id"], "transformers cannot load 'no-such/hub-id'"),
+        (["text", "config:no_such_type"], "transformers cannot load"),
+        (["text", "no/such/folder"], "transformers cannot load"),
+        (["vision", "config:no_such_type"], "transformers cannot load"),
+        (["audio", "package:export/cli.py"], "is no TorchScript file"),
+        (["vision", RESNET, "--labels", "cat,dog"], "zero-shot needs clip"),
+        (["vision", RESNET, "--task", "embedding"], "image embeddings: expected clip"),
+        (["vision", RESNET, "--samples", "/nowhere"], "--samples /nowhere: expected a folder of pictures"),
+        (["text", BERT, "--labelled", LABELLED], "expected a checkpoint with a tokenizer"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_exits_non_zero_and_publishes_nothing(
+    arguments: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], export: Export
+) -> None:
+    assert export(*arguments) == 1
+    said = capsys.readouterr().err
+    assert "nothing was published" in said
+    assert says in said
+    assert not (tmp_path / "models").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--variants", "fp32,fp8"], "--variants: expected some of fp32, fp16, int8, torch, tensorrt, got 'fp8'"),
+        (["--compute-capability", "SM89"], "needs --format tensorrt"),
+        (["--latency-goal-ms", "0"], "expected more than 0"),
     ],
 )
-def test_a_wrong_source_exits_non_zero_and_publishes_nothing(
-    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_flags_that_make_no_sense(
+    flags: list[str], says: str, capsys: pytest.CaptureFixture[str], export: Export
 ) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    repository = tmp_path / "models"
-    assert cli.main([*arguments, "--repository", str(repository)]) == 1
-    assert "nothing was published" in capsys.readouterr().err
-    assert not repository.exists()
+    assert export("vision", RESNET, *flags) == 2
+    assert says in capsys.readouterr().err
 
 
-def test_a_graph_that_differs_exits_non_zero(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_a_tokenizer_of_another_model_is_caught(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], export: Export
 ) -> None:
-    from export import vision
+    for number, extra in enumerate((40, 0)):
+        folder = checkpoints.text(tmp_path / f"bert{number}", "bert", False)
+        if extra:  # more ids than the model has rows
+            checkpoints.word_pieces(folder, extra)
+        else:  # as many, but others are special
+            read = json.loads((folder / "config.json").read_text())
+            (folder / "config.json").write_text(json.dumps({**read, "pad_token_id": 7}))
+        assert export("text", str(folder)) == 1
+        said = capsys.readouterr().err
+        assert (
+            "tokenizer: it has ids up to" if extra else "pad_token_id is 7 for the model, 0 for the tokenizer"
+        ) in said
+        assert "report: " in said
+        assert "Nothing was published" in (tmp_path / "report.html").read_text()
+        assert not (tmp_path / "models").exists()
 
-    monkeypatch.setattr(vision, "TOLERANCE", -1.0)
-    source = "config:resnet,num_labels=3,embedding_size=8,hidden_sizes=[8],depths=[1],layer_type=basic"
-    repository = tmp_path / "models"
-    assert cli.main(["vision", source, "--image-size", "16", "--repository", str(repository)]) == 1
-    assert "differs from PyTorch" in capsys.readouterr().err
-    assert not repository.exists()
+
+def test_a_rerun_does_nothing_unless_something_has_changed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], export: Export
+) -> None:
+    assert export("vision", RESNET, "--image-size", "16") == 0
+    folder = tmp_path / "models" / "image_classifier"
+    before = folder.stat().st_ino
+    capsys.readouterr()
+    assert export("vision", RESNET, "--image-size", "16") == 0
+    said = capsys.readouterr().out
+    assert "nothing has changed: image_classifier" in said or "nothing has changed: image_" in said
+    assert folder.stat().st_ino == before
+    assert export("vision", RESNET, "--image-size", "16", "--force") == 0
+    assert folder.stat().st_ino != before
+    (folder / "1" / "model.onnx").write_bytes(b"cut")
+    assert export("vision", RESNET, "--image-size", "16") == 0
+    assert len((folder / "1" / "model.onnx").read_bytes()) > 100, "what is not as it was left is made again"
+    assert export("vision", RESNET, "--image-size", "24") == 0
+    assert config.load(folder / "config.pbtxt").inputs[0].dims == (3, 24, 24)
 
 
-def test_a_local_checkpoint_with_its_own_processor_is_exported(tmp_path: Path) -> None:
-    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
-
-    torch.manual_seed(0)
-    small = ViTConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8,
-        id2label={0: "cat", 1: "dog"}, label2id={"cat": 0, "dog": 1},
-    )  # fmt: skip
-    checkpoint, repository = tmp_path / "vit", tmp_path / "models"
-    ViTForImageClassification(small).save_pretrained(checkpoint)
-    ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=[0.4] * 3, image_std=[0.2] * 3).save_pretrained(
-        checkpoint
-    )
-    assert cli.main(["vision", str(checkpoint), "--name", "pets", "--repository", str(repository)]) == 0
-    read = config.load(repository / "pets_classifier" / "config.pbtxt")
-    assert read.inputs[0] == TensorSpec("PIXELS", "UINT8", (3, 32, 32))
-    assert (repository / "pets_classifier" / "labels.txt").read_text() == "cat\ndog\n"
+def test_a_dry_run_shows_what_would_be_done(tmp_path: Path, capsys: pytest.CaptureFixture[str], export: Export) -> None:
+    assert export("vision", RESNET, "--image-size", "16", "--variants", "fp16,int8", "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert "variants: fp32, fp16, int8" in said
+    assert "image_classifier: model, onnxruntime; PIXELS -> IMAGE_SCORES; 5 cases" in said
+    assert "and the ensemble over them" in said
+    assert not (tmp_path / "models").exists()
 
 
 def test_without_tensorrt_the_message_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], export: Export
 ) -> None:
     for name in tensorrt._MODULES:
         monkeypatch.setitem(sys.modules, name, None)
-    assert (
-        cli.main(["audio", "package:export/cli.py", "--format", "tensorrt", "--repository", str(tmp_path / "m")]) == 1
-    )
+    assert export("audio", "package:export/cli.py", "--format", "tensorrt") == 1
     assert "pip install 'tutti[tensorrt]'" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_a_tensorrt_plan_is_really_built(tmp_path: Path) -> None:
-    """In a process of its own: the library is large, and prints to stderr."""
+@pytest.mark.parametrize("kind", ["audio", "text", "vision"])
+def test_a_tensorrt_plan_is_really_built(tmp_path: Path, kind: str) -> None:
+    """Of one model for each modality. In a process of its own: the library is large, and prints to stderr."""
     pytest.importorskip("tensorrt_rtx_bindings", exc_type=ImportError)
-    source = "config:resnet,num_labels=3,embedding_size=8,hidden_sizes=[8],depths=[1],layer_type=basic"
+    makers = {
+        "audio": checkpoints.spectrogram_transformer,
+        "text": lambda folder: checkpoints.text(folder, "bert", True),
+        "vision": checkpoints.vit,
+    }
+    folder = makers[kind](tmp_path / "checkpoint")
     repository = tmp_path / "models"
-    command = [sys.executable, "-m", "export.cli", "vision", source, "--image-size", "16", "--format", "tensorrt"]
-    command += ["--compute-capability", "SM89", "--repository", str(repository)]
+    command = [sys.executable, "-m", "export.cli", kind, str(folder), "--name", "m", "--variants", "fp16"]
+    command += ["--format", "tensorrt", "--compute-capability", "SM89", "--repository", str(repository)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    plan = repository / "image_classifier" / "1" / "model.plan"
-    assert plan.stat().st_size > 10_000
-    assert config.load(repository / "image_classifier" / "config.pbtxt").backend == "tensorrt"
+    assert (repository / "m_classifier" / "1" / "model.plan").stat().st_size > 10_000
+    read = config.load(repository / "m_classifier" / "config.pbtxt")
+    assert (read.backend, read.proto.default_model_filename) == ("tensorrt", "model.plan")
+    assert "layers in HALF" in done.stdout, "the network was looked into"
+    assert "tensorrt_rtx" in done.stdout
 
 
 def test_the_configs_in_git_are_those_the_export_scripts_write(sample_repository: Path) -> None:

@@ -2,7 +2,8 @@
 
 Honours the parameters of Triton's onnxruntime backend: `intra_op_thread_count`, `inter_op_thread_count`. And, for
 machines without a GPU, `tutti.cpu_model_filename`: a variant of the model for CPUs, as one with 8-bit integers, whose
-outputs differ by no more than `tutti.cpu_tolerance` (0.05) of their range. That is checked at load.
+outputs differ by no more than `tutti.cpu_tolerance` (0.05) of their range. That is checked at load. And for GPUs
+`tutti.gpu_model_filename`, as one with 16 bits.
 """
 
 import logging
@@ -47,10 +48,10 @@ def load(folder: ModelFolder, version: int, infer: Infer) -> list[Backend]:
     for group, number in backends.instances(config):
         device = f"cuda:{number}" if _is_gpu(config, group) else "cpu"
         if device not in sessions:
-            variant = config.cpu_filename if device == "cpu" else ""
+            variant = config.cpu_filename if device == "cpu" else config.gpu_filename
             own = backends.version_file(folder, version, variant) if variant else path
             sessions[device] = _session(config, own, device)
-            if variant:
+            if variant and device == "cpu":
                 _check_variant(config, _session(config, path, device), sessions[device])
         loaded.append(OnnxBackend(config, str(version), sessions[device], device))
     return loaded

@@ -1,0 +1,41 @@
+"""The ensemble over an export: from raw bytes to labels, texts or embeddings, one step after the other."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from export.layout import Entry, Link, step_file
+from tutti.config import TensorSpec
+
+MAX_BATCH_SIZE = 32
+
+
+def labels_step(name: str, labels: Sequence[str], work: Path) -> Entry:
+    """NAME_labels: class scores -> the name of the best class, and its score."""
+    file = work / f"{name}.labels.txt"
+    file.write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
+    scores = TensorSpec("SCORES", "FP32", (len(labels),))
+    made = [TensorSpec("LABEL", "BYTES", (1,)), TensorSpec("SCORE", "FP32", (1,))]
+    files = {"model.py": step_file("labels"), "labels.txt": file}
+    return Entry(f"{name}_labels", "python", [scores], made, files, MAX_BATCH_SIZE)
+
+
+def chain(name: str, given: TensorSpec, steps: Sequence[Entry]) -> Entry:
+    """Steps of which each takes what the one before it makes: tensors of its inputs' names, or else in their order.
+
+    Its outputs are the last step's, and the scores of those before it.
+    """
+    before = {given.name: given.name}
+    links, outputs = [], []
+    for number, step in enumerate(steps):
+        names = [spec.name for spec in step.inputs]
+        if set(names) <= set(before):
+            taken = {one: before[one] for one in names}
+        else:
+            taken = dict(zip(names, before.values(), strict=True))
+        is_last = number == len(steps) - 1
+        shown = [spec for spec in step.outputs if is_last or spec.name.endswith("SCORES")]
+        made = {spec.name: spec.name if spec in shown else f"{step.name}.{spec.name}" for spec in step.outputs}
+        outputs += shown
+        links.append(Link(step.name, taken, made))
+        before = made
+    return Entry(name, "", [given], outputs, {}, MAX_BATCH_SIZE, links=links)

@@ -1,0 +1,91 @@
+"""What an export is of: graphs that are exported and verified, python steps around them, and the ensemble over both."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy.typing as npt
+import torch
+
+from export.layout import Entry
+from tutti.types import Shape
+
+Arrays = Mapping[str, npt.NDArray[Any]]
+Reference = Callable[[Arrays], Arrays]
+Profile = Mapping[str, tuple[Shape, Shape, Shape]]
+"""Input name -> smallest, usual and largest shape, batch axis included."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How far a variant may be from the reference.
+
+    `max_error` is a share of the output's range, which is at least 1; `cosine` is that of a row, the least; `top1` the
+    share of rows with the reference's decision, where the reference's margin is not itself within the error.
+    """
+
+    max_error: float
+    cosine: float
+    top1: float
+
+
+# By precision. float32 on other kernels: a few units of the last place, over some tens of layers.
+LIMITS: Mapping[str, Limits] = {
+    "fp32": Limits(1e-4, 0.99999, 1.0),
+    "torch": Limits(1e-4, 0.99999, 1.0),
+    "fp16": Limits(2e-2, 0.999, 0.99),
+    "int8": Limits(0.5, 0.97, 0.9),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """One model to export. `module`'s arguments are the model's inputs, by name, the batch first.
+
+    `example` has a batch of 2; `axes` names the variable axes of inputs; `cases` are what variants are verified on.
+    `reference` is what they are compared with, by default the module itself in float64.
+    """
+
+    name: str
+    module: torch.nn.Module
+    example: Mapping[str, torch.Tensor]
+    outputs: tuple[str, ...]
+    axes: Mapping[str, Mapping[int, str]]
+    cases: Sequence[Arrays]
+    profile: Profile
+    reference: Reference | None = None
+    max_batch_size: int = 32
+    parameters: Mapping[str, str] = field(default_factory=dict)
+    labels: Sequence[str] = ()
+    # The output whose largest column is the decision.
+    decision: str = ""
+    limits: Mapping[str, Limits] = field(default_factory=dict)
+    # Files beside the graph's own, by name, and the backend's name: a python model that runs the graph itself.
+    host: str = ""
+
+    def limits_of(self, variant: str) -> Limits:
+        return self.limits.get(variant, LIMITS[variant])
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """Something else that was looked at before publishing: what, whether it is well, and why."""
+
+    what: str
+    is_well: bool
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """All of one export. `steps` are models of other backends; `ensemble` makes the last entry of all the others.
+
+    `provenance` says where the weights come from. `checks` look at the whole, given each graph's result by name.
+    """
+
+    graphs: Sequence[Graph]
+    steps: Sequence[Entry] = ()
+    ensemble: Callable[[Mapping[str, Entry]], Entry] | None = None
+    provenance: str = ""
+    checks: Sequence[Callable[[Mapping[str, Any]], Check]] = ()
+    accuracy: float | None = None

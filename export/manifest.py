@@ -1,0 +1,94 @@
+"""What an export was made of and with: manifest.json in every version folder, and the key by which a rerun is told."""
+
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from export import layout
+from export.sources import Source
+from export.variants import Built
+
+NAME = "manifest.json"
+_LIBRARIES = (
+    "torch", "transformers", "onnx", "onnxscript", "onnxruntime", "numpy", "tokenizers", "tensorrt",
+    "tensorrt-rtx-cu13-libs",
+)  # fmt: skip
+
+
+def libraries() -> dict[str, str]:
+    """Versions of what an export is made with."""
+    found = {}
+    for name in _LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def key(source: Source, options: Mapping[str, Any]) -> str:
+    """Of equal inputs: the source's content, the options, the libraries, and these scripts themselves."""
+    given = {
+        "source": source.content(),
+        "options": {name: str(value) for name, value in sorted(options.items())},
+        "libraries": libraries(),
+        "scripts": _scripts(),
+    }
+    return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()
+
+
+def _scripts() -> str:
+    found = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        found.update(path.read_bytes())
+    return found.hexdigest()
+
+
+def describe(
+    source: Source,
+    own_key: str,
+    models: Sequence[str],
+    built: Sequence[Built],
+    files: Mapping[str, Path],
+    provenance: str,
+    reference: str,
+) -> str:
+    """manifest.json of one model; `models` are all of the export."""
+    made = {
+        "key": own_key,
+        "models": list(models),
+        "source": {"given": source.given, "revision": source.revision(), "content": source.content()},
+        "provenance": provenance,
+        "libraries": libraries(),
+        "reference": reference,
+        "files": {name: {"sha256": layout.sha256(path), "bytes": path.stat().st_size} for name, path in files.items()},
+        "variants": {one.variant: _variant(one) for one in built},
+    }
+    return json.dumps(made, indent=1) + "\n"
+
+
+def _variant(one: Built) -> dict[str, Any]:
+    found = asdict(one.comparison)
+    return {name: found[name] for name in found if name not in ("graph", "variant", "worst", "failures")}
+
+
+def unchanged(repository: Path, own_key: str, version: int) -> list[str]:
+    """The models of an export with this key, if all of them are as it left them; none otherwise."""
+    wanted: list[str] = []
+    found: set[str] = set()
+    for path in repository.glob(f"*/{version}/{NAME}"):
+        made = json.loads(path.read_text())
+        if made.get("key") == own_key and all(
+            _is_as_told(path.parent / name, one) for name, one in made["files"].items()
+        ):
+            wanted = made["models"]
+            found.add(path.parents[1].name)
+    return wanted if wanted and found.issuperset(wanted) else []
+
+
+def _is_as_told(file: Path, told: Mapping[str, Any]) -> bool:
+    return file.is_file() and layout.sha256(file) == told["sha256"]

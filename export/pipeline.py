@@ -1,0 +1,254 @@
+"""From what a family asks for to a repository: build, verify, profile, stage, look at what is staged, publish, report.
+
+Nothing reaches the repository unless all of it is well.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from export import layout, manifest, onnx
+from export.errors import ParityError
+from export.graphs import Check, Graph, Product
+from export.layout import Entry, Staging
+from export.profiling import Measured, measure, recommend
+from export.sources import Source
+from export.variants import FILES, Builder, Result
+from tutti import config
+from tutti.types import Shape
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What to make of a source. `variants` begin with fp32; `cpu` and `gpu` are those that are served there."""
+
+    variants: tuple[str, ...] = ("fp32",)
+    backend: str = "onnxruntime"
+    cpu: str = "fp32"
+    gpu: str = "fp32"
+    compute_capability: str = ""
+    version: int = 1
+    profiles: bool = False
+    goal_ms: float = 50.0
+
+
+@dataclass(slots=True)
+class Outcome:
+    """All that the report shows. With `failures` nothing was published."""
+
+    name: str
+    source: Source
+    options: Options
+    results: list[Result] = field(default_factory=list)
+    checks: list[Check] = field(default_factory=list)
+    measured: dict[str, list[Measured]] = field(default_factory=dict)
+    published: list[Path] = field(default_factory=list)
+    accuracy: float | None = None
+    provenance: str = ""
+    key: str = ""
+    seconds: float = 0.0
+
+    @property
+    def failures(self) -> list[str]:
+        found = [
+            f"{one.graph} {one.variant}: {why}"
+            for result in self.results
+            for one in result.comparisons
+            for why in one.failures
+        ]
+        return found + [f"{check.what}: {check.why}" for check in self.checks if not check.is_well]
+
+
+class Progress:
+    """A line for each step that takes its time."""
+
+    def __init__(self, total: int, show: Callable[[str], None] | None = None) -> None:
+        self._total = total
+        self._done = 0
+        self._start = time.monotonic()
+        self._show = show or (lambda line: print(line, file=sys.stderr, flush=True))
+
+    def step(self, what: str) -> None:
+        self._done += 1
+        self._show(f"[{self._done}/{self._total}] {time.monotonic() - self._start:5.1f} s  {what}")
+
+
+def run(
+    product: Product, source: Source, name: str, repository: Path, options: Options, work: Path, key: str = ""
+) -> Outcome:
+    """Export a product; `key` tells a rerun of it.
+
+    Raises ParityError carrying the outcome when something is not well; nothing is published then.
+    """
+    started = time.monotonic()
+    progress = Progress(len(product.graphs) * (len(options.variants) + options.profiles) + 2)
+    provenance = product.provenance or source.provenance
+    outcome = Outcome(name, source, options, accuracy=product.accuracy, provenance=provenance, key=key)
+    entries: dict[str, Entry] = {}
+    for graph in product.graphs:
+        folder = work / graph.name
+        folder.mkdir(parents=True)
+        builder = Builder(graph, folder, options.compute_capability)
+        outcome.results.append(builder.result)
+        for variant in options.variants:
+            progress.step(f"{graph.name}: {variant}")
+            builder.make(variant)
+        if options.profiles:
+            progress.step(f"{graph.name}: profile")
+            outcome.measured[graph.name] = measure(builder.result)
+        if not graph.host:
+            entries[graph.name] = _entry(builder.result, options, outcome.measured.get(graph.name, []))
+    progress.step("checks")
+    found = {result.graph.name: result for result in outcome.results}
+    outcome.checks += [check(found) for check in product.checks]
+    _stop_if(outcome)
+    for step in product.steps:
+        hosted = [one for one in outcome.results if one.graph.host == step.name]
+        files = {_hosted_name(one.graph): _file_of(one, options.cpu) for one in hosted}
+        entries[step.name] = replace(step, files={**step.files, **files})
+    if product.ensemble is not None:
+        ensemble = product.ensemble(entries)
+        entries[ensemble.name] = ensemble
+    progress.step("publish")
+    with Staging(repository) as staging:
+        _stage(staging, entries, outcome, work)
+        outcome.checks += _look_at(staging.folder, entries, outcome)
+        _stop_if(outcome)
+        outcome.published = staging.publish()
+    outcome.seconds = time.monotonic() - started
+    return outcome
+
+
+def _stop_if(outcome: Outcome) -> None:
+    if outcome.failures:
+        raise ParityError("; ".join(outcome.failures[:5]), outcome)
+
+
+def _hosted_name(graph: Graph) -> str:
+    """The file of a graph that a python model runs itself: "NAME.part" is its part.onnx."""
+    return f"{graph.name.removeprefix(graph.host + '.')}.onnx"
+
+
+def _file_of(result: Result, variant: str) -> Path:
+    return result.built[variant if variant in result.built else "fp32"].path
+
+
+def _entry(result: Result, options: Options, measured: Sequence[Measured]) -> Entry:
+    """The graph's model, with all its variants; which of them is served follows from the options."""
+    graph, built = result.graph, result.built
+    inputs, outputs = onnx.tensor_specs(built["fp32"].path)
+    parameters = dict(graph.parameters)
+    backend, filename = options.backend, FILES["fp32"]
+    if backend == "tensorrt":
+        filename = FILES["tensorrt"]
+    elif backend == "pytorch":
+        filename = FILES["torch"]
+    else:
+        if options.cpu in built and options.cpu != "fp32":
+            parameters["tutti.cpu_model_filename"] = FILES[options.cpu]
+            parameters["tutti.cpu_tolerance"] = str(graph.limits_of(options.cpu).max_error)
+        if options.gpu in built and options.gpu != "fp32":
+            parameters["tutti.gpu_model_filename"] = FILES[options.gpu]
+    most = graph.max_batch_size
+    preferred: tuple[int, ...] = ()
+    if measured:
+        found = recommend(measured, options.cpu if options.cpu in built else "fp32", options.goal_ms)
+        most, preferred = min(most, found.max_batch_size), found.preferred
+        parameters["tutti.latency_ms"] = found.latency
+    return Entry(
+        graph.name,
+        backend,
+        inputs,
+        outputs,
+        {FILES[one.variant]: one.path for one in built.values()},
+        most,
+        parameters,
+        graph.labels,
+        warmups=_warmups(graph, [spec.name for spec in inputs]),
+        preferred=preferred,
+        filename=filename,
+        kind="KIND_GPU" if backend == "tensorrt" else "KIND_AUTO",
+    )
+
+
+def _warmups(graph: Graph, inputs: Sequence[str]) -> list[layout.Warmup]:
+    """One for each bucket of lengths: a single row of the smallest, the usual and the largest shape but one."""
+    shapes: list[Mapping[str, Shape]] = []
+    for number in (0, 1):
+        own = {name: tuple(graph.profile[name][number][1:]) for name in inputs}
+        if own not in shapes:
+            shapes.append(own)
+    return [layout.Warmup(1, own) for own in shapes]
+
+
+def _stage(staging: Staging, entries: Mapping[str, Entry], outcome: Outcome, work: Path) -> None:
+    """With a manifest for each; the ensemble last, since it needs the others."""
+    results = {result.graph.name: result for result in outcome.results}
+    for entry in entries.values():
+        result = results.get(entry.name)
+        hosted = [one for one in outcome.results if one.graph.host == entry.name]
+        built = [one for each in ([result] if result else hosted) for one in each.built.values()]
+        told = ", ".join(sorted({one.reference for one in ([result] if result else hosted)}))
+        text = manifest.describe(
+            outcome.source, outcome.key, list(entries), built, entry.files, outcome.provenance, told
+        )
+        path = work / f"{entry.name}.manifest.json"
+        path.write_text(text)
+        staging.add([replace(entry, files={**entry.files, manifest.NAME: path})], outcome.options.version)
+
+
+def _look_at(folder: Path, entries: Mapping[str, Entry], outcome: Outcome) -> list[Check]:
+    """At what would be published: each file is the one that was verified, and labels stand where they should."""
+    found = []
+    for result in outcome.results:
+        graph = result.graph
+        place = folder / (graph.host or graph.name) / str(outcome.options.version)
+        for built in result.built.values():
+            file = place / (_hosted_name(graph) if graph.host else FILES[built.variant])
+            if graph.host and built.path != _file_of(result, outcome.options.cpu):
+                continue
+            is_same = file.is_file() and layout.sha256(file) == built.sha256
+            why = "as verified" if is_same else "it is not the file that was verified: truncated, or written since"
+            found.append(Check(f"{graph.name}/{file.name}", is_same, why))
+        if graph.labels:
+            found.append(_labels(folder / graph.name, graph, result, outcome.options.version))
+    for name in entries:
+        config.load(folder / name / "config.pbtxt")
+    return found
+
+
+def _labels(folder: Path, graph: Graph, result: Result, version: int) -> Check:
+    """The names that the published labels give to the graph's decisions are those of the checkpoint."""
+    given = (folder / "labels.txt").read_text(encoding="utf-8").splitlines()
+    what = f"{graph.name}/labels.txt"
+    if given != list(graph.labels):
+        wrong = next((i for i, (a, b) in enumerate(zip(given, graph.labels, strict=False)) if a != b), len(given))
+        expected = graph.labels[wrong] if wrong < len(graph.labels) else "no more"
+        return Check(what, False, f"class {wrong} is '{expected}' in the checkpoint, and not so here")
+    decided = [int(row) for case in result.expected for row in np.asarray(case[graph.decision]).argmax(-1).reshape(-1)]
+    if decided and max(decided) >= len(given):
+        return Check(what, False, f"the graph has a class {max(decided)}, and there are {len(given)} labels")
+    return Check(what, True, f"{len(given)} classes, {len(set(decided))} of them seen")
+
+
+def plan_lines(product: Product, options: Options, repository: Path) -> list[str]:
+    """What would be done."""
+    lines = [f"into {repository}, version {options.version}; variants: {', '.join(options.variants)}"]
+    for graph in product.graphs:
+        where = f"part of '{graph.host}'" if graph.host else f"model, {options.backend}"
+        inputs = ", ".join(graph.example)
+        lines.append(f"  {graph.name}: {where}; {inputs} -> {', '.join(graph.outputs)}; {len(graph.cases)} cases")
+    lines += [f"  {step.name}: model, {step.backend}" for step in product.steps]
+    if product.ensemble is not None:
+        lines.append("  and the ensemble over them")
+    return lines
+
+
+def stopped(error: ParityError) -> Outcome | None:
+    """What was found before it was decided to publish nothing."""
+    found = error.args[1] if len(error.args) > 1 else None
+    return found if isinstance(found, Outcome) else None

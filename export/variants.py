@@ -1,0 +1,177 @@
+"""The forms of one graph: built, looked into, and compared with PyTorch in float64. None is taken at its word.
+
+Order matters: fp32 is what the others are made from.
+"""
+
+import copy
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from export import layout, onnx
+from export.errors import ExportError
+from export.graphs import Arrays, Graph, Reference
+from export.parity import Comparer, Comparison
+
+VARIANTS = ("fp32", "fp16", "int8", "torch", "tensorrt")
+FILES = {
+    "fp32": "model.onnx", "fp16": "model.fp16.onnx", "int8": "model.int8.onnx", "torch": "model.pt2",
+    "tensorrt": "model.plan",
+}  # fmt: skip
+
+
+@dataclass(slots=True)
+class Built:
+    """A variant's file, its SHA-256 when it was verified, and what was seen."""
+
+    variant: str
+    path: Path
+    sha256: str
+    comparison: Comparison
+
+
+@dataclass(slots=True)
+class Result:
+    """The variants of one graph. What was `left_out` was asked for, and would not have been worth it."""
+
+    graph: Graph
+    built: dict[str, Built] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    reference: str = ""
+    expected: list[Arrays] = field(default_factory=list)
+
+    @property
+    def comparisons(self) -> list[Comparison]:
+        return [one.comparison for one in self.built.values()]
+
+
+def in_float64(graph: Graph) -> tuple[Reference, str]:
+    """What variants are compared with: the graph's own reference, or PyTorch in float64, or float32 where it must."""
+    if graph.reference is not None:
+        return graph.reference, "the original, as its own library runs it"
+    try:
+        module = copy.deepcopy(graph.module).double().eval()
+        _run(module, graph.outputs, graph.cases[0], torch.float64)
+    except (RuntimeError, TypeError, ValueError):
+        return lambda case: _run(graph.module, graph.outputs, case, torch.float32), "PyTorch in float32"
+    return lambda case: _run(module, graph.outputs, case, torch.float64), "PyTorch in float64"
+
+
+def _run(module: torch.nn.Module, outputs: Sequence[str], case: Arrays, kind: torch.dtype) -> Arrays:
+    given = {name: torch.from_numpy(np.asarray(array)) for name, array in case.items()}
+    given = {name: tensor.to(kind) if tensor.is_floating_point() else tensor for name, tensor in given.items()}
+    with torch.inference_mode():
+        found = module(**given)
+    found = (found,) if isinstance(found, torch.Tensor) else found
+    return {name: tensor.numpy() for name, tensor in zip(outputs, found, strict=True)}
+
+
+class Builder:
+    """Builds and verifies one graph's variants in a folder."""
+
+    def __init__(self, graph: Graph, folder: Path, compute_capability: str = "") -> None:
+        self._graph = graph
+        self._folder = folder
+        self._capability = compute_capability
+        reference, told = in_float64(graph)
+        self.result = Result(graph, reference=told, expected=[reference(case) for case in graph.cases])
+
+    def make(self, variant: str) -> None:
+        """Build one and verify it; what is wrong is in its comparison. Raises ExportError when it cannot be built."""
+        path = self._folder / FILES[variant]
+        comparer = (
+            Comparer(self._graph.name, variant, self._graph.limits_of(variant), self._graph.decision)
+            if (variant != "tensorrt")
+            else Comparer(self._graph.name, variant, self._graph.limits_of("fp16"))
+        )
+        precision, note = "", ""
+        try:
+            precision, note = getattr(self, f"_{variant}")(path, comparer)
+        except onnx.NotWorthwhile as error:
+            self.result.left_out[variant] = str(error)
+            return
+        except ExportError as error:
+            if variant == "fp32":
+                raise
+            comparer.failed(str(error))
+        found = comparer.result()
+        found.precision, found.note = precision, note
+        checksum = layout.sha256(path) if path.is_file() else ""
+        self.result.built[variant] = Built(variant, path, checksum, found)
+
+    def _compare(self, comparer: Comparer, run: Any) -> None:
+        for case, expected in zip(self._graph.cases, self.result.expected, strict=True):
+            try:
+                got = run(case)
+            except Exception as error:  # a shape that the graph does not take, most likely
+                shapes = ", ".join(f"{key} {list(array.shape)}" for key, array in case.items())
+                comparer.failed(f"it cannot be executed on {shapes}: {str(error)[:300]}")
+                continue
+            comparer.case(case, expected, got)
+
+    def _compare_onnx(self, comparer: Comparer, path: Path) -> None:
+        fixed = onnx.fixed_batch(path)
+        if fixed:
+            comparer.failed(f"tensor '{fixed}' has a fixed batch axis: it was folded into a constant")
+        loaded = onnx.session(path)
+        self._compare(comparer, lambda case: onnx.run(loaded, case))
+
+    def _inspect(self, comparer: Comparer, path: Path, expected: str) -> str:
+        found, counts = onnx.precision(path)
+        if found != expected:
+            comparer.failed(f"expected a graph in {expected}, its weights are in {found}: {counts}")
+        return ", ".join(f"{name} {size:,}" for name, size in sorted(counts.items(), key=lambda item: -item[1]))
+
+    def _fp32(self, path: Path, comparer: Comparer) -> tuple[str, str]:
+        graph = self._graph
+        onnx.save(graph.module, path, graph.example, graph.outputs, graph.axes)
+        self._compare_onnx(comparer, path)
+        return self._inspect(comparer, path, "fp32"), f"opset {onnx.OPSET}"
+
+    def _fp16(self, path: Path, comparer: Comparer) -> tuple[str, str]:
+        onnx.to_half(self._source, path, self._graph.cases)
+        self._compare_onnx(comparer, path)
+        return self._inspect(comparer, path, "fp16"), "for GPUs; executed here on the processor"
+
+    def _int8(self, path: Path, comparer: Comparer) -> tuple[str, str]:
+        kept = onnx.to_int8(self._source, path, self._graph.cases)
+        self._compare_onnx(comparer, path)
+        left = f", {len(kept)} of them left as they were for their outliers" if kept else ""
+        return self._inspect(comparer, path, "int8"), f"for processors: products of matrices in 8 bits{left}"
+
+    def _torch(self, path: Path, comparer: Comparer) -> tuple[str, str]:
+        graph = self._graph
+        dynamic: dict[str, Any] = {
+            name: dict.fromkeys(graph.axes.get(name, {}), torch.export.Dim.DYNAMIC) for name in graph.example
+        }
+        program = torch.export.export(
+            graph.module.eval(), (), kwargs=dict(graph.example), dynamic_shapes=dynamic, strict=False
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of weights that are shared
+            torch.export.save(program, str(path))
+            module = torch.export.load(str(path)).module(check_guards=False)
+        self._compare(comparer, lambda case: _run(module, graph.outputs, case, torch.float32))
+        return "torch.float32", f"torch.export, PyTorch {torch.__version__.partition('+')[0]}"
+
+    def _tensorrt(self, path: Path, comparer: Comparer) -> tuple[str, str]:
+        from export import tensorrt
+
+        half = self.result.built.get("fp16")
+        source, wanted = (
+            (half.path, "HALF") if half is not None and half.comparison.is_well else (self._source, "FLOAT")
+        )
+        built = tensorrt.build(source, path, self._graph.profile, self._capability)
+        if built.datatypes and built.main != wanted:
+            comparer.failed(f"expected layers in {wanted}, the network has {built.datatypes}")
+        shown = ", ".join(f"{count} layers in {name}" for name, count in built.datatypes.items())
+        return shown or "no products of matrices", f"{built.library}, from {source.name}; executed only on a GPU"
+
+    @property
+    def _source(self) -> Path:
+        return self._folder / FILES["fp32"]
