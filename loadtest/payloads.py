@@ -1,16 +1,22 @@
-"""Inputs for a model, from its metadata: real samples for tensors we have samples of, else seeded random numbers."""
+"""What is sent: inputs from a model's metadata, seeded or from files, as the bytes of each protocol's message."""
 
 import csv
+import glob
+import itertools
 import json
 import random
 import wave
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tritonclient.utils import triton_to_np_dtype
+import tritonclient.http as httpclient
+from tritonclient.grpc import service_pb2 as pb
+from tritonclient.utils import serialize_byte_tensor, triton_to_np_dtype
+
+from loadtest.scenario import Payload, Scenario, ScenarioError, Sizes
 
 Array = np.ndarray[Any, Any]
 
@@ -36,38 +42,160 @@ class TensorInfo:
 
 
 class Payloads:
-    """Draws inputs of one row. Two with the same seed draw the same."""
+    """Draws inputs. Two with the same seed draw the same; samples of the repository stand for tensors of their names."""
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
         self._numbers = np.random.default_rng(seed)
-        known = json.loads((SAMPLES / "samples.json").read_text())
+        has_samples = (SAMPLES / "samples.json").is_file() and SENTENCES.is_file()
+        known = json.loads((SAMPLES / "samples.json").read_text()) if has_samples else {"items": [], "segments_s": {}}
         self._images = [(SAMPLES / item["image"]).read_bytes() for item in known["items"]]
-        self._clips = [_read_wav(SAMPLES / f"{name}.wav") for name in known["segments_s"]]
-        with SENTENCES.open(encoding="utf-8", newline="") as file:
-            self._texts = [row["text"] for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)]
+        self._clips = [read_wav(SAMPLES / f"{name}.wav") for name in known["segments_s"]]
+        self._texts = ["The quick brown fox jumps over the lazy dog."]
+        if has_samples:
+            with SENTENCES.open(encoding="utf-8", newline="") as file:
+                self._texts = [row["text"] for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)]
 
-    def draw(self, inputs: Sequence[TensorInfo]) -> dict[str, Array]:
-        return {tensor.name: self._draw(tensor) for tensor in inputs}
+    def draw(
+        self, inputs: Sequence[TensorInfo], rows: int = 1, sizes: Mapping[str, Sizes] | None = None
+    ) -> dict[str, Array]:
+        return {tensor.name: self._draw(tensor, rows, (sizes or {}).get(tensor.name)) for tensor in inputs}
 
-    def _draw(self, tensor: TensorInfo) -> Array:
-        if tensor.name == "AUDIO":
+    def _draw(self, tensor: TensorInfo, rows: int, sizes: Sizes | None) -> Array:
+        if tensor.name == "AUDIO" and sizes is None and self._clips:
             clip = self._random.choice(self._clips)
             start = self._random.randrange(len(clip) - int(CLIP_S * RATE))
-            return clip[np.newaxis, start : start + int(CLIP_S * RATE)]
-        # A leading -1 is the batch axis: one row.
-        shape = (1, *(VARIABLE_SIZE if n == -1 else n for n in tensor.shape[1:]))
+            return np.repeat(clip[np.newaxis, start : start + int(CLIP_S * RATE)], rows, axis=0)
+        size = self._size(sizes) if sizes is not None else VARIABLE_SIZE
+        is_batched = bool(tensor.shape) and tensor.shape[0] == -1
+        dims = tensor.shape[1:] if is_batched else tensor.shape
+        shape = (*((rows,) if is_batched else ()), *(size if n == -1 else n for n in dims))
         if tensor.datatype == "BYTES":
-            source = self._images if tensor.name == "IMAGE" else [text.encode() for text in self._texts]
+            source = self._images if tensor.name == "IMAGE" and self._images else [one.encode() for one in self._texts]
             array = np.empty(shape, dtype=object)
-            array[...] = self._random.choice(source)
+            for index in np.ndindex(*shape):
+                array[index] = self._random.choice(source)
             return array
         dtype = triton_to_np_dtype(tensor.datatype)
         if np.issubdtype(dtype, np.floating):
             return self._numbers.random(shape).astype(dtype)
         return self._numbers.integers(0, 2, shape).astype(dtype)
 
+    def _size(self, sizes: Sizes) -> int:
+        low, high = sizes.low, sizes.high
+        if sizes.kind == "uniform":
+            size = self._random.randint(low, high)
+        else:  # nine in ten between the two, the others at them
+            middle, spread = (np.log(low) + np.log(high)) / 2, (np.log(high) - np.log(low)) / (2 * 1.645)
+            size = int(np.clip(np.exp(self._random.gauss(float(middle), float(spread))), low, high))
+        return max(sizes.multiple_of, size // sizes.multiple_of * sizes.multiple_of)
 
-def _read_wav(path: Path) -> Array:
+
+def read_wav(path: Path) -> Array:
+    """[samples] FP32 of a mono WAV file of 16 bits."""
     with wave.open(str(path)) as file:
         return np.frombuffer(file.readframes(file.getnframes()), "<i2").astype(np.float32) / 32768
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One request, as it goes over the wire. `head` precedes an HTTP body; it ends before the Host header."""
+
+    model: str
+    body: bytes
+    head: bytes = b""
+    rows: int = 1
+
+
+MetadataOf = Callable[[str, str], Sequence[TensorInfo]]
+"""(model, version) -> its inputs."""
+
+
+def messages(scenario: Scenario, metadata_of: MetadataOf) -> tuple[list[Message], list[float]]:
+    """Every message that may be sent, and how often, as weights. Raises ScenarioError for files that are not there."""
+    made: list[Message] = []
+    weights: list[float] = []
+    for number, payload in enumerate(scenario.payloads):
+        infos = [one for one in metadata_of(payload.model, payload.version)]
+        unknown = sorted({*payload.sizes, *payload.files, *payload.inputs} - {one.name for one in infos})
+        if unknown:
+            names = ", ".join(one.name for one in infos)
+            raise ScenarioError(f"payloads.{number}: model '{payload.model}' has the inputs {names}, and no '{unknown[0]}'")
+        infos = [one for one in infos if not payload.inputs or one.name in payload.inputs]
+        source = Payloads(scenario.seed * 1000 + number)
+        files = {name: itertools.cycle(_files(scenario.folder, name, pattern)) for name, pattern in payload.files.items()}
+        own = []
+        for _ in range(payload.count):
+            drawn = source.draw(infos, payload.rows, payload.sizes)
+            for info in infos:
+                if info.name in files:
+                    drawn[info.name] = _of_file(info, next(files[info.name]), payload.rows)
+            own.append(_message(scenario, payload, infos, drawn))
+        made += own
+        weights += [payload.weight / len(own)] * len(own)
+    return made, weights
+
+
+def _files(folder: Path, name: str, pattern: str) -> list[Any]:
+    """Texts, samples or bytes."""
+    found: list[Any] = []
+    for path in sorted(Path(one) for one in glob.glob(str(folder / pattern))):
+        if path.suffix == ".txt":
+            found += [line.encode() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        else:
+            found.append(path)
+    if not found:
+        raise ScenarioError(f"payloads: files.{name}: nothing matches '{pattern}' in {folder}")
+    return found
+
+
+def _of_file(info: TensorInfo, one: Any, rows: int) -> Array:
+    if isinstance(one, Path) and info.datatype.startswith("FP"):
+        return np.repeat(read_wav(one)[np.newaxis].astype(triton_to_np_dtype(info.datatype)), rows, axis=0)
+    data = one.read_bytes() if isinstance(one, Path) else one
+    shape = (rows, *(1 for _ in info.shape[1:]))
+    array = np.empty(shape, dtype=object)
+    array[...] = data
+    return array
+
+
+def _message(scenario: Scenario, payload: Payload, infos: Sequence[TensorInfo], arrays: Mapping[str, Array]) -> Message:
+    if scenario.target.protocol == "http":
+        return _http(scenario, payload, infos, arrays)
+    request = pb.ModelInferRequest(model_name=payload.model, model_version=payload.version)
+    for info in infos:
+        array = arrays[info.name]
+        request.inputs.add(name=info.name, datatype=info.datatype, shape=array.shape)
+        request.raw_input_contents.append(_raw(info, array))
+    for name in payload.outputs:
+        request.outputs.add(name=name)
+    for key, value in payload.parameters.items():
+        field = {bool: "bool_param", int: "int64_param"}.get(type(value), "string_param")
+        setattr(request.parameters[key], field, value)
+    return Message(payload.model, request.SerializeToString(), rows=payload.rows)
+
+
+def _raw(info: TensorInfo, array: Array) -> bytes:
+    if info.datatype == "BYTES":
+        packed = serialize_byte_tensor(array)
+        return bytes(packed.item()) if packed.size else b""
+    return array.tobytes()
+
+
+def _http(scenario: Scenario, payload: Payload, infos: Sequence[TensorInfo], arrays: Mapping[str, Array]) -> Message:
+    inputs = []
+    for info in infos:
+        tensor = httpclient.InferInput(info.name, list(arrays[info.name].shape), info.datatype)
+        tensor.set_data_from_numpy(arrays[info.name])
+        inputs.append(tensor)
+    outputs = [httpclient.InferRequestedOutput(name) for name in payload.outputs] or None
+    body, length = httpclient.InferenceServerClient.generate_request_body(
+        inputs, outputs=outputs, parameters=dict(payload.parameters) or None
+    )
+    version = f"/versions/{payload.version}" if payload.version else ""
+    lines = [f"POST /v2/models/{payload.model}{version}/infer HTTP/1.1"]
+    lines += [f"{key}: {value}" for key, value in scenario.target.headers.items()]
+    if length is not None:
+        lines.append(f"Inference-Header-Content-Length: {length}")
+    lines.append(f"Content-Length: {len(body)}")
+    return Message(payload.model, bytes(body), ("\r\n".join(lines) + "\r\n").encode(), payload.rows)

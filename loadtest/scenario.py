@@ -1,0 +1,139 @@
+"""What a load test is: a target, payloads, arrivals in stages, and the goal. Pure: read from YAML, checked, no more."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Protocol = Literal["http", "grpc", "grpc-stream"]
+
+
+class ScenarioError(ValueError):
+    """A scenario that cannot be run; names the field."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Target(_Strict):
+    """Where to. Several addresses take turns; `metrics` is the server's page, for the time line."""
+
+    protocol: Protocol = "http"
+    urls: list[str] = Field(default=["127.0.0.1:8000"], min_length=1)
+    metrics: list[str] = []
+    headers: dict[str, str] = {}
+    shared_memory: bool = False
+    connections: int = Field(default=512, ge=1)
+
+
+class Sizes(_Strict):
+    """The size of a variable dimension, drawn for each payload: evenly between two, or by the logarithm."""
+
+    low: int = Field(ge=1)
+    high: int = Field(ge=1)
+    kind: Literal["uniform", "lognormal"] = "uniform"
+    multiple_of: int = Field(default=1, ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> "Sizes":
+        if self.high < self.low:
+            raise ValueError(f"expected low <= high, got {self.low} and {self.high}")
+        return self
+
+
+class Payload(_Strict):
+    """What is asked of one model: seeded data from its metadata, or files for some of its inputs.
+
+    `files` are paths with wildcards by input, relative to the scenario: texts of each line of .txt, bytes of others, or
+    samples of .wav for inputs in floating point. `sizes` are those of variable dimensions, by input.
+    """
+
+    model: str
+    version: str = ""
+    weight: float = Field(default=1.0, gt=0)
+    rows: int = Field(default=1, ge=1)
+    sizes: dict[str, Sizes] = {}
+    files: dict[str, str] = {}
+    inputs: list[str] = []
+    outputs: list[str] = []
+    parameters: dict[str, bool | int | str] = {}
+    # How many different ones are drawn.
+    count: int = Field(default=64, ge=1)
+
+
+class Stage(_Strict):
+    """A time of arrivals: at `rate` a second, to `to` in a ramp, or up to it and back in a day."""
+
+    kind: Literal["constant", "ramp", "diurnal"] = "constant"
+    name: str = ""
+    seconds: float = Field(gt=0)
+    rate: float = Field(ge=0)
+    to: float = Field(default=0.0, ge=0)
+
+
+class Arrivals(_Strict):
+    """How they come: evenly, at random (Poisson), in bursts (gamma, by the gaps' coefficient of variation), by a file.
+
+    `trace` is CSV or Parquet with a column `second` (or `scheduled_s`), sped up by `speed`; it stands for the stages.
+    """
+
+    process: Literal["constant", "poisson", "gamma"] = "poisson"
+    cv: float = Field(default=3.0, gt=0)
+    trace: Path | None = None
+    speed: float = Field(default=1.0, gt=0)
+
+
+class Goal(_Strict):
+    """`min_goodput` is of requests a second that are answered without an error and, given `p99_ms`, within it."""
+
+    p99_ms: float | None = Field(default=None, gt=0)
+    error_rate: float = Field(default=0.001, ge=0, le=1)
+    min_goodput: float = Field(default=0.0, ge=0)
+
+
+class Scenario(_Strict):
+    """All of it. The first `warmup_s` of the stages' first rate come before, and do not count."""
+
+    name: str = "load test"
+    target: Target = Target()
+    payloads: list[Payload] = Field(min_length=1)
+    arrivals: Arrivals = Arrivals()
+    stages: list[Stage] = []
+    warmup_s: float = Field(default=2.0, ge=0)
+    timeout_s: float = Field(default=30.0, gt=0)
+    slo: Goal = Goal()
+    seed: int = 0
+    folder: Path = Path()
+
+    @model_validator(mode="after")
+    def _check(self) -> "Scenario":
+        if not self.stages and self.arrivals.trace is None:
+            raise ValueError("stages: expected at least one, or arrivals.trace")
+        return self
+
+
+def load(path: Path, changes: dict[str, Any] | None = None) -> Scenario:
+    """Read a scenario; `changes` replace fields. Raises ScenarioError naming the field that is wrong."""
+    try:
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ScenarioError(f"{path}: {error}") from None
+    if not isinstance(given, dict):
+        raise ScenarioError(f"{path}: expected a mapping with payloads and stages")
+    try:
+        return Scenario(**{"name": path.stem, "folder": path.resolve().parent, **_merged(given, changes or {})})
+    except ValidationError as error:
+        what = [f"{'.'.join(map(str, one['loc'])) or 'scenario'}: {one['msg']}" for one in error.errors()]
+        raise ScenarioError(f"{path}: {'; '.join(what)}") from None
+
+
+def _merged(given: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    found = dict(given)
+    for key, value in changes.items():
+        if isinstance(value, dict) and isinstance(found.get(key), dict):
+            found[key] = _merged(found[key], value)
+        else:
+            found[key] = value
+    return found
