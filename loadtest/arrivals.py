@@ -59,7 +59,7 @@ def of_stage(stage: Stage, how: Arrivals, rng: np.random.Generator) -> Floats:
     total = expected(stage)
     count = int(total + 8 * (1 + how.cv) * total**0.5 + 64)
     if how.process == "constant":
-        warped = np.arange(int(round(total)), dtype=np.float64)
+        warped = np.arange(round(total), dtype=np.float64)
     elif how.process == "poisson":
         warped = np.cumsum(rng.exponential(1.0, count))
     else:
@@ -75,7 +75,7 @@ def of_stage(stage: Stage, how: Arrivals, rng: np.random.Generator) -> Floats:
 
 
 def schedule(scenario: Scenario, payloads: Sequence[float]) -> Schedule:
-    """The whole run; `payloads` are the weights of all that may be sent. Raises ScenarioError for a trace that is none."""
+    """The whole run; `payloads` are weights of what may be sent. Raises ScenarioError for a trace that is none."""
     rng = np.random.default_rng(scenario.seed)
     due: list[Floats] = []
     stages: list[npt.NDArray[np.int16]] = []

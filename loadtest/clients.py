@@ -78,7 +78,8 @@ class HttpClient:
         self._timeout_s = timeout_s
         self._hosts = [_split(url) for url in target.urls]
         self._data = [
-            [one.head + f"Host: {host}:{port}\r\n\r\n".encode() + one.body for one in messages] for host, port in self._hosts
+            [one.head + f"Host: {host}:{port}\r\n\r\n".encode() + one.body for one in messages]
+            for host, port in self._hosts
         ]
         self._free: list[deque[_Connection]] = [deque() for _ in self._hosts]
         self._open = 0

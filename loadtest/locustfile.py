@@ -1,113 +1,169 @@
-"""An HTTP and a gRPC user that send to the ensemble and to each model, with NVIDIA's tritonclient.
+"""The open-loop engine under Locust: workers each send a shard of the schedule, the master adds up what they saw.
 
-locust -f loadtest/locustfile.py --headless -u 8 -t 30s --html report.html [--model NAME ...]
+    locust -f loadtest/locustfile.py --scenario SCENARIO.json --result RESULT.json [--headless] [--processes N] ...
+
+`tutti loadtest` writes both files and starts this. Locust gives distribution, processes, the live table and the web
+page; its own statistics are for watching, and what is reported is the engine's.
 """
 
-import itertools
+import json
 import os
+import sys
 import time
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import gevent
-import grpc.experimental.gevent
+import gevent.subprocess
 from locust import User, events, task
 from locust.env import Environment
+from locust.runners import LocalRunner, MasterRunner, WorkerRunner
 
-# Blocking gRPC calls run in gevent's thread pool: its default of ten would queue the eleventh call in the client.
-gevent.get_hub().threadpool_size = 256
-grpc.experimental.gevent.init_gevent()
-
-import tritonclient.grpc as grpcclient  # noqa: E402 - after gRPC has been told of gevent
-import tritonclient.http as httpclient  # noqa: E402
-
-from loadtest.payloads import Payloads, TensorInfo  # noqa: E402
-
-_seeds = itertools.count(1)
-# Kept to the end: a gRPC channel that the garbage collector closes blocks gevent's hub for good.
-_clients: list[Any] = []
+_BEGIN_S = 1.0
+_READY_S = 120.0
 
 
 @events.init_command_line_parser.add_listener
 def add_arguments(parser: Any) -> None:
-    parser.add_argument("--http-url", default="127.0.0.1:8000", help="HTTP address of the server")
-    parser.add_argument("--grpc-url", default="127.0.0.1:8001", help="gRPC address of the server")
-    parser.add_argument("--model", action="append", help="only this model (repeatable; default: all that are ready)")
+    parser.add_argument("--scenario", required=True, help="the scenario, as JSON")
+    parser.add_argument("--result", required=True, help="where the master writes what was seen")
+    parser.add_argument("--raw", default="", help="folder for the raw requests, as Parquet (default: the result's)")
 
 
-class TritonUser(User):
-    """Sends one request after another, to each model in turn. Subclasses name the protocol."""
-
-    abstract = True
-    library: Any
-    protocol: str
-
-    def __init__(self, environment: Environment) -> None:
-        super().__init__(environment)
-        options = environment.parsed_options
-        self._client = self.library.InferenceServerClient(getattr(options, f"{self.protocol}_url"))
-        _clients.append(self._client)
-        self._payloads = Payloads(seed=next(_seeds))
-        names = options.model or self._ready_models()
-        self._models = itertools.cycle([(name, self._inputs(name)) for name in sorted(names)])
+class OpenLoop(User):
+    """Stands for a worker in Locust's tables; the engine sends."""
 
     @task
-    def infer(self) -> None:
-        name, infos = next(self._models)
-        tensors = []
-        for info, array in zip(infos, self._payloads.draw(infos).values(), strict=True):
-            tensor = self.library.InferInput(info.name, list(array.shape), info.datatype)
-            tensor.set_data_from_numpy(array)
-            tensors.append(tensor)
-        self._measure(name, lambda: self._client.infer(name, tensors))
-
-    def _measure(self, name: str, send: Callable[[], Any]) -> None:
-        started = time.perf_counter()
-        error: Exception | None = None
-        try:
-            send()
-        except Exception as failure:
-            error = failure
-        elapsed_ms = (time.perf_counter() - started) * 1000
-        self.environment.events.request.fire(
-            request_type=self.protocol, name=name, response_time=elapsed_ms, response_length=0, exception=error
-        )
-
-    def _ready_models(self) -> list[str]:
-        raise NotImplementedError
-
-    def _inputs(self, name: str) -> list[TensorInfo]:
-        raise NotImplementedError
+    def stand_by(self) -> None:
+        gevent.sleep(3600)
 
 
-class HttpUser(TritonUser):
-    """tritonclient.http: binary tensors."""
+class Engine:
+    """The engine's process, seen from a worker."""
 
-    library = httpclient
-    protocol = "http"
+    def __init__(self, environment: Environment, shard: int, shards: int) -> None:
+        self._environment = environment
+        options: Any = environment.parsed_options
+        folder = Path(options.raw or Path(options.result).parent)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._scenario = json.loads(Path(options.scenario).read_text())
+        self._name = self._scenario["payloads"][0]["model"] if len(self._scenario["payloads"]) == 1 else "mixed"
+        job = folder / f"job.{shard}.json"
+        raw = folder / f"requests.{shard}.parquet"
+        job.write_text(json.dumps({"scenario": self._scenario, "shard": shard, "shards": shards, "raw": str(raw)}))
+        self.process = gevent.subprocess.Popen(
+            [sys.executable, "-m", "loadtest.engine", str(job)],
+            stdin=gevent.subprocess.PIPE, stdout=gevent.subprocess.PIPE, text=True, bufsize=1,
+            cwd=Path(__file__).parents[1],
+        )  # fmt: skip
 
-    def _ready_models(self) -> list[str]:
-        return [model["name"] for model in self._client.get_model_repository_index() if model.get("state") == "READY"]
+    def lines(self) -> Any:
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                yield json.loads(line)
 
-    def _inputs(self, name: str) -> list[TensorInfo]:
-        return [TensorInfo.of(tensor) for tensor in self._client.get_model_metadata(name)["inputs"]]
+    def begin(self, at: float) -> None:
+        self.process.stdin.write(f"{at!r}\n")
+        self.process.stdin.flush()
+
+    def show(self, progress: dict[str, Any]) -> None:
+        """In Locust's table and charts: as many as were answered, by a sample of how long they took."""
+        stats: Any = self._environment.stats
+        protocol = self._scenario["target"]["protocol"]
+        sample = progress["ms"] or [0.0]
+        for number in range(progress["new"]):
+            stats.log_request(protocol, self._name, sample[number % len(sample)], 0)
 
 
-class GrpcUser(TritonUser):
-    """tritonclient.grpc: unary calls."""
+def follow(engine: Engine, ready: Any, ended: Any) -> None:
+    """Hand on what an engine says: that it is `ready`, and how it `ended`."""
+    for said in engine.lines():
+        if "ready" in said:
+            ready()
+        elif "progress" in said:
+            engine.show(said["progress"])
+        else:
+            ended(said)
+            return
+    ended({"failed": f"the engine ended with status {engine.process.wait()}"})
 
-    library = grpcclient
-    protocol = "grpc"
 
-    def _ready_models(self) -> list[str]:
-        index = self._client.get_model_repository_index(as_json=True)
-        return [model["name"] for model in index["models"] if model.get("state") == "READY"]
+class Conductor:
+    """The master: has all begin at once, and gathers what they saw."""
 
-    def _inputs(self, name: str) -> list[TensorInfo]:
-        return [TensorInfo.of(tensor) for tensor in self._client.get_model_metadata(name, as_json=True)["inputs"]]
+    def __init__(self, environment: Environment) -> None:
+        self._environment = environment
+        self._ready: set[str] = set()
+        self._results: dict[str, Any] = {}
+        self._workers: list[str] = []
+
+    def start(self) -> None:
+        runner: Any = self._environment.runner
+        self._workers = sorted(runner.clients)
+        for number, worker in enumerate(self._workers):
+            runner.send_message("open_loop", {"shard": number, "shards": len(self._workers)}, client_id=worker)
+
+    def on_ready(self, environment: Environment, msg: Any, **_: Any) -> None:
+        self._ready.add(msg.node_id)
+        if len(self._ready) == len(self._workers):
+            runner: Any = environment.runner
+            runner.send_message("open_loop_begin", {"at": time.time() + _BEGIN_S})
+
+    def on_ended(self, environment: Environment, msg: Any, **_: Any) -> None:
+        self._results[msg.node_id] = msg.data
+        if len(self._results) == len(self._workers):
+            finish(environment, list(self._results.values()))
+
+
+def finish(environment: Environment, results: list[Any]) -> None:
+    """Write what was seen, and leave."""
+    options: Any = environment.parsed_options
+    path = Path(options.result)
+    temporary = path.with_suffix(".new")
+    temporary.write_text(json.dumps({"workers": results}))
+    temporary.replace(path)
+    environment.process_exit_code = 1 if any("failed" in one for one in results) else 0
+    if environment.web_ui is None:
+        gevent.spawn(lambda: environment.runner.quit())  # type: ignore[union-attr]
+
+
+@events.init.add_listener
+def listen(environment: Environment, **_: Any) -> None:
+    runner: Any = environment.runner
+    if isinstance(runner, MasterRunner):
+        conductor = Conductor(environment)
+        runner.register_message("open_loop_ready", conductor.on_ready)
+        runner.register_message("open_loop_ended", conductor.on_ended)
+        events.test_start.add_listener(lambda **_: conductor.start())
+    elif isinstance(runner, WorkerRunner):
+        _listen_as_worker(environment, runner)
+    elif isinstance(runner, LocalRunner):
+        events.test_start.add_listener(lambda **_: gevent.spawn(_run_alone, environment))
+
+
+def _listen_as_worker(environment: Environment, runner: Any) -> None:
+    engines: list[Engine] = []
+
+    def start(environment: Environment, msg: Any, **_: Any) -> None:
+        engine = Engine(environment, msg.data["shard"], msg.data["shards"])
+        engines.append(engine)
+        gevent.spawn(
+            follow, engine, lambda: runner.send_message("open_loop_ready"),
+            lambda said: runner.send_message("open_loop_ended", said),
+        )  # fmt: skip
+
+    runner.register_message("open_loop", start)
+    runner.register_message("open_loop_begin", lambda environment, msg, **_: engines[-1].begin(msg.data["at"]))
+    events.quitting.add_listener(lambda **_: [one.process.kill() for one in engines if one.process.poll() is None])
+
+
+def _run_alone(environment: Environment) -> None:
+    engine = Engine(environment, 0, 1)
+    events.quitting.add_listener(lambda **_: engine.process.poll() is None and engine.process.kill())
+    follow(engine, lambda: engine.begin(time.time() + 0.2), lambda said: finish(environment, [said]))
 
 
 @events.quit.add_listener
 def leave(exit_code: int) -> None:
-    """End at once: closing channels at interpreter exit blocks as well."""
+    """At once: there is nothing to wait for."""
     os._exit(exit_code)

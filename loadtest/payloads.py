@@ -42,7 +42,7 @@ class TensorInfo:
 
 
 class Payloads:
-    """Draws inputs. Two with the same seed draw the same; samples of the repository stand for tensors of their names."""
+    """Draws inputs. Two with one seed draw the same; the repository's samples stand for tensors of their names."""
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
@@ -116,14 +116,18 @@ def messages(scenario: Scenario, metadata_of: MetadataOf) -> tuple[list[Message]
     made: list[Message] = []
     weights: list[float] = []
     for number, payload in enumerate(scenario.payloads):
-        infos = [one for one in metadata_of(payload.model, payload.version)]
+        infos = list(metadata_of(payload.model, payload.version))
         unknown = sorted({*payload.sizes, *payload.files, *payload.inputs} - {one.name for one in infos})
         if unknown:
             names = ", ".join(one.name for one in infos)
-            raise ScenarioError(f"payloads.{number}: model '{payload.model}' has the inputs {names}, and no '{unknown[0]}'")
+            raise ScenarioError(
+                f"payloads.{number}: model '{payload.model}' has the inputs {names}, and no '{unknown[0]}'"
+            )
         infos = [one for one in infos if not payload.inputs or one.name in payload.inputs]
         source = Payloads(scenario.seed * 1000 + number)
-        files = {name: itertools.cycle(_files(scenario.folder, name, pattern)) for name, pattern in payload.files.items()}
+        files = {
+            name: itertools.cycle(_files(scenario.folder, name, pattern)) for name, pattern in payload.files.items()
+        }
         own = []
         for _ in range(payload.count):
             drawn = source.draw(infos, payload.rows, payload.sizes)

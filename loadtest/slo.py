@@ -37,10 +37,10 @@ class Judgement:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """Of the requests that count: how many, errors, those without one that were slower than the goal, and those in time.
+    """Of the requests that count: how many, errors, those without one that were slower than the goal.
 
     `late` were sent too late by the generator, `unsent` not at all; `cpu` is the most that a generator was busy, as a
-    share of a core, over a second.
+    share of a core, over half a second.
     """
 
     requests: int

@@ -24,8 +24,11 @@ _log = logging.getLogger("tutti")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["loadtest"]:  # what follows -- is Locust's, which argparse would take away
+        return _loadtest(given[1:])
     parser = make_parser()
-    options, rest = parser.parse_known_args(arguments)
+    options, rest = parser.parse_known_args(given)
     if rest and options.command not in ("export", "ensemble", "cluster"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if options.command == "serve":
@@ -156,6 +159,11 @@ def make_parser() -> argparse.ArgumentParser:
     commands.add_parser(
         "cluster", help="plan and simulate pools of replicas on Ray (see: tutti cluster --help)", add_help=False
     )
+    commands.add_parser(
+        "loadtest",
+        help="load a server in open loop, and judge it by a goal (see: tutti loadtest --help)",
+        add_help=False,
+    )
     return parser
 
 
@@ -205,10 +213,21 @@ def _serve(options: argparse.Namespace) -> int:
     return status
 
 
-def _needs(what: str, *libraries: str) -> None:
+def _needs(what: str, *libraries: str, extra: str = "ray") -> None:
     missing = [name for name in libraries if importlib.util.find_spec(name) is None]
     if missing:
-        raise ConfigError(f"{what} needs {' and '.join(missing)}: pip install 'tutti[ray]'")
+        raise ConfigError(f"{what} needs {' and '.join(missing)}: pip install 'tutti[{extra}]'")
+
+
+def _loadtest(arguments: Sequence[str]) -> int:
+    try:
+        _needs("loadtest", "locust", "pyarrow", "yaml", extra="loadtest")
+    except TuttiError as error:
+        print(f"tutti: {error}", file=sys.stderr)
+        return 1
+    from loadtest.cli import main as loadtest
+
+    return loadtest(arguments)
 
 
 async def _serve_here(options: argparse.Namespace, logs: Logs) -> int:

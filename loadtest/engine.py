@@ -1,0 +1,282 @@
+"""One worker's shard of a run: sends each request when it is due, whatever became of those before it, and notes all.
+
+    python -m loadtest.engine JOB.json
+
+A process of its own, without gevent: Locust's worker starts it, tells it on its standard input when to begin, and
+reads its progress (a line of JSON each half second) and its results. Latency counts from when a request was due, so
+that a server that stalls cannot stop the clock by keeping clients waiting.
+"""
+
+import asyncio
+import gc
+import json
+import os
+import resource
+import sys
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import uvloop
+
+from loadtest.arrivals import Schedule, schedule
+from loadtest.clients import CLIENTS
+from loadtest.histogram import Histogram
+from loadtest.payloads import Message, TensorInfo, messages
+from loadtest.scenario import Scenario
+from loadtest.slo import LATE_S
+from loadtest.timers import Alarm
+
+_PROGRESS_S = 0.5
+# So many that are due together are sent before answers are looked at again.
+_BURST = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a worker is to do: its shard, and where the raw requests go."""
+
+    scenario: Scenario
+    shard: int
+    shards: int
+    raw: Path
+
+
+class Shard:
+    """The requests of one worker. Times are seconds of time.perf_counter() from the start."""
+
+    def __init__(self, scenario: Scenario, own: Schedule, sent: Sequence[Message]) -> None:
+        self.scenario = scenario
+        self.own = own
+        count = len(own)
+        self.sent = np.full(count, np.nan)
+        self.done = np.full(count, np.nan)
+        self.errors: Counter[str] = Counter()
+        self.error_of: dict[int, str] = {}
+        self.answered = 0
+        self.cpu: list[float] = []
+        self._start = 0.0
+        self._left = count
+        self._ended: asyncio.Event = asyncio.Event()
+        self._client = CLIENTS[scenario.target.protocol](scenario.target, sent, self._answered, scenario.timeout_s)
+        self._client.sent = self._note_sent
+
+    async def run(self, begin: Callable[[], float]) -> None:
+        """Until everything has been answered, or given up. `begin` says when to begin (time.time()); it may block."""
+        await self._client.start()
+        start_at = await asyncio.to_thread(begin)
+        gc.collect()
+        gc.freeze()
+        gc.disable()  # a pause would look like the server's
+        alarm = Alarm()
+        self._start = time.perf_counter() + (start_at - time.time())
+        watching = asyncio.create_task(self._watch())
+        try:
+            await self._send_all(alarm)
+            if self._left:
+                async with asyncio.timeout(self.scenario.timeout_s + 5):
+                    await self._ended.wait()
+        except TimeoutError:
+            pass
+        finally:
+            watching.cancel()
+            alarm.close()
+            gc.enable()
+            await self._client.close()
+
+    async def _send_all(self, alarm: Alarm) -> None:
+        due, payloads, start = self.own.due_s.tolist(), self.own.payloads.tolist(), self._start
+        number, count, send, clock = 0, len(due), self._client.send, time.perf_counter
+        while number < count:
+            ahead = due[number] - (clock() - start)
+            if ahead > 0:
+                await alarm.sleep(ahead)
+                continue
+            burst = min(count, number + _BURST)
+            now = clock() - start
+            while number < burst and due[number] <= now:
+                send(number, payloads[number])
+                number += 1
+            await asyncio.sleep(0)
+
+    def _note_sent(self, number: int) -> None:
+        self.sent[number] = time.perf_counter() - self._start
+
+    def _answered(self, number: int, at_s: float, what: str) -> None:
+        self.done[number] = at_s - self._start
+        self.answered += 1
+        if what:
+            self.errors[what] += 1
+            self.error_of[number] = what
+        self._left -= 1
+        if not self._left:
+            self._ended.set()
+
+    async def _watch(self) -> None:
+        """Progress for whoever started us; how busy we are; what waits too long."""
+        last_cpu, last_s, last = time.process_time(), time.perf_counter(), 0
+        while True:
+            await asyncio.sleep(_PROGRESS_S)
+            now, cpu = time.perf_counter(), time.process_time()
+            self._client.expire(now)
+            share = (cpu - last_cpu) / max(1e-9, now - last_s)
+            if now > self._start:
+                self.cpu.append(share)
+            last_cpu, last_s = cpu, now
+            print(json.dumps({"progress": self._progress(last, now - self._start), "cpu": share}), flush=True)
+            last = self.answered
+
+    def _progress(self, last: int, now_s: float) -> dict[str, Any]:
+        window = self.done > now_s - _PROGRESS_S - 0.01
+        took = (self.done - self.own.due_s)[window]
+        return {
+            "answered": self.answered,
+            "new": self.answered - last,
+            "errors": sum(self.errors.values()),
+            "in_flight": int(np.isfinite(self.sent).sum()) - self.answered,
+            "ms": [round(float(one) * 1e3, 3) for one in np.sort(took)[:: max(1, len(took) // 200)]],
+        }
+
+    def result(self) -> dict[str, Any]:
+        """Counts and histograms by stage; what warmed up is left out."""
+        latency_ns = (self.done - self.own.due_s) * 1e9
+        late = self.sent - self.own.due_s > LATE_S
+        has_error = np.zeros(len(self.own), bool)
+        has_error[list(self.error_of)] = True
+        is_done, goal_ms = np.isfinite(self.done), self.scenario.slo.p99_ms
+        found: dict[str, Any] = {}
+        for stage in sorted(set(self.own.stages.tolist()) - {-1}):
+            mine = self.own.stages == stage
+            good = mine & is_done & ~has_error
+            histogram = Histogram()
+            histogram.add(np.maximum(0, latency_ns[good]).astype(np.int64))
+            found[str(stage)] = {
+                "requests": int(mine.sum()),
+                "errors": int((mine & is_done & has_error).sum()),
+                # What has no answer at all was slow, and wrong, and lost.
+                "lost": int((mine & ~is_done).sum()),
+                "late": int((mine & late).sum()),
+                "unsent": int((mine & np.isnan(self.sent)).sum()),
+                "slow": int((latency_ns[good] > goal_ms * 1e6).sum()) if goal_ms is not None else 0,
+                "histogram": histogram.as_json(),
+            }
+        return {
+            "stages": found,
+            "errors": dict(self.errors.most_common(20)),
+            "cpu": max(self.cpu, default=0.0),
+            "cpu_by_time": [round(one, 3) for one in self.cpu],
+            "lateness_ms": _quantiles(self.sent - self.own.due_s),
+            "seconds": self._seconds(),
+        }
+
+    def _seconds(self) -> list[dict[str, Any]]:
+        """A line for each second: sent, answered, errors, and the latency of what was due then."""
+        last = int(max(float(np.nanmax(self.done, initial=0.0)), self.own.seconds)) + 1
+        rows: list[dict[str, Any]] = []
+        took_ms = (self.done - self.own.due_s) * 1e3
+        due = self.own.due_s.astype(int)
+        errors = np.zeros(len(self.own), bool)
+        errors[list(self.error_of)] = True
+        answered = np.bincount(self.done[np.isfinite(self.done)].clip(0).astype(int), minlength=last + 1)
+        order = np.argsort(due, kind="stable")
+        bounds = np.searchsorted(due[order], np.arange(last + 1))
+        for second in range(last):
+            own = order[bounds[second] : bounds[second + 1]]
+            good = own[np.isfinite(took_ms[own]) & ~errors[own]]
+            histogram = Histogram()
+            histogram.add((took_ms[good] * 1e6).clip(0).astype(np.int64))
+            rows.append(
+                {"second": second, "due": len(own), "answered": int(answered[second]), "errors": int(errors[own].sum()),
+                 "histogram": histogram.as_json()}
+            )  # fmt: skip
+        return rows
+
+    def save(self, path: Path, shard: int) -> None:
+        """Every request, as Parquet."""
+        import pyarrow
+        import pyarrow.parquet
+
+        errors = [self.error_of.get(number, "") for number in range(len(self.own))]
+        columns = {
+            "scheduled_s": self.own.due_s, "sent_s": self.sent, "done_s": self.done, "stage": self.own.stages,
+            "payload": self.own.payloads, "error": errors, "worker": np.full(len(self.own), shard, np.int16),
+        }  # fmt: skip
+        pyarrow.parquet.write_table(pyarrow.table(columns), path)
+
+
+def _quantiles(seconds: Any) -> dict[str, float]:
+    known = seconds[np.isfinite(seconds)]
+    if not len(known):
+        return {}
+    return {name: float(np.quantile(known, share)) * 1e3 for name, share in (("p50", 0.5), ("p99", 0.99), ("max", 1.0))}
+
+
+def metadata(scenario: Scenario, model: str, version: str) -> list[TensorInfo]:
+    """A model's inputs, as the server tells. Raises RuntimeError with the server's reason."""
+    url = scenario.target.urls[0]
+    part = f"/versions/{version}" if version else ""
+    try:
+        if scenario.target.protocol == "http":
+            request = urllib.request.Request(f"http://{url}/v2/models/{model}{part}", headers=scenario.target.headers)
+            with urllib.request.urlopen(request, timeout=10) as answer:
+                return [TensorInfo.of(one) for one in json.load(answer)["inputs"]]
+        import tritonclient.grpc as grpcclient
+
+        with grpcclient.InferenceServerClient(url) as client:
+            headers = {key.lower(): value for key, value in scenario.target.headers.items()}
+            found = client.get_model_metadata(model, version, headers=headers, as_json=True, client_timeout=10)
+            return [TensorInfo.of({"shape": [], **one}) for one in found.get("inputs", [])]
+    except Exception as error:
+        raise RuntimeError(f"model '{model}' at {url}: {error}") from None
+
+
+def prepare(
+    scenario: Scenario, metadata_of: Mapping[str, Sequence[TensorInfo]] | None = None
+) -> tuple[Schedule, list[Message]]:
+    """The whole schedule, and all messages."""
+    known = dict(metadata_of or {})
+    made, weights = messages(scenario, lambda model, version: known.get(model) or metadata(scenario, model, version))
+    return schedule(scenario, weights), made
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Send the shard and return what came of it."""
+    everything, made = prepare(job.scenario)
+    shard = Shard(job.scenario, everything.shard(job.shard, job.shards), made)
+
+    def begin() -> float:
+        """All begin when the slowest is ready."""
+        print(json.dumps({"ready": len(shard.own)}), flush=True)
+        return float(sys.stdin.readline())
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(shard.run(begin))
+    shard.save(job.raw, job.shard)
+    return shard.result()
+
+
+def main() -> int:
+    given = json.loads(Path(sys.argv[1]).read_text())
+    scenario = Scenario(**given["scenario"])
+    # A descriptor for each connection.
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard if hard != resource.RLIM_INFINITY else max(soft, 65_536), hard))
+    job = Job(scenario, given["shard"], given["shards"], Path(given["raw"]))
+    try:
+        found = run(job)
+    except Exception as error:
+        print(json.dumps({"failed": f"{type(error).__name__}: {error}"}), flush=True)
+        return 1
+    print(json.dumps({"result": found}), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stdout.flush()
+    os._exit(status)  # channels that are closed at interpreter exit may hang

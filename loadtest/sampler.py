@@ -1,0 +1,113 @@
+"""The server's own side of a run: batch sizes, queue against compute, replicas and fallback, once a second."""
+
+import re
+import threading
+import time
+import urllib.request
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+_LINE = re.compile(r"^([a-z_]+)(?:\{(.*)\})? ([0-9.eE+-]+|NaN)$", re.MULTILINE)
+_LABEL = re.compile(r'(\w+)="([^"]*)"')
+_SUMMED = (
+    "nv_inference_request_success", "nv_inference_request_failure", "nv_inference_count", "nv_inference_exec_count",
+    "nv_inference_queue_duration_us", "nv_inference_compute_infer_duration_us",
+)  # fmt: skip
+_BY_POOL = (
+    "tutti_pool_replicas",
+    "tutti_pool_wanted_replicas",
+    "tutti_pool_requests_total",
+    "tutti_fallback_requests_total",
+)
+
+
+@dataclass(slots=True)
+class Sample:
+    """Counters of one moment, over all pages: those of the models asked, and by pool."""
+
+    at_s: float
+    counts: dict[str, float] = field(default_factory=dict)
+    pools: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+def parse(pages: Sequence[str], models: Sequence[str], at_s: float) -> Sample:
+    """What Prometheus pages say of some models, and of pools of replicas. Replicas are the same on each page."""
+    counts: dict[str, float] = defaultdict(float)
+    pools: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    for page in pages:
+        for name, labels, value in _LINE.findall(page):
+            own = dict(_LABEL.findall(labels))
+            if name in _SUMMED and own.get("model") in models:
+                counts[name] += float(value)
+            elif name in _BY_POOL:
+                known = pools[own.get("pool", "")]
+                is_gauge = name == "tutti_pool_replicas"
+                known[name] = max(known[name], float(value)) if is_gauge else known[name] + float(value)
+    return Sample(at_s, dict(counts), {pool: dict(found) for pool, found in pools.items()})
+
+
+def between(before: Sample, after: Sample) -> dict[str, float | dict[str, float]]:
+    """One second of the time line, as rates and means; what cannot be told is left out."""
+
+    def more(name: str) -> float:
+        return after.counts.get(name, 0.0) - before.counts.get(name, 0.0)
+
+    row: dict[str, float | dict[str, float]] = {"at_s": after.at_s}
+    seconds = max(1e-9, after.at_s - before.at_s)
+    succeeded, executed = more("nv_inference_request_success"), more("nv_inference_exec_count")
+    row["success_per_s"] = succeeded / seconds
+    if executed > 0:
+        row["batch"] = more("nv_inference_count") / executed
+    if succeeded > 0:
+        row["queue_ms"] = more("nv_inference_queue_duration_us") / succeeded / 1e3
+        row["compute_ms"] = more("nv_inference_compute_infer_duration_us") / succeeded / 1e3
+    replicas = {pool: found.get("tutti_pool_replicas", 0.0) for pool, found in after.pools.items()}
+    if replicas:
+        row["replicas"] = replicas
+        row["wanted"] = {pool: found.get("tutti_pool_wanted_replicas", 0.0) for pool, found in after.pools.items()}
+        asked = _pools(after, "tutti_pool_requests_total") - _pools(before, "tutti_pool_requests_total")
+        helped = _pools(after, "tutti_fallback_requests_total") - _pools(before, "tutti_fallback_requests_total")
+        row["fallback"] = helped / asked if asked > 0 else 0.0
+    return row
+
+
+def _pools(sample: Sample, name: str) -> float:
+    return sum(found.get(name, 0.0) for found in sample.pools.values())
+
+
+class Sampler:
+    """Reads the pages once a second while a run is on, in a thread."""
+
+    def __init__(self, addresses: Sequence[str], models: Sequence[str]) -> None:
+        self.rows: list[dict[str, float | dict[str, float]]] = []
+        self._addresses = addresses
+        self._models = models
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> "Sampler":
+        if self._addresses:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        if self._addresses:
+            self._thread.join(15)
+
+    def _run(self) -> None:
+        last: Sample | None = None
+        while not self._stop.wait(1.0):
+            pages = []
+            for address in self._addresses:
+                try:
+                    with urllib.request.urlopen(f"http://{address}/metrics", timeout=5) as page:
+                        pages.append(page.read().decode())
+                except OSError:
+                    continue  # a server that is gone for a while is what some tests are about
+            if pages:
+                sample = parse(pages, self._models, time.time())
+                if last is not None:
+                    self.rows.append(between(last, sample))
+                last = sample

@@ -1,0 +1,93 @@
+"""The highest rate that meets a goal, and whether two servers differ. Pure: decides from what runs saw."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from loadtest.slo import Verdict
+
+Probe = Callable[[float], Verdict]
+"""Run at a rate; returns what came of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """The highest rate that has met the goal, the lowest that has not, and every probe."""
+
+    low: float
+    high: float
+    probes: Sequence[tuple[float, Verdict]]
+
+    @property
+    def middle(self) -> float:
+        return (self.low + self.high) / 2 if math.isfinite(self.high) else self.low
+
+
+def saturate(probe: Probe, start: float, within: float = 0.03, most: float = 1e6) -> Bounds:
+    """Double until the goal is missed, then halve what lies between until it is `within` of itself.
+
+    An INCONCLUSIVE probe is run once more and then counts as missed: the goal was not shown to be met. An INVALID one
+    ends the search at what is known: the generator cannot tell about higher rates.
+    """
+    low, high = 0.0, math.inf
+    probes: list[tuple[float, Verdict]] = []
+
+    def ask(rate: float) -> Verdict:
+        verdict = probe(rate)
+        probes.append((rate, verdict))
+        if verdict is Verdict.INCONCLUSIVE:
+            verdict = probe(rate)
+            probes.append((rate, verdict))
+        return verdict
+
+    rate = start
+    while rate <= most and not (math.isfinite(high) and low and high - low <= within * high):
+        verdict = ask(rate)
+        if verdict is Verdict.INVALID:
+            break
+        if verdict is Verdict.PASS:
+            low = rate
+        else:
+            high = rate
+        if math.isfinite(high):
+            rate = (low + high) / 2
+            if high < 1e-3 * start:
+                break
+        else:
+            rate = 2 * rate
+    return Bounds(low, high, probes)
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """How much longer B takes than A, as a ratio with its interval; each round's ratios."""
+
+    ratio: float
+    low: float
+    high: float
+    rounds: Sequence[float]
+
+    @property
+    def is_different(self) -> bool:
+        return not self.low <= 1.0 <= self.high
+
+
+# Student's t for a two-sided interval of 98%, by degrees of freedom; from there on the normal's.
+_T98 = {
+    1: 31.82, 2: 6.965, 3: 4.541, 4: 3.747, 5: 3.365, 6: 3.143, 7: 2.998, 8: 2.896, 9: 2.821, 10: 2.764, 11: 2.718,
+    12: 2.681, 13: 2.650, 14: 2.624, 15: 2.602, 20: 2.528, 30: 2.457,
+}  # fmt: skip
+
+
+def difference(a_ms: Sequence[float], b_ms: Sequence[float]) -> Difference:
+    """From a figure of each of two servers in each round, asked in turns: a paired t-test on the logarithms."""
+    logs = [math.log(b / a) for a, b in zip(a_ms, b_ms, strict=True)]
+    count = len(logs)
+    mean = sum(logs) / count
+    if count < 2:
+        return Difference(math.exp(mean), 0.0, math.inf, [math.exp(one) for one in logs])
+    deviation = math.sqrt(sum((one - mean) ** 2 for one in logs) / (count - 1))
+    freedom = count - 1
+    t = _T98.get(freedom) or next((value for known, value in sorted(_T98.items()) if known >= freedom), 2.326)
+    half = t * deviation / math.sqrt(count)
+    return Difference(math.exp(mean), math.exp(mean - half), math.exp(mean + half), [math.exp(one) for one in logs])
