@@ -12,7 +12,7 @@ DIGITS := config:resnet,num_labels=10,embedding_size=16,hidden_sizes=[16,32,64],
 BUILT := $(REPO)/speech_vad/1/model.onnx $(REPO)/text_encoder/1/model.onnx $(REPO)/image_classifier/1/model.onnx
 EXPORT := $(wildcard export/*.py)
 
-.PHONY: demo test test-fast check bench bench-cluster chaos chaos-short profile fuzz models loadtest triton clean
+.PHONY: demo test test-fast check bench bench-cluster chaos chaos-short profile fuzz models loadtest loadtest-cluster triton clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.ready
@@ -67,10 +67,15 @@ $(REPO)/text_encoder/1/model.onnx: export/steps/tokenizer.py $(wildcard export/s
 $(REPO)/image_classifier/1/model.onnx: $(wildcard export/steps/image_*.py) $(EXPORT) | $(VENV)/.ready
 	@$(BIN)/tutti export vision '$(DIGITS)' --name image --train digits --image-size 32 --ensemble '' --repository $(REPO)
 
-# Locust against `tutti serve`, headless; the report is loadtest/report.html.
+# Scenarios in open loop against `tutti serve`; reports are in loadtest/reports.
 loadtest: $(VENV)/.ready-dev
 	@$(MAKE) --no-print-directory -j2 models
-	$(BIN)/python -m loadtest.run --users 8 --seconds 20 --html loadtest/report.html
+	$(BIN)/python -m loadtest.run steady burst mixed
+
+# The same against a local Ray cluster, whose replicas follow the load.
+loadtest-cluster: $(VENV)/.ready-dev
+	@$(MAKE) --no-print-directory -j2 models
+	$(BIN)/python -m loadtest.run --ray cold-start mixed steady --output loadtest/reports/cluster
 
 $(VENV)/.venv-made:
 	$(PYTHON) -m venv $(VENV)

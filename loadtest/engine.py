@@ -16,7 +16,7 @@ import sys
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from loadtest.clients import CLIENTS
 from loadtest.histogram import Histogram
 from loadtest.payloads import Message, TensorInfo, messages
 from loadtest.scenario import Scenario
+from loadtest.shared import Region
 from loadtest.slo import LATE_S
 from loadtest.timers import Alarm
 
@@ -235,18 +236,18 @@ def metadata(scenario: Scenario, model: str, version: str) -> list[TensorInfo]:
         raise RuntimeError(f"model '{model}' at {url}: {error}") from None
 
 
-def prepare(
-    scenario: Scenario, metadata_of: Mapping[str, Sequence[TensorInfo]] | None = None
-) -> tuple[Schedule, list[Message]]:
+def prepare(scenario: Scenario, region: Region | None = None) -> tuple[Schedule, list[Message]]:
     """The whole schedule, and all messages."""
-    known = dict(metadata_of or {})
-    made, weights = messages(scenario, lambda model, version: known.get(model) or metadata(scenario, model, version))
+    made, weights = messages(scenario, lambda model, version: metadata(scenario, model, version), region)
     return schedule(scenario, weights), made
 
 
 def run(job: Job) -> dict[str, Any]:
     """Send the shard and return what came of it."""
-    everything, made = prepare(job.scenario)
+    region = Region(job.scenario.target) if job.scenario.target.shared_memory else None
+    everything, made = prepare(job.scenario, region)
+    if region is not None:
+        region.register()
     shard = Shard(job.scenario, everything.shard(job.shard, job.shards), made)
 
     def begin() -> float:
@@ -256,6 +257,8 @@ def run(job: Job) -> dict[str, Any]:
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(shard.run(begin))
+    if region is not None:
+        region.close()
     shard.save(job.raw, job.shard)
     return shard.result()
 

@@ -17,6 +17,7 @@ from tritonclient.grpc import service_pb2 as pb
 from tritonclient.utils import serialize_byte_tensor, triton_to_np_dtype
 
 from loadtest.scenario import Payload, Scenario, ScenarioError, Sizes
+from loadtest.shared import Region
 
 Array = np.ndarray[Any, Any]
 
@@ -111,8 +112,13 @@ MetadataOf = Callable[[str, str], Sequence[TensorInfo]]
 """(model, version) -> its inputs."""
 
 
-def messages(scenario: Scenario, metadata_of: MetadataOf) -> tuple[list[Message], list[float]]:
-    """Every message that may be sent, and how often, as weights. Raises ScenarioError for files that are not there."""
+def messages(
+    scenario: Scenario, metadata_of: MetadataOf, region: Region | None = None
+) -> tuple[list[Message], list[float]]:
+    """Every message that may be sent, and how often, as weights; their inputs in `region` where there is one.
+
+    Raises ScenarioError for files that are not there.
+    """
     made: list[Message] = []
     weights: list[float] = []
     for number, payload in enumerate(scenario.payloads):
@@ -134,7 +140,7 @@ def messages(scenario: Scenario, metadata_of: MetadataOf) -> tuple[list[Message]
             for info in infos:
                 if info.name in files:
                     drawn[info.name] = _of_file(info, next(files[info.name]), payload.rows)
-            own.append(_message(scenario, payload, infos, drawn))
+            own.append(_message(scenario, payload, infos, drawn, region))
         made += own
         weights += [payload.weight / len(own)] * len(own)
     return made, weights
@@ -163,14 +169,26 @@ def _of_file(info: TensorInfo, one: Any, rows: int) -> Array:
     return array
 
 
-def _message(scenario: Scenario, payload: Payload, infos: Sequence[TensorInfo], arrays: Mapping[str, Array]) -> Message:
+def _message(
+    scenario: Scenario,
+    payload: Payload,
+    infos: Sequence[TensorInfo],
+    arrays: Mapping[str, Array],
+    region: Region | None,
+) -> Message:
     if scenario.target.protocol == "http":
-        return _http(scenario, payload, infos, arrays)
+        return _http(scenario, payload, infos, arrays, region)
     request = pb.ModelInferRequest(model_name=payload.model, model_version=payload.version)
     for info in infos:
         array = arrays[info.name]
-        request.inputs.add(name=info.name, datatype=info.datatype, shape=array.shape)
-        request.raw_input_contents.append(_raw(info, array))
+        tensor = request.inputs.add(name=info.name, datatype=info.datatype, shape=array.shape)
+        raw = _raw(info, array)
+        if region is None:
+            request.raw_input_contents.append(raw)
+            continue
+        tensor.parameters["shared_memory_region"].string_param = region.name
+        tensor.parameters["shared_memory_byte_size"].int64_param = len(raw)
+        tensor.parameters["shared_memory_offset"].int64_param = region.place(raw)
     for name in payload.outputs:
         request.outputs.add(name=name)
     for key, value in payload.parameters.items():
@@ -186,11 +204,21 @@ def _raw(info: TensorInfo, array: Array) -> bytes:
     return array.tobytes()
 
 
-def _http(scenario: Scenario, payload: Payload, infos: Sequence[TensorInfo], arrays: Mapping[str, Array]) -> Message:
+def _http(
+    scenario: Scenario,
+    payload: Payload,
+    infos: Sequence[TensorInfo],
+    arrays: Mapping[str, Array],
+    region: Region | None,
+) -> Message:
     inputs = []
     for info in infos:
         tensor = httpclient.InferInput(info.name, list(arrays[info.name].shape), info.datatype)
-        tensor.set_data_from_numpy(arrays[info.name])
+        if region is None:
+            tensor.set_data_from_numpy(arrays[info.name])
+        else:
+            raw = _raw(info, arrays[info.name])
+            tensor.set_shared_memory(region.name, len(raw), region.place(raw))
         inputs.append(tensor)
     outputs = [httpclient.InferRequestedOutput(name) for name in payload.outputs] or None
     body, length = httpclient.InferenceServerClient.generate_request_body(

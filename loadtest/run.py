@@ -1,37 +1,48 @@
-"""Run the Locust suite against a server of its own: start `tutti serve`, load it, stop it."""
+"""Scenarios against a server of their own: start `tutti serve`, on Ray or not, load it, stop it.
+
+python -m loadtest.run [--ray] SCENARIO [SCENARIO ...] [--output FOLDER]
+"""
 
 import argparse
 import subprocess
 import sys
 from pathlib import Path
 
-from loadtest.process import stop, wait_until_ready
+from loadtest.process import free_ports, stop, wait_until_ready
 
 ROOT = Path(__file__).parents[1]
+SCENARIOS = Path(__file__).with_name("scenarios")
 
 
 def main() -> int:
-    """Returns Locust's exit status: 1 when a request failed."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Returns the worst exit status of the scenarios: see `tutti loadtest`."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("scenarios", nargs="+", help="files, or names of those in loadtest/scenarios")
     parser.add_argument("--repository", default=str(ROOT / "model_repository"))
-    parser.add_argument("--users", type=int, default=8)
-    parser.add_argument("--seconds", type=int, default=20)
-    parser.add_argument("--http-port", type=int, default=8000)
-    parser.add_argument("--grpc-port", type=int, default=8001)
-    parser.add_argument("--html", default=str(ROOT / "loadtest" / "report.html"))
+    parser.add_argument("--ray", action="store_true", help="on a local Ray cluster, with pools as the work needs them")
+    parser.add_argument("--output", type=Path, default=ROOT / "loadtest" / "reports", help="a folder for each scenario")
     options, rest = parser.parse_known_args()
-    ports = ["--http-port", str(options.http_port), "--grpc-port", str(options.grpc_port), "--metrics-port", "0"]
-    server = subprocess.Popen([sys.executable, "-m", "tutti.cli", "serve", options.repository, *ports])
+    http, grpc, metrics = free_ports(3)
+    ports = ["--http-port", str(http), "--grpc-port", str(grpc), "--metrics-port", str(metrics)]
+    options.output.mkdir(parents=True, exist_ok=True)
+    if options.ray:
+        pools = options.output / "pools.yaml"
+        pools.write_text("pools: [{name: elastic, min_replicas: 0, max_replicas: 4}]\n")
+        ports += ["--ray", "--placement", str(pools)]
+    server = subprocess.Popen([sys.executable, "-m", "tutti.cli", "serve", options.repository, *ports], cwd=ROOT)
     try:
-        wait_until_ready(server, f"http://127.0.0.1:{options.http_port}/v2/health/ready")
-        locust = [
-            sys.executable, "-m", "locust", "-f", str(ROOT / "loadtest" / "locustfile.py"), "--headless",
-            "-u", str(options.users), "-r", str(options.users), "-t", f"{options.seconds}s", "--html", options.html,
-            "--http-url", f"127.0.0.1:{options.http_port}", "--grpc-url", f"127.0.0.1:{options.grpc_port}", *rest,
-        ]  # fmt: skip
-        return subprocess.run(locust, check=False, cwd=ROOT).returncode
+        wait_until_ready(server, f"http://127.0.0.1:{http}/v2/health/ready")
+        return max(_run(name, http, metrics, options.output, rest) for name in options.scenarios)
     finally:
         stop(server)
+
+
+def _run(name: str, http: int, metrics: int, output: Path, rest: list[str]) -> int:
+    path = Path(name) if Path(name).is_file() else SCENARIOS / f"{name}.yaml"
+    command = [sys.executable, "-m", "loadtest.cli", "run", str(path), "--url", f"127.0.0.1:{http}"]
+    command += ["--metrics", f"127.0.0.1:{metrics}", "--output", str(output / path.stem), *rest]
+    print(f"== {path.stem}", flush=True)
+    return subprocess.run(command, check=False, cwd=ROOT).returncode
 
 
 if __name__ == "__main__":

@@ -1,0 +1,295 @@
+"""Arrivals, histograms, verdicts and searches: no server, no clock."""
+
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from loadtest import arrivals, report, runner, sampler, scenario, search, slo
+from loadtest.histogram import Histogram
+from loadtest.payloads import Payloads, TensorInfo, messages
+from loadtest.scenario import Goal, Scenario, ScenarioError, Sizes, Stage
+from loadtest.slo import Seen, Verdict, judge
+
+
+def given(**more: Any) -> Scenario:
+    return Scenario(**{"payloads": [{"model": "m"}], "stages": [{"seconds": 100, "rate": 50}], "warmup_s": 0, **more})
+
+
+def test_poisson_arrivals_are_poisson() -> None:
+    """Gaps are exponential, by Kolmogorov and Smirnov; in a ramp after time is rescaled by its rate."""
+    made = arrivals.schedule(given(), [1.0])
+    assert len(made) == pytest.approx(5000, abs=4 * 5000**0.5)
+    assert stats.kstest(np.diff(made.due_s) * 50, "expon").pvalue > 0.01
+    ramp = arrivals.schedule(given(stages=[{"kind": "ramp", "seconds": 100, "rate": 10, "to": 90}]), [1.0])
+    rescaled = np.diff(10 * ramp.due_s + 0.4 * ramp.due_s**2)
+    assert stats.kstest(rescaled, "expon").pvalue > 0.01
+    bursts = arrivals.schedule(given(arrivals={"process": "gamma", "cv": 3}), [1.0])
+    gaps = np.diff(bursts.due_s)
+    assert gaps.std() / gaps.mean() == pytest.approx(3, rel=0.15)
+    assert stats.kstest(np.diff(bursts.due_s) * 50, "expon").pvalue < 1e-6
+    even = arrivals.schedule(given(arrivals={"process": "constant"}), [1.0])
+    np.testing.assert_allclose(np.diff(even.due_s), 0.02)
+
+
+def test_a_day_is_busiest_at_noon() -> None:
+    made = arrivals.schedule(given(stages=[{"kind": "diurnal", "seconds": 100, "rate": 0, "to": 200}]), [1.0])
+    counts, _ = np.histogram(made.due_s, bins=5, range=(0, 100))
+    assert counts[2] > 1.3 * max(counts[1], counts[3]) > 3 * max(counts[0], counts[4])
+    assert len(made) == pytest.approx(10_000, rel=0.05)
+
+
+def test_one_seed_is_one_schedule_and_shards_change_nothing_but_the_shard() -> None:
+    whole, again = (arrivals.schedule(given(seed=3), [1.0, 3.0]) for _ in range(2))
+    np.testing.assert_array_equal(whole.due_s, again.due_s)
+    np.testing.assert_array_equal(whole.payloads, again.payloads)
+    assert not np.array_equal(whole.due_s[:100], arrivals.schedule(given(seed=4), [1.0, 3.0]).due_s[:100])
+    assert (whole.payloads == 1).mean() == pytest.approx(0.75, abs=0.03)
+    parts = [whole.shard(number, 4) for number in range(4)]
+    for name in ("due_s", "payloads", "stages"):
+        joined = np.empty_like(getattr(whole, name))
+        for number, part in enumerate(parts):
+            joined[number::4] = getattr(part, name)
+        np.testing.assert_array_equal(joined, getattr(whole, name))
+
+
+def test_warm_up_comes_before_and_does_not_count() -> None:
+    made = arrivals.schedule(given(warmup_s=10), [1.0])
+    assert (made.due_s[made.stages == -1] < 10).all()
+    assert (made.due_s[made.stages == 0] >= 10).all()
+    assert (made.stages == -1).sum() == pytest.approx(500, abs=100)
+
+
+def test_traces(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("second\n10.5\n10\n12\n")
+    own = given(arrivals={"trace": "t.csv", "speed": 2}, stages=[], folder=tmp_path)
+    assert arrivals.schedule(own, [1.0]).due_s.tolist() == [0, 0.25, 1]
+    for content, says in (
+        ("1\nx\n", "t.csv:2: expected a second, got 'x'"),
+        ("", "expected seconds of arrivals, got none"),
+    ):
+        (tmp_path / "t.csv").write_text(content)
+        with pytest.raises(ScenarioError, match=says):
+            arrivals.schedule(own, [1.0])
+
+
+def test_histograms_keep_three_digits_and_add_up() -> None:
+    rng = np.random.default_rng(0)
+    values = np.concatenate([np.arange(5000), (10 ** rng.uniform(0, 12.5, 50_000)).astype(np.int64)])
+    halves = [Histogram(), Histogram()]
+    for one, own in zip(halves, (values[::2], values[1::2]), strict=True):
+        one.add(own)
+    whole = Histogram.of_json(halves[0].as_json())
+    whole.merge(halves[1])
+    assert whole.total == len(values)
+    for share in (0.01, 0.5, 0.9, 0.99, 0.999, 1.0):
+        exact = float(np.quantile(values, share, method="inverted_cdf"))
+        assert whole.quantile_ns(share) == pytest.approx(exact, rel=1 / 2000, abs=1)
+    assert whole.mean_ns() == pytest.approx(values.mean(), rel=1e-3)
+    assert whole.above(1e6) == pytest.approx((values > 1e6).sum(), rel=0.001)
+    assert math.isnan(Histogram().quantile_ns(0.5))
+
+
+@pytest.mark.parametrize(
+    ("seen", "goal", "verdict"),
+    [
+        (Seen(10_000, 0, 20, 10), Goal(p99_ms=5), Verdict.PASS),
+        (Seen(10_000, 0, 200, 10), Goal(p99_ms=5), Verdict.FAIL),
+        (Seen(1_000, 0, 10, 10), Goal(p99_ms=5, error_rate=0.01), Verdict.INCONCLUSIVE),
+        (Seen(10_000, 100, 0, 10), Goal(error_rate=0.001), Verdict.FAIL),
+        (Seen(500, 0, 0, 10), Goal(error_rate=0), Verdict.PASS),
+        (Seen(500, 1, 0, 10), Goal(error_rate=0), Verdict.FAIL),
+        (Seen(10_000, 0, 0, 10), Goal(min_goodput=900), Verdict.PASS),
+        (Seen(10_000, 0, 2000, 10), Goal(min_goodput=900), Verdict.FAIL),
+        (Seen(10_000, 0, 0, 10, late=200), Goal(), Verdict.INVALID),
+        (Seen(10_000, 0, 0, 10, late=5, cpu=1.0), Goal(), Verdict.INVALID),
+        (Seen(10_000, 0, 0, 10, unsent=1), Goal(), Verdict.INVALID),
+        (Seen(0, 0, 0, 10), Goal(), Verdict.INVALID),
+    ],
+)
+def test_verdicts(seen: Seen, goal: Goal, verdict: Verdict) -> None:
+    judgement = judge(seen, goal)
+    assert judgement.verdict is verdict, judgement
+    assert judgement.reasons
+
+
+def test_intervals_hold_what_they_promise() -> None:
+    """A share of 1% is in its 95% interval about 19 times in 20."""
+    rng = np.random.default_rng(0)
+    inside = 0
+    for count in rng.binomial(5000, 0.01, 1000):
+        low, high = slo.interval(int(count), 5000)
+        inside += low <= 0.01 <= high
+    assert 925 <= inside <= 975
+
+
+def test_a_search_ends_at_the_capacity() -> None:
+    asked: list[float] = []
+
+    def probe(rate: float) -> Verdict:
+        asked.append(rate)
+        return Verdict.PASS if rate <= 437 else Verdict.FAIL
+
+    found = search.saturate(probe, 10, 0.03)
+    assert found.low <= 437 <= found.high
+    assert found.high - found.low <= 0.03 * found.high
+    assert len(asked) < 16
+    open_ended = search.saturate(lambda rate: Verdict.INVALID if rate > 100 else Verdict.PASS, 10)
+    assert (open_ended.low, open_ended.high) == (80, math.inf)
+    nothing = search.saturate(lambda _: Verdict.FAIL, 10)
+    assert nothing.low == 0
+    unsure = search.saturate(lambda rate: Verdict.INCONCLUSIVE if rate > 50 else Verdict.PASS, 10)
+    assert unsure.low <= 50 <= unsure.high
+
+
+def test_differences_are_found_and_none_are_invented() -> None:
+    rng = random.Random(1)
+    found = {1.0: 0, 1.1: 0}
+    for ratio in found:
+        for _ in range(200):
+            a = [5 * rng.gauss(1, 0.03) for _ in range(10)]
+            b = [5 * ratio * rng.gauss(1, 0.03) for _ in range(10)]
+            found[ratio] += search.difference(a, b).is_different
+    assert found[1.0] <= 10, "two in a hundred, give or take"
+    assert found[1.1] >= 198
+
+
+PAGE = """
+nv_inference_request_success{{model="m",version="1"}} {success}
+nv_inference_request_success{{model="other",version="1"}} 1000000
+nv_inference_count{{model="m",version="1"}} {rows}
+nv_inference_exec_count{{model="m",version="1"}} {batches}
+nv_inference_queue_duration_us{{model="m",version="1"}} {queue}
+nv_inference_compute_infer_duration_us{{model="m",version="1"}} 1.5e+03
+tutti_pool_replicas{{pool="gpu"}} 3.0
+tutti_pool_wanted_replicas{{pool="gpu"}} 2.5
+tutti_pool_requests_total{{pool="gpu"}} {gpu}
+tutti_pool_requests_total{{pool="cpu"}} {cpu}
+tutti_fallback_requests_total{{pool="cpu"}} {cpu}
+"""
+
+
+def test_the_servers_side_is_read_from_its_metrics() -> None:
+    before = sampler.parse([PAGE.format(success=0, rows=0, batches=0, queue=0, gpu=0, cpu=0)], ["m"], 10.0)
+    after = sampler.parse([PAGE.format(success=100, rows=200, batches=50, queue=4e5, gpu=75, cpu=25)], ["m"], 12.0)
+    row = sampler.between(before, after)
+    assert (row["success_per_s"], row["batch"], row["queue_ms"]) == (50, 4, 4)
+    assert row["fallback"] == 0.25
+    assert row["replicas"] == {"gpu": 3, "cpu": 0}
+
+
+def seen_by(count: int, stage: str = "0") -> dict[str, Any]:
+    histogram = Histogram()
+    histogram.add(np.full(count, 5_000_000))
+    stages = {
+        stage: {
+            "requests": count,
+            "errors": 1,
+            "lost": 0,
+            "late": 0,
+            "unsent": 0,
+            "slow": 0,
+            "histogram": histogram.as_json(),
+        }
+    }
+    second = {"second": 0, "due": count, "answered": count, "errors": 1, "histogram": histogram.as_json()}
+    return {"stages": stages, "errors": {"HTTP <503>": 1}, "cpu": 0.2, "lateness_ms": {"p99": 0.1}, "seconds": [second]}
+
+
+def test_what_workers_saw_is_added_up_and_shown() -> None:
+    own = given(
+        slo={"p99_ms": 10, "error_rate": 0.1},
+        stages=[{"seconds": 10, "rate": 50, "name": "<first>"}, {"seconds": 5, "rate": 9}],
+    )
+    result = runner.gather(own, [seen_by(300), {**seen_by(200), "cpu": 0.4}, seen_by(100, "1")])
+    assert [stage.requests for stage in result.stages] == [500, 100]
+    assert (result.seen.requests, result.seen.errors, result.cpu) == (600, 3, 0.4)
+    assert result.judgement.verdict is Verdict.PASS
+    told = result.as_json()
+    assert told["verdict"] == "PASS"
+    assert told["latency_ms"]["p50"] == pytest.approx(5, rel=1e-3)
+    page = report.page(result, "tutti loadtest run x.yaml")
+    assert "&lt;first&gt;" in page
+    assert "<first>" not in page
+    assert "HTTP &lt;503&gt;" in page
+    assert page.count("<svg") >= 4
+    assert "<script" not in page
+
+
+def test_payloads_are_seeded_and_fit_their_tensors() -> None:
+    infos = [
+        TensorInfo("AUDIO", "FP32", (-1, -1)),
+        TensorInfo("TEXT", "BYTES", (-1, 1)),
+        TensorInfo("IMAGE", "BYTES", (-1, 1)),
+        TensorInfo("ids", "INT64", (-1, -1)),
+        TensorInfo("pixels", "UINT8", (-1, 3, 8, 8)),
+    ]
+    first, again = Payloads(5).draw(infos), Payloads(5).draw(infos)
+    for name, array in first.items():
+        np.testing.assert_array_equal(array, again[name])
+    assert first["AUDIO"].shape == (1, 32_000)
+    assert first["IMAGE"][0, 0][:4] in (b"\x89PNG", b"\xff\xd8\xff\xe0")
+    assert first["pixels"].shape == (1, 3, 8, 8)
+    assert first["ids"].dtype == np.int64
+    sized = [
+        Payloads(n).draw(infos, 3, {"ids": Sizes(low=8, high=64, kind="lognormal", multiple_of=8)})["ids"]
+        for n in range(40)
+    ]
+    assert {array.shape[0] for array in sized} == {3}
+    sizes = {array.shape[1] for array in sized}
+    assert len(sizes) > 3
+    assert all(8 <= size <= 64 and size % 8 == 0 for size in sizes)
+
+
+def test_messages_take_files_and_say_what_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "lines.txt").write_text("one\n\ntwo\n")
+    infos = {"m": [TensorInfo("TEXT", "BYTES", (-1, 1)), TensorInfo("more", "FP32", (-1, 2))]}
+    own = given(payloads=[{"model": "m", "files": {"TEXT": "lines.txt"}, "count": 4, "weight": 3}], folder=tmp_path)
+    made, weights = messages(own, lambda model, _: infos[model])
+    assert len(made) == 4
+    assert sum(weights) == pytest.approx(3)
+    assert b"one" in made[0].body
+    assert b"two" in made[1].body
+    assert made[0].head.startswith(b"POST /v2/models/m/infer HTTP/1.1\r\n")
+    for change, says in (
+        ({"files": {"TEXT": "none.*"}}, "nothing matches 'none.*'"),
+        ({"sizes": {"nothing": {"low": 1, "high": 2}}}, "model 'm' has the inputs TEXT, more, and no 'nothing'"),
+    ):
+        with pytest.raises(ScenarioError, match=says.replace("*", r"\*")):
+            messages(given(payloads=[{"model": "m", **change}], folder=tmp_path), lambda model, _: infos[model])
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("payloads: []", "payloads: List should have at least 1 item"),
+        ("payloads: [{model: m}]", "stages: expected at least one, or arrivals.trace"),
+        ("payloads: [{model: m}]\nstages: [{seconds: 1, rate: -1}]", "stages.0.rate"),
+        ("payloads: [{model: m}]\nstages: [{seconds: 1, rate: 1}]\nslo: {p98_ms: 1}", "slo.p98_ms: Extra inputs"),
+        (
+            "payloads: [{model: m, sizes: {x: {low: 5, high: 2}}}]\nstages: [{seconds: 1, rate: 1}]",
+            "expected low <= high",
+        ),
+        ("- 1", "expected a mapping"),
+        ("a: [", "expected"),
+    ],
+)
+def test_scenarios_that_are_none(tmp_path: Path, text: str, says: str) -> None:
+    file = tmp_path / "s.yaml"
+    file.write_text(text)
+    with pytest.raises(ScenarioError, match=says):
+        scenario.load(file)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(scenario.__file__).parent / "scenarios").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_the_scenarios_that_come_along_can_be_read(path: Path) -> None:
+    own = scenario.load(path)
+    assert own.name == path.stem
+    assert len(arrivals.schedule(own, [payload.weight for payload in own.payloads])) > 10
+    assert isinstance(own.stages[0], Stage)

@@ -1,0 +1,217 @@
+"""Real runs under Locust, in processes of their own: against a server whose behaviour is known, and against tutti."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+import pytest
+import yaml
+
+from loadtest import cli
+from loadtest.process import free_ports, stop
+from tests.serving import serving
+
+ROOT = Path(__file__).parents[2]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
+
+
+@contextmanager
+def fake(*flags: str) -> Iterator[dict[str, str]]:
+    """A server that does as it is told; addresses by protocol."""
+    http, grpc = free_ports(2)
+    command = [sys.executable, "-m", "tests.loadtest.fake_server", str(http), str(grpc), *flags]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        yield {"http": f"127.0.0.1:{http}", "grpc": f"127.0.0.1:{grpc}"}
+    finally:
+        stop(process)
+        process.stdout.close()  # type: ignore[union-attr]
+
+
+def write(folder: Path, **more: Any) -> Path:
+    file = folder / "s.yaml"
+    given = {"payloads": [{"model": "fake"}], "stages": [{"seconds": 4, "rate": 150}], "warmup_s": 1, **more}
+    file.write_text(yaml.safe_dump(given))
+    return file
+
+
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_a_stall_is_seen_as_clients_would_see_it(protocol: str, tmp_path: Path) -> None:
+    """A second in which nothing is answered, of ten: who was due then waits, up to a second, and is counted so."""
+    file = write(
+        tmp_path,
+        arrivals={"process": "constant"},
+        stages=[{"seconds": 10, "rate": 100}],
+        warmup_s=0,
+        slo={"p99_ms": 200},
+    )
+    with fake("--stall-every-s", "10", "--stall-s", "1") as urls:
+        done = ["run", str(file), "--protocol", protocol, "--url", urls[protocol], "--output", str(tmp_path / "out")]
+        assert cli.main(done) == 1, "one in ten was slow: the goal is missed"
+    said = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert said["verdict"] == "FAIL"
+    assert said["requests"] == 1000
+    assert said["errors"] == 0
+    assert 0.7e3 < said["latency_ms"]["p99"] < 1.2e3
+    assert said["latency_ms"]["p50"] < 100
+    table = pyarrow.parquet.read_table(tmp_path / "out" / "requests.0.parquet")
+    assert len(table) == 1000
+    took = table["done_s"].to_numpy() - table["scheduled_s"].to_numpy()
+    waited = int((took > 0.5).sum())
+    assert 30 <= waited <= 70, "half of those that were due in the stalled second"
+
+
+def test_errors_are_counted_and_four_workers_send_what_one_would(tmp_path: Path) -> None:
+    file = write(tmp_path, slo={"error_rate": 0.5}, seed=7)
+    schedules = []
+    with fake("--errors", "0.1") as urls:
+        for processes in (1, 4):
+            out = tmp_path / f"out{processes}"
+            command = ["run", str(file), "--url", urls["http"], "--processes", str(processes), "--output", str(out)]
+            assert cli.main(command) == 0
+            said = json.loads((out / "report.json").read_text())
+            assert said["error_texts"].keys() == {"HTTP 503"}
+            assert said["error_rate"] == pytest.approx(0.1, abs=0.01)
+            files = sorted(out.glob("requests.*.parquet"))
+            assert len(files) == processes
+            due = sorted(due for one in files for due in pyarrow.parquet.read_table(one)["scheduled_s"].to_pylist())
+            schedules.append(due)
+    assert schedules[0] == schedules[1]
+
+
+def test_streams_and_trace_replays(tmp_path: Path, repository: Any) -> None:
+    repository.add_onnx()
+    file = write(tmp_path, payloads=[{"model": "add_one", "rows": 2}], stages=[{"seconds": 2, "rate": 40}])
+    with serving(repository.root, tmp_path / "log") as served:
+        first = tmp_path / "first"
+        base = ["--protocol", "grpc-stream", "--url", served.grpc, "--metrics", served.metrics]
+        assert cli.main(["run", str(file), *base, "--output", str(first)]) == 0
+        said = json.loads((first / "report.json").read_text())
+        assert said["server"], "its metrics were read"
+        again = tmp_path / "again"
+        raw = str(first / "requests.0.parquet")
+        assert cli.main(["replay", raw, str(file), *base, "--speed", "2", "--output", str(again)]) == 0
+    both = [pyarrow.parquet.read_table(one / "requests.0.parquet")["scheduled_s"].to_numpy() for one in (first, again)]
+    assert both[1] * 2 == pytest.approx(both[0] - both[0][0])
+
+
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_inputs_in_shared_memory(protocol: str, tmp_path: Path, repository: Any) -> None:
+    repository.add_onnx()
+    target = {"protocol": protocol, "shared_memory": True}
+    file = write(tmp_path, payloads=[{"model": "add_one"}], stages=[{"seconds": 2, "rate": 40}], target=target)
+    with serving(repository.root, tmp_path / "log", "--allow-client-shm") as served:
+        url = served.http if protocol == "http" else served.grpc
+        assert cli.main(["run", str(file), "--url", url, "--output", str(tmp_path / "out")]) in (0, 3)
+    said = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert said["errors"] == 0
+    assert said["requests"] > 40
+
+
+def test_a_generator_that_cannot_keep_up_says_so(tmp_path: Path) -> None:
+    """Two connections to a server that takes its time: most requests could not be sent when they were due."""
+    target = {"connections": 2}
+    file = write(tmp_path, target=target, stages=[{"seconds": 3, "rate": 100}], warmup_s=0, slo={"error_rate": 1.0})
+    with fake("--delay-ms", "100") as urls:
+        assert cli.main(["run", str(file), "--url", urls["http"], "--output", str(tmp_path / "out")]) == 2
+    said = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert said["verdict"] == "INVALID"
+    assert "the generator was the bottleneck" in said["reasons"][0]
+
+
+def test_saturation_and_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(tmp_path, slo={"p99_ms": 250, "error_rate": 0.01}, warmup_s=0.5)
+    with fake("--rate", "120") as urls, fake("--delay-ms", "20") as slower:
+        out = tmp_path / "out"
+        command = ["saturate", str(file), "--url", urls["http"], "--start", "60", "--seconds", "4", "--within", "0.3"]
+        assert cli.main([*command, "--output", str(out)]) == 0
+        bounds = json.loads((out / "saturate.json").read_text())
+        assert 50 < bounds["low"] < 125 < 1.4 * bounds["high"]
+        command = ["compare", urls["http"], slower["http"], str(write(tmp_path, stages=[{"seconds": 1, "rate": 30}]))]
+        assert cli.main([*command, "--rounds", "5", "--seconds", "1"]) == 1
+    assert "different: B takes" in capsys.readouterr().out
+
+
+def test_what_cannot_be_run_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (port,) = free_ports(1)
+    assert cli.main(["run", str(write(tmp_path)), "--url", f"127.0.0.1:{port}"]) == 2
+    assert f"model 'fake' at 127.0.0.1:{port}" in capsys.readouterr().err
+    assert cli.main(["run", str(tmp_path / "none.yaml")]) == 2
+    assert cli.main(["saturate", str(write(tmp_path))]) == 2
+    assert "expected slo.p99_ms" in capsys.readouterr().err
+    assert cli.main(["compare", "a:1", "b:2", str(write(tmp_path)), "--rounds", "1"]) == 2
+
+
+def test_scenarios_against_a_server_of_their_own(sample_repository: Path, tmp_path: Path) -> None:
+    """As make loadtest does, over every model of the sample."""
+    models = sorted(
+        path.parent.name for path in sample_repository.glob("*/config.pbtxt") if path.parent.name != "moderation_score"
+    )
+    file = write(
+        tmp_path, payloads=[{"model": name, "count": 4} for name in models], stages=[{"seconds": 5, "rate": 30}]
+    )
+    command = [sys.executable, "-m", "loadtest.run", str(file), "--repository", str(sample_repository)]
+    done = subprocess.run(
+        [*command, "--output", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+        cwd=ROOT,
+    )
+    said = json.loads((tmp_path / "out" / "s" / "report.json").read_text())
+    assert said["errors"] == 0, (said["error_texts"], done.stdout[-2000:])
+    assert done.returncode in (0, 3), done.stdout[-2000:]
+
+
+def test_locusts_own_users_still_run(sample_repository: Path, tmp_path: Path) -> None:
+    """In closed loop: loadtest/closed_loop.py."""
+    with serving(sample_repository, tmp_path / "log") as served:
+        command = [
+            sys.executable, "-m", "locust", "-f", "loadtest/closed_loop.py", "--headless", "-u", "4", "-t", "4s",
+            "--http-url", served.http, "--grpc-url", served.grpc, "--json-file", str(tmp_path / "run"),
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = json.loads((tmp_path / "run.json").read_text())
+    asked = {(row["method"], row["name"]) for row in rows}
+    models = {path.parent.name for path in sample_repository.glob("*/config.pbtxt")}
+    assert asked == {(protocol, model) for protocol in ("http", "grpc") for model in models}
+    assert all(row["num_failures"] == 0 and row["num_requests"] > 0 for row in rows)
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Debian's chromium")
+def test_the_report_in_a_browser(tmp_path: Path) -> None:
+    """Drawn without complaints, and no wider than its window, at 1280 and 400 pixels."""
+    with fake() as urls:
+        assert cli.main(["run", str(write(tmp_path)), "--url", urls["http"], "--output", str(tmp_path / "out")]) in (
+            0,
+            3,
+        )
+    page = (tmp_path / "out" / "report.html").resolve()
+    probe = page.with_name("probe.html")
+    probe.write_text(
+        page.read_text().replace(
+            "</html>",
+            "<script>document.title = document.documentElement.scrollWidth + ' ' + innerWidth</script></html>",
+        )
+    )
+    for width in (1280, 500):
+        command = [
+            "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+            "--disable-background-networking",
+            f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900", "--dump-dom", f"file://{probe}",
+        ]  # fmt: skip
+        dom = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+        title = dom.partition("<title>")[2].partition("</title>")[0]
+        wide, window = map(int, title.split())
+        assert wide <= window
+        assert dom.count("<polyline") >= 4
