@@ -29,6 +29,7 @@ import yaml
 from benchmarks.machine import ROOT, commit, hardware
 from benchmarks.open_loop import CONFIG, write_model
 from loadtest import runner, scenario, search
+from loadtest.cli import PROBE_REQUESTS
 from loadtest.process import free_ports, stop, wait_until_ready
 from loadtest.scenario import Scenario
 from loadtest.slo import Verdict
@@ -144,10 +145,10 @@ def rate_limit(folder: Path) -> list[str]:
 def saturate(own: Scenario, start: float, seconds: float, within: float) -> search.Bounds:
     count = 0
 
-    def probe(rate: float) -> Verdict:
+    def probe(rate: float, times: float) -> Verdict:
         nonlocal count
         count += 1
-        stages = [scenario.Stage(seconds=seconds, rate=rate)]
+        stages = [scenario.Stage(seconds=times * max(seconds, PROBE_REQUESTS / rate), rate=rate)]
         return runner.run(own.model_copy(update={"stages": stages, "seed": own.seed + count})).judgement.verdict
 
     return search.saturate(probe, start, within)

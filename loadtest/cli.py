@@ -16,6 +16,9 @@ from loadtest.runner import Result, RunError
 from loadtest.scenario import Scenario, ScenarioError, Stage
 from loadtest.slo import Verdict
 
+# Of a probe, at least.
+PROBE_REQUESTS = 600
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status."""
@@ -122,10 +125,10 @@ def _saturate(options: argparse.Namespace, locust: Sequence[str]) -> int:
         raise ScenarioError("saturate: expected --start, --seconds and --within above 0")
     seen: list[Result] = []
 
-    def probe(rate: float) -> Verdict:
-        # The same arrivals for the same rate; a goodput would be another goal.
-        stages = [Stage(seconds=options.seconds, rate=rate)]
-        goal = given.slo.model_copy(update={"min_goodput": 0.0})
+    def probe(rate: float, times: float) -> Verdict:
+        # Long enough to be certain of a hundredth; what is rarer than that would take too long at each rate.
+        stages = [Stage(seconds=times * max(options.seconds, PROBE_REQUESTS / rate), rate=rate)]
+        goal = given.slo.model_copy(update={"min_goodput": 0.0, "error_rate": max(0.01, given.slo.error_rate)})
         one = given.model_copy(update={"stages": stages, "slo": goal, "seed": given.seed + len(seen)})
         seen.append(runner.run(one, None, options.processes, locust))
         judgement = seen[-1].judgement

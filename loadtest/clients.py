@@ -85,6 +85,8 @@ class HttpClient:
         self._open = 0
         self._all: set[_Connection] = set()
         self._waiting: deque[tuple[int, int]] = deque()
+        # Requests that found no connection free, and none that could be opened.
+        self.waited = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self.sent: Callable[[int], None] = lambda _: None
 
@@ -104,6 +106,7 @@ class HttpClient:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
         else:
+            self.waited += 1
             self._waiting.append((number, payload))
 
     def _write(self, connection: _Connection, number: int, payload: int) -> None:

@@ -169,6 +169,7 @@ class Shard:
         return {
             "stages": found,
             "errors": dict(self.errors.most_common(20)),
+            "waited": getattr(self._client, "waited", 0),
             "cpu": max(self.cpu, default=0.0),
             "cpu_by_time": [round(one, 3) for one in self.cpu],
             "lateness_ms": _quantiles(self.sent - self.own.due_s),

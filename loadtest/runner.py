@@ -50,6 +50,7 @@ class Result:
     stages: list[StageSeen] = field(default_factory=list)
     errors: Counter[str] = field(default_factory=Counter)
     cpu: float = 0.0
+    waited: int = 0
     lateness_ms: dict[str, float] = field(default_factory=dict)
     seconds: list[dict[str, Any]] = field(default_factory=list)
     server: list[dict[str, Any]] = field(default_factory=list)
@@ -72,7 +73,7 @@ class Result:
         seconds = sum(stage.seconds for stage in self.stages)
         return Seen(
             total("requests"), total("errors") + total("lost"), total("slow"), seconds, total("late"), total("unsent"),
-            self.cpu,
+            self.cpu, self.waited,
         )  # fmt: skip
 
     @property
@@ -174,6 +175,7 @@ def gather(scenario: Scenario, workers: Sequence[Mapping[str, Any]]) -> Result:
         made.stages.append(seen)
     for one in workers:
         made.errors.update(one["errors"])
+        made.waited += one.get("waited", 0)
         made.cpu = max(made.cpu, one["cpu"])
         for name, value in one["lateness_ms"].items():
             made.lateness_ms[name] = max(made.lateness_ms.get(name, 0.0), value)

@@ -6,8 +6,11 @@ from dataclasses import dataclass
 
 from loadtest.slo import Verdict
 
-Probe = Callable[[float], Verdict]
-"""Run at a rate; returns what came of it."""
+Probe = Callable[[float, float], Verdict]
+"""(rate, how many times as long as usual) -> what came of a run at that rate."""
+
+# An open probe is run again for so many times as long, before it counts as missed.
+_LONGER = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,17 +29,17 @@ class Bounds:
 def saturate(probe: Probe, start: float, within: float = 0.03, most: float = 1e6) -> Bounds:
     """Double until the goal is missed, then halve what lies between until it is `within` of itself.
 
-    An INCONCLUSIVE probe is run once more and then counts as missed: the goal was not shown to be met. An INVALID one
-    ends the search at what is known: the generator cannot tell about higher rates.
+    An INCONCLUSIVE probe is run again, for longer, and then counts as missed: the goal was not shown to be met. An
+    INVALID one ends the search at what is known: the generator cannot tell about higher rates.
     """
     low, high = 0.0, math.inf
     probes: list[tuple[float, Verdict]] = []
 
     def ask(rate: float) -> Verdict:
-        verdict = probe(rate)
+        verdict = probe(rate, 1.0)
         probes.append((rate, verdict))
         if verdict is Verdict.INCONCLUSIVE:
-            verdict = probe(rate)
+            verdict = probe(rate, _LONGER)
             probes.append((rate, verdict))
         return verdict
 

@@ -50,6 +50,8 @@ class Seen:
     late: int = 0
     unsent: int = 0
     cpu: float = 0.0
+    # Of the late: those that waited for one of the client's connections.
+    waited: int = 0
 
     @property
     def good(self) -> int:
@@ -101,7 +103,8 @@ def _invalid(seen: Seen) -> list[str]:
         found.append(f"the generator did not send {seen.unsent:,} requests")
     if seen.late > MOST_LATE * max(1, seen.requests):
         what = f"{seen.late:,} of {seen.requests:,} requests were sent over {LATE_S * 1e3:.0f} ms after they were due"
-        found.append(f"{what}: the generator was the bottleneck")
+        why = f"{seen.waited:,} waited for a connection (target.connections)" if seen.waited else "it had no time"
+        found.append(f"{what}: the generator was the bottleneck: {why}")
     if seen.cpu > MOST_CPU and seen.late:
         found.append(f"the generator was busy for {seen.cpu:.0%} of a core, and late")
     return found

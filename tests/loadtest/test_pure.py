@@ -130,7 +130,7 @@ def test_intervals_hold_what_they_promise() -> None:
 def test_a_search_ends_at_the_capacity() -> None:
     asked: list[float] = []
 
-    def probe(rate: float) -> Verdict:
+    def probe(rate: float, _: float) -> Verdict:
         asked.append(rate)
         return Verdict.PASS if rate <= 437 else Verdict.FAIL
 
@@ -138,11 +138,13 @@ def test_a_search_ends_at_the_capacity() -> None:
     assert found.low <= 437 <= found.high
     assert found.high - found.low <= 0.03 * found.high
     assert len(asked) < 16
-    open_ended = search.saturate(lambda rate: Verdict.INVALID if rate > 100 else Verdict.PASS, 10)
+    open_ended = search.saturate(lambda rate, _: Verdict.INVALID if rate > 100 else Verdict.PASS, 10)
     assert (open_ended.low, open_ended.high) == (80, math.inf)
-    nothing = search.saturate(lambda _: Verdict.FAIL, 10)
+    nothing = search.saturate(lambda *_: Verdict.FAIL, 10)
     assert nothing.low == 0
-    unsure = search.saturate(lambda rate: Verdict.INCONCLUSIVE if rate > 50 else Verdict.PASS, 10)
+    certain = search.saturate(lambda rate, times: Verdict.PASS if times > 1 and rate < 50 else Verdict.INCONCLUSIVE, 10)
+    assert certain.low < 50 <= certain.high, "longer probes settle what shorter ones leave open"
+    unsure = search.saturate(lambda rate, _: Verdict.INCONCLUSIVE if rate > 50 else Verdict.PASS, 10)
     assert unsure.low <= 50 <= unsure.high
 
 
