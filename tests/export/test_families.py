@@ -198,7 +198,7 @@ FAMILIES = {
     "ast": Family("audio", checkpoints.spectrogram_transformer, "AUDIO_FILE", TWO_SECONDS, classified_sound),
     "wav2vec2": Family("audio", waveform("wav2vec2"), "AUDIO_FILE", TWO_SECONDS, classified_sound),
     "wavlm": Family("audio", waveform("wavlm"), "AUDIO_FILE", TWO_SECONDS, classified_sound),
-    "clap": Family("audio", checkpoints.clap, "AUDIO_FILE", ONE_SECOND_48, embedded_sound, left_out=("int8",)),
+    "clap": Family("audio", checkpoints.clap, "AUDIO_FILE", ONE_SECOND_48, embedded_sound),
     "whisper": Family("audio", checkpoints.whisper, "AUDIO_FILE", TWO_SECONDS, transcribed, IN_GERMAN),
 }
 

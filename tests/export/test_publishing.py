@@ -21,10 +21,11 @@ BODY = json.dumps(
 ).encode()
 
 
-def export(repository: Path) -> int:
+def export(repository: str) -> None:
+    """The whole command; its status is the process's."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     command = ["vision", SOURCE, "--image-size", "16", "--name", "m", "--force", "--variants", "fp32,fp16"]
-    return cli.main([*command, "--repository", str(repository)])
+    os._exit(cli.main([*command, "--repository", repository]))
 
 
 class Client:
@@ -63,10 +64,12 @@ class Client:
 def test_a_server_that_polls_never_sees_half_a_model(tmp_path: Path) -> None:
     """Twenty exports are killed at random moments; a server takes each that got as far, and fails nobody."""
     repository, log = tmp_path / "models", tmp_path / "log"
-    fork = multiprocessing.get_context("fork")  # what is imported already need not be again
+    # Forked from a process that has imported everything and done nothing yet: threads do not outlive a fork.
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["export.pipeline", "export.vision", "export.report", "transformers"])
 
     def start() -> multiprocessing.process.BaseProcess:
-        process = fork.Process(target=lambda: os._exit(export(repository)))
+        process = server.Process(target=export, args=(str(repository),))
         process.start()
         return process
 
