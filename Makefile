@@ -12,7 +12,7 @@ DIGITS := config:resnet,num_labels=10,embedding_size=16,hidden_sizes=[16,32,64],
 BUILT := $(REPO)/speech_vad/1/model.onnx $(REPO)/text_encoder/1/model.onnx $(REPO)/image_classifier/1/model.onnx
 EXPORT := $(wildcard export/*.py)
 
-.PHONY: demo test test-fast check bench bench-cluster chaos chaos-short profile fuzz models loadtest loadtest-cluster triton clean
+.PHONY: demo test test-fast check bench bench-cluster bench-export bench-loadtest chaos chaos-short profile fuzz models loadtest loadtest-cluster triton clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.ready
@@ -52,6 +52,13 @@ chaos: $(VENV)/.ready-dev
 bench-cluster: $(VENV)/.ready-dev
 	$(BIN)/python -m benchmarks.cluster --report benchmarks/cluster.md
 	$(BIN)/python -m benchmarks.simulated --report benchmarks/simulated.md
+
+# What exports gain, and whether the load tester tells the truth; the last runs are in benchmarks/.
+bench-export: $(VENV)/.ready-dev
+	$(BIN)/python -m benchmarks.exported --report benchmarks/exported.md
+
+bench-loadtest: $(VENV)/.ready-dev
+	$(BIN)/python -m benchmarks.loadtested --report benchmarks/loadtest.md
 
 chaos-short: $(VENV)/.ready-dev
 	$(BIN)/python -m benchmarks.chaos --minutes 2 --faults 10
