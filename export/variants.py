@@ -139,10 +139,10 @@ class Builder:
         return self._inspect(comparer, path, "fp16"), "for GPUs; executed here on the processor"
 
     def _int8(self, path: Path, comparer: Comparer) -> tuple[str, str]:
-        kept = onnx.to_int8(self._source, path, self._graph.cases)
+        smoothed = onnx.to_int8(self._source, path, self._graph.cases)
         self._compare_onnx(comparer, path)
-        left = f", {len(kept)} of them left as they were for their outliers" if kept else ""
-        return self._inspect(comparer, path, "int8"), f"for processors: products of matrices in 8 bits{left}"
+        how = f", {smoothed} of them smoothed" if smoothed else ""
+        return self._inspect(comparer, path, "int8"), f"for processors: products of matrices in 8 bits{how}"
 
     def _torch(self, path: Path, comparer: Comparer) -> tuple[str, str]:
         graph = self._graph
