@@ -219,7 +219,7 @@ def profiled(own: Scenario) -> str:
     for line in "".join(found).splitlines():
         match = re.match(r"(.*) (\d+)$", line)
         if match and "loadtest" in match[1]:
-            counts[match[1].split(";")[-1].rpartition(":")[0]] += int(match[2])
+            counts[re.sub(r":\d+\)$", ")", match[1].split(";")[-1])] += int(match[2])
     total = max(1, sum(counts.values()))
     return ", ".join(f"{name} {count / total:.0%}" for name, count in counts.most_common(6)) or "no samples"
 

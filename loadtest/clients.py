@@ -1,7 +1,7 @@
 """Clients that send messages when they are told, and tell when each is answered. Nobody waits in them for anybody.
 
 HTTP/1.1 is llhttp (httptools) over asyncio's transports, a connection for each request in flight; gRPC is grpc.aio with
-messages as bytes. What other libraries cost is in benchmarks/loadtest.md.
+messages as bytes.
 """
 
 import asyncio
