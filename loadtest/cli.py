@@ -111,7 +111,8 @@ def _tell(result: Result, options: argparse.Namespace) -> int:
 
 
 def _write(result: Result, folder: Path) -> None:
-    command = shlex.join(["tutti", "loadtest", *sys.argv[2:]])
+    given = sys.argv[1:] if Path(sys.argv[0]).name == "cli.py" else sys.argv[2:]
+    command = shlex.join(["tutti", "loadtest", *given])
     hardware = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores."
     (folder / "report.html").write_text(report.page(result, command, hardware), encoding="utf-8")
     (folder / "report.json").write_text(json.dumps(result.as_json(), indent=1) + "\n")

@@ -160,9 +160,12 @@ def chart(
         height = 222 - 200 * part
         drawn.append(f"<line x1=62 x2=582 y1={height:.0f} y2={height:.0f} stroke=#e3e8ee />")
         drawn.append(f"<text x=56 y={height + 4:.0f} text-anchor=end>{y:.3g}</text>")
-        x = left + (right - left) * part
+    # A scale of its own has its marks at whole numbers.
+    marks = [left + (right - left) * step / 4 for step in range(5)]
+    for x in [float(one) for one in range(math.ceil(left), math.floor(right) + 1)] if x_label is not None else marks:
         label = x_label(x) if x_label is not None else f"{x:.4g}"
-        drawn.append(f"<text x={62 + 520 * part:.0f} y=240 text-anchor=middle>{label}</text>")
+        anchor = "end" if x == right else "middle"
+        drawn.append(f"<text x={62 + 520 * (x - left) / (right - left):.0f} y=240 text-anchor={anchor}>{label}</text>")
     legend = []
     for number, (name, own) in enumerate(lines.items()):
         colour = _COLOURS[number % len(_COLOURS)]
