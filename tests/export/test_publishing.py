@@ -73,10 +73,11 @@ def test_a_server_that_polls_never_sees_half_a_model(tmp_path: Path) -> None:
         process.start()
         return process
 
-    begun = time.monotonic()
-    first = start()
-    first.join(120)
-    assert first.exitcode == 0
+    for _ in range(2):  # the first has the server imported
+        begun = time.monotonic()
+        first = start()
+        first.join(120)
+        assert first.exitcode == 0
     takes_s = time.monotonic() - begun
     rng = random.Random(3)
     flags = ("--model-control-mode", "poll", "--repository-poll-secs", "0.2", "--log-verbose", "1")
@@ -86,7 +87,7 @@ def test_a_server_that_polls_never_sees_half_a_model(tmp_path: Path) -> None:
         for turn in range(20):
             process = start()
             # Half of them late, where what matters happens.
-            process.join(takes_s * (rng.uniform(0.7, 1.05) if turn % 2 else rng.random()))
+            process.join(takes_s * (rng.uniform(0.7, 1.0) if turn % 2 else rng.random()))
             if process.is_alive():
                 os.kill(process.pid or 0, signal.SIGKILL)
                 killed += 1
