@@ -6,7 +6,6 @@ All GPU replicas killed; a replica ten times slower; load in steps and none at a
 and four replicas behind one gateway. `benchmarks.chaos` does all kinds of faults at once, and for longer.
 """
 
-import argparse
 import contextlib
 import itertools
 import re
@@ -14,7 +13,6 @@ import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.request
 from collections import Counter
@@ -27,7 +25,7 @@ import psutil
 import tritonclient.grpc as grpcclient
 
 from benchmarks import clients
-from benchmarks.machine import commit, hardware
+from benchmarks.machine import run_parts
 from benchmarks.open_loop import WIDTH, LoadProcess, Outcome, write_model
 from loadtest.process import free_ports, stop, wait_until_ready
 
@@ -248,22 +246,5 @@ PARTS: dict[str, Part] = {
 }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", action="append", choices=PARTS, help="a part; default: all")
-    parser.add_argument("--report", type=Path, help="write the report there, too")
-    options = parser.parse_args()
-    lines: list[str] = []
-    for name in options.only or PARTS:
-        with tempfile.TemporaryDirectory(prefix="tutti-cluster-") as folder:
-            found = [f"## {name}", "", PARTS[name].__doc__ or "", "", *PARTS[name](Path(folder)), ""]
-        print("\n".join(found), flush=True)
-        lines += found
-    if options.report is not None:
-        head = f"`python -m benchmarks.cluster`, commit {commit()}, on {hardware()}"
-        options.report.write_text("\n".join(["# Promises of a cluster", "", head, "", *lines]).rstrip() + "\n")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_parts("cluster", "Promises of a cluster", __doc__, PARTS))

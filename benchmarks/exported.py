@@ -6,13 +6,11 @@ Both sides of each pair take turns; medians. Whisper is of the tiny model's size
 does not depend on what it says, and both sides have to say the same.
 """
 
-import argparse
 import contextlib
 import io
 import os
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -21,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.machine import commit, hardware
+from benchmarks.machine import run_parts
 
 ROUNDS = 7
 TINY = {
@@ -118,21 +116,8 @@ def whisper(folder: Path) -> list[str]:
     ]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--report", type=Path, help="write the report there, too")
-    options = parser.parse_args()
-    lines: list[str] = []
-    for title, part in (("MiniLM in 8 bits", minilm), ("Whisper", whisper)):
-        with tempfile.TemporaryDirectory(prefix="tutti-exported-") as folder:
-            found = [f"## {title}", "", part.__doc__ or "", "", *part(Path(folder)), ""]
-        print("\n".join(found), flush=True)
-        lines += found
-    if options.report is not None:
-        head = f"`python -m benchmarks.exported`, commit {commit()}, on {hardware()}"
-        options.report.write_text("\n".join(["# Exports", "", head, "", *lines]).rstrip() + "\n")
-    return 0
+PARTS = {"MiniLM in 8 bits": minilm, "Whisper": whisper}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_parts("exported", "Exports", __doc__, PARTS))

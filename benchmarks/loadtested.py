@@ -6,7 +6,6 @@ A server with a fixed latency, a stall, errors and a rate; how fast one core gen
 of an emulated accelerator; comparisons of a server with itself and with a slower one.
 """
 
-import argparse
 import contextlib
 import json
 import os
@@ -14,8 +13,6 @@ import re
 import statistics
 import subprocess
 import sys
-import tempfile
-import textwrap
 import threading
 import time
 from collections import Counter
@@ -26,7 +23,7 @@ from typing import Any
 import psutil
 import yaml
 
-from benchmarks.machine import ROOT, commit, hardware
+from benchmarks.machine import ROOT, run_parts
 from benchmarks.open_loop import CONFIG, write_model
 from loadtest import runner, scenario, search
 from loadtest.cli import PROBE_REQUESTS
@@ -295,22 +292,5 @@ PARTS: dict[str, Callable[[Path], list[str]]] = {
 }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=textwrap.dedent(__doc__).split("\n")[0])
-    parser.add_argument("--only", action="append", choices=PARTS, help="a part; default: all")
-    parser.add_argument("--report", type=Path, help="write the report there, too")
-    options = parser.parse_args()
-    lines: list[str] = []
-    for name in options.only or PARTS:
-        with tempfile.TemporaryDirectory(prefix="tutti-loadtested-") as folder:
-            found = [f"## {name}", "", PARTS[name].__doc__ or "", "", *PARTS[name](Path(folder)), ""]
-        print("\n".join(found), flush=True)
-        lines += found
-        if options.report is not None:
-            head = f"`python -m benchmarks.loadtested`, commit {commit()}, on {hardware()}"
-            options.report.write_text("\n".join(["# The load tester", "", head, "", *lines]).rstrip() + "\n")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_parts("loadtested", "The load tester", __doc__, PARTS))

@@ -1,8 +1,11 @@
-"""What was measured, and on what."""
+"""What was measured, and on what; and benchmarks in parts, each with a folder of its own."""
 
+import argparse
 import os
 import platform
 import subprocess
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import psutil
@@ -25,3 +28,21 @@ def commit() -> str:
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False
     )
     return done.stdout.strip() or "unknown"
+
+
+def run_parts(module: str, title: str, about: str, parts: Mapping[str, Callable[[Path], list[str]]]) -> int:
+    """The command of a benchmark: the parts asked for, their lines shown and, with --report, kept in a file."""
+    parser = argparse.ArgumentParser(description=about.split("\n")[0])
+    parser.add_argument("--only", action="append", choices=parts, help="a part; default: all")
+    parser.add_argument("--report", type=Path, help="write the report there, too")
+    options = parser.parse_args()
+    lines: list[str] = []
+    for name in options.only or parts:
+        with tempfile.TemporaryDirectory(prefix="tutti-benchmark-") as folder:
+            found = [f"## {name}", "", parts[name].__doc__ or "", "", *parts[name](Path(folder)), ""]
+        print("\n".join(found), flush=True)
+        lines += found
+        if options.report is not None:  # after each part: the next may fail
+            head = f"`python -m benchmarks.{module}`, commit {commit()}, on {hardware()}"
+            options.report.write_text("\n".join([f"# {title}", "", head, "", *lines]).rstrip() + "\n")
+    return 0

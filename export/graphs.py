@@ -60,7 +60,7 @@ class Graph:
     # The output whose largest column is the decision.
     decision: str = ""
     limits: Mapping[str, Limits] = field(default_factory=dict)
-    # Files beside the graph's own, by name, and the backend's name: a python model that runs the graph itself.
+    # The python model of the product that runs this graph itself, if one does: no model of its own then.
     host: str = ""
 
     def limits_of(self, variant: str) -> Limits:

@@ -1,6 +1,5 @@
 """Whether a variant answers as the reference does: several batches and lengths, every output. Pure but for numpy."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -159,8 +158,3 @@ def _short(array: npt.NDArray[Any], row: int) -> str:
     flat = np.asarray(array[row] if array.ndim and row < len(array) else array).reshape(-1)
     values = ", ".join(f"{value:.4g}" if isinstance(value, float) else str(value) for value in flat[:12].tolist())
     return f"{values}{', ...' if flat.size > 12 else ''} ({flat.size} values)"
-
-
-def summary(found: Sequence[Comparison]) -> Mapping[str, str]:
-    """A line for each variant of each graph."""
-    return {f"{one.graph} {one.variant}": str(one) for one in found}

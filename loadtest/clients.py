@@ -163,8 +163,8 @@ class HttpClient:
             connection.transport.abort()
 
 
-class GrpcClient:
-    """Unary calls over a few connections."""
+class _GrpcClient:
+    """Channels of their own, to each address in turn."""
 
     CHANNELS = 4
 
@@ -173,20 +173,35 @@ class GrpcClient:
         self._bodies = [one.body for one in messages]
         self._timeout_s = timeout_s
         self._metadata = tuple((key.lower(), value) for key, value in target.headers.items())
-        self._target = target
-        self._calls: list[Any] = []
+        self._urls = target.urls
         self._channels: list[Any] = []
-        self._tasks: set[asyncio.Task[None]] = set()
         self.sent: Callable[[int], None] = lambda _: None
 
     async def start(self, ahead: int = 0) -> None:
         own = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_receive_message_length", -1)]
-        for number in range(max(self.CHANNELS, len(self._target.urls))):
-            url = self._target.urls[number % len(self._target.urls)]
-            channel = grpc.aio.insecure_channel(url, options=own)
+        for number in range(max(self.CHANNELS, len(self._urls))):
+            channel = grpc.aio.insecure_channel(self._urls[number % len(self._urls)], options=own)
             self._channels.append(channel)
-            self._calls.append(channel.unary_unary(f"{SERVICE}ModelInfer"))  # bytes in, bytes out
+            self._opened(channel)
         await asyncio.wait_for(asyncio.gather(*(one.channel_ready() for one in self._channels)), 30)
+
+    def _opened(self, channel: Any) -> None:
+        raise NotImplementedError
+
+    async def close(self) -> None:
+        await asyncio.gather(*(one.close() for one in self._channels))
+
+
+class GrpcClient(_GrpcClient):
+    """Unary calls over a few connections."""
+
+    def __init__(self, target: Target, messages: Sequence[Message], done: Done, timeout_s: float) -> None:
+        super().__init__(target, messages, done, timeout_s)
+        self._calls: list[Any] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def _opened(self, channel: Any) -> None:
+        self._calls.append(channel.unary_unary(f"{SERVICE}ModelInfer"))  # bytes in, bytes out
 
     def send(self, number: int, payload: int) -> None:
         self.sent(number)
@@ -210,35 +225,22 @@ class GrpcClient:
     async def close(self) -> None:
         for task in list(self._tasks):
             task.cancel()
-        await asyncio.gather(*(one.close() for one in self._channels))
+        await super().close()
 
 
-class StreamClient:
+class StreamClient(_GrpcClient):
     """Requests over a few ModelStreamInfer streams; answers are told apart by their ids."""
 
-    STREAMS = 4
-
     def __init__(self, target: Target, messages: Sequence[Message], done: Done, timeout_s: float) -> None:
-        self._done = done
-        self._bodies = [one.body for one in messages]
-        self._timeout_s = timeout_s
-        self._metadata = tuple((key.lower(), value) for key, value in target.headers.items())
-        self._target = target
-        self._channels: list[Any] = []
+        super().__init__(target, messages, done, timeout_s)
         self._queues: list[asyncio.Queue[bytes | None]] = []
         self._readers: list[asyncio.Task[None]] = []
         self._open: dict[int, float] = {}
-        self.sent: Callable[[int], None] = lambda _: None
 
-    async def start(self, ahead: int = 0) -> None:
-        own = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_receive_message_length", -1)]
-        for number in range(max(self.STREAMS, len(self._target.urls))):
-            channel = grpc.aio.insecure_channel(self._target.urls[number % len(self._target.urls)], options=own)
-            queue: asyncio.Queue[bytes | None] = asyncio.Queue()
-            self._channels.append(channel)
-            self._queues.append(queue)
-            self._readers.append(asyncio.create_task(self._read(channel, queue)))
-        await asyncio.wait_for(asyncio.gather(*(one.channel_ready() for one in self._channels)), 30)
+    def _opened(self, channel: Any) -> None:
+        queue: asyncio.Queue[bytes | None] = asyncio.Queue()
+        self._queues.append(queue)
+        self._readers.append(asyncio.create_task(self._read(channel, queue)))
 
     def send(self, number: int, payload: int) -> None:
         self.sent(number)
@@ -274,7 +276,7 @@ class StreamClient:
             queue.put_nowait(None)
         for reader in self._readers:
             reader.cancel()
-        await asyncio.gather(*(one.close() for one in self._channels))
+        await super().close()
 
 
 CLIENTS: dict[str, Any] = {"http": HttpClient, "grpc": GrpcClient, "grpc-stream": StreamClient}

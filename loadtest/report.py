@@ -6,7 +6,6 @@ from html import escape
 from typing import Any
 
 from loadtest.runner import Result, quantiles_ms
-from loadtest.slo import Verdict
 
 _COLOURS = ("#2364aa", "#d1495b", "#2e933c", "#b8860b", "#6a4c93", "#00798c")
 _STYLE = """
@@ -182,7 +181,3 @@ def chart(
         f"<figure><figcaption>{escape(title)}</figcaption><svg viewBox='0 0 600 260' font-size=12 role=img "
         f"aria-label='{escape(title)}'>{''.join(drawn)}</svg></figure>"
     )
-
-
-def is_good(result: Result) -> bool:
-    return result.judgement.verdict is Verdict.PASS

@@ -24,7 +24,8 @@ Refusal = Literal["", "restricted", "unauthenticated"]
 class Gate:
     """`restricted` maps an API to the (header, value) that opens it; with `api_keys` every call needs one of them.
 
-    Health does not: load balancers and Kubernetes' probes have no keys. Header names are lower-case.
+    Health does not: load balancers and Kubernetes' probes have no keys. (The native gRPC server asks for one before a
+    gate is asked.) Header names are lower-case.
     """
 
     restricted: Mapping[str, tuple[str, str]] = field(default_factory=dict)
