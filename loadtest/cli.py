@@ -34,6 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ScenarioError, RunError) as error:
         print(f"tutti loadtest: {error}", file=sys.stderr)
         return int(Verdict.INVALID)
+    except KeyboardInterrupt:
+        print("tutti loadtest: stopped by hand", file=sys.stderr)
+        return int(Verdict.INVALID)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -101,6 +104,8 @@ def _tell(result: Result, options: argparse.Namespace) -> int:
     judgement, figures = result.judgement, runner.quantiles_ms(result.histogram)
     seen = result.seen
     print(f"{seen.requests:,} requests, {seen.errors:,} errors, goodput {seen.good / max(seen.seconds, 1e-9):,.1f} /s")
+    for what, count in result.errors.most_common(5):
+        print(f"  {count:,} times {': '.join(filter(None, (what, result.reasons.get(what))))}")
     print("latency from when requests were due: " + ", ".join(f"{name} {ms:.2f} ms" for name, ms in figures.items()))
     print(f"generator: at most {result.cpu:.0%} of a core, {result.lateness_ms.get('p99', 0.0):.2f} ms late (p99)")
     print("\n".join([judgement.verdict.name, *(f"  {reason}" for reason in judgement.reasons)]))

@@ -55,11 +55,16 @@ class Shard:
         self.scenario = scenario
         self.own = own
         count = len(own)
+        self._due_s: list[float] = own.due_s.tolist()
         self.sent = np.full(count, np.nan)
         self.done = np.full(count, np.nan)
         self.errors: Counter[str] = Counter()
         self.error_of: dict[int, str] = {}
+        # What the server said with the first error of each kind.
+        self.reasons: dict[str, str] = {}
         self.answered = 0
+        self._in_flight = 0
+        self._recent_s: list[float] = []
         self.cpu: list[float] = []
         self._start = 0.0
         self._left = count
@@ -76,7 +81,7 @@ class Shard:
         gc.disable()  # a pause would look like the server's
         alarm = Alarm()
         self._start = time.perf_counter() + (start_at - time.time())
-        watching = asyncio.create_task(self._watch())
+        watching = asyncio.create_task(self._watch(alarm))
         try:
             await self._send_all(alarm)
             if self._left:
@@ -91,13 +96,12 @@ class Shard:
             await self._client.close()
 
     async def _send_all(self, alarm: Alarm) -> None:
-        due, payloads, start = self.own.due_s.tolist(), self.own.payloads.tolist(), self._start
+        due, payloads, start = self._due_s, self.own.payloads.tolist(), self._start
         number, count, send, clock = 0, len(due), self._client.send, time.perf_counter
         while number < count:
-            ahead = due[number] - (clock() - start)
-            if ahead > 0:
-                await alarm.sleep(ahead)
-                continue
+            if clock() - start < due[number]:
+                self._client.prepare(number, payloads[number])
+                await alarm.until(start + due[number])
             burst = min(count, number + _BURST)
             now = clock() - start
             while number < burst and due[number] <= now:
@@ -106,42 +110,48 @@ class Shard:
             await asyncio.sleep(0)
 
     def _note_sent(self, number: int) -> None:
-        self.sent[number] = time.perf_counter() - self._start
+        if np.isnan(self.sent[number]):  # the first time counts
+            self.sent[number] = time.perf_counter() - self._start
+            self._in_flight += 1
 
-    def _answered(self, number: int, at_s: float, what: str) -> None:
-        self.done[number] = at_s - self._start
+    def _answered(self, number: int, at_s: float, what: str, reason: str) -> None:
+        done_s = at_s - self._start
+        self.done[number] = done_s
         self.answered += 1
+        self._in_flight -= 1
+        self._recent_s.append(done_s - self._due_s[number])
         if what:
             self.errors[what] += 1
             self.error_of[number] = what
+            self.reasons.setdefault(what, reason)
         self._left -= 1
         if not self._left:
             self._ended.set()
 
-    async def _watch(self) -> None:
+    async def _watch(self, alarm: Alarm) -> None:
         """Progress for whoever started us; how busy we are; what waits too long."""
-        last_cpu, last_s, last = time.process_time(), time.perf_counter(), 0
+        last_cpu, last_s, last_errors = time.process_time(), time.perf_counter(), Counter[str]()
         while True:
             await asyncio.sleep(_PROGRESS_S)
-            now, cpu = time.perf_counter(), time.process_time()
+            # Being awake for punctuality is no work that could not be left.
+            now, cpu = time.perf_counter(), time.process_time() - alarm.awake_s
             self._client.expire(now)
-            share = (cpu - last_cpu) / max(1e-9, now - last_s)
+            share = max(0.0, cpu - last_cpu) / max(1e-9, now - last_s)
             if now > self._start:
                 self.cpu.append(share)
             last_cpu, last_s = cpu, now
-            print(json.dumps({"progress": self._progress(last, now - self._start), "cpu": share}), flush=True)
-            last = self.answered
-
-    def _progress(self, last: int, now_s: float) -> dict[str, Any]:
-        window = self.done > now_s - _PROGRESS_S - 0.01
-        took = (self.done - self.own.due_s)[window]
-        return {
-            "answered": self.answered,
-            "new": self.answered - last,
-            "errors": sum(self.errors.values()),
-            "in_flight": int(np.isfinite(self.sent).sum()) - self.answered,
-            "ms": [round(float(one) * 1e3, 3) for one in np.sort(took)[:: max(1, len(took) // 200)]],
-        }
+            took, self._recent_s = self._recent_s, []
+            progress = {
+                "new": len(took),
+                "errors": dict(self.errors - last_errors),
+                "in_flight": self._in_flight,
+                "ms": [round(one * 1e3, 3) for one in sorted(took)[:: max(1, len(took) // 200)]],
+            }
+            try:
+                print(json.dumps({"progress": progress, "cpu": share}), flush=True)
+            except BrokenPipeError:
+                os._exit(1)  # whoever started us is gone, and nobody wants the load
+            last_errors = self.errors.copy()
 
     def result(self) -> dict[str, Any]:
         """Counts and histograms by stage; what warmed up is left out."""
@@ -168,7 +178,8 @@ class Shard:
             }
         return {
             "stages": found,
-            "errors": dict(self.errors.most_common(20)),
+            "errors": dict(Counter(what for number, what in self.error_of.items() if self.own.stages[number] >= 0)),
+            "reasons": self.reasons,
             "waited": getattr(self._client, "waited", 0),
             "cpu": max(self.cpu, default=0.0),
             "cpu_by_time": [round(one, 3) for one in self.cpu],

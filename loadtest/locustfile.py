@@ -1,15 +1,18 @@
 """The open-loop engine under Locust: workers each send a shard of the schedule, the master adds up what they saw.
 
     locust -f loadtest/locustfile.py --scenario SCENARIO.json --result RESULT.json [--headless] [--processes N] ...
+    locust -f loadtest/locustfile.py --worker --master-host HOST [--raw FOLDER]           # on another machine
 
-`tutti loadtest` writes both files and starts this. Locust gives distribution, processes, the live table and the web
+`tutti loadtest` writes the first file and starts this. Locust gives distribution, processes, the live table and the web
 page; its own statistics are for watching, and what is reported is the engine's.
 """
 
 import json
 import os
 import sys
+import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ import gevent
 import gevent.subprocess
 from locust import User, events, task
 from locust.env import Environment
-from locust.runners import LocalRunner, MasterRunner, WorkerRunner
+from locust.runners import STATE_MISSING, LocalRunner, MasterRunner, WorkerRunner
 
 _BEGIN_S = 1.0
 _READY_S = 120.0
@@ -25,8 +28,8 @@ _READY_S = 120.0
 
 @events.init_command_line_parser.add_listener
 def add_arguments(parser: Any) -> None:
-    parser.add_argument("--scenario", required=True, help="the scenario, as JSON")
-    parser.add_argument("--result", required=True, help="where the master writes what was seen")
+    parser.add_argument("--scenario", default="", help="the scenario, as JSON; workers get it from the master")
+    parser.add_argument("--result", default="", help="where the master writes what was seen")
     parser.add_argument("--raw", default="", help="folder for the raw requests, as Parquet (default: the result's)")
 
 
@@ -41,21 +44,24 @@ class OpenLoop(User):
 class Engine:
     """The engine's process, seen from a worker."""
 
-    def __init__(self, environment: Environment, shard: int, shards: int) -> None:
+    def __init__(self, environment: Environment, scenario: dict[str, Any], shard: int, shards: int) -> None:
         self._environment = environment
         options: Any = environment.parsed_options
-        folder = Path(options.raw or Path(options.result).parent)
-        folder.mkdir(parents=True, exist_ok=True)
-        self._scenario = json.loads(Path(options.scenario).read_text())
-        self._name = self._scenario["payloads"][0]["model"] if len(self._scenario["payloads"]) == 1 else "mixed"
+        folder = _raw_folder(options)
+        self._scenario = scenario
+        self._name = scenario["payloads"][0]["model"] if len(scenario["payloads"]) == 1 else "mixed"
         job = folder / f"job.{shard}.json"
         raw = folder / f"requests.{shard}.parquet"
-        job.write_text(json.dumps({"scenario": self._scenario, "shard": shard, "shards": shards, "raw": str(raw)}))
+        job.write_text(json.dumps({"scenario": scenario, "shard": shard, "shards": shards, "raw": str(raw)}))
         self.process = gevent.subprocess.Popen(
             [sys.executable, "-m", "loadtest.engine", str(job)],
             stdin=gevent.subprocess.PIPE, stdout=gevent.subprocess.PIPE, text=True, bufsize=1,
-            cwd=Path(__file__).parents[1],
+            cwd=Path(__file__).parents[1], start_new_session=True,
         )  # fmt: skip
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
 
     def lines(self) -> Any:
         for line in self.process.stdout:
@@ -67,12 +73,29 @@ class Engine:
         self.process.stdin.flush()
 
     def show(self, progress: dict[str, Any]) -> None:
-        """In Locust's table and charts: as many as were answered, by a sample of how long they took."""
+        """In Locust's table and charts: as many as were answered, by a sample of their latencies, and their errors."""
         stats: Any = self._environment.stats
         protocol = self._scenario["target"]["protocol"]
         sample = progress["ms"] or [0.0]
         for number in range(progress["new"]):
             stats.log_request(protocol, self._name, sample[number % len(sample)], 0)
+        for what, count in progress["errors"].items():
+            for _ in range(count):
+                stats.log_error(protocol, self._name, what)
+
+
+def _raw_folder(options: Any) -> Path:
+    if not options.raw and not options.result:
+        return Path(tempfile.mkdtemp(prefix="tutti-loadtest-"))
+    folder = Path(options.raw or Path(options.result).parent)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder.resolve()
+
+
+def _scenario(environment: Environment) -> dict[str, Any]:
+    options: Any = environment.parsed_options
+    given: dict[str, Any] = json.loads(Path(options.scenario).read_text())
+    return given
 
 
 def follow(engine: Engine, ready: Any, ended: Any) -> None:
@@ -85,7 +108,7 @@ def follow(engine: Engine, ready: Any, ended: Any) -> None:
         else:
             ended(said)
             return
-    ended({"failed": f"the engine ended with status {engine.process.wait()}"})
+    ended({"failed": f"the run was stopped before its end (the engine ended with status {engine.process.wait()})"})
 
 
 class Conductor:
@@ -96,12 +119,24 @@ class Conductor:
         self._ready: set[str] = set()
         self._results: dict[str, Any] = {}
         self._workers: list[str] = []
+        self._is_over = False
 
     def start(self) -> None:
         runner: Any = self._environment.runner
+        self._ready, self._results = set(), {}
         self._workers = sorted(runner.clients)
+        job = {"scenario": _scenario(self._environment), "shards": len(self._workers)}
         for number, worker in enumerate(self._workers):
-            runner.send_message("open_loop", {"shard": number, "shards": len(self._workers)}, client_id=worker)
+            runner.send_message("open_loop", {**job, "shard": number}, client_id=worker)
+
+    def watch(self) -> None:
+        """A worker that is lost says nothing any more."""
+        runner: Any = self._environment.runner
+        while not self._is_over:
+            gevent.sleep(1)
+            there = {name for name, worker in runner.clients.items() if worker.state != STATE_MISSING}
+            for lost in set(self._workers) - set(self._results) - there:
+                self._end(lost, {"failed": f"worker {lost} was lost"})
 
     def on_ready(self, environment: Environment, msg: Any, **_: Any) -> None:
         self._ready.add(msg.node_id)
@@ -110,9 +145,13 @@ class Conductor:
             runner.send_message("open_loop_begin", {"at": time.time() + _BEGIN_S})
 
     def on_ended(self, environment: Environment, msg: Any, **_: Any) -> None:
-        self._results[msg.node_id] = msg.data
-        if len(self._results) == len(self._workers):
-            finish(environment, list(self._results.values()))
+        self._end(msg.node_id, msg.data)
+
+    def _end(self, worker: str, said: dict[str, Any]) -> None:
+        self._results[worker] = said
+        if not self._is_over and (len(self._results) == len(self._workers) or "failed" in said):
+            self._is_over = True
+            finish(self._environment, list(self._results.values()))
 
 
 def finish(environment: Environment, results: list[Any]) -> None:
@@ -123,20 +162,30 @@ def finish(environment: Environment, results: list[Any]) -> None:
     temporary.write_text(json.dumps({"workers": results}))
     temporary.replace(path)
     environment.process_exit_code = 1 if any("failed" in one for one in results) else 0
-    if environment.web_ui is None:
-        gevent.spawn(lambda: environment.runner.quit())  # type: ignore[union-attr]
+    gevent.spawn(_quit, environment)
+
+
+def _quit(environment: Environment) -> None:
+    runner: Any = environment.runner
+    runner.quit()
+    if environment.web_ui is not None:
+        environment.web_ui.stop()
 
 
 @events.init.add_listener
 def listen(environment: Environment, **_: Any) -> None:
     runner: Any = environment.runner
-    if isinstance(runner, MasterRunner):
+    options: Any = environment.parsed_options
+    if isinstance(runner, WorkerRunner):
+        _listen_as_worker(environment, runner)
+    elif not options.scenario or not options.result:
+        sys.exit("locustfile.py: expected --scenario and --result: start it with `tutti loadtest run`")
+    elif isinstance(runner, MasterRunner):
         conductor = Conductor(environment)
         runner.register_message("open_loop_ready", conductor.on_ready)
         runner.register_message("open_loop_ended", conductor.on_ended)
         events.test_start.add_listener(lambda **_: conductor.start())
-    elif isinstance(runner, WorkerRunner):
-        _listen_as_worker(environment, runner)
+        gevent.spawn(conductor.watch)
     elif isinstance(runner, LocalRunner):
         events.test_start.add_listener(lambda **_: gevent.spawn(_run_alone, environment))
 
@@ -145,7 +194,7 @@ def _listen_as_worker(environment: Environment, runner: Any) -> None:
     engines: list[Engine] = []
 
     def start(environment: Environment, msg: Any, **_: Any) -> None:
-        engine = Engine(environment, msg.data["shard"], msg.data["shards"])
+        engine = Engine(environment, msg.data["scenario"], msg.data["shard"], msg.data["shards"])
         engines.append(engine)
         gevent.spawn(
             follow, engine, lambda: runner.send_message("open_loop_ready"),
@@ -154,12 +203,23 @@ def _listen_as_worker(environment: Environment, runner: Any) -> None:
 
     runner.register_message("open_loop", start)
     runner.register_message("open_loop_begin", lambda environment, msg, **_: engines[-1].begin(msg.data["at"]))
-    events.quitting.add_listener(lambda **_: [one.process.kill() for one in engines if one.process.poll() is None])
+    _stop_when_stopped(engines)
+
+
+def _stop_when_stopped(engines: Sequence[Engine]) -> None:
+    """By hand: in the web page, or with Ctrl-C."""
+
+    def stop(**_: Any) -> None:
+        for engine in engines:
+            engine.stop()
+
+    for event in (events.test_stop, events.quitting):
+        event.add_listener(stop)
 
 
 def _run_alone(environment: Environment) -> None:
-    engine = Engine(environment, 0, 1)
-    events.quitting.add_listener(lambda **_: engine.process.poll() is None and engine.process.kill())
+    engine = Engine(environment, _scenario(environment), 0, 1)
+    _stop_when_stopped([engine])
     follow(engine, lambda: engine.begin(time.time() + 0.2), lambda said: finish(environment, [said]))
 
 

@@ -47,8 +47,11 @@ def page(result: Result, command: str = "", hardware: str = "") -> str:
         f"<div class=charts>{''.join(_charts(result))}</div>",
     ]
     if result.errors:
-        rows = [[escape(what), f"{count:,}"] for what, count in result.errors.most_common(20)]
-        parts.append("<h2>Errors</h2>" + _table(["what", "times"], rows))
+        rows = [
+            [escape(what), f"{count:,}", escape(result.reasons.get(what, ""))]
+            for what, count in result.errors.most_common(20)
+        ]
+        parts.append("<h2>Errors</h2>" + _table(["what", "times", "as one of them says"], rows))
     parts.append(f"<p><small><code>{escape(command)}</code> {escape(hardware)} seed {result.scenario.seed}</small></p>")
     return (
         "<!doctype html><html lang=en><meta charset=utf-8>"

@@ -49,6 +49,8 @@ class Result:
     scenario: Scenario
     stages: list[StageSeen] = field(default_factory=list)
     errors: Counter[str] = field(default_factory=Counter)
+    # What the server said with one error of each kind.
+    reasons: dict[str, str] = field(default_factory=dict)
     cpu: float = 0.0
     waited: int = 0
     lateness_ms: dict[str, float] = field(default_factory=dict)
@@ -94,6 +96,7 @@ class Result:
             "latency_ms": quantiles_ms(histogram),
             "generator": {"cpu": self.cpu, "lateness_ms": self.lateness_ms, "late": seen.late, "unsent": seen.unsent},
             "error_texts": dict(self.errors.most_common(20)),
+            "error_reasons": self.reasons,
             "stages": [
                 {
                     "name": stage.name, "seconds": stage.seconds, "rate": stage.rate, "requests": stage.requests,
@@ -134,6 +137,8 @@ def run(
     command += ["-u", str(processes), "-r", str(processes), "--stop-timeout", "1"]
     if "--autostart" not in locust:
         command += ["--headless"]
+    elif "--web-host" not in locust:
+        command += ["--web-host", "127.0.0.1"]
     if is_quiet:
         command += ["--only-summary", "--logfile", str(log)]
     if processes > 1:
@@ -175,6 +180,7 @@ def gather(scenario: Scenario, workers: Sequence[Mapping[str, Any]]) -> Result:
         made.stages.append(seen)
     for one in workers:
         made.errors.update(one["errors"])
+        made.reasons.update(one["reasons"])
         made.waited += one.get("waited", 0)
         made.cpu = max(made.cpu, one["cpu"])
         for name, value in one["lateness_ms"].items():

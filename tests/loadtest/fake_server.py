@@ -3,31 +3,42 @@
     python -m tests.loadtest.fake_server HTTP_PORT GRPC_PORT [--delay-ms 5] [--stall-every-s 20 --stall-s 1]
                                          [--errors 0.01] [--rate 500] [--slower-by 1.1]
 
-HTTP and gRPC, quick enough that what is measured is what it does, not what it costs.
+HTTP and gRPC. Delays count from when a request arrived at the machine, so that what is measured is what the server
+does, not what it costs to wake it.
 """
 
 import argparse
 import asyncio
+import functools
 import heapq
 import itertools
 import json
-import threading
+import socket
 import time
 from collections.abc import Callable
 from typing import Any
 
+import h2.config
+import h2.connection
+import h2.events
 import uvloop
-from pygrpc_native import EVENT_CALL, NativeGrpcFront
 from tritonclient.grpc import service_pb2 as pb
 
 from loadtest.timers import Alarm
+from loadtest.wire import Wire
 
 METADATA = {
     "name": "fake", "versions": ["1"], "platform": "none",
     "inputs": [{"name": "x", "datatype": "FP32", "shape": [-1, 4]}],
     "outputs": [{"name": "y", "datatype": "FP32", "shape": [-1, 4]}],
 }  # fmt: skip
-UNAVAILABLE = 14
+HEADERS = [(b":status", b"200"), (b"content-type", b"application/grpc")]
+GRPC_ANSWER = pb.ModelInferResponse(model_name="fake", model_version="1").SerializeToString()
+GRPC_METADATA = pb.ModelMetadataResponse(
+    name="fake",
+    versions=["1"],
+    inputs=[pb.ModelMetadataResponse.TensorMetadata(name="x", datatype="FP32", shape=[-1, 4])],
+).SerializeToString()
 # It waits awake for what is due so soon: sleeping takes tens of microseconds to end.
 _SPIN_S = 0.006
 
@@ -97,17 +108,15 @@ class Later:
             rings.cancel()
 
 
-class Http(asyncio.Protocol):
+class Http:
     """Enough of HTTP/1.1: one request after the other on a connection."""
 
-    def __init__(self, behaviour: Behaviour, later: Later) -> None:
+    def __init__(self, connected: socket.socket, behaviour: Behaviour, later: Later) -> None:
         self._behaviour, self._later = behaviour, later
         self._buffer = b""
+        self._wire = Wire(connected, self._received, lambda _: None)
 
-    def connection_made(self, transport: Any) -> None:
-        self._transport = transport
-
-    def data_received(self, data: bytes) -> None:
+    def _received(self, data: bytes, now: float) -> None:
         self._buffer += data
         while b"\r\n\r\n" in self._buffer:
             head, _, rest = self._buffer.partition(b"\r\n\r\n")
@@ -121,48 +130,90 @@ class Http(asyncio.Protocol):
             if head.startswith(b"GET"):
                 self._write(200, json.dumps(METADATA).encode())
                 continue
-            at, is_error = self._behaviour.answer(time.perf_counter())
-            self._later.call(at, lambda is_error=is_error: self._write(503 if is_error else 200, b"{}"))  # type: ignore[misc]
+            at, is_error = self._behaviour.answer(now)
+            self._later.call(at, functools.partial(self._write, 503 if is_error else 200, b"{}"))
 
     def _write(self, status: int, body: bytes) -> None:
-        if not self._transport.is_closing():
-            self._transport.write(b"HTTP/1.1 %d OK\r\ncontent-length: %d\r\n\r\n%b" % (status, len(body), body))
+        self._wire.write(b"HTTP/1.1 %d OK\r\ncontent-length: %d\r\n\r\n%b" % (status, len(body), body))
 
 
-def serve_grpc(port: int, behaviour: Behaviour, later: Later, loop: asyncio.AbstractEventLoop) -> NativeGrpcFront:
-    service = "/inference.GRPCInferenceService/"
-    front = NativeGrpcFront(
-        f"127.0.0.1:{port}", [(f"{service}ModelInfer", False), (f"{service}ModelMetadata", False)], io_threads=1
-    )
-    answer = pb.ModelInferResponse(model_name="fake", model_version="1").SerializeToString()
-    tensors = [
-        pb.ModelMetadataResponse.TensorMetadata(name=one["name"], datatype="FP32", shape=[-1, 4])
-        for one in METADATA["inputs"]
-    ]
-    metadata = pb.ModelMetadataResponse(name="fake", versions=["1"], inputs=tensors).SerializeToString()
+class Grpc:
+    """ModelInfer, ModelMetadata, and ModelStreamInfer, where each request has one answer."""
 
-    def take(calls: list[int]) -> None:
-        for call in calls:
-            at, is_error = behaviour.answer(time.perf_counter())
-            if is_error:
-                later.call(at, lambda call=call: front.fail(call, UNAVAILABLE, "an error that was planned"))  # type: ignore[misc]
-            else:
-                later.call(at, lambda call=call: front.respond(call, answer))  # type: ignore[misc]
+    def __init__(self, connected: socket.socket, behaviour: Behaviour, later: Later) -> None:
+        self._behaviour, self._later = behaviour, later
+        self._paths: dict[int, bytes] = {}
+        self._said: dict[int, bytearray] = {}
+        self._h2 = h2.connection.H2Connection(h2.config.H2Configuration(client_side=False, header_encoding=None))
+        self._h2.encoder.header_table_size = 0  # answers are made when they are asked for, and sent in any order
+        self._h2.initiate_connection()
+        self._wire = Wire(connected, self._received, lambda _: None)
+        self._write(self._h2.data_to_send())
 
-    def receive() -> None:
-        while (burst := front.recv_batch(64)) is not None:
-            calls = []
-            for kind, call, method, *_ in burst:
-                if kind == EVENT_CALL and method == 1:
-                    front.respond(call, metadata)
-                elif kind == EVENT_CALL:
-                    calls.append(call)
-            if calls:
-                loop.call_soon_threadsafe(take, calls)
+    def _received(self, data: bytes, now: float) -> None:
+        for event in self._h2.receive_data(data):
+            if isinstance(event, h2.events.RequestReceived):
+                self._paths[event.stream_id] = path = dict(event.headers)[b":path"].rpartition(b"/")[2]
+                self._said[event.stream_id] = bytearray()
+                if path == b"ModelStreamInfer":
+                    self._h2.send_headers(event.stream_id, HEADERS)
+            elif isinstance(event, h2.events.DataReceived):
+                self._h2.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
+                self._said[event.stream_id] += event.data
+                if self._paths[event.stream_id] == b"ModelStreamInfer":
+                    self._stream(event.stream_id, self._said[event.stream_id], now)
+            elif isinstance(event, h2.events.StreamEnded):
+                self._unary(event.stream_id, now)
+            elif isinstance(event, h2.events.StreamReset):
+                self._paths.pop(event.stream_id, None)
+        self._write(self._h2.data_to_send())
 
-    front.start()
-    threading.Thread(target=receive, daemon=True).start()
-    return front
+    def _unary(self, stream: int, now: float) -> None:
+        if self._paths[stream] == b"ModelMetadata":
+            self._write(self._answer(stream, GRPC_METADATA))
+        elif self._paths[stream] == b"ModelInfer":
+            at, is_error = self._behaviour.answer(now)
+            answer = self._answer(stream, None if is_error else GRPC_ANSWER)
+            self._later.call(at, functools.partial(self._write, answer))
+
+    def _answer(self, stream: int, message: bytes | None) -> bytes:
+        if message is None:
+            failure = [*HEADERS, (b"grpc-status", b"14"), (b"grpc-message", b"an error that was planned")]
+            self._h2.send_headers(stream, failure, end_stream=True)
+        else:
+            self._h2.send_headers(stream, HEADERS)
+            self._h2.send_data(stream, framed(message))
+            self._h2.send_headers(stream, [(b"grpc-status", b"0")], end_stream=True)
+        return self._h2.data_to_send()
+
+    def _stream(self, stream: int, said: bytearray, now: float) -> None:
+        while len(said) >= 5 and len(said) >= (end := 5 + int.from_bytes(said[1:5], "big")):
+            answer = pb.ModelStreamInferResponse()
+            answer.infer_response.id = pb.ModelInferRequest.FromString(bytes(said[5:end])).id
+            del said[:end]
+            at, is_error = self._behaviour.answer(now)
+            answer.error_message = "an error that was planned" if is_error else ""
+            self._h2.send_data(stream, framed(answer.SerializeToString()))
+            self._later.call(at, functools.partial(self._write, self._h2.data_to_send()))
+
+    def _write(self, data: bytes) -> None:
+        if data:
+            self._wire.write(data)
+
+
+def framed(message: bytes) -> bytes:
+    return b"\0" + len(message).to_bytes(4, "big") + message
+
+
+async def listen(port: int, made: Callable[[socket.socket], Any]) -> None:
+    loop = asyncio.get_running_loop()
+    with socket.create_server(("127.0.0.1", port), backlog=2048) as listening:
+        listening.setblocking(False)
+        while True:
+            connected, _ = await loop.sock_accept(listening)
+            connected.setblocking(False)
+            connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            made(connected)
 
 
 async def main() -> None:
@@ -179,12 +230,13 @@ async def main() -> None:
     ):
         parser.add_argument(f"--{name}", type=float, default=default)
     options = parser.parse_args()
-    behaviour, later, loop = Behaviour(options), Later(), asyncio.get_running_loop()
-    await loop.create_server(lambda: Http(behaviour, later), "127.0.0.1", options.http, backlog=2048)
-    front = serve_grpc(options.grpc, behaviour, later, loop)
-    print("ready", flush=True)
-    await later.run()
-    front.close()
+    behaviour, later = Behaviour(options), Later()
+    async with asyncio.TaskGroup() as group:
+        group.create_task(listen(options.http, lambda one: Http(one, behaviour, later)))
+        group.create_task(listen(options.grpc, lambda one: Grpc(one, behaviour, later)))
+        await asyncio.sleep(0)
+        print("ready", flush=True)
+        await later.run()
 
 
 if __name__ == "__main__":

@@ -199,7 +199,14 @@ def seen_by(count: int, stage: str = "0") -> dict[str, Any]:
         }
     }
     second = {"second": 0, "due": count, "answered": count, "errors": 1, "histogram": histogram.as_json()}
-    return {"stages": stages, "errors": {"HTTP <503>": 1}, "cpu": 0.2, "lateness_ms": {"p99": 0.1}, "seconds": [second]}
+    return {
+        "stages": stages,
+        "errors": {"HTTP <503>": 1},
+        "reasons": {"HTTP <503>": "<b>no"},
+        "cpu": 0.2,
+        "lateness_ms": {"p99": 0.1},
+        "seconds": [second],
+    }
 
 
 def test_what_workers_saw_is_added_up_and_shown() -> None:

@@ -1,10 +1,13 @@
 """Real runs under Locust, in processes of their own: against a server whose behaviour is known, and against tutti."""
 
+import contextlib
 import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -43,6 +46,13 @@ def write(folder: Path, **more: Any) -> Path:
     return file
 
 
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 def load(arguments: list[str]) -> int:
     """The command's exit status. On a machine that others keep busy a run may be INVALID, and says so: again then."""
     for _ in range(3):
@@ -52,7 +62,7 @@ def load(arguments: list[str]) -> int:
     return status
 
 
-@pytest.mark.parametrize("protocol", ["http", "grpc"])
+@pytest.mark.parametrize("protocol", ["http", "grpc", "grpc-stream"])
 def test_a_stall_is_seen_as_clients_would_see_it(protocol: str, tmp_path: Path) -> None:
     """A second in which nothing is answered, of ten: who was due then waits, up to a second, and is counted so."""
     file = write(
@@ -63,8 +73,8 @@ def test_a_stall_is_seen_as_clients_would_see_it(protocol: str, tmp_path: Path) 
         slo={"p99_ms": 200},
     )
     with fake("--stall-every-s", "10", "--stall-s", "1") as urls:
-        done = ["run", str(file), "--protocol", protocol, "--url", urls[protocol], "--output", str(tmp_path / "out")]
-        assert load(done) == 1, "one in ten was slow: the goal is missed"
+        done = ["run", str(file), "--protocol", protocol, "--url", urls[protocol.removesuffix("-stream")]]
+        assert load([*done, "--output", str(tmp_path / "out")]) == 1, "one in ten was slow: the goal is missed"
     said = json.loads((tmp_path / "out" / "report.json").read_text())
     assert said["verdict"] == "FAIL"
     assert said["requests"] == 1000
@@ -134,6 +144,72 @@ def test_a_generator_that_cannot_keep_up_says_so(tmp_path: Path) -> None:
     said = json.loads((tmp_path / "out" / "report.json").read_text())
     assert said["verdict"] == "INVALID"
     assert "the generator was the bottleneck" in said["reasons"][0]
+
+
+def test_workers_elsewhere_and_one_that_is_lost(tmp_path: Path) -> None:
+    """They know nothing but their master, which hands them the scenario; without one of them a run says nothing."""
+    file = write(tmp_path, stages=[{"seconds": 8, "rate": 100}], warmup_s=0.5)
+    for is_lost in (False, True):
+        (port,) = free_ports(1)
+        out = tmp_path / f"out{is_lost}"
+        command = [
+            sys.executable, "-m", "loadtest.cli", "run", str(file), "--protocol", "grpc", "--output", str(out),
+        ]  # fmt: skip
+        locust = [
+            "--master",
+            "--master-bind-host",
+            "127.0.0.1",
+            "--master-bind-port",
+            str(port),
+            "--expect-workers",
+            "2",
+        ]
+        with fake("--errors", "0.005") as urls:
+            master = subprocess.Popen(
+                [*command, "--url", urls["grpc"], "--", *locust],
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
+            workers = []
+            for number in range(2):
+                raw = tmp_path / f"raw{number}{is_lost}"
+                one = [sys.executable, "-m", "locust", "-f", "loadtest/locustfile.py", "--worker", "--raw", str(raw)]
+                one += ["--master-host", "127.0.0.1", "--master-port", str(port)]
+                workers.append(subprocess.Popen(one, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+            if is_lost:
+                wait_for(lambda: any((tmp_path / f"raw{number}True" / "job.1.json").exists() for number in range(2)))
+                workers[1].kill()
+            said, _ = master.communicate(timeout=100)
+            for worker in workers:
+                worker.wait(30)
+        if is_lost:
+            assert master.returncode == 2, said.decode()
+            assert b"was lost" in said
+        else:
+            assert master.returncode in (0, 2, 3), said.decode()
+            assert json.loads((out / "report.json").read_text())["requests"] == pytest.approx(800, rel=0.2)
+            assert len(list(tmp_path.glob("raw*False/requests.*.parquet"))) == 2
+
+
+def test_locusts_page_shows_the_run(tmp_path: Path) -> None:
+    (port,) = free_ports(1)
+    file = write(tmp_path, stages=[{"seconds": 6, "rate": 100}])
+    with fake("--errors", "0.1") as urls:
+        command = [sys.executable, "-m", "loadtest.cli", "run", str(file), "--url", urls["http"], "--web"]
+        run = subprocess.Popen([*command, "--", "--web-port", str(port)], cwd=ROOT, stdout=subprocess.DEVNULL)
+        seen: list[Any] = []
+
+        def has_errors() -> bool:
+            address = f"http://127.0.0.1:{port}/stats/requests"
+            with contextlib.suppress(OSError), urllib.request.urlopen(address, timeout=5) as answer:
+                seen.append(json.load(answer))
+            return bool(seen and seen[-1]["errors"])
+
+        wait_for(has_errors)
+        assert run.wait(60) in (1, 2), "the page is there as long as the run is"
+    assert seen[-1]["errors"][0]["error"] == "HTTP 503"
+    assert {one["name"] for one in seen[-1]["stats"]} == {"fake", "Aggregated"}
 
 
 def test_saturation_and_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
