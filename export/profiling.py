@@ -32,13 +32,18 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Recommended:
-    """What a configuration gets: `latency` is what a scheduler begins with, "rows:ms" of the usual length."""
+    """What a configuration gets: `latency` is what a scheduler begins with, "rows:ms" of the usual length.
+
+    `longest_ms` is what a batch of the most rows takes whose rows are of the longest length that was measured.
+    """
 
     max_batch_size: int
     preferred: tuple[int, ...]
     latency: str
     instances: int
     queue_delay_us: int
+    usual_length: int
+    longest_ms: float
 
 
 def measure(result: Result) -> list[Measured]:
@@ -86,18 +91,20 @@ def _time_ms(loaded: Any, case: Arrays) -> float:
 
 
 def recommend(measured: Sequence[Measured], variant: str, goal_ms: float) -> Recommended:
-    """For the longest length that was measured.
+    """For the usual length, the middle one of those that were measured.
 
-    A request may find a batch under way and then go in the next one: two batches fit into the goal.
+    A request may find a batch under way and then go in the next one: two batches fit into the goal. Batches of longer
+    rows take longer; to hold them to the goal too would leave nothing to batch of the others.
     """
     own = [one for one in measured if one.variant == variant] or list(measured)
-    longest = max(one.length for one in own)
-    times = {one.rows: one.ms for one in own if one.length == longest}
+    lengths = sorted({one.length for one in own})
+    usual = lengths[len(lengths) // 2]
+    times = {one.rows: one.ms for one in own if one.length == usual}
     fitting = [rows for rows, ms in times.items() if 2 * ms <= goal_ms] or [min(times)]
     most = max(fitting)
     cheapest = min(times[rows] / rows for rows in fitting)
     preferred = tuple(sorted(rows for rows in fitting if rows > 1 and times[rows] / rows <= _NEAR * cheapest))
-    usual = sorted({one.length for one in own})[len({one.length for one in own}) // 2]
-    latency = ",".join(f"{one.rows}:{one.ms:.3f}" for one in own if one.length == usual)
+    latency = ",".join(f"{rows}:{ms:.3f}" for rows, ms in times.items())
+    longest_ms = max(one.ms for one in own if one.rows == most and one.length == lengths[-1])
     # Sessions use all cores; on a GPU two instances overlap copies with execution.
-    return Recommended(most, preferred, latency, max(1, (os.cpu_count() or 1) // 2), 0)
+    return Recommended(most, preferred, latency, max(1, (os.cpu_count() or 1) // 2), 0, usual, longest_ms)

@@ -1,25 +1,21 @@
-"""The client's side of gRPC's wire format over one connection: HTTP/2 is h2's, in the loop's thread.
+"""The client's side of HTTP/2 (RFC 9113), as far as gRPC's calls need it, over one connection in the loop's thread.
 
-gRPC's own library answers through threads of its own: some hundred microseconds of waking up for each call.
+Header compression is hpack's. Every call of a connection has the same headers, and most answers have, so that what they
+are compressed to is worked out once.
 """
 
 import asyncio
-import contextlib
 import socket
+import struct
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote
 
 import grpc
-import h2.config
-import h2.connection
-import h2.errors
-import h2.events
-import h2.exceptions
-import h2.settings
+import hpack
 
 from loadtest.wire import Wire
 
@@ -28,31 +24,43 @@ CODES = {str(code.value[0]).encode(): code.name for code in grpc.StatusCode}  # 
 UNPROCESSED = "unprocessed"
 OK, UNAVAILABLE = grpc.StatusCode.OK.name, grpc.StatusCode.UNAVAILABLE.name
 
+Headers = Sequence[tuple[bytes, bytes]]
+
+_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+_DATA, _HEADERS, _RST_STREAM, _SETTINGS, _PUSH_PROMISE, _PING, _GOAWAY, _WINDOW_UPDATE, _CONTINUATION = (
+    0, 1, 3, 4, 5, 6, 7, 8, 9,
+)  # fmt: skip
+# Flags: END_STREAM of DATA and HEADERS is ACK of SETTINGS and PING.
+_END_STREAM = _ACK = 0x1
+_END_HEADERS, _PADDED, _PRIORITY = 0x4, 0x8, 0x20
+_HEADER_TABLE_SIZE, _ENABLE_PUSH, _MAX_CALLS, _INITIAL_WINDOW_SIZE, _MAX_FRAME_SIZE = 1, 2, 3, 4, 5
+_REFUSED, _CANCEL = 7, 8
 _WINDOW = 2**31 - 1
+_DEFAULT_WINDOW, _DEFAULT_FRAME, _TABLE = 65_535, 16_384, 4096
 # What was read is given back to the windows so much at a time.
 _GIVE_BACK = 1 << 26
-_GOAWAY = 7
-_FRAME_HEADER = 9
+# Length (16 bits and 8), type, flags, stream.
+_HEAD = struct.Struct(">HBBBI")
+_SETTING = struct.Struct(">HI")
 
-_CONFIG = h2.config.H2Configuration(
-    client_side=True,
-    header_encoding=None,
-    validate_outbound_headers=False,
-    normalize_outbound_headers=False,
-    validate_inbound_headers=False,
-)
+
+class _ProtocolError(Exception):
+    """The server does not keep to the protocol."""
 
 
 @dataclass(slots=True)
 class _Call:
     key: Any
-    status: str = ""
-    message: str = ""
-    taken: int = 0
-    has_data: bool = False
+    # What may still be sent.
+    window: int
+    unsent: deque[tuple[memoryview, bool]] = field(default_factory=deque)
     # Whether all was sent that will be.
     is_said: bool = False
-    unsent: deque[tuple[memoryview, bool]] = field(default_factory=deque)
+    # Read since some was given back to the window.
+    taken: int = 0
+    has_data: bool = False
+    status: str = ""
+    message: str = ""
 
 
 class Connection:
@@ -65,28 +73,29 @@ class Connection:
     def __init__(
         self,
         connected: socket.socket,
-        headers: Sequence[tuple[bytes, bytes]],
+        headers: Headers,
         on_data: Callable[[Any, bytes, float], None],
         on_end: Callable[[Any, str, str, float], None],
     ) -> None:
-        self._headers = list(headers)
+        self._headers = headers
         self._on_data, self._on_end = on_data, on_end
         self._calls: dict[int, _Call] = {}
-        self._tail = b""
-        self._taken = 0
-        # Of no more calls, after GOAWAY or a loss.
-        self.is_open = True
-        self._h2 = h2.connection.H2Connection(_CONFIG)
-        codes = h2.settings.SettingCodes
-        self._h2.local_settings = h2.settings.Settings(
-            client=True,
-            initial_values={codes.INITIAL_WINDOW_SIZE: _WINDOW, codes.ENABLE_PUSH: 0},
-        )
-        self._h2.initiate_connection()
-        self._h2.increment_flow_control_window(_WINDOW - 65_535)
+        self._next = 1
+        self._encoder, self._decoder = hpack.Encoder(), hpack.Decoder(max_header_list_size=1 << 20)
+        self._block, self._is_same = b"", False
+        self._known: dict[bytes, Headers] = {}
+        self._window, self._initial_window, self._frame_size = _DEFAULT_WINDOW, _DEFAULT_WINDOW, _DEFAULT_FRAME
         self._most_calls = 0
+        self._taken = 0
+        self._tail = b""
+        # The stream and flags of headers that go on in the next frame, and what is there of them.
+        self._unfinished: tuple[int, int, bytes] | None = None
         # Once the server has told its limits, or is lost.
         self.greeted = asyncio.Event()
+        # Of no more calls, after GOAWAY or a loss.
+        self.is_open = True
+        settings = _SETTING.pack(_ENABLE_PUSH, 0) + _SETTING.pack(_INITIAL_WINDOW_SIZE, _WINDOW)
+        self._out = [_PREFACE, _frame(_SETTINGS, 0, 0, settings), _window_update(0, _WINDOW - _DEFAULT_WINDOW)]
         self._wire = Wire(connected, self._received, self._lost)
         self.write(self.take())
 
@@ -101,15 +110,23 @@ class Connection:
 
     def open_call(self, key: Any) -> int:
         """A new stream, whose headers are in what is taken next; `key` is what its callbacks get."""
-        stream = self._h2.get_next_available_stream_id()
-        self._h2.send_headers(stream, self._headers)
-        self._calls[stream] = _Call(key)
+        stream = self._next
+        self._next += 2
+        block = self._block if self._is_same else self._encoded()
+        self._out.append(_frame(_HEADERS, _END_HEADERS, stream, block))
+        self._calls[stream] = _Call(key, self._initial_window)
         return stream
+
+    def _encoded(self) -> bytes:
+        """Once it says the same twice, there is nothing in it but references to what the server knows."""
+        block = self._encoder.encode(self._headers, huffman=False)
+        self._block, self._is_same = block, block == self._block
+        return block
 
     def fits(self, size: int, stream: int = 0) -> bool:
         """Whether so many bytes could be sent at once, on a stream or (0) a new one."""
-        own = self._h2.local_flow_control_window(stream) if stream else self._h2.remote_settings.initial_window_size
-        return size <= min(self._h2.outbound_flow_control_window, own)
+        own = self._calls[stream].window if stream else self._initial_window
+        return size <= min(self._window, own)
 
     def put(self, stream: int, data: bytes, ends: bool) -> None:
         """Send on a call, as far as the server's windows allow; the rest follows."""
@@ -120,11 +137,14 @@ class Connection:
     def _push(self, stream: int, call: _Call) -> None:
         while call.unsent:
             data, ends = call.unsent[0]
-            size = min(len(data), self._h2.local_flow_control_window(stream), self._h2.max_outbound_frame_size)
+            size = min(len(data), call.window, self._window, self._frame_size)
             if size <= 0 < len(data):
                 return
             is_last = size == len(data)
-            self._h2.send_data(stream, bytes(data[:size]), end_stream=ends and is_last)
+            flags = _END_STREAM if ends and is_last else 0
+            self._out.append(_frame(_DATA, flags, stream, bytes(data[:size])))
+            call.window -= size
+            self._window -= size
             if is_last:
                 call.unsent.popleft()
                 call.is_said = ends
@@ -133,7 +153,9 @@ class Connection:
 
     def take(self) -> bytes:
         """The bytes of what was opened and put, to be written later in the order of taking."""
-        return self._h2.data_to_send()
+        data = b"".join(self._out)
+        self._out.clear()
+        return data
 
     def write(self, data: bytes) -> None:
         """What was taken."""
@@ -142,8 +164,8 @@ class Connection:
 
     def cancel(self, stream: int) -> None:
         """Give up a call; nothing more is told of it."""
-        if self._calls.pop(stream, None) is not None and self._wire.is_open:
-            self._h2.reset_stream(stream, h2.errors.ErrorCodes.CANCEL)
+        if self._calls.pop(stream, None) is not None:
+            self._out.append(_frame(_RST_STREAM, 0, stream, _CANCEL.to_bytes(4, "big")))
             self.write(self.take())
 
     def forget(self, stream: int) -> None:
@@ -155,68 +177,87 @@ class Connection:
         self._wire.close()
 
     def _received(self, data: bytes, at: float) -> None:
+        if self._tail:
+            data = self._tail + data
+        position, size = 0, len(data)
         try:
-            for event in self._h2.receive_data(self._without_goaway(data, at)):
-                self._take_in(event, at)
-        except h2.exceptions.ProtocolError as error:
+            while size - position >= _HEAD.size:
+                high, low, kind, flags, stream = _HEAD.unpack_from(data, position)
+                start = position + _HEAD.size
+                length = high << 8 | low
+                if length > _DEFAULT_FRAME:
+                    raise _ProtocolError(f"a frame of {length} bytes")
+                if start + length > size:
+                    break
+                position = start + length
+                self._take_in(kind, flags, stream & _WINDOW, data[start:position], at)
+        except (_ProtocolError, hpack.HPACKError, struct.error, IndexError) as error:
             self._wire.close()
             self._lost(f"it does not keep to HTTP/2: {error}")
             return
+        self._tail = data[position:]
         self.write(self.take())
         if not self.is_open and not self._calls:
             self._wire.close()
 
-    def _without_goaway(self, data: bytes, at: float) -> bytes:
-        """Whole frames. To h2 nothing may follow a GOAWAY, but a server that takes its leave answers what it has."""
-        if self._tail:
-            data = self._tail + data
-        start = position = 0
-        parts = []
-        while position + _FRAME_HEADER <= len(data):
-            end = position + _FRAME_HEADER + int.from_bytes(data[position : position + 3], "big")
-            if end > len(data):
-                break
-            if data[position + 3] == _GOAWAY:
-                self._leave(int.from_bytes(data[position + 9 : position + 13], "big") & _WINDOW, at)
-                parts.append(data[start:position])
-                start = end
-            position = end
-        self._tail = data[position:]
-        parts.append(data[start:position])
-        return b"".join(parts)
-
-    def _leave(self, last: int, at: float) -> None:
-        self.is_open = False
-        for stream in [one for one in self._calls if one > last]:
-            self._end(stream, UNPROCESSED, "the server takes no more calls", at)
-
-    def _take_in(self, event: h2.events.Event, at: float) -> None:
-        if isinstance(event, h2.events.DataReceived):
-            call = self._calls.get(event.stream_id)
-            self._give_back(event.stream_id, call, event.flow_controlled_length or 0)
+    def _take_in(self, kind: int, flags: int, stream: int, data: bytes, at: float) -> None:
+        if (kind == _CONTINUATION) != (self._unfinished is not None):
+            raise _ProtocolError("headers that are not continued")
+        if kind == _DATA:
+            self._take_data(flags, stream, data, at)
+        elif kind == _HEADERS:
+            block = _unpadded(flags, data)[5 if flags & _PRIORITY else 0 :]
+            self._take_headers(flags, stream, block, at)
+        elif kind == _CONTINUATION:
+            assert self._unfinished is not None
+            stream, first, block = self._unfinished
+            self._take_headers(first | flags & _END_HEADERS, stream, block + data, at)
+        elif kind == _WINDOW_UPDATE:
+            self._widen(stream, int.from_bytes(data, "big") & _WINDOW)
+        elif kind == _SETTINGS and not flags & _ACK:
+            self._take_settings(data)
+        elif kind == _PING and not flags & _ACK:
+            self._out.append(_frame(_PING, _ACK, 0, data))
+        elif kind == _RST_STREAM:
+            code = int.from_bytes(data, "big")
+            call = self._calls.get(stream)
             if call is not None:
-                call.has_data = True
-                self._on_data(call.key, event.data or b"", at)
-        elif isinstance(event, h2.events.ResponseReceived | h2.events.TrailersReceived):
-            self._read_headers(event.stream_id, event.headers or [])
-        elif isinstance(event, h2.events.StreamEnded):
-            call = self._calls.get(event.stream_id)
-            if call is not None and call.status == OK and not call.has_data:
-                self._end(event.stream_id, "INTERNAL", "the server said OK and sent no message", at)
-            elif call is not None:
-                self._end(event.stream_id, call.status or "UNKNOWN", call.message, at)
-        elif isinstance(event, h2.events.StreamReset):
-            name = getattr(event.error_code, "name", str(event.error_code))
-            status = UNPROCESSED if event.error_code == h2.errors.ErrorCodes.REFUSED_STREAM else UNAVAILABLE
-            self._end(event.stream_id, status, f"the server reset the stream: {name}", at)
-        elif isinstance(event, h2.events.WindowUpdated | h2.events.RemoteSettingsChanged):
-            self._most_calls = self._h2.remote_settings.max_concurrent_streams
-            self.greeted.set()
-            for stream, call in list(self._calls.items()):
-                if call.unsent:
-                    self._push(stream, call)
+                call.is_said = True  # it is closed for us, too
+            self._end(
+                stream, UNPROCESSED if code == _REFUSED else UNAVAILABLE, f"the server reset it (code {code})", at
+            )
+        elif kind == _GOAWAY:
+            self.is_open = False
+            last = int.from_bytes(data[:4], "big") & _WINDOW
+            for one in [one for one in self._calls if one > last]:
+                self._end(one, UNPROCESSED, "the server takes no more calls", at)
+        elif kind == _PUSH_PROMISE:
+            raise _ProtocolError("a push, which it was told not to make")
 
-    def _read_headers(self, stream: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
+    def _take_data(self, flags: int, stream: int, data: bytes, at: float) -> None:
+        self._taken += len(data)
+        if self._taken >= _GIVE_BACK:
+            self._out.append(_window_update(0, self._taken))
+            self._taken = 0
+        call = self._calls.get(stream)
+        if call is None:
+            return
+        call.taken += len(data)
+        if call.taken >= _GIVE_BACK and not flags & _END_STREAM:
+            self._out.append(_window_update(stream, call.taken))
+            call.taken = 0
+        if data := _unpadded(flags, data):
+            call.has_data = True
+            self._on_data(call.key, data, at)
+        if flags & _END_STREAM:
+            self._end_by_status(stream, call, at)
+
+    def _take_headers(self, flags: int, stream: int, block: bytes, at: float) -> None:
+        self._unfinished = None
+        if not flags & _END_HEADERS:
+            self._unfinished = (stream, flags, block)
+            return
+        headers = self._decoded(block)
         call = self._calls.get(stream)
         if call is None:
             return
@@ -226,26 +267,66 @@ class Connection:
             elif name == b"grpc-message":
                 call.message = unquote(value.decode("latin-1"))
             elif name == b":status" and value != b"200":
-                call.status = f"HTTP {value.decode()}"
+                call.status = f"HTTP {value.decode('latin-1')}"
+        if flags & _END_STREAM:
+            self._end_by_status(stream, call, at)
 
-    def _give_back(self, stream: int, call: _Call | None, size: int) -> None:
-        self._taken += size
-        if self._taken >= _GIVE_BACK:
-            self._h2.increment_flow_control_window(self._taken)
-            self._taken = 0
-        if call is not None:
-            call.taken += size
-            if call.taken >= _GIVE_BACK:
-                self._h2.increment_flow_control_window(call.taken, stream)
-                call.taken = 0
+    def _decoded(self, block: bytes) -> Headers:
+        """What is known, as long as blocks have nothing but references (bytes from 128 on), which change no table."""
+        known = self._known.get(block)
+        if known is not None:
+            return known
+        headers = list(self._decoder.decode(block, raw=True))
+        if block and min(block) >= 0x80:
+            self._known[block] = headers
+        else:
+            self._known.clear()
+        return headers
+
+    def _take_settings(self, data: bytes) -> None:
+        settings = dict(_SETTING.iter_unpack(data))
+        if not self.greeted.is_set():
+            settings = {_MAX_CALLS: _WINDOW, **settings}
+        for name, value in settings.items():
+            if name == _MAX_CALLS:
+                self._most_calls = value
+            elif name == _MAX_FRAME_SIZE:
+                self._frame_size = value
+            elif name == _HEADER_TABLE_SIZE and value < _TABLE and self._encoder.header_table_size:
+                # None at all, once and for all: hpack tells of changes that follow each other in too many steps.
+                self._encoder.header_table_size = 0
+                self._block, self._is_same = b"", False
+            elif name == _INITIAL_WINDOW_SIZE:
+                for call in self._calls.values():
+                    call.window += value - self._initial_window
+                self._initial_window = value
+        self._out.append(_frame(_SETTINGS, _ACK, 0, b""))
+        self.greeted.set()
+        self._widen(0, 0)
+
+    def _widen(self, stream: int, by: int) -> None:
+        """More may be sent: on a stream, or (0) on all together."""
+        if not stream:
+            self._window += by
+            for number, call in list(self._calls.items()):
+                if call.unsent:
+                    self._push(number, call)
+        elif (one := self._calls.get(stream)) is not None:
+            one.window += by
+            self._push(stream, one)
+
+    def _end_by_status(self, stream: int, call: _Call, at: float) -> None:
+        if call.status == OK and not call.has_data:
+            self._end(stream, "INTERNAL", "the server said OK and sent no message", at)
+        else:
+            self._end(stream, call.status or "UNKNOWN", call.message, at)
 
     def _end(self, stream: int, status: str, message: str, at: float) -> None:
         call = self._calls.pop(stream, None)
         if call is None:
             return
-        if not call.is_said and self._wire.is_open:
-            with contextlib.suppress(h2.exceptions.ProtocolError):  # the server may have closed both halves
-                self._h2.reset_stream(stream, h2.errors.ErrorCodes.CANCEL)
+        if not call.is_said:
+            self._out.append(_frame(_RST_STREAM, 0, stream, _CANCEL.to_bytes(4, "big")))
         self._on_end(call.key, status, message, at)
 
     def _lost(self, why: str) -> None:
@@ -254,3 +335,15 @@ class Connection:
         now = time.perf_counter()
         for stream in list(self._calls):
             self._end(stream, UNAVAILABLE, f"the connection broke: {why or 'it was closed'}", now)
+
+
+def _frame(kind: int, flags: int, stream: int, data: bytes) -> bytes:
+    return _HEAD.pack(len(data) >> 8, len(data) & 0xFF, kind, flags, stream) + data
+
+
+def _window_update(stream: int, by: int) -> bytes:
+    return _frame(_WINDOW_UPDATE, 0, stream, by.to_bytes(4, "big"))
+
+
+def _unpadded(flags: int, data: bytes) -> bytes:
+    return data[1 : len(data) - data[0]] if flags & _PADDED else data

@@ -24,20 +24,28 @@ _MOST_AGE_S = 10.0
 _buffer = memoryview(bytearray(1 << 18))
 
 
+# The address of each host that answered last: names are looked up in another thread, which takes its time.
+_known: dict[tuple[str, int], Any] = {}
+
+
 async def connect(host: str, port: int) -> socket.socket:
     """To the first of the host's addresses that answers. Raises OSError."""
     loop = asyncio.get_running_loop()
-    failed: OSError = OSError(f"{host} has no address")
-    for family, kind, proto, _, address in await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+    known = _known.pop((host, port), None)
+    found = [known] if known is not None else await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    failed = OSError(f"{host} has no address")
+    for family, kind, proto, name, address in found:
         one = socket.socket(family, kind, proto)
         try:
             one.setblocking(False)
             one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             await loop.sock_connect(one, address)
-            return one
         except OSError as error:
             one.close()
             failed = error
+        else:
+            _known[host, port] = (family, kind, proto, name, address)
+            return one
     raise failed
 
 

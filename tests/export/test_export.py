@@ -302,6 +302,16 @@ def test_recommendations_keep_two_batches_within_the_goal() -> None:
     assert profiling.recommend(measured, "fp32", 0.1).max_batch_size == 1
 
 
+def test_recommendations_are_for_the_usual_length() -> None:
+    measured = [
+        profiling.Measured("fp32", "cpu", rows, length, rows * length) for length in (1, 2, 30) for rows in (1, 2, 4, 8)
+    ]
+    found = profiling.recommend(measured, "fp32", 20)
+    assert (found.usual_length, found.max_batch_size) == (2, 4)
+    assert found.latency == "1:2.000,2:4.000,4:8.000,8:16.000"
+    assert found.longest_ms == 120
+
+
 @pytest.mark.parametrize("told", ["x", "1:", "0:3", "1:-2", "1:2,nan:3"])
 def test_latencies_that_are_none_are_refused(told: str) -> None:
     made = config.parse(
