@@ -113,8 +113,8 @@ def _profile(measured: Sequence[Measured], outcome: Outcome) -> str:
         f"<h3>Latency</h3><p>For a goal of {options.goal_ms:g} ms with {served}: <code>max_batch_size: "
         f"{found.max_batch_size}</code>, preferred sizes {list(found.preferred)}, "
         f"<code>max_queue_delay_microseconds: {found.queue_delay_us}</code> (a batch forms while the one before it is "
-        f"executed), {found.instances} instances. That is for rows of length {found.usual_length}; a batch of as many of "
-        f"the longest takes {found.longest_ms:.1f} ms.</p>{_curves(measured, options.goal_ms)}"
+        f"executed), {found.instances} instances. That is for rows of length {found.usual_length}; a batch of as many "
+        f"of the longest takes {found.longest_ms:.1f} ms.</p>{_curves(measured, options.goal_ms)}"
         f"<details><summary>all figures</summary>{_table(head, rows)}</details>"
     )
 
