@@ -164,6 +164,7 @@ async def test_an_answer_counts_from_when_it_arrived_not_from_when_it_was_read()
         far, _ = server.accept()
     near.setblocking(False)
     wire = Wire(near, lambda data, at: found.append((data, at)), lambda _: None)
+    await asyncio.sleep(0.2)  # the kernel begins to stamp when it comes to it
     far.sendall(b"now")
     written = time.perf_counter()
     time.sleep(0.5)  # the reader is busy
