@@ -164,15 +164,17 @@ async def test_an_answer_counts_from_when_it_arrived_not_from_when_it_was_read()
         far, _ = server.accept()
     near.setblocking(False)
     wire = Wire(near, lambda data, at: found.append((data, at)), lambda _: None)
-    await asyncio.sleep(0.2)  # the kernel begins to stamp when it comes to it
-    far.sendall(b"now")
-    written = time.perf_counter()
-    time.sleep(0.5)  # the reader is busy
-    await until(lambda: bool(found))
+    late_s: list[float] = []
+    while len(late_s) < 5 and (not late_s or late_s[-1] > 0.15):  # the kernel begins to stamp when it comes to it
+        far.sendall(b"now")
+        written = time.perf_counter()
+        time.sleep(0.3)  # the reader is busy
+        await until(lambda: len(found) > len(late_s))
+        late_s.append(found[-1][1] - written)
     wire.close()
     far.close()
-    assert found[0][0] == b"now"
-    assert found[0][1] - written < 0.25
+    assert {data for data, _ in found} == {b"now"}
+    assert late_s[-1] <= 0.15, late_s
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "grpc-stream"])
