@@ -488,7 +488,11 @@ class StreamClient(_GrpcClient):
             self._streams[connection].open.discard(call.number)
 
 
-CLIENTS: dict[str, Any] = {"http": HttpClient, "grpc": GrpcClient, "grpc-stream": StreamClient}
+CLIENTS: dict[str, Callable[[Target, Sequence[Message], Done, float], Client]] = {
+    "http": HttpClient,
+    "grpc": GrpcClient,
+    "grpc-stream": StreamClient,
+}
 
 
 def _framed(message: bytes) -> bytes:

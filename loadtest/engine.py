@@ -180,7 +180,7 @@ class Shard:
             "stages": found,
             "errors": dict(Counter(what for number, what in self.error_of.items() if self.own.stages[number] >= 0)),
             "reasons": self.reasons,
-            "waited": getattr(self._client, "waited", 0),
+            "waited": self._client.waited,
             "cpu": max(self.cpu, default=0.0),
             "cpu_by_time": [round(one, 3) for one in self.cpu],
             "lateness_ms": _quantiles(self.sent - self.own.due_s),
