@@ -62,7 +62,6 @@ class Shard:
         self.error_of: dict[int, str] = {}
         # What the server said with the first error of each kind.
         self.reasons: dict[str, str] = {}
-        self.answered = 0
         self._in_flight = 0
         self._recent_s: list[float] = []
         self.cpu: list[float] = []
@@ -110,14 +109,13 @@ class Shard:
             await asyncio.sleep(0)
 
     def _note_sent(self, number: int) -> None:
-        if np.isnan(self.sent[number]):  # the first time counts
+        if self.sent[number] != self.sent[number]:  # not a number yet: the first time counts
             self.sent[number] = time.perf_counter() - self._start
             self._in_flight += 1
 
     def _answered(self, number: int, at_s: float, what: str, reason: str) -> None:
         done_s = at_s - self._start
         self.done[number] = done_s
-        self.answered += 1
         self._in_flight -= 1
         self._recent_s.append(done_s - self._due_s[number])
         if what:
