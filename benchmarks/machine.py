@@ -1,6 +1,7 @@
 """What was measured, and on what; and benchmarks in parts, each with a folder of its own."""
 
 import argparse
+import inspect
 import os
 import platform
 import subprocess
@@ -39,7 +40,7 @@ def run_parts(module: str, title: str, about: str, parts: Mapping[str, Callable[
     lines: list[str] = []
     for name in options.only or parts:
         with tempfile.TemporaryDirectory(prefix="tutti-benchmark-") as folder:
-            found = [f"## {name}", "", parts[name].__doc__ or "", "", *parts[name](Path(folder)), ""]
+            found = [f"## {name}", "", inspect.cleandoc(parts[name].__doc__ or ""), "", *parts[name](Path(folder)), ""]
         print("\n".join(found), flush=True)
         lines += found
         if options.report is not None:  # after each part: the next may fail
