@@ -6,7 +6,8 @@ TuttiError
     ├── InvalidArgument     the request itself is wrong
     ├── NotFound            no such model or version
     ├── Unavailable         a queue is full, or nothing is there to execute (may pass: try again)
-    │   └── TooLate         it could not be done by its deadline, and was not begun
+    │   ├── TooLate         it could not be done by its deadline, and was not begun
+    │   └── DeviceLost      the device that was to execute it has failed; another process will take its place
     ├── DeadlineExceeded    the caller's time was up before the work was done
     ├── Unsupported         the request asks for something this server does not do
     ├── AlreadyExists       what is to be made is there already
@@ -49,6 +50,10 @@ class Unavailable(InferError):
 
 class TooLate(Unavailable):
     """Refused at once: what waits before it and its own execution would take longer than the caller gives."""
+
+
+class DeviceLost(Unavailable):
+    """The device that was to execute the request has failed. Its process is replaced: try again later."""
 
 
 class DeadlineExceeded(InferError):

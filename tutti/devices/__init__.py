@@ -1,0 +1,1 @@
+"""Accelerators: their streams, memory and turns. Knows no model and no request."""
