@@ -1,0 +1,223 @@
+import dataclasses
+import itertools
+
+import pytest
+
+from tests.devices.driving import COSTS, MS, Feeder, NumberJob, batch_job, simulated
+from tutti.devices.simulated import Costs, SimulatedDevice, Timeline
+
+
+def test_one_batch_alone_takes_the_sum_of_its_stages() -> None:
+    device, engine, _ = simulated(COSTS)
+    job = batch_job(device)
+    engine.pipeline("model").submit(job)
+    device.timeline.run()
+    assert job.is_right()
+    assert job.ended_ns <= 1.05 * 3.7 * MS
+
+
+def test_at_saturation_executions_follow_each_other() -> None:
+    device, engine, _ = simulated(COSTS)
+    feeder = Feeder(device, engine.pipeline("model"), lambda: batch_job(device), 2000 * MS)
+    device.timeline.run()
+    ended = [job.ended_ns for job in feeder.jobs]
+    assert all(job.is_right() for job in feeder.jobs)
+    steady = [end for end in ended if 100 * MS < end < 1900 * MS]
+    per_batch_ns = (steady[-1] - steady[0]) / (len(steady) - 1)
+    assert per_batch_ns <= 2 * MS / 0.97
+    assert turns_per_batch_ns() / per_batch_ns >= 1.7
+
+
+def turns_per_batch_ns() -> float:
+    """What a batch takes where it holds the device from its first copy to its last, with two instances."""
+    device = SimulatedDevice(Timeline(), COSTS)
+    ended: list[int] = []
+    waiting = [0, 0]  # both instances
+
+    def begin() -> None:
+        if len(ended) < 200 and waiting:
+            waiting.pop()
+            job = batch_job(device)
+            device.post(lambda: hold(job))
+
+    def hold(job: NumberJob) -> None:
+        stream, event = device.stream(), device.event()
+        (part,) = job.stage()
+        host, there = device.host_block(part.nbytes), device.device_block(part.nbytes)
+        # The rows are joined in ordinary memory before the turn, while the other instance has it.
+        assert part.write is not None
+        device.copy_in(host, there, part.nbytes, stream)
+        (output,) = job.launch([device.view(there, 0, "INT64", part.shape)], stream)
+        device.copy_out(output, host, 0, stream)
+        device.record(event, stream)
+
+        def done(_: Exception | None) -> None:
+            ended.append(device.timeline.now_ns)
+            waiting.append(0)
+            begin()
+
+        device.notify(event, stream, done)
+
+    begin()
+    device.timeline.run()
+    return (ended[-1] - ended[20]) / (len(ended) - 21)
+
+
+@pytest.mark.parametrize(("copy_in", "execution", "copy_out"), [(3, 2, 0.5), (0.5, 2, 3), (0.05, 0.02, 0.01)])
+def test_the_slowest_stage_decides(copy_in: float, execution: float, copy_out: float) -> None:
+    costs = dataclasses.replace(
+        COSTS,
+        copy_in_ns_per_byte=COSTS.copy_in_ns_per_byte * copy_in,
+        copy_out_ns_per_byte=COSTS.copy_out_ns_per_byte * copy_out * 2,
+    )
+    device, engine, _ = simulated(costs)
+    make = lambda: dataclasses.replace(batch_job(device), execution_ns=int(execution * MS), host_ns=30_000)  # noqa: E731
+    feeder = Feeder(device, engine.pipeline("model"), make, 1000 * MS)
+    device.timeline.run()
+    assert all(job.is_right() for job in feeder.jobs)
+    steady = [job.ended_ns for job in feeder.jobs if 100 * MS < job.ended_ns < 900 * MS]
+    per_batch_ns = (steady[-1] - steady[0]) / (len(steady) - 1)
+    assert per_batch_ns <= max(copy_in, execution, copy_out, 0.03) * MS * 1.05
+
+
+def test_two_models_share_by_device_time() -> None:
+    device, engine, _ = simulated(COSTS)
+    long, short = engine.pipeline("long"), engine.pipeline("short")
+    Feeder(device, long, lambda: batch_job(device), 2000 * MS)
+    Feeder(device, short, lambda: batch_job(device, execution_ns=1_300_000), 2000 * MS)
+    device.timeline.run()
+    assert long.device_ns / (long.device_ns + short.device_ns) == pytest.approx(0.5, abs=0.03)
+    assert engine.busy_ns == pytest.approx(2000 * MS, rel=0.03)
+
+
+def test_weights_are_shares() -> None:
+    device, engine, _ = simulated(COSTS)
+    heavy, light = engine.pipeline("heavy", weight=3), engine.pipeline("light")
+    Feeder(device, heavy, lambda: batch_job(device), 4000 * MS)
+    Feeder(device, light, lambda: batch_job(device), 4000 * MS)
+    device.timeline.run()
+    assert heavy.device_ns / (heavy.device_ns + light.device_ns) == pytest.approx(0.75, abs=0.04)
+
+
+def test_a_batch_is_cut_as_late_as_staging_allows() -> None:
+    device, engine, _ = simulated(COSTS)
+    pipeline = engine.pipeline("model")
+    feeder = Feeder(device, pipeline, lambda: batch_job(device), 1000 * MS)
+    device.timeline.run()
+    waits = [job.times.execution_start_ns - job.times.start_ns for job in feeder.jobs[100:400] if job.times is not None]
+    # Host and copy take 1.2 ms: what is cut earlier waits for the execution before it.
+    assert max(waits) <= 1.5 * MS
+
+
+def test_a_quick_model_does_not_wait_for_a_slow_ones_copies() -> None:
+    device, engine, _ = simulated(dataclasses.replace(COSTS, copy_out_ns_per_byte=20 * MS / 256))
+    slow, quick = batch_job(device), batch_job(device, execution_ns=MS // 10)
+    quick.numbers = quick.numbers[:1]
+    engine.pipeline("slow").submit(slow)
+    device.timeline.run(4 * MS)
+    engine.pipeline("quick").submit(quick)
+    device.timeline.run()
+    assert slow.is_right() and quick.is_right()
+    copies_ns = (20 + 20 / 8) * MS  # one engine copies out, in order
+    assert quick.ended_ns <= 3.2 * MS + copies_ns + MS
+
+
+def test_a_hang_is_told_with_its_model_and_everybody_is_answered() -> None:
+    device, engine, health = simulated(COSTS)
+    stuck, waiting, other = batch_job(device), batch_job(device), batch_job(device)
+    pipeline = engine.pipeline("stuck")
+    device.plan("hang")
+    pipeline.submit(stuck)
+    device.timeline.run(2 * MS)
+    pipeline.submit(waiting, is_again=True)
+    engine.pipeline("other").submit(other)
+    device.timeline.run(400 * MS)
+    assert "'stuck' has not ended" in health.reason("simulated:0")
+    for job in (stuck, waiting, other):
+        assert len(job.failures) == 1 and not job.answers
+        assert "simulated:0 has failed" in str(job.failures[0])
+
+
+def test_a_model_that_goes_on_does_not_hide_one_that_hangs() -> None:
+    device, engine, health = simulated(COSTS)
+    device.plan("hang", after=20)
+    Feeder(device, engine.pipeline("a"), lambda: batch_job(device), 1000 * MS)
+    Feeder(device, engine.pipeline("b"), lambda: batch_job(device), 1000 * MS)
+    device.timeline.run(2000 * MS)
+    assert "has not ended" in health.reason("simulated:0")
+
+
+def test_nobody_is_told_of_what_comes_after_the_loss() -> None:
+    device, engine, health = simulated(COSTS)
+    pipeline = engine.pipeline("model")
+    device.plan("sticky")
+    first, second = batch_job(device), batch_job(device)
+    pipeline.submit(first)
+    device.timeline.run()
+    pipeline.submit(second)
+    device.timeline.run()
+    assert len(first.failures) == len(second.failures) == 1
+    assert health.reason("simulated:0") == engine.lost == "device-side assert"
+
+
+def test_a_batch_that_fails_leaves_the_next_ones_right() -> None:
+    device, engine, _ = simulated(COSTS)
+    pipeline = engine.pipeline("model")
+    counter = itertools.count()
+
+    def make() -> NumberJob:
+        job = batch_job(device, seed=next(counter))
+        job.error = ValueError("shapes") if next(counter) % 7 == 3 else None
+        return job
+
+    feeder = Feeder(device, pipeline, make, 200 * MS)
+    device.timeline.run()
+    assert any(job.error for job in feeder.jobs)
+    for job in feeder.jobs:
+        assert job.is_right() if job.error is None else len(job.failures) == 1
+    pipeline.close()
+    assert device.used_bytes == 0
+
+
+def test_an_output_that_stays_is_the_next_steps_input() -> None:
+    device, engine, _ = simulated(COSTS)
+    first = batch_job(device)
+    first.stays_there = True
+    engine.pipeline("first").submit(first)
+    device.timeline.run()
+    assert first.is_right()
+    second = batch_job(device)
+    second.numbers = first.answers[0][0]
+    second.resident = first.made[0].resident
+    start_ns = device.timeline.now_ns
+    engine.pipeline("second").submit(second)
+    device.timeline.run()
+    assert second.is_right()
+    assert second.ended_ns - start_ns <= 2.6 * MS  # no copy in
+
+
+def test_what_runs_alone_waits_for_all_and_holds_all() -> None:
+    device, engine, _ = simulated(COSTS)
+    pipeline = engine.pipeline("model")
+    feeder = Feeder(device, pipeline, lambda: batch_job(device), 100 * MS)
+    seen: list[int] = []
+
+    def work() -> None:
+        seen.append(device.execution.free_ns - device.timeline.now_ns)
+        device.spend(5 * MS)
+
+    device.timeline.run(50 * MS)
+    engine.alone(work)
+    device.timeline.run()
+    assert len(seen) == 1 and seen[0] <= 0
+    assert all(job.is_right() for job in feeder.jobs) and len(feeder.jobs) > 40
+
+
+def test_memory_errors_are_the_jobs_business() -> None:
+    device, engine, health = simulated(Costs(), memory_bytes=1024)
+    pipeline = engine.pipeline("model")
+    job = batch_job(device)
+    pipeline.submit(job)
+    device.timeline.run()
+    assert [type(error).__name__ for error in job.failures] == ["OutOfMemory"]
+    assert not health.failures()

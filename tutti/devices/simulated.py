@@ -1,0 +1,376 @@
+"""A device in virtual time: the costs of copies, launches, kernels and memory are given, and so are its faults.
+
+Its memory is ordinary memory, and data moves when the simulated copy ends, not when it is submitted: whoever uses a
+block too early, or too late, sees wrong bytes. Freed blocks are overwritten. Everything runs in the thread that calls
+`Timeline.run`, in the order of virtual time; the submitting thread is simulated too, with time of its own.
+"""
+
+import heapq
+import itertools
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from tutti.devices.interface import Notice
+from tutti.dtypes import NUMPY, Array
+
+_FREED = 0xEE
+
+
+class SimulatedMemoryError(Exception):
+    """The simulated device has no memory left."""
+
+
+class SimulatedFault(Exception):
+    """The simulated device has failed for good."""
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What things take; nanoseconds, and nanoseconds a byte. `wake_ns` is until a thread sees that an event is reached.
+
+    Copies in share one engine, copies out another, and executions one more, which takes streams in turn of their
+    arrival: full batches do not overlap on a device.
+    """
+
+    submit_ns: int = 0
+    copy_ns: int = 0
+    copy_in_ns_per_byte: float = 0.0
+    copy_out_ns_per_byte: float = 0.0
+    host_ns_per_byte: float = 0.0
+    wake_ns: int = 0
+
+
+FaultKind = Literal["memory", "launch", "sticky", "hang"]
+
+
+class Timeline:
+    """Virtual time: what is to happen when. Ties go in the order in which they were added."""
+
+    def __init__(self) -> None:
+        self.now_ns = 0
+        self._order = itertools.count()
+        self._due: list[tuple[int, int, Callable[[], None]]] = []
+
+    def at(self, when_ns: int, work: Callable[[], None]) -> None:
+        heapq.heappush(self._due, (max(when_ns, self.now_ns), next(self._order), work))
+
+    def after(self, delay_ns: int, work: Callable[[], None]) -> None:
+        self.at(self.now_ns + delay_ns, work)
+
+    def run(self, until_ns: float = math.inf) -> None:
+        """Let time pass until nothing is due, or until then."""
+        while self._due and self._due[0][0] <= until_ns:
+            self.now_ns, _, work = heapq.heappop(self._due)
+            work()
+        if until_ns != math.inf:
+            self.now_ns = max(self.now_ns, int(until_ns))
+
+
+class _HostBlock:
+    def __init__(self, size: int) -> None:
+        self.array: Array = np.empty(size, np.uint8)
+
+
+class _DeviceBlock:
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.memory: Array = np.empty(size, np.uint8)
+
+
+@dataclass(slots=True, eq=False)
+class _Event:
+    """`reached_ns` is of the latest recording; None until the device is there."""
+
+    number: int = 0
+    reached_ns: int | None = None
+    waiting: list[Callable[[], None]] = field(default_factory=list)
+
+    def record(self) -> None:
+        self.number += 1
+        self.reached_ns = None
+        self.waiting = []
+
+    def reach(self, now_ns: int, number: int) -> None:
+        if number != self.number:  # recorded anew: this was an earlier time's
+            return
+        self.reached_ns = now_ns
+        waiting, self.waiting = self.waiting, []
+        for work in waiting:
+            work()
+
+
+class _Unit:
+    """What does one thing at a time: a copy engine, or the execution units."""
+
+    def __init__(self) -> None:
+        self.free_ns = 0
+        self.busy_ns = 0
+
+    def take(self, now_ns: int, takes_ns: int) -> int:
+        """Do something as soon as it is free; returns when that ends."""
+        self.free_ns = max(self.free_ns, now_ns) + takes_ns
+        self.busy_ns += takes_ns
+        return self.free_ns
+
+
+_Operation = Callable[[Callable[[], None]], None]
+"""Begins something, and calls what it is given when that has ended."""
+
+
+class _Stream:
+    def __init__(self) -> None:
+        self._operations: deque[_Operation] = deque()
+        self._is_busy = False
+
+    def add(self, operation: _Operation) -> None:
+        self._operations.append(operation)
+        if not self._is_busy:
+            self._next()
+
+    def _next(self) -> None:
+        while self._operations and not self._is_busy:
+            self._is_busy = True
+            self._operations.popleft()(self._ended)
+
+    def _ended(self) -> None:
+        self._is_busy = False
+        self._next()
+
+
+class SimulatedDevice:
+    """A Device (interface.py) on a timeline, with `memory_bytes` of memory."""
+
+    def __init__(
+        self, timeline: Timeline, costs: Costs, name: str = "simulated:0", memory_bytes: int = 1 << 40
+    ) -> None:
+        self.name = name
+        self.timeline = timeline
+        self.costs = costs
+        self.memory_bytes = memory_bytes
+        self.used_bytes = 0
+        self.host_bytes = 0
+        self.execution = _Unit()
+        self._copies_in = _Unit()
+        self._copies_out = _Unit()
+        self._host_free_ns = 0
+        self._posted: deque[Callable[[], None]] = deque()
+        self._is_posted = False
+        self._is_at_work = False
+        self._fault = ""
+        self._notices: list[tuple[_Event, Notice]] = []
+        # Faults to come, by how many kernels, or allocations, are still to go before them.
+        self._planned: dict[FaultKind, int] = {}
+
+    # The host.
+
+    def now_ns(self) -> int:
+        """Within posted work, what that has spent is over."""
+        return max(self.timeline.now_ns, self._host_free_ns) if self._is_at_work else self.timeline.now_ns
+
+    def post(self, work: Callable[[], None]) -> None:
+        self._posted.append(work)
+        self._run_next()
+
+    def call(self, work: Callable[[], None]) -> None:
+        """Time passes until all that was due is done, as it does for a thread that waits."""
+        self.post(work)
+        self.timeline.run()
+
+    def alarm(self, delay_ns: int, work: Callable[[], None]) -> None:
+        self.timeline.after(delay_ns, work)
+
+    def spend(self, ns: float) -> None:
+        """The submitting thread is at work for so long."""
+        self._host_free_ns = max(self._host_free_ns, self.timeline.now_ns) + int(ns)
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+    def _run_next(self) -> None:
+        if self._posted and not self._is_posted:
+            self._is_posted = True
+            self.timeline.at(self._host_free_ns, self._run_posted)
+
+    def _run_posted(self) -> None:
+        # What the work submits reaches the device when the work's own time is over.
+        self._is_posted = False
+        self._is_at_work = True
+        self._posted.popleft()()
+        self._is_at_work = False
+        self._run_next()
+
+    # Memory.
+
+    def host_block(self, size: int) -> _HostBlock:
+        self.host_bytes += size
+        return _HostBlock(size)
+
+    def free_host(self, block: Any) -> None:
+        self.host_bytes -= block.array.nbytes
+        block.array[:] = _FREED
+
+    def device_block(self, size: int) -> _DeviceBlock:
+        self._check()
+        if self._is_due("memory") or self.used_bytes + size > self.memory_bytes:
+            raise SimulatedMemoryError(f"{size} bytes were asked for, {self.memory_bytes - self.used_bytes} are free")
+        self.used_bytes += size
+        return _DeviceBlock(size)
+
+    def free_device(self, block: Any) -> None:
+        self.used_bytes -= block.size
+        block.memory[:] = _FREED
+
+    def view(self, block: Any, offset: int, datatype: str, shape: Sequence[int]) -> Array:
+        size = math.prod(shape) * NUMPY[datatype].itemsize
+        array: Array = block.memory[offset : offset + size].view(NUMPY[datatype]).reshape(shape)
+        return array
+
+    def nbytes(self, array: Any) -> int:
+        return int(array.nbytes)
+
+    # Streams.
+
+    def stream(self, priority: int = 0) -> _Stream:
+        return _Stream()
+
+    def event(self) -> _Event:
+        return _Event()
+
+    def record(self, event: Any, stream: Any) -> None:
+        self._check()
+        event.record()
+        number = event.number
+
+        def reach(ended: Callable[[], None]) -> None:
+            event.reach(self.timeline.now_ns, number)
+            ended()
+
+        self._submit(stream, reach)
+
+    def wait(self, stream: Any, event: Any) -> None:
+        number = event.number
+
+        def hold(ended: Callable[[], None]) -> None:
+            if event.number != number or event.reached_ns is not None:
+                ended()
+            else:
+                event.waiting.append(ended)
+
+        self._submit(stream, hold)
+
+    def copy_in(self, source: Any, target: Any, size: int, stream: Any) -> None:
+        def move() -> None:
+            target.memory[:size] = source.array[:size]
+
+        takes_ns = self.costs.copy_ns + int(size * self.costs.copy_in_ns_per_byte)
+        self._submit(stream, self._timed(self._copies_in, takes_ns, move))
+
+    def copy_out(self, source: Any, target: Any, offset: int, stream: Any) -> None:
+        def move() -> None:
+            flat = np.ascontiguousarray(source).reshape(-1).view(np.uint8)
+            target.array[offset : offset + flat.nbytes] = flat
+
+        takes_ns = self.costs.copy_ns + int(source.nbytes * self.costs.copy_out_ns_per_byte)
+        self._submit(stream, self._timed(self._copies_out, takes_ns, move))
+
+    def kernel(self, stream: Any, takes_ns: int, compute: Callable[[], None]) -> None:
+        """Execute for so long; `compute` reads and writes memory when the execution ends."""
+        self._check()
+        if self._is_due("launch"):
+            raise RuntimeError("a kernel refuses its arguments")
+        if self._is_due("sticky"):
+            self._submit(stream, self._timed(self.execution, takes_ns, lambda: self.fail("device-side assert")))
+        elif self._is_due("hang"):
+            self.execution.free_ns = 1 << 62
+            self._submit(stream, lambda ended: None)
+        else:
+            self._submit(stream, self._timed(self.execution, takes_ns, compute))
+
+    def is_reached(self, event: Any) -> bool:
+        return event.reached_ns is not None
+
+    def elapsed_ns(self, start: Any, end: Any) -> int:
+        return int(end.reached_ns - start.reached_ns)
+
+    def notify(self, event: Any, stream: Any, notice: Notice) -> None:
+        entry = (event, notice)
+        self._notices.append(entry)
+
+        def reached() -> None:
+            if entry in self._notices:
+                self._notices.remove(entry)
+                self.timeline.after(self.costs.wake_ns, lambda: notice(None))
+
+        if event.reached_ns is not None:
+            reached()
+        else:
+            event.waiting.append(reached)
+
+    def forward(self, launch: Callable[[], Any], stream: Any) -> Any:
+        self.spend(self.costs.submit_ns)
+        return launch()
+
+    def synchronize(self) -> None:
+        """In virtual time nothing may wait: the engine asks for this only when nothing is under way."""
+        self._check()
+
+    # Faults.
+
+    def plan(self, kind: FaultKind, after: int = 0) -> None:
+        """Fail in this way after so many more kernels, or allocations of device memory."""
+        self._planned[kind] = after
+
+    def fail(self, reason: str) -> None:
+        """Fail for good, now: whoever waits for an event is told."""
+        self._fault = self._fault or reason
+        notices, self._notices = self._notices, []
+        for _, notice in notices:
+            self.timeline.after(self.costs.wake_ns, lambda notice=notice: notice(SimulatedFault(reason)))  # type: ignore[misc]
+
+    def is_memory_error(self, error: BaseException) -> bool:
+        return isinstance(error, SimulatedMemoryError)
+
+    def fault(self, error: BaseException) -> str:
+        return self._fault
+
+    def release_cached(self) -> None:
+        """Nothing is kept back."""
+
+    def _is_due(self, kind: FaultKind) -> bool:
+        left = self._planned.get(kind)
+        if left is None:
+            return False
+        self._planned[kind] = left - 1
+        if left:
+            return False
+        del self._planned[kind]
+        return True
+
+    def _check(self) -> None:
+        if self._fault:
+            raise SimulatedFault(self._fault)
+
+    def _submit(self, stream: Any, operation: _Operation) -> None:
+        """Put an operation on a stream once the submitting thread's time is there."""
+        self._check()
+        if self._host_free_ns <= self.timeline.now_ns:
+            stream.add(operation)
+        else:
+            self.timeline.at(self._host_free_ns, lambda: stream.add(operation))
+
+    def _timed(self, unit: _Unit, takes_ns: int, move: Callable[[], None]) -> _Operation:
+        def begin(ended: Callable[[], None]) -> None:
+            def end() -> None:
+                if not self._fault:
+                    move()
+                if not self._fault:
+                    ended()
+
+            self.timeline.at(unit.take(self.timeline.now_ns, takes_ns), end)
+
+        return begin
