@@ -7,7 +7,7 @@ import numpy as np
 
 from tutti import dtypes
 from tutti.dtypes import Array
-from tutti.types import Columns, InferRequest, InferResponse, Shape, Tensor
+from tutti.types import RAW_TYPES, Columns, InferRequest, InferResponse, Shape, Tensor
 
 
 class Scratch:
@@ -32,7 +32,7 @@ class Scratch:
 def is_large(requests: Sequence[InferRequest]) -> bool:
     """Whether joining these requests, which are of about one size, takes copies that count."""
     data = [tensor.data for tensor in requests[0].inputs.values()]
-    size = sum([one.nbytes if isinstance(one, np.ndarray) else len(one) for one in data])
+    size = sum([len(one) if isinstance(one, RAW_TYPES) else one.nbytes for one in data])
     return size * len(requests) >= Scratch.MIN_BYTES
 
 
@@ -52,15 +52,16 @@ def concatenate(tensors: Sequence[Tensor], name: str = "", scratch: Scratch | No
     whole = _whole(tensors)
     if whole is not None:
         return whole
-    if first.datatype == "BYTES" or any(isinstance(tensor.data, np.ndarray) for tensor in tensors):
+    raws = [tensor.data for tensor in tensors if isinstance(tensor.data, RAW_TYPES)]
+    if first.datatype == "BYTES" or len(raws) < len(tensors):
         return np.concatenate([tensor.array() for tensor in tensors])
-    size = sum([len(tensor.data) for tensor in tensors])
+    size = sum([len(raw) for raw in raws])
     if scratch is not None and size >= scratch.MIN_BYTES:
         buffer = scratch.take(name, size)
-        parts: list[Any] = [np.frombuffer(tensor.data, np.uint8) for tensor in tensors]
+        parts: list[Any] = [np.frombuffer(raw, np.uint8) for raw in raws]
         np.concatenate(parts, out=buffer)
         return buffer.view(dtypes.NUMPY[first.datatype]).reshape(-1, *first.shape[1:])
-    joined = b"".join([tensor.data for tensor in tensors])  # type: ignore[misc]
+    joined = b"".join(raws)
     return np.frombuffer(joined, dtypes.NUMPY[first.datatype]).reshape(-1, *first.shape[1:])
 
 
@@ -134,5 +135,5 @@ def reshape(tensor: Tensor, given: Shape, wanted: Shape, is_batched: bool) -> Te
     body = tensor.shape[is_batched:]
     variable = iter([size for size, dim in zip(body, given, strict=True) if dim == -1])
     shape = (*tensor.shape[:is_batched], *(next(variable) if dim == -1 else dim for dim in wanted))
-    data = tensor.data.reshape(shape) if isinstance(tensor.data, np.ndarray) else tensor.data
+    data = tensor.data if isinstance(tensor.data, RAW_TYPES) else tensor.array().reshape(shape)
     return Tensor(tensor.name, tensor.datatype, shape, data)

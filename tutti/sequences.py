@@ -19,7 +19,7 @@ from tutti.cost import Costs
 from tutti.errors import Cancelled, InferError, InvalidArgument, Unavailable
 from tutti.scheduler import Scheduler, Timer
 from tutti.statistics import ModelStatistics
-from tutti.types import Call, InferRequest, InferResponse, Tensor, now_ns, settle, settle_all
+from tutti.types import RAW_TYPES, Call, InferRequest, InferResponse, Tensor, now_ns, settle, settle_all
 
 SequenceId = int | str
 
@@ -345,7 +345,7 @@ class SequenceBatcher:
         for state in self._policy.states:
             made = by_name.get(state.output_name)
             if made is not None:
-                data = made.data.copy() if isinstance(made.data, np.ndarray) else bytes(made.data)
+                data = bytes(made.data) if isinstance(made.data, RAW_TYPES) else made.array().copy()
                 sequence.states[state.input_name] = Tensor(state.input_name, made.datatype, made.shape, data)
         asked = outer.request.outputs
         shown = [spec.name for spec in self._config.outputs if not asked or spec.name in asked]

@@ -19,19 +19,48 @@ from tutti.errors import InferError, InvalidArgument
 Shape = tuple[int, ...]
 Parameters = dict[str, bool | int | float | str]
 Raw = bytes | bytearray | memoryview
+RAW_TYPES = (bytes, bytearray, memoryview)  # isinstance is quicker with a tuple
+
+
+class OnDevice(Protocol):
+    """Elements in a device's memory, row-major and without gaps. Nobody writes to them.
+
+    Whoever reads them through DLPack names its stream, which then waits for them, or calls `wait` first.
+    """
+
+    @property
+    def shape(self) -> Shape: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    @property
+    def device(self) -> str:
+        """As "cuda:0"."""
+
+    def wait(self) -> None:
+        """Return once the elements are there. Raises what the device says, where the work before them has failed."""
+
+    def array(self) -> Array:
+        """A copy in host memory, in numpy's form of its datatype (see dtypes.NUMPY). Waits, and raises as `wait`."""
+
+    def __dlpack__(self, **options: Any) -> Any: ...
+
+    def __dlpack_device__(self) -> tuple[int, int]: ...
 
 
 @dataclass(slots=True)
 class Tensor:
-    """A named tensor whose data is either the wire's bytes or a numpy array; each form is made on demand.
+    """A named tensor whose data is the wire's bytes, a numpy array or a device's memory.
 
-    Wire bytes are row-major and little-endian; BYTES elements carry a 4-byte length each.
+    The host's forms are made on demand. Wire bytes are row-major and little-endian; BYTES elements carry a 4-byte
+    length each, and are never on a device.
     """
 
     name: str
     datatype: str
     shape: Shape
-    data: Raw | Array
+    data: Raw | Array | OnDevice
 
     @classmethod
     def of(cls, name: str, array: Array) -> "Tensor":
@@ -39,30 +68,38 @@ class Tensor:
         return cls(name, dtypes.from_numpy(array.dtype), array.shape, array)
 
     def array(self) -> Array:
-        """The numpy view (object array of bytes for BYTES). Raises InvalidArgument if data and shape disagree."""
-        if isinstance(self.data, np.ndarray):
-            return self.data
+        """The numpy view (object array of bytes for BYTES), which replaces what is on a device.
+
+        Raises InvalidArgument if data and shape disagree.
+        """
+        data = self.data
+        if isinstance(data, np.ndarray):
+            return data
+        if not isinstance(data, RAW_TYPES):
+            self.data = array = data.array().reshape(self.shape)
+            return array
         if self.datatype == "BYTES":
             try:
-                decoded = dtypes.decode_bytes(memoryview(self.data), math.prod(self.shape))
+                decoded = dtypes.decode_bytes(memoryview(data), math.prod(self.shape))
             except InvalidArgument as error:
                 raise InvalidArgument(f"tensor '{self.name}': {error.message}") from None
             elements = np.empty(len(decoded), dtype=object)
             elements[:] = decoded
-            self.data = elements.reshape(self.shape)
+            self.data = array = elements.reshape(self.shape)
         else:
-            self.data = np.frombuffer(self.data, dtypes.NUMPY[self.datatype]).reshape(self.shape)
-        return self.data
+            self.data = array = np.frombuffer(data, dtypes.NUMPY[self.datatype]).reshape(self.shape)
+        return array
 
     def raw(self) -> Raw:
         """The wire form. No copy for a C-contiguous array or for bytes."""
-        if not isinstance(self.data, np.ndarray):
+        if isinstance(self.data, RAW_TYPES):
             return self.data
+        array = self.array()
         if self.datatype == "BYTES":
-            return dtypes.encode_bytes(self.data.reshape(-1))
-        if self.data.size == 0:
+            return dtypes.encode_bytes(array.reshape(-1))
+        if array.size == 0:
             return b""
-        flat: Any = np.ascontiguousarray(self.data).reshape(-1)
+        flat: Any = np.ascontiguousarray(array).reshape(-1)
         return memoryview(flat).cast("B")
 
 
@@ -80,8 +117,9 @@ class InferRequest:
     """One inference request. `model_version` "" means the version policy's newest; `outputs` () means all.
 
     `classes` are the outputs wanted as their top classes, and how many; `shared_outputs` those to be written to
-    shared memory. Both are the front-end's business: what executes a request does not see them. Requests with equal
-    `signature`s, where it is not None, have equal names, datatypes and shapes, and ask for the same outputs.
+    shared memory. Both are the front-end's business: what executes a request does not see them. `device_outputs` are
+    those that the caller takes from a device's memory, should they be made there; others come in host memory. Requests
+    with equal `signature`s, where it is not None, have equal names, datatypes and shapes, and ask for the same outputs.
     """
 
     model_name: str
@@ -93,6 +131,7 @@ class InferRequest:
     classes: Mapping[str, int] = field(default_factory=dict)
     shared_outputs: Mapping[str, SharedRegion] = field(default_factory=dict)
     signature: Hashable = None
+    device_outputs: frozenset[str] = frozenset()
 
 
 class Columns:

@@ -179,7 +179,7 @@ class TemplateCache:
         tensors = request.inputs.values()
         if request.id or request.shared_outputs or any(isinstance(tensor.data, np.ndarray) for tensor in tensors):
             return
-        tail = [(_RAW_INPUT_TAG + _varint(len(t.data)), len(t.data)) for t in tensors]
+        tail = [(_RAW_INPUT_TAG + _varint(size), size) for t in tensors for size in [len(t.raw())]]
         at = len(payload) - sum(len(head) + size for head, size in tail)
         if at > self.MAX_TEMPLATE_BYTES:
             return

@@ -117,7 +117,7 @@ class HeaderCache:
             return  # only a request's own binary data is a view of it
         if len(self._known) >= self.MAX_HEADERS:
             self._known.clear()
-        heads = tuple((t.name, t.datatype, t.shape, len(t.data)) for t in tensors)
+        heads = tuple((t.name, t.datatype, t.shape, len(t.raw())) for t in tensors)
         size = sum(head[3] for head in heads)
         self._known[header] = Header(heads, request.outputs, dict(request.parameters), request.classes, reply, size)
 
