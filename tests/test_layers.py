@@ -47,7 +47,7 @@ HEAVY = {
         "ray_app.journal",
         "ray_app.simulation",
     },
-    "torch": {"tutti.backends.pytorch", "tutti.backends.tensorrt"},
+    "torch": {"tutti.backends.pytorch", "tutti.backends.tensorrt", "tutti.devices.cuda"},
     "transformers": set(),
     "tensorrt": {"tutti.backends.tensorrt"},
     "onnxruntime": {"tutti.backends.onnxruntime"},

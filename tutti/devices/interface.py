@@ -111,6 +111,9 @@ class Device(Protocol):
     def forward(self, launch: Callable[[], Any], stream: Stream) -> Any:
         """What `launch` returns, called so that the work it submits goes to the stream."""
 
+    def read(self, array: DeviceArray) -> Array:
+        """A copy in host memory of an array that is complete, in numpy's form. Waits. From any thread."""
+
     def synchronize(self) -> None:
         """Wait until the device has done all that it was given."""
 

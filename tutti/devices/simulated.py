@@ -3,11 +3,17 @@
 Its memory is ordinary memory, and data moves when the simulated copy ends, not when it is submitted: whoever uses a
 block too early, or too late, sees wrong bytes. Freed blocks are overwritten. Everything runs in the thread that calls
 `Timeline.run`, in the order of virtual time; the submitting thread is simulated too, with time of its own.
+
+On a LiveTimeline it is a device for programs that compute on the processor as soon as they are launched: data moves
+when it is submitted then, and only the times are simulated.
 """
 
 import heapq
 import itertools
+import logging
 import math
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +22,10 @@ from typing import Any, Literal
 import numpy as np
 
 from tutti.devices.interface import Notice
+from tutti.devices.threads import run_and_wait
 from tutti.dtypes import NUMPY, Array
+
+_log = logging.getLogger(__name__)
 
 _FREED = 0xEE
 
@@ -34,14 +43,14 @@ class Costs:
     """What things take; nanoseconds, and nanoseconds a byte. `wake_ns` is until a thread sees that an event is reached.
 
     Copies in share one engine, copies out another, and executions one more, which takes streams in turn of their
-    arrival: full batches do not overlap on a device.
+    arrival: full batches do not overlap on a device. `forward_ns` is what each launch executes, beside its kernels.
     """
 
     submit_ns: int = 0
+    forward_ns: int = 0
     copy_ns: int = 0
     copy_in_ns_per_byte: float = 0.0
     copy_out_ns_per_byte: float = 0.0
-    host_ns_per_byte: float = 0.0
     wake_ns: int = 0
 
 
@@ -69,6 +78,49 @@ class Timeline:
             work()
         if until_ns != math.inf:
             self.now_ns = max(self.now_ns, int(until_ns))
+
+
+class LiveTimeline(Timeline):
+    """The same in real time: a thread does what is due. `at` and `call` may be used from any thread."""
+
+    def __init__(self) -> None:
+        self._start_ns = time.monotonic_ns()
+        super().__init__()
+        self._changed = threading.Condition()
+        self._is_ended = False
+        self._thread = threading.Thread(target=self.run, name="simulated device", daemon=True)
+        self._thread.start()
+
+    def at(self, when_ns: int, work: Callable[[], None]) -> None:
+        with self._changed:
+            super().at(when_ns, work)
+            self._changed.notify()
+
+    def end(self) -> None:
+        """End the thread; what is due later is never done."""
+        with self._changed:
+            self._is_ended = True
+            self._changed.notify()
+
+    def run(self, until_ns: float = math.inf) -> None:
+        while (work := self._next()) is not None:
+            try:
+                work()
+            except Exception:
+                _log.exception("work of a simulated device failed")
+
+    def _next(self) -> Callable[[], None] | None:
+        with self._changed:
+            while not self._is_ended:
+                if not self._due:
+                    self._changed.wait()
+                    continue
+                wait_ns = self._due[0][0] - time.monotonic_ns()
+                if wait_ns <= 0:
+                    self.now_ns, _, work = heapq.heappop(self._due)
+                    return work
+                self._changed.wait(wait_ns / 1e9)
+        return None
 
 
 class _HostBlock:
@@ -150,6 +202,7 @@ class SimulatedDevice:
     ) -> None:
         self.name = name
         self.timeline = timeline
+        self._is_live = isinstance(timeline, LiveTimeline)
         self.costs = costs
         self.memory_bytes = memory_bytes
         self.used_bytes = 0
@@ -173,13 +226,20 @@ class SimulatedDevice:
         return max(self.timeline.now_ns, self._host_free_ns) if self._is_at_work else self.timeline.now_ns
 
     def post(self, work: Callable[[], None]) -> None:
+        # From any thread: what was posted is looked at in the timeline's.
         self._posted.append(work)
-        self._run_next()
+        if self._is_live:
+            self.timeline.at(0, self._run_next)
+        else:
+            self._run_next()
 
     def call(self, work: Callable[[], None]) -> None:
-        """Time passes until all that was due is done, as it does for a thread that waits."""
-        self.post(work)
-        self.timeline.run()
+        """In virtual time, all that is due is done meanwhile."""
+        if isinstance(self.timeline, LiveTimeline):
+            run_and_wait(self.post, work)
+        else:
+            self.post(work)
+            self.timeline.run()
 
     def alarm(self, delay_ns: int, work: Callable[[], None]) -> None:
         self.timeline.after(delay_ns, work)
@@ -189,7 +249,9 @@ class SimulatedDevice:
         self._host_free_ns = max(self._host_free_ns, self.timeline.now_ns) + int(ns)
 
     def close(self) -> None:
-        """Nothing to end."""
+        """End a live timeline."""
+        if isinstance(self.timeline, LiveTimeline):
+            self.timeline.end()
 
     def _run_next(self) -> None:
         if self._posted and not self._is_posted:
@@ -200,9 +262,11 @@ class SimulatedDevice:
         # What the work submits reaches the device when the work's own time is over.
         self._is_posted = False
         self._is_at_work = True
-        self._posted.popleft()()
-        self._is_at_work = False
-        self._run_next()
+        try:
+            self._posted.popleft()()
+        finally:
+            self._is_at_work = False
+            self._run_next()
 
     # Memory.
 
@@ -313,7 +377,13 @@ class SimulatedDevice:
 
     def forward(self, launch: Callable[[], Any], stream: Any) -> Any:
         self.spend(self.costs.submit_ns)
-        return launch()
+        outputs = launch()
+        if self.costs.forward_ns:
+            self.kernel(stream, self.costs.forward_ns, _nothing)
+        return outputs
+
+    def read(self, array: Any) -> Array:
+        return np.array(array)
 
     def synchronize(self) -> None:
         """In virtual time nothing may wait: the engine asks for this only when nothing is under way."""
@@ -336,6 +406,9 @@ class SimulatedDevice:
         return isinstance(error, SimulatedMemoryError)
 
     def fault(self, error: BaseException) -> str:
+        if self._is_live and isinstance(error, IndexError):
+            # What a processor notices, as an id that an embedding lacks, is an assertion's failure on a device.
+            self.fail(f"device-side assert triggered: {error}")
         return self._fault
 
     def release_cached(self) -> None:
@@ -358,12 +431,16 @@ class SimulatedDevice:
     def _submit(self, stream: Any, operation: _Operation) -> None:
         """Put an operation on a stream once the submitting thread's time is there."""
         self._check()
-        if self._host_free_ns <= self.timeline.now_ns:
+        if self._is_live or self._host_free_ns <= self.timeline.now_ns:
             stream.add(operation)
         else:
             self.timeline.at(self._host_free_ns, lambda: stream.add(operation))
 
     def _timed(self, unit: _Unit, takes_ns: int, move: Callable[[], None]) -> _Operation:
+        if self._is_live:
+            move()
+            move = _nothing
+
         def begin(ended: Callable[[], None]) -> None:
             def end() -> None:
                 if not self._fault:
@@ -374,3 +451,7 @@ class SimulatedDevice:
             self.timeline.at(unit.take(self.timeline.now_ns, takes_ns), end)
 
         return begin
+
+
+def _nothing() -> None:
+    """What has been done already."""

@@ -1,0 +1,214 @@
+"""CUDA devices through PyTorch, which holds their memory, streams and events.
+
+One thread submits all work of a device: each thread that multiplies matrices keeps a workspace on it. A thread for each
+stream that somebody waits for sleeps until the device reaches an event; the interpreter's lock is free meanwhile.
+"""
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from tutti.devices import errors
+from tutti.devices.interface import Notice
+from tutti.devices.threads import Alarms, run_and_wait
+from tutti.dtypes import Array
+
+_log = logging.getLogger(__name__)
+
+TORCH = {
+    "BOOL": torch.bool, "INT8": torch.int8, "INT16": torch.int16, "INT32": torch.int32, "INT64": torch.int64,
+    "UINT8": torch.uint8, "UINT16": torch.uint16, "UINT32": torch.uint32, "UINT64": torch.uint64,
+    "FP16": torch.float16, "BF16": torch.bfloat16, "FP32": torch.float32, "FP64": torch.float64,
+}  # fmt: skip
+
+
+class _HostBlock:
+    def __init__(self, size: int) -> None:
+        self.tensor = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        self.array: Array = self.tensor.numpy()
+
+
+class _DeviceBlock:
+    def __init__(self, size: int, device: str) -> None:
+        self.size = size
+        self.tensor = torch.empty(size, dtype=torch.uint8, device=device)
+
+
+class CudaDevice:
+    """A Device (interface.py): GPU `index` of those that the process sees."""
+
+    def __init__(self, index: int) -> None:
+        self.name = f"cuda:{index}"
+        self._index = index
+        self._posted: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._alarms = Alarms(f"{self.name} alarms")
+        self._waiters: dict[Any, _Waiter] = {}
+        self._probe: tuple[Any, Any] | None = None
+        self._thread = threading.Thread(target=self._run, name=f"{self.name} submits", daemon=True)
+        self._thread.start()
+
+    # Threads.
+
+    def now_ns(self) -> int:
+        return time.monotonic_ns()
+
+    def post(self, work: Callable[[], None]) -> None:
+        self._posted.put(work)
+
+    def call(self, work: Callable[[], None]) -> None:
+        run_and_wait(self.post, work)
+
+    def alarm(self, delay_ns: int, work: Callable[[], None]) -> None:
+        self._alarms.set(delay_ns, work)
+
+    def close(self) -> None:
+        self._posted.put(None)
+        self._thread.join()
+        for waiter in self._waiters.values():
+            waiter.close()
+        self._alarms.close()
+
+    def _run(self) -> None:
+        torch.cuda.set_device(self._index)
+        while (work := self._posted.get()) is not None:
+            try:
+                work()
+            except Exception:
+                _log.exception("device %s: work failed", self.name)
+            work = None  # what it refers to may be memory of the device
+
+    # Memory.
+
+    def host_block(self, size: int) -> _HostBlock:
+        return _HostBlock(size)
+
+    def free_host(self, block: Any) -> None:
+        """PyTorch keeps pinned memory for later; release_cached gives it back."""
+        block.tensor = block.array = None
+
+    def device_block(self, size: int) -> _DeviceBlock:
+        return _DeviceBlock(size, self.name)
+
+    def free_device(self, block: Any) -> None:
+        block.tensor = None
+
+    def view(self, block: Any, offset: int, datatype: str, shape: Sequence[int]) -> Any:
+        dtype = TORCH[datatype]
+        size = dtype.itemsize
+        for length in shape:
+            size *= length
+        return block.tensor[offset : offset + size].view(dtype).view(tuple(shape))
+
+    def nbytes(self, array: Any) -> int:
+        return int(array.numel() * array.element_size())
+
+    # Streams.
+
+    def stream(self, priority: int = 0) -> Any:
+        return torch.cuda.Stream(self.name, priority=priority)
+
+    def event(self) -> Any:
+        return torch.cuda.Event(enable_timing=True, blocking=True)
+
+    def record(self, event: Any, stream: Any) -> None:
+        event.record(stream)
+
+    def wait(self, stream: Any, event: Any) -> None:
+        stream.wait_event(event)
+
+    def copy_in(self, source: Any, target: Any, size: int, stream: Any) -> None:
+        with torch.cuda.stream(stream):
+            target.tensor[:size].copy_(source.tensor[:size], non_blocking=True)
+
+    def copy_out(self, source: Any, target: Any, offset: int, stream: Any) -> None:
+        size = self.nbytes(source)
+        if not size:
+            return
+        with torch.cuda.stream(stream):
+            host = target.tensor[offset : offset + size].view(source.dtype).view(source.shape)
+            # A copy with gaps would go through memory of its own, and wait for it.
+            host.copy_(source if source.is_contiguous() else source.contiguous(), non_blocking=True)
+
+    def is_reached(self, event: Any) -> bool:
+        return bool(event.query())
+
+    def elapsed_ns(self, start: Any, end: Any) -> int:
+        return int(start.elapsed_time(end) * 1e6)
+
+    def notify(self, event: Any, stream: Any, notice: Notice) -> None:
+        waiter = self._waiters.get(stream)
+        if waiter is None:
+            waiter = self._waiters[stream] = _Waiter(f"{self.name} waits {len(self._waiters)}")
+        waiter.queue.put((event, notice))
+
+    def forward(self, launch: Callable[[], Any], stream: Any) -> Any:
+        with torch.cuda.stream(stream):
+            return launch()
+
+    def read(self, array: Any) -> Array:
+        host = array.cpu()
+        if host.dtype == torch.bfloat16:  # numpy has no such type: its bits, as the server keeps them
+            host = host.view(torch.int16).numpy().view(np.uint16)
+            return np.asarray(host)
+        return np.asarray(host.numpy())
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self._index)
+
+    # Errors.
+
+    def is_memory_error(self, error: BaseException) -> bool:
+        return errors.is_out_of_memory(error)
+
+    def fault(self, error: BaseException) -> str:
+        reason = errors.sticky(error)
+        if reason:
+            return reason
+        try:
+            if self._probe is None:
+                self._probe = torch.cuda.Stream(self.name), torch.cuda.Event(blocking=True)
+            stream, event = self._probe
+            event.record(stream)
+            event.synchronize()
+        except Exception as failure:
+            return errors.sticky(failure) or f"{type(failure).__name__}: {failure}"
+        return ""
+
+    def release_cached(self) -> None:
+        torch.cuda.empty_cache()
+        empty_host = getattr(torch._C, "_host_emptyCache", None)
+        if empty_host is not None:
+            empty_host()
+
+
+class _Waiter:
+    """Waits for the events of one stream, in their order."""
+
+    def __init__(self, name: str) -> None:
+        self.queue: queue.SimpleQueue[tuple[Any, Notice] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self.queue.put(None)
+        self._thread.join(timeout=1)  # one that waits for what never comes goes with the process
+
+    def _run(self) -> None:
+        while (entry := self.queue.get()) is not None:
+            event, notice = entry
+            failure: Exception | None = None
+            try:
+                event.synchronize()
+            except Exception as error:
+                failure = error
+            try:
+                notice(failure)
+            except Exception:
+                _log.exception("a notice failed")
+            del entry, notice, event  # as above
