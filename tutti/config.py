@@ -16,6 +16,8 @@ from tritonclient.grpc import model_config_pb2 as pb
 
 from tutti import dtypes
 from tutti.batching import BatchingPolicy, QueuePolicy
+from tutti.bounds import UNBOUNDED, Bounds
+from tutti.bounds import parse as parse_bounds
 from tutti.errors import ConfigError
 from tutti.padding import NO_PADDING, Padding
 from tutti.padding import parse as parse_padding
@@ -221,6 +223,7 @@ class ModelConfig:
     metric_tags: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     padding: Padding = NO_PADDING
     ragged: Ragged = NOT_RAGGED
+    bounds: Bounds = UNBOUNDED
     max_inflight_requests: int = 0
 
     @property
@@ -540,6 +543,7 @@ def _build(proto: Any) -> ModelConfig:
     is_dynamic = proto.HasField("dynamic_batching")
     parameters = MappingProxyType({key: value.string_value for key, value in proto.parameters.items()})
     inputs, outputs = (tuple(_spec(spec) for spec in specs) for specs in (proto.input, proto.output))
+    padding = _padding(proto, parameters, (inputs, outputs))
     return ModelConfig(
         name=proto.name,
         platform=proto.platform or {v: k for k, v in _PLATFORM_BACKENDS.items()}.get(backend, backend),
@@ -560,8 +564,9 @@ def _build(proto: Any) -> ModelConfig:
         sequences=_sequences(proto),
         warmups=tuple(_warmup(proto, index) for index in range(len(proto.model_warmup))),
         metric_tags=MappingProxyType(dict(proto.metric_tags)),
-        padding=_padding(proto, parameters, (inputs, outputs)),
+        padding=padding,
         ragged=_ragged(proto),
+        bounds=parse_bounds(proto.name, parameters, inputs, padding, is_checked=backend in JOINING),
         max_inflight_requests=proto.ensemble_scheduling.max_inflight_requests,
     )
 

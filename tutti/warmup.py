@@ -13,6 +13,8 @@ from tutti.scheduler import Backend
 from tutti.types import Call, InferRequest, InferResponse, Tensor
 
 _SEED = 0
+# How far random integers go from the lowest.
+_RANDOM = 126
 
 
 class _Sink:
@@ -66,5 +68,9 @@ def _tensor(folder: ModelFolder, warmup: Warmup, name: str, item: WarmupInput) -
     if item.kind == "zero":
         return Tensor(name, item.datatype, shape, np.zeros(shape, dtype))
     rng = np.random.default_rng(_SEED)
-    array = rng.random(shape) if dtype.kind == "f" else rng.integers(0, 2 if dtype.kind == "b" else 127, shape)
-    return Tensor(name, item.datatype, shape, array.astype(dtype))
+    if dtype.kind == "f":
+        return Tensor(name, item.datatype, shape, rng.random(shape).astype(dtype))
+    limit = folder.config.bounds.ranges.get(name)
+    low, high = (0, 1 if dtype.kind == "b" else _RANDOM) if limit is None else (limit.low, limit.high)
+    steps = rng.integers(0, min(high - low, _RANDOM), shape, endpoint=True).astype(dtype)
+    return Tensor(name, item.datatype, shape, steps if low == 0 else steps + low)

@@ -86,6 +86,7 @@ class JoinedBackend:
         if is_ragged:
             feed |= self.config.ragged.made(requests)
         try:
+            self.config.bounds.check_all(feed)  # before a device is asked for anything
             if self._turns is None:
                 arrays = self.run(names, feed)
             else:
