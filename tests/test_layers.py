@@ -52,6 +52,7 @@ HEAVY = {
     "tensorrt": {"tutti.backends.tensorrt"},
     "onnxruntime": {"tutti.backends.onnxruntime"},
     "psutil": {"ray_app.processes"},
+    "pynvml": {"tutti.devices.nvml"},
 }
 
 

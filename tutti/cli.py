@@ -233,6 +233,7 @@ def _loadtest(arguments: Sequence[str]) -> int:
 async def _serve_here(options: argparse.Namespace, logs: Logs) -> int:
     import ensembles
     from tutti import collector, local
+    from tutti.devices.gpu_metrics import GpuMetrics
 
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
@@ -247,7 +248,8 @@ async def _serve_here(options: argparse.Namespace, logs: Logs) -> int:
         cache_bytes=setup.cache_size(options.cache_config),
     )
     api = setup.make_api(engine, options, logs)
-    server = Server(api, setup.addresses(options))
+    gpus = GpuMetrics()
+    server = Server(api, setup.addresses(options), gpus.collect, gpus.sample)
     names = (options.load_model or []) if is_explicit and "*" not in (options.load_model or []) else None
     if options.model_control_mode == "poll":
         await asyncio.to_thread(engine.remember)

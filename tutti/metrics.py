@@ -14,6 +14,7 @@ from prometheus_client.metrics_core import (
 )
 
 from tutti import custom_metrics
+from tutti.devices import gpu_metrics
 from tutti.engine import Engine
 from tutti.model import Model
 from tutti.statistics import BUCKETS_NS, Counts, Histogram, StepCounts
@@ -69,7 +70,7 @@ class Metrics:
         Triton's counters are named without the library's `_total`, and its dashboards ask for those names.
         """
         page = generate_latest(self._registry)
-        for name in [name for name, _, _ in _COUNTERS if name.startswith("nv_")]:
+        for name in [*(name for name, _, _ in _COUNTERS if name.startswith("nv_")), gpu_metrics.ENERGY]:
             page = page.replace(f"{name}_total".encode(), name.encode())
         return page, CONTENT_TYPE_LATEST
 

@@ -109,10 +109,14 @@ def _merged(table: Sequence[tuple[Category, str, str, Handler]], gate: Gate) -> 
     return [Route(path, endpoint(handlers), methods=list(handlers)) for path, handlers in by_path.items()]
 
 
-def metrics_app(render: Callable[[], tuple[bytes, str]], gate: Gate) -> Starlette:
-    """`GET /metrics`; `render` gives the page and its content type."""
+def metrics_app(
+    render: Callable[[], tuple[bytes, str]], gate: Gate, sample: Callable[[], None] | None = None
+) -> Starlette:
+    """`GET /metrics`; `render` gives the page and its content type. `sample` is called before it, in a thread."""
 
     async def metrics(_: Request) -> Response:
+        if sample is not None:
+            await asyncio.to_thread(sample)
         page, content_type = render()
         return Response(page, headers={"content-type": content_type})
 

@@ -5,6 +5,7 @@ import logging
 import socket
 import ssl
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -82,10 +83,18 @@ class Addresses:
 class Server:
     """The listening front-ends. Lives on one event loop."""
 
-    def __init__(self, api: Api, addresses: Addresses, extra: Collect | None = None) -> None:
+    def __init__(
+        self,
+        api: Api,
+        addresses: Addresses,
+        extra: Collect | None = None,
+        sample: Callable[[], None] | None = None,
+    ) -> None:
+        """`extra` adds families to the metrics page; before each page `sample` is called, in a thread."""
         self._api = api
         self._addresses = addresses
         self._extra = extra
+        self._sample = sample
         self._http: list[HttpFront] = []
         self._grpc: GrpcFront | None = None
         self._grpcio: GrpcioFront | None = None
@@ -116,7 +125,7 @@ class Server:
 
     async def _start_metrics(self) -> int:
         metrics = Metrics(self._api.engine, self._extra)
-        front = HttpFront(http_api.metrics_app(metrics.render, self._api.http.gate))
+        front = HttpFront(http_api.metrics_app(metrics.render, self._api.http.gate, self._sample))
         self._http.append(front)
         first = self._addresses.metrics_port
         assert first is not None
