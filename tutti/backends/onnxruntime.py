@@ -19,6 +19,7 @@ from tutti import backends
 from tutti.backends import joined
 from tutti.backends.joined import JoinedBackend
 from tutti.config import InstanceGroup, ModelConfig
+from tutti.devices.nvml import nvml
 from tutti.dtypes import NUMPY, Array, to_config
 from tutti.errors import ConfigError, OutOfMemory
 from tutti.repository import ModelFolder
@@ -45,8 +46,9 @@ def load(folder: ModelFolder, version: int, infer: Infer) -> list[Backend]:
     path = backends.model_file(folder, version, "model.onnx")
     sessions: dict[str, Any] = {}
     loaded: list[Backend] = []
-    for group, number in backends.instances(config):
-        device = f"cuda:{number}" if _is_gpu(config, group) else "cpu"
+    has_cuda = _has_cuda()
+    for group, number in backends.instances(config, has_cuda):
+        device = f"cuda:{number}" if _is_gpu(config, group, has_cuda) else "cpu"
         if device not in sessions:
             variant = config.cpu_filename if device == "cpu" else config.gpu_filename
             own = backends.version_file(folder, version, variant) if variant else path
@@ -153,8 +155,12 @@ def _options(config: ModelConfig) -> Any:
     return options
 
 
-def _is_gpu(config: ModelConfig, group: InstanceGroup) -> bool:
-    has_cuda = "CUDAExecutionProvider" in ort.get_available_providers()
+def _has_cuda() -> bool:
+    """The build for GPUs lists its provider on every machine, and falls back to the processor without an error."""
+    return "CUDAExecutionProvider" in ort.get_available_providers() and nvml.may_have_gpus()
+
+
+def _is_gpu(config: ModelConfig, group: InstanceGroup, has_cuda: bool) -> bool:
     if group.kind == "gpu" and not has_cuda and not config.cpu_filename:
         raise ConfigError(f"model '{config.name}': instance_group.kind: KIND_GPU, but onnxruntime finds no CUDA")
     return group.kind != "cpu" and has_cuda

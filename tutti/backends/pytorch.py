@@ -40,7 +40,7 @@ def load(folder: ModelFolder, version: int, infer: Infer) -> list[Backend]:
     _set_threads(config)
     loaded: list[Backend] = []
     forwards: dict[str, tuple[Callable[..., Any], list[str]]] = {}
-    for group, number in backends.instances(config):
+    for group, number in backends.instances(config, torch.cuda.is_available()):
         device = _device(config, group, number)
         if device not in forwards:
             forwards[device] = _forward(config, path, device)
