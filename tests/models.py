@@ -26,6 +26,12 @@ def onnx_gather() -> bytes:
     return _serialized(graph)
 
 
+def onnx_text() -> bytes:
+    """y = x for any number of strings."""
+    x, y = (helper.make_tensor_value_info(name, TensorProto.STRING, [None]) for name in ("x", "y"))
+    return _serialized(helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "text", [x], [y]))
+
+
 def _serialized(graph: onnx.GraphProto) -> bytes:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
     onnx.checker.check_model(model)

@@ -115,7 +115,8 @@ def test_pytorch_counts_where_nvml_cannot(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(("visible", "may"), [(None, True), ("0", True), ("", False), ("-1", False)])
 def test_what_is_certain_without_nvml(visible: str | None, may: bool) -> None:
     environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
-    assert Nvml(FakeNvml(has_driver=False), environment).may_have_gpus() is may
+    assert Nvml(FakeNvml(has_driver=False), environment, driver="libc.so.6").may_have_gpus() is may
+    assert not Nvml(FakeNvml(has_driver=False), environment, driver="libnone.so.1").may_have_gpus()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """ONNX Runtime: requests of a batch are joined, executed once and split again.
 
-Honours the parameters of Triton's onnxruntime backend: `intra_op_thread_count`, `inter_op_thread_count`. And, for
+Honours the parameters of Triton's onnxruntime backend: `intra_op_thread_count`, `inter_op_thread_count`, and those of
+its CUDA provider (onnx_providers.py). And, for
 machines without a GPU, `tutti.cpu_model_filename`: a variant of the model for CPUs, as one with 8-bit integers, whose
 outputs differ by no more than `tutti.cpu_tolerance` (0.05) of their range. That is checked at load. And for GPUs
 `tutti.gpu_model_filename`, as one with 16 bits.
@@ -16,7 +17,7 @@ import onnxruntime as ort
 from tritonclient.grpc import model_config_pb2 as pb
 
 from tutti import backends
-from tutti.backends import joined
+from tutti.backends import joined, onnx_providers
 from tutti.backends.joined import JoinedBackend
 from tutti.config import InstanceGroup, ModelConfig
 from tutti.devices.nvml import nvml
@@ -60,12 +61,23 @@ def load(folder: ModelFolder, version: int, infer: Infer) -> list[Backend]:
 
 
 def _session(config: ModelConfig, path: Path, device: str) -> Any:
+    providers = onnx_providers.providers(config, device)
     try:
-        session = ort.InferenceSession(path, _options(config), providers=_providers(config, device))
+        # Without the fallback: it would execute elsewhere, when it starts and after any failure later, and say nothing.
+        session = ort.InferenceSession(path, _options(config), providers=providers, enable_fallback=0)
     except Exception as error:
         raise ConfigError(f"model '{config.name}': onnxruntime cannot load {path.name}: {error}") from None
+    _check_providers(config, session, device, onnx_providers.names(providers))
     _check_tensors(config, session)
     return session
+
+
+def _check_providers(config: ModelConfig, session: Any, device: str, wanted: Sequence[str]) -> None:
+    """A provider whose libraries are not to be found is only logged of, and left out."""
+    missing = [name for name in wanted if name not in session.get_providers()]
+    if missing:
+        what = f"onnxruntime could not start {', '.join(missing)} on {device}: its log says which library it lacks"
+        raise ConfigError(f"model '{config.name}': {what} (instance_group.kind: KIND_CPU does without)")
 
 
 def _check_variant(config: ModelConfig, original: Any, variant: Any) -> None:
@@ -166,32 +178,6 @@ def _is_gpu(config: ModelConfig, group: InstanceGroup, has_cuda: bool) -> bool:
     return group.kind != "cpu" and has_cuda
 
 
-def _providers(config: ModelConfig, device: str) -> list[Any]:
-    """In order of preference, with their options; TensorRT where `execution_accelerators` asks for it."""
-    if device == "cpu":
-        return ["CPUExecutionProvider"]
-    number = device.partition(":")[2]
-    chosen: list[Any] = []
-    for accelerator in config.proto.optimization.execution_accelerators.gpu_execution_accelerator:
-        if accelerator.name != "tensorrt":
-            what = f"expected 'tensorrt', got '{accelerator.name}'"
-            raise ConfigError(f"model '{config.name}': optimization.execution_accelerators: {what}")
-        given = dict(accelerator.parameters)
-        options = {"device_id": number, "trt_engine_cache_enable": "0"}
-        if given.pop("precision_mode", "FP32") == "FP16":
-            options["trt_fp16_enable"] = "1"
-        if "max_workspace_size_bytes" in given:
-            options["trt_max_workspace_size"] = given.pop("max_workspace_size_bytes")
-        for key, value in given.items():
-            if not key.startswith("trt_"):
-                raise ConfigError(
-                    f"model '{config.name}': optimization.execution_accelerators: parameter '{key}' is not known"
-                )
-            options[key] = value
-        chosen.append(("TensorrtExecutionProvider", options))
-    return [*chosen, ("CUDAExecutionProvider", {"device_id": number}), "CPUExecutionProvider"]
-
-
 def _check_tensors(config: ModelConfig, session: Any) -> None:
     for kind, specs, nodes in (
         ("input", config.inputs, session.get_inputs()),
@@ -216,8 +202,10 @@ class OnnxBackend(JoinedBackend):
     def __init__(self, config: ModelConfig, version: str, session: Any, device: str = "cpu") -> None:
         super().__init__(config, version, device)
         self._session = session
-        self._is_bound = device != "cpu"
         self._text_inputs = frozenset(spec.name for spec in config.inputs if spec.datatype == "BYTES")
+        # Text can be bound to no memory: such a model's tensors are passed as they are.
+        has_text = bool(self._text_inputs) or "BYTES" in self._datatypes.values()
+        self._is_bound = device != "cpu" and not has_text
 
     def run(self, names: Sequence[str], feed: Mapping[str, Array]) -> Sequence[Array]:
         if self._text_inputs:  # the string tensors of ONNX Runtime are text

@@ -4,6 +4,7 @@ NVML knows every GPU of the machine, in the order of the PCI bus; CUDA shows a p
 names, in its order. Without nvidia-ml-py, or without a driver, there are none, and that is no error.
 """
 
+import ctypes
 import importlib
 import logging
 import os
@@ -70,10 +71,13 @@ def _uuid(entry: str, uuids: Sequence[str]) -> str:
 class Nvml:
     """NVML in one process, initialized when it is first needed. Thread-safe."""
 
-    def __init__(self, library: Any = None, environment: Mapping[str, str] = os.environ) -> None:
-        """`library` stands in for the module pynvml."""
+    def __init__(
+        self, library: Any = None, environment: Mapping[str, str] = os.environ, driver: str = "libcuda.so.1"
+    ) -> None:
+        """`library` stands in for the module pynvml; `driver` is the library without which there is no CUDA."""
         self._library = library
         self._environment = environment
+        self._driver = driver
         self._lock = threading.Lock()
         self._is_asked = False
         self._is_open = False
@@ -119,7 +123,13 @@ class Nvml:
         if self.is_open():
             return bool(self.gpus())
         visible = self._environment.get("CUDA_VISIBLE_DEVICES")
-        return visible is None or not (visible.strip() == "" or visible.strip().startswith("-"))
+        if visible is not None and (not visible.strip() or visible.strip().startswith("-")):
+            return False
+        try:
+            ctypes.CDLL(self._driver)
+        except OSError:
+            return False
+        return True
 
     def _opens(self) -> bool:
         try:
