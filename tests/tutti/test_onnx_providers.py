@@ -6,11 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.models import onnx_add_one, onnx_text
+from tests.models import Repository, onnx_add_one, onnx_text
+from tests.serving import engine_over, infer
 from tutti import config
 from tutti.backends import onnx_providers, onnxruntime
 from tutti.config import ModelConfig
-from tutti.errors import ConfigError
+from tutti.errors import ConfigError, InvalidArgument
+from tutti.types import InferRequest, InferResponse, Tensor
 
 CPU = "CPUExecutionProvider"
 DEFAULTS = {"device_id": "1", "cudnn_conv_algo_search": "HEURISTIC", "arena_extend_strategy": "kSameAsRequested"}
@@ -197,11 +199,26 @@ def test_text_cannot_be_bound(x: str, y: str, device: str, way: str) -> None:
     session = FakeSession()
     backend = onnxruntime.OnnxBackend(parsed(x=x, y=y), "1", session, device)
     is_text = x == "TYPE_STRING"
-    given = np.array([b"a", b"u"], object) if is_text else np.ones(2, np.float32)
+    given = np.array([b"a", "ü".encode()], object) if is_text else np.ones(2, np.float32)
     # The string tensors of ONNX Runtime are text.
     (answer,) = backend.run(["y"], {"x": given})
     assert session.ways == [way]
-    assert answer.tolist() == (["a", "u"] if is_text else [1.0, 1.0])
+    assert answer.tolist() == (["a", "ü"] if is_text else [1.0, 1.0])
+
+
+def test_text_is_utf8(repository: Repository) -> None:
+    tensors = 'input { name: "x" data_type: TYPE_STRING dims: -1 } output { name: "y" data_type: TYPE_STRING dims: -1 }'
+    repository.add("m", f'backend: "onnxruntime" {tensors}', {"model.onnx": onnx_text()})
+
+    def asked(*texts: bytes) -> InferRequest:
+        return InferRequest("m", {"x": Tensor.of("x", np.array(texts, object))})
+
+    with engine_over(repository.root) as engine:
+        good, bad = infer(engine, [asked("grün 日本 ".encode(), b"a\0b\0", b""), asked(b"\xff")])
+        assert isinstance(good, InferResponse)
+        assert good.outputs[0].array().tolist() == ["grün 日本 ", "a\0b\0", ""]
+        assert isinstance(bad, InvalidArgument)
+        assert bad.message.startswith("model 'm': input 'x': onnxruntime takes text in UTF-8 only")
 
 
 @pytest.mark.gpu

@@ -22,7 +22,7 @@ from tutti.backends.joined import JoinedBackend
 from tutti.config import InstanceGroup, ModelConfig
 from tutti.devices.nvml import nvml
 from tutti.dtypes import NUMPY, Array, to_config
-from tutti.errors import ConfigError, OutOfMemory
+from tutti.errors import ConfigError, InvalidArgument, OutOfMemory
 from tutti.repository import ModelFolder
 from tutti.scheduler import Backend
 from tutti.types import Infer
@@ -209,7 +209,7 @@ class OnnxBackend(JoinedBackend):
 
     def run(self, names: Sequence[str], feed: Mapping[str, Array]) -> Sequence[Array]:
         if self._text_inputs:  # the string tensors of ONNX Runtime are text
-            feed = {name: x.astype(str) if name in self._text_inputs else x for name, x in feed.items()}
+            feed = {name: _as_text(name, x) if name in self._text_inputs else x for name, x in feed.items()}
         try:
             arrays: Sequence[Array] = self._run_bound(names, feed) if self._is_bound else self._session.run(names, feed)
         except Exception as error:
@@ -230,6 +230,15 @@ class OnnxBackend(JoinedBackend):
         binding.synchronize_outputs()
         arrays: Sequence[Array] = binding.copy_outputs_to_cpu()
         return arrays
+
+
+def _as_text(name: str, array: Array) -> Array:
+    """Raises InvalidArgument for elements that are not UTF-8."""
+    try:
+        texts = [element if isinstance(element, str) else element.decode() for element in array.ravel().tolist()]
+    except UnicodeDecodeError as error:
+        raise InvalidArgument(f"input '{name}': onnxruntime takes text in UTF-8 only: {error}") from None
+    return np.array(texts, dtype=object).reshape(array.shape)
 
 
 def _is_out_of_memory(error: Exception) -> bool:
