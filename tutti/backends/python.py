@@ -1,7 +1,8 @@
 """Triton's python backend, in process: `model.py` with a TritonPythonModel, unchanged.
 
 Each instance has its own TritonPythonModel. execute gets the batch as a list of requests, as in Triton: nothing is
-joined, so each request may have tensors of its own shape.
+joined, so each request may have tensors of its own shape. Tensors may be in a GPU's memory: outputs wherever the model
+puts them, inputs where `FORCE_CPU_ONLY_INPUT_TENSORS` is "no".
 """
 
 import asyncio
@@ -21,8 +22,11 @@ from tutti import backends, config, rows
 from tutti.backends import isolated
 from tutti.backends import triton_python_backend_utils as pb_utils
 from tutti.config import InstanceGroup, ModelConfig
-from tutti.dtypes import NUMPY, Array, from_numpy
-from tutti.errors import ConfigError, InferError, Internal
+from tutti.devices import tensors
+from tutti.devices.errors import is_out_of_memory, is_unclear, sticky
+from tutti.devices.health import health
+from tutti.dtypes import NUMPY
+from tutti.errors import ConfigError, DeviceLost, InferError, Internal, OutOfMemory
 from tutti.repository import ModelFolder
 from tutti.scheduler import Backend, Executed
 from tutti.types import Call, Columns, Infer, InferResponse, Tensor
@@ -31,12 +35,14 @@ _log = logging.getLogger(__name__)
 
 # How long an unload waits for answers that a model still owes.
 FINALIZE_TIMEOUT_S = 30.0
+ON_HOST_PARAMETER = "FORCE_CPU_ONLY_INPUT_TENSORS"
 _import_lock = threading.Lock()
 
 
 def load(folder: ModelFolder, version: int, infer: Infer) -> list[Backend]:
     """Import model.py once, and initialize one TritonPythonModel per instance. Models may send requests to `infer`."""
     path = backends.model_file(folder, version, "model.py")
+    _takes_inputs_on_host(folder.config)
     pb_utils.serve_with(infer)
     loaded: list[Backend] = []
     if isolated.is_wanted(folder):
@@ -85,6 +91,29 @@ def complete(proto: Any, path: Path) -> None:
         ) from error
 
 
+def gpu_count() -> int:
+    """How many GPUs this machine has; it imports nothing and makes no context."""
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
+def instance_kind(group: InstanceGroup, gpus: int) -> str:
+    """ "GPU" or "CPU" for an instance group. KIND_AUTO is a GPU where there are any, and all that it lists.
+
+    As Triton's core resolves it (NormalizeInstanceGroup in model_config_utils.cc), whose python backend prefers GPUs.
+    """
+    if group.kind == "auto":
+        return "GPU" if gpus and all(device < gpus for device in group.gpus) else "CPU"
+    return "GPU" if group.kind == "gpu" else "CPU"
+
+
+def _takes_inputs_on_host(model: ModelConfig) -> bool:
+    """Whether the model is to have all inputs in host memory. Raises ConfigError."""
+    text = model.parameters.get(ON_HOST_PARAMETER, "yes")
+    if text not in ("yes", "no"):
+        raise ConfigError(f"model '{model.name}': parameters.{ON_HOST_PARAMETER}: expected 'yes' or 'no', got '{text}'")
+    return text == "yes"
+
+
 def _import(path: Path, name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
@@ -116,6 +145,8 @@ class PythonBackend:
         self._config: ModelConfig = folder.config
         self._version = str(version)
         self._model = model
+        self._device = device
+        self._takes_inputs_on_host = _takes_inputs_on_host(folder.config)
         self._output_names = tuple(spec.name for spec in folder.config.outputs)
         self._datatypes = {spec.name: spec.datatype for spec in folder.config.outputs}
         self._has_text = any(spec.datatype == "BYTES" for spec in folder.config.inputs)
@@ -123,15 +154,20 @@ class PythonBackend:
         self._owed = 0
         self._settled = threading.Condition()
         if hasattr(model, "initialize"):
-            model.initialize(self._arguments(folder, index, group, device))
+            try:
+                model.initialize(self._arguments(folder, index, group, device))
+            except Exception as error:
+                self._failure("initialize", error)
+                raise
 
     def _arguments(self, folder: ModelFolder, index: int, group: InstanceGroup, device: int) -> dict[str, str]:
         name = self._config.name
+        kind = instance_kind(group, gpu_count())
         return {
             "model_config": json.dumps(config.as_json(self._config.proto)),
-            "model_instance_kind": "GPU" if group.kind == "gpu" else "CPU",
+            "model_instance_kind": kind,
             "model_instance_name": f"{group.name or name}_{index}",
-            "model_instance_device_id": str(device),
+            "model_instance_device_id": str(device if kind == "GPU" else 0),
             "model_repository": str(folder.path),
             "model_version": self._version,
             "model_name": name,
@@ -174,7 +210,7 @@ class PythonBackend:
                 with self._settled:
                     self._owed += 1
                 sender = senders[id(call)] = pb_utils.InferenceResponseSender(
-                    call, self._answer, self._null, is_decoupled, self._paid
+                    call, self._sent, self._null, is_decoupled, self._paid
                 )
             return sender
 
@@ -182,19 +218,20 @@ class PythonBackend:
             for call in calls:
                 sender_of(call)
         try:
+            on_host = self._takes_inputs_on_host
             responses = self._model.execute(
-                [pb_utils.InferenceRequest.received(call, self._output_names, sender_of) for call in calls]
+                [pb_utils.InferenceRequest.received(call, self._output_names, sender_of, on_host) for call in calls]
             )
             if inspect.isawaitable(responses):
                 responses = asyncio.run(_awaited(responses))
             self._check(responses, len(calls))
+            pb_utils.detach(responses or (), calls)
         except Exception as error:
             _log.debug("model '%s': execute failed", self._config.name, exc_info=True)
-            failure = Internal(f"model '{self._config.name}': execute raised {type(error).__name__}: {error}")
+            failure = self._failure("execute", error)
             for sender in senders.values():
                 sender.fail(failure)
             return [None if id(call) in senders else failure for call in calls]
-        pb_utils.detach(responses or ())
         if senders:
             return [
                 None if response is None and id(call) in senders else self._answer(call, response)
@@ -206,6 +243,15 @@ class PythonBackend:
         with self._settled:
             self._owed -= 1
             self._settled.notify_all()
+
+    def _failure(self, what: str, error: Exception) -> InferError:
+        """What callers are told of an error of the model's. One that ends a device's use is reported to its health."""
+        reason = sticky(error) or (tensors.failure(self._device) if is_unclear(error) else "")
+        if reason:
+            health.fail(f"cuda:{self._device}", f"model '{self._config.name}': {reason}")
+            return DeviceLost(f"model '{self._config.name}': device cuda:{self._device} has failed: {reason}")
+        kind = OutOfMemory if is_out_of_memory(error) else Internal
+        return kind(f"model '{self._config.name}': {what} raised {type(error).__name__}: {error}")
 
     def _check(self, responses: Any, count: int) -> None:
         if self._config.is_decoupled:
@@ -228,6 +274,14 @@ class PythonBackend:
         outputs = [Tensor(n, self._datatypes[n], array.shape, array) for n, array in zip(names, joined, strict=True)]
         return rows.parts(self._config.name, self._version, Columns(outputs), sizes)
 
+    def _sent(self, call: Call, response: Any) -> InferResponse | InferError:
+        """The answer that a response sender was given."""
+        try:
+            pb_utils.detach([response], [call])
+        except Exception as error:
+            return self._failure("a response", error)
+        return self._answer(call, response)
+
     def _answer(self, call: Call, response: Any) -> InferResponse | InferError:
         if not isinstance(response, pb_utils.InferenceResponse):
             return Internal(f"model '{self._config.name}': execute returned a {type(response).__name__}, no response")
@@ -236,8 +290,8 @@ class PythonBackend:
             return error.as_infer_error()
         asked = call.request.outputs
         try:
-            arrays = pb_utils.arrays_of(response)
-            chosen = [self._output(arrays, name) for name in self._output_names if not asked or name in asked]
+            outputs = pb_utils.outputs_of(response)
+            chosen = [self._output(outputs, name) for name in self._output_names if not asked or name in asked]
         except InferError as bad_output:
             return Internal(bad_output.message)
         parameters = pb_utils.parameters_of(response)
@@ -245,18 +299,19 @@ class PythonBackend:
             return Internal(f"model '{self._config.name}': response parameters: expected numbers, text and booleans")
         return InferResponse(self._config.name, self._version, chosen, parameters)
 
-    def _output(self, arrays: dict[str, Array], name: str) -> Tensor:
-        array = arrays.get(name)
-        if array is None:
+    def _output(self, outputs: dict[str, pb_utils.Tensor], name: str) -> Tensor:
+        if name not in outputs:
             raise Internal(f"model '{self._config.name}': its response lacks output '{name}'")
-        datatype = self._datatypes[name]
-        if array.dtype != NUMPY[datatype]:
-            made = from_numpy(array.dtype)
-            if made != datatype and (made, datatype) != ("UINT16", "BF16"):
+        output = pb_utils.sent(outputs[name])
+        made, datatype = output.datatype, self._datatypes[name]
+        if made != datatype:
+            if (made, datatype) != ("UINT16", "BF16"):
                 raise Internal(
                     f"model '{self._config.name}': output '{name}': expected {datatype}, model.py made {made}"
                 )
-        return Tensor(name, datatype, array.shape, array)
+            output.array()  # on a device they would still be called UINT16
+            output.datatype = datatype
+        return output
 
 
 async def _awaited(work: Any) -> Any:

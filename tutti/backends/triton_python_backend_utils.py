@@ -19,8 +19,10 @@ from tritonclient.grpc import model_config_pb2 as pb
 
 from tutti import custom_metrics, dtypes, errors
 from tutti.config import as_json
+from tutti.devices import dlpack
+from tutti.devices.tensors import DeviceTensor, gpus
 from tutti.dtypes import Array
-from tutti.types import Call, Infer, InferRequest, InferResponse
+from tutti.types import RAW_TYPES, Answer, Call, Infer, InferRequest, InferResponse, OnDevice
 from tutti.types import Tensor as _Tensor
 
 TRITONSERVER_REQUEST_FLAG_SEQUENCE_START = 1
@@ -82,52 +84,148 @@ class TritonError:
 
 
 class Tensor:
-    """A named tensor over a numpy array."""
+    """A named tensor over a numpy array, or over memory of a GPU."""
 
-    __slots__ = ("_array", "_name")
+    # `_datatype` is "" where it is that of the array's own dtype.
+    __slots__ = ("_data", "_datatype", "_name")
 
     def __init__(self, name: str, array: Array) -> None:
+        if not name:
+            raise TritonModelException("Tensor name cannot be an empty string.")
         self._name = name
-        self._array = array if type(array) is np.ndarray else np.asarray(array)
+        self._data: Array | OnDevice = array if type(array) is np.ndarray else np.asarray(array)
+        self._datatype = ""
 
     @classmethod
     def from_dlpack(cls, name: str, tensor: Any) -> "Tensor":
-        """A tensor over anything with `__dlpack__` on the CPU, as torch's and cupy's arrays, without a copy."""
-        return cls(name, np.from_dlpack(tensor))
+        """A tensor over a DLPack capsule, or anything with `__dlpack__`, as torch's and cupy's tensors, without a copy.
+
+        Elements are in row-major order. Work on a GPU that this thread has begun is waited for before anyone reads
+        them; a capsule's maker has to see to work that other threads or streams do.
+        """
+        if not name:
+            raise TritonModelException("Tensor name cannot be an empty string.")
+        try:
+            data, datatype = _of_dlpack(tensor)
+        except ValueError as error:
+            raise TritonModelException(f"tensor '{name}': {error}") from None
+        return cls._over(name, data, datatype)
+
+    @classmethod
+    def _over(cls, name: str, data: Array | OnDevice, datatype: str) -> "Tensor":
+        made = cls.__new__(cls)
+        made._name = name
+        made._data = data
+        made._datatype = datatype
+        return made
+
+    @classmethod
+    def _received(cls, tensor: _Tensor, is_on_host: bool) -> "Tensor":
+        """A tensor that came to a model; its elements are there."""
+        if not is_on_host:
+            data = tensor.data
+            if not isinstance(data, np.ndarray) and not isinstance(data, RAW_TYPES):
+                data.wait()
+                return cls._over(tensor.name, data, tensor.datatype)
+        return cls._over(tensor.name, tensor.array(), "BF16" if tensor.datatype == "BF16" else "")
+
+    def _sent(self) -> _Tensor:
+        data = self._data
+        if isinstance(data, np.ndarray) and not self._datatype:
+            return _Tensor.of(self._name, _text_as_bytes(data))
+        return _Tensor(self._name, self._datatype, tuple(data.shape), data)
+
+    def _settle(self, stays: bool) -> None:
+        """Let the elements be those of now, whatever the model does next: on their device where it `stays`."""
+        data = self._data
+        if isinstance(data, np.ndarray):
+            return
+        if not stays:
+            self._data = data.array()
+            self._datatype = "BF16" if self._datatype == "BF16" else ""
+        elif isinstance(data, DeviceTensor):
+            self._data = data.lasting()
+        else:
+            data.wait()
 
     def to_dlpack(self) -> Any:
-        # A read-only array, as one over the wire's bytes is, cannot be exported.
-        array = self._array if self._array.flags.writeable else self._array.copy()
-        return array.__dlpack__()
+        """A DLPack capsule. BYTES have none."""
+        return self.__dlpack__()
 
-    def __dlpack__(self, **options: Any) -> Any:
-        array = self._array if self._array.flags.writeable else self._array.copy()
-        return array.__dlpack__(**options)
+    def __dlpack__(self, stream: Any = None, **options: Any) -> Any:
+        """The elements are complete: it is all one which stream reads them."""
+        data = self._data
+        if not isinstance(data, np.ndarray):
+            return data.__dlpack__(stream=stream, **options)
+        if data.dtype.kind in "OSU":
+            raise TritonModelException("DLPack does not have support for string tensors.")
+        # A read-only array, as one over the wire's bytes is, cannot be exported.
+        capsule = (data if data.flags.writeable else data.copy()).__dlpack__(**options)
+        return dlpack.relabel(capsule, "BF16") if self._datatype == "BF16" else capsule
 
     def __dlpack_device__(self) -> tuple[int, int]:
-        return self._array.__dlpack_device__()
+        return self._data.__dlpack_device__()
 
     def name(self) -> str:
         return self._name
 
     def shape(self) -> list[int]:
-        return list(self._array.shape)
+        return list(self._data.shape)
 
     def as_numpy(self) -> Array:
-        """BYTES tensors are object arrays of bytes."""
-        return self._array
+        """BYTES tensors are object arrays of bytes. Tensors on a GPU, and of BF16, are for DLPack only."""
+        if not isinstance(self._data, np.ndarray):
+            raise TritonModelException("Tensor is stored in GPU and cannot be converted to NumPy.")
+        if self._datatype == "BF16":
+            raise TritonModelException(
+                "Tensor dtype is BF16 and cannot be converted to NumPy. Use to_dlpack() and from_dlpack() instead."
+            )
+        return self._data
 
     def triton_dtype(self) -> int:
-        return numpy_to_triton_type(self._array.dtype.type)
+        if isinstance(self._data, np.ndarray) and not self._datatype:
+            return numpy_to_triton_type(self._data.dtype)
+        return int(pb.DataType.Value(dtypes.to_config(self._datatype)))
 
     def is_cpu(self) -> bool:
-        return True
+        return isinstance(self._data, np.ndarray)
+
+
+def _of_dlpack(tensor: Any) -> tuple[Array | OnDevice, str]:
+    """(the elements, "BF16" or that of a tensor on a device). Raises ValueError."""
+    if dlpack.is_capsule(tensor):
+        kind = dlpack.describe(tensor).device_type
+    elif hasattr(tensor, "__dlpack__") and hasattr(tensor, "__dlpack_device__"):
+        kind = int(tensor.__dlpack_device__()[0])
+    else:
+        raise ValueError(
+            "Provided tensor is not supported. Tensor must be a DLPack capsule or have `__dlpack__` and "
+            f"`__dlpack_device__` attributes, got a {type(tensor).__name__}"
+        )
+    if kind == dlpack.CUDA:
+        made = DeviceTensor.of_capsule(tensor) if dlpack.is_capsule(tensor) else DeviceTensor.of(tensor)
+        return made, made.datatype
+    if kind not in (dlpack.CPU, dlpack.CUDA_HOST):
+        raise ValueError(f"DLDevice type {kind} is not support by Python backend.")
+    capsule = tensor if dlpack.is_capsule(tensor) else _exported(tensor)
+    datatype = "BF16" if dlpack.describe(capsule).datatype == "BF16" else ""
+    return dlpack.as_array(capsule), datatype
+
+
+def _exported(tensor: Any) -> Any:
+    """A capsule of host memory; of the newer kind where the tensor is read-only, which the older one cannot say."""
+    try:
+        return tensor.__dlpack__()
+    except BufferError:
+        return tensor.__dlpack__(max_version=(1, 0))
 
 
 class PreferredMemory:
-    """Where a model would like its outputs. They are always in host memory."""
+    """Where a model would like the outputs of a request it makes."""
 
     def __init__(self, preferred_memory_type: int = TRITONSERVER_MEMORY_CPU, preferred_device_id: int = 0) -> None:
+        if preferred_memory_type not in (TRITONSERVER_MEMORY_CPU, TRITONSERVER_MEMORY_GPU):
+            raise TritonModelException(f"PreferredMemory: unknown memory type {preferred_memory_type!r}")
         self.preferred_memory_type = preferred_memory_type
         self.preferred_device_id = preferred_device_id
 
@@ -198,7 +296,6 @@ class InferenceResponseSender:
         is_final = bool(flags & TRITONSERVER_RESPONSE_COMPLETE_FINAL)
         if response is None and not is_final:
             raise TritonModelException("send: expected a response, or the final flag")
-        detach([response])
         with self._lock:
             if self._is_closed:
                 if response is None and not self._is_decoupled:
@@ -242,9 +339,12 @@ class InferenceResponseSender:
 
 
 class InferenceRequest:
-    """A request: one of the batch, as execute sees it, or one that a model makes to another model."""
+    """A request: one of the batch, as execute sees it, or one that a model makes to another model.
 
-    __slots__ = ("_call", "_output_names", "_request", "_sender")
+    Of the latter, outputs stay on the device where they are made, unless `preferred_memory` says otherwise.
+    """
+
+    __slots__ = ("_call", "_is_on_host", "_output_names", "_preferred_memory", "_request", "_sender")
 
     def __init__(
         self,
@@ -268,26 +368,37 @@ class InferenceRequest:
         if timeout:
             given["timeout"] = timeout
         version = str(model_version) if model_version > 0 else ""
-        tensors = {t.name(): _Tensor.of(t.name(), _text_as_bytes(t.as_numpy())) for t in inputs}
-        self._request = InferRequest(model_name, tensors, version, request_id, tuple(requested_output_names), given)
-        self._output_names: Sequence[str] = tuple(requested_output_names)
+        names = tuple(requested_output_names)
+        tensors = {tensor.name(): tensor._sent() for tensor in inputs}
+        self._request = InferRequest(model_name, tensors, version, request_id, names, given)
+        if preferred_memory is None or preferred_memory.preferred_memory_type == TRITONSERVER_MEMORY_GPU:
+            self._request.device_outputs = frozenset(names)
+        self._preferred_memory = preferred_memory
+        self._is_on_host = False
+        self._output_names: Sequence[str] = names
         self._call: Call | None = None
         self._sender: Callable[[Call], InferenceResponseSender] | None = None
 
     @classmethod
     def received(
-        cls, call: Call, output_names: Sequence[str], sender: Callable[[Call], InferenceResponseSender]
+        cls,
+        call: Call,
+        output_names: Sequence[str],
+        sender: Callable[[Call], InferenceResponseSender],
+        is_on_host: bool = True,
     ) -> "InferenceRequest":
-        """Not for models: a request of a batch."""
+        """Not for models: a request of a batch. The model has its inputs in host memory where `is_on_host`."""
         made = cls.__new__(cls)
         made._request = call.request
+        made._preferred_memory = None
+        made._is_on_host = is_on_host
         made._output_names = output_names
         made._call = call
         made._sender = sender
         return made
 
     def inputs(self) -> list[Tensor]:
-        return [Tensor(tensor.name, tensor.array()) for tensor in self._request.inputs.values()]
+        return [Tensor._received(tensor, self._is_on_host) for tensor in self._request.inputs.values()]
 
     def request_id(self) -> str:
         return self._request.id
@@ -321,7 +432,7 @@ class InferenceRequest:
         return list(self._request.outputs or self._output_names)
 
     def preferred_memory(self) -> PreferredMemory:
-        return PreferredMemory()
+        return self._preferred_memory or PreferredMemory()
 
     def trace(self) -> InferenceTrace:
         return InferenceTrace(self._call.trace if self._call is not None else None)
@@ -346,8 +457,7 @@ class InferenceRequest:
 
         `execution_timeout` is nanoseconds in all.
         """
-        answers = _Answers(None if execution_timeout is None else execution_timeout / 1e9)
-        self._submit(answers)
+        answers = self._submit(execution_timeout)
         if decoupled:
             return iter(answers)
         last = InferenceResponse()
@@ -357,8 +467,7 @@ class InferenceRequest:
 
     async def async_exec(self, decoupled: bool = False, execution_timeout: int | None = None) -> Any:
         """As exec, awaited."""
-        answers = _Answers(None if execution_timeout is None else execution_timeout / 1e9)
-        self._submit(answers)
+        answers = self._submit(execution_timeout)
         if decoupled:
             return iter(answers)
         await asyncio.wrap_future(answers.ended)
@@ -367,53 +476,68 @@ class InferenceRequest:
             last = response
         return last
 
-    def _submit(self, answers: "_Answers") -> None:
+    def _submit(self, timeout_ns: int | None) -> "_Answers":
         if _infer is None:
             raise TritonModelException("no server answers requests in this process")
+        answers = _Answers(None if timeout_ns is None else timeout_ns / 1e9, self._preferred_memory)
         call = Call(self._request, answers, None, answers.emit)
         answers.call = call
         _infer([call])
+        return answers
 
 
 class _Answers:
     """The answers to a model's own request, in order; a sink."""
 
-    def __init__(self, timeout_s: float | None) -> None:
+    def __init__(self, timeout_s: float | None, preferred: PreferredMemory | None = None) -> None:
         self.call: Call | None = None
         self.ended: Future[None] = Future()
         self._timeout_s = timeout_s
-        self._queue: queue.SimpleQueue[InferenceResponse | None] = queue.SimpleQueue()
+        self._preferred = preferred
+        self._queue: queue.SimpleQueue[Answer | None] = queue.SimpleQueue()
 
     def emit(self, response: InferResponse) -> None:
-        self._queue.put(_response_of(response))
+        self._queue.put(response)
 
     def settle(self, calls: Sequence[Call]) -> None:
         answer = calls[0].answer
-        if isinstance(answer, errors.InferError):
-            self._queue.put(InferenceResponse(error=TritonError.of(answer)))
-        elif answer is not None and not answer.is_null:
-            self._queue.put(_response_of(answer))
+        if isinstance(answer, errors.InferError) or (answer is not None and not answer.is_null):
+            self._queue.put(answer)
         self._queue.put(None)
         self.ended.set_result(None)
 
     def __iter__(self) -> Iterator[InferenceResponse]:
         while True:
             try:
-                response = self._queue.get(timeout=self._timeout_s)
+                answer = self._queue.get(timeout=self._timeout_s)
             except queue.Empty:
                 assert self.call is not None
                 self.call.is_cancelled = True
                 yield InferenceResponse(error=TritonError("the request ran out of its execution_timeout"))
                 return
-            if response is None:
+            if answer is None:
                 return
-            yield response
+            yield _response_of(answer, self._preferred)
 
 
-def _response_of(response: InferResponse) -> InferenceResponse:
-    return InferenceResponse(
-        [Tensor(tensor.name, tensor.array()) for tensor in response.outputs], parameters=response.parameters
-    )
+def _response_of(answer: Answer, preferred: PreferredMemory | None) -> InferenceResponse:
+    """In the asking model's thread: what has to be copied between memories is copied here."""
+    if isinstance(answer, errors.InferError):
+        return InferenceResponse(error=TritonError.of(answer))
+    is_on_host = preferred is not None and preferred.preferred_memory_type == TRITONSERVER_MEMORY_CPU
+    tensors = [Tensor._received(tensor, is_on_host) for tensor in answer.outputs]
+    if preferred is not None and not is_on_host:
+        tensors = [_moved(tensor, preferred.preferred_device_id) for tensor in tensors]
+    return InferenceResponse(tensors, parameters=answer.parameters)
+
+
+def _moved(tensor: Tensor, device: int) -> Tensor:
+    """The tensor in the memory of a GPU. BYTES, and all tensors where there is no such GPU, stay in the host's."""
+    sent = tensor._sent()
+    is_there = tensor.__dlpack_device__() == (dlpack.CUDA, device) if sent.datatype != "BYTES" else True
+    if is_there or device >= gpus():
+        return tensor
+    return Tensor._over(sent.name, DeviceTensor.of_array(sent.array(), sent.datatype, device), sent.datatype)
 
 
 class ModelConfig:
@@ -533,7 +657,7 @@ class Logger:
 
 def get_input_tensor_by_name(request: InferenceRequest, name: str) -> Tensor | None:
     tensor = request._request.inputs.get(name)
-    return None if tensor is None else Tensor(name, tensor.array())
+    return None if tensor is None else Tensor._received(tensor, request._is_on_host)
 
 
 def get_output_tensor_by_name(response: InferenceResponse, name: str) -> Tensor | None:
@@ -584,9 +708,14 @@ def deserialize_bytes_tensor(encoded: bytes) -> Array:
     return np.array(elements, dtype=object)
 
 
-def arrays_of(response: InferenceResponse) -> dict[str, Array]:
-    """Not for models: a response's outputs, text as objects."""
-    return {tensor.name(): _text_as_bytes(tensor.as_numpy()) for tensor in response.output_tensors()}
+def outputs_of(response: InferenceResponse) -> dict[str, Tensor]:
+    """Not for models: a response's outputs by name."""
+    return {tensor._name: tensor for tensor in response._outputs}
+
+
+def sent(tensor: Tensor) -> _Tensor:
+    """Not for models: the tensor as the server has it. Raises InvalidArgument for a dtype Triton has no name for."""
+    return tensor._sent()
 
 
 def join(
@@ -600,8 +729,10 @@ def join(
         if len(response._outputs) != len(names):
             return None
         for index, tensor in enumerate(response._outputs):
-            array = tensor._array
-            if tensor._name != names[index] or array.dtype != wanted[index] or array.shape[:1] != (size,):
+            array = tensor._data
+            if not isinstance(array, np.ndarray) or tensor._datatype or tensor._name != names[index]:
+                return None
+            if array.dtype != wanted[index] or array.shape[:1] != (size,):
                 return None
             columns[index].append(array)
     if any(
@@ -619,16 +750,20 @@ def join(
 _MAX_JOINED = 64 * 1024
 
 
-def detach(responses: Iterable[Any]) -> None:
+def detach(responses: Iterable[Any], calls: Sequence[Call]) -> None:
     """Not for models: give responses copies of those arrays that the model could write to again.
 
-    An array that its tensor alone refers to, and that is no view of another, is the tensor's own.
+    An array that its tensor alone refers to, and that is no view of another, is the tensor's own. What is on a device
+    is copied to the host, unless the call takes it there; raises what the device says.
     """
-    for response in responses:
+    for response, call in zip(responses, calls, strict=False):  # of how many there must be, another tells
         if isinstance(response, InferenceResponse):
             for tensor in response._outputs:
-                if tensor._array.base is not None or sys.getrefcount(tensor._array) > _REFERENCES_OF_ITS_OWN:
-                    tensor._array = tensor._array.copy()
+                if type(tensor._data) is not np.ndarray:
+                    if not call.request.outputs or tensor._name in call.request.outputs:
+                        tensor._settle(tensor._name in call.request.device_outputs)
+                elif tensor._data.base is not None or sys.getrefcount(tensor._data) > _REFERENCES_OF_ITS_OWN:
+                    tensor._data = tensor._data.copy()
 
 
 # The tensor's, and getrefcount's argument.
