@@ -1,11 +1,15 @@
 """Fixtures every test may use: small model repositories in a temporary folder, and the built sample repository."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests import models
+from tutti.devices import engines
+from tutti.devices.health import DeviceHealth
+from tutti.devices.simulated import SIMULATED
 
 ROOT = Path(__file__).parents[1]
 
@@ -26,3 +30,14 @@ def sample_repository() -> Path:
             pytest.fail(message)
         pytest.skip(message)
     return root
+
+
+@pytest.fixture
+def simulated_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """One simulated GPU in the place of real ones, whose failures end with the test."""
+    monkeypatch.setenv(SIMULATED, "1")
+    monkeypatch.setattr(engines, "_engines", {})
+    monkeypatch.setattr(engines, "health", DeviceHealth())
+    yield
+    for engine in engines.engines():
+        engine.close()

@@ -8,17 +8,19 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 from tutti import backends, dtypes, warmup
 from tutti.batching import BatchQueue
 from tutti.cache import Cached, ResponseCache
 from tutti.config import ModelConfig, SequenceState
 from tutti.cost import Costs
+from tutti.device_instance import DeviceInstance, PipelinedBackend
 from tutti.engine import Engine
 from tutti.errors import ConfigError, InferError
 from tutti.model import Model, Served
 from tutti.repository import ModelFolder
-from tutti.scheduler import Backend, InOrder, Scheduler, ThreadInstance, Timer
+from tutti.scheduler import Backend, InOrder, Instance, Scheduler, ThreadInstance, Timer
 from tutti.sequences import SequenceBatcher, zeros
 from tutti.statistics import ModelStatistics
 from tutti.types import Infer, Tensor
@@ -90,7 +92,7 @@ def _serve_batches(
     costs: dict[str, Costs] = {}
     for index, backend in enumerate(loaded):
         known = costs.setdefault(backend.kind, Costs(config.latency_ns))
-        scheduler.add(ThreadInstance(f"{config.name}_{index}", backend, scheduler, statistics, known))
+        scheduler.add(_instance(f"{config.name}_{index}", backend, scheduler, statistics, known))
     is_ordered = config.batching is not None and config.batching.preserves_ordering
     return Served(InOrder(scheduler) if is_ordered else scheduler, scheduler.close, pending=scheduler.queued_calls)
 
@@ -106,8 +108,17 @@ def _serve_sequences(
     for index, backend in enumerate(_load(folder, version, infer)):
         name = f"{config.name}_{index}"
         scheduler = batcher.add(lambda waiting: Scheduler(config.name, waiting, statistics, timer))
-        scheduler.add(ThreadInstance(name, backend, scheduler, statistics))
+        scheduler.add(_instance(name, backend, scheduler, statistics))
     return Served(batcher, batcher.close, pending=batcher.queued_calls)
+
+
+def _instance(
+    name: str, backend: Backend, scheduler: Scheduler, statistics: ModelStatistics, costs: Costs | None = None
+) -> Instance:
+    """In a thread of its own, or through the engine of the device that it is on."""
+    if hasattr(backend, "pipeline"):
+        return DeviceInstance(name, cast(PipelinedBackend, backend), scheduler, statistics, costs)
+    return ThreadInstance(name, backend, scheduler, statistics, costs)
 
 
 def _load(folder: ModelFolder, version: int, infer: Infer) -> list[Backend]:

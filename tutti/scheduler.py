@@ -414,8 +414,18 @@ class Scheduler:
         self._dispatch()
 
     def _forecast(self) -> "Forecast":
-        busy = [(self._until_ns(one), one.costs) for one in self._instances if one.rank == self._best_rank]
-        return Forecast(now_ns(), busy, self._queue.batch_rows())
+        now = now_ns()
+        busy = [(self._begins_ns(one, now), one.costs) for one in self._instances if one.rank == self._best_rank]
+        return Forecast(now, busy, self._queue.batch_rows())
+
+    def _begins_ns(self, instance: Instance, at_ns: int) -> int:
+        """When an instance is expected to begin with another batch; 0 where it begins at once.
+
+        One that takes a batch before the last one has ended is free, but not idle.
+        """
+        until_ns = self._until_ns(instance)
+        ahead_ns = 0 if until_ns else instance.ahead_ns(at_ns)
+        return until_ns or (at_ns + ahead_ns if ahead_ns else 0)
 
     def _set_alarm(self, expires_ns: int) -> int:
         """When to look for calls whose time is up; 0 when a look is due before."""
@@ -591,25 +601,30 @@ class ThreadInstance:
         except Exception as error:
             _log.debug("instance %s failed a batch of %d", self._name, len(batch), exc_info=True)
             answers = [as_infer_error(self._name, error)] * len(batch)
-        answered: list[Call] = []
-        is_traced = False
-        for call, answer in zip(batch, answers, strict=True):
-            if answer is not None:
-                call.answer = answer if isinstance(answer, InferResponse) else as_infer_error(self._name, answer)
-                answered.append(call)
-            is_traced = is_traced or call.trace is not None
-        self._statistics.record_batch(batch, times)
-        if is_traced:
-            trace(batch, times)
-        try:
-            if answered:
-                settle(answered)
-        except Exception:  # a broken sink must not end the instance
-            _log.exception("instance %s: could not deliver answers", self._name)
+        deliver(self._name, batch, answers, times, self._statistics)
 
 
 # How many executions the current thread is within.
 _here = threading.local()
+
+
+def deliver(name: str, batch: Sequence[Call], answers: Answers, times: BatchTimes, statistics: ModelStatistics) -> None:
+    """Count an executed batch, and settle those of its calls that the backend has not settled itself."""
+    answered: list[Call] = []
+    is_traced = False
+    for call, answer in zip(batch, answers, strict=True):
+        if answer is not None:
+            call.answer = answer if isinstance(answer, InferResponse) else as_infer_error(name, answer)
+            answered.append(call)
+        is_traced = is_traced or call.trace is not None
+    statistics.record_batch(batch, times)
+    if is_traced:
+        trace(batch, times)
+    try:
+        if answered:
+            settle(answered)
+    except Exception:  # a broken sink must not end the instance
+        _log.exception("instance %s: could not deliver answers", name)
 
 
 class Forecast:

@@ -17,7 +17,7 @@ from tutti.devices.health import DeviceHealth
 from tutti.devices.simulated import Costs, FaultKind, SimulatedDevice, Timeline
 from tutti.errors import DeviceLost, InvalidArgument, OutOfMemory
 
-FAULTS: tuple[FaultKind, ...] = ("memory", "launch", "sticky", "hang")
+FAULTS: tuple[FaultKind, ...] = ("memory", "launch", "copy", "sticky", "hang")
 
 
 class Schedule:
@@ -99,6 +99,7 @@ class Schedule:
             (error,) = job.failures
             own = job.refuse or job.error
             planned = "memory" in self.plans and isinstance(error, OutOfMemory)
+            planned |= "copy" in self.plans and isinstance(error, TypeError)
             planned |= "launch" in self.plans and isinstance(error, RuntimeError)
             assert error is own or planned or (is_lost and isinstance(error, DeviceLost))
         assert not is_lost or {"sticky", "hang"} & set(self.plans)

@@ -1,10 +1,10 @@
 """Backends, one file each: a `load` that makes a model's instances. Each imports its library only when used."""
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from tutti import rows
 from tutti.config import JOINING, InstanceGroup, ModelConfig
@@ -12,7 +12,10 @@ from tutti.devices.nvml import gpu_count
 from tutti.errors import ConfigError
 from tutti.repository import ModelFolder
 from tutti.scheduler import Answers, Backend, Executed
-from tutti.types import Call, Infer, InferResponse, Tensor
+from tutti.types import Call, Infer, InferRequest, InferResponse, Tensor
+
+if TYPE_CHECKING:
+    from tutti.backends.on_device import DeviceWork
 
 SUPPORTED = (*JOINING, "python")
 _NEEDS = {"torch": "PyTorch (pip install torch)", "tensorrt": "TensorRT"}
@@ -39,29 +42,90 @@ def load(folder: ModelFolder, version: int, infer: Infer) -> list[Backend]:
     loaded = module.load(folder, version, infer)
     config = folder.config
     if any(spec.reshape is not None for spec in (*config.inputs, *config.outputs)):
-        loaded = [Reshaped(config, backend) for backend in loaded]
+        loaded = [_around(Reshaped(config, backend), backend) for backend in loaded]
     if config.padding.inputs:
-        loaded = [Padded(config, backend) for backend in loaded]
+        loaded = [_around(Padded(config, backend), backend) for backend in loaded]
     return loaded
 
 
-class Padded:
-    """A backend whose model takes inputs of a few lengths only, and its clients send any."""
+def _around(wrapper: "_Wrapped", backend: Backend) -> Backend:
+    return _WrappedOnDevice(wrapper, backend) if hasattr(backend, "pipeline") else wrapper
 
-    def __init__(self, config: ModelConfig, backend: Backend) -> None:
+
+class _Wrapped:
+    """A backend around another, which sees requests, and makes answers, of another form."""
+
+    def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self.runs_inline = backend.runs_inline
         self.kind = backend.kind
-        self._padding = config.padding
-        self._is_batched = config.is_batched
-
-    def execute(self, calls: Sequence[Call]) -> Executed:
-        lengths = self._padding.pad([call.request for call in calls], self._is_batched)
-        executed = self._backend.execute(calls)
-        return (lambda: self._cut(executed(), lengths)) if callable(executed) else self._cut(executed, lengths)
+        self.device = getattr(backend, "device", "cpu")
 
     def close(self) -> None:
         self._backend.close()
+
+    def execute(self, calls: Sequence[Call]) -> Executed:
+        given = [call.request for call in calls]
+        requests, outwards = self.inwards(given)
+        for call, request in zip(calls, requests, strict=True):
+            call.request = request
+        try:
+            executed = self._backend.execute(calls)
+        finally:  # a batch that fails is executed again, in parts
+            for call, request in zip(calls, given, strict=True):
+                call.request = request
+        return (lambda: outwards(executed())) if callable(executed) else outwards(executed)
+
+    def inwards(self, requests: Sequence[InferRequest]) -> tuple[list[InferRequest], Callable[[Answers], Answers]]:
+        """The requests as the backend is to see them, and what makes its answers theirs."""
+        raise NotImplementedError
+
+
+class _WrappedOnDevice(_Wrapped):
+    """The same around a backend whose batches go through a device's engine."""
+
+    def __init__(self, wrapper: _Wrapped, backend: Any) -> None:
+        super().__init__(backend)
+        self.engine = backend.engine
+        self.pipeline = backend.pipeline
+        self._pipelined = backend
+        self._wrapper = wrapper
+
+    def inwards(self, requests: Sequence[InferRequest]) -> tuple[list[InferRequest], Callable[[Answers], Answers]]:
+        return self._wrapper.inwards(requests)
+
+    def batch(self, requests: Sequence[InferRequest]) -> "DeviceWork":
+        inside, outwards = self.inwards(requests)
+        return _WrappedWork(self._pipelined.batch(inside), outwards)
+
+
+class _WrappedWork:
+    """A batch of a wrapped backend: only its answers are others."""
+
+    def __init__(self, work: "DeviceWork", outwards: Callable[[Answers], Answers]) -> None:
+        self.parts = work.parts
+        self.launch = work.launch
+        self.stays = work.stays
+        self.failure = work.failure
+        self._work = work
+        self._outwards = outwards
+
+    def answers(self, outputs: Sequence[Any]) -> Answers:
+        return self._outwards(self._work.answers(outputs))
+
+
+class Padded(_Wrapped):
+    """A backend whose model takes inputs of a few lengths only, and its clients send any."""
+
+    def __init__(self, config: ModelConfig, backend: Backend) -> None:
+        super().__init__(backend)
+        self._padding = config.padding
+        self._is_batched = config.is_batched
+
+    def inwards(self, requests: Sequence[InferRequest]) -> tuple[list[InferRequest], Callable[[Answers], Answers]]:
+        padded = [replace(request, inputs=dict(request.inputs)) for request in requests]
+        lengths = self._padding.pad(padded, self._is_batched)
+        return padded, lambda answers: self._cut(answers, lengths)
 
     def _cut(self, answers: Answers, lengths: Sequence[Mapping[str, int]]) -> Answers:
         if self._padding.outputs:
@@ -71,34 +135,34 @@ class Padded:
         return answers
 
 
-class Reshaped:
+class Reshaped(_Wrapped):
     """A backend whose model has other shapes than its clients see: the `reshape` of inputs and outputs."""
 
     def __init__(self, config: ModelConfig, backend: Backend) -> None:
         if config.is_decoupled:
             raise ConfigError(f"model '{config.name}': reshape: is not supported for a decoupled model")
-        self._backend = backend
-        self.runs_inline = backend.runs_inline
-        self.kind = backend.kind
+        super().__init__(backend)
         self._is_batched = config.is_batched
         self._inputs = {spec.name: spec for spec in config.inputs if spec.reshape is not None}
         self._outputs = {spec.name: spec for spec in config.outputs if spec.reshape is not None}
 
-    def execute(self, calls: Sequence[Call]) -> Executed:
-        for call in calls:
-            inputs = call.request.inputs
-            for name, spec in self._inputs.items():
-                if name in inputs:
-                    inputs[name] = rows.reshape(inputs[name], spec.dims, spec.model_dims, self._is_batched)
-        executed = self._backend.execute(calls)
-        answers = executed() if callable(executed) else executed
+    def inwards(self, requests: Sequence[InferRequest]) -> tuple[list[InferRequest], Callable[[Answers], Answers]]:
+        reshaped = [replace(request, inputs=self._as_in_model(request.inputs)) for request in requests]
+        return reshaped, self._all_as_configured
+
+    def _as_in_model(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            name: rows.reshape(tensor, self._inputs[name].dims, self._inputs[name].model_dims, self._is_batched)
+            if name in self._inputs
+            else tensor
+            for name, tensor in inputs.items()
+        }
+
+    def _all_as_configured(self, answers: Answers) -> Answers:
         for answer in answers:
             if isinstance(answer, InferResponse):
                 answer.outputs = [self._as_configured(tensor) for tensor in answer.outputs]
         return answers
-
-    def close(self) -> None:
-        self._backend.close()
 
     def _as_configured(self, tensor: Tensor) -> Tensor:
         spec = self._outputs.get(tensor.name)

@@ -3,73 +3,33 @@
 from collections.abc import Mapping, Sequence
 
 from tutti import ragged, rows
-from tutti.backends import turns
 from tutti.config import ModelConfig
 from tutti.cost import Alternatives
+from tutti.devices.engines import engine_of
 from tutti.dtypes import NUMPY, Array
-from tutti.errors import ConfigError, InferError, Internal, InvalidArgument, OutOfMemory
+from tutti.errors import ConfigError, DeviceLost, InferError, Internal, InvalidArgument, OutOfMemory
 from tutti.types import Call, InferRequest, InferResponse, Tensor, now_ns
 
 _MAX_ASKED = 256
 
 
-class JoinedBackend:
-    """One instance on `device`, "cpu" or as "cuda:0". What is derived from it implements `run`.
-
-    On the processor, execute may run in its callers' threads; elsewhere models take turns.
-    """
+class JoinedModel:
+    """A model whose requests of a batch are joined: what it makes for them, and each request's share of that."""
 
     library = ""
 
-    def __init__(self, config: ModelConfig, version: str, device: str = "cpu") -> None:
-        self.kind = device.partition(":")[0]
-        self.runs_inline = self.kind == "cpu"
-        self.device = device
+    def __init__(self, config: ModelConfig, version: str) -> None:
         self.config = config
         self._version = version
-        self._turns = turns.device(device) if self.kind != "cpu" else None
         self._datatypes = {spec.name: spec.datatype for spec in config.outputs}
         for state in config.sequences.states if config.sequences is not None else ():
             self._datatypes[state.output_name] = state.datatype
         self._all = tuple(self._datatypes)
-        self._scratch = rows.Scratch()
-        self._ways: dict[int, Alternatives] = {}
         # The outputs to make, by those asked for.
         self._names: dict[tuple[str, ...], list[str]] = {}
 
-    def run(self, names: Sequence[str], feed: Mapping[str, Array]) -> Sequence[Array]:
-        """The outputs `names` for joined inputs. Raises OutOfMemory, or anything else for a batch that fails."""
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """Nothing, unless there is something to release."""
-
-    def execute(self, calls: Sequence[Call]) -> Sequence[InferResponse | Exception]:
-        """One run for all. Where that fails, each request runs alone, so that only the culprit fails.
-
-        Large inputs, which would have to be copied to be joined, run one by one where that has proved to be quicker.
-        """
-        requests = [call.request for call in calls]
-        if len(requests) == 1 or not self.runs_inline or not rows.is_large(requests):
-            return self._execute(requests)
-        known = self._ways.setdefault(len(requests), Alternatives())
-        way = known.choose()
-        start_ns = now_ns()
-        answers = self._execute(requests) if way == 0 else [self._execute([one])[0] for one in requests]
-        known.record(way, now_ns() - start_ns, len(requests))
-        return answers
-
-    def _execute(self, requests: Sequence[InferRequest]) -> Sequence[InferResponse | Exception]:
-        try:
-            return self._run(requests)
-        except OutOfMemory:
-            raise  # smaller batches may fit
-        except InferError as error:
-            if len(requests) == 1:
-                return [error]
-        return [answer for request in requests for answer in self._execute([request])]
-
-    def _run(self, requests: Sequence[InferRequest]) -> Sequence[InferResponse | Exception]:
+    def wanted(self, requests: Sequence[InferRequest]) -> tuple[list[str], bool]:
+        """The outputs that some request asks for, in the model's order; and whether all ask for the same."""
         first = requests[0]
         is_alike = len(requests) == 1 or all(request.outputs == first.outputs for request in requests)
         names = self._names.get(first.outputs) if is_alike else None
@@ -78,33 +38,23 @@ class JoinedBackend:
             names = [name for name in self._datatypes if name in asked]
             if is_alike and len(self._names) < _MAX_ASKED:
                 self._names[first.outputs] = names
-        is_ragged = bool(self.config.ragged)
-        if len(requests) == 1 and not is_ragged:
-            feed = {name: tensor.array() for name, tensor in first.inputs.items()}
-        else:
-            feed = {name: self._joined(requests, name) for name in first.inputs}
-        if is_ragged:
-            feed |= self.config.ragged.made(requests)
-        try:
-            self.config.bounds.check_all(feed)  # before a device is asked for anything
-            if self._turns is None:
-                arrays = self.run(names, feed)
-            else:
-                with self._turns.turn(self.config.name):
-                    arrays = self.run(names, feed)
-        except InferError as error:
-            raise type(error)(f"model '{self.config.name}': {error.message}") from None
-        except Exception as error:
-            raise self._failure(first, error) from None
-        outputs = [self._output(name, array) for name, array in zip(names, arrays, strict=True)]
-        if is_ragged and self.config.ragged.scattered:
+        return names, is_alike
+
+    def datatype(self, name: str) -> str:
+        """The configured datatype of an output."""
+        return self._datatypes[name]
+
+    def response(self, outputs: list[Tensor]) -> InferResponse:
+        """An answer of this model."""
+        return InferResponse(self.config.name, self._version, outputs)
+
+    def answers(
+        self, requests: Sequence[InferRequest], outputs: list[Tensor], is_alike: bool
+    ) -> Sequence[InferResponse]:
+        """Each request's share of the joined outputs."""
+        if self.config.ragged and self.config.ragged.scattered:
             return self._scattered(requests, outputs)
         return rows.answers(self.config.name, self._version, requests, outputs, is_alike)
-
-    def _joined(self, requests: Sequence[InferRequest], name: str) -> Array:
-        if name in self.config.ragged.inputs:
-            return ragged.flattened(requests, name)
-        return rows.join(requests, name, self._scratch)
 
     def _scattered(self, requests: Sequence[InferRequest], outputs: Sequence[Tensor]) -> list[InferResponse]:
         """Outputs whose parts have an input's shape, and others, which have a row for each of the batch."""
@@ -130,7 +80,7 @@ class JoinedBackend:
             array = array.astype(NUMPY[datatype])
         return Tensor(name, datatype, array.shape, array)
 
-    def _failure(self, request: InferRequest, error: Exception) -> InferError:
+    def failure(self, request: InferRequest, error: Exception) -> InferError:
         name = self.config.name
         for tensor in request.inputs.values():
             if 0 in tensor.shape:  # what most graphs fail on, in words that do not say so
@@ -140,6 +90,98 @@ class JoinedBackend:
                 )
         shapes = ", ".join(f"'{t.name}' {t.datatype}{list(t.shape)}" for t in request.inputs.values())
         return Internal(f"model '{name}': {self.library} failed on input {shapes}: {error}")
+
+
+class JoinedBackend(JoinedModel):
+    """One instance on `device`, "cpu" or as "cuda:0". What is derived from it implements `run`.
+
+    On the processor, execute may run in its callers' threads; elsewhere models take turns.
+    """
+
+    def __init__(self, config: ModelConfig, version: str, device: str = "cpu") -> None:
+        super().__init__(config, version)
+        self.kind = device.partition(":")[0]
+        self.runs_inline = self.kind == "cpu"
+        self.device = device
+        self._engine = engine_of(device) if self.kind != "cpu" else None
+        self._pipeline = self._engine.pipeline(config.name) if self._engine is not None else None
+        self._scratch = rows.Scratch()
+        self._ways: dict[int, Alternatives] = {}
+
+    def run(self, names: Sequence[str], feed: Mapping[str, Array]) -> Sequence[Array]:
+        """The outputs `names` for joined inputs. Raises OutOfMemory, or anything else for a batch that fails."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Release what it has of a device."""
+        if self._pipeline is not None:
+            self._pipeline.close()
+
+    def execute(self, calls: Sequence[Call]) -> Sequence[InferResponse | Exception]:
+        """One run for all. Where that fails, each request runs alone, so that only the culprit fails.
+
+        Large inputs, which would have to be copied to be joined, run one by one where that has proved to be quicker.
+        """
+        requests = [call.request for call in calls]
+        if len(requests) == 1 or not self.runs_inline or not rows.is_large(requests):
+            return self._execute(requests)
+        known = self._ways.setdefault(len(requests), Alternatives())
+        way = known.choose()
+        start_ns = now_ns()
+        answers = self._execute(requests) if way == 0 else [self._execute([one])[0] for one in requests]
+        known.record(way, now_ns() - start_ns, len(requests))
+        return answers
+
+    def _execute(self, requests: Sequence[InferRequest]) -> Sequence[InferResponse | Exception]:
+        try:
+            return self._run(requests)
+        except (OutOfMemory, DeviceLost):
+            raise  # smaller batches may fit; or none do any more
+        except InferError as error:
+            if len(requests) == 1:
+                return [error]
+        return [answer for request in requests for answer in self._execute([request])]
+
+    def _run(self, requests: Sequence[InferRequest]) -> Sequence[InferResponse | Exception]:
+        first = requests[0]
+        names, is_alike = self.wanted(requests)
+        is_ragged = bool(self.config.ragged)
+        if len(requests) == 1 and not is_ragged:
+            feed = {name: tensor.array() for name, tensor in first.inputs.items()}
+        else:
+            feed = {name: self._joined(requests, name) for name in first.inputs}
+        if is_ragged:
+            feed |= self.config.ragged.made(requests)
+        try:
+            self.config.bounds.check_all(feed)  # before a device is asked for anything
+            if self._engine is None or self._pipeline is None:
+                arrays = self.run(names, feed)
+            else:
+                with self._engine.turn(self._pipeline):
+                    arrays = self.run(names, feed)
+        except DeviceLost:
+            raise
+        except InferError as error:
+            raise type(error)(f"model '{self.config.name}': {error.message}") from None
+        except Exception as error:
+            raise self._meant(first, error) from None
+        outputs = [self._output(name, array) for name, array in zip(names, arrays, strict=True)]
+        return self.answers(requests, outputs, is_alike)
+
+    def _meant(self, request: InferRequest, error: Exception) -> InferError:
+        """What the library's error is to the caller; the device may be lost with it."""
+        if self._engine is not None:
+            if self._engine.device.is_memory_error(error):
+                return OutOfMemory(f"{self.library} has no memory left on {self.device}: {error}")
+            reason = self._engine.report(error)
+            if reason:
+                return DeviceLost(f"model '{self.config.name}': device {self.device} has failed: {reason}")
+        return self.failure(request, error)
+
+    def _joined(self, requests: Sequence[InferRequest], name: str) -> Array:
+        if name in self.config.ragged.inputs:
+            return ragged.flattened(requests, name)
+        return rows.join(requests, name, self._scratch)
 
 
 def whole_number(config: ModelConfig, key: str) -> int:

@@ -18,12 +18,15 @@ import torch
 from tutti import backends
 from tutti.backends import joined
 from tutti.backends.joined import JoinedBackend
+from tutti.backends.on_device import DeviceBackend
 from tutti.config import InstanceGroup, ModelConfig
+from tutti.devices.cuda import TORCH
+from tutti.devices.simulated import simulated_gpus
 from tutti.dtypes import Array
-from tutti.errors import ConfigError, Internal, OutOfMemory
+from tutti.errors import ConfigError, Internal
 from tutti.repository import ModelFolder
 from tutti.scheduler import Backend
-from tutti.types import Infer
+from tutti.types import Infer, OnDevice
 
 EXPORTED = "model.pt2"
 _INDEX = re.compile(r".*__(\d+)")
@@ -39,13 +42,16 @@ def load(folder: ModelFolder, version: int, infer: Infer) -> list[Backend]:
     path = _file(folder, version)
     _set_threads(config)
     loaded: list[Backend] = []
-    forwards: dict[str, tuple[Callable[..., Any], list[str]]] = {}
-    for group, number in backends.instances(config, torch.cuda.is_available()):
+    modules: dict[str, Module] = {}
+    for group, number in backends.instances(config):
         device = _device(config, group, number)
-        if device not in forwards:
-            forwards[device] = _forward(config, path, device)
-        forward, arguments = forwards[device]
-        loaded.append(TorchBackend(config, str(version), forward, _order(config, arguments), device))
+        if device not in modules:
+            modules[device] = Module(config, *_forward(config, path, _place(device)))
+        if device == "cpu":
+            loaded.append(TorchBackend(config, str(version), modules[device]))
+        else:
+            program = (SimulatedTorchProgram if simulated_gpus() else TorchProgram)(config, modules[device])
+            loaded.append(DeviceBackend(config, str(version), device, program))
     return loaded
 
 
@@ -58,10 +64,15 @@ def _file(folder: ModelFolder, version: int) -> Path:
 
 
 def _device(config: ModelConfig, group: InstanceGroup, number: int) -> str:
-    has_cuda = torch.cuda.is_available()
-    if group.kind == "gpu" and not has_cuda:
+    has_gpus = torch.cuda.is_available() or simulated_gpus() > 0
+    if group.kind == "gpu" and not has_gpus:
         raise ConfigError(f"model '{config.name}': instance_group.kind: KIND_GPU, but PyTorch finds no CUDA")
-    return f"cuda:{number}" if group.kind != "cpu" and has_cuda else "cpu"
+    return f"cuda:{number}" if group.kind != "cpu" and has_gpus else "cpu"
+
+
+def _place(device: str) -> str:
+    """Where PyTorch keeps what is on the device."""
+    return "cpu" if simulated_gpus() else device
 
 
 def _set_threads(config: ModelConfig) -> None:
@@ -118,67 +129,33 @@ def _order(config: ModelConfig, arguments: Sequence[str]) -> list[str]:
     return ordered
 
 
-class TorchBackend(JoinedBackend):
-    """One instance over a module."""
+class Module:
+    """A model's callable, whose inputs and outputs have names."""
 
-    library = "PyTorch"
-
-    def __init__(
-        self, config: ModelConfig, version: str, forward: Callable[..., Any], order: Sequence[str], device: str
-    ) -> None:
-        super().__init__(config, version, device)
+    def __init__(self, config: ModelConfig, forward: Callable[..., Any], arguments: Sequence[str]) -> None:
         self._forward = forward
-        self._order = order
-        self._bfloat = {spec.name for spec in (*config.inputs, *config.outputs) if spec.datatype == "BF16"}
-        self._stream = torch.cuda.Stream(device) if device != "cpu" else None
+        self.order = _order(config, arguments)
+        self._outputs = {spec.name: TORCH[spec.datatype] for spec in config.outputs}
+        for state in config.sequences.states if config.sequences is not None else ():
+            self._outputs[state.output_name] = TORCH[state.datatype]
         self._mode = (
             torch.inference_mode if config.parameters.get("INFERENCE_MODE", "true") == "true" else torch.no_grad
         )
 
-    def run(self, names: Sequence[str], feed: Mapping[str, Array]) -> Sequence[Array]:
-        given = [self._tensor(name, feed[name]) for name in self._order if name in feed]
-        try:
-            with self._mode():
-                if self._stream is None:
-                    made = self._named(self._forward(*given))
-                    return [self._array(name, made[name]) for name in names]
-                return self._run_on_gpu(given, names)
-        except torch.cuda.OutOfMemoryError as error:
-            torch.cuda.empty_cache()
-            raise OutOfMemory(f"PyTorch has no memory left on {self.device}: {error}") from None
+    def __call__(self, inputs: Mapping[str, Any], names: Sequence[str]) -> list[Any]:
+        """The outputs `names`, in their configured datatypes and without gaps."""
+        with self._mode():
+            made = self._named(self._forward(*[inputs[name] for name in self.order if name in inputs]))
+            return [made[name].detach().to(self._outputs[name]).contiguous() for name in names]
 
-    def _run_on_gpu(self, given: Sequence[Any], names: Sequence[str]) -> list[Array]:
-        """Copies go through pinned memory, on the stream of the execution; one wait for all of it."""
-        assert self._stream is not None
-        with torch.cuda.stream(self._stream):
-            there = [tensor.pin_memory().to(self.device, non_blocking=True) for tensor in given]
-            made = self._named(self._forward(*there))
-            back = {name: made[name].to("cpu", non_blocking=True) for name in names}
-        self._stream.synchronize()
-        return [self._array(name, back[name]) for name in names]
-
-    def _tensor(self, name: str, array: Array) -> Any:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a request's bytes cannot be written to, and are not
-            if name in self._bfloat:
-                return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-            return torch.from_numpy(array)
-
-    def _array(self, name: str, tensor: Any) -> Array:
-        tensor = tensor.detach().contiguous()
-        array: Array = (
-            tensor.view(torch.int16).numpy().view(np.uint16) if tensor.dtype == torch.bfloat16 else tensor.numpy()
-        )
-        return array
-
-    def _named(self, made: Any) -> dict[str, Any]:
+    def _named(self, made: Any) -> Mapping[str, Any]:
         """The outputs by name."""
-        names = list(self._datatypes)
+        names = list(self._outputs)
         if isinstance(made, Mapping):
             missing = [name for name in names if name not in made]
             if missing:
                 raise Internal(f"forward returned {sorted(map(str, made))}, not '{missing[0]}'")
-            return dict(made)
+            return made
         tensors = list(made) if isinstance(made, tuple | list) else [made]
         found = {}
         for position, name in enumerate(names):
@@ -188,3 +165,93 @@ class TorchBackend(JoinedBackend):
                 raise Internal(f"forward returned {len(tensors)} values, none is a tensor for output '{name}'")
             found[name] = tensors[index]
         return found
+
+
+class TorchProgram:
+    """A Program (on_device.py) over a module whose weights are on the device."""
+
+    library = "PyTorch"
+
+    def __init__(self, config: ModelConfig, module: Module) -> None:
+        self._module = module
+        self.inputs = module.order
+
+    def execute(self, inputs: Mapping[str, Any], names: Sequence[str]) -> Sequence[Any]:
+        return self._module(inputs, names)
+
+    def concatenate(self, arrays: Sequence[Any]) -> Any:
+        return torch.cat(list(arrays))
+
+    def adopt(self, tensor: OnDevice) -> Any:
+        tensor.wait()
+        return torch.from_dlpack(tensor)
+
+    def close(self) -> None:
+        """Give the weights back, with the last instance."""
+        del self._module
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+
+class SimulatedTorchProgram(TorchProgram):
+    """The same on a simulated device, whose arrays are numpy's."""
+
+    def __init__(self, config: ModelConfig, module: Module) -> None:
+        super().__init__(config, module)
+        self._bfloat = _of_bfloat(config)
+
+    def execute(self, inputs: Mapping[str, Any], names: Sequence[str]) -> Sequence[Any]:
+        tensors = {name: _tensor(array, name in self._bfloat) for name, array in inputs.items()}
+        return [_array(tensor) for tensor in super().execute(tensors, names)]
+
+    def concatenate(self, arrays: Sequence[Any]) -> Any:
+        return np.concatenate(arrays)
+
+    def adopt(self, tensor: OnDevice) -> Any:
+        return tensor.array()
+
+
+class TorchBackend(JoinedBackend):
+    """One instance on the processor."""
+
+    library = "PyTorch"
+
+    def __init__(self, config: ModelConfig, version: str, module: Module) -> None:
+        super().__init__(config, version)
+        self._module = module
+        self._bfloat = _of_bfloat(config)
+
+    def run(self, names: Sequence[str], feed: Mapping[str, Array]) -> Sequence[Array]:
+        made = self._module({name: _tensor(array, name in self._bfloat) for name, array in feed.items()}, names)
+        return [_array(tensor) for tensor in made]
+
+
+def _of_bfloat(config: ModelConfig) -> frozenset[str]:
+    """The tensors that are BF16, which numpy has not: there its bits stand for it."""
+    return frozenset(spec.name for spec in config.inputs if spec.datatype == "BF16")
+
+
+def _tensor(array: Array, is_bfloat: bool) -> Any:
+    if not array.flags.writeable:  # a request's bytes cannot be written to, and are not
+        array = _writeable(array)
+    return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16) if is_bfloat else torch.from_numpy(array)
+
+
+def _array(tensor: Any) -> Array:
+    is_bfloat = tensor.dtype == torch.bfloat16
+    array: Array = tensor.view(torch.int16).numpy().view(np.uint16) if is_bfloat else tensor.numpy()
+    return array
+
+
+def _writeable(array: Array) -> Array:
+    """The same memory as an array that may be written to: PyTorch warns of others, and knows none."""
+    interface = {**array.__array_interface__, "data": (array.__array_interface__["data"][0], False)}
+    return np.asarray(_Memory(interface, array))
+
+
+class _Memory:
+    """Another array's memory."""
+
+    def __init__(self, interface: Mapping[str, Any], owner: Array) -> None:
+        self.__array_interface__ = interface
+        self._owner = owner

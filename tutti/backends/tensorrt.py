@@ -1,28 +1,26 @@
-"""TensorRT plans (`model.plan`), executed by TensorRT's own runtime on a stream and in buffers of each instance.
+"""TensorRT plans (`model.plan`), executed by TensorRT's own runtime in a context of each instance.
 
-PyTorch holds the device's memory and streams. With `optimization { cuda { graphs: true } }` an execution of shapes
-that were seen before is replayed as a CUDA graph. A plan fits only the TensorRT version that built it, and its profiles
+PyTorch holds the device's memory and streams. A plan fits only the TensorRT version that built it, and its profiles
 bound the shapes: both are checked when it loads.
 """
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from tutti import backends
-from tutti.backends.joined import JoinedBackend
+from tutti.backends.on_device import DeviceBackend
 from tutti.config import ModelConfig
-from tutti.dtypes import NUMPY, Array
-from tutti.errors import ConfigError, InvalidArgument, OutOfMemory
+from tutti.devices.cuda import TORCH
+from tutti.errors import ConfigError, InvalidArgument
 from tutti.repository import ModelFolder
 from tutti.scheduler import Backend
-from tutti.types import Infer
+from tutti.types import Infer, OnDevice
 
 _MODULES = ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings")
-MAX_GRAPHS = 16
 _DATATYPES = {
     "BOOL": "BOOL", "INT8": "INT8", "UINT8": "UINT8", "INT32": "INT32", "INT64": "INT64", "HALF": "FP16",
     "BF16": "BF16", "FLOAT": "FP32",
@@ -51,7 +49,8 @@ def load(folder: ModelFolder, version: int, infer: Infer) -> list[Backend]:
                 raise ConfigError(f"model '{config.name}': {path.name} {what}")
             check(config, engine, trt)
             engines[number] = (engine, runtime)  # an engine does not keep its runtime
-        loaded.append(TensorRtBackend(config, str(version), engines[number], trt, number))
+        program = TensorRtProgram(config, engines[number], trt, number)
+        loaded.append(DeviceBackend(config, str(version), f"cuda:{number}", program))
     return loaded
 
 
@@ -95,92 +94,78 @@ def check(config: ModelConfig, engine: Any, trt: Any) -> None:
             raise ConfigError(f"model '{config.name}': input: the plan also needs {sorted(missing)}")
 
 
-class TensorRtBackend(JoinedBackend):
-    """One execution context, with a stream and buffers of its own."""
+class TensorRtProgram:
+    """A Program (on_device.py): one execution context, on the stream that is current."""
 
     library = "TensorRT"
 
-    def __init__(self, config: ModelConfig, version: str, engine: tuple[Any, Any], trt: Any, number: int) -> None:
-        super().__init__(config, version, f"cuda:{number}")
+    def __init__(self, config: ModelConfig, engine: tuple[Any, Any], trt: Any, number: int) -> None:
         self._engine, self._runtime = engine
-        self._context = self._engine.create_execution_context()
+        self._trt = trt
+        self._device = f"cuda:{number}"
+        self.inputs = tuple(spec.name for spec in config.inputs)
+        self._datatypes = {spec.name: spec.datatype for spec in config.outputs}
+        self._profile = _Profile(self._engine, self.inputs)
+        with torch.cuda.device(number):
+            self._context = self._engine.create_execution_context()
         if self._context is None:
             raise ConfigError(f"model '{config.name}': TensorRT has no memory for an execution context")
-        self._stream = torch.cuda.Stream(self.device)
-        self._inputs = tuple(spec.name for spec in config.inputs)
-        self._host: dict[str, Any] = {}
-        self._there: dict[str, Any] = {}
-        self._graphs: dict[tuple[tuple[int, ...], ...], Any] | None = (
-            {} if config.proto.optimization.cuda.graphs else None
-        )
-        self._profile = _Profile(self._engine, self._inputs)
 
-    def run(self, names: Sequence[str], feed: Mapping[str, Array]) -> Sequence[Array]:
-        self._profile.check({name: array.shape for name, array in feed.items()})
-        try:
-            with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
-                for name, array in feed.items():
-                    self._put(name, array)
-                self._execute_there(tuple(feed[name].shape for name in self._inputs))
-                back = {name: self._pinned(name, self._there[name]) for name in names}
-            self._stream.synchronize()
-        except torch.cuda.OutOfMemoryError as error:
-            torch.cuda.empty_cache()
-            raise OutOfMemory(f"TensorRT has no memory left on {self.device}: {error}") from None
-        return [
-            back[name].view(NUMPY[self._datatypes[name]]).reshape(tuple(self._shape(name))).copy() for name in names
-        ]
-
-    def _shape(self, name: str) -> Sequence[int]:
-        return tuple(self._context.get_tensor_shape(name))
-
-    def _put(self, name: str, array: Array) -> None:
-        """Through pinned memory to the device; both buffers stay for the next batch, as CUDA graphs need them to."""
-        size = array.nbytes
-        host = self._host.get(name)
-        if host is None or host.numel() < size:
-            host = self._host[name] = torch.empty(max(size, 1), dtype=torch.uint8, pin_memory=True)
-            self._reserve(name, size)
-        host.numpy()[:size] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        self._there[name][:size].copy_(host[:size], non_blocking=True)
-        self._context.set_input_shape(name, array.shape)
-
-    def _reserve(self, name: str, size: int) -> None:
-        there = self._there.get(name)
-        if there is None or there.numel() < size:
-            self._there[name] = torch.empty(max(size, 1), dtype=torch.uint8, device=self.device)
-            if self._graphs is not None:
-                self._graphs.clear()  # they point to what was there before
-        self._context.set_tensor_address(name, self._there[name].data_ptr())
-
-    def _execute_there(self, shapes: tuple[tuple[int, ...], ...]) -> None:
-        for name, datatype in self._datatypes.items():
-            self._reserve(name, int(np.prod(self._shape(name))) * NUMPY[datatype].itemsize)
-        if self._graphs is None:
-            self._enqueue()
-            return
-        graph = self._graphs.get(shapes)
-        if graph is None:
-            self._enqueue()  # TensorRT prepares itself for new shapes, which cannot be captured
-            if len(self._graphs) < MAX_GRAPHS:
-                self._stream.synchronize()
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, stream=self._stream):
-                    self._enqueue()
-                self._graphs[shapes] = graph
-            return
-        graph.replay()
-
-    def _enqueue(self) -> None:
-        if not self._context.execute_async_v3(self._stream.cuda_stream):
+    def execute(self, inputs: Mapping[str, Any], names: Sequence[str]) -> Sequence[Any]:
+        self._profile.check({name: tuple(tensor.shape) for name, tensor in inputs.items()})
+        for name, tensor in inputs.items():
+            self._context.set_input_shape(name, tuple(tensor.shape))
+            self._context.set_tensor_address(name, tensor.data_ptr())
+        outputs = {name: self._output(name) for name in self._datatypes}
+        if not self._context.execute_async_v3(torch.cuda.current_stream(self._device).cuda_stream):
             raise RuntimeError("the execution could not be enqueued")
+        return [output() for output in (outputs[name] for name in names)]
 
-    def _pinned(self, name: str, there: Any) -> Array:
-        size = int(np.prod(self._shape(name))) * NUMPY[self._datatypes[name]].itemsize
-        host = torch.empty(max(size, 1), dtype=torch.uint8, pin_memory=True)
-        host[:size].copy_(there[:size], non_blocking=True)
-        array: Array = host.numpy()[:size]
-        return array
+    def concatenate(self, arrays: Sequence[Any]) -> Any:
+        return torch.cat(list(arrays))
+
+    def adopt(self, tensor: OnDevice) -> Any:
+        tensor.wait()
+        return torch.from_dlpack(tensor)
+
+    def close(self) -> None:
+        del self._context, self._engine, self._runtime
+
+    def _output(self, name: str) -> Callable[[], Any]:
+        """Have the context write an output to memory of PyTorch's; returns what gives the tensor afterwards."""
+        shape = tuple(self._context.get_tensor_shape(name))
+        dtype = TORCH[self._datatypes[name]]
+        if all(length >= 0 for length in shape):
+            tensor = torch.empty(shape, dtype=dtype, device=self._device)
+            self._context.set_tensor_address(name, tensor.data_ptr())
+            return lambda: tensor
+        allocator = _allocator(self._trt)(self._device)
+        self._context.set_output_allocator(name, allocator)
+        return lambda: allocator.tensor(dtype)
+
+
+def _allocator(trt: Any) -> Any:
+    """The class that gives TensorRT memory for an output whose shape is known only when it is executed."""
+
+    class Allocator(trt.IOutputAllocator):
+        def __init__(self, device: str) -> None:
+            super().__init__()
+            self._device = device
+            self._memory: Any = None
+            self._shape: tuple[int, ...] = ()
+
+        def reallocate_output_async(self, name: str, memory: int, size: int, alignment: int, stream: int) -> int:
+            self._memory = torch.empty(max(size, 1), dtype=torch.uint8, device=self._device)
+            return int(self._memory.data_ptr())
+
+        def notify_shape(self, name: str, shape: Any) -> None:
+            self._shape = tuple(shape)
+
+        def tensor(self, dtype: Any) -> Any:
+            size = dtype.itemsize * int(np.prod(self._shape))
+            return self._memory[:size].view(dtype).view(self._shape)
+
+    return Allocator
 
 
 class _Profile:

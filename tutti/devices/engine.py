@@ -409,8 +409,11 @@ class DeviceEngine:
             return
         batch.out_bytes = size
         device.wait(pipeline.out_stream, batch.ends)
-        for output, offset in zip(leaving, offsets, strict=True):
-            device.copy_out(output, batch.out_block, offset, pipeline.out_stream)
+        try:
+            for output, offset in zip(leaving, offsets, strict=True):
+                device.copy_out(output, batch.out_block, offset, pipeline.out_stream)
+        except Exception as error:  # copies of other outputs may be under way
+            batch.error = self._meant(error, pipeline)
         left = self._event()
         device.record(left, pipeline.out_stream)
         with self._lock:

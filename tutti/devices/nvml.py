@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from tutti.devices.simulated import simulated_gpus
+
 _log = logging.getLogger(__name__)
 
 _NUMBER = re.compile(r"[+-]?\d+")
@@ -178,7 +180,12 @@ def visible_gpus() -> tuple[Gpu, ...]:
 
 
 def gpu_count(source: Nvml = nvml) -> int:
-    """How many GPUs this process sees: as NVML says, or without it PyTorch, where that is imported; else 0."""
+    """How many GPUs this process sees: as NVML says, or without it PyTorch, where that is imported; else 0.
+
+    Simulated ones take their place.
+    """
+    if simulated_gpus():
+        return simulated_gpus()
     if source.is_open():
         return len(source.gpus())
     if "torch" not in sys.modules:

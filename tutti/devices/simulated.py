@@ -5,13 +5,15 @@ block too early, or too late, sees wrong bytes. Freed blocks are overwritten. Ev
 `Timeline.run`, in the order of virtual time; the submitting thread is simulated too, with time of its own.
 
 On a LiveTimeline it is a device for programs that compute on the processor as soon as they are launched: data moves
-when it is submitted then, and only the times are simulated.
+when it is submitted then, and only the times are simulated. `TUTTI_SIMULATED_GPUS=N` gives the process N of them in
+the place of GPUs, for tests, and to try a repository that needs some.
 """
 
 import heapq
 import itertools
 import logging
 import math
+import os
 import threading
 import time
 from collections import deque
@@ -28,6 +30,13 @@ from tutti.dtypes import NUMPY, Array
 _log = logging.getLogger(__name__)
 
 _FREED = 0xEE
+SIMULATED = "TUTTI_SIMULATED_GPUS"
+
+
+def simulated_gpus() -> int:
+    """How many GPUs this process simulates."""
+    text = os.environ.get(SIMULATED, "0")
+    return int(text) if text.isdecimal() else 0
 
 
 class SimulatedMemoryError(Exception):
@@ -54,7 +63,7 @@ class Costs:
     wake_ns: int = 0
 
 
-FaultKind = Literal["memory", "launch", "sticky", "hang"]
+FaultKind = Literal["memory", "launch", "copy", "sticky", "hang"]
 
 
 class Timeline:
@@ -339,6 +348,8 @@ class SimulatedDevice:
             flat = np.ascontiguousarray(source).reshape(-1).view(np.uint8)
             target.array[offset : offset + flat.nbytes] = flat
 
+        if self._is_due("copy"):
+            raise TypeError("a copy refuses its arguments")
         takes_ns = self.costs.copy_ns + int(source.nbytes * self.costs.copy_out_ns_per_byte)
         self._submit(stream, self._timed(self._copies_out, takes_ns, move))
 
@@ -406,9 +417,9 @@ class SimulatedDevice:
         return isinstance(error, SimulatedMemoryError)
 
     def fault(self, error: BaseException) -> str:
-        if self._is_live and isinstance(error, IndexError):
+        if self._is_live and (isinstance(error, IndexError) or "index out of range" in str(error)):
             # What a processor notices, as an id that an embedding lacks, is an assertion's failure on a device.
-            self.fail(f"device-side assert triggered: {error}")
+            self.fail("device-side assert triggered: index out of range")
         return self._fault
 
     def release_cached(self) -> None:

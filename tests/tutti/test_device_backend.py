@@ -1,0 +1,240 @@
+"""Models on a device, from requests to answers: the pytorch backend over the device engine, on a simulated GPU."""
+
+import json
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from tests.models import Repository
+from tests.serving import engine_over, infer
+from tests.tutti.test_pytorch_backend import CONFIG, Subtract, ask, exported, scripted
+from tutti.devices import engines
+from tutti.errors import DeviceLost, InferError, Internal, InvalidArgument, OutOfMemory
+from tutti.types import InferRequest, InferResponse, Tensor
+
+torch = pytest.importorskip("torch")
+pytestmark = [
+    pytest.mark.usefixtures("simulated_gpu"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+
+ON_GPU = " instance_group { kind: KIND_GPU }"
+IDS = """
+backend: "pytorch" max_batch_size: 64
+input [ { name: "ids" data_type: TYPE_INT64 dims: -1 } ]
+output [ { name: "vectors" data_type: TYPE_FP32 dims: [ -1, 4 ] } ]
+dynamic_batching { }
+instance_group { kind: KIND_GPU }
+"""
+
+
+class Embed(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = torch.nn.Embedding(100, 4)
+        with torch.no_grad():
+            self.table.weight.copy_(torch.arange(400.0).reshape(100, 4))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.table(ids)
+
+
+def ids_request(*ids: int, model: str = "m") -> InferRequest:
+    return InferRequest(model, {"ids": Tensor.of("ids", np.array([ids], np.int64))})
+
+
+def test_a_batch_on_a_device_is_joined_executed_once_and_split(repository: Repository) -> None:
+    text = CONFIG.format(backend='backend: "pytorch"', a="left", b="right", y="difference", z="total")
+    repository.add("m", text + ON_GPU, {"model.pt2": exported(Subtract())})
+    for n, answer in enumerate(ask(repository.root, "left", "right")):
+        assert answer.tensor("difference").array().tolist() == [[10.0 - n] * 3] * (n + 1)
+        assert answer.tensor("total").array().tolist() == [[3 * (10.0 - n)]] * (n + 1)
+    assert engines.engine_of("cuda:0").busy_ns >= 0
+    assert not engines.engine_of("cuda:0").pipelines()
+
+
+def test_many_requests_of_many_shapes_get_their_own_rows(repository: Repository) -> None:
+    repository.add("m", IDS, {"model.pt": scripted(Embed())})
+    rng = np.random.default_rng(0)
+    requests = [ids_request(*rng.integers(0, 100, rng.integers(1, 9)).tolist()) for _ in range(500)]
+    with engine_over(repository.root) as engine:
+        answers = infer(engine, requests)
+        counts = engine.model("m", "").statistics.counts
+        assert counts.executions < 250
+        assert counts.inferences == 500
+    for request, answer in zip(requests, answers, strict=True):
+        assert isinstance(answer, InferResponse)
+        first = request.inputs["ids"].array()[..., np.newaxis] * 4.0
+        assert np.array_equal(answer.tensor("vectors").array(), first + np.arange(4.0))
+
+
+def test_an_id_out_of_bounds_does_not_reach_the_device(repository: Repository) -> None:
+    bounds = json.dumps({"ids": [0, 99]}).replace('"', '\\"')
+    text = IDS + f'parameters {{ key: "tutti.bounds" value {{ string_value: "{bounds}" }} }}'
+    repository.add("m", text, {"model.pt": scripted(Embed())})
+    with engine_over(repository.root) as engine:
+        good, bad, also = infer(engine, [ids_request(1, 2), ids_request(3, 1 << 40), ids_request(5, 99)])
+    assert isinstance(bad, InvalidArgument) and "input 'ids': expected values from 0 to 99" in bad.message
+    for answer, first in ((good, 4.0), (also, 20.0)):
+        assert isinstance(answer, InferResponse)
+        assert answer.tensor("vectors").array()[0, 0, 0] == first
+    assert not engines.health.failures()
+
+
+def test_without_bounds_it_ends_the_device_and_everybody_is_told(repository: Repository) -> None:
+    repository.add("m", IDS, {"model.pt": scripted(Embed())})
+    repository.add("other", IDS, {"model.pt": scripted(Embed())})
+    with engine_over(repository.root) as engine:
+        (bad,) = infer(engine, [ids_request(1 << 40)])
+        later = infer(engine, [ids_request(1), ids_request(1, model="other")])
+    for answer in (bad, *later):
+        assert isinstance(answer, DeviceLost)
+        assert "cuda:0 has failed" in answer.message
+    assert "device-side assert" in engines.health.reason("cuda:0")
+
+
+class Picky(torch.nn.Module):
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        if bool((ids == 13).any()):
+            raise ValueError("thirteen")
+        return ids.unsqueeze(-1).expand(-1, -1, 4).to(torch.float32)
+
+
+def test_only_the_request_that_fails_fails(repository: Repository) -> None:
+    repository.add("m", IDS, {"model.pt": scripted(Picky())})
+    with engine_over(repository.root) as engine:
+        one, bad, two = infer(engine, [ids_request(1), ids_request(13), ids_request(2)])
+    assert isinstance(bad, Internal) and "model 'm': PyTorch failed on input 'ids' INT64[1, 1]" in bad.message
+    assert [a.tensor("vectors").array()[0, 0, 0] for a in (one, two) if isinstance(a, InferResponse)] == [1.0, 2.0]
+
+
+class Hungry(torch.nn.Module):
+    """Needs more memory than there is for more than `most` rows."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most = most
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        if ids.shape[0] > self.most:
+            raise RuntimeError("CUDA error: out of memory")
+        return ids.unsqueeze(-1).expand(-1, -1, 4).to(torch.float32)
+
+
+@pytest.mark.parametrize(("most", "fails"), [(3, False), (0, True)])
+def test_out_of_memory_halves_the_batch_and_is_remembered(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch, most: int, fails: bool
+) -> None:
+    from tutti.devices import errors
+    from tutti.devices.simulated import SimulatedDevice
+
+    monkeypatch.setattr(SimulatedDevice, "is_memory_error", lambda self, error: "out of memory" in str(error))
+    assert errors.is_out_of_memory(RuntimeError("CUDA error: out of memory"))
+    repository.add("m", IDS, {"model.pt": scripted(Hungry(most))})
+    with engine_over(repository.root) as engine:
+        answers = infer(engine, [ids_request(n) for n in range(24)])
+        after = infer(engine, [ids_request(n) for n in range(24)])
+    for n, answer in enumerate(answers + after):
+        if fails:
+            assert isinstance(answer, OutOfMemory)
+        else:
+            assert isinstance(answer, InferResponse)
+            assert answer.tensor("vectors").array()[0, 0, 0] == n % 24
+
+
+class Identity(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+@pytest.mark.parametrize(
+    "datatype", ["BOOL", "INT8", "INT16", "INT32", "INT64", "UINT8", "FP16", "FP32", "FP64", "BF16"]
+)
+def test_every_datatype_goes_there_and_back(repository: Repository, datatype: str) -> None:
+    text = (
+        f"""backend: "pytorch" max_batch_size: 8 dynamic_batching {{ }}
+    input [ {{ name: "x" data_type: TYPE_{datatype} dims: [ -1, 3 ] }} ]
+    output [ {{ name: "y" data_type: TYPE_{datatype} dims: [ -1, 3 ] }} ]"""
+        + ON_GPU
+    )
+    repository.add("m", text, {"model.pt": scripted(Identity())})
+    size = {"BOOL": 1, "INT8": 1, "UINT8": 1, "INT32": 4, "FP32": 4, "INT64": 8, "FP64": 8}.get(datatype, 2)
+    raws = [bytes([n % 2 for n in range(rows * 6 * size)]) for rows in (1, 2, 5)]
+    requests = [
+        InferRequest("m", {"x": Tensor("x", datatype, (rows, 2, 3), raw)})
+        for rows, raw in zip((1, 2, 5), raws, strict=True)
+    ]
+    with engine_over(repository.root) as engine:
+        answers = infer(engine, requests)
+    for raw, answer in zip(raws, answers, strict=True):
+        assert isinstance(answer, InferResponse), answer
+        assert bytes(answer.tensor("y").raw()) == raw
+
+
+def test_large_answers_are_views_that_stay_right(repository: Repository) -> None:
+    text = (
+        """backend: "pytorch" max_batch_size: 4
+    input [ { name: "x" data_type: TYPE_FP32 dims: [ -1 ] } ]
+    output [ { name: "y" data_type: TYPE_FP32 dims: [ -1 ] } ]"""
+        + ON_GPU
+    )
+    repository.add("m", text, {"model.pt": scripted(Identity())})
+
+    def requests(numbers: Sequence[int]) -> list[InferRequest]:
+        arrays = [np.full((1, 50_000), n, np.float32) for n in numbers]
+        return [InferRequest("m", {"x": Tensor.of("x", array)}) for array in arrays]
+
+    with engine_over(repository.root) as engine:
+        kept = [infer(engine, requests([n]))[0] for n in range(10)]
+        infer(engine, requests(range(100, 140)))
+        device_engine = engines.engine_of("cuda:0")
+        assert device_engine.arena.owned_bytes() >= 10 * 200_000
+    for n, answer in enumerate(kept):
+        assert isinstance(answer, InferResponse)
+        assert (answer.tensor("y").array() == n).all()
+    kept.clear()
+    del answer
+    assert device_engine.arena.owned_bytes() == 0
+
+
+def test_an_output_that_the_caller_takes_stays_on_the_device(repository: Repository) -> None:
+    repository.add("m", IDS, {"model.pt": scripted(Embed())})
+    text = (
+        """backend: "pytorch" max_batch_size: 64 dynamic_batching { }
+    input [ { name: "x" data_type: TYPE_FP32 dims: [ -1, 4 ] } ]
+    output [ { name: "y" data_type: TYPE_FP32 dims: [ -1, 4 ] } ]"""
+        + ON_GPU
+    )
+    repository.add("next", text, {"model.pt": scripted(Identity())})
+    first = [ids_request(n, n + 1) for n in range(5)]
+    for request in first:
+        request.device_outputs = frozenset({"vectors"})
+    with engine_over(repository.root) as engine:
+        made = infer(engine, first)
+        tensors = []
+        for answer in made:
+            assert isinstance(answer, InferResponse), answer
+            tensors.append(answer.tensor("vectors"))
+            assert not isinstance(tensors[-1].data, np.ndarray | bytes | memoryview)
+        following = [InferRequest("next", {"x": Tensor("x", "FP32", t.shape, t.data)}) for t in tensors]
+        answers = infer(engine, following)
+    for n, answer in enumerate(answers):
+        assert not isinstance(answer, InferError), answer
+        assert answer.tensor("y").array()[0, :, 0].tolist() == [n * 4.0, n * 4.0 + 4.0]
+
+
+def test_padding_and_reshape_hold_on_a_device(repository: Repository) -> None:
+    text = (
+        IDS.replace("dims: -1 }", "dims: -1 }").replace("[ -1, 4 ] }", "[ -1, 4 ] }")
+        + """
+    parameters { key: "tutti.buckets.ids" value { string_value: "4, 8" } }
+    parameters { key: "tutti.unpad.vectors" value { string_value: "ids" } }"""
+    )
+    repository.add("m", text, {"model.pt": scripted(Embed())})
+    with engine_over(repository.root) as engine:
+        answers = infer(engine, [ids_request(*range(1, n + 1)) for n in range(1, 9)])
+        assert engine.model("m", "").statistics.counts.executions <= 3
+    for n, answer in enumerate(answers, 1):
+        assert isinstance(answer, InferResponse), answer
+        assert answer.tensor("vectors").array()[0, :, 0].tolist() == [4.0 * i for i in range(1, n + 1)]

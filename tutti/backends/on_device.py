@@ -1,0 +1,287 @@
+"""A joined model on a device: its batches' inputs go straight from the requests into the device engine's pinned memory.
+
+What computes is a Program. Outputs that every caller of a batch takes from the device stay there.
+"""
+
+import math
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+
+from tutti import ragged
+from tutti.backends.joined import JoinedModel
+from tutti.config import ModelConfig
+from tutti.devices.engine import Made, Part, Pipeline, Resident, Times
+from tutti.devices.engines import engine_of
+from tutti.devices.interface import DeviceArray, Stream
+from tutti.dtypes import NUMPY, Array
+from tutti.errors import InferError, InvalidArgument
+from tutti.scheduler import Answers
+from tutti.types import Call, InferRequest, InferResponse, OnDevice, Shape, Tensor
+
+# Weights of `optimization.priority`: what a model gets of a device that it shares.
+_WEIGHTS = {0: 1.0, 1: 2.0, 2: 0.5}
+
+
+class Program(Protocol):
+    """A model's computation on one device. Called in the device's submitting thread, its stream the current one."""
+
+    @property
+    def library(self) -> str: ...
+
+    @property
+    def inputs(self) -> Sequence[str]:
+        """The inputs it takes, in their order."""
+
+    def execute(self, inputs: Mapping[str, DeviceArray], names: Sequence[str]) -> Sequence[DeviceArray]:
+        """Submit the computation of the outputs `names`, which come in their configured datatypes."""
+
+    def concatenate(self, arrays: Sequence[DeviceArray]) -> DeviceArray:
+        """One array of the rows of all."""
+
+    def adopt(self, tensor: OnDevice) -> DeviceArray:
+        """Another library's tensor on this device, which is complete, without a copy."""
+
+    def close(self) -> None:
+        """Release what it holds on the device."""
+
+
+class TensorOnDevice:
+    """An output in a device's memory, complete: an OnDevice."""
+
+    __slots__ = ("_read", "array_there", "device", "nbytes", "shape")
+
+    def __init__(self, array: DeviceArray, device: str, read: Callable[[DeviceArray], Array]) -> None:
+        self.array_there = array
+        self.device = device
+        self.shape: Shape = tuple(array.shape)
+        self.nbytes = int(array.nbytes)
+        self._read = read
+
+    def wait(self) -> None:
+        """It is complete."""
+
+    def array(self) -> Array:
+        return self._read(self.array_there)
+
+    def part(self, start: int, stop: int) -> "TensorOnDevice":
+        """Some of its rows, without a copy."""
+        return TensorOnDevice(self.array_there[start:stop], self.device, self._read)
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self.array_there.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        device: tuple[int, int] = self.array_there.__dlpack_device__()
+        return device
+
+
+class DeviceBackend(JoinedModel):
+    """One instance on `device`, as "cuda:0": it gives batches to the device's engine, several at a time."""
+
+    runs_inline = False
+
+    def __init__(self, config: ModelConfig, version: str, device: str, program: Program) -> None:
+        super().__init__(config, version)
+        self.kind = device.partition(":")[0]
+        self.device = device
+        self.library = program.library
+        self.program = program
+        self.engine = engine_of(device)
+        self.pipeline: Pipeline = self.engine.pipeline(
+            config.name,
+            _WEIGHTS.get(config.proto.optimization.priority, 1.0),
+            -(config.proto.optimization.priority == 1),
+        )
+
+    def batch(self, requests: Sequence[InferRequest]) -> "DeviceBatch":
+        """What their execution needs, and how its outputs become their answers."""
+        return DeviceBatch(self, requests)
+
+    def execute(self, calls: Sequence[Call]) -> Answers:
+        """A batch by itself, waited for: warm-ups."""
+        return execute_and_wait(
+            self.pipeline, self.batch([call.request for call in calls]), sum([call.rows for call in calls])
+        )
+
+    def close(self) -> None:
+        self.pipeline.close()
+        self.engine.alone(self.program.close)
+
+
+class DeviceBatch:
+    """One batch: its inputs as parts, its launch, and its answers."""
+
+    def __init__(self, backend: DeviceBackend, requests: Sequence[InferRequest]) -> None:
+        self._backend = backend
+        self._requests = requests
+        self._names, self._is_alike = backend.wanted(requests)
+        self._order: list[tuple[str, int]] = []
+        first, *others = (request.device_outputs for request in requests)
+        # A part of what stays would hold all of it; but rows of one batch go the same way.
+        self._staying = first.intersection(*others) if first else first
+
+    def parts(self) -> list[Part]:
+        """The inputs, in the program's order. Raises InferError for what must not reach the device."""
+        config = self._backend.config
+        extra = config.ragged.made(self._requests) if config.ragged else {}
+        given = self._requests[0].inputs
+        parts: list[Part] = []
+        for name in self._backend.program.inputs:
+            if name in extra:
+                added = [self._from_array(extra[name])]
+            elif name in given:
+                added = self._input(name)
+            else:
+                continue
+            self._order.append((name, len(added)))
+            parts += added
+        return parts
+
+    def launch(self, arrays: Sequence[DeviceArray], stream: Stream) -> Sequence[DeviceArray]:
+        program = self._backend.program
+        inputs: dict[str, DeviceArray] = {}
+        at = 0
+        for name, count in self._order:
+            own = arrays[at : at + count]
+            inputs[name] = own[0] if count == 1 else program.concatenate(own)
+            at += count
+        return program.execute(inputs, self._names)
+
+    def stays(self, index: int) -> bool:
+        return bool(self._staying) and self._names[index] in self._staying
+
+    def answers(self, outputs: Sequence[Made]) -> Sequence[InferResponse]:
+        """The calls' answers, in order."""
+        tensors = [self._output(name, made) for name, made in zip(self._names, outputs, strict=True)]
+        if not self._staying or len(self._requests) == 1:
+            return self._backend.answers(self._requests, tensors, self._is_alike)
+        return self._split(tensors)
+
+    def failure(self, error: Exception) -> InferError:
+        """The error as the first call's."""
+        if isinstance(error, InferError):
+            return type(error)(f"model '{self._backend.config.name}': {error.message}")
+        return self._backend.failure(self._requests[0], error)
+
+    def _input(self, name: str) -> list[Part]:
+        config = self._backend.config
+        tensors = [request.inputs[name] for request in self._requests]
+        if name in config.ragged.inputs:
+            return [self._from_array(ragged.flattened(self._requests, name))]
+        if name not in config.bounds.ranges and all(self._is_there(tensor) for tensor in tensors):
+            return [self._resident(tensor) for tensor in tensors]
+        first = tensors[0]
+        raws = [tensor.raw() for tensor in tensors]
+        shape = first.shape
+        if len(tensors) > 1:
+            shape = (sum([tensor.shape[0] for tensor in tensors]), *first.shape[1:])
+        size = math.prod(shape) * NUMPY[first.datatype].itemsize
+        given = sum([len(raw) for raw in raws])
+        if given != size:
+            what = f"expected {size} bytes for {first.datatype}{list(shape)}, got {given}"
+            raise InvalidArgument(f"input '{name}': {what}")
+        return [Part(first.datatype, shape, size, partial(self._write, name, first.datatype, shape, raws))]
+
+    def _write(self, name: str, datatype: str, shape: Shape, raws: Sequence[Any], host: Array) -> None:
+        """The rows of all requests, one after the other; what is out of range goes no further."""
+        at = 0
+        for raw in raws:
+            size = len(raw)
+            host[at : at + size] = np.frombuffer(raw, np.uint8)
+            at += size
+        if name in self._backend.config.bounds.ranges:
+            self._backend.config.bounds.check(name, host.view(NUMPY[datatype]).reshape(shape))
+
+    def _from_array(self, array: Array) -> Part:
+        flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        datatype = next(name for name, dtype in NUMPY.items() if dtype == array.dtype)
+
+        def write(host: Array) -> None:
+            host[:] = flat
+
+        return Part(datatype, array.shape, flat.nbytes, write)
+
+    def _is_there(self, tensor: Tensor) -> bool:
+        data: Any = tensor.data
+        return getattr(data, "device", None) == self._backend.device and not isinstance(data, np.ndarray)
+
+    def _resident(self, tensor: Tensor) -> Part:
+        data: Any = tensor.data
+        array = data.array_there if isinstance(data, TensorOnDevice) else self._backend.program.adopt(data)
+        return Part(tensor.datatype, tensor.shape, resident=Resident(array.reshape(tensor.shape), None))
+
+    def _output(self, name: str, made: Made) -> Tensor:
+        datatype = self._backend.datatype(name)
+        shape = tuple(made.array.shape)
+        if made.host is None:
+            there = TensorOnDevice(made.array, self._backend.device, self._backend.engine.device.read)
+            return Tensor(name, datatype, shape, there)
+        return Tensor(name, datatype, shape, made.host.view(NUMPY[datatype]).reshape(shape))
+
+    def _split(self, outputs: Sequence[Tensor]) -> list[InferResponse]:
+        """Each request's rows of outputs some of which are on the device."""
+        answers = []
+        at = 0
+        for request in self._requests:
+            stop = at + next(iter(request.inputs.values())).shape[0]
+            own = [
+                _part(output, at, stop) for output in outputs if not request.outputs or output.name in request.outputs
+            ]
+            answers.append(self._backend.response(own))
+            at = stop
+        return answers
+
+
+def _part(output: Tensor, start: int, stop: int) -> Tensor:
+    data = output.data
+    part = data.part(start, stop) if isinstance(data, TensorOnDevice) else output.array()[start:stop]
+    return Tensor(output.name, output.datatype, (stop - start, *output.shape[1:]), part)
+
+
+class DeviceWork(Protocol):
+    """A batch on its way through a device; wrappers of backends wrap it."""
+
+    def parts(self) -> list[Part]: ...
+    def launch(self, arrays: Sequence[DeviceArray], stream: Stream) -> Sequence[DeviceArray]: ...
+    def stays(self, index: int) -> bool: ...
+    def answers(self, outputs: Sequence[Made]) -> Answers: ...
+    def failure(self, error: Exception) -> InferError: ...
+
+
+def execute_and_wait(pipeline: Pipeline, work: DeviceWork, rows: int) -> Answers:
+    """One batch through the pipeline, waited for. Raises what it fails with."""
+    job = _WaitedFor(work, rows)
+    pipeline.submit(job, is_again=True)
+    job.ended.wait()
+    if job.error is not None:
+        raise work.failure(job.error)
+    return job.answers
+
+
+class _WaitedFor:
+    """The engine's job for `execute_and_wait`."""
+
+    def __init__(self, work: DeviceWork, rows: int) -> None:
+        self.rows = rows
+        self.answers: Answers = ()
+        self.error: Exception | None = None
+        self.ended = threading.Event()
+        self.stage = work.parts
+        self.launch = work.launch
+        self.stays = work.stays
+        self._work = work
+
+    def finish(self, outputs: Sequence[Made], times: Times) -> None:
+        try:
+            self.answers = self._work.answers(outputs)
+        except Exception as error:
+            self.error = error
+        self.ended.set()
+
+    def fail(self, error: Exception) -> None:
+        self.error = error
+        self.ended.set()

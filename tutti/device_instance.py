@@ -1,0 +1,141 @@
+"""An instance on a device: it takes a batch while the one before executes, when the device's engine says it is time.
+
+Knows what the scheduler wants of an instance, and what to do with a batch that fails: out of memory in halves, else
+alone, request by request, so that only the culprit fails.
+"""
+
+import logging
+from collections.abc import Sequence
+from typing import Protocol
+
+from tutti.backends.on_device import DeviceWork
+from tutti.cost import Costs
+from tutti.devices.engine import DeviceEngine, Made, Part, Pipeline, Times
+from tutti.devices.interface import DeviceArray, Stream
+from tutti.errors import DeviceLost, OutOfMemory
+from tutti.scheduler import Answers, Scheduler, deliver
+from tutti.statistics import BatchTimes, ModelStatistics
+from tutti.types import Call, InferRequest, now_ns
+
+_log = logging.getLogger(__name__)
+
+
+class PipelinedBackend(Protocol):
+    """A backend whose batches go through a device's engine."""
+
+    engine: DeviceEngine
+    pipeline: Pipeline
+
+    def batch(self, requests: Sequence[InferRequest]) -> DeviceWork: ...
+    def close(self) -> None: ...
+
+
+class DeviceInstance:
+    """An Instance (scheduler.py) over a pipeline."""
+
+    def __init__(
+        self,
+        name: str,
+        backend: PipelinedBackend,
+        scheduler: Scheduler,
+        statistics: ModelStatistics,
+        costs: Costs | None = None,
+    ) -> None:
+        self.name = name
+        self.rank = 0
+        self.costs = costs or Costs()
+        self.scheduler = scheduler
+        self.statistics = statistics
+        self._backend = backend
+        self._ended_ns = 0
+        backend.pipeline.is_free = lambda: scheduler.release(self)
+
+    def ahead_ns(self, at_ns: int) -> int:
+        return self._backend.pipeline.ahead_ns(at_ns)
+
+    def start(self, batch: list[Call]) -> None:
+        self._backend.pipeline.submit(self._job(batch))
+
+    def close(self) -> None:
+        self._backend.close()
+
+    def learn(self, batch: Sequence[Call], rows: int, times: Times, ended_ns: int) -> None:
+        """What a batch took since its beginning, or the end of the one before it."""
+        began_ns = max(times.start_ns, self._ended_ns)
+        self._ended_ns = ended_ns
+        self.costs.record(batch[0].key, rows, max(1, ended_ns - began_ns))
+
+    def submit_again(self, batch: Sequence[Call], is_last: bool = False) -> None:
+        """Execute a part of a batch that failed."""
+        self._backend.pipeline.submit(self._job(batch, is_last), is_again=True)
+
+    def _job(self, batch: Sequence[Call], is_last: bool = False) -> "_Job":
+        return _Job(self, batch, self._backend.batch([call.request for call in batch]), is_last)
+
+    def reclaim(self) -> None:
+        self._backend.engine.reclaim()
+
+
+class _Job:
+    """The engine's job for one batch of calls, or for a part of one. `is_last`: memory has been made for it."""
+
+    def __init__(
+        self, instance: DeviceInstance, batch: Sequence[Call], work: DeviceWork, is_last: bool = False
+    ) -> None:
+        self.rows = sum([call.rows for call in batch])
+        self._instance = instance
+        self._batch = batch
+        self._work = work
+        self._is_last = is_last
+        self._start_ns = now_ns()
+
+    def stage(self) -> Sequence[Part]:
+        return self._work.parts()
+
+    def launch(self, inputs: Sequence[DeviceArray], stream: Stream) -> Sequence[DeviceArray]:
+        return self._work.launch(inputs, stream)
+
+    def stays(self, index: int) -> bool:
+        return self._work.stays(index)
+
+    def finish(self, outputs: Sequence[Made], times: Times) -> None:
+        try:
+            answers = self._work.answers(outputs)
+        except Exception as error:
+            self._settle([self._work.failure(error)] * len(self._batch))
+            return
+        end_ns = now_ns()
+        self._instance.learn(self._batch, self.rows, times, end_ns)
+        self._instance.scheduler.executed(self._batch)
+        batch_times = BatchTimes(times.start_ns, times.execution_start_ns, times.execution_end_ns, end_ns)
+        deliver(self._instance.name, self._batch, answers, batch_times, self._instance.statistics)
+
+    def fail(self, error: Exception) -> None:
+        batch, instance = self._batch, self._instance
+        if isinstance(error, DeviceLost):
+            self._settle([error] * len(batch))
+        elif isinstance(error, OutOfMemory):
+            self._do_with_less(error)
+        elif len(batch) == 1:
+            self._settle([self._work.failure(error)])
+        else:
+            for call in batch:
+                instance.submit_again([call])
+
+    def _do_with_less(self, error: OutOfMemory) -> None:
+        batch, instance = self._batch, self._instance
+        if len(batch) > 1:
+            instance.scheduler.ran_out_of_memory(self.rows)
+            middle = len(batch) // 2
+            instance.submit_again(batch[:middle])
+            instance.submit_again(batch[middle:])
+        elif not self._is_last:
+            instance.reclaim()
+            instance.submit_again(batch, is_last=True)
+        else:
+            self._settle([self._work.failure(error)])
+
+    def _settle(self, answers: Answers) -> None:
+        now = now_ns()
+        times = BatchTimes(self._start_ns, self._start_ns, now, now)
+        deliver(self._instance.name, self._batch, answers, times, self._instance.statistics)

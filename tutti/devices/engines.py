@@ -1,0 +1,35 @@
+"""The engines of this process, one for each device that something runs on."""
+
+import threading
+
+from tutti.devices.engine import DeviceEngine
+from tutti.devices.health import health
+from tutti.devices.simulated import Costs, LiveTimeline, SimulatedDevice, simulated_gpus
+
+_lock = threading.Lock()
+_engines: dict[str, DeviceEngine] = {}
+
+
+def engine_of(name: str) -> DeviceEngine:
+    """The engine of the device, as "cuda:0"; made when it is first asked for."""
+    with _lock:
+        engine = _engines.get(name)
+        if engine is None:
+            engine = _engines[name] = _simulated(name) if simulated_gpus() else _cuda(name)
+    return engine
+
+
+def engines() -> list[DeviceEngine]:
+    """Those that something runs on, or has."""
+    with _lock:
+        return list(_engines.values())
+
+
+def _simulated(name: str) -> DeviceEngine:
+    return DeviceEngine(SimulatedDevice(LiveTimeline(), Costs(), name), health)
+
+
+def _cuda(name: str) -> DeviceEngine:
+    from tutti.devices.cuda import CudaDevice
+
+    return DeviceEngine(CudaDevice(int(name.partition(":")[2])), health)
