@@ -45,6 +45,7 @@ class Options(BaseModel):
     exit_on_error: bool = True
     cache_config: str = "local,size=1048576"
     allow_client_shm: bool = False
+    allow_client_cuda_shm: bool = False  # refused: the gateway has no GPU
     http_restricted_api: list[str] = []
     grpc_restricted_protocol: list[str] = []
     api_key_file: Path | None = None
@@ -82,6 +83,10 @@ class Options(BaseModel):
             raise ValueError(f"{self.gateways} gateways share their ports: expected no port 0")
         if self.gateways > 1 and self.allow_client_shm:
             raise ValueError("shared memory is registered with one gateway: expected 1 gateway, or no allow_client_shm")
+        if self.allow_client_cuda_shm:
+            raise ValueError(
+                "allow_client_cuda_shm: CUDA shared memory needs a server with a GPU, the gateway has none"
+            )
         return self
 
     @property

@@ -53,6 +53,7 @@ HEAVY = {
     "onnxruntime": {"tutti.backends.onnxruntime"},
     "psutil": {"ray_app.processes"},
     "pynvml": {"tutti.devices.nvml"},
+    "cuda": {"tutti.devices.ipc"},
 }
 
 

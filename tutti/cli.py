@@ -97,6 +97,12 @@ def make_parser() -> argparse.ArgumentParser:
         "where there are cores to spare (default: 1, within the engine's)",
     )
     serve.add_argument("--allow-client-shm", action="store_true", help="let clients register system shared memory")
+    serve.add_argument(
+        "--allow-client-cuda-shm",
+        action="store_true",
+        help="let clients register CUDA shared memory: other processes' allocations on this machine's GPUs, which the "
+        "server then reads and writes; needs cuda-bindings, and does not go with --ray",
+    )
     access = serve.add_argument_group("access")
     access.add_argument(
         "--http-restricted-api",
@@ -172,6 +178,8 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
         parser.error("--front-end-processes needs 1 or more")
     if options.front_end_processes > 1 and options.ray:
         parser.error("--front-end-processes does not go with --ray")
+    if options.allow_client_cuda_shm and options.ray:
+        parser.error("--allow-client-cuda-shm does not go with --ray: the gateway has no GPU")
     if options.load_model and options.model_control_mode != "explicit":
         parser.error("--load-model needs --model-control-mode explicit")
     for protocol in ("http", "grpc"):

@@ -1,162 +1,411 @@
-"""Client-registered system shared memory (POSIX), and the refusal of CUDA's.
+"""Client-registered shared memory: POSIX segments of this machine, and CUDA memory of other processes on it.
 
-Off unless allowed: whoever may register a region can read and write that region of this machine through the server.
-Regions are read and written with pread and pwrite, never mapped: a client that truncates its segment while the server
-reads it gets an error, not a crash of the server.
+Both kinds are off unless allowed: whoever may register a region can read and write that memory through the server.
+Names are one space over both kinds, and requests refer to a region by its name, whatever its kind. Segments are read
+and written with pread and pwrite, never mapped: a client that truncates its segment while the server reads it gets an
+error, not a crash of the server. What is copied stays open until the copy is done, also when it is unregistered
+meanwhile; unregistering waits for that, so that a client may free its memory afterwards.
 """
 
+import logging
 import os
 import re
 import stat
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
-from tutti.errors import AlreadyExists, InvalidArgument, NotFound, Unsupported
+from tutti.devices.ipc import HANDLE_BYTES, ForeignMemory, Ipc
+from tutti.errors import AlreadyExists, InferError, Internal, InvalidArgument, NotFound, Unavailable, Unsupported
 from tutti.types import Raw, SharedRegion
+
+_log = logging.getLogger(__name__)
 
 _KEY = re.compile(r"/?[A-Za-z0-9_][A-Za-z0-9_.-]{0,250}")
 _NAME = re.compile(r"[^\x00-\x1f\x7f]{1,255}")
 # Segments that servers and runtimes keep for themselves.
 _RESERVED = ("triton_python_backend_shm", "psm_", "sem.", "plasma", "ray_", "torch_", "nccl")
-# Each holds a file descriptor.
+# Each holds a file descriptor, or a mapping on a device.
 _MAX_REGIONS = 256
+UNREGISTER_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
-class Registered:
-    """A registered region; offsets and sizes in bytes."""
+class SystemRegion:
+    """A registered POSIX segment, or a part of it; offset and size in bytes."""
 
     name: str
     key: str
     offset: int
     byte_size: int
-    descriptor: int
+
+
+@dataclass(frozen=True, slots=True)
+class CudaRegion:
+    """A registered CUDA allocation, from its base; bytes. `device_id` is numbered as the server sees its devices."""
+
+    name: str
+    device_id: int
+    byte_size: int
+
+
+Region = TypeVar("Region", SystemRegion, CudaRegion)
+_KINDS = {SystemRegion: "system", CudaRegion: "CUDA"}
+
+
+class _Storage(Protocol):
+    """Where a region's bytes are. Offsets are the region's, checked by the caller. `memory` is None on the host."""
+
+    @property
+    def memory(self) -> ForeignMemory | None: ...
+
+    def read(self, offset: int, size: int) -> bytes | bytearray: ...
+
+    def write(self, offset: int, data: Raw) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class _Entry:
+    """A registered region with those who use it now. Forgotten ones are closed by their last user."""
+
+    __slots__ = ("failure", "is_closed", "is_forgotten", "region", "storage", "users")
+
+    def __init__(self, region: SystemRegion | CudaRegion, storage: _Storage) -> None:
+        self.region = region
+        self.storage = storage
+        self.users = 0
+        self.is_forgotten = self.is_closed = False
+        self.failure = ""
+
+
+class Lease:
+    """A stretch of a region, inside of it and open until `give_back`, which the end of a `with` calls too."""
+
+    __slots__ = ("_entry", "_owner", "stretch")
+
+    def __init__(self, owner: "SharedMemory", entry: _Entry, stretch: SharedRegion) -> None:
+        self._owner = owner
+        self._entry: _Entry | None = entry
+        self.stretch = stretch
+
+    @property
+    def memory(self) -> ForeignMemory | None:
+        """The device memory that the region is, from its base; None for a region in host memory."""
+        return self._held().memory
+
+    def read(self) -> bytes | bytearray:
+        """A copy of the bytes."""
+        return self._held().read(self.stretch.offset, self.stretch.byte_size)
+
+    def write(self, data: Raw) -> None:
+        """Put `data` at the stretch's start. Raises InvalidArgument when it is longer than the stretch."""
+        if len(data) > self.stretch.byte_size:
+            raise InvalidArgument(
+                f"shared memory region '{self.stretch.name}': {len(data)} bytes do not fit into the "
+                f"{self.stretch.byte_size} at {self.stretch.offset}"
+            )
+        self._held().write(self.stretch.offset, data)
+
+    def give_back(self) -> None:
+        """Let the region go. A second time is no error."""
+        entry, self._entry = self._entry, None
+        if entry is not None:
+            self._owner._release(entry)
+
+    def __enter__(self) -> "Lease":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.give_back()
+
+    def _held(self) -> _Storage:
+        assert self._entry is not None, "given back"
+        return self._entry.storage
 
 
 class SharedMemory:
     """The regions that clients have registered. Thread-safe."""
 
-    def __init__(self, is_allowed: bool = False) -> None:
+    def __init__(self, is_allowed: bool = False, devices: Ipc | None = None) -> None:
+        """`is_allowed` is for system memory; CUDA's is allowed where there is something to open it with."""
         self.is_allowed = is_allowed
-        self._lock = threading.Lock()
-        self._regions: dict[str, Registered] = {}
+        self._devices = devices
+        self._changed = threading.Condition()
+        self._regions: dict[str, _Entry] = {}
+
+    @property
+    def is_cuda_allowed(self) -> bool:
+        return self._devices is not None
 
     def register(self, name: str, key: str, offset: int, byte_size: int) -> None:
         """Open a POSIX segment. Raises InvalidArgument with the reason, Unsupported where clients may not."""
         if not self.is_allowed:
             raise Unsupported("system shared memory is off: start the server with --allow-client-shm")
-        if not _NAME.fullmatch(name):
-            raise InvalidArgument(f"shared memory region {name[:100]!r}: expected a name of 1 to 255 characters")
         bare = key.removeprefix("/")
         if not _KEY.fullmatch(key) or bare.startswith(_RESERVED):
-            raise InvalidArgument(f"shared memory region '{name}': key {key[:100]!r} is not allowed")
+            raise InvalidArgument(f"shared memory region '{name[:255]}': key {key[:100]!r} is not allowed")
         if offset < 0 or byte_size < 1:
             raise InvalidArgument(
                 f"shared memory region '{name}': expected an offset of 0 or more and a byte_size of 1 or more, "
                 f"got {offset} and {byte_size}"
             )
-        descriptor = self._open(name, key)
+        self._check_new(name)
+        storage = _Segment(name, key, offset)
+        size = storage.size()
+        if offset + byte_size > size:
+            storage.close()
+            raise InvalidArgument(
+                f"failed to register shared memory region '{name}': invalid args: bytes {offset} to "
+                f"{offset + byte_size} are outside of '{key}', which has {size}"
+            )
+        self._add(_Entry(SystemRegion(name, key, offset, byte_size), storage))
+
+    def register_cuda(self, name: str, raw_handle: bytes, device_id: int, byte_size: int) -> None:
+        """Open an allocation of another process by its IPC handle; blocks while the device's context is made.
+
+        Raises InvalidArgument with the reason, Unsupported where clients may not, or where something is missing here.
+        """
+        if self._devices is None:
+            raise Unsupported(
+                "CUDA shared memory is off: start the server with --allow-client-cuda-shm (not offered on Ray)"
+            )
+        if len(raw_handle) != HANDLE_BYTES:
+            raise InvalidArgument(
+                f"shared memory region '{name[:255]}': 'raw_handle' must be a valid base64 encoded cudaIpcMemHandle_t: "
+                f"expected {HANDLE_BYTES} bytes, got {len(raw_handle)}"
+            )
+        if byte_size < 1:
+            raise InvalidArgument(
+                f"shared memory region '{name[:255]}': expected a byte_size of 1 or more, got {byte_size}"
+            )
+        self._check_new(name)
         try:
-            size = os.fstat(descriptor).st_size
-            if offset + byte_size > size:
-                raise InvalidArgument(
-                    f"failed to register shared memory region '{name}': invalid args: bytes {offset} to "
-                    f"{offset + byte_size} are outside of '{key}', which has {size}"
-                )
-            with self._lock:
-                if name in self._regions:
-                    raise AlreadyExists(f"shared memory region '{name}' already in manager")
-                if len(self._regions) >= _MAX_REGIONS:
-                    raise InvalidArgument(f"at most {_MAX_REGIONS} shared memory regions can be registered")
-                self._regions[name] = Registered(name, key, offset, byte_size, descriptor)
-        except BaseException:
-            os.close(descriptor)
-            raise
+            storage = _Allocation(name, self._devices, self._devices.open(raw_handle, device_id))
+        except InferError as error:
+            raise type(error)(f"failed to register shared memory region '{name}': {error.message}") from None
+        if byte_size > storage.memory.size:
+            storage.close()
+            raise InvalidArgument(
+                f"failed to register shared memory region '{name}': invalid args: byte_size {byte_size} is more than "
+                f"its allocation has, which is {storage.memory.size}"
+            )
+        self._add(_Entry(CudaRegion(name, device_id, byte_size), storage))
 
     def unregister(self, name: str = "") -> None:
-        """Forget one region, or all. One that is not there is no error."""
-        with self._lock:
-            names = [name] if name else list(self._regions)
-            for one in names:
-                region = self._regions.pop(one, None)
-                if region is not None:
-                    os.close(region.descriptor)
+        """Forget one system region, or all. One that is not there is no error. Waits for copies to and from it."""
+        self._forget(SystemRegion, name)
 
-    def status(self, name: str = "") -> list[Registered]:
-        """One region, or all. Raises NotFound for one that is not there."""
-        with self._lock:
-            if not name:
-                return [self._regions[one] for one in sorted(self._regions)]
-            return [self._get(name)]
+    def unregister_cuda(self, name: str = "") -> None:
+        """As `unregister`, for CUDA's. Raises Unavailable when the server still uses it after UNREGISTER_TIMEOUT_S."""
+        self._forget(CudaRegion, name)
 
-    def read(self, region: SharedRegion) -> bytes:
+    def status(self, name: str = "") -> list[SystemRegion]:
+        """One system region, or all by name. Raises NotFound for one that is not there, or is CUDA's."""
+        return self._status(SystemRegion, name)
+
+    def cuda_status(self, name: str = "") -> list[CudaRegion]:
+        """As `status`, for CUDA's."""
+        return self._status(CudaRegion, name)
+
+    def read(self, region: SharedRegion) -> bytes | bytearray:
         """A copy of the bytes. Raises NotFound, or InvalidArgument when they are not all inside the region."""
-        with self._lock:  # a descriptor must not be closed, and its number reused, meanwhile
-            registered = self._inside(region)
-            parts = []
-            at, end = registered.offset + region.offset, registered.offset + region.offset + region.byte_size
-            while at < end:
-                part = os.pread(registered.descriptor, end - at, at)
-                if not part:
-                    raise InvalidArgument(f"shared memory region '{region.name}': its segment has become too short")
-                parts.append(part)
-                at += len(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        with self.borrow(region) as lease:
+            return lease.read()
 
     def check(self, region: SharedRegion) -> None:
         """Raises NotFound, or InvalidArgument when it is not all inside the registered region."""
-        with self._lock:
+        with self._changed:
             self._inside(region)
 
     def write(self, region: SharedRegion, data: Raw) -> None:
-        """Put `data` at the region's start; it has `byte_size` bytes at most."""
-        with self._lock:
-            registered = self._inside(region)
-            at = registered.offset + region.offset
-            if at + len(data) > os.fstat(registered.descriptor).st_size:
-                raise InvalidArgument(f"shared memory region '{region.name}': its segment has become too short")
-            view = memoryview(data)
-            while view:
-                written = os.pwrite(registered.descriptor, view, at)
-                view = view[written:]
-                at += written
+        """Put `data` at the region's start. Raises as `check`, and InvalidArgument when it is too long."""
+        with self.borrow(region) as lease:
+            lease.write(data)
+
+    def borrow(self, region: SharedRegion) -> Lease:
+        """Keep a stretch open, for whoever copies it or works in it. Raises as `check`."""
+        with self._changed:
+            entry = self._inside(region)
+            entry.users += 1
+        return Lease(self, entry, region)
 
     def close(self) -> None:
-        self.unregister()
+        """Forget all. What cannot be closed is logged: the process ends."""
+        for kind in _KINDS:
+            try:
+                self._forget(kind, "")
+            except InferError as error:
+                _log.warning("%s", error.message)
 
-    def _open(self, name: str, key: str) -> int:
+    def _inside(self, stretch: SharedRegion) -> _Entry:
+        entry = self._regions.get(stretch.name)
+        if entry is None and not self.is_allowed and not self.is_cuda_allowed:
+            raise Unsupported("shared memory is off: start the server with --allow-client-shm")
+        if entry is None:
+            raise NotFound(f"Unable to find shared memory region: '{stretch.name}'")
+        byte_size, end = entry.region.byte_size, stretch.offset + stretch.byte_size
+        if stretch.offset < 0 or stretch.byte_size < 0 or end > byte_size:
+            raise InvalidArgument(
+                f"Invalid offset + byte size for shared memory region: '{stretch.name}': bytes {stretch.offset} to "
+                f"{end} of {byte_size}"
+            )
+        return entry
+
+    def _check_new(self, name: str) -> None:
+        if not _NAME.fullmatch(name):
+            raise InvalidArgument(f"shared memory region {name[:100]!r}: expected a name of 1 to 255 characters")
+        with self._changed:
+            self._check_room(name)
+
+    def _check_room(self, name: str) -> None:
+        if name in self._regions:
+            raise AlreadyExists(f"shared memory region '{name}' already in manager")
+        if len(self._regions) >= _MAX_REGIONS:
+            raise InvalidArgument(f"at most {_MAX_REGIONS} shared memory regions can be registered")
+
+    def _add(self, entry: _Entry) -> None:
+        """Keep an open region, or close it."""
+        try:
+            with self._changed:
+                self._check_room(entry.region.name)  # another one may have come meanwhile
+                self._regions[entry.region.name] = entry
+        except InferError:
+            entry.storage.close()
+            raise
+
+    def _status(self, kind: type[Region], name: str) -> list[Region]:
+        with self._changed:
+            known = {key: entry.region for key, entry in self._regions.items()}
+        if not name:
+            return [region for _, region in sorted(known.items()) if isinstance(region, kind)]
+        region = known.get(name)
+        if isinstance(region, kind):
+            return [region]
+        if region is None:
+            raise NotFound(f"Unable to find {_KINDS[kind].lower()} shared memory region: '{name}'")
+        raise NotFound(
+            f"The region named '{name}' is registered as {_KINDS[type(region)]} shared memory, "
+            f"not {_KINDS[kind]} shared memory"
+        )
+
+    def _forget(self, kind: type, name: str) -> None:
+        with self._changed:
+            chosen = [self._regions.get(name)] if name else list(self._regions.values())
+            entries = [entry for entry in chosen if entry is not None and isinstance(entry.region, kind)]
+            for entry in entries:
+                del self._regions[entry.region.name]
+                entry.is_forgotten = True
+            unused = [entry for entry in entries if not entry.users]
+        for entry in unused:
+            self._close(entry)
+        with self._changed:
+            self._changed.wait_for(lambda: all(entry.is_closed for entry in entries), UNREGISTER_TIMEOUT_S)
+            used = [entry.region.name for entry in entries if not entry.is_closed]
+        if used:
+            raise Unavailable(f"shared memory region '{used[0]}' is unregistered, but still in use: do not free it yet")
+        failures = [entry.failure for entry in entries if entry.failure]
+        if failures:
+            raise Internal("; ".join(failures))
+
+    def _release(self, entry: _Entry) -> None:
+        with self._changed:
+            entry.users -= 1
+            is_last = entry.is_forgotten and not entry.users
+        if is_last:
+            self._close(entry)
+
+    def _close(self, entry: _Entry) -> None:
+        """Close what nobody can come to use any more."""
+        try:
+            entry.storage.close()
+        except InferError as error:
+            entry.failure = error.message
+            _log.error("%s", error.message)
+        finally:
+            with self._changed:
+                entry.is_closed = True
+                self._changed.notify_all()
+
+
+class _Segment:
+    """A POSIX segment from an offset on."""
+
+    memory: None = None
+
+    def __init__(self, name: str, key: str, offset: int) -> None:
+        """Raises InvalidArgument with the reason."""
+        self._name = name
+        self._offset = offset
         try:
             import _posixshmem
 
-            descriptor: int = _posixshmem.shm_open("/" + key.removeprefix("/"), os.O_RDWR, mode=0o600)
+            self._descriptor: int = _posixshmem.shm_open("/" + key.removeprefix("/"), os.O_RDWR, mode=0o600)
         except (ImportError, OSError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise InvalidArgument(f"Unable to open shared memory region: '{key}' for '{name}': {reason}") from None
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            os.close(descriptor)
+        if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
+            self.close()
             raise InvalidArgument(f"shared memory region '{name}': '{key}' is no shared memory segment")
-        return descriptor
 
-    def _get(self, name: str) -> Registered:
-        region = self._regions.get(name)
-        if region is None:
-            raise NotFound(f"Unable to find system shared memory region: '{name}'")
-        return region
+    def size(self) -> int:
+        """Bytes of the whole segment, as it is now."""
+        return os.fstat(self._descriptor).st_size
 
-    def _inside(self, region: SharedRegion) -> Registered:
-        if not self.is_allowed:
-            raise Unsupported("system shared memory is off: start the server with --allow-client-shm")
-        registered = self._regions.get(region.name)
-        if registered is None:
-            raise NotFound(f"Unable to find shared memory region: '{region.name}'")
-        if region.offset < 0 or region.byte_size < 0 or region.offset + region.byte_size > registered.byte_size:
-            raise InvalidArgument(
-                f"Invalid offset + byte size for shared memory region: '{region.name}': bytes {region.offset} to "
-                f"{region.offset + region.byte_size} of {registered.byte_size}"
-            )
-        return registered
+    def read(self, offset: int, size: int) -> bytes:
+        parts = []
+        at = self._offset + offset
+        end = at + size
+        while at < end:
+            part = os.pread(self._descriptor, end - at, at)
+            if not part:
+                raise self._too_short()
+            parts.append(part)
+            at += len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def write(self, offset: int, data: Raw) -> None:
+        at = self._offset + offset
+        if at + len(data) > self.size():
+            raise self._too_short()
+        view = memoryview(data)
+        while view:
+            written = os.pwrite(self._descriptor, view, at)
+            view = view[written:]
+            at += written
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+    def _too_short(self) -> InvalidArgument:
+        return InvalidArgument(f"shared memory region '{self._name}': its segment has become too short")
 
 
-def refuse_cuda() -> None:
-    """Raises Unsupported: no CUDA memory of a client's can be opened here."""
-    raise Unsupported("CUDA shared memory is not supported: this server keeps its tensors in host memory")
+class _Allocation:
+    """An allocation of another process on a device."""
+
+    def __init__(self, name: str, devices: Ipc, memory: ForeignMemory) -> None:
+        self.memory = memory
+        self._name = name
+        self._devices = devices
+
+    def read(self, offset: int, size: int) -> bytearray:
+        with self._named():
+            return self._devices.read(self.memory, offset, size)
+
+    def write(self, offset: int, data: Raw) -> None:
+        with self._named():
+            self._devices.write(self.memory, offset, data)
+
+    def close(self) -> None:
+        with self._named():
+            self._devices.close(self.memory)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except InferError as error:
+            raise type(error)(f"shared memory region '{self._name}': {error.message}") from None

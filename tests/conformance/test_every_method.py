@@ -457,9 +457,9 @@ def test_system_shared_memory(client: AnyClient) -> None:
         shm.destroy_shared_memory_region(region)
 
 
-def test_cuda_shared_memory_is_refused_clearly(client: AnyClient) -> None:
+def test_cuda_shared_memory_is_off_by_default(client: AnyClient) -> None:
     assert not client.as_json("get_cuda_shared_memory_status")
-    with pytest.raises(InferenceServerException, match="CUDA shared memory is not supported"):
+    with pytest.raises(InferenceServerException, match="CUDA shared memory is off"):
         client.register_cuda_shared_memory("c", b"\x00" * 64, 0, 16)
     client.unregister_cuda_shared_memory("c")
     client.unregister_cuda_shared_memory()

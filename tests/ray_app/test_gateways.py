@@ -83,6 +83,8 @@ def test_what_gateways_cannot_share_is_refused() -> None:
         Options(model_repository="r", gateways=2, http_port=0)
     with pytest.raises(ValueError, match="allow_client_shm"):
         Options(model_repository="r", gateways=2, allow_client_shm=True)
+    with pytest.raises(ValueError, match="the gateway has none"):
+        Options(model_repository="r", allow_client_cuda_shm=True)
 
 
 TIMES = """

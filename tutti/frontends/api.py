@@ -20,7 +20,7 @@ from tutti.errors import InferError, Internal, InvalidArgument, NotFound
 from tutti.frontends.gate import Gate
 from tutti.logs import Logs
 from tutti.model import Model
-from tutti.shared_memory import Registered, SharedMemory, refuse_cuda
+from tutti.shared_memory import SharedMemory
 from tutti.statistics import Duration
 from tutti.tracing import Tracer
 from tutti.types import Call, InferRequest, InferResponse, settle_all
@@ -135,8 +135,9 @@ class Api:
             raw = tensor.raw()
             if len(raw) > region.byte_size:
                 raise InvalidArgument(
-                    f"model '{request.model_name}': output '{tensor.name}': shared memory size specified with the "
-                    f"request ({region.byte_size} bytes) should be at least {len(raw)} bytes to hold the results"
+                    f"model '{request.model_name}': output '{tensor.name}': shared memory region '{region.name}': "
+                    f"the size given with the request ({region.byte_size} bytes) should be at least {len(raw)} bytes "
+                    "to hold the results"
                 )
             self.shared_memory.write(region, raw)
             stored.append(tensor.name)
@@ -175,6 +176,7 @@ class Api:
 
     def server_metadata(self) -> dict[str, Any]:
         shared = ["system_shared_memory"] if self.shared_memory.is_allowed else []
+        shared += ["cuda_shared_memory"] if self.shared_memory.is_cuda_allowed else []
         return {"name": SERVER_NAME, "version": __version__, "extensions": _EXTENSIONS + shared}
 
     def model_metadata(self, name: str, version: str = "") -> dict[str, Any]:
@@ -255,17 +257,6 @@ class Api:
     def _check_known(self, model: str) -> None:
         if model and all(model != entry.name for entry in self.engine.index()):
             raise InvalidArgument(f"Request for unknown model : {model}")
-
-    # shared memory
-
-    def register_shared_memory(self, name: str, key: str, offset: int, byte_size: int) -> None:
-        self.shared_memory.register(name, key, offset, byte_size)
-
-    def shared_memory_status(self, name: str = "") -> list[Registered]:
-        return self.shared_memory.status(name)
-
-    def register_cuda_memory(self) -> None:
-        refuse_cuda()
 
 
 def _file_content(model: str, key: str, value: str | bytes) -> bytes:

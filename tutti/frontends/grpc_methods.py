@@ -81,7 +81,10 @@ def methods(api: Api) -> dict[str, Method]:
         "CudaSharedMemoryRegister": ("shared-memory", pb.CudaSharedMemoryRegisterRequest, own.register_cuda),
         "CudaSharedMemoryUnregister": ("shared-memory", pb.CudaSharedMemoryUnregisterRequest, own.unregister_cuda),
     }  # fmt: skip
-    slow = ("RepositoryModelLoad", "RepositoryModelUnload", "TraceSetting", "LogSettings")
+    slow = (
+        "RepositoryModelLoad", "RepositoryModelUnload", "TraceSetting", "LogSettings",
+        "SystemSharedMemoryUnregister", "CudaSharedMemoryRegister", "CudaSharedMemoryUnregister",
+    )  # fmt: skip
     made = {
         SERVICE + name: Method(_unary(request, handle), category, name in slow)
         for name, (category, request, handle) in table.items()
@@ -199,15 +202,19 @@ class _Methods:
         return pb.SystemSharedMemoryUnregisterResponse()
 
     def cuda_status(self, request: Any) -> Any:
-        if request.name:
-            raise NotFound(f"Unable to find cuda shared memory region: '{request.name}'")
-        return pb.CudaSharedMemoryStatusResponse()
+        response = pb.CudaSharedMemoryStatusResponse()
+        for region in self._api.shared_memory.cuda_status(request.name):
+            shown = response.regions[region.name]
+            shown.name, shown.device_id, shown.byte_size = region.name, region.device_id, region.byte_size
+        return response
 
-    def register_cuda(self, _: Any) -> Any:
-        self._api.register_cuda_memory()
-        raise AssertionError("refused above")
+    def register_cuda(self, request: Any) -> Any:
+        handle, device_id, size = request.raw_handle, request.device_id, request.byte_size
+        self._api.shared_memory.register_cuda(request.name, handle, device_id, size)
+        return pb.CudaSharedMemoryRegisterResponse()
 
-    def unregister_cuda(self, _: Any) -> Any:
+    def unregister_cuda(self, request: Any) -> Any:
+        self._api.shared_memory.unregister_cuda(request.name)
         return pb.CudaSharedMemoryUnregisterResponse()
 
 

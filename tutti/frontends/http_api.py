@@ -1,6 +1,8 @@
 """Every HTTP route but infer, as an ordinary ASGI app. Nothing here is on the hot path."""
 
 import asyncio
+import base64
+import binascii
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
@@ -11,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from tutti.errors import InferError, InvalidArgument, NotFound
+from tutti.errors import InferError, InvalidArgument
 from tutti.frontends import compression, generate, http_codec
 from tutti.frontends.answers import Answers
 from tutti.frontends.api import Api
@@ -201,34 +203,36 @@ class _Routes:
         )
 
     async def register_shared(self, request: Request) -> Response:
-        given = await _json_object(request)
+        sent = await _json_object(request)
         name = request.path_params["region"]
-        key: Any = given.get("key")
-        offset: Any = given.get("offset", 0)
-        size: Any = given.get("byte_size")
+        key: Any = sent.get("key")
         if not isinstance(key, str):
             raise InvalidArgument(f"shared memory region '{name}': register needs a 'key'")
-        for field, value in (("offset", offset), ("byte_size", size)):
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise InvalidArgument(f"shared memory region '{name}': register needs '{field}' as a whole number")
+        offset, size = _whole(name, "offset", sent.get("offset", 0)), _whole(name, "byte_size", sent.get("byte_size"))
         self._api.shared_memory.register(name, key, offset, size)
         return Response()
 
     async def unregister_shared(self, request: Request) -> Response:
-        self._api.shared_memory.unregister(request.path_params.get("region", ""))
+        await asyncio.to_thread(self._api.shared_memory.unregister, request.path_params.get("region", ""))
         return Response()
 
     async def cuda_status(self, request: Request) -> Response:
-        name = request.path_params.get("region", "")
-        if name:
-            raise NotFound(f"Unable to find cuda shared memory region: '{name}'")
-        return json_response([])
+        regions = self._api.shared_memory.cuda_status(request.path_params.get("region", ""))
+        return json_response([{"name": r.name, "device_id": r.device_id, "byte_size": r.byte_size} for r in regions])
 
-    async def register_cuda(self, _: Request) -> Response:
-        self._api.register_cuda_memory()
-        raise AssertionError("refused above")
+    async def register_cuda(self, request: Request) -> Response:
+        sent = await _json_object(request)
+        name = request.path_params["region"]
+        handle = _handle(name, sent.get("raw_handle"))
+        device, size = (
+            _whole(name, "device_id", sent.get("device_id")),
+            _whole(name, "byte_size", sent.get("byte_size")),
+        )
+        await asyncio.to_thread(self._api.shared_memory.register_cuda, name, handle, device, size)
+        return Response()
 
-    async def unregister_cuda(self, _: Request) -> Response:
+    async def unregister_cuda(self, request: Request) -> Response:
+        await asyncio.to_thread(self._api.shared_memory.unregister_cuda, request.path_params.get("region", ""))
         return Response()
 
     async def generate(self, request: Request) -> Response:
@@ -314,6 +318,25 @@ async def _json_object(request: Request) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InvalidArgument(f"{request.url.path}: expected a JSON object")
     return value
+
+
+def _whole(region: str, field: str, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise InvalidArgument(f"shared memory region '{region}': register needs '{field}' as a whole number")
+    return value
+
+
+def _handle(region: str, value: Any) -> bytes:
+    """The bytes of `{"b64": TEXT}`."""
+    text = value.get("b64") if isinstance(value, dict) else None
+    if not isinstance(text, str):
+        raise InvalidArgument(f"shared memory region '{region}': register needs 'raw_handle' as {{\"b64\": TEXT}}")
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise InvalidArgument(
+            f"shared memory region '{region}': 'raw_handle' must be a valid base64 encoded cudaIpcMemHandle_t"
+        ) from None
 
 
 async def _parameters(request: Request) -> dict[str, Any]:

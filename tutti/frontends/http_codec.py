@@ -27,7 +27,7 @@ _BOM = b"\xef\xbb\xbf"
 class Regions(Protocol):
     """Clients' registered shared memory. Methods raise InferErrors."""
 
-    def read(self, region: SharedRegion) -> bytes: ...
+    def read(self, region: SharedRegion) -> bytes | bytearray: ...
 
     def check(self, region: SharedRegion) -> None:
         """Whether something may be written there."""

@@ -227,7 +227,7 @@ class FrontEnd(_Frames):
 class RegionsElsewhere:
     """Clients' shared memory, which the engine's process has."""
 
-    is_allowed = False
+    is_allowed = is_cuda_allowed = False
 
     def read(self, region: SharedRegion) -> bytes:
         raise Elsewhere

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Protocol
 
 from tutti import tracing
+from tutti.devices.ipc import CudaIpc
 from tutti.engine import Engine
 from tutti.errors import ConfigError
 from tutti.frontends import gate
@@ -26,6 +27,7 @@ class Options(Protocol):
     http_max_input_size: int
     grpc_max_message_size: int
     allow_client_shm: bool
+    allow_client_cuda_shm: bool
     http_restricted_api: list[str]
     grpc_restricted_protocol: list[str]
     api_key_file: Path | None
@@ -46,7 +48,7 @@ def make_api(engine: Engine, options: Options, logs: Logs) -> Api:
         Limits(options.http_max_input_size, options.grpc_max_message_size),
         Access(http_gate, _pattern(options.http_header_forward_pattern)),
         Access(grpc_gate, _pattern(options.grpc_header_forward_pattern)),
-        SharedMemory(options.allow_client_shm),
+        SharedMemory(options.allow_client_shm, CudaIpc() if options.allow_client_cuda_shm else None),
         Tracer(tracing.parse_config(options.trace_config)),
         logs,
     )
