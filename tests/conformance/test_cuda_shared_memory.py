@@ -1,6 +1,7 @@
 """CUDA shared memory through NVIDIA's clients, over HTTP and gRPC, each way to serve.
 
-Without a GPU the server opens handles on a machine in memory; with one, a client in a process of its own allocates.
+Most tests have the server open handles on a machine in memory; those at the end have a server process open what another
+process has allocated, over a driver of our own and, where there is a GPU, over the real one.
 """
 
 import asyncio
@@ -8,6 +9,8 @@ import base64
 import http.client
 import json
 import random
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,9 +26,12 @@ from tritonclient.grpc import service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
 from tests.conformance.clients import LIBRARIES, AnyClient, connected
+from tests.devices import driver
+from tests.devices.exporter import exporting
 from tests.devices.machine import Allocation, Machine, Process
 from tests.models import Repository
-from tests.serving import engine_over
+from tests.serving import engine_over, serving
+from tutti import cli
 from tutti.errors import Internal
 from tutti.frontends.api import Api
 from tutti.frontends.server import Addresses, Server
@@ -406,3 +412,78 @@ def test_cuda_memory_is_off_unless_allowed(tmp_path: Path) -> None:
                 assert not client.as_json("get_cuda_shared_memory_status")
                 assert "cuda_shared_memory" not in client.as_json("get_server_metadata")["extensions"]
                 client.unregister_cuda_shared_memory("r")
+
+
+PROCESSES = {"one": (), "front-ends": ("--front-end-processes", "2")}
+FLAG = "--allow-client-cuda-shm"
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    repository = Repository(tmp_path / "models")
+    repository.add_onnx()
+    return repository.root
+
+
+@pytest.fixture(params=["ours", pytest.param("real", marks=pytest.mark.gpu)])
+def any_driver(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What processes that start from now on find as their CUDA driver."""
+    if request.param == "real":
+        driver.need_gpu()
+        return
+    for name, value in driver.build(tmp_path).items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", PROCESSES.values(), ids=PROCESSES)
+@pytest.mark.usefixtures("any_driver")
+def test_a_server_process_opens_what_another_one_has(models: Path, tmp_path: Path, flags: tuple[str, ...]) -> None:
+    with serving(models, tmp_path / "log", FLAG, *flags) as served, exporting() as exporter:
+        for kind in LIBRARIES:
+            handle = exporter.allocate(X.tobytes() + bytes(ROOM - SIZE))
+            with connected(kind, getattr(served, kind.split(".")[0]), set()) as client:
+                register(client, "r", handle, device=0)
+                with pytest.raises(InferenceServerException, match="the handle cannot be opened on cuda:0"):
+                    register(client, "other", bytes(64), device=0)
+                client.infer("add_one", inputs(client, "r"), outputs=outputs(client, "r", offset=2 * SIZE))
+                client.infer("add_one", inputs(client, "r", offset=2 * SIZE), outputs=outputs(client, "r", offset=SIZE))
+                got = np.frombuffer(exporter.get(handle, ROOM), np.float32).reshape(4, 4)
+                assert got.tolist() == [[1, 2, 3, 4], [3, 4, 5, 6], [2, 3, 4, 5], [0] * 4]
+                client.unregister_cuda_shared_memory("r")
+            exporter.free(handle)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", PROCESSES.values(), ids=PROCESSES)
+@pytest.mark.parametrize("kind", ["http", "grpc"])
+def test_a_client_with_nvidias_utilities(models: Path, tmp_path: Path, kind: str, flags: tuple[str, ...]) -> None:
+    driver.need_gpu()
+    with serving(models, tmp_path / "log", FLAG, *flags) as served:
+        command = [sys.executable, "-m", "tests.devices.tritonclient_process", kind, getattr(served, kind)]
+        root = Path(__file__).parents[2]
+        ended = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, timeout=120)
+        assert (ended.returncode, ended.stdout.strip()) == (0, "done"), ended.stderr
+
+
+@pytest.mark.slow
+def test_a_server_without_devices_says_what_is_missing(models: Path, tmp_path: Path) -> None:
+    if driver.has_gpu():
+        pytest.skip("there is one")
+    with serving(models, tmp_path / "log", FLAG) as served:
+        for kind in ("http", "grpc"):
+            with connected(kind, getattr(served, kind), set()) as client:
+                with pytest.raises(InferenceServerException) as caught:
+                    register(client, "r", bytes(64), 0)
+                said = str(caught.value)
+                assert "cuda-bindings is missing" in said or "no NVIDIA driver" in said or "no CUDA device" in said
+                assert "failed to register shared memory region 'r'" in said
+                assert status_of(caught.value) in ("501", "UNIMPLEMENTED")
+                assert client.is_server_ready()
+
+
+def test_it_does_not_go_with_ray(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["serve", "models", "--ray", FLAG])
+    assert "does not go with --ray: the gateway has no GPU" in capsys.readouterr().err
