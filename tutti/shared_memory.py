@@ -94,20 +94,8 @@ class Lease:
     @property
     def memory(self) -> ForeignMemory | None:
         """The device memory that the region is, from its base; None for a region in host memory."""
-        return self._held().memory
-
-    def read(self) -> bytes | bytearray:
-        """A copy of the bytes."""
-        return self._held().read(self.stretch.offset, self.stretch.byte_size)
-
-    def write(self, data: Raw) -> None:
-        """Put `data` at the stretch's start. Raises InvalidArgument when it is longer than the stretch."""
-        if len(data) > self.stretch.byte_size:
-            raise InvalidArgument(
-                f"shared memory region '{self.stretch.name}': {len(data)} bytes do not fit into the "
-                f"{self.stretch.byte_size} at {self.stretch.offset}"
-            )
-        self._held().write(self.stretch.offset, data)
+        assert self._entry is not None, "given back"
+        return self._entry.storage.memory
 
     def give_back(self) -> None:
         """Let the region go. A second time is no error."""
@@ -121,10 +109,6 @@ class Lease:
     def __exit__(self, *_: object) -> None:
         self.give_back()
 
-    def _held(self) -> _Storage:
-        assert self._entry is not None, "given back"
-        return self._entry.storage
-
 
 class SharedMemory:
     """The regions that clients have registered. Thread-safe."""
@@ -133,7 +117,8 @@ class SharedMemory:
         """`is_allowed` is for system memory; CUDA's is allowed where there is something to open it with."""
         self.is_allowed = is_allowed
         self._devices = devices
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._regions: dict[str, _Entry] = {}
 
     @property
@@ -212,25 +197,33 @@ class SharedMemory:
 
     def read(self, region: SharedRegion) -> bytes | bytearray:
         """A copy of the bytes. Raises NotFound, or InvalidArgument when they are not all inside the region."""
-        with self.borrow(region) as lease:
-            return lease.read()
+        entry = self._take(region)
+        try:
+            return entry.storage.read(region.offset, region.byte_size)
+        finally:
+            self._release(entry)
 
     def check(self, region: SharedRegion) -> None:
         """Raises NotFound, or InvalidArgument when it is not all inside the registered region."""
-        with self._changed:
+        with self._lock:
             self._inside(region)
 
     def write(self, region: SharedRegion, data: Raw) -> None:
         """Put `data` at the region's start. Raises as `check`, and InvalidArgument when it is too long."""
-        with self.borrow(region) as lease:
-            lease.write(data)
+        entry = self._take(region)
+        try:
+            if len(data) > region.byte_size:
+                raise InvalidArgument(
+                    f"shared memory region '{region.name}': {len(data)} bytes do not fit into the {region.byte_size} at "
+                    f"{region.offset}"
+                )
+            entry.storage.write(region.offset, data)
+        finally:
+            self._release(entry)
 
     def borrow(self, region: SharedRegion) -> Lease:
-        """Keep a stretch open, for whoever copies it or works in it. Raises as `check`."""
-        with self._changed:
-            entry = self._inside(region)
-            entry.users += 1
-        return Lease(self, entry, region)
+        """Keep a stretch open for whoever works in it, as on a device. Raises as `check`."""
+        return Lease(self, self._take(region), region)
 
     def close(self) -> None:
         """Forget all. What cannot be closed is logged: the process ends."""
@@ -239,6 +232,13 @@ class SharedMemory:
                 self._forget(kind, "")
             except InferError as error:
                 _log.warning("%s", error.message)
+
+    def _take(self, stretch: SharedRegion) -> _Entry:
+        """A region that stays open until `_release`."""
+        with self._lock:
+            entry = self._inside(stretch)
+            entry.users += 1
+        return entry
 
     def _inside(self, stretch: SharedRegion) -> _Entry:
         entry = self._regions.get(stretch.name)
@@ -257,7 +257,7 @@ class SharedMemory:
     def _check_new(self, name: str) -> None:
         if not _NAME.fullmatch(name):
             raise InvalidArgument(f"shared memory region {name[:100]!r}: expected a name of 1 to 255 characters")
-        with self._changed:
+        with self._lock:
             self._check_room(name)
 
     def _check_room(self, name: str) -> None:
@@ -269,7 +269,7 @@ class SharedMemory:
     def _add(self, entry: _Entry) -> None:
         """Keep an open region, or close it."""
         try:
-            with self._changed:
+            with self._lock:
                 self._check_room(entry.region.name)  # another one may have come meanwhile
                 self._regions[entry.region.name] = entry
         except InferError:
@@ -277,7 +277,7 @@ class SharedMemory:
             raise
 
     def _status(self, kind: type[Region], name: str) -> list[Region]:
-        with self._changed:
+        with self._lock:
             known = {key: entry.region for key, entry in self._regions.items()}
         if not name:
             return [region for _, region in sorted(known.items()) if isinstance(region, kind)]
@@ -311,7 +311,7 @@ class SharedMemory:
             raise Internal("; ".join(failures))
 
     def _release(self, entry: _Entry) -> None:
-        with self._changed:
+        with self._lock:
             entry.users -= 1
             is_last = entry.is_forgotten and not entry.users
         if is_last:

@@ -3,6 +3,7 @@
 The last test of each server checks that none was left out.
 """
 
+import base64
 import http.client
 import json
 import uuid
@@ -460,7 +461,7 @@ def test_system_shared_memory(client: AnyClient) -> None:
 def test_cuda_shared_memory_is_off_by_default(client: AnyClient) -> None:
     assert not client.as_json("get_cuda_shared_memory_status")
     with pytest.raises(InferenceServerException, match="CUDA shared memory is off"):
-        client.register_cuda_shared_memory("c", b"\x00" * 64, 0, 16)
+        client.register_cuda_shared_memory("c", base64.b64encode(bytes(64)), 0, 16)
     client.unregister_cuda_shared_memory("c")
     client.unregister_cuda_shared_memory()
 
