@@ -213,9 +213,9 @@ class SharedMemory:
         entry = self._take(region)
         try:
             if len(data) > region.byte_size:
+                place = f"the {region.byte_size} at {region.offset}"
                 raise InvalidArgument(
-                    f"shared memory region '{region.name}': {len(data)} bytes do not fit into the {region.byte_size} at "
-                    f"{region.offset}"
+                    f"shared memory region '{region.name}': {len(data)} bytes do not fit into {place}"
                 )
             entry.storage.write(region.offset, data)
         finally:

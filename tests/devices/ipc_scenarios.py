@@ -163,9 +163,11 @@ def names_what_failed(exporter: Exporter) -> None:
         ("cuMemGetAddressRange", 500, Internal, "cuda:0: cuMemGetAddressRange: CUDA_ERROR_NOT_FOUND (500)"),
     ):
         failing(call, code)
+        began = fake.fake_retained()
         got = message(kind, CudaIpc().open, handle, 0)
         assert said in got, got
         assert fake.fake_openings() == 0 and fake.fake_depth() == 0
+        assert fake.fake_retained() == began + (call in ("cuIpcOpenMemHandle", "cuMemGetAddressRange"))
     failing("", 0)
     ipc = CudaIpc()
     memory = ipc.open(handle, 0)

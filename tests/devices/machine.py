@@ -68,8 +68,9 @@ class Process:
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
-        # Called before each copy, for tests that have to be in the midst of one.
+        # Called in the midst of each copy and each opening, for tests of what happens meanwhile.
         self.before_copy: Callable[[], None] = lambda: None
+        self.before_open: Callable[[], None] = lambda: None
         self.reads: list[tuple[int, int]] = []
 
     def allocate(self, size: int, device: int = 0) -> Allocation:
@@ -81,6 +82,7 @@ class Process:
 
     def open(self, handle: bytes, device: int) -> ForeignMemory:
         assert len(handle) == HANDLE_BYTES
+        self.before_open()
         with self._machine.lock:
             if not 0 <= device < self._machine.devices:
                 raise InvalidArgument(f"device_id {device}: expected 0 to {self._machine.devices - 1}")

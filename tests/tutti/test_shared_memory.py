@@ -151,6 +151,17 @@ def test_what_cannot_be_registered(regions: SharedMemory, client: Process, serve
     allocation.free()  # nothing that was refused is open
 
 
+def test_a_name_that_is_taken_while_the_memory_is_opened(
+    regions: SharedMemory, client: Process, server: Process, key: str
+) -> None:
+    allocation = filled(client)
+    server.before_open = lambda: regions.register("r", key, 0, SIZE)
+    with pytest.raises(AlreadyExists, match="'r'"):
+        regions.register_cuda("r", allocation.handle, 0, SIZE)
+    assert [region.name for region in regions.status()] == ["r"]
+    allocation.free()
+
+
 def test_each_kind_is_off_unless_allowed(client: Process, server: Process, key: str) -> None:
     handle = filled(client).handle
     with pytest.raises(Unsupported, match="--allow-client-cuda-shm"):
