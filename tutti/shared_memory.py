@@ -1,24 +1,20 @@
 """Client-registered shared memory: POSIX segments of this machine, and CUDA memory of other processes on it.
 
 Both kinds are off unless allowed: whoever may register a region can read and write that memory through the server.
-Names are one space over both kinds, and requests refer to a region by its name, whatever its kind. Segments are read
-and written with pread and pwrite, never mapped: a client that truncates its segment while the server reads it gets an
-error, not a crash of the server. What is copied stays open until the copy is done, also when it is unregistered
-meanwhile; unregistering waits for that, so that a client may free its memory afterwards.
+Names are one space over both kinds, and requests refer to a region by its name, whatever its kind. What is copied stays
+open until the copy is done, also when it is unregistered meanwhile; unregistering waits for that, so that a client may
+free its memory afterwards.
 """
 
 import logging
-import os
 import re
-import stat
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from tutti.devices.ipc import HANDLE_BYTES, ForeignMemory, Ipc
 from tutti.errors import AlreadyExists, InferError, Internal, InvalidArgument, NotFound, Unavailable, Unsupported
+from tutti.segments import Allocation, Segment, Storage
 from tutti.types import Raw, SharedRegion
 
 _log = logging.getLogger(__name__)
@@ -55,25 +51,12 @@ Region = TypeVar("Region", SystemRegion, CudaRegion)
 _KINDS = {SystemRegion: "system", CudaRegion: "CUDA"}
 
 
-class _Storage(Protocol):
-    """Where a region's bytes are. Offsets are the region's, checked by the caller. `memory` is None on the host."""
-
-    @property
-    def memory(self) -> ForeignMemory | None: ...
-
-    def read(self, offset: int, size: int) -> bytes | bytearray: ...
-
-    def write(self, offset: int, data: Raw) -> None: ...
-
-    def close(self) -> None: ...
-
-
 class _Entry:
     """A registered region with those who use it now. Forgotten ones are closed by their last user."""
 
     __slots__ = ("failure", "is_closed", "is_forgotten", "region", "storage", "users")
 
-    def __init__(self, region: SystemRegion | CudaRegion, storage: _Storage) -> None:
+    def __init__(self, region: SystemRegion | CudaRegion, storage: Storage) -> None:
         self.region = region
         self.storage = storage
         self.users = 0
@@ -138,7 +121,7 @@ class SharedMemory:
                 f"got {offset} and {byte_size}"
             )
         self._check_new(name)
-        storage = _Segment(name, key, offset)
+        storage = Segment(name, key, offset)
         size = storage.size()
         if offset + byte_size > size:
             storage.close()
@@ -168,7 +151,7 @@ class SharedMemory:
             )
         self._check_new(name)
         try:
-            storage = _Allocation(name, self._devices, self._devices.open(raw_handle, device_id))
+            storage = Allocation(name, self._devices, self._devices.open(raw_handle, device_id))
         except InferError as error:
             raise type(error)(f"failed to register shared memory region '{name}': {error.message}") from None
         if byte_size > storage.memory.size:
@@ -328,84 +311,3 @@ class SharedMemory:
             with self._changed:
                 entry.is_closed = True
                 self._changed.notify_all()
-
-
-class _Segment:
-    """A POSIX segment from an offset on."""
-
-    memory: None = None
-
-    def __init__(self, name: str, key: str, offset: int) -> None:
-        """Raises InvalidArgument with the reason."""
-        self._name = name
-        self._offset = offset
-        try:
-            import _posixshmem
-
-            self._descriptor: int = _posixshmem.shm_open("/" + key.removeprefix("/"), os.O_RDWR, mode=0o600)
-        except (ImportError, OSError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise InvalidArgument(f"Unable to open shared memory region: '{key}' for '{name}': {reason}") from None
-        if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
-            self.close()
-            raise InvalidArgument(f"shared memory region '{name}': '{key}' is no shared memory segment")
-
-    def size(self) -> int:
-        """Bytes of the whole segment, as it is now."""
-        return os.fstat(self._descriptor).st_size
-
-    def read(self, offset: int, size: int) -> bytes:
-        parts = []
-        at = self._offset + offset
-        end = at + size
-        while at < end:
-            part = os.pread(self._descriptor, end - at, at)
-            if not part:
-                raise self._too_short()
-            parts.append(part)
-            at += len(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
-
-    def write(self, offset: int, data: Raw) -> None:
-        at = self._offset + offset
-        if at + len(data) > self.size():
-            raise self._too_short()
-        view = memoryview(data)
-        while view:
-            written = os.pwrite(self._descriptor, view, at)
-            view = view[written:]
-            at += written
-
-    def close(self) -> None:
-        os.close(self._descriptor)
-
-    def _too_short(self) -> InvalidArgument:
-        return InvalidArgument(f"shared memory region '{self._name}': its segment has become too short")
-
-
-class _Allocation:
-    """An allocation of another process on a device."""
-
-    def __init__(self, name: str, devices: Ipc, memory: ForeignMemory) -> None:
-        self.memory = memory
-        self._name = name
-        self._devices = devices
-
-    def read(self, offset: int, size: int) -> bytearray:
-        with self._named():
-            return self._devices.read(self.memory, offset, size)
-
-    def write(self, offset: int, data: Raw) -> None:
-        with self._named():
-            self._devices.write(self.memory, offset, data)
-
-    def close(self) -> None:
-        with self._named():
-            self._devices.close(self.memory)
-
-    @contextmanager
-    def _named(self) -> Iterator[None]:
-        try:
-            yield
-        except InferError as error:
-            raise type(error)(f"shared memory region '{self._name}': {error.message}") from None
