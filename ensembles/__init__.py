@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from ensembles.graph import plan
+from ensembles.graph import plan, with_staying
 from ensembles.placed import executor_of
 from tutti.config import ModelConfig, as_decoupled
 from tutti.model import Model
@@ -23,5 +23,6 @@ def load(
     The configuration that comes with it says whether the graph is decoupled.
     """
     checked = plan(folder.config, lambda name, wanted: model_of(name, wanted).config)
+    checked = with_staying(checked, lambda step: model_of(step.model_name, step.version).device)
     config = as_decoupled(folder.config) if checked.is_decoupled else folder.config
     return config, executor_of(checked, str(version), infer, statistics)

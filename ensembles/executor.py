@@ -277,6 +277,7 @@ class EnsembleExecutor:
         parent = frame.calls[group.calls[0]].request
         request_id = parent.id if len(group.calls) == 1 else ""
         request = InferRequest(step.model_name, inputs, step.version, request_id, step.wanted, parent.parameters)
+        request.device_outputs = step.staying
         call = Call(request, self, _Piece(frame, step, group, number, size, now))
         call.deadline_ns = deadline_ns
         call.requests = len(group.calls)

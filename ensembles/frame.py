@@ -69,8 +69,7 @@ class Column:
         if len(frame.calls) == 1:
             return whole
         start, stop = frame.starts[index], frame.starts[index] + frame.sizes[index]
-        array = whole.array()[start:stop]
-        return Tensor(whole.name, whole.datatype, array.shape, array)
+        return rows.part(whole, start, stop)
 
     def is_there(self, frame: "Frame", index: int) -> bool:
         """Whether all rows of a call have it."""
@@ -557,8 +556,7 @@ def _output(group: Group, position: int) -> Array | None:
 
 def stretch(tensor: Tensor, start: int, size: int) -> Tensor:
     """Rows of a tensor, without a copy."""
-    array = tensor.array()[start : start + size]
-    return Tensor(tensor.name, tensor.datatype, array.shape, array)
+    return rows.part(tensor, start, start + size)
 
 
 def _longer(array: Array, size: int, spec: TensorType) -> Array:

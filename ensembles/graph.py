@@ -55,7 +55,8 @@ class Step:
     It runs for rows that have all its `required` ensemble tensors and for which its conditions hold. `max_rows` is the
     model's largest batch, 0 where it has no batch axis; with `is_merged` requests of equal shapes reach it as one. Of a
     decoupled step at most `max_inflight` answers to a request are on their way at a time, any number where it is 0.
-    A segment stands for several steps that are executed elsewhere (segments.py).
+    A segment stands for several steps that are executed elsewhere (segments.py). The outputs `staying`, of the model,
+    are left on the device where they are made: all that reads them is there.
     """
 
     index: int
@@ -75,6 +76,7 @@ class Step:
     is_decoupled: bool = False
     max_inflight: int = 0
     is_segment: bool = False
+    staying: frozenset[str] = frozenset()
 
     @cached_property
     def wanted(self) -> tuple[str, ...]:
@@ -148,6 +150,27 @@ class Plan:
             readers=_readers(steps),
             tensors={name: self.tensors[name] for name in names},
         )
+
+
+def with_staying(plan: Plan, device_of: Callable[[Step], str]) -> Plan:
+    """The plan whose steps leave on a device what only plain steps on the same device read.
+
+    `device_of` a step is "cpu" where its model takes its inputs, or makes its outputs, in host memory.
+    """
+    devices = [device_of(step) for step in plan.steps]
+    steps = []
+    for step in plan.steps:
+        staying = {model_name for model_name, name in step.outputs if _stays(plan, devices, step, name)}
+        steps.append(replace(step, staying=frozenset(staying)) if staying else step)
+    return replace(plan, steps=tuple(steps))
+
+
+def _stays(plan: Plan, devices: Sequence[str], step: Step, name: str) -> bool:
+    own = devices[step.index]
+    if own == "cpu" or not step.is_plain or name in plan.outputs:
+        return False
+    readers = [plan.steps[index] for index in plan.readers.get(name, ())]
+    return bool(readers) and all(reader.is_plain and devices[reader.index] == own for reader in readers)
 
 
 def _readers(steps: Iterable[Step]) -> dict[str, tuple[int, ...]]:

@@ -156,7 +156,7 @@ class SoloExecutor:
                 shapes.append(tensor.shape)
             request = InferRequest(
                 step.model_name, inputs, step.version, parent.id, step.wanted, parent.parameters, {}, {},
-                (self._marks[step.index], *shapes),
+                (self._marks[step.index], *shapes), step.staying,
             )  # fmt: skip
             inner = Call(request, self, (solo, step))
             inner.deadline_ns = call.deadline_ns

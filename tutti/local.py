@@ -5,7 +5,7 @@ import ctypes
 import logging
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -94,7 +94,14 @@ def _serve_batches(
         known = costs.setdefault(backend.kind, Costs(config.latency_ns))
         scheduler.add(_instance(f"{config.name}_{index}", backend, scheduler, statistics, known))
     is_ordered = config.batching is not None and config.batching.preserves_ordering
-    return Served(InOrder(scheduler) if is_ordered else scheduler, scheduler.close, pending=scheduler.queued_calls)
+    infers = InOrder(scheduler) if is_ordered else scheduler
+    return Served(infers, scheduler.close, pending=scheduler.queued_calls, device=_device_of(loaded))
+
+
+def _device_of(loaded: Sequence[Backend]) -> str:
+    """The device that all instances share tensors on; else "cpu"."""
+    devices = {getattr(backend, "shares_device", "cpu") for backend in loaded}
+    return devices.pop() if len(devices) == 1 else "cpu"
 
 
 def _serve_sequences(

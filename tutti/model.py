@@ -22,7 +22,8 @@ class Served:
     """What executes a model's checked calls, and how to tell its state and end it. `close` drains first.
 
     `pending` counts the requests that wait; `reason` says why it is not ready. `config` is the model's configuration
-    where what executes it knows more than its folder.
+    where what executes it knows more than its folder. `device`, as "cuda:0", is where it takes inputs from, and leaves
+    outputs, where its callers do.
     """
 
     infer: Infer
@@ -31,6 +32,7 @@ class Served:
     pending: Callable[[], int] = lambda: 0
     reason: Callable[[], str] = lambda: ""
     config: ModelConfig | None = None
+    device: str = "cpu"
 
 
 class Model:
@@ -48,6 +50,7 @@ class Model:
         self.version = version
         self.labels = labels
         self.statistics = statistics
+        self.device = served.device
         self._served = served
         # Where the queue policy lets requests have timeouts, the `timeout` parameter is for the queue alone.
         policy = config.batching

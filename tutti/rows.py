@@ -80,6 +80,16 @@ def _whole(tensors: Sequence[Tensor]) -> Array | None:
     return base if is_all else None
 
 
+def part(tensor: Tensor, start: int, stop: int) -> Tensor:
+    """Some rows of a tensor, without a copy where its memory can be looked at in part."""
+    data: Any = tensor.data
+    if isinstance(data, np.ndarray) or not hasattr(data, "part"):
+        data = tensor.array()[start:stop]
+    else:
+        data = data.part(start, stop)
+    return Tensor(tensor.name, tensor.datatype, data.shape, data)
+
+
 def split(tensor: Tensor, rows: Sequence[int]) -> list[Tensor]:
     """The inverse of join for an output: consecutive slices of `rows` rows each, without a copy."""
     if len(rows) == 1:

@@ -238,3 +238,48 @@ def test_padding_and_reshape_hold_on_a_device(repository: Repository) -> None:
     for n, answer in enumerate(answers, 1):
         assert isinstance(answer, InferResponse), answer
         assert answer.tensor("vectors").array()[0, :, 0].tolist() == [4.0 * i for i in range(1, n + 1)]
+
+
+CHAIN = """
+platform: "ensemble" max_batch_size: 64
+input [ { name: "IDS" data_type: TYPE_INT64 dims: -1 } ]
+output [ { name: "LAST" data_type: TYPE_FP32 dims: [ -1, 4 ] } ]
+ensemble_scheduling { step [
+  { model_name: "embed" input_map { key: "ids" value: "IDS" } output_map { key: "vectors" value: "A" } },
+  { model_name: "same" input_map { key: "x" value: "A" } output_map { key: "y" value: "B" } },
+  { model_name: "same" input_map { key: "x" value: "B" } output_map { key: "y" value: "LAST" } } ] }
+"""
+SAME = """backend: "pytorch" max_batch_size: 64 dynamic_batching { }
+input [ { name: "x" data_type: TYPE_FP32 dims: [ -1, 4 ] } ]
+output [ { name: "y" data_type: TYPE_FP32 dims: [ -1, 4 ] } ]"""
+
+
+@pytest.mark.parametrize("is_last_on_gpu", [True, False])
+@pytest.mark.parametrize("count", [1, 7])
+def test_tensors_stay_on_the_device_between_steps(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch, is_last_on_gpu: bool, count: int
+) -> None:
+    from tutti.devices.simulated import SimulatedDevice
+
+    copied: list[int] = []
+    copy_out = SimulatedDevice.copy_out
+    monkeypatch.setattr(
+        SimulatedDevice, "copy_out", lambda self, source, *rest: (copied.append(1), copy_out(self, source, *rest))[1]
+    )
+    repository.add("embed", IDS, {"model.pt": scripted(Embed())})
+    repository.add("same", SAME + (ON_GPU if is_last_on_gpu else ""), {"model.pt": scripted(Identity())})
+    if not is_last_on_gpu:
+        text = (repository.root / "same" / "config.pbtxt").read_text()
+        (repository.root / "same" / "config.pbtxt").write_text(text + " instance_group { kind: KIND_CPU }")
+    repository.add("chain", CHAIN, {})
+    requests = [
+        InferRequest("chain", {"IDS": Tensor.of("IDS", np.array([[n, n + 1]], np.int64))}) for n in range(count)
+    ]
+    with engine_over(repository.root) as engine:
+        answers = infer(engine, requests)
+        executed = engine.model("embed", "").statistics.counts.executions
+    for n, answer in enumerate(answers):
+        assert isinstance(answer, InferResponse), answer
+        assert answer.tensor("LAST").array()[0, :, 0].tolist() == [n * 4.0, n * 4.0 + 4.0]
+    # Only the last step's outputs leave the device, or the first one's where the others are elsewhere.
+    assert len(copied) == executed

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from tutti import ragged
+from tutti import ragged, rows
 from tutti.backends.joined import JoinedModel
 from tutti.config import ModelConfig
 from tutti.devices.engine import Made, Part, Pipeline, Resident, Times
@@ -87,7 +87,8 @@ class DeviceBackend(JoinedModel):
     def __init__(self, config: ModelConfig, version: str, device: str, program: Program) -> None:
         super().__init__(config, version)
         self.kind = device.partition(":")[0]
-        self.device = device
+        # It is also where its inputs may be.
+        self.device = self.shares_device = device
         self.library = program.library
         self.program = program
         self.engine = engine_of(device)
@@ -229,17 +230,13 @@ class DeviceBatch:
         for request in self._requests:
             stop = at + next(iter(request.inputs.values())).shape[0]
             own = [
-                _part(output, at, stop) for output in outputs if not request.outputs or output.name in request.outputs
+                rows.part(output, at, stop)
+                for output in outputs
+                if not request.outputs or output.name in request.outputs
             ]
             answers.append(self._backend.response(own))
             at = stop
         return answers
-
-
-def _part(output: Tensor, start: int, stop: int) -> Tensor:
-    data = output.data
-    part = data.part(start, stop) if isinstance(data, TensorOnDevice) else output.array()[start:stop]
-    return Tensor(output.name, output.datatype, (stop - start, *output.shape[1:]), part)
 
 
 class DeviceWork(Protocol):
@@ -252,9 +249,9 @@ class DeviceWork(Protocol):
     def failure(self, error: Exception) -> InferError: ...
 
 
-def execute_and_wait(pipeline: Pipeline, work: DeviceWork, rows: int) -> Answers:
+def execute_and_wait(pipeline: Pipeline, work: DeviceWork, count: int) -> Answers:
     """One batch through the pipeline, waited for. Raises what it fails with."""
-    job = _WaitedFor(work, rows)
+    job = _WaitedFor(work, count)
     pipeline.submit(job, is_again=True)
     job.ended.wait()
     if job.error is not None:
