@@ -89,6 +89,21 @@ def make_parser() -> argparse.ArgumentParser:
         help="the response cache, for models that ask for it (default: %(default)s; size=0 for none)",
     )
     serve.add_argument(
+        "--rate-limit",
+        type=str.lower,
+        choices=("off", "execution_count"),
+        default="off",
+        help="execution_count: instances with a rate_limiter execute when the resources they share are free, by their "
+        "priorities (default: off, and a model that has one is refused)",
+    )
+    serve.add_argument(
+        "--rate-limit-resource",
+        action="append",
+        default=[],
+        metavar="NAME:COUNT[:DEVICE]",
+        help="how many there are of a resource (default: as many as the neediest instance needs)",
+    )
+    serve.add_argument(
         "--front-end-processes",
         type=int,
         default=1,
@@ -180,6 +195,10 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
         parser.error("--front-end-processes does not go with --ray")
     if options.allow_client_cuda_shm and options.ray:
         parser.error("--allow-client-cuda-shm does not go with --ray: the gateway has no GPU")
+    if options.rate_limit != "off" and options.ray:
+        parser.error("--rate-limit does not go with --ray")
+    if options.rate_limit_resource and options.rate_limit == "off":
+        parser.error("--rate-limit-resource needs --rate-limit execution_count")
     if options.load_model and options.model_control_mode != "explicit":
         parser.error("--load-model needs --model-control-mode explicit")
     for protocol in ("http", "grpc"):
@@ -242,18 +261,22 @@ async def _serve_here(options: argparse.Namespace, logs: Logs) -> int:
     import ensembles
     from tutti import collector, local
     from tutti.devices.gpu_metrics import GpuMetrics
+    from tutti.rate_limiting import parse_supply
+    from tutti.rate_limits import RateLimits
 
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
     is_explicit = options.model_control_mode == "explicit"
+    supply = parse_supply(options.rate_limit_resource)
     engine = local.make_engine(
         options.model_repository,
         local.loop_timer(loop),
         ensembles.load,
         is_controllable=is_explicit,
         cache_bytes=setup.cache_size(options.cache_config),
+        limits=RateLimits(supply) if options.rate_limit == "execution_count" else None,
     )
     api = setup.make_api(engine, options, logs)
     gpus = GpuMetrics()

@@ -22,6 +22,7 @@ from tutti.errors import ConfigError
 from tutti.padding import NO_PADDING, Padding
 from tutti.padding import parse as parse_padding
 from tutti.ragged import NOT_RAGGED, BatchInput, Ragged
+from tutti.rate_limiting import NO_LIMIT, RateLimit, Resource
 from tutti.types import Shape
 
 DEFAULT_MAX_QUEUED_ROWS = 16_384
@@ -50,6 +51,7 @@ _HONOURED = frozenset(
         "sequence_batching.state.data_type", "sequence_batching.state.dims",
         "sequence_batching.state.initial_state.*", "sequence_batching.state.use_same_buffer_for_input_output",
         "instance_group.name", "instance_group.kind", "instance_group.count", "instance_group.gpus",
+        "instance_group.rate_limiter.*",
         "ensemble_scheduling.step.*", "ensemble_scheduling.max_inflight_requests", "parameters.*", "metric_tags",
         "model_warmup.*", "model_transaction_policy.decoupled", "response_cache.enable",
         # How the data travels between host and GPU, and how eagerly: results are the same.
@@ -68,6 +70,7 @@ _EMPTY_IS_FINE = frozenset(
         "model_transaction_policy", "optimization", "optimization.graph", "optimization.input_pinned_memory",
         "optimization.output_pinned_memory", "sequence_batching", "sequence_batching.direct",
         "sequence_batching.oldest", "ensemble_scheduling", "optimization.cuda", "optimization.execution_accelerators",
+        "instance_group",
     }
 )  # fmt: skip
 _DEFAULT_SEQUENCE_IDLE_US = 1_000_000
@@ -107,6 +110,7 @@ class InstanceGroup:
     count: int = 1
     gpus: tuple[int, ...] = ()
     name: str = ""
+    rate_limit: RateLimit = NO_LIMIT
 
 
 @dataclass(frozen=True, slots=True)
@@ -704,7 +708,19 @@ def _group(proto: Any, index: int) -> InstanceGroup:
         raise _fail(proto.name, f"instance_group[{index}].kind", "KIND_MODEL is not supported")
     if group.count < 0:
         raise _fail(proto.name, f"instance_group[{index}].count", f"expected 1 or more, got {group.count}")
-    return InstanceGroup(kind, group.count or 1, tuple(group.gpus), group.name)
+    limit = _rate_limit(proto.name, f"instance_group[{index}].rate_limiter", group.rate_limiter)
+    return InstanceGroup(kind, group.count or 1, tuple(group.gpus), group.name, limit)
+
+
+def _rate_limit(model: str, path: str, proto: Any) -> RateLimit:
+    names = [resource.name for resource in proto.resources]
+    for index, resource in enumerate(proto.resources):
+        if not resource.name or names.count(resource.name) > 1:
+            raise _fail(model, f"{path}.resources[{index}].name", f"expected names, each once, got {names}")
+        if not resource.count:
+            raise _fail(model, f"{path}.resources[{index}].count", "expected 1 or more, got 0")
+    resources = tuple(Resource(one.name, one.count, getattr(one, "global")) for one in proto.resources)
+    return RateLimit(resources, proto.priority or 1)
 
 
 def _version_policy(proto: Any) -> VersionPolicy:

@@ -19,8 +19,10 @@ from tutti.device_instance import DeviceInstance, PipelinedBackend
 from tutti.engine import Engine
 from tutti.errors import ConfigError, InferError
 from tutti.model import Model, Served
+from tutti.rate_limiting import NO_LIMIT
+from tutti.rate_limits import RateLimits
 from tutti.repository import ModelFolder
-from tutti.scheduler import Backend, InOrder, Instance, Scheduler, ThreadInstance, Timer
+from tutti.scheduler import Backend, InOrder, Instance, Scheduler, ThreadInstance, Timer, Turn
 from tutti.sequences import SequenceBatcher, zeros
 from tutti.statistics import ModelStatistics
 from tutti.types import Infer, Tensor
@@ -44,8 +46,12 @@ def make_engine(
     ensemble: EnsembleFactory,
     is_controllable: bool = False,
     cache_bytes: int = DEFAULT_CACHE_BYTES,
+    limits: RateLimits | None = None,
 ) -> Engine:
-    """An engine over `root` that has loaded nothing yet. `cache_bytes` bounds the response cache of all its models."""
+    """An engine over `root` that has loaded nothing yet. `cache_bytes` bounds the response cache of all its models.
+
+    Without `limits` a model that has some is refused.
+    """
     make_timers_precise()
     cache = ResponseCache(cache_bytes)
 
@@ -55,9 +61,9 @@ def make_engine(
             completed, infer = ensemble(folder, version, statistics, engine.model, engine)
             served = serve_ensemble(completed, infer, engine)
         elif config.sequences is not None:
-            served = _serve_sequences(folder, version, statistics, timer, engine)
+            served = _serve_sequences(folder, version, statistics, timer, engine, limits)
         else:
-            served = _serve_batches(folder, version, statistics, timer, engine)
+            served = _serve_batches(folder, version, statistics, timer, engine, limits)
         if config.is_cached and cache_bytes:
             served = replace(served, infer=Cached(served.infer, cache, version, statistics))
         return served
@@ -83,19 +89,26 @@ def serve_ensemble(config: ModelConfig, infer: Infer, engine: Engine) -> Served:
 
 
 def _serve_batches(
-    folder: ModelFolder, version: int, statistics: ModelStatistics, timer: Timer, infer: Infer
+    folder: ModelFolder,
+    version: int,
+    statistics: ModelStatistics,
+    timer: Timer,
+    infer: Infer,
+    limits: RateLimits | None,
 ) -> Served:
     """A scheduler over the model's own instances, each in its thread."""
     config = folder.config
-    loaded = _load(folder, version, infer)
+    loaded = _load(folder, version, infer, limits)
     scheduler = Scheduler(config.name, BatchQueue(config.batching, config.max_queued_rows), statistics, timer)
     costs: dict[str, Costs] = {}
-    for index, backend in enumerate(loaded):
+    for index, (backend, turn) in enumerate(loaded):
         known = costs.setdefault(backend.kind, Costs(config.latency_ns))
-        scheduler.add(_instance(f"{config.name}_{index}", backend, scheduler, statistics, known))
+        scheduler.add(_instance(f"{config.name}_{index}", backend, scheduler, statistics, known, turn))
     is_ordered = config.batching is not None and config.batching.preserves_ordering
     infers = InOrder(scheduler) if is_ordered else scheduler
-    return Served(infers, scheduler.close, pending=scheduler.queued_calls, device=_device_of(loaded))
+    return Served(
+        infers, scheduler.close, pending=scheduler.queued_calls, device=_device_of([backend for backend, _ in loaded])
+    )
 
 
 def _device_of(loaded: Sequence[Backend]) -> str:
@@ -105,38 +118,79 @@ def _device_of(loaded: Sequence[Backend]) -> str:
 
 
 def _serve_sequences(
-    folder: ModelFolder, version: int, statistics: ModelStatistics, timer: Timer, infer: Infer
+    folder: ModelFolder,
+    version: int,
+    statistics: ModelStatistics,
+    timer: Timer,
+    infer: Infer,
+    limits: RateLimits | None,
 ) -> Served:
     """A scheduler for each instance: a sequence stays with the instance it began on."""
     config = folder.config
     assert config.sequences is not None
     states = {state.input_name: _initial(folder, state) for state in config.sequences.states}
     batcher = SequenceBatcher(config, states, timer, statistics)
-    for index, backend in enumerate(_load(folder, version, infer)):
+    for index, (backend, turn) in enumerate(_load(folder, version, infer, limits)):
         name = f"{config.name}_{index}"
         scheduler = batcher.add(lambda waiting: Scheduler(config.name, waiting, statistics, timer))
-        scheduler.add(_instance(name, backend, scheduler, statistics))
+        scheduler.add(_instance(name, backend, scheduler, statistics, None, turn))
     return Served(batcher, batcher.close, pending=batcher.queued_calls)
 
 
 def _instance(
-    name: str, backend: Backend, scheduler: Scheduler, statistics: ModelStatistics, costs: Costs | None = None
+    name: str,
+    backend: Backend,
+    scheduler: Scheduler,
+    statistics: ModelStatistics,
+    costs: Costs | None,
+    turn: Turn | None,
 ) -> Instance:
-    """In a thread of its own, or through the engine of the device that it is on."""
-    if hasattr(backend, "pipeline"):
+    """In a thread of its own, or through the engine of the device that it is on.
+
+    One that shares resources with others executes a batch at a time, when it is its turn.
+    """
+    if turn is None and hasattr(backend, "pipeline"):
         return DeviceInstance(name, cast(PipelinedBackend, backend), scheduler, statistics, costs)
-    return ThreadInstance(name, backend, scheduler, statistics, costs)
+    return ThreadInstance(name, backend, scheduler, statistics, costs, turn)
 
 
-def _load(folder: ModelFolder, version: int, infer: Infer) -> list[Backend]:
+def _load(
+    folder: ModelFolder, version: int, infer: Infer, limits: RateLimits | None
+) -> list[tuple[Backend, Turn | None]]:
+    """The instances, warmed up, and the turns they take where they have limits."""
+    if limits is None:
+        _check_unlimited(folder.config)
     loaded = backends.load(folder, version, infer)
     try:
         warmup.run(folder, loaded)
+        turns = [None] * len(loaded) if limits is None else _turns(folder.config, loaded, limits)
     except Exception:
         for backend in loaded:
             backend.close()
         raise
-    return loaded
+    return list(zip(loaded, turns, strict=True))
+
+
+def _check_unlimited(config: ModelConfig) -> None:
+    for index, group in enumerate(config.instance_groups):
+        if group.rate_limit != NO_LIMIT:
+            what = "needs a server with --rate-limit=execution_count, in one process"
+            raise ConfigError(f"model '{config.name}': instance_group[{index}].rate_limiter: {what}")
+
+
+def _turns(config: ModelConfig, loaded: Sequence[Backend], limits: RateLimits) -> list[Turn | None]:
+    """One for each instance; those without limits take none."""
+    placed = backends.instances(config, any(backend.kind not in ("cpu", "auto") for backend in loaded))
+    turns: list[Turn | None] = []
+    try:
+        for (group, device), _ in zip(placed, loaded, strict=True):
+            turns.append(None if group.rate_limit == NO_LIMIT else limits.turn(group.rate_limit, device))
+    except ConfigError as error:
+        for turn in turns:
+            if turn is not None:
+                turn.close()
+        raise ConfigError(f"model '{config.name}': instance_group.rate_limiter: {error}") from None
+    return turns
 
 
 def _initial(folder: ModelFolder, state: SequenceState) -> Tensor:

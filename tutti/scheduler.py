@@ -91,6 +91,18 @@ class Instance(Protocol):
     def close(self) -> None: ...
 
 
+class Turn(Protocol):
+    """An instance's right to execute, where instances share resources that do not suffice for all."""
+
+    def begin(self) -> None:
+        """Wait for it."""
+
+    def end(self, goes_on: bool = False) -> None:
+        """Give it up; an instance that `goes_on` asks with this for the next."""
+
+    def close(self) -> None: ...
+
+
 class Waiting(Protocol):
     """What a scheduler queues calls in: a BatchQueue, or one for sequences."""
 
@@ -473,9 +485,17 @@ class ThreadInstance:
     """A backend in a thread of its own, or in its callers' where that is quicker."""
 
     def __init__(
-        self, name: str, backend: Backend, scheduler: Scheduler, statistics: ModelStatistics, costs: Costs | None = None
+        self,
+        name: str,
+        backend: Backend,
+        scheduler: Scheduler,
+        statistics: ModelStatistics,
+        costs: Costs | None = None,
+        turn: Turn | None = None,
     ) -> None:
+        """With `turn` it executes when it is its turn, in its thread only."""
         self._name = name
+        self._turn = turn
         self._backend = backend
         self._scheduler = scheduler
         self._statistics = statistics
@@ -512,10 +532,12 @@ class ThreadInstance:
         if self._deliverer is not None:
             self._done.put(None)
             self._deliverer.join()
+        if self._turn is not None:
+            self._turn.close()
         self._backend.close()
 
     def _may_run_here(self, batch: list[Call]) -> bool:
-        if not self._backend.runs_inline or getattr(_here, "depth", 0) >= MAX_INLINE_DEPTH:
+        if not self._backend.runs_inline or self._turn is not None or getattr(_here, "depth", 0) >= MAX_INLINE_DEPTH:
             return False
         key = batch[0].key
         rows = batch[0].rows if len(batch) == 1 else sum([call.rows for call in batch])
@@ -538,6 +560,8 @@ class ThreadInstance:
                 batch = self._execute_and_go_on(batch)
 
     def _execute_and_go_on(self, batch: list[Call]) -> list[Call]:
+        if self._turn is not None:
+            self._turn.begin()
         until_ns = 0
         while wait_ns := self._scheduler.top_up(self, batch):
             now = now_ns()
@@ -548,9 +572,9 @@ class ThreadInstance:
         answers, times = self._execute(batch)
         if times.end_ns - times.start_ns < PIPELINE_NS:
             self._deliver(batch, answers, times)
-            return self._scheduler.next_batch(self)
+            return self._next_batch()
         self._scheduler.answers(sum([call.rows for call in batch]), times.end_ns - times.start_ns)
-        following = self._scheduler.next_batch(self)
+        following = self._next_batch()
         if not following:
             self._deliver(batch, answers, times)
             return []
@@ -558,6 +582,12 @@ class ThreadInstance:
             self._deliverer = threading.Thread(target=self._deliver_forever, name=f"{self._name} answers", daemon=True)
             self._deliverer.start()
         self._done.put((batch, answers, times))
+        return following
+
+    def _next_batch(self) -> list[Call]:
+        following = self._scheduler.next_batch(self)
+        if self._turn is not None:
+            self._turn.end(goes_on=bool(following))
         return following
 
     def _deliver_forever(self) -> None:

@@ -18,7 +18,7 @@ from tutti.devices.engine import Made, Part, Pipeline, Resident, Times
 from tutti.devices.engines import engine_of
 from tutti.devices.interface import DeviceArray, Stream
 from tutti.dtypes import NUMPY, Array
-from tutti.errors import InferError, InvalidArgument
+from tutti.errors import DeviceLost, InferError, InvalidArgument, OutOfMemory
 from tutti.scheduler import Answers
 from tutti.types import Call, InferRequest, InferResponse, OnDevice, Shape, Tensor
 
@@ -103,10 +103,16 @@ class DeviceBackend(JoinedModel):
         return DeviceBatch(self, requests)
 
     def execute(self, calls: Sequence[Call]) -> Answers:
-        """A batch by itself, waited for: warm-ups."""
-        return execute_and_wait(
-            self.pipeline, self.batch([call.request for call in calls]), sum([call.rows for call in calls])
-        )
+        """A batch by itself, waited for, as warm-ups are; where it fails, each request alone."""
+        try:
+            work = self.batch([call.request for call in calls])
+            return execute_and_wait(self.pipeline, work, sum([call.rows for call in calls]))
+        except (OutOfMemory, DeviceLost):
+            raise
+        except InferError as error:
+            if len(calls) == 1:
+                return [error]
+        return [answer for call in calls for answer in self.execute([call])]
 
     def close(self) -> None:
         self.pipeline.close()
