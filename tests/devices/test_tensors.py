@@ -1,6 +1,10 @@
 """Tensors on a GPU, over a fake library; with a real GPU, over PyTorch and CuPy."""
 
+import contextlib
 import sys
+import threading
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -167,6 +171,67 @@ def test_torch_copies_host_memory_that_is_exported() -> None:
     assert copy.data_ptr() != source.data_ptr()
     adopted = library.adopted(source.__dlpack__(), 0)
     assert adopted.data_ptr() == source.data_ptr()
+
+
+class FakeCuda:
+    """What torch.cuda and cupy.cuda offer of what is used here, by both of their names; `log` is what was done."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        cuda = self
+
+        class Stream:
+            count = 0
+
+            def __init__(self, device: int = 0, non_blocking: bool = False) -> None:
+                Stream.count += 1
+                self.cuda_stream = self.ptr = 100 + Stream.count
+
+        class Event:
+            def __init__(self, blocking: bool = False, block: bool = False, disable_timing: bool = True) -> None:
+                assert blocking or block, "who waits would spin"
+
+            def record(self, stream: Stream) -> None:
+                cuda.log.append(f"record on {stream.ptr}")
+
+            def synchronize(self) -> None:
+                cuda.log.append("synchronize")
+
+        self.Stream, self.Event = Stream, Event
+
+    @contextlib.contextmanager
+    def device(self, number: int) -> Iterator[None]:
+        self.log.append(f"device {number}")
+        yield
+        self.log.append("device of before")
+
+    Device = device
+
+
+def fake_library(name: str) -> tuple[Any, FakeCuda]:
+    """tensors' own Library over a fake torch or cupy."""
+    library = tensors._MAKERS[name].__new__(tensors._MAKERS[name])  # type: ignore[arg-type]
+    cuda = FakeCuda()
+    library._here = threading.local()
+    setattr(library, f"_{name}", SimpleNamespace(cuda=cuda))
+    return library, cuda
+
+
+@pytest.mark.parametrize("name", ["torch", "cupy"])
+def test_a_stream_gets_behind_the_work_of_the_thread(name: str) -> None:
+    library, cuda = fake_library(name)
+    exporter = CudaArray(np.zeros(2), number=1)
+    capsule, wait = library.ordered(exporter, 1)
+    assert dlpack.describe(capsule).device_id == 1
+    assert exporter.streams == [101]
+    assert cuda.log == ["device 1", "record on 101", "device of before"]
+    wait()
+    assert cuda.log[-1] == "synchronize"
+    library.ordered(exporter, 1)
+    thread = threading.Thread(target=library.ordered, args=(exporter, 1))
+    thread.start()
+    thread.join()
+    assert exporter.streams == [101, 101, 102]  # a stream for each thread
 
 
 @pytest.fixture(params=["torch", "cupy"])

@@ -162,6 +162,24 @@ def test_one_that_loses_its_device_is_replaced(engine: Engine) -> None:
     assert health.failures() == {}  # its context was its own
 
 
+@pytest.mark.gpu
+def test_one_that_loses_a_real_device_is_replaced(repository: Repository) -> None:
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("there is no GPU")
+    body = MODEL.replace(
+        'raise RuntimeError("CUDA error: device-side assert triggered")',
+        "import torch; torch.zeros(4, 4, device='cuda')[torch.tensor([2**40], device='cuda')].cpu()",
+    )
+    repository.add_python("m", CONFIG, body)
+    with engine_over(repository.root) as engine:
+        before = pid_of(ask(engine, b"a"))
+        lost = ask(engine, b"assert")
+        assert isinstance(lost, DeviceLost), lost
+        assert pid_of(ask(engine, b"b")) != before
+        assert torch.ones(1, device="cuda").item() == 1.0  # this process has a context of its own
+
+
 def gated(tmp_path: Path) -> str:
     """An initialize that the second time waits for a file."""
     return (

@@ -11,6 +11,7 @@ import pytest
 from tests.models import Repository
 from tests.serving import Gather, engine_over, infer, wait_until
 from tutti import repository as folders
+from tutti.backends import python
 from tutti.errors import ConfigError, InferError, Internal, InvalidArgument, Unsupported
 from tutti.types import Call, InferRequest, InferResponse, Tensor
 
@@ -314,7 +315,8 @@ def test_auto_complete_config_that_contradicts_the_configuration_is_refused(repo
         folders.open_model(repository.root, "auto")
 
 
-def test_arguments_of_initialize(repository: Repository) -> None:
+def test_arguments_of_initialize(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(python, "gpu_count", lambda: 0)
     add(
         repository,
         "told",

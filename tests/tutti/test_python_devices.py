@@ -285,6 +285,16 @@ def test_a_model_hands_a_tensor_on_a_device_to_another(repository: Repository, l
         response(ask(engine, request("outer", 1, 2)))
 
 
+def test_other_backends_take_it_from_the_host(repository: Repository, library: FakeLibrary) -> None:
+    repository.add_onnx("inner")
+    with engine_over(repository.root) as engine:
+        arrays = [np.full((1, 4), i, np.float32) for i in range(3)]
+        inputs = [DeviceTensor.of(CudaArray(arrays[0])), arrays[1].tobytes(), DeviceTensor.of(CudaArray(arrays[2]))]
+        sent = [InferRequest("inner", {"x": Tensor("x", "FP32", (1, 4), data)}) for data in inputs]
+        for answer, array in zip(infer(engine, sent), arrays, strict=True):
+            assert response(answer).tensor("y").array().tolist() == (array + 1).tolist()
+
+
 @pytest.mark.parametrize(
     ("kind", "listed", "gpus", "expected"),
     [
@@ -298,6 +308,15 @@ def test_a_model_hands_a_tensor_on_a_device_to_another(repository: Repository, l
 )
 def test_kinds_of_instances(kind: str, listed: tuple[int, ...], gpus: int, expected: str) -> None:
     assert python.instance_kind(InstanceGroup(kind, 1, listed), gpus) == expected
+
+
+@pytest.mark.parametrize(("visible", "count"), [(None, 3), ("", 0), ("-1", 0), ("0,2", 2), ("0,1,2,3", 3)])
+def test_gpus_that_may_be_seen(monkeypatch: pytest.MonkeyPatch, visible: str | None, count: int) -> None:
+    monkeypatch.setattr(python.Path, "glob", lambda self, pattern: iter([self] * 3))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert python.gpu_count() == count
 
 
 @pytest.mark.parametrize(("gpus", "expected"), [(0, ["CPU", "0"]), (2, ["GPU", "1"])])

@@ -77,3 +77,49 @@ def test_errors_survive_pickling(kind: type[errors.InferError]) -> None:
     back = pickle.loads(pickle.dumps(kind("model 'm': no")))
     assert type(back) is kind
     assert back.message == "model 'm': no"
+
+
+class Elsewhere:
+    """An OnDevice that is nowhere."""
+
+    device = "cuda:0"
+
+    def __init__(self, array: np.ndarray) -> None:
+        self._array = array
+        self.shape = array.shape
+        self.nbytes = array.nbytes
+        self.copies = 0
+
+    def wait(self) -> None: ...
+
+    def array(self) -> np.ndarray:
+        self.copies += 1
+        return self._array
+
+    def __dlpack__(self, **options: object) -> object:
+        raise BufferError
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 2, 0
+
+
+def test_what_is_on_a_device_is_copied_once_when_it_is_wanted() -> None:
+    memory = Elsewhere(np.arange(4, dtype=np.int32))
+    tensor = Tensor("x", "INT32", (2, 2), memory)
+    assert memory.copies == 0
+    assert tensor.array().tolist() == [[0, 1], [2, 3]]
+    assert bytes(tensor.raw()) == np.arange(4, dtype=np.int32).tobytes()
+    assert memory.copies == 1
+
+
+def test_rows_take_what_is_on_a_device() -> None:
+    def parts() -> list[Tensor]:
+        arrays = [np.full((1, 2), i, np.float32) for i in range(2)]
+        return [Tensor("x", "FP32", (1, 2), Elsewhere(arrays[0])), Tensor("x", "FP32", (1, 2), arrays[1].tobytes())]
+
+    for both in (parts(), parts()[::-1]):
+        assert sorted(rows.concatenate(both)[:, 0].tolist()) == [0.0, 1.0]
+    assert not rows.is_large([InferRequest("m", {"x": parts()[0]})])
+    large = Tensor("x", "FP32", (1, 10**6), Elsewhere(np.zeros((1, 10**6), np.float32)))
+    assert rows.is_large([InferRequest("m", {"x": large})])
+    assert rows.reshape(parts()[0], (2,), (2, 1), is_batched=True).array().shape == (1, 2, 1)

@@ -11,6 +11,7 @@ import importlib.util
 import inspect
 import json
 import logging
+import os
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -92,8 +93,12 @@ def complete(proto: Any, path: Path) -> None:
 
 
 def gpu_count() -> int:
-    """How many GPUs this machine has; it imports nothing and makes no context."""
-    return len(list(Path("/dev").glob("nvidia[0-9]*")))
+    """How many GPUs this process may see; it imports nothing and makes no context."""
+    there = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return there
+    return min(there, len([entry for entry in visible.split(",") if entry.strip() not in ("", "-1")]))
 
 
 def instance_kind(group: InstanceGroup, gpus: int) -> str:

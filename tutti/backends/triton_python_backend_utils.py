@@ -127,7 +127,10 @@ class Tensor:
             if not isinstance(data, np.ndarray) and not isinstance(data, RAW_TYPES):
                 data.wait()
                 return cls._over(tensor.name, data, tensor.datatype)
-        return cls._over(tensor.name, tensor.array(), "BF16" if tensor.datatype == "BF16" else "")
+        made = cls(tensor.name, tensor.array())
+        if tensor.datatype == "BF16":
+            made._datatype = "BF16"
+        return made
 
     def _sent(self) -> _Tensor:
         data = self._data
@@ -730,7 +733,7 @@ def join(
             return None
         for index, tensor in enumerate(response._outputs):
             array = tensor._data
-            if not isinstance(array, np.ndarray) or tensor._datatype or tensor._name != names[index]:
+            if type(array) is not np.ndarray or tensor._datatype or tensor._name != names[index]:
                 return None
             if array.dtype != wanted[index] or array.shape[:1] != (size,):
                 return None
