@@ -31,7 +31,7 @@ from tutti.devices.health import health
 from tutti.errors import ConfigError, InferError, Internal, Unavailable
 from tutti.repository import ModelFolder
 from tutti.scheduler import Executed
-from tutti.types import Answer, Call, now_ns, settle
+from tutti.types import Answer, Call, InferResponse, now_ns, settle
 
 _log = logging.getLogger(__name__)
 
@@ -52,6 +52,9 @@ def is_wanted(folder: ModelFolder) -> bool:
         )
     if given:
         hang_timeout_s(folder)
+    elif HANG_PARAMETER in folder.config.parameters:
+        what = f"is for parameters.{PARAMETER}: nothing else can be ended when it hangs"
+        raise ConfigError(f"model '{folder.config.name}': parameters.{HANG_PARAMETER}: {what}")
     return bool(given)
 
 
@@ -105,7 +108,8 @@ class IsolatedBackend:
         answers = wire.unpack_answers(message)
         if lost:
             self._kill()
-            return self._replaced(calls, answers)
+            if not any(isinstance(answer, InferResponse) for answer in answers):
+                return self._replaced(calls, answers)
         return answers
 
     def close(self) -> None:
