@@ -4,8 +4,9 @@ Order matters: fp32 is what the others are made from.
 """
 
 import copy
+import inspect
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def in_float64(graph: Graph) -> tuple[Reference, str]:
     return lambda case: _run(module, graph.outputs, case, torch.float64), "PyTorch in float64"
 
 
-def _run(module: torch.nn.Module, outputs: Sequence[str], case: Arrays, kind: torch.dtype) -> Arrays:
+def _run(module: Callable[..., Any], outputs: Sequence[str], case: Arrays, kind: torch.dtype) -> Arrays:
     given = {name: torch.from_numpy(np.asarray(array)) for name, array in case.items()}
     given = {name: tensor.to(kind) if tensor.is_floating_point() else tensor for name, tensor in given.items()}
     with torch.inference_mode():
@@ -149,14 +150,20 @@ class Builder:
         dynamic: dict[str, Any] = {
             name: dict.fromkeys(graph.axes.get(name, {}), torch.export.Dim.DYNAMIC) for name in graph.example
         }
+        # By position, since that is how servers call it: a package takes its arguments only as it was exported with.
+        order = [name for name in inspect.signature(graph.module.forward).parameters if name in graph.example]
         program = torch.export.export(
-            graph.module.eval(), (), kwargs=dict(graph.example), dynamic_shapes=dynamic, strict=False
+            graph.module.eval(), tuple(graph.example[name] for name in order), dynamic_shapes=dynamic, strict=False
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of weights that are shared
             torch.export.save(program, str(path))
             module = torch.export.load(str(path)).module(check_guards=False)
-        self._compare(comparer, lambda case: _run(module, graph.outputs, case, torch.float32))
+
+        def forward(**given: torch.Tensor) -> Any:
+            return module(*(given[name] for name in order))
+
+        self._compare(comparer, lambda case: _run(forward, graph.outputs, case, torch.float32))
         return "torch.float32", f"torch.export, PyTorch {torch.__version__.partition('+')[0]}"
 
     def _tensorrt(self, path: Path, comparer: Comparer) -> tuple[str, str]:

@@ -88,6 +88,15 @@ def test_every_variant_of_a_faithful_graph_passes(tmp_path: Path) -> None:
     assert to_onnx.precision(tmp_path / "model.int8.onnx")[0] == "int8"
 
 
+def test_a_torch_package_is_called_as_servers_call_it(tmp_path: Path) -> None:
+    """By position: a package takes its arguments only as it was exported with."""
+    of = graph()
+    built(tmp_path, of, "torch")
+    module = torch.export.load(str(tmp_path / "model.pt2")).module(check_guards=False)
+    x, unused = torch.randn(5, 4), torch.zeros(5, 1)
+    torch.testing.assert_close(module(x, unused), of.module(x, unused))
+
+
 @pytest.mark.parametrize("fault", ["perturbed", "not finite"])
 def test_a_planted_fault_in_an_operator_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     save = to_onnx.save
