@@ -205,7 +205,9 @@ def to_int8(source: Path, target: Path, cases: Sequence[Arrays]) -> int:
     smoothed = _smooth(model, cases)
     between = target.with_suffix(".smoothed.onnx")
     onnx.save(model, str(between))
-    logging.getLogger().setLevel(logging.ERROR)  # it advises a pre-processing that changes nothing here
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)  # it advises a pre-processing that changes nothing here
     try:
         quantize_dynamic(
             str(between),
@@ -217,6 +219,7 @@ def to_int8(source: Path, target: Path, cases: Sequence[Arrays]) -> int:
             extra_options={"MatMulConstBOnly": True},
         )
     finally:
+        root.setLevel(level)
         between.unlink()
     counts = _elements(onnx.load(str(target)))
     share = counts["INT8"] / max(1, counts["INT8"] + counts["FLOAT"])

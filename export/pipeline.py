@@ -3,6 +3,7 @@
 Nothing reaches the repository unless all of it is well.
 """
 
+import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,7 @@ from export.layout import Entry, Staging
 from export.profiling import Measured, measure, recommend
 from export.sources import Source
 from export.variants import FILES, Builder, Result
-from tutti import config
+from tutti import bounds, config
 from tutti.types import Shape
 
 
@@ -153,6 +154,8 @@ def _entry(result: Result, options: Options, measured: Sequence[Measured]) -> En
             parameters["tutti.cpu_tolerance"] = str(graph.limits_of(options.cpu).max_error)
         if options.gpu in built and options.gpu != "fp32":
             parameters["tutti.gpu_model_filename"] = FILES[options.gpu]
+    if result.bounds:
+        parameters[bounds.PARAMETER] = json.dumps(result.bounds)
     most = graph.max_batch_size
     preferred: tuple[int, ...] = ()
     if measured:

@@ -6,7 +6,7 @@ Order matters: fp32 is what the others are made from.
 import copy
 import inspect
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from export import layout, onnx
+from export import indices, layout, onnx
 from export.errors import ExportError
 from export.graphs import Arrays, Graph, Reference
 from export.parity import Comparer, Comparison
@@ -38,13 +38,17 @@ class Built:
 
 @dataclass(slots=True)
 class Result:
-    """The variants of one graph. What was `left_out` was asked for, and would not have been worth it."""
+    """The variants of one graph. What was `left_out` was asked for, and would not have been worth it.
+
+    `bounds` are the lowest and the highest values of inputs, which are all variants'.
+    """
 
     graph: Graph
     built: dict[str, Built] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     reference: str = ""
     expected: list[Arrays] = field(default_factory=list)
+    bounds: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def comparisons(self) -> list[Comparison]:
@@ -132,7 +136,13 @@ class Builder:
         graph = self._graph
         onnx.save(graph.module, path, graph.example, graph.outputs, graph.axes)
         self._compare_onnx(comparer, path)
-        return self._inspect(comparer, path, "fp32"), f"opset {onnx.OPSET}"
+        found = indices.find(path)
+        self.result.bounds = found.bounds
+        fault = found.fault(graph.cases)
+        if fault:
+            comparer.failed(fault)
+        notes = [f"opset {onnx.OPSET}", *([f"bounds: {found}"] if found.bounds else []), *found.unclear]
+        return self._inspect(comparer, path, "fp32"), "; ".join(notes)
 
     def _fp16(self, path: Path, comparer: Comparer) -> tuple[str, str]:
         onnx.to_half(self._source, path, self._graph.cases)

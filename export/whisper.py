@@ -228,7 +228,11 @@ def product(location: str, provenance: str, name: str, ensemble: str, work: Path
     def transcripts(results: Mapping[str, Result]) -> Check:
         return _check_transcripts(speech, said, results, name, language, task)
 
-    return Product(graphs, [reads, transcribes], (lambda _: whole) if ensemble else None, provenance, [transcripts])
+    def ids(results: Mapping[str, Result]) -> Check:
+        return check_tokens(said, results[f"{name}.decoder"])
+
+    make = (lambda _: whole) if ensemble else None
+    return Product(graphs, [reads, transcribes], make, provenance, [ids, transcripts])
 
 
 def _encoder_graph(encoder: Encoder, decoder: Decoder, name: str, speech: Speech) -> Graph:
@@ -300,6 +304,22 @@ def generated(
             row = row[prompt:]
         rows.append(row[: row.index(said["end"])] if said["end"] in row else row)
     return [[token for token in row if token != said["pad"] or said["pad"] == said["end"]] for row in rows]
+
+
+def check_tokens(said: Mapping[str, Any], decoder: Result) -> Check:
+    """No id gets to the decoder that is no row of its table: neither one that it answers, nor one of decoding.json.
+
+    The published code gives it no others, and so need not look.
+    """
+    what = f"{decoder.graph.name}: ids"
+    if "ids" not in decoder.bounds:
+        return Check(what, False, "the graph does not say how many rows its table has")
+    _, high = decoder.bounds["ids"]
+    own = [*said["prompt"], *said["languages"], said["end"], said["pad"]]
+    answers = decoder.expected[0]["logits"].shape[-1]
+    if max(answers - 1, *own) > high or min(own) < 0:
+        return Check(what, False, f"expected 0 to {high}, decoding.json has {own}, and the decoder answers {answers}")
+    return Check(what, True, f"{answers} answers and {len(own)} tokens of decoding.json are among the {high + 1}")
 
 
 def _check_transcripts(

@@ -20,6 +20,7 @@ from export.sound import published
 from tests.export import checkpoints
 from tests.serving import engine_over, infer
 from tutti import config
+from tutti.bounds import Range
 from tutti.types import InferRequest, InferResponse, Tensor
 
 ROOT = Path(__file__).parents[2]
@@ -214,6 +215,10 @@ def test_families(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     for path in repository.glob(f"*/1/{manifest.NAME}"):
         variants |= set(json.loads(path.read_text())["variants"])
     assert variants == {"fp32", "fp16", "int8", "torch"} - set(family.left_out)
+    rows = json.loads((folder / "config.json").read_text()).get("vocab_size", 0)
+    ids = [{"input_ids": Range("INT64", 0, rows - 1)}] if family.kind == "text" else []
+    models = [config.load(path) for path in repository.glob("*/config.pbtxt")]
+    assert [model.bounds.ranges for model in models if model.bounds.ranges] == ids
     expected = family.expected(folder)
     with engine_over(repository) as engine:
         assert engine.failures() == []
