@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests import models
-from tutti.devices import engines
+from tutti.devices import engines, health
 from tutti.devices.health import DeviceHealth
 from tutti.devices.simulated import SIMULATED
 
@@ -37,7 +37,7 @@ def simulated_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """One simulated GPU in the place of real ones, whose failures end with the test."""
     monkeypatch.setenv(SIMULATED, "1")
     monkeypatch.setattr(engines, "_engines", {})
-    monkeypatch.setattr(engines, "health", DeviceHealth())
+    monkeypatch.setattr(health, "health", DeviceHealth())
     yield
     for engine in engines.engines():
         engine.close()

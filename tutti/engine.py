@@ -15,6 +15,7 @@ from typing import Literal
 
 from tutti import repository
 from tutti.config import ModelConfig
+from tutti.devices.health import DeviceHealth, health
 from tutti.errors import ConfigError, Internal, InvalidArgument, NotFound, TuttiError, Unavailable
 from tutti.model import Model, Served
 from tutti.repository import ModelFolder
@@ -56,9 +57,15 @@ class Engine:
     """The models of one repository. Thread-safe; `load_all` first."""
 
     def __init__(
-        self, root: Path, loader: Loader, is_controllable: bool = False, propagate: Propagate = lambda *_: None
+        self,
+        root: Path,
+        loader: Loader,
+        is_controllable: bool = False,
+        propagate: Propagate = lambda *_: None,
+        devices: DeviceHealth = health,
     ) -> None:
         """`is_controllable` allows load and unload while serving."""
+        self._devices = devices
         self._root = root
         self._propagate = propagate
         self._scratch: dict[str, tempfile.TemporaryDirectory[str]] = {}
@@ -263,9 +270,11 @@ class Engine:
         return sorted(entries, key=lambda entry: (entry.name, entry.version))
 
     def is_ready(self) -> bool:
-        """Whether every model of the repository is loaded and ready; false with none."""
+        """Whether every model of the repository is loaded and ready, and no device has failed; false with none."""
         models = self.models()
-        return bool(models) and not self._failures and all(model.is_ready() for model in models)
+        if self._failures or self._devices.failures():
+            return False
+        return bool(models) and all(model.is_ready() for model in models)
 
     def failures(self) -> list[str]:
         """Why models could not be loaded, one message each."""

@@ -16,8 +16,10 @@ from tutti.cache import Cached, ResponseCache
 from tutti.config import ModelConfig, SequenceState
 from tutti.cost import Costs
 from tutti.device_instance import DeviceInstance, PipelinedBackend
+from tutti.devices import health
+from tutti.devices.health import DeviceHealth
 from tutti.engine import Engine
-from tutti.errors import ConfigError, InferError
+from tutti.errors import ConfigError, DeviceLost, InferError
 from tutti.model import Model, Served
 from tutti.rate_limiting import NO_LIMIT
 from tutti.rate_limits import RateLimits
@@ -25,7 +27,7 @@ from tutti.repository import ModelFolder
 from tutti.scheduler import Backend, InOrder, Instance, Scheduler, ThreadInstance, Timer, Turn
 from tutti.sequences import SequenceBatcher, zeros
 from tutti.statistics import ModelStatistics
-from tutti.types import Infer, Tensor
+from tutti.types import Call, Infer, Tensor, now_ns, settle
 
 _log = logging.getLogger(__name__)
 
@@ -47,10 +49,12 @@ def make_engine(
     is_controllable: bool = False,
     cache_bytes: int = DEFAULT_CACHE_BYTES,
     limits: RateLimits | None = None,
+    devices: DeviceHealth | None = None,
 ) -> Engine:
     """An engine over `root` that has loaded nothing yet. `cache_bytes` bounds the response cache of all its models.
 
-    Without `limits` a model that has some is refused.
+    Without `limits` a model that has some is refused. Models with an instance on a device that fails, as `devices`
+    (the process's, by default) tells, are not ready from then on, and refuse requests.
     """
     make_timers_precise()
     cache = ResponseCache(cache_bytes)
@@ -61,14 +65,14 @@ def make_engine(
             completed, infer = ensemble(folder, version, statistics, engine.model, engine)
             served = serve_ensemble(completed, infer, engine)
         elif config.sequences is not None:
-            served = _serve_sequences(folder, version, statistics, timer, engine, limits)
+            served = _serve_sequences(folder, version, statistics, timer, engine, limits, devices or health.health)
         else:
-            served = _serve_batches(folder, version, statistics, timer, engine, limits)
+            served = _serve_batches(folder, version, statistics, timer, engine, limits, devices or health.health)
         if config.is_cached and cache_bytes:
             served = replace(served, infer=Cached(served.infer, cache, version, statistics))
         return served
 
-    engine = Engine(root, load, is_controllable)
+    engine = Engine(root, load, is_controllable, devices=devices)
     return engine
 
 
@@ -82,7 +86,7 @@ def serve_ensemble(config: ModelConfig, infer: Infer, engine: Engine) -> Served:
             except InferError as error:
                 return error.message
             if not model.is_ready():
-                return f"model '{step.model_name}' is not ready"
+                return model.reason() or f"model '{step.model_name}' is not ready"
         return ""
 
     return Served(infer, lambda: None, is_ready=lambda: not reason(), reason=reason, config=config)
@@ -95,6 +99,7 @@ def _serve_batches(
     timer: Timer,
     infer: Infer,
     limits: RateLimits | None,
+    devices: DeviceHealth,
 ) -> Served:
     """A scheduler over the model's own instances, each in its thread."""
     config = folder.config
@@ -105,16 +110,19 @@ def _serve_batches(
         known = costs.setdefault(backend.kind, Costs(config.latency_ns))
         scheduler.add(_instance(f"{config.name}_{index}", backend, scheduler, statistics, known, turn))
     is_ordered = config.batching is not None and config.batching.preserves_ordering
-    infers = InOrder(scheduler) if is_ordered else scheduler
-    return Served(
-        infers, scheduler.close, pending=scheduler.queued_calls, device=_device_of([backend for backend, _ in loaded])
+    served = Served(
+        InOrder(scheduler) if is_ordered else scheduler,
+        scheduler.close,
+        pending=scheduler.queued_calls,
+        device=_device_of([backend for backend, _ in loaded]),
     )
+    return _while_devices_work(config.name, served, loaded, statistics, devices, scheduler.refuse_waiting)
 
 
 def _device_of(loaded: Sequence[Backend]) -> str:
     """The device that all instances share tensors on; else "cpu"."""
-    devices = {getattr(backend, "shares_device", "cpu") for backend in loaded}
-    return devices.pop() if len(devices) == 1 else "cpu"
+    shared = {getattr(backend, "shares_device", "cpu") for backend in loaded}
+    return shared.pop() if len(shared) == 1 else "cpu"
 
 
 def _serve_sequences(
@@ -124,17 +132,64 @@ def _serve_sequences(
     timer: Timer,
     infer: Infer,
     limits: RateLimits | None,
+    devices: DeviceHealth,
 ) -> Served:
     """A scheduler for each instance: a sequence stays with the instance it began on."""
     config = folder.config
     assert config.sequences is not None
     states = {state.input_name: _initial(folder, state) for state in config.sequences.states}
     batcher = SequenceBatcher(config, states, timer, statistics)
-    for index, (backend, turn) in enumerate(_load(folder, version, infer, limits)):
+    loaded = _load(folder, version, infer, limits)
+    for index, (backend, turn) in enumerate(loaded):
         name = f"{config.name}_{index}"
         scheduler = batcher.add(lambda waiting: Scheduler(config.name, waiting, statistics, timer))
         scheduler.add(_instance(name, backend, scheduler, statistics, None, turn))
-    return Served(batcher, batcher.close, pending=batcher.queued_calls)
+    served = Served(batcher, batcher.close, pending=batcher.queued_calls)
+    return _while_devices_work(config.name, served, loaded, statistics, devices, batcher.refuse_waiting)
+
+
+def _while_devices_work(
+    name: str,
+    served: Served,
+    loaded: Sequence[tuple[Backend, Turn | None]],
+    statistics: ModelStatistics,
+    devices: DeviceHealth,
+    refuse_waiting: Callable[[InferError], None],
+) -> Served:
+    """Serve a model until a device of its instances fails: then it is not ready, and refuses what waits and what comes.
+
+    What its instances hold is theirs to answer. A model on the processor is served as it is.
+    """
+    own = sorted({device for backend, _ in loaded if (device := getattr(backend, "device", "cpu")) != "cpu"})
+    if not own:
+        return served
+
+    def reason() -> str:
+        why = next((f"device {device} has failed: {why}" for device in own if (why := devices.reason(device))), "")
+        return f"model '{name}': {why}; its process is replaced" if why else ""
+
+    def infer(calls: Sequence[Call]) -> None:
+        if why := reason():
+            for call in calls:
+                call.answer = DeviceLost(why)
+            statistics.record_failures(calls, now_ns())
+            settle(calls)
+            return
+        served.infer(calls)
+        if why := reason():  # it has failed meanwhile, maybe after the queue was emptied
+            refuse_waiting(DeviceLost(why))
+
+    def failed(device: str, _: str) -> None:
+        if device in own:
+            refuse_waiting(DeviceLost(reason()))
+
+    end = devices.listen(failed)
+
+    def close() -> None:
+        end()
+        served.close()
+
+    return replace(served, infer=infer, close=close, is_ready=lambda: not reason(), reason=reason)
 
 
 def _instance(

@@ -231,6 +231,21 @@ class SequenceBatcher:
         for lane in self._lanes:
             lane.scheduler.close()
 
+    def refuse_waiting(self, error: InferError) -> None:
+        """Settle what waits, here and in the lanes, with an error."""
+        with self._lock:
+            left = [call for sequence in self._active.values() for call in sequence.waiting]
+            for sequence in self._active.values():
+                sequence.waiting.clear()
+            self._queued -= len(left)
+        for call in left:
+            call.answer = error
+        if left:
+            self._statistics.record_failures(left, now_ns())
+            settle(left)
+        for lane in self._lanes:
+            lane.scheduler.refuse_waiting(error)
+
     def queued_calls(self) -> int:
         return self._queued + sum(lane.scheduler.queued_calls() for lane in self._lanes)
 

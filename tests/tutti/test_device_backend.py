@@ -9,7 +9,7 @@ import pytest
 from tests.models import Repository
 from tests.serving import engine_over, infer
 from tests.tutti.test_pytorch_backend import CONFIG, Subtract, ask, exported, scripted
-from tutti.devices import engines
+from tutti.devices import engines, health
 from tutti.errors import DeviceLost, InferError, Internal, InvalidArgument, OutOfMemory
 from tutti.types import InferRequest, InferResponse, Tensor
 
@@ -79,7 +79,7 @@ def test_an_id_out_of_bounds_does_not_reach_the_device(repository: Repository) -
     for answer, first in ((good, 4.0), (also, 20.0)):
         assert isinstance(answer, InferResponse)
         assert answer.tensor("vectors").array()[0, 0, 0] == first
-    assert not engines.health.failures()
+    assert not health.health.failures()
 
 
 def test_without_bounds_it_ends_the_device_and_everybody_is_told(repository: Repository) -> None:
@@ -91,7 +91,7 @@ def test_without_bounds_it_ends_the_device_and_everybody_is_told(repository: Rep
     for answer in (bad, *later):
         assert isinstance(answer, DeviceLost)
         assert "cuda:0 has failed" in answer.message
-    assert "device-side assert" in engines.health.reason("cuda:0")
+    assert "device-side assert" in health.health.reason("cuda:0")
 
 
 class Picky(torch.nn.Module):

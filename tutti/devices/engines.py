@@ -2,8 +2,8 @@
 
 import threading
 
+from tutti.devices import health
 from tutti.devices.engine import DeviceEngine
-from tutti.devices.health import health
 from tutti.devices.simulated import Costs, LiveTimeline, SimulatedDevice, simulated_gpus
 
 _lock = threading.Lock()
@@ -26,10 +26,10 @@ def engines() -> list[DeviceEngine]:
 
 
 def _simulated(name: str) -> DeviceEngine:
-    return DeviceEngine(SimulatedDevice(LiveTimeline(), Costs(), name), health)
+    return DeviceEngine(SimulatedDevice(LiveTimeline(), Costs(), name), health.health)
 
 
 def _cuda(name: str) -> DeviceEngine:
     from tutti.devices.cuda import CudaDevice
 
-    return DeviceEngine(CudaDevice(int(name.partition(":")[2])), health)
+    return DeviceEngine(CudaDevice(int(name.partition(":")[2])), health.health)
