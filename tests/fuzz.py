@@ -22,8 +22,8 @@ from tutti import config
 from tutti.dtypes import NUMPY
 from tutti.errors import ConfigError, InferError
 from tutti.frontends import compression, generate, grpc_codec, grpc_methods, http_codec, http_connection
-from tutti.frontends.api import Limits
 from tutti.frontends.http_connection import Connection, Exchange
+from tutti.frontends.limits import Limits
 from tutti.model import check_request
 from tutti.types import InferRequest, InferResponse, Tensor
 

@@ -30,14 +30,16 @@ LAYERS = {
     "tutti.frontends.api": 4, "tutti.frontends.http_api": 4, "tutti.frontends.http": 4,
     "tutti.frontends.http_connection": 4, "tutti.frontends.grpc": 4, "tutti.frontends.grpc_aio": 4,
     "tutti.frontends.grpc_methods": 4, "tutti.frontends.setup": 4,
-    "tutti.frontends.link": 4, "tutti.frontends.task": 4, "tutti.frontends.front_ends": 4, "tutti.frontends.worker": 5,
-    "tutti.frontends.server": 4, "ray_app.pools": 4, "ray_app.replica": 4, "ray_app.gateway": 4,
+    "tutti.frontends.link": 4, "tutti.frontends.task": 4, "tutti.frontends.front_ends": 1, "tutti.frontends.worker": 5,
+    "tutti.frontends.server": 4, "tutti.frontends.limits": 0, "tutti.frontends.relay": 4, "tutti.restarts": 1,
+    "tutti.reports": 1, "tutti.supervisor": 4, "tutti.process": 5,
+    "ray_app.pools": 4, "ray_app.replica": 4, "ray_app.gateway": 4,
     "ray_app.control": 4, "ray_app.journal": 4, "ray_app.engine": 4, "ray_app.fallback": 4,
     "ray_app.autoscaling": 2, "ray_app.health": 2, "ray_app.hops": 4, "ray_app.members": 1,
     "ray_app.options": 1, "ray_app.scenario": 1, "ray_app.simulation": 4, "ray_app.routing": 4, "ray_app.sticky": 4,
     "tutti.cli": 5, "ray_app.app": 5, "ray_app.run": 5, "ray_app.cli": 5, "ray_app.planner": 1, "ray_app.processes": 1,
 }  # fmt: skip
-ROOTS = {"tutti.cli", "tutti.frontends.worker", "ray_app.app", "ray_app.run", "ray_app.cli"}
+ROOTS = {"tutti.cli", "tutti.process", "tutti.frontends.worker", "ray_app.app", "ray_app.run", "ray_app.cli"}
 # Heavy library -> the files that may import it. export/ may import what it exports with.
 HEAVY = {
     "ray": {

@@ -1,25 +1,23 @@
-"""The `tutti` command, and the composition root of the single process."""
+"""The `tutti` command. Light: what a command needs is imported when it is known which one it is."""
 
 import argparse
-import asyncio
 import importlib.util
-import logging
 import os
 import re
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from tutti import __version__
+from tutti.devices import present
 from tutti.errors import ConfigError, TuttiError
-from tutti.frontends import setup
-from tutti.frontends.api import Limits
 from tutti.frontends.gate import CATEGORIES
-from tutti.frontends.server import Server
+from tutti.frontends.limits import Limits
 from tutti.logs import Logs
+from tutti.reports import Supervised
 
-_log = logging.getLogger("tutti")
+# Of one machine's cores, front-ends that are processes of their own get a quarter, and no more than this.
+_MAX_FRONT_ENDS = 4
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from ray_app.cli import main as cluster
 
             return cluster(rest)
-        return _serve(options)
+        return _serve(options, given)
     except TuttiError as error:
         print(f"tutti: {error}", file=sys.stderr)
         return 1
@@ -105,12 +103,19 @@ def make_parser() -> argparse.ArgumentParser:
     )
     serve.add_argument(
         "--front-end-processes",
-        type=int,
-        default=1,
+        type=_count_or_auto,
+        default=None,
         metavar="N",
-        help="processes that read requests and write answers, sharing the ports, in front of the engine's; worth it "
-        "where there are cores to spare (default: 1, within the engine's)",
+        help="processes that read requests and write answers, sharing the ports, in front of the engine's, which is "
+        "started anew when a device fails or a model crashes it, while clients keep their connections; 1 is within "
+        f"the engine's (default: auto, 1 without a GPU, with one a process for 4 cores, {_MAX_FRONT_ENDS} at most)",
     )
+    serve.add_argument(
+        "--supervise",
+        action="store_true",
+        help="let the front-end be a process of its own even where it is only one",
+    )
+    serve.add_argument("--engine-of", type=Supervised.parse, help=argparse.SUPPRESS)
     serve.add_argument("--allow-client-shm", action="store_true", help="let clients register system shared memory")
     serve.add_argument(
         "--allow-client-cuda-shm",
@@ -189,10 +194,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    if options.front_end_processes < 1:
-        parser.error("--front-end-processes needs 1 or more")
-    if options.front_end_processes > 1 and options.ray:
-        parser.error("--front-end-processes does not go with --ray")
+    if options.ray and ((options.front_end_processes or 1) > 1 or options.supervise):
+        parser.error("--front-end-processes and --supervise do not go with --ray")
     if options.allow_client_cuda_shm and options.ray:
         parser.error("--allow-client-cuda-shm does not go with --ray: the gateway has no GPU")
     if options.rate_limit != "off" and options.ray:
@@ -224,7 +227,33 @@ def _boolean(text: str) -> bool:
     return text.lower() in ("true", "1")
 
 
-def _serve(options: argparse.Namespace) -> int:
+def _count_or_auto(text: str) -> int | None:
+    """None for auto."""
+    if text == "auto":
+        return None
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"expected 1 or more, or auto, got '{text}'")
+    return int(text)
+
+
+def front_ends(options: argparse.Namespace, has_gpu: bool, cores: int) -> int:
+    """How many front-ends are processes of their own; 0 where they are in the engine's."""
+    count: int | None = options.front_end_processes
+    if count is None:
+        is_own = options.supervise or (has_gpu and not options.ray and not _needs_grpcio(options))
+        return max(1, min(_MAX_FRONT_ENDS, cores // 4)) if is_own else 0
+    return count if count > 1 or options.supervise else 0
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def _needs_grpcio(options: argparse.Namespace) -> bool:
+    return bool(options.grpc_use_ssl or options.grpc_use_ssl_mutual or options.grpc_server != "native")
+
+
+def _serve(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     # Processes are started with exec: gRPC need not prepare for a fork, nor say that it has not.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     logs = Logs(options.log_verbose, options.log_file, options.log_format)
@@ -233,11 +262,18 @@ def _serve(options: argparse.Namespace) -> int:
         _needs("--ray", "ray", "psutil")
         from ray_app.run import serve_on_ray
 
+        options.front_end_processes = 1
         return serve_on_ray(options)
-    import uvloop
+    count = front_ends(options, present.has_gpu(), _cores())
+    if count and options.engine_of is None:
+        if _needs_grpcio(options):
+            raise ConfigError("front-end processes need the native gRPC server, without TLS")
+        from tutti import supervisor
 
-    status: int = uvloop.run(_serve_here(options, logs))
-    return status
+        return supervisor.run(arguments, options.host, options.http_port, options.grpc_port, count)
+    from tutti import process
+
+    return process.serve(options, logs)
 
 
 def _needs(what: str, *libraries: str, extra: str = "ray") -> None:
@@ -255,58 +291,6 @@ def _loadtest(arguments: Sequence[str]) -> int:
     from loadtest.cli import main as loadtest
 
     return loadtest(arguments)
-
-
-async def _serve_here(options: argparse.Namespace, logs: Logs) -> int:
-    import ensembles
-    from tutti import collector, local
-    from tutti.devices.gpu_metrics import GpuMetrics
-    from tutti.rate_limiting import parse_supply
-    from tutti.rate_limits import RateLimits
-
-    loop = asyncio.get_running_loop()
-    stop = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
-    is_explicit = options.model_control_mode == "explicit"
-    supply = parse_supply(options.rate_limit_resource)
-    engine = local.make_engine(
-        options.model_repository,
-        local.loop_timer(loop),
-        ensembles.load,
-        is_controllable=is_explicit,
-        cache_bytes=setup.cache_size(options.cache_config),
-        limits=RateLimits(supply) if options.rate_limit == "execution_count" else None,
-    )
-    api = setup.make_api(engine, options, logs)
-    gpus = GpuMetrics()
-    server = Server(api, setup.addresses(options), gpus.collect, gpus.sample)
-    names = (options.load_model or []) if is_explicit and "*" not in (options.load_model or []) else None
-    if options.model_control_mode == "poll":
-        await asyncio.to_thread(engine.remember)
-    await asyncio.to_thread(engine.load_all, names)
-    if engine.failures() and options.exit_on_error:
-        _log.error("%d models could not be loaded (--exit-on-error=false serves the others)", len(engine.failures()))
-        await asyncio.to_thread(engine.close)
-        return 1
-    poller: asyncio.Task[None] | None = None
-    try:
-        await server.start()
-        collector.settle()
-        _log.info("ready: %d models from %s", len(engine.models()), options.model_repository)
-        if options.model_control_mode == "poll":
-            poller = asyncio.create_task(local.poll_forever(engine, options.repository_poll_secs))
-        await stop.wait()
-        _log.info("stopping: open requests may end")
-    except OSError as error:
-        _log.error("cannot listen: %s", error)
-        return 1
-    finally:
-        if poller is not None:
-            poller.cancel()
-        await server.stop()
-        await asyncio.to_thread(engine.close)
-    return 0
 
 
 if __name__ == "__main__":

@@ -58,6 +58,7 @@ def make_engine(
     """
     make_timers_precise()
     cache = ResponseCache(cache_bytes)
+    watched = devices or health.health
 
     def load(folder: ModelFolder, version: int, statistics: ModelStatistics) -> Served:
         config = folder.config
@@ -65,14 +66,14 @@ def make_engine(
             completed, infer = ensemble(folder, version, statistics, engine.model, engine)
             served = serve_ensemble(completed, infer, engine)
         elif config.sequences is not None:
-            served = _serve_sequences(folder, version, statistics, timer, engine, limits, devices or health.health)
+            served = _serve_sequences(folder, version, statistics, timer, engine, limits, watched)
         else:
-            served = _serve_batches(folder, version, statistics, timer, engine, limits, devices or health.health)
+            served = _serve_batches(folder, version, statistics, timer, engine, limits, watched)
         if config.is_cached and cache_bytes:
             served = replace(served, infer=Cached(served.infer, cache, version, statistics))
         return served
 
-    engine = Engine(root, load, is_controllable, devices=devices)
+    engine = Engine(root, load, is_controllable, devices=watched)
     return engine
 
 

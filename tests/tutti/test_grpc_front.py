@@ -13,8 +13,9 @@ from tritonclient.grpc import service_pb2_grpc
 from tests.models import Repository
 from tests.serving import engine_over, wait_until
 from tutti.engine import Engine
-from tutti.frontends.api import Api, Limits
+from tutti.frontends.api import Api
 from tutti.frontends.grpc import GrpcFront
+from tutti.frontends.limits import Limits
 
 LIMIT = 100_000
 

@@ -17,8 +17,9 @@ from tutti.engine import Engine
 from tutti.frontends import http as front
 from tutti.frontends import http_api
 from tutti.frontends import http_connection as http
-from tutti.frontends.api import Api, Limits
+from tutti.frontends.api import Api
 from tutti.frontends.http import HttpFront
+from tutti.frontends.limits import Limits
 
 MAX_BODY = 10_000
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tutti.errors import Unavailable
+from tutti.errors import InferError, Unavailable
 from tutti.types import Answer, Call, InferRequest, InferResponse
 
 MAX_UNREAD = 10_000
@@ -32,6 +32,7 @@ class Answers:
         self._items: deque[Item] = deque()
         self._ready = asyncio.Event()
         self._has_ended = False
+        self._failure: InferError | None = None
         self.open: set[Call] = set()
 
     def call(self, request: InferRequest, token: Any = None) -> Call:
@@ -54,8 +55,13 @@ class Answers:
         self._ready.set()
 
     async def next(self) -> Item | None:
-        """The next answer; None when no more calls will be made and all have their last answer."""
+        """The next answer; None when no more calls will be made and all have their last answer.
+
+        Raises what `fail` was given, after the answers that came before it.
+        """
         while not self._items:
+            if self._failure is not None:
+                raise self._failure
             if self._has_ended and not self.open:
                 return None
             self._ready.clear()
@@ -70,6 +76,11 @@ class Answers:
         item = await self.next()
         assert item is not None, "nothing is open"
         return item
+
+    def fail(self, error: InferError) -> None:
+        """No more answers will come."""
+        self._failure = error
+        self._ready.set()
 
     def cancel(self) -> None:
         """Nobody waits any more."""

@@ -18,6 +18,7 @@ from tutti.config import ModelConfig, as_json
 from tutti.engine import Engine, Override
 from tutti.errors import InferError, Internal, InvalidArgument, NotFound
 from tutti.frontends.gate import Gate
+from tutti.frontends.limits import Limits
 from tutti.logs import Logs
 from tutti.model import Model
 from tutti.shared_memory import SharedMemory
@@ -32,14 +33,6 @@ _EXTENSIONS = [
     "model_configuration", "binary_tensor_data", "parameters", "statistics", "trace", "logging",
 ]  # fmt: skip
 _FILE_PREFIX = "file:"
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Sizes in bytes."""
-
-    max_input_size: int = 64 * 1024 * 1024
-    max_grpc_message_size: int = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,17 +1,17 @@
-"""The front-end processes of a server, as its engine's process starts, watches and ends them."""
+"""The front-end processes of a server, as their supervisor starts, tells, watches and ends them.
+
+They outlive the engine's process: each is told on its standard input where the engine is, or why there is none, and
+says on its standard output when it has connected. Imports nothing of what they do.
+"""
 
 import asyncio
+import json
 import logging
-import pickle
 import signal
 import socket
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from tutti.frontends.api import Api
-from tutti.frontends.link import EngineEnd
-from tutti.frontends.task import Task
 
 _log = logging.getLogger(__name__)
 
@@ -20,53 +20,33 @@ STOP_TIMEOUT_S = 10.0
 RESTART_DELAY_S = 0.2
 
 
+class _Place:
+    """One of the processes, and its successors."""
+
+    def __init__(self) -> None:
+        self.process: asyncio.subprocess.Process | None = None
+        self.linked = asyncio.Event()
+
+    def tell(self, line: Mapping[str, object]) -> None:
+        if self.process is not None and self.process.returncode is None:
+            assert self.process.stdin is not None
+            self.process.stdin.write(json.dumps(line).encode() + b"\n")
+
+
 class FrontEnds:
     """Lives on one event loop. One that ends by itself is started anew."""
 
-    def __init__(self, api: Api, sockets: Path) -> None:
-        self._api = api
-        self._sockets = sockets
-        self._server: asyncio.Server | None = None
+    def __init__(self, count: int) -> None:
+        self._places = [_Place() for _ in range(count)]
         self._reserved: list[socket.socket] = []
-        self._processes: set[asyncio.subprocess.Process] = set()
-        self._watchers: set[asyncio.Task[None]] = set()
+        self._keepers: list[asyncio.Task[None]] = []
+        # What one that is started now is told.
+        self._state: list[Mapping[str, object]] = []
+        self._has_opened = False
         self._is_stopping = False
+        self._failed = asyncio.Event()
 
-    async def start(self, count: int, host: str, http_port: int, grpc_port: int, http_tls: Any) -> tuple[int, int]:
-        """Returns when all listen, with the HTTP and the gRPC port. Raises OSError when one cannot."""
-        loop = asyncio.get_running_loop()
-        self._server = await loop.create_unix_server(lambda: EngineEnd(self._api), str(self._sockets / "engine"))
-        ports = self._reserve(host, http_port), self._reserve(host, grpc_port)
-        task = Task(self._sockets, host, *ports, self._api.limits, self._api.http, self._api.grpc, http_tls)
-        path = self._sockets / "task"
-        path.write_bytes(pickle.dumps(task))
-        started = await asyncio.gather(*(self._start_one(path) for _ in range(count)))
-        for process in started:
-            watcher = loop.create_task(self._watch(process, path))
-            self._watchers.add(watcher)
-        return ports
-
-    async def stop(self) -> None:
-        """Let them end what is open."""
-        self._is_stopping = True
-        for watcher in self._watchers:
-            watcher.cancel()
-        for process in self._processes:
-            if process.returncode is None:
-                process.send_signal(signal.SIGTERM)
-        try:
-            async with asyncio.timeout(STOP_TIMEOUT_S):
-                await asyncio.gather(*(process.wait() for process in self._processes))
-        except TimeoutError:
-            for process in self._processes:
-                if process.returncode is None:
-                    process.kill()
-        if self._server is not None:
-            self._server.close()
-        for one in self._reserved:
-            one.close()
-
-    def _reserve(self, host: str, port: int) -> int:
+    def reserve(self, host: str, port: int) -> int:
         """Hold a port for the processes, which share it. Raises OSError when another server has it."""
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         if port:
@@ -79,29 +59,85 @@ class FrontEnds:
         self._reserved.append(one)
         return int(one.getsockname()[1])
 
-    async def _start_one(self, path: Path) -> asyncio.subprocess.Process:
-        command = [sys.executable, "-m", "tutti.frontends.worker", str(path)]
-        process = await asyncio.create_subprocess_exec(
-            *command, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, start_new_session=True
-        )
-        self._processes.add(process)
-        assert process.stdout is not None
+    def start(self, task: Path) -> None:
+        """Let them begin; the first time, they listen once they are told of an engine."""
+        if not self._keepers:
+            self._keepers = [asyncio.create_task(self._keep(place, task)) for place in self._places]
+
+    async def open(self, engine: Path) -> None:
+        """Have all send to the engine whose sockets are in that folder; returns when all do, and listen.
+
+        Raises OSError when one cannot.
+        """
+        self._tell_all({"engine": str(engine)})
+        linked = [asyncio.create_task(place.linked.wait()) for place in self._places]
+        failed = asyncio.create_task(self._failed.wait())
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
-                line = await process.stdout.readline()
+                for one in linked:
+                    await asyncio.wait([one, failed], return_when=asyncio.FIRST_COMPLETED)
         except TimeoutError:
-            line = b""
-        if line.strip() != b"ready":
+            raise OSError(f"a front-end process did not start in {START_TIMEOUT_S:g} s") from None
+        finally:
+            for one in (*linked, failed):
+                one.cancel()
+        if self._failed.is_set():
             raise OSError("a front-end process did not start")
-        return process
+        self._has_opened = True
+        self._tell_all({"ready": True}, keeps=True)
 
-    async def _watch(self, process: asyncio.subprocess.Process, path: Path) -> None:
-        while not self._is_stopping:
-            code = await process.wait()
-            self._processes.discard(process)
-            _log.error("a front-end process ended with status %d and is started anew", code)
+    def close(self, reason: str) -> None:
+        """There is no engine, or soon will be none: they say so to their clients."""
+        for place in self._places:
+            place.linked.clear()
+        if self._has_opened:
+            self._tell_all({"reason": reason})
+
+    async def stop(self) -> None:
+        """Let them end what is open."""
+        self._is_stopping = True
+        for place in self._places:
+            if place.process is not None and place.process.returncode is None:
+                place.process.send_signal(signal.SIGTERM)
+        if self._keepers:
+            _, late = await asyncio.wait(self._keepers, timeout=STOP_TIMEOUT_S)
+            self.kill()
+            for keeper in late:
+                keeper.cancel()
+        for one in self._reserved:
+            one.close()
+
+    def kill(self) -> None:
+        for place in self._places:
+            if place.process is not None and place.process.returncode is None:
+                place.process.kill()
+
+    def _tell_all(self, line: Mapping[str, object], keeps: bool = False) -> None:
+        self._state = [*self._state, line] if keeps else [line]
+        for place in self._places:
+            place.tell(line)
+
+    async def _keep(self, place: _Place, task: Path) -> None:
+        while True:
+            command = [sys.executable, "-m", "tutti.frontends.worker", str(task)]
+            pipe = asyncio.subprocess.PIPE
+            process = place.process = await asyncio.create_subprocess_exec(
+                *command, stdin=pipe, stdout=pipe, start_new_session=True
+            )
+            if self._is_stopping:
+                process.kill()
+            for line in self._state:
+                place.tell(line)
+            assert process.stdout is not None
+            async for said in process.stdout:
+                if said.strip() == b"linked":
+                    place.linked.set()
+            status = await process.wait()
+            place.linked.clear()
+            if self._is_stopping:
+                return
+            if not self._has_opened:
+                self._failed.set()
+                return
+            _log.error("a front-end process ended with status %d and is started anew", status)
             await asyncio.sleep(RESTART_DELAY_S)
-            try:
-                process = await self._start_one(path)
-            except OSError as error:
-                _log.error("%s", error)

@@ -42,16 +42,17 @@ class GrpcFront:
     ) -> None:
         """`fallback` is the Unix socket of the server for all other methods.
 
-        A front-end process has `raw` take the serialized requests that it cannot decode.
+        A front-end process has `raw` take the path and the serialized request of what it cannot answer itself.
         """
         self._api = api
         self._is_open = api.grpc.gate.is_open
         self._max_message_size = api.limits.max_grpc_message_size
         self._raw = raw
-        table = grpc_methods.methods(api) if raw is None else {}
+        table = grpc_methods.methods(api)
         self._methods = [None, *table.values()]
+        self._paths = [MODEL_INFER, *table]
         # Only with call_details does the front tell of unary calls that were cancelled or ran out of time.
-        paths = [(path, False) for path in (MODEL_INFER, *table)]
+        paths = [(path, False) for path in self._paths]
         # It checks API keys before it reads, and decompresses, a message: the gate would come after.
         keys = [hashlib.sha256(key.encode()).digest() for key in api.grpc.gate.api_keys]
         self._front = NativeGrpcFront(
@@ -145,7 +146,7 @@ class GrpcFront:
             call = Call(request, self, call_id)
         except Elsewhere:
             assert self._raw is not None
-            self._raw(payload, left_ns, partial(self._answer_raw, call_id))
+            self._raw(MODEL_INFER, payload, left_ns, partial(self._answer_raw, call_id))
             return None
         except InferError as error:
             self._front.fail(call_id, code_of(error), error.message)
@@ -189,7 +190,9 @@ class GrpcFront:
         assert method is not None
         if not self._may_pass(call_id, method.category, payload, details):
             return
-        if method.blocks:  # it must not hold up the receiving thread
+        if self._raw is not None:
+            self._raw(self._paths[index], payload, 0, partial(self._answer_raw, call_id))
+        elif method.blocks:  # it must not hold up the receiving thread
             self._workers.submit(self._answer, call_id, method, payload)
         else:
             self._answer(call_id, method, payload)

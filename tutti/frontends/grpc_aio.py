@@ -51,6 +51,7 @@ class GrpcioFront:
     def __init__(self, api: Api, address: str, tls: TlsFiles | None = None, shares_port: bool = False) -> None:
         """`address` is HOST:PORT or unix:PATH."""
         self._api = api
+        self._streams: set[Answers] = set()
         limit = min(api.limits.max_grpc_message_size, 2**31 - 1)
         self._server = grpc.aio.server(
             options=[
@@ -72,6 +73,11 @@ class GrpcioFront:
         """Listen; returns the port."""
         await self._server.start()
         return int(self._port)
+
+    def end_streams(self, error: InferError) -> None:
+        """End those that are open with an error, after the answers that they have."""
+        for answers in self._streams:
+            answers.fail(error)
 
     async def stop(self, grace_s: float = 0.5) -> None:
         await self._server.stop(grace_s)
@@ -146,6 +152,7 @@ class GrpcioFront:
         await self._check("inference", context)
         ends_on_error = metadata_headers(context.invocation_metadata()).get("triton_grpc_error", "").lower() == "true"
         answers = Answers()
+        self._streams.add(answers)
         room = asyncio.Semaphore(_MAX_STREAM_CALLS)
         reader = asyncio.create_task(self._read(requests, context, answers, room))
         try:
@@ -163,6 +170,7 @@ class GrpcioFront:
         except InferError as error:
             await context.abort(_STATUS[code_of(error)], error.message)
         finally:
+            self._streams.discard(answers)
             answers.cancel()
             reader.cancel()
 

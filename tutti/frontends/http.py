@@ -17,7 +17,7 @@ from urllib.parse import unquote_to_bytes
 
 from tutti.errors import InferError, InvalidArgument
 from tutti.frontends import compression, http_codec
-from tutti.frontends.api import Api, Elsewhere, Limits
+from tutti.frontends.api import Api, Elsewhere
 from tutti.frontends.gate import Gate
 from tutti.frontends.http_codec import ReplyFormat
 from tutti.frontends.http_connection import (
@@ -30,6 +30,7 @@ from tutti.frontends.http_connection import (
     response_head,
 )
 from tutti.frontends.http_status import REFUSED, status_of
+from tutti.frontends.limits import Limits
 from tutti.types import POOL_PARAMETER, Call, InferRequest, Parameters, Raw, now_ns
 
 _log = logging.getLogger(__name__)

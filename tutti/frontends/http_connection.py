@@ -15,8 +15,8 @@ import httptools
 import numpy as np
 import orjson
 
-from tutti.frontends.api import Limits
 from tutti.frontends.http_codec import JSON_REPLY, ReplyFormat
+from tutti.frontends.limits import Limits
 from tutti.types import Call, Raw
 
 _log = logging.getLogger(__name__)

@@ -2,7 +2,8 @@
 
 A front-end process decodes, checks and encodes; what it cannot do alone (shared memory, classification, streams,
 everything but infer) it hands on whole. Frames are pickled, with their length in front, over Unix sockets that only
-this user can reach.
+this user can reach. When the engine's process ends, what it held is answered with an error, and so is what comes until
+there is another.
 """
 
 import asyncio
@@ -19,13 +20,33 @@ from tutti import wire
 from tutti.errors import InferError, Unavailable
 from tutti.frontends import grpc_codec
 from tutti.frontends.api import Api, Elsewhere
-from tutti.frontends.grpc_methods import INTERNAL, code_of
+from tutti.frontends.grpc_methods import (
+    HEALTH_CHECK,
+    INTERNAL,
+    MODEL_INFER,
+    NOT_SERVING,
+    SERVICE,
+    Method,
+    code_of,
+    methods,
+)
 from tutti.types import Call, SharedRegion, now_ns, settle_all
 
 _log = logging.getLogger(__name__)
 
 _LENGTH = struct.Struct("<Q")
 CANCEL_INTERVAL_S = 0.05
+# What came while the last answers were awaited may end, too.
+_LAST_S = 0.2
+_UNAVAILABLE = 14
+# What a front-end process says of itself, and of the models, while there is no engine: it lives, nothing is ready.
+_WITHOUT_ENGINE = {
+    SERVICE + "ServerLive": b"\x08\x01",
+    SERVICE + "ServerReady": b"",
+    SERVICE + "ModelReady": b"",
+    HEALTH_CHECK: NOT_SERVING,
+}
+_OF_SERVER = (SERVICE + "ServerReady", HEALTH_CHECK)
 
 RawAnswered = Callable[[int, bytes, str], None]
 """`answered(code, message, details)`: gRPC's status code, 0 for a serialized response, and the error's text."""
@@ -77,18 +98,61 @@ class _Frames(asyncio.Protocol):
             self._transport.writelines(pieces)
 
 
+class EngineSide:
+    """Where front-end processes reach the engine. Lives on one event loop."""
+
+    def __init__(self, api: Api) -> None:
+        self._api = api
+        self._methods = methods(api)
+        self._ends: set[EngineEnd] = set()
+        self._server: asyncio.Server | None = None
+
+    async def listen(self, path: Path) -> None:
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_unix_server(lambda: EngineEnd(self._api, self._methods, self._ends), str(path))
+
+    async def settle(self, grace_s: float) -> None:
+        """Before this process ends: wait until what is inside now is answered, then read no more."""
+        loop = asyncio.get_running_loop()
+        inside = [(end, number) for end in self._ends for number in end.open]
+        until = loop.time() + grace_s
+        while any(number in end.open for end, number in inside) and loop.time() < until:
+            await asyncio.sleep(0.005)
+        for end in self._ends:
+            end.pause()
+        until = loop.time() + _LAST_S
+        while any(end.open for end in self._ends) and loop.time() < until:
+            await asyncio.sleep(0.005)
+
+    def close(self) -> None:
+        if self._server is not None:
+            self._server.close()
+
+
 class EngineEnd(_Frames):
     """One front-end process as the engine's process sees it. The sink of its calls; their tokens are its ids."""
 
-    def __init__(self, api: Api) -> None:
+    def __init__(self, api: Api, table: dict[str, Method], siblings: "set[EngineEnd]") -> None:
         super().__init__()
         self._api = api
-        self._open: dict[int, Call] = {}
+        self._methods = table
+        self._siblings = siblings
+        self.open: dict[int, Call] = {}
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._siblings.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
-        for call in list(self._open.values()):
+        self._siblings.discard(self)
+        for call in list(self.open.values()):
             call.is_cancelled = True
+
+    def pause(self) -> None:
+        """Leave unread what comes."""
+        if self._transport is not None and self._transport.is_reading():
+            self._transport.pause_reading()
 
     def handle(self, kind: str, *content: Any) -> None:
         if kind == "infer":
@@ -98,19 +162,19 @@ class EngineEnd(_Frames):
                 call.token = number
                 if self._api.tracer.is_on:
                     self._api.tracer.begin(call, "")
-                self._open[number] = call
+                self.open[number] = call
             self._api.submit(calls)
         elif kind == "cancel":
             for number in content[0]:
-                if number in self._open:
-                    self._open[number].is_cancelled = True
+                if number in self.open:
+                    self.open[number].is_cancelled = True
         else:
             self._begin_raw(*content)
 
     def settle(self, calls: Sequence[Call]) -> None:
         plain = [call for call in calls if type(call.token) is int]
         for call in plain:
-            self._open.pop(call.token, None)
+            self.open.pop(call.token, None)
             if call.trace is not None:
                 self._api.tracer.end(call)
         if plain:
@@ -120,20 +184,23 @@ class EngineEnd(_Frames):
             if type(call.token) is not int:
                 self._end_raw(call)
 
-    def _begin_raw(self, number: int, payload: bytes, left_ns: int) -> None:
-        """A serialized ModelInferRequest."""
+    def _begin_raw(self, number: int, path: str, payload: bytes, left_ns: int) -> None:
+        """A serialized request of a unary gRPC method."""
+        if path != MODEL_INFER:
+            self._ask(number, self._methods[path], payload)
+            return
         try:
             call = Call(grpc_codec.decode(payload, self._api.shared_memory), self, (number,))
         except InferError as error:
             self.send("raw", number, code_of(error), b"", error.message)
             return
         call.deadline_ns = now_ns() + left_ns if left_ns else 0
-        self._open[number] = call
+        self.open[number] = call
         self._api.submit([call])
 
     def _end_raw(self, call: Call) -> None:
         (number,) = call.token
-        self._open.pop(number, None)
+        self.open.pop(number, None)
         try:
             response, shared = self._api.complete(call)
             self.send("raw", number, 0, grpc_codec.encode(response, call.request.id, shared), "")
@@ -143,23 +210,86 @@ class EngineEnd(_Frames):
             _log.exception("a response of model '%s' could not be encoded", call.request.model_name)
             self.send("raw", number, INTERNAL, b"", f"internal error: {type(error).__name__}")
 
+    def _ask(self, number: int, method: Method, payload: bytes) -> None:
+        if method.blocks:
+            self._loop.run_in_executor(None, self._answer, number, method, payload)
+        else:
+            self._answer(number, method, payload)
 
-class FrontEnd(_Frames):
-    """The engine as a front-end process sees it: an `Infer`. `on_lost` is called when the engine's process has gone."""
+    def _answer(self, number: int, method: Method, payload: bytes) -> None:
+        try:
+            self.send("raw", number, 0, method.answer(payload), "")
+        except InferError as error:
+            self.send("raw", number, code_of(error), b"", error.message)
+        except Exception as error:
+            _log.exception("a gRPC call failed")
+            self.send("raw", number, INTERNAL, b"", f"internal error: {type(error).__name__}")
 
-    def __init__(self, on_lost: Callable[[], None]) -> None:
+
+class _Connection(_Frames):
+    """One engine's process, as long as it lives."""
+
+    def __init__(self, owner: "FrontEnd") -> None:
         super().__init__()
+        self._owner = owner
+
+    def handle(self, kind: str, *content: Any) -> None:
+        if kind == "raw":
+            self._owner.answered_raw(*content)
+        else:
+            self._owner.answered(*content)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+        self._owner.lost(self)
+
+    @property
+    def has_ended(self) -> bool:
+        return self._transport is None
+
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+
+
+class FrontEnd:
+    """The engine as a front-end process sees it, whichever process that is now: an `Infer`.
+
+    `folder` has its sockets, None while there is none; `reason` says why the last one ended, where that is known.
+    `is_announced`: every front-end process knows it, so that a client may count on any of them.
+    """
+
+    def __init__(self, on_lost: Callable[[], None] = lambda: None) -> None:
+        """`on_lost` is called, on the loop, when there is no engine any more."""
         self._on_lost = on_lost
+        self._loop = asyncio.get_running_loop()
+        self._connection: _Connection | None = None
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
         self._open: dict[int, Call] = {}
-        self._raw: dict[int, RawAnswered] = {}
+        self._raw: dict[int, tuple[str, RawAnswered]] = {}
+        self.folder: Path | None = None
+        self.reason = ""
+        self.is_announced = False
+        self._look_for_cancelled()
 
-    @classmethod
-    async def connect(cls, path: Path, on_lost: Callable[[], None]) -> "FrontEnd":
-        _, protocol = await asyncio.get_running_loop().create_unix_connection(lambda: cls(on_lost), str(path))
-        protocol._look_for_cancelled()
-        return protocol
+    async def connect(self, folder: Path) -> None:
+        """Send to the engine whose sockets are in `folder` from now on. Raises OSError when it does not listen."""
+        _, connection = await self._loop.create_unix_connection(lambda: _Connection(self), str(folder / "engine"))
+        before = self._connection
+        if before is not None:  # it has been given up, and lives on
+            self.lost(before)
+            before.close()
+        if connection.has_ended:
+            raise ConnectionError("the engine's process has ended")
+        with self._lock:
+            self._connection, self.folder, self.reason = connection, folder, ""
+
+    @property
+    def refusal(self) -> Unavailable:
+        """What callers are told while there is no engine."""
+        why = f" ({self.reason})" if self.reason else ""
+        return Unavailable(f"the engine's process has ended{why}; it is started anew, try again later")
 
     def __call__(self, calls: Sequence[Call]) -> None:
         groups: dict[tuple[str, str], list[Call]] = {}
@@ -169,31 +299,38 @@ class FrontEnd(_Frames):
         for group in groups.values():
             ids = [next(self._numbers) for _ in group]
             with self._lock:
-                self._open.update(zip(ids, group, strict=True))
-            if self._transport is None:
-                self.connection_lost(None)
+                connection = self._connection
+                if connection is not None:
+                    self._open.update(zip(ids, group, strict=True))
+            if connection is None:
+                settle_all(group, self.refusal)
             else:
-                self.send("infer", ids, wire.pack_calls(group, now))
+                connection.send("infer", ids, wire.pack_calls(group, now))
 
-    def ask_raw(self, payload: bytes, left_ns: int, answered: RawAnswered) -> None:
-        """Have the engine's process answer a serialized ModelInferRequest."""
+    def ask_raw(self, path: str, payload: bytes, left_ns: int, answered: RawAnswered) -> None:
+        """Have the engine's process answer a serialized request of a unary gRPC method."""
         number = next(self._numbers)
         with self._lock:
-            self._raw[number] = answered
-        self.send("raw", number, payload, left_ns)
+            connection = self._connection
+            is_mine = connection is None or (path in _OF_SERVER and not self.is_announced)
+            if not is_mine:
+                self._raw[number] = path, answered
+        if is_mine or connection is None:
+            self._refuse_raw(path, answered)
+        else:
+            connection.send("raw", number, path, payload, left_ns)
 
     def model(self, name: str, version: str) -> Any:
         """Nothing of models is known here."""
         raise Elsewhere
 
-    def handle(self, kind: str, *content: Any) -> None:
-        if kind == "raw":
-            with self._lock:
-                answered = self._raw.pop(content[0], None)
-            if answered is not None:
-                answered(*content[1:])
-            return
-        ids, message = content
+    def answered_raw(self, number: int, code: int, message: bytes, details: str) -> None:
+        with self._lock:
+            _, answered = self._raw.pop(number, ("", None))
+        if answered is not None:
+            answered(code, message, details)
+
+    def answered(self, ids: Sequence[int], message: Any) -> None:
         answers = wire.unpack_answers(message)
         by_sink: dict[int, list[Call]] = {}
         with self._lock:
@@ -205,22 +342,32 @@ class FrontEnd(_Frames):
         for group in by_sink.values():
             group[0].sink.settle(group)
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._transport = None
+    def lost(self, connection: _Connection) -> None:
+        """Answer what an engine's process held: it has ended."""
         with self._lock:
+            if connection is not self._connection:
+                return
+            self._connection, self.folder, self.is_announced = None, None, False
             lost, self._open = list(self._open.values()), {}
             raw, self._raw = list(self._raw.values()), {}
-        settle_all(lost, Unavailable("the engine's process has gone"))
-        for answered in raw:
-            answered(14, b"", "the engine's process has gone")
+        settle_all(lost, self.refusal)
+        for path, answered in raw:
+            self._refuse_raw(path, answered)
         self._on_lost()
+
+    def _refuse_raw(self, path: str, answered: RawAnswered) -> None:
+        if path in _WITHOUT_ENGINE:
+            answered(0, _WITHOUT_ENGINE[path], "")
+        else:
+            answered(_UNAVAILABLE, b"", self.refusal.message)
 
     def _look_for_cancelled(self) -> None:
         """Callers only mark their calls: now and then the engine is told."""
         with self._lock:
+            connection = self._connection
             gone = [number for number, call in self._open.items() if call.is_cancelled]
-        if gone:
-            self.send("cancel", gone)
+        if gone and connection is not None:
+            connection.send("cancel", gone)
         self._loop.call_later(CANCEL_INTERVAL_S, self._look_for_cancelled)
 
 

@@ -10,18 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tutti.errors import ConfigError
+from tutti.errors import ConfigError, InferError
 from tutti.frontends import http_api
 from tutti.frontends.api import Api
-from tutti.frontends.front_ends import FrontEnds
 from tutti.frontends.grpc import GrpcFront
 from tutti.frontends.grpc_aio import GrpcioFront, TlsFiles
 from tutti.frontends.http import HttpFront
+from tutti.frontends.link import EngineSide
+from tutti.frontends.task import Task
 from tutti.metrics import Collect, Metrics
 
 _log = logging.getLogger(__name__)
 
 GrpcServer = Literal["native", "grpcio"]
+_LAST_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,8 @@ class Addresses:
     http_tls: Tls | None = None
     grpc_tls: Tls | None = None
     grpc_server: GrpcServer = "native"
-    front_end_processes: int = 1
+    # Front-end processes have the ports, and reach this process by sockets in this folder.
+    behind: Path | None = None
     # With other processes, which may come and go; each then takes the first free one of so many metrics ports.
     shares_ports: bool = False
     metrics_ports: int = 1
@@ -98,7 +101,7 @@ class Server:
         self._http: list[HttpFront] = []
         self._grpc: GrpcFront | None = None
         self._grpcio: GrpcioFront | None = None
-        self._front_ends: FrontEnds | None = None
+        self._link: EngineSide | None = None
         self._sockets: tempfile.TemporaryDirectory[str] | None = None
 
     async def start(self) -> Addresses:
@@ -108,8 +111,8 @@ class Server:
         """
         wanted = self._addresses
         http_port = grpc_port = metrics_port = None
-        if wanted.front_end_processes > 1:
-            return await self._start_front_ends()
+        if wanted.behind is not None:
+            return await self._start_behind(wanted.behind)
         if wanted.grpc_port is not None:
             grpc_port = await self._start_grpc(wanted.host, wanted.grpc_port)
         if wanted.metrics_port is not None:
@@ -136,28 +139,45 @@ class Server:
                 continue  # another's
         return await front.start(self._addresses.host, first + self._addresses.metrics_ports - 1)
 
-    async def _start_front_ends(self) -> Addresses:
-        """Processes that share the ports; here only what they pass on, on Unix sockets, and the metrics."""
-        wanted = self._addresses
+    def write_task(self, folder: Path) -> Path:
+        """The file that tells front-end processes what to do; `folder` is for the sockets of all processes."""
+        wanted, api = self._addresses, self._api
+        assert wanted.http_port is not None and wanted.grpc_port is not None
         if wanted.grpc_tls is not None or wanted.grpc_server != "native":
-            raise ConfigError("--front-end-processes needs the native gRPC server, without TLS")
-        self._sockets = tempfile.TemporaryDirectory(prefix="tutti-", ignore_cleanup_errors=True)
-        folder = Path(self._sockets.name)
+            raise ConfigError("front-end processes need the native gRPC server, without TLS")
+        ports = wanted.http_port, wanted.grpc_port
+        return Task(folder, wanted.host, *ports, api.limits, api.http, api.grpc, wanted.http_tls).write()
+
+    async def _start_behind(self, folder: Path) -> Addresses:
+        """Here is only what front-end processes pass on, on Unix sockets, and the metrics."""
+        wanted = self._addresses
         self._grpcio = GrpcioFront(self._api, f"unix:{folder / 'grpc'}")
         await self._grpcio.start()
         front = HttpFront(http_api.make_app(self._api), self._api)
         self._http.append(front)
         await front.start_unix(folder / "http")
         metrics_port = await self._start_metrics() if wanted.metrics_port is not None else None
-        self._front_ends = FrontEnds(self._api, folder)
-        assert wanted.http_port is not None and wanted.grpc_port is not None
-        tls = wanted.http_tls
-        ports = await self._front_ends.start(
-            wanted.front_end_processes, wanted.host, wanted.http_port, wanted.grpc_port, tls
-        )
-        taken = Addresses(wanted.host, *ports, metrics_port)
-        _log.info("listening on %s: http %s, grpc %s, metrics %s", wanted.host, *ports, metrics_port)
-        return taken
+        self._link = EngineSide(self._api)
+        await self._link.listen(folder / "engine")
+        return Addresses(wanted.host, wanted.http_port, wanted.grpc_port, metrics_port)
+
+    async def leave(self, error: InferError, grace_s: float) -> None:
+        """Before this process ends for good: what is inside may be answered for `grace_s`, streams end with the error.
+
+        Nothing that may block for ever is waited for.
+        """
+        waiting = [front.stop(0.0, grace_s) for front in self._http]
+        if self._link is not None:
+            waiting.append(self._link.settle(grace_s))
+        if self._grpc is not None:
+            waiting.append(self._grpc.drain(grace_s))
+        await asyncio.gather(*waiting)
+        if self._grpcio is not None:
+            self._grpcio.end_streams(error)
+            await self._grpcio.stop(_LAST_S)
+        if self._grpc is not None:
+            self._grpc.stop()
+        await asyncio.sleep(_LAST_S)  # what was written last is on its way
 
     async def stop(self, drain_s: float = 0.0) -> None:
         """Stop listening; open exchanges may end.
@@ -165,8 +185,8 @@ class Server:
         Where others share the ports, clients get `drain_s` to go there: connections over HTTP are answered once more
         and closed, gRPC is stopped at a moment without calls, if there is one.
         """
-        if self._front_ends is not None:
-            await self._front_ends.stop()
+        if self._link is not None:
+            self._link.close()
         await asyncio.gather(*(front.stop(drain_s) for front in self._http))
         if self._grpc is not None:
             await self._grpc.drain(drain_s)

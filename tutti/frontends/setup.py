@@ -9,8 +9,9 @@ from tutti.devices.ipc import CudaIpc
 from tutti.engine import Engine
 from tutti.errors import ConfigError
 from tutti.frontends import gate
-from tutti.frontends.api import Access, Api, Limits
+from tutti.frontends.api import Access, Api
 from tutti.frontends.gate import Gate
+from tutti.frontends.limits import Limits
 from tutti.frontends.server import Addresses, GrpcServer, Tls
 from tutti.logs import Logs
 from tutti.shared_memory import SharedMemory
@@ -34,7 +35,6 @@ class Options(Protocol):
     http_header_forward_pattern: str | None
     grpc_header_forward_pattern: str | None
     grpc_server: GrpcServer
-    front_end_processes: int
     trace_config: list[str]
 
 
@@ -63,7 +63,6 @@ def addresses(options: Options) -> Addresses:
         _tls(options, "http"),
         _tls(options, "grpc"),
         options.grpc_server,
-        options.front_end_processes,
     )
 
 

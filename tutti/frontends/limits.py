@@ -1,0 +1,11 @@
+"""How large requests may be. Known to the command, which shows the defaults, and to every front-end."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Sizes in bytes."""
+
+    max_input_size: int = 64 * 1024 * 1024
+    max_grpc_message_size: int = 2**31 - 1

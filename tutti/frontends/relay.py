@@ -1,0 +1,136 @@
+"""Whatever a front-end process cannot answer over HTTP: the engine's own HTTP server does, on the client's connection.
+
+The client keeps its connection, whatever becomes of the engine's. Without an engine the process lives and nothing is
+ready; all else is refused.
+"""
+
+import asyncio
+import re
+from asyncio import StreamReader
+from collections.abc import Sequence
+from typing import Any
+
+import orjson
+
+from tutti.frontends.gate import Gate
+from tutti.frontends.http import http_headers
+from tutti.frontends.http_connection import Exchange, error_response, response_head
+from tutti.frontends.http_status import REFUSED
+from tutti.frontends.link import FrontEnd
+
+_HOP_HEADERS = frozenset({b"connection", b"keep-alive", b"content-length", b"transfer-encoding", b"expect"})
+_LIVE = (b"/v2/health/live", b"/-/healthz")
+_READY = b"/v2/health/ready"
+_MODEL_READY = re.compile(rb"/v2/models/([^/]+)(?:/versions/[0-9]+)?/ready")
+_NO_BODY = (204, 304)
+_MAX_HEAD_BYTES = 1 << 20
+_PART_BYTES = 1 << 16
+
+
+class Relay:
+    """An ASGI app, called with the exchange itself."""
+
+    def __init__(self, link: FrontEnd, gate: Gate) -> None:
+        self._link = link
+        self._gate = gate
+
+    async def __call__(self, scope: Any, _: Any, __: Any) -> None:
+        exchange: Exchange = scope["exchange"]
+        path = exchange.url.partition(b"?")[0]
+        folder = self._link.folder
+        if folder is None or (path == _READY and not self._link.is_announced):
+            self._answer(exchange, path)
+            return
+        writer: asyncio.StreamWriter | None = None
+        try:
+            reader, writer = await asyncio.open_unix_connection(str(folder / "http"), limit=_MAX_HEAD_BYTES)
+            writer.writelines(_request(exchange))
+            await _pass_on(reader, exchange)
+        except (OSError, EOFError, asyncio.LimitOverrunError):
+            if exchange.parts is None:
+                self._answer(exchange, path)
+            else:
+                exchange.connection.abort()  # half a response is out: only a broken connection tells the client
+        except _Broken:
+            event = b"data: %b\n\n" % orjson.dumps({"error": self._link.refusal.message})
+            exchange.connection.deliver(exchange, b"%x\r\n%b\r\n0\r\n\r\n" % (len(event), event))
+        finally:
+            if writer is not None:
+                writer.close()
+
+    def _answer(self, exchange: Exchange, path: bytes) -> None:
+        """Without the engine."""
+        model = _MODEL_READY.fullmatch(path)
+        why = self._link.refusal.message
+        if path in _LIVE or path == _READY or model is not None:
+            refusal = self._gate.check("health", http_headers(exchange.headers))
+            if refusal:
+                exchange.connection.respond(exchange, *REFUSED[refusal])
+            elif model is not None:
+                name = model[1].decode("utf-8", "replace")
+                exchange.connection.respond(exchange, 400, f"model '{name}' is not ready: {why}")
+            else:
+                head = response_head(200 if path in _LIVE else 400, [], 0, exchange.keep_alive)
+                exchange.connection.deliver(exchange, head)
+            return
+        response = error_response(503, why, exchange.keep_alive)
+        if exchange.method == b"HEAD":
+            response = response[: response.index(b"\r\n\r\n") + 4]
+        exchange.connection.deliver(exchange, response)
+
+
+class _Broken(Exception):
+    """A stream of events ended before its end, between two of its chunks."""
+
+
+def _request(exchange: Exchange) -> Sequence[Any]:
+    version = b"1.0" if exchange.is_http_1_0 else b"1.1"
+    head = [b"%s %s HTTP/%s" % (exchange.method, exchange.url, version)]
+    head += [b"%s: %s" % header for header in exchange.headers if header[0] not in _HOP_HEADERS]
+    head += [b"content-length: %d" % len(exchange.body), b"connection: close", b"", b""]
+    return [b"\r\n".join(head), exchange.body]
+
+
+async def _pass_on(reader: StreamReader, exchange: Exchange) -> None:
+    """The response, as it comes. Raises EOFError when it breaks off, or _Broken for a stream of events."""
+    raw = await reader.readuntil(b"\r\n\r\n")
+    first, *lines = raw[:-4].split(b"\r\n")
+    headers = {name.lower(): value for name, _, value in (line.partition(b": ") for line in lines)}
+    if exchange.keep_alive:
+        lines = [line for line in lines if not line.lower().startswith(b"connection:")]
+    head = b"\r\n".join([first, *lines, b"", b""])
+    status = int(first.split(b" ")[1])
+    if exchange.method == b"HEAD" or status in _NO_BODY:
+        exchange.connection.deliver(exchange, head)
+    elif headers.get(b"transfer-encoding") == b"chunked":
+        await _pass_chunks(reader, exchange, head, headers.get(b"content-type", b"").startswith(b"text/event-stream"))
+    else:
+        await _pass_length(reader, exchange, head, int(headers[b"content-length"]))
+
+
+async def _pass_length(reader: StreamReader, exchange: Exchange, head: bytes, left: int) -> None:
+    if left <= _PART_BYTES:
+        exchange.connection.deliver(exchange, head + await reader.readexactly(left))
+        return
+    part = head
+    while left:
+        await exchange.connection.send_part(exchange, part)
+        part = await reader.readexactly(min(left, _PART_BYTES))
+        left -= len(part)
+    exchange.connection.deliver(exchange, part)
+
+
+async def _pass_chunks(reader: StreamReader, exchange: Exchange, head: bytes, is_of_events: bool) -> None:
+    await exchange.connection.send_part(exchange, head)
+    while True:
+        try:
+            line = await reader.readuntil(b"\r\n")
+            chunk = line + await reader.readexactly(int(line.partition(b";")[0], 16) + 2)
+        except (EOFError, OSError):
+            if is_of_events:
+                raise _Broken from None
+            raise
+        if line[:1] == b"0":
+            exchange.connection.deliver(exchange, chunk)
+            return
+        await exchange.connection.send_part(exchange, chunk)

@@ -1,0 +1,128 @@
+"""The composition root of an engine's process: alone, with the ports, or behind front-end processes of a supervisor.
+
+When a device fails the process ends, since only that frees it: callers are answered, and it exits with a status of its
+own, so that whoever started it starts another.
+"""
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import Awaitable
+from dataclasses import replace
+
+import uvloop
+
+import ensembles
+from tutti import collector, local, restarts
+from tutti.devices.gpu_metrics import GpuMetrics
+from tutti.devices.health import health
+from tutti.errors import DeviceLost
+from tutti.frontends import setup
+from tutti.frontends.server import Server
+from tutti.logs import Logs
+from tutti.rate_limiting import parse_supply
+from tutti.rate_limits import RateLimits
+from tutti.reports import Supervised, end_with
+
+_log = logging.getLogger("tutti")
+
+# How long callers in flight may take for their answers once a device has failed.
+LEAVE_S = 2.0
+
+
+def serve(options: argparse.Namespace, logs: Logs) -> int:
+    """Serve until told to end; returns the exit status. Raises ConfigError."""
+    supervised: Supervised | None = options.engine_of
+    if supervised is not None:
+        end_with(supervised.parent)
+    status: int = uvloop.run(_serve(options, logs, supervised))
+    return status
+
+
+async def _serve(options: argparse.Namespace, logs: Logs, supervised: Supervised | None) -> int:
+    loop = asyncio.get_running_loop()
+    stop, lost = asyncio.Event(), asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+
+    def failed(device: str, reason: str) -> None:
+        if supervised is not None:
+            supervised.report(failed=f"device {device} has failed: {reason}")
+        loop.call_soon_threadsafe(lost.set)
+
+    health.listen(failed)
+    is_explicit = options.model_control_mode == "explicit"
+    engine = local.make_engine(
+        options.model_repository,
+        local.loop_timer(loop),
+        ensembles.load,
+        is_controllable=is_explicit,
+        cache_bytes=setup.cache_size(options.cache_config),
+        limits=RateLimits(parse_supply(options.rate_limit_resource))
+        if options.rate_limit == "execution_count"
+        else None,
+    )
+    addresses = setup.addresses(options)
+    if supervised is not None:
+        addresses = replace(addresses, behind=supervised.folder)
+    gpus = GpuMetrics()
+    server = Server(setup.make_api(engine, options, logs), addresses, gpus.collect, gpus.sample)
+    if supervised is not None:
+        supervised.report(task=str(server.write_task(supervised.folder.parent)))
+    names = (options.load_model or []) if is_explicit and "*" not in (options.load_model or []) else None
+    if options.model_control_mode == "poll":
+        await asyncio.to_thread(engine.remember)
+    if await _first(asyncio.to_thread(engine.load_all, names), lost):
+        await _leave(server)
+    if engine.failures() and options.exit_on_error:
+        _log.error("%d models could not be loaded (--exit-on-error=false serves the others)", len(engine.failures()))
+        await asyncio.to_thread(engine.close)
+        return 1
+    poller: asyncio.Task[None] | None = None
+    try:
+        await server.start()
+        collector.settle()
+        _log.info("ready: %d models from %s", len(engine.models()), options.model_repository)
+        if supervised is not None:
+            supervised.report(ready=True)
+        if options.model_control_mode == "poll":
+            poller = asyncio.create_task(local.poll_forever(engine, options.repository_poll_secs))
+        if await _first(stop.wait(), lost):
+            await _leave(server)
+        _log.info("stopping: open requests may end")
+    except OSError as error:
+        _log.error("cannot listen: %s", error)
+        return 1
+    finally:
+        if poller is not None:
+            poller.cancel()
+        await server.stop()
+        if await _first(asyncio.to_thread(engine.close), lost):
+            await _leave(server)
+    return 0
+
+
+async def _first(work: Awaitable[object], lost: asyncio.Event) -> bool:
+    """Wait for the work, but no longer than until a device fails; returns whether one has."""
+    working, losing = asyncio.ensure_future(work), asyncio.ensure_future(lost.wait())
+    await asyncio.wait([working, losing], return_when=asyncio.FIRST_COMPLETED)
+    losing.cancel()
+    if not lost.is_set():
+        await working
+    return lost.is_set()
+
+
+async def _leave(server: Server) -> None:
+    """Let callers have their answers, and end at once: threads that wait for a failed device never end."""
+    what = "; ".join(f"device {device} has failed: {reason}" for device, reason in health.failures().items())
+    _log.error("this process ends, since %s", what)
+    try:
+        async with asyncio.timeout(2 * LEAVE_S):
+            await server.leave(DeviceLost(f"{what}; the engine's process is started anew, try again later"), LEAVE_S)
+    except Exception:
+        _log.exception("callers could not be answered to the last")
+    finally:
+        logging.shutdown()
+        os._exit(restarts.DEVICE_FAILED)
