@@ -1,7 +1,8 @@
 """Batches on their way to replicas: sent, and sent again when a replica is lost with them; and the replicas' probing.
 
 A batch that was lost twice is taken apart: one of its requests may be what ends replicas. Each then goes alone, one at
-a time in the whole gateway, so that only the culprit is lost a third time, and nothing with it.
+a time in the whole gateway, so that only the culprit is lost a third time, and nothing with it. A replica whose device
+has failed answers, but is lost all the same: what it says so of has been lost with it.
 """
 
 import asyncio
@@ -18,7 +19,7 @@ from ray_app.control import Change, Desired
 from ray_app.members import Member, PoolStatus, another
 from ray_app.replica import Description
 from tutti import wire
-from tutti.errors import Cancelled, DeadlineExceeded, InferError, Internal, Unavailable
+from tutti.errors import Cancelled, DeadlineExceeded, DeviceLost, InferError, Internal, Unavailable
 from tutti.types import POOL_PARAMETER, Answer, Call, InferResponse, now_ns
 
 _log = logging.getLogger(__name__)
@@ -42,6 +43,10 @@ class _Lost(Exception):
 
 class _Silent(_Lost):
     """The replica does not answer any more."""
+
+
+class _Refused(_Lost):
+    """The replica has not taken the requests: they cannot be what ended it."""
 
 
 @dataclass(slots=True)
@@ -165,6 +170,9 @@ class Router:
             answers = await self._call(pool, member, calls)
         except _Lost as error:
             raise Unavailable(str(error)) from None
+        for answer in answers:
+            if isinstance(answer, DeviceLost):
+                raise answer
         self._count(pool, self.pools, len(calls))
         return answers
 
@@ -198,19 +206,41 @@ class Router:
     async def _infer(
         self, calls: Sequence[Call], key: str, pools: Sequence[Pool], first: Member
     ) -> tuple[list[Answer], Member | None]:
+        """As `infer`, without merging. What one replica has answered is not asked of another."""
+        answers: dict[Call, Answer] = {}
+        left = list(calls)
         tried: list[Member] = []
+        losses = 0
         member: Member | None = first
-        while len(tried) < MAX_SENDS - 1:
-            if tried and all(map(_is_unwanted, calls)):
-                return [_unwanted(call) for call in calls], None
-            member = member or await self._another(key, pools, tried)
+        while left and losses < MAX_SENDS - 1:
+            if tried and all(map(_is_unwanted, left)):
+                answers.update((call, _unwanted(call)) for call in left)
+                break
             try:
-                return await self._call(self._by_name[member.pool], member, calls), member
+                member = member or await self._another(key, pools, tried)
+                found = await self._call(self._by_name[member.pool], member, left)
             except _Lost as error:
-                _log.info("replica %s was lost with %d requests to '%s': %s", member.name, len(calls), key, error)
-                tried.append(member)
-                member = None
-        return [await self._alone(call, key, pools, tried) for call in calls], None
+                assert member is not None
+                _log.info("replica %s was lost with %d requests to '%s': %s", member.name, len(left), key, error)
+                losses += not isinstance(error, _Refused)
+            except InferError as error:
+                answers.update((call, error) for call in left)
+                break
+            else:
+                lost = {call for call, answer in zip(left, found, strict=True) if isinstance(answer, DeviceLost)}
+                if not answers and not lost:
+                    return found, member
+                answers.update((c, answer) for c, answer in zip(left, found, strict=True) if c not in lost)
+                if lost:
+                    _log.info("replica %s lost its device with %d requests to '%s'", member.name, len(lost), key)
+                    losses += 1
+                left = [call for call in left if call in lost]
+            tried.append(member)
+            member = None
+        for call in calls:
+            if call not in answers:
+                answers[call] = await self._alone(call, key, pools, tried)
+        return [answers[call] for call in calls], None
 
     async def _alone(self, call: Call, key: str, pools: Sequence[Pool], tried: Sequence[Member]) -> Answer:
         """The answer to a request that may be what ended two replicas."""
@@ -222,8 +252,10 @@ class Router:
                     member = await self._another(key, pools, tried)
                     try:
                         (answer,) = await self._call(self._by_name[member.pool], member, [call])
+                        if isinstance(answer, DeviceLost):
+                            raise _Lost(answer.message)
                         return answer
-                    except _Silent:  # which may have reasons of its own, other than this request
+                    except (_Silent, _Refused):  # which may have reasons of its own, other than this request
                         if _is_unwanted(call):
                             return _unwanted(call)
                         tried = [*tried, member]
@@ -256,6 +288,8 @@ class Router:
                             await self._catch_up(pool, member)
                             break
                         answer, is_final = _marked(one[0], pool), one[1]
+                        if isinstance(answer, DeviceLost):
+                            raise ConnectionError(answer.message)
                         if is_final:
                             self._count(pool, pools, 1)
                             return answer
@@ -308,7 +342,7 @@ class Router:
                 source.cancel()
 
     async def _call(self, pool: Pool, member: Member, calls: Sequence[Call]) -> list[Answer]:
-        """A replica's answers. One that is behind is told what it has missed, and asked again.
+        """A replica's answers, DeviceLost among them. One that is behind is told what it has missed, and asked again.
 
         Raises _Lost when it is gone, Unavailable when it does not catch up in time.
         """
@@ -318,8 +352,11 @@ class Router:
             await self._catch_up(pool, member)
         if isinstance(answer, str):
             self._lost(pool, member)
-            raise _Lost("it is gone")
-        return [_marked(one, pool) for one in wire.unpack_answers(answer)]
+            raise _Refused("it is gone")
+        answers = [_marked(one, pool) for one in wire.unpack_answers(answer)]
+        if any(isinstance(one, DeviceLost) for one in answers):
+            self._lost(pool, member)
+        return answers
 
     async def _send(self, pool: Pool, member: Member, message: wire.BatchMessage) -> wire.AnswerMessage | str:
         send = asyncio.ensure_future(_awaited(pool.send.remote(message, self.desired.generation, to=member.id)))

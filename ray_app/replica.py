@@ -1,6 +1,7 @@
 """A replica: every model of the repository in one process, answering whole batches."""
 
 import asyncio
+import logging
 import os
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -9,10 +10,17 @@ from pathlib import Path
 
 from ray_app.autoscaling import METRIC, Wanted
 from ray_app.control import Change
-from ray_app.health import INFERENCE_TIMEOUT_S, Pulse, request_for
-from tutti import wire
+from ray_app.health import INFERENCE_TIMEOUT_S, Prober, Pulse
+from tutti import restarts, wire
+from tutti.devices.health import health
 from tutti.errors import ConfigError
 from tutti.types import Call, Infer, now_ns
+
+_log = logging.getLogger(__name__)
+
+# How long batches inside may take for their answers once a device has failed, and Ray to carry the last of them.
+LEAVE_S = 2.0
+CARRY_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +80,8 @@ class Replica:
         self._name = f"{pool}-{os.getpid()}"
         self._segments: dict[str, Infer] = {}
         self._pulse = Pulse(at_s=time.monotonic())
+        self._prober = Prober()
+        self._leaving: asyncio.Task[None] | None = None
         self._hang_timeout_s = options.hang_timeout_s
         self._generation = 0
         self._wanted = Wanted()
@@ -82,6 +92,7 @@ class Replica:
         self._engine = local.make_engine(
             Path(options.model_repository), local.loop_timer(self._loop), ensembles.load, True, cache_bytes=0
         )
+        health.listen(self._failed)
         await asyncio.to_thread(self._engine.load_all, options.models)
         if self._engine.failures() and options.exits_on_error:
             raise ConfigError("; ".join(self._engine.failures()))
@@ -90,19 +101,20 @@ class Replica:
     async def infer(self, message: wire.BatchMessage, generation: int, to: str = "") -> wire.AnswerMessage | str:
         """Answers to a batch, in order; a request's error is its answer, never an exception.
 
-        A text instead says why it was not taken: this replica is not the one it is `to`, or is behind `generation`.
+        A text instead says why it was not taken: this replica is not the one it is `to`, is about to end, or is behind
+        `generation`.
         """
         refusal = self._refusal(generation, to)
         if refusal:
             return refusal
         gather = _Gather(len(message[2]), self._loop)
         calls = wire.unpack_calls(message, gather, now_ns())
-        self._pulse.begins(time.monotonic())
+        self._pulse.begins(message[0], time.monotonic())
         try:
             self._segments.get(message[0], self._engine)(calls)
             await gather.done
         finally:
-            self._pulse.ends(time.monotonic())
+            self._pulse.ends(message[0], time.monotonic())
         return wire.pack_answers([call.answer for call in calls if call.answer is not None])
 
     async def stream(
@@ -130,7 +142,7 @@ class Replica:
             answers.cancel()
 
     def _refusal(self, generation: int, to: str) -> str:
-        if to and to != self._id:
+        if (to and to != self._id) or health.failures():
             return wire.GONE
         return wire.BEHIND if generation > self._generation else ""
 
@@ -175,32 +187,61 @@ class Replica:
         `wanted` are the replicas that the work of gateway `by` needs.
         """
         self._wanted.told(by, wanted, time.monotonic())
+        if health.failures():  # it takes nothing any more
+            return Description(self._id, self._name, (), self._generation)
         ready = [f"{m.config.name}/{m.version}" for m in self._engine.models() if m.is_ready()]
         return Description(self._id, self._name, (*ready, *self._segments), self._generation)
 
     async def check_health(self) -> None:
-        """Asked by Serve: raises when models are not ready or nothing is executed any more; it is replaced then."""
-        if self._pulse.is_stuck(time.monotonic(), self._hang_timeout_s):
-            raise RuntimeError(f"replica {self._name}: no batch has ended for {self._hang_timeout_s:g} s")
+        """Asked by Serve: raises when models are not ready or do not execute any more; it is replaced then."""
+        for device, reason in health.failures().items():
+            raise RuntimeError(f"replica {self._name}: device {device} has failed: {reason}")
+        stuck = self._pulse.stuck(time.monotonic(), self._hang_timeout_s)
+        if stuck:
+            what = f"no batch of model '{stuck}' has ended for {self._hang_timeout_s:g} s"
+            raise RuntimeError(f"replica {self._name}: {what}")
         if self._pulse.is_idle(time.monotonic()):
             await self._infer_something()
         if any(not model.is_ready() for model in self._engine.models() if not model.config.is_ensemble):
             raise RuntimeError(f"replica {self._name}: models are not ready")
 
     async def _infer_something(self) -> None:
-        """A real inference, of the first model that allows for it."""
-        found = (request_for(model.config) for model in self._engine.models() if model.is_ready())
-        request = next((one for one in found if one is not None), None)
+        """A real inference."""
+        request = self._prober.request(model.config for model in self._engine.models() if model.is_ready())
         if request is None:
             return
         gather = _Gather(1, self._loop)
-        self._pulse.begins(time.monotonic())
+        call = Call(request, gather)
+        self._pulse.begins(request.model_name, time.monotonic())
         try:
-            self._engine([Call(request, gather)])
+            self._engine([call])
             async with asyncio.timeout(INFERENCE_TIMEOUT_S):
                 await gather.done
         except TimeoutError:
             what = f"model '{request.model_name}' does not answer"
             raise RuntimeError(f"replica {self._name}: {what}") from None
         finally:
-            self._pulse.ends(time.monotonic())
+            self._pulse.ends(request.model_name, time.monotonic())
+        assert call.answer is not None
+        symptom = self._prober.symptom(request, call.answer)
+        if symptom:
+            raise RuntimeError(f"replica {self._name}: {symptom}")
+
+    def _failed(self, device: str, reason: str) -> None:
+        self._loop.call_soon_threadsafe(self._leave_soon)
+
+    def _leave_soon(self) -> None:
+        self._leaving = self._leaving or asyncio.create_task(self._leave())
+
+    async def _leave(self) -> None:
+        """Only the end of its process frees a failed device; Serve starts another replica.
+
+        Serve would ask several times before it believes that this one is ill: it does not wait for that.
+        """
+        until = self._loop.time() + LEAVE_S
+        while self._pulse.inside and self._loop.time() < until:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(CARRY_S)
+        _log.error("replica %s ends, since a device has failed: %s", self._name, health.failures())
+        logging.shutdown()
+        os._exit(restarts.DEVICE_FAILED)

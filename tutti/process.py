@@ -6,6 +6,7 @@ own, so that whoever started it starts another.
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -50,7 +51,8 @@ async def _serve(options: argparse.Namespace, logs: Logs, supervised: Supervised
     def failed(device: str, reason: str) -> None:
         if supervised is not None:
             supervised.report(failed=f"device {device} has failed: {reason}")
-        loop.call_soon_threadsafe(lost.set)
+        with contextlib.suppress(RuntimeError):  # the loop has ended: so does the process
+            loop.call_soon_threadsafe(lost.set)
 
     health.listen(failed)
     is_explicit = options.model_control_mode == "explicit"

@@ -1,0 +1,123 @@
+"""A replica whose device has failed is lost with what it held: that goes elsewhere, and the culprit not for ever."""
+
+import asyncio
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ray_app.members import Member, PoolStatus
+from ray_app.pools import MAX_SENDS, Pool, Router
+from tests.serving import Gather
+from tutti import wire
+from tutti.errors import Cancelled, DeviceLost, Internal, Unavailable
+from tutti.types import Answer, Call, InferRequest, InferResponse, Tensor
+
+POISON = 13.0
+
+
+class Replicas:
+    """Replicas by id, each with a device that a request of 13 ends; what it holds then is lost, what comes is refused.
+
+    Those of `broken` have lost theirs already, and nobody knows.
+    """
+
+    def __init__(self, count: int, broken: Sequence[str] = ()) -> None:
+        self.ids = [f"r{number}" for number in range(count)]
+        self.failed = set(broken)
+        self.executed: Counter[float] = Counter()
+        self.messages: list[tuple[str, int]] = []
+
+    async def remote(self, message: wire.BatchMessage, generation: int, to: str) -> wire.AnswerMessage | str:
+        if to in self.failed:
+            return wire.GONE
+        calls = wire.unpack_calls(message, Gather(1), 0)
+        self.messages.append((to, len(calls)))
+        return wire.pack_answers([self._answer(to, call) for call in calls])
+
+    def _answer(self, replica: str, call: Call) -> Answer:
+        value = float(call.request.inputs["x"].array()[0, 0])
+        if value == POISON:
+            self.failed.add(replica)
+        if replica in self.failed:
+            return DeviceLost("device cuda:0 has failed: device-side assert")
+        self.executed[value] += 1
+        return InferResponse("m", "1", [Tensor.of("y", np.full((1, 1), -value, np.float32))])
+
+
+def call(value: float) -> Call:
+    made = Call(InferRequest("m", {"x": Tensor.of("x", np.full((1, 1), value, np.float32))}), Gather(1))
+    made.rows = 1
+    return made
+
+
+def answers(replicas: Replicas, calls: Sequence[Call], first: str = "r0", patience_s: float = 10) -> list[Any]:
+    async def run() -> list[Any]:
+        pool = Pool(PoolStatus("gpu"), replicas, patience_s=patience_s)
+        for member in pool.status.present(replicas.ids):
+            member.saw(member.id, ["m/1"], 0)
+        router = Router([pool], asyncio.get_running_loop())
+        found, by = await router.infer(calls, "m/1", [pool], pool.status.members[first])
+        assert by is None or isinstance(by, Member)
+        assert all(not pool.status.members[one].is_up for one in replicas.failed & {to for to, _ in replicas.messages})
+        return found
+
+    return asyncio.run(run())
+
+
+def values(found: Sequence[Any]) -> list[float | type]:
+    return [float(one.tensor("y").array()[0, 0]) if isinstance(one, InferResponse) else type(one) for one in found]
+
+
+def test_the_culprit_ends_three_replicas_and_its_mates_are_answered_once() -> None:
+    replicas = Replicas(6)
+    found = answers(replicas, [call(1), call(POISON), call(3), call(4)])
+    assert values(found) == [-1, Internal, -3, -4]
+    assert "device cuda:0 has failed" in found[1].message
+    assert len(replicas.failed) == MAX_SENDS, "it is not sent to replica after replica"
+    assert replicas.executed == {1: 1, 3: 1, 4: 1}
+    assert [count for _, count in replicas.messages[:2]] == [4, 3], "what was answered is not asked again"
+
+
+def test_one_that_waits_for_its_turn_alone_is_not_blamed_for_replicas_that_refuse_it() -> None:
+    replicas = Replicas(9, broken=["r3", "r4", "r5"])
+    found = answers(replicas, [call(POISON), call(2)])
+    assert values(found) == [Internal, -2]
+    assert len(replicas.failed) == MAX_SENDS + 3
+
+
+def test_replicas_that_refuse_do_not_count_as_lost_with_the_batch() -> None:
+    replicas = Replicas(5, broken=["r0", "r1", "r2", "r3"])
+    assert values(answers(replicas, [call(1), call(2)])) == [-1, -2]
+    assert replicas.messages == [("r4", 2)], "together: nothing says that one of them is to blame"
+
+
+def test_what_was_answered_stays_where_no_replica_is_left_for_the_rest() -> None:
+    replicas = Replicas(1)
+    found = answers(replicas, [call(1), call(POISON)], patience_s=0.05)
+    assert values(found) == [-1, Unavailable]
+
+
+def test_nobody_is_asked_for_one_who_has_gone() -> None:
+    replicas = Replicas(3)
+    gone = call(POISON)
+    gone.is_cancelled = True
+    assert values(answers(replicas, [gone])) == [Cancelled]
+    assert len(replicas.messages) == 1
+
+
+def test_a_sequence_hears_that_its_replica_is_lost() -> None:
+    replicas = Replicas(2)
+
+    async def run() -> None:
+        pool = Pool(PoolStatus("gpu"), replicas)
+        for member in pool.status.present(replicas.ids):
+            member.saw(member.id, ["m/1"], 0)
+        router = Router([pool], asyncio.get_running_loop())
+        with pytest.raises(Unavailable, match="cuda:0"):
+            await router.send_to(pool, pool.status.members["r0"], [call(1), call(POISON)])
+        assert not pool.status.members["r0"].is_up
+
+    asyncio.run(run())
