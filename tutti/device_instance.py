@@ -10,8 +10,10 @@ from typing import Protocol
 
 from tutti.backends.on_device import DeviceWork
 from tutti.cost import Costs
-from tutti.devices.engine import DeviceEngine, Made, Part, Pipeline, Times
+from tutti.devices.engine import DeviceEngine
 from tutti.devices.interface import DeviceArray, Stream
+from tutti.devices.jobs import Made, Part, Times
+from tutti.devices.pipeline import Pipeline
 from tutti.errors import DeviceLost, OutOfMemory
 from tutti.scheduler import Answers, Scheduler, deliver
 from tutti.statistics import BatchTimes, ModelStatistics

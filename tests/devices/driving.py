@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from tutti.devices.engine import DeviceEngine, Made, Part, Pipeline, Times
+from tutti.devices.engine import DeviceEngine
 from tutti.devices.health import DeviceHealth
+from tutti.devices.jobs import Made, Part, Times
+from tutti.devices.pipeline import Pipeline
 from tutti.devices.simulated import Costs, SimulatedDevice, Timeline
 from tutti.dtypes import Array
 from tutti.errors import DeviceLost

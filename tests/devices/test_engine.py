@@ -4,6 +4,7 @@ import itertools
 import pytest
 
 from tests.devices.driving import COSTS, MS, Feeder, NumberJob, batch_job, simulated
+from tutti.devices.jobs import Resident
 from tutti.devices.simulated import Costs, SimulatedDevice, Timeline
 
 
@@ -188,7 +189,7 @@ def test_an_output_that_stays_is_the_next_steps_input() -> None:
     assert first.is_right()
     second = batch_job(device)
     second.numbers = first.answers[0][0]
-    second.resident = first.made[0].resident
+    second.resident = Resident(first.made[0].array)
     start_ns = device.timeline.now_ns
     engine.pipeline("second").submit(second)
     device.timeline.run()

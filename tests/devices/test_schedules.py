@@ -12,8 +12,9 @@ import pytest
 
 from tests.devices.driving import MS, NumberJob
 from tutti.devices.arena import COPIED_BYTES
-from tutti.devices.engine import DeviceEngine, Pipeline
+from tutti.devices.engine import DeviceEngine
 from tutti.devices.health import DeviceHealth
+from tutti.devices.pipeline import Pipeline
 from tutti.devices.simulated import Costs, FaultKind, SimulatedDevice, Timeline
 from tutti.errors import DeviceLost, InvalidArgument, OutOfMemory
 

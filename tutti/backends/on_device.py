@@ -14,9 +14,10 @@ import numpy as np
 from tutti import ragged, rows
 from tutti.backends.joined import JoinedModel
 from tutti.config import ModelConfig
-from tutti.devices.engine import Made, Part, Pipeline, Resident, Times
 from tutti.devices.engines import engine_of
 from tutti.devices.interface import DeviceArray, Stream
+from tutti.devices.jobs import Made, Part, Resident, Times
+from tutti.devices.pipeline import Pipeline
 from tutti.dtypes import NUMPY, Array
 from tutti.errors import DeviceLost, InferError, InvalidArgument, OutOfMemory
 from tutti.scheduler import Answers
@@ -219,7 +220,7 @@ class DeviceBatch:
     def _resident(self, tensor: Tensor) -> Part:
         data: Any = tensor.data
         array = data.array_there if isinstance(data, TensorOnDevice) else self._backend.program.adopt(data)
-        return Part(tensor.datatype, tensor.shape, resident=Resident(array.reshape(tensor.shape), None))
+        return Part(tensor.datatype, tensor.shape, resident=Resident(array.reshape(tensor.shape)))
 
     def _output(self, name: str, made: Made) -> Tensor:
         datatype = self._backend.datatype(name)

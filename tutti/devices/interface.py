@@ -121,7 +121,10 @@ class Device(Protocol):
         """Whether the error means that memory was too small, and nothing worse. From any thread."""
 
     def fault(self, error: BaseException) -> str:
-        """Why the device answers no more; "" where it does. It is asked where the error does not tell."""
+        """Why the device answers no more; "" where it does. From any thread.
+
+        The device is asked where the error does not tell.
+        """
 
     def release_cached(self) -> None:
         """Give memory that a caching allocator keeps back to the device. Waits for the device; for emergencies."""

@@ -367,9 +367,11 @@ class SimulatedDevice:
             self._submit(stream, self._timed(self.execution, takes_ns, compute))
 
     def is_reached(self, event: Any) -> bool:
+        self._check()
         return event.reached_ns is not None
 
     def elapsed_ns(self, start: Any, end: Any) -> int:
+        self._check()
         return int(end.reached_ns - start.reached_ns)
 
     def notify(self, event: Any, stream: Any, notice: Notice) -> None:
