@@ -22,7 +22,7 @@ LAYERS = {
     "tutti.classification": 1, "tutti.frontends.answers": 2, "tutti.shared_memory": 2, "tutti.logs": 2,
     "tutti.tracing": 2, "tutti.segments": 1,
     "tutti.frontends": 1, "ray_app.placement": 1, "ray_app": 1, "ray_app.environment": 1,
-    "tutti.repository": 2, "tutti.scheduler": 2, "tutti.device_instance": 2, "tutti.sequences": 2,
+    "tutti.repository": 2, "tutti.scheduler": 2, "tutti.device_instance": 2, "tutti.device_simulation": 2, "tutti.sequences": 2,
     "tutti.cache": 2, "tutti.warmup": 2, "tutti.backends": 2, "tutti.model": 2, "ensembles.executor": 2,
     "ensembles": 2, "ensembles.streams": 2, "ensembles.solo": 2, "ensembles.placed": 2,
     "tutti.engine": 3, "tutti.local": 3, "tutti.metrics": 3,

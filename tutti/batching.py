@@ -168,6 +168,18 @@ class Returns:
         """Rows that are still expected, of at most `most`."""
         return max(0, min(self._answered_rows - self._arrived_rows, most))
 
+    def pays(self, rows: int, executing: int, limit: int, idle_ns: int, model: LatencyModel) -> bool:
+        """Whether to wait for the answers of what executes, and for those clients, rather than to begin with `rows`.
+
+        Otherwise the two groups take turns. Together they are one batch, before which the device idles for `idle_ns`
+        and as long as clients take to ask again.
+        """
+        first, second = (rows, executing) if rows else (1, executing - 1)
+        together = first + second
+        if self.chance < self.MIN_CHANCE or second < 1 or first >= limit or together > limit:
+            return False
+        return model.mean_ns(together) + idle_ns + self.delay_ns < model.mean_ns(first) + model.mean_ns(second)
+
     def wait_ns(self, now_ns: int, rows: int, limit: int, model: LatencyModel) -> int:
         """How long to wait for more with `rows` rows at hand, of at most `limit`; 0 where it is quicker not to."""
         coming = self.coming(limit - rows)

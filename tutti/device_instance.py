@@ -5,6 +5,7 @@ alone, request by request, so that only the culprit fails.
 """
 
 import logging
+import threading
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -49,22 +50,56 @@ class DeviceInstance:
         self.scheduler = scheduler
         self.statistics = statistics
         self._backend = backend
+        self._lock = threading.Lock()
+        self._inside = 0
+        # It could take a batch, and waits for the clients of the one that executes.
+        self._is_held = False
         self._ended_ns = 0
-        backend.pipeline.is_free = lambda: scheduler.release(self)
+        # From an execution's end to its answers.
+        self._leaving_ns = 0
+        backend.pipeline.is_free = self._freed
 
     def ahead_ns(self, at_ns: int) -> int:
         return self._backend.pipeline.ahead_ns(at_ns)
 
     def start(self, batch: list[Call]) -> None:
+        with self._lock:
+            self._inside += sum([call.rows for call in batch])
         self._backend.pipeline.submit(self._job(batch))
 
     def close(self) -> None:
         self._backend.close()
 
+    def _freed(self) -> None:
+        """It may take its next batch now.
+
+        Where the clients of what executes will ask again, and batches with them pay, it waits for those.
+        """
+        stages = self._backend.pipeline.stages()
+        idle_ns = stages.host_ns + stages.copy_ns + self._leaving_ns
+        with self._lock:
+            inside = self._inside
+            self._is_held = bool(inside) and self.scheduler.gathers(inside, idle_ns, self._backend.pipeline.execution)
+            if self._is_held:
+                return
+        self.scheduler.release(self)
+
+    def ended(self, rows: int, took_ns: int) -> None:
+        """So many rows are answered now."""
+        self.scheduler.answers(rows, took_ns)
+        with self._lock:
+            self._inside -= rows
+            is_held = self._is_held and not self._inside
+            if is_held:
+                self._is_held = False
+        if is_held:
+            self.scheduler.when_back(lambda: self.scheduler.release(self))
+
     def learn(self, batch: Sequence[Call], rows: int, times: Times, ended_ns: int) -> None:
         """What a batch took since its beginning, or the end of the one before it."""
         began_ns = max(times.start_ns, self._ended_ns)
         self._ended_ns = ended_ns
+        self._leaving_ns = ended_ns - times.execution_end_ns
         self.costs.record(batch[0].key, rows, max(1, ended_ns - began_ns))
 
     def submit_again(self, batch: Sequence[Call], is_last: bool = False) -> None:
@@ -110,6 +145,7 @@ class _Job:
         self._instance.learn(self._batch, self.rows, times, end_ns)
         self._instance.scheduler.executed(self._batch)
         batch_times = BatchTimes(times.start_ns, times.execution_start_ns, times.execution_end_ns, end_ns)
+        self._instance.ended(self.rows, end_ns - times.start_ns)
         deliver(self._instance.name, self._batch, answers, batch_times, self._instance.statistics)
 
     def fail(self, error: Exception) -> None:
@@ -139,5 +175,6 @@ class _Job:
 
     def _settle(self, answers: Answers) -> None:
         now = now_ns()
+        self._instance.ended(self.rows, now - self._start_ns)
         times = BatchTimes(self._start_ns, self._start_ns, now, now)
         deliver(self._instance.name, self._batch, answers, times, self._instance.statistics)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Protocol
 
 from tutti.batching import BatchLimit, Decision, Returns
-from tutti.cost import Costs
+from tutti.cost import Costs, LatencyModel
 from tutti.errors import Cancelled, DeadlineExceeded, InferError, Internal, OutOfMemory, TooLate, Unavailable
 from tutti.statistics import BatchTimes, ModelStatistics
 from tutti.types import Call, Infer, InferResponse, Sink, now_ns, settle, settle_all
@@ -43,6 +43,8 @@ _MOST_COMPARED = 16
 _PATIENCE = 3
 # One looks whether a busy instance is free when it ought to be, but no more often than this.
 _LOOK_AGAIN_S = 0.002
+# Clients that are expected back at once are given so long.
+_LEAST_PATIENCE_NS = 100_000
 # After an execution of this length the next one begins before the answers are delivered.
 PIPELINE_NS = 500_000
 
@@ -151,6 +153,7 @@ class Scheduler:
         self._returns: Returns | None = None
         # How many rows wake the instance that waits for them.
         self._wanted_rows = 0
+        self._when_back: Callable[[], None] | None = None
         self._wake_ns: int | None = None
         self._expire_ns: int | None = None
         self._is_closing = False
@@ -196,6 +199,7 @@ class Scheduler:
         refused: list[Call] = []
         late: list[tuple[Call, InferError]] = []
         expires_ns = 0
+        back: Callable[[], None] | None = None
         with self._lock:
             forecast: Forecast | None = None
             for call in calls:
@@ -216,10 +220,13 @@ class Scheduler:
                 self._returns.arrived(now_ns(), sum([call.rows for call in calls]))
                 if self._wanted_rows and self._queue.rows >= self._wanted_rows:
                     self._condition.notify_all()
+                    back = self._when_back
         if refused:
             self._refuse(refused)
         for call, error in late:
             self._fail([call], error)
+        if back is not None:
+            self._are_back(back)
         self._dispatch()
         if expires_ns:
             self._timer(max(0, expires_ns - now_ns()) / 1e9, self._expire)
@@ -270,6 +277,35 @@ class Scheduler:
             if self._returns is None:
                 self._returns = Returns()
             self._returns.answered(now_ns(), rows, took_ns)
+
+    def gathers(self, executing_rows: int, idle_ns: int, model: LatencyModel) -> bool:
+        """Whether an instance that could take its next batch is to wait for the clients of what it executes."""
+        with self._lock:
+            if self._returns is None or self._is_closing or len(self._instances) > 1 or not self._queue.may_grow():
+                return False
+            limit = self._queue.batch_rows()
+            return self._returns.pays(self._queue.rows, executing_rows, limit, idle_ns, model)
+
+    def when_back(self, callback: Callable[[], None]) -> None:
+        """Call back once, when the clients answered last have asked again, or take longer than they use to."""
+        with self._lock:
+            returns = self._returns
+            coming = returns.coming(self._queue.batch_rows()) if returns is not None else 0
+            patience_ns = int(returns.delay_ns * 1.5) + _LEAST_PATIENCE_NS if returns is not None else 0
+            if coming and not self._is_closing:
+                self._wanted_rows = self._queue.rows + coming
+                self._when_back = callback
+                self._timer(patience_ns / 1e9, lambda: self._are_back(callback))
+                return
+        callback()
+
+    def _are_back(self, callback: Callable[[], None]) -> None:
+        with self._lock:
+            if self._when_back is not callback:
+                return
+            self._when_back = None
+            self._wanted_rows = 0
+        callback()
 
     def top_up(self, instance: Instance, batch: list[Call]) -> int:
         """Add calls that came meanwhile to a batch that has not begun; returns how long to wait for more, ns."""
