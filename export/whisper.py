@@ -105,12 +105,12 @@ class Decoder(torch.nn.Module):
 
 def _with_arguments(decoder: Decoder) -> torch.nn.Module:
     """A module whose forward names every argument: the exporter binds dynamic shapes by name."""
+    named = ["ids", *decoder.past_names, *decoder.cross_names]
 
     def forward(self: Any, *given: torch.Tensor, **more: torch.Tensor) -> Any:
-        return self.inner(*given, **more)
+        return self.inner(**dict(zip(named, given, strict=False)), **more)
 
-    named = ["self", "ids", *decoder.past_names, *decoder.cross_names]
-    parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in named]
+    parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("self", *named)]
     forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     kind = type("NamedDecoder", (torch.nn.Module,), {"forward": forward})
     made: torch.nn.Module = kind()
