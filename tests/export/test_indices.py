@@ -188,6 +188,18 @@ def test_nested_graphs_are_looked_into(tmp_path: Path) -> None:
     assert find(graph, tmp_path).bounds == {"ids": (0, 5)}
 
 
+def test_what_a_loop_takes_is_told(tmp_path: Path) -> None:
+    body = helper.make_graph(
+        [helper.make_node("Gather", ["table", "i"], ["o"])], "body",
+        [helper.make_tensor_value_info("i", TensorProto.INT64, [3])],
+        [helper.make_tensor_value_info("o", TensorProto.FLOAT, [3])],
+    )  # fmt: skip
+    node = helper.make_node("Scan", ["ids"], ["y"], body=body, num_scan_inputs=1)
+    found = find(graph_of(node, weights(6)), tmp_path)
+    assert found.bounds == {}
+    assert "input 'ids' reaches the indices of Gather '' through Scan" in found.unclear[0]
+
+
 def test_functions_are_looked_into(tmp_path: Path) -> None:
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid("own", 1)]
     body = [helper.make_node("Gather", ["t", "i"], ["o"])]
