@@ -10,10 +10,13 @@ import pytest
 from tests.models import Repository
 from tests.serving import engine_over, infer
 from tutti import dtypes, local
-from tutti.errors import InferError, Internal
+from tutti.errors import ConfigError, InferError, Internal
+from tutti.repository import open_model
 from tutti.types import InferRequest, InferResponse, Tensor
 
 torch = pytest.importorskip("torch")
+
+from tutti.backends import pytorch  # noqa: E402 - it needs PyTorch
 
 CONFIG = """
 {backend} max_batch_size: 8
@@ -185,6 +188,23 @@ def test_what_cannot_be_served_is_told_at_load(repository: Repository, text: str
         pytest.skip("here it can be served")
     repository.add("m", text, {"model.pt": content})
     assert why in load_error(repository)
+
+
+def test_the_file_for_gpus_is_that_of_the_configuration(repository: Repository) -> None:
+    text = CONFIG.format(backend='backend: "pytorch"', a="left", b="right", y="difference", z="total")
+    other = 'parameters { key: "tutti.gpu_model_filename" value { string_value: "model.fp16.pt2" } }'
+    repository.add("plain", text, {"model.pt2": exported(Subtract())})
+    repository.add("m", text + other, {"model.pt2": exported(Subtract()), "model.fp16.pt2": exported(Named())})
+    repository.add("lost", text + other, {"model.pt2": exported(Subtract())})
+    folders = {name: open_model(repository.root, name) for name in ("plain", "m", "lost")}
+    chosen = {name: pytorch._file(folder, 1, "cpu").name for name, folder in folders.items()}
+    assert chosen == dict.fromkeys(folders, "model.pt2")
+    assert [pytorch._file(folders[name], 1, "cuda:0").name for name in ("plain", "m")] == [
+        "model.pt2",
+        "model.fp16.pt2",
+    ]
+    with pytest.raises(ConfigError, match=r"version 1 has no file 'model\.fp16\.pt2'"):
+        pytorch._file(folders["lost"], 1, "cuda:0")
 
 
 @pytest.mark.gpu

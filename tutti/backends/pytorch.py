@@ -2,7 +2,8 @@
 
 Inputs and outputs are found as Triton's backend finds them: by the index in a name that ends in `__INDEX`, otherwise
 inputs by the names of forward's arguments, and outputs by their keys where forward returns a dict, else in order.
-Honours the parameters `INTRA_OP_THREAD_COUNT`, `INTER_OP_THREAD_COUNT` and `INFERENCE_MODE`.
+Honours the parameters `INTRA_OP_THREAD_COUNT`, `INTER_OP_THREAD_COUNT` and `INFERENCE_MODE`. And
+`tutti.gpu_model_filename`: the file for GPUs, as one with 16 bits.
 """
 
 import re
@@ -39,14 +40,13 @@ def load(folder: ModelFolder, version: int, infer: Infer) -> list[Backend]:
     for spec in (*config.inputs, *config.outputs):
         if spec.datatype == "BYTES":
             raise ConfigError(f"model '{config.name}': '{spec.name}': the pytorch backend has no BYTES tensors")
-    path = _file(folder, version)
     _set_threads(config)
     loaded: list[Backend] = []
     modules: dict[str, Module] = {}
     for group, number in backends.instances(config):
         device = _device(config, group, number)
         if device not in modules:
-            modules[device] = Module(config, *_forward(config, path, _place(device)))
+            modules[device] = Module(config, *_forward(config, _file(folder, version, device), _place(device)))
         if device == "cpu":
             loaded.append(TorchBackend(config, str(version), modules[device]))
         else:
@@ -55,8 +55,10 @@ def load(folder: ModelFolder, version: int, infer: Infer) -> list[Backend]:
     return loaded
 
 
-def _file(folder: ModelFolder, version: int) -> Path:
-    """The configured file, by default `model.pt2` where there is one, else `model.pt`."""
+def _file(folder: ModelFolder, version: int, device: str) -> Path:
+    """The configured file, by default `model.pt2` where there is one, else `model.pt`; on GPUs the variant for them."""
+    if device != "cpu" and folder.config.gpu_filename:
+        return backends.version_file(folder, version, folder.config.gpu_filename)
     given = folder.config.model_filename
     if given in ("", "model.pt") and (folder.version_path(version) / EXPORTED).is_file():
         return folder.version_path(version) / EXPORTED
