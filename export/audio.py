@@ -27,6 +27,9 @@ _AST_FLOOR = 1.192092955078125e-07
 # The extractors work in float64, and cast what they make: mels of near silence differ by more than a graph does.
 _FEATURES = Limits(1e-3, 0.9999, 1.0)
 
+# What comes before the network, the spectrogram or the mean and variance of a quiet clip, needs 32 bits.
+_WIDE = frozenset({"AUDIO"})
+
 
 class SpectrogramClassifier(torch.nn.Module):
     """AUDIO [batch, samples] FP32, 16 kHz -> SCORES [batch, classes] FP32, softmax: AST over its filter bank."""
@@ -46,7 +49,7 @@ class SpectrogramClassifier(torch.nn.Module):
         mel = F.pad(self.mel(AUDIO), (0, 0, 0, self._frames))[:, : self._frames]
         if self._is_normalized:
             mel = (mel - self._mean) / self._scale
-        return self.model(input_values=mel).logits.softmax(-1)  # type: ignore[no-any-return]
+        return self.model(input_values=mel.to(self.model.dtype)).logits.softmax(-1)  # type: ignore[no-any-return]
 
 
 class WaveformClassifier(torch.nn.Module):
@@ -62,7 +65,7 @@ class WaveformClassifier(torch.nn.Module):
         if self._is_normalized:
             variance = audio.var(dim=1, keepdim=True, correction=0)
             audio = (audio - audio.mean(dim=1, keepdim=True)) / (variance + 1e-7).sqrt()
-        return self.model(input_values=audio).logits.softmax(-1)  # type: ignore[no-any-return]
+        return self.model(input_values=audio.to(self.model.dtype)).logits.softmax(-1)  # type: ignore[no-any-return]
 
 
 class AudioEncoder(torch.nn.Module):
@@ -77,7 +80,8 @@ class AudioEncoder(torch.nn.Module):
         self.mel = LogMel(kernel(window, size), int(extractor.hop_length), filters, 1e-10, "dB", size // 2)
 
     def forward(self, AUDIO: torch.Tensor) -> torch.Tensor:  # noqa: N803 - the tensor's name in the repository
-        found = self.model.get_audio_features(input_features=self.mel(AUDIO).unsqueeze(1))
+        mel = self.mel(AUDIO).unsqueeze(1).to(self.model.dtype)
+        found = self.model.get_audio_features(input_features=mel)
         return F.normalize(found if isinstance(found, torch.Tensor) else found.pooler_output, dim=-1)
 
 
@@ -165,6 +169,7 @@ def _classifier(source: Source, kind: str, name: str, ensemble: str, work: Path,
         labels=labels,
         decision="SCORES",
         limits={"fp32": _FEATURES, "torch": _FEATURES},
+        wide=_WIDE,
     )
     return _with_ensemble(graph, source, name, ensemble, rate, 0, labels, work)
 
@@ -199,6 +204,7 @@ def _embedding(source: Source, name: str, ensemble: str, samples: Path | None) -
         reference=reference,
         max_batch_size=MAX_BATCH_SIZE,
         limits={"fp32": _FEATURES, "torch": _FEATURES},
+        wide=_WIDE,
     )
     return _with_ensemble(graph, source, name, ensemble, rate, size, [], Path())
 

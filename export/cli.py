@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from export.sources import Source
 
 _SOURCE = "hub id, local folder or file, package:NAME/PATH, or config:TYPE[,key=value] (random weights)"
-_VARIANTS = ("fp32", "fp16", "int8", "torch", "tensorrt")
+_VARIANTS = ("fp32", "fp16", "int8", "torch", "torch-fp16", "torch-bf16", "tensorrt")
 _BACKENDS = {"onnx": "onnxruntime", "tensorrt": "tensorrt", "torch": "pytorch"}
 
 
@@ -44,6 +44,8 @@ def _wrong(options: argparse.Namespace) -> str:
         return f"--variants: expected some of {', '.join(_VARIANTS)}, got '{unknown[0]}'"
     if options.compute_capability and "tensorrt" not in (*options.variants, options.format):
         return "--compute-capability needs --format tensorrt, or tensorrt among --variants"
+    if options.gpu == "bf16" and options.format != "torch":
+        return f"--gpu bf16 needs --format torch, got --format {options.format}: its processors compute no bfloat16"
     if options.latency_goal_ms <= 0:
         return f"--latency-goal-ms: expected more than 0, got {options.latency_goal_ms:g}"
     return ""
@@ -67,13 +69,16 @@ def make_parser() -> argparse.ArgumentParser:
         )
         command.add_argument(
             "--variants", type=lambda text: text.split(","), default=["fp32"],
-            help="fp32,fp16,int8,torch,tensorrt: what is built, each verified (default: fp32)",
+            help="fp32,fp16,int8,torch,torch-fp16,torch-bf16,tensorrt: what is built, each verified (default: fp32)",
         )  # fmt: skip
         command.add_argument(
             "--format", choices=_BACKENDS, default="onnx", help="what is served (default: %(default)s)"
         )
         command.add_argument("--cpu", choices=("fp32", "int8"), default="fp32", help="variant served on processors")
-        command.add_argument("--gpu", choices=("fp32", "fp16"), help="variant served on GPUs (default: fp16 if built)")
+        command.add_argument(
+            "--gpu", choices=("fp32", "fp16", "bf16"),
+            help="precision served on GPUs; bf16 with --format torch (default: fp16 if built, else bf16)",
+        )  # fmt: skip
         command.add_argument("--compute-capability", default="", help="build the plan for this GPU, as SM89")
         command.add_argument(
             "--samples", type=Path, help="your own data to verify on: a text file, or a folder of files"
@@ -142,7 +147,7 @@ def _options(options: argparse.Namespace) -> "Options":
         variants.append(options.format)
     if options.cpu not in variants:
         variants.insert(1, options.cpu)
-    gpu = options.gpu or ("fp16" if "fp16" in variants else "fp32")
+    gpu = _gpu(options, variants)
     if gpu not in variants:
         variants.insert(1, gpu)
     ordered = tuple(one for one in _VARIANTS if one in variants)
@@ -150,6 +155,15 @@ def _options(options: argparse.Namespace) -> "Options":
         ordered, _BACKENDS[options.format], options.cpu, gpu, options.compute_capability, options.version,
         options.profile, options.latency_goal_ms,
     )  # fmt: skip
+
+
+def _gpu(options: argparse.Namespace, variants: Sequence[str]) -> str:
+    """The variant that is served on GPUs."""
+    if options.format != "torch":
+        return options.gpu or ("fp16" if "fp16" in variants else "fp32")
+    named = {"fp32": "torch", "fp16": "torch-fp16", "bf16": "torch-bf16"}
+    narrow = [one for one in ("torch-fp16", "torch-bf16") if one in variants]
+    return named[options.gpu] if options.gpu else (narrow or ["torch"])[0]
 
 
 def _product(options: argparse.Namespace, source: "Source", work: Path) -> "Product":

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from export.narrow import Wide
+
 
 def kernel(
     window: np.ndarray[Any, Any], n_fft: int, preemphasis: float = 0.0, removes_offset: bool = False
@@ -32,8 +34,11 @@ def kernel(
     return torch.from_numpy(basis.astype(np.float32)).unsqueeze(1)
 
 
-class LogMel(torch.nn.Module):
-    """[batch, samples] FP32 -> [batch, frames, mels] FP32: the logarithm of mel energies."""
+class LogMel(Wide):
+    """[batch, samples] FP32 -> [batch, frames, mels] FP32: the logarithm of mel energies.
+
+    In 32 bits always: 16 do not tell small energies from none.
+    """
 
     def __init__(
         self,

@@ -1,5 +1,6 @@
 """What an export is of: graphs that are exported and verified, python steps around them, and the ensemble over both."""
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,7 +36,24 @@ LIMITS: Mapping[str, Limits] = {
     "torch": Limits(1e-4, 0.99999, 1.0),
     "fp16": Limits(2e-2, 0.999, 0.99),
     "int8": Limits(0.5, 0.97, 0.9),
+    # Executed in 16 bits, each result rounded: to 11 bits, or to the 8 of bfloat16, which is eight times as coarse.
+    "torch-fp16": Limits(2e-2, 0.999, 0.99),
+    "torch-bf16": Limits(1e-1, 0.99, 0.95),
 }
+
+
+def with_arguments(module: torch.nn.Module, names: Sequence[str]) -> torch.nn.Module:
+    """`module`, called with tensors by position, by a forward that names them: exporters bind axes by these names."""
+
+    def forward(self: Any, *given: torch.Tensor, **more: torch.Tensor) -> Any:
+        return self.inner(*given, *(more[name] for name in names[len(given) :]))
+
+    parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("self", *names)]
+    forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    kind = type("WithArguments", (torch.nn.Module,), {"forward": forward})
+    made: torch.nn.Module = kind()
+    made.inner = module
+    return made.eval()
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +78,8 @@ class Graph:
     # The output whose largest column is the decision.
     decision: str = ""
     limits: Mapping[str, Limits] = field(default_factory=dict)
+    # Inputs that stay in 32 bits where the graph has 16: the module makes them narrow itself, where its network begins.
+    wide: frozenset[str] = frozenset()
     # The python model of the product that runs this graph itself, if one does: no model of its own then.
     host: str = ""
 

@@ -19,13 +19,17 @@ from export.layout import Entry, Staging
 from export.profiling import Measured, measure, recommend
 from export.sources import Source
 from export.variants import FILES, Builder, Result
-from tutti import bounds, config
+from tutti import bounds, config, dtypes
+from tutti.config import TensorSpec
 from tutti.types import Shape
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What to make of a source. `variants` begin with fp32; `cpu` and `gpu` are those that are served there."""
+    """What to make of a source. `variants` begin with fp32; `cpu` and `gpu` are those that are served there.
+
+    For the backend pytorch, `gpu` is torch, torch-fp16 or torch-bf16.
+    """
 
     variants: tuple[str, ...] = ("fp32",)
     backend: str = "onnxruntime"
@@ -142,12 +146,16 @@ def _entry(result: Result, options: Options, measured: Sequence[Measured]) -> En
     """The graph's model, with all its variants; which of them is served follows from the options."""
     graph, built = result.graph, result.built
     inputs, outputs = onnx.tensor_specs(built["fp32"].path)
+    if options.backend == "pytorch":  # a program takes all of them, in this order; ONNX may do without some
+        inputs = [_spec(graph, name) for name in graph.example]
     parameters = dict(graph.parameters)
     backend, filename = options.backend, FILES["fp32"]
     if backend == "tensorrt":
         filename = FILES["tensorrt"]
     elif backend == "pytorch":
         filename = FILES["torch"]
+        if options.gpu in built and options.gpu.startswith("torch-"):
+            parameters["tutti.gpu_model_filename"] = FILES[options.gpu]
     else:
         if options.cpu in built and options.cpu != "fp32":
             parameters["tutti.cpu_model_filename"] = FILES[options.cpu]
@@ -176,6 +184,13 @@ def _entry(result: Result, options: Options, measured: Sequence[Measured]) -> En
         filename=filename,
         kind="KIND_GPU" if backend == "tensorrt" else "KIND_AUTO",
     )
+
+
+def _spec(graph: Graph, name: str) -> TensorSpec:
+    """Of an input, from its example."""
+    example, variable = graph.example[name], graph.axes.get(name, {})
+    dims = tuple(-1 if axis in variable else size for axis, size in enumerate(example.shape))
+    return TensorSpec(name, dtypes.from_numpy(example.numpy().dtype), dims[1:])
 
 
 def _warmups(graph: Graph, inputs: Sequence[str]) -> list[layout.Warmup]:

@@ -15,6 +15,7 @@ from export import layout, onnx
 from export.ensemble import chain
 from export.errors import ExportError
 from export.graphs import Arrays, Graph, Product
+from export.narrow import Wide
 from export.sound import AUDIO_FILE, decoder_step, read
 from export.sources import Source
 from tutti.config import TensorSpec
@@ -57,7 +58,7 @@ class SpeechDetector(torch.nn.Module):
         # Each frame sees the 64 samples before it; the last one is filled up with zeros.
         frames = F.pad(AUDIO, (CONTEXT, FRAME - 1)).unfold(1, CONTEXT + FRAME, FRAME)
         flat = frames.reshape(-1, CONTEXT + FRAME)
-        spectrum = self.stft(F.pad(flat, (0, 64), mode="reflect").unsqueeze(1))
+        spectrum = self.stft(F.pad(flat, (0, 64), mode="reflect").unsqueeze(1).to(self.stft.weight.dtype))
         features = (spectrum[:, :129] ** 2 + spectrum[:, 129:] ** 2).sqrt()
         for layer in self.encoder:
             features = layer(features).relu()
@@ -65,7 +66,7 @@ class SpeechDetector(torch.nn.Module):
         return self.head(states.relu().transpose(1, 2)).sigmoid().squeeze(1)  # type: ignore[no-any-return]
 
 
-class SegmentLevel(torch.nn.Module):
+class SegmentLevel(Wide):
     """CLIP [batch, samples] FP32 of which SAMPLES [batch, 1] INT32 count -> LEVEL [batch, 1] FP32, RMS in dBFS.
 
     dBFS = 10 log10(mean square); silence is SILENCE_DBFS.

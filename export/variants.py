@@ -4,8 +4,6 @@ Order matters: fp32 is what the others are made from.
 """
 
 import copy
-import inspect
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,17 +11,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.export import ExportedProgram
 
-from export import indices, layout, onnx
+from export import indices, layout, narrow, onnx, program
 from export.errors import ExportError
-from export.graphs import Arrays, Graph, Reference
+from export.graphs import Arrays, Graph, Reference, with_arguments
 from export.parity import Comparer, Comparison
 
-VARIANTS = ("fp32", "fp16", "int8", "torch", "tensorrt")
+VARIANTS = ("fp32", "fp16", "int8", "torch", "torch-fp16", "torch-bf16", "tensorrt")
 FILES = {
     "fp32": "model.onnx", "fp16": "model.fp16.onnx", "int8": "model.int8.onnx", "torch": "model.pt2",
-    "tensorrt": "model.plan",
+    "torch-fp16": "model.fp16.pt2", "torch-bf16": "model.bf16.pt2", "tensorrt": "model.plan",
 }  # fmt: skip
+_PYTORCH = f"PyTorch {torch.__version__.partition('+')[0]}"
 
 
 @dataclass(slots=True)
@@ -76,6 +76,14 @@ def _run(module: Callable[..., Any], outputs: Sequence[str], case: Arrays, kind:
     return {name: tensor.numpy() for name, tensor in zip(outputs, found, strict=True)}
 
 
+def _called(module: Any, outputs: Sequence[str], tensors: Sequence[torch.Tensor]) -> Arrays:
+    """As the server does it: tensors by position, in the datatypes that they come in."""
+    with torch.inference_mode():
+        found = module(*tensors)
+    found = (found,) if isinstance(found, torch.Tensor) else found
+    return {name: tensor.numpy() for name, tensor in zip(outputs, found, strict=True)}
+
+
 class Builder:
     """Builds and verifies one graph's variants in a folder."""
 
@@ -96,7 +104,7 @@ class Builder:
         )
         precision, note = "", ""
         try:
-            precision, note = getattr(self, f"_{variant}")(path, comparer)
+            precision, note = getattr(self, f"_{variant.replace('-', '_')}")(path, comparer)
         except onnx.NotWorthwhile as error:
             self.result.left_out[variant] = str(error)
             return
@@ -156,25 +164,45 @@ class Builder:
         return self._inspect(comparer, path, "int8"), f"for processors: products of matrices in 8 bits{how}"
 
     def _torch(self, path: Path, comparer: Comparer) -> tuple[str, str]:
+        saved = program.save(self._graph.module, path, self._graph.example, self._graph.axes)
+        self._compare_program(comparer, saved)
+        return self._inspect_program(comparer, saved, torch.float32), f"torch.export, {_PYTORCH}"
+
+    def _torch_fp16(self, path: Path, comparer: Comparer) -> tuple[str, str]:
+        return self._narrow(path, comparer, torch.float16)
+
+    def _torch_bf16(self, path: Path, comparer: Comparer) -> tuple[str, str]:
+        return self._narrow(path, comparer, torch.bfloat16)
+
+    def _narrow(self, path: Path, comparer: Comparer, datatype: torch.dtype) -> tuple[str, str]:
         graph = self._graph
-        dynamic: dict[str, Any] = {
-            name: dict.fromkeys(graph.axes.get(name, {}), torch.export.Dim.DYNAMIC) for name in graph.example
-        }
-        # By position, since that is how servers call it: a package takes its arguments only as it was exported with.
-        order = [name for name in inspect.signature(graph.module.forward).parameters if name in graph.example]
-        program = torch.export.export(
-            graph.module.eval(), tuple(graph.example[name] for name in order), dynamic_shapes=dynamic, strict=False
-        )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of weights that are shared
-            torch.export.save(program, str(path))
-            module = torch.export.load(str(path)).module(check_guards=False)
+        inner, elements = narrow.narrowed(graph.module, datatype)
+        if not elements:
+            raise onnx.NotWorthwhile("all of it stays in 32 bits")
+        names = list(graph.example)
+        module = with_arguments(narrow.Narrow(inner, datatype, names, graph.wide), names)
+        saved = program.save(module, path, graph.example, graph.axes)
+        self._compare_program(comparer, saved)
+        if not comparer.is_well and datatype == torch.float16:
+            places = [program.overflow(saved, self._tensors(case)) for case in graph.cases]
+            if any(places):
+                comparer.failed(f"16 bits are not enough: {next(filter(None, places))}")
+        shown = self._inspect_program(comparer, saved, datatype)
+        return shown, f"torch.export, for GPUs; executed here on the processor, {_PYTORCH}"
 
-        def forward(**given: torch.Tensor) -> Any:
-            return module(*(given[name] for name in order))
+    def _compare_program(self, comparer: Comparer, saved: ExportedProgram) -> None:
+        module, outputs = program.runnable(saved), self._graph.outputs
+        self._compare(comparer, lambda case: _called(module, outputs, self._tensors(case)))
 
-        self._compare(comparer, lambda case: _run(forward, graph.outputs, case, torch.float32))
-        return "torch.float32", f"torch.export, PyTorch {torch.__version__.partition('+')[0]}"
+    def _tensors(self, case: Arrays) -> list[torch.Tensor]:
+        return [torch.from_numpy(np.asarray(case[name])) for name in self._graph.example]
+
+    def _inspect_program(self, comparer: Comparer, saved: ExportedProgram, expected: torch.dtype) -> str:
+        found = program.products(saved)
+        shown = ", ".join(f"{count} products in {str(kind).removeprefix('torch.')}" for kind, count in found.items())
+        if found and max(found, key=lambda kind: found[kind]) != expected:
+            comparer.failed(f"expected a program in {expected}, it has {shown}")
+        return shown or "no products of matrices"
 
     def _tensorrt(self, path: Path, comparer: Comparer) -> tuple[str, str]:
         from export import tensorrt

@@ -19,6 +19,7 @@ from export import digits, layout, onnx
 from export.ensemble import chain, labels_step
 from export.errors import ExportError
 from export.graphs import Arrays, Check, Graph, Product
+from export.narrow import Wide
 from export.sources import Source
 from tutti.config import TensorSpec
 
@@ -44,8 +45,11 @@ class Preprocessing:
     scale: float = 1 / 255
 
 
-class Normalize(torch.nn.Module):
-    """PIXELS [batch, 3, height, width] UINT8 -> what the network takes, FP32."""
+class Normalize(Wide):
+    """PIXELS [batch, 3, height, width] UINT8 -> what the network takes, FP32.
+
+    In 32 bits also where the network has 16: contrast and brightness of every pixel follow from six numbers.
+    """
 
     def __init__(self, how: Preprocessing) -> None:
         super().__init__()
@@ -69,7 +73,7 @@ class ImageClassifier(torch.nn.Module):
         return self.logits(PIXELS).softmax(-1)
 
     def logits(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self.model(pixel_values=self.normalize(pixels)).logits  # type: ignore[no-any-return]
+        return self.model(pixel_values=self.normalize(pixels).to(self.model.dtype)).logits  # type: ignore[no-any-return]
 
 
 class ImageEncoder(torch.nn.Module):
@@ -81,7 +85,7 @@ class ImageEncoder(torch.nn.Module):
         self.normalize = Normalize(how)
 
     def forward(self, PIXELS: torch.Tensor) -> torch.Tensor:  # noqa: N803 - the tensor's name in the repository
-        found = self.model.get_image_features(pixel_values=self.normalize(PIXELS))
+        found = self.model.get_image_features(pixel_values=self.normalize(PIXELS).to(self.model.dtype))
         return F.normalize(found if isinstance(found, torch.Tensor) else found.pooler_output, dim=-1)
 
 

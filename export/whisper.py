@@ -4,7 +4,6 @@ The encoder's graph takes samples: the log-mel spectrogram is a convolution in i
 the decoder's layers look at, so that these are made once for each clip. The decoder's graph takes any number of tokens.
 """
 
-import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from torch.nn import functional as F
 from export import layout
 from export.errors import ExportError
 from export.features import LogMel, kernel
-from export.graphs import Arrays, Check, Graph, Product
+from export.graphs import Arrays, Check, Graph, Product, with_arguments
 from export.sound import AUDIO_FILE, decoder_step, published
 from export.variants import Result
 from tutti.config import TensorSpec
@@ -49,7 +48,7 @@ class Encoder(torch.nn.Module):
     def forward(self, AUDIO: torch.Tensor) -> tuple[torch.Tensor, ...]:  # noqa: N803 - the tensor's name
         mel = self.mel(AUDIO)[:, :-1].transpose(1, 2)
         mel = torch.maximum(mel, mel.amax(dim=(1, 2), keepdim=True) - 8.0)
-        hidden = self.encoder((mel + 4.0) / 4.0).last_hidden_state
+        hidden = self.encoder(((mel + 4.0) / 4.0).to(self.encoder.dtype)).last_hidden_state
         made = []
         for attention in self.cross:
             made += [_heads(attention.k_proj(hidden), self._count), _heads(attention.v_proj(hidden), self._count)]
@@ -65,14 +64,14 @@ class Decoder(torch.nn.Module):
         self.head = model.proj_out
         self._count = model.config.decoder_attention_heads
         self._layers = len(self.decoder.layers)
-        # Arguments by name, since the exporter wants it so: each layer's past and cross keys and values.
+        # Of each layer's past and cross keys and values, in the order of the arguments.
         names = [f"past_{kind}_{layer}" for layer in range(self._layers) for kind in ("key", "value")]
         self.past_names = names
         self.cross_names = [name.replace("past", "cross") for name in names]
 
-    def forward(self, ids: torch.Tensor, **given: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        past = [given[name] for name in self.past_names]
-        cross = [given[name] for name in self.cross_names]
+    def forward(self, ids: torch.Tensor, *given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """`given` are the cache of `past_names`, then that of `cross_names`."""
+        past, cross = given[: len(self.past_names)], given[len(self.past_names) :]
         before, length = past[0].shape[2], ids.shape[1]
         positions = torch.arange(length) + before
         x = self.decoder.embed_tokens(ids) * getattr(self.decoder, "embed_scale", 1.0)
@@ -101,21 +100,6 @@ class Decoder(torch.nn.Module):
             weights = weights + mask
         mixed = (weights.softmax(-1) @ value).transpose(1, 2).flatten(2)
         return attention.out_proj(mixed)  # type: ignore[no-any-return]
-
-
-def _with_arguments(decoder: Decoder) -> torch.nn.Module:
-    """A module whose forward names every argument: the exporter binds dynamic shapes by name."""
-    named = ["ids", *decoder.past_names, *decoder.cross_names]
-
-    def forward(self: Any, *given: torch.Tensor, **more: torch.Tensor) -> Any:
-        return self.inner(**dict(zip(named, given, strict=False)), **more)
-
-    parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("self", *named)]
-    forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    kind = type("NamedDecoder", (torch.nn.Module,), {"forward": forward})
-    made: torch.nn.Module = kind()
-    made.inner = decoder
-    return made.eval()
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,6 +231,7 @@ def _encoder_graph(encoder: Encoder, decoder: Decoder, name: str, speech: Speech
         {"AUDIO": {0: "batch"}},
         [*cases, {"AUDIO": silent}],
         {"AUDIO": ((1, samples), (4, samples), (MAX_BATCH_SIZE, samples))},
+        wide=frozenset({"AUDIO"}),
         host=name,
     )
 
@@ -274,7 +259,7 @@ def _decoder_graph(decoder: Decoder, name: str, speech: Speech, said: Mapping[st
         profile[one] = tuple((rows, heads, sizes, width) for rows in (1, 4, MAX_BATCH_SIZE))
     return Graph(
         f"{name}.decoder",
-        _with_arguments(decoder),
+        with_arguments(decoder, list(example)),
         example,
         ("logits", *(one.replace("past", "present") for one in decoder.past_names)),
         axes,

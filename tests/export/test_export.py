@@ -395,7 +395,10 @@ def test_what_is_wrong_exits_non_zero_and_publishes_nothing(
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--variants", "fp32,fp8"], "--variants: expected some of fp32, fp16, int8, torch, tensorrt, got 'fp8'"),
+        (
+            ["--variants", "fp32,fp8"],
+            "expected some of fp32, fp16, int8, torch, torch-fp16, torch-bf16, tensorrt, got 'fp8'",
+        ),
         (["--compute-capability", "SM89"], "needs --format tensorrt"),
         (["--latency-goal-ms", "0"], "expected more than 0"),
     ],
