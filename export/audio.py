@@ -17,7 +17,7 @@ from export.ensemble import chain, labels_step
 from export.errors import ExportError
 from export.features import LogMel, kernel
 from export.graphs import Arrays, Graph, Limits, Product
-from export.sound import AUDIO_FILE, decoder_step, read
+from export.sound import AUDIO_FILE, decoder_step, in_int16, read
 from export.sources import Source
 
 MAX_BATCH_SIZE = 16
@@ -97,26 +97,36 @@ def _ast_filters(extractor: Any) -> Any:
 
 
 def product(
-    source: Source, name: str, ensemble: str, work: Path, language: str, task: str, samples: Path | None
+    source: Source,
+    name: str,
+    ensemble: str,
+    work: Path,
+    language: str,
+    task: str,
+    samples: Path | None,
+    datatype: str = "FP32",
 ) -> Product:
-    """Of the family that the source is of: a file is Silero's, a folder or hub id says by its configuration."""
+    """Of the family that the source is of: a file is Silero's, a folder or hub id says by its configuration.
+
+    `datatype` is that of samples, FP32 or INT16.
+    """
     from transformers import AutoConfig
 
     if samples is not None and not samples.is_dir():
         raise ExportError(f"--samples {samples}: expected a folder of WAV files")
     if source.is_local and source.path.is_file():
-        return silero.product(source, name, ensemble, samples)
+        return silero.product(source, name, ensemble, samples, datatype)
     if source.location is None:
-        return _classifier(source, source.config_type, name, ensemble, work, samples)
+        return _classifier(source, source.config_type, name, ensemble, work, samples, datatype)
     try:
         kind = AutoConfig.from_pretrained(source.location).model_type
     except (OSError, ValueError) as error:
         raise ExportError(f"transformers cannot load '{source.location}': {error}") from None
     if kind == "whisper":
-        return whisper.product(source.location, source.provenance, name, ensemble, work, language, task)
+        return whisper.product(source.location, source.provenance, name, ensemble, work, language, task, datatype)
     if kind == "clap":
-        return _embedding(source, name, ensemble, samples)
-    return _classifier(source, kind, name, ensemble, work, samples)
+        return _embedding(source, name, ensemble, samples, datatype)
+    return _classifier(source, kind, name, ensemble, work, samples, datatype)
 
 
 def _load(source: Source, kind: str, family: str) -> tuple[Any, Any]:
@@ -139,7 +149,9 @@ def _load(source: Source, kind: str, family: str) -> tuple[Any, Any]:
         raise ExportError(f"transformers cannot load the audio model: {error}") from None
 
 
-def _classifier(source: Source, kind: str, name: str, ensemble: str, work: Path, samples: Path | None) -> Product:
+def _classifier(
+    source: Source, kind: str, name: str, ensemble: str, work: Path, samples: Path | None, datatype: str
+) -> Product:
     """NAME_classifier, from samples to scores; and the ensemble from a file's bytes to labels."""
     known = ("audio-spectrogram-transformer", *_WAVEFORM)
     if kind not in known:
@@ -171,10 +183,10 @@ def _classifier(source: Source, kind: str, name: str, ensemble: str, work: Path,
         limits={"fp32": _FEATURES, "torch": _FEATURES},
         wide=_WIDE,
     )
-    return _with_ensemble(graph, source, name, ensemble, rate, 0, labels, work)
+    return _with_ensemble(graph, source, name, ensemble, rate, 0, labels, work, datatype)
 
 
-def _embedding(source: Source, name: str, ensemble: str, samples: Path | None) -> Product:
+def _embedding(source: Source, name: str, ensemble: str, samples: Path | None, datatype: str) -> Product:
     """NAME_encoder, from ten seconds of samples to an embedding; and the ensemble from a file's bytes."""
     model, extractor = _load(source, "clap", "AutoModel")
     if model.config.audio_config.enable_fusion:
@@ -206,13 +218,22 @@ def _embedding(source: Source, name: str, ensemble: str, samples: Path | None) -
         limits={"fp32": _FEATURES, "torch": _FEATURES},
         wide=_WIDE,
     )
-    return _with_ensemble(graph, source, name, ensemble, rate, size, [], Path())
+    return _with_ensemble(graph, source, name, ensemble, rate, size, [], Path(), datatype)
 
 
 def _with_ensemble(
-    graph: Graph, source: Source, name: str, ensemble: str, rate: int, size: int, labels: Sequence[str], work: Path
+    graph: Graph,
+    source: Source,
+    name: str,
+    ensemble: str,
+    rate: int,
+    size: int,
+    labels: Sequence[str],
+    work: Path,
+    datatype: str,
 ) -> Product:
-    steps = [decoder_step(name, rate, size, "repeat")]
+    graph = in_int16(graph) if datatype == "INT16" else graph
+    steps = [decoder_step(name, rate, size, "repeat", datatype)]
     if not ensemble:
         return Product([graph], steps, None, source.provenance)
     steps += [labels_step(name, labels, work)] if labels else []

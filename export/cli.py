@@ -46,6 +46,10 @@ def _wrong(options: argparse.Namespace) -> str:
         return "--compute-capability needs --format tensorrt, or tensorrt among --variants"
     if options.gpu == "bf16" and options.format != "torch":
         return f"--gpu bf16 needs --format torch, got --format {options.format}: its processors compute no bfloat16"
+    if options.kind == "audio" and options.input_type == "int16" and "tensorrt" in (*options.variants, options.format):
+        return "--input-type int16: TensorRT has no whole numbers of 16 bits: expected fp32 for plans"
+    if options.kind == "vision" and (options.input_type, options.input_layout) == ("fp32", "hwc"):
+        return "--input-layout hwc needs --input-type uint8: processors make FP32 pictures with the colours first"
     if options.latency_goal_ms <= 0:
         return f"--latency-goal-ms: expected more than 0, got {options.latency_goal_ms:g}"
     return ""
@@ -94,8 +98,20 @@ def make_parser() -> argparse.ArgumentParser:
         if kind == "audio":
             command.add_argument("--language", default="", help="Whisper: of the speech (default: told by the model)")
             command.add_argument("--task", choices=("transcribe", "translate"), default="transcribe", help="Whisper")
+            command.add_argument(
+                "--input-type", choices=("fp32", "int16"), default="fp32",
+                help="how samples come: int16 is half of the bytes (default: %(default)s)",
+            )  # fmt: skip
         if kind == "vision":
             command.add_argument("--task", choices=("auto", "classification", "embedding"), default="auto")
+            command.add_argument(
+                "--input-type", choices=("uint8", "fp32"), default="uint8",
+                help="how PIXELS come: as bytes, or normalised as the processor does it (default: %(default)s)",
+            )  # fmt: skip
+            command.add_argument(
+                "--input-layout", choices=("chw", "hwc"), default="chw",
+                help="hwc: colours last, as pictures are decoded (default: %(default)s)",
+            )  # fmt: skip
             command.add_argument("--labels", help="zero-shot classes, separated by commas (CLIP, SigLIP)")
             command.add_argument("--template", default="a photo of a {}.", help="the text for a zero-shot class")
             command.add_argument("--train", choices=("digits",), help="train here, in under a minute")
@@ -171,16 +187,19 @@ def _product(options: argparse.Namespace, source: "Source", work: Path) -> "Prod
     if options.kind == "audio":
         from export import audio
 
-        return audio.product(source, options.name, ensemble, work, options.language, options.task, options.samples)
+        return audio.product(
+            source, options.name, ensemble, work, options.language, options.task, options.samples,
+            options.input_type.upper(),
+        )  # fmt: skip
     if options.kind == "text":
         from export import text
 
         return text.product(source, options.name, ensemble, work, options.task, options.labelled, options.samples)
-    from export import vision
+    from export import pixels, vision
 
     return vision.product(
         source, options.name, ensemble, work, options.task, options.labels, options.template, options.train,
-        options.image_size, options.samples,
+        options.image_size, options.samples, pixels.Form(options.input_type, options.input_layout),
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from export.ensemble import chain
 from export.errors import ExportError
 from export.graphs import Arrays, Graph, Product
 from export.narrow import Wide
-from export.sound import AUDIO_FILE, decoder_step, read
+from export.sound import AUDIO_FILE, decoder_step, in_int16, read
 from export.sources import Source
 from tutti.config import TensorSpec
 
@@ -151,7 +151,7 @@ def _cases() -> list[Mapping[str, np.ndarray[Any, Any]]]:
     return cases
 
 
-def product(source: Source, name: str, ensemble: str, samples: Path | None) -> Product:
+def product(source: Source, name: str, ensemble: str, samples: Path | None, datatype: str) -> Product:
     """NAME_vad, NAME_segments, NAME_clips and NAME_level; and the ensemble, from a file's bytes to segments."""
     detector, reference = load(source)
     cases = _cases() + ([{"AUDIO": read(path)[np.newaxis]} for path in sorted(samples.iterdir())] if samples else [])
@@ -167,9 +167,11 @@ def product(source: Source, name: str, ensemble: str, samples: Path | None) -> P
         max_batch_size=MAX_BATCH_SIZE,
         parameters={"intra_op_thread_count": "1"},
     )
-    audio, probabilities = TensorSpec("AUDIO", "FP32", (-1,)), TensorSpec("SPEECH_PROBS", "FP32", (-1,))
+    graphs = [vad, level_graph(name)]
+    graphs = [in_int16(one) for one in graphs] if datatype == "INT16" else graphs
+    audio, probabilities = TensorSpec("AUDIO", datatype, (-1,)), TensorSpec("SPEECH_PROBS", "FP32", (-1,))
     segments = TensorSpec("SEGMENTS", "FP32", (-1, 2))
-    clips = [TensorSpec("CLIPS", "FP32", (-1, -1)), TensorSpec("SAMPLES", "INT32", (-1, 1))]
+    clips = [TensorSpec("CLIPS", datatype, (-1, -1)), TensorSpec("SAMPLES", "INT32", (-1, 1))]
     steps = [
         layout.Entry(
             f"{name}_segments", "python", [probabilities], [segments],
@@ -182,7 +184,7 @@ def product(source: Source, name: str, ensemble: str, samples: Path | None) -> P
     ]  # fmt: skip
     make = None
     if ensemble:
-        steps.append(decoder_step(name, SAMPLE_RATE))
+        steps.append(decoder_step(name, SAMPLE_RATE, datatype=datatype))
         names = [f"{name}_decoder", vad.name, f"{name}_segments"]
         make = lambda entries: chain(ensemble, AUDIO_FILE, [entries[one] for one in names])  # noqa: E731
-    return Product([vad, level_graph(name)], steps, make, source.provenance)
+    return Product(graphs, steps, make, source.provenance)

@@ -1,13 +1,11 @@
 """Vision through transformers: image classifiers, image embeddings (CLIP, SigLIP) and zero-shot classification.
 
-Rescaling and normalisation are in the graph. Decoding, resizing and cropping are a python step: pictures come in any
-size, and only those of one size share a batch.
+Rescaling and normalisation are in the graph, unless it takes FP32. Decoding, resizing and cropping are a python step:
+pictures come in any size, and only those of one size share a batch.
 """
 
-import importlib.util
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,54 +13,21 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from export import digits, layout, onnx
+from export import digits, onnx, pixels
 from export.ensemble import chain, labels_step
 from export.errors import ExportError
-from export.graphs import Arrays, Check, Graph, Product
-from export.narrow import Wide
+from export.graphs import Arrays, Graph, Product
+from export.pixels import IMAGE, MAX_BATCH_SIZE, SEED, Form, Normalize, Preprocessing
 from export.sources import Source
-from tutti.config import TensorSpec
 
 _log = logging.getLogger(__name__)
 
-MAX_BATCH_SIZE = 32
-SEED = 0
 EPOCHS = 12
 _CONTRASTIVE = ("clip", "siglip", "siglip2")
-_IMAGE = TensorSpec("IMAGE", "BYTES", (1,))
-
-
-@dataclass(frozen=True, slots=True)
-class Preprocessing:
-    """How a checkpoint's own processor treats a picture. `resize` and `resample` are the decoder step's parameters."""
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    height: int
-    width: int
-    resize: str = "exact"
-    resample: int = 2  # PIL's BILINEAR
-    scale: float = 1 / 255
-
-
-class Normalize(Wide):
-    """PIXELS [batch, 3, height, width] UINT8 -> what the network takes, FP32.
-
-    In 32 bits also where the network has 16: contrast and brightness of every pixel follow from six numbers.
-    """
-
-    def __init__(self, how: Preprocessing) -> None:
-        super().__init__()
-        mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (how.mean, how.std))
-        self.register_buffer("scale", how.scale / std)
-        self.register_buffer("shift", -mean / std)
-
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        return pixels.to(self.scale.dtype) * self.scale + self.shift
 
 
 class ImageClassifier(torch.nn.Module):
-    """PIXELS [batch, 3, height, width] UINT8 -> IMAGE_SCORES [batch, classes] FP32, softmax."""
+    """PIXELS [batch, 3, height, width] UINT8, or another form -> IMAGE_SCORES [batch, classes] FP32, softmax."""
 
     def __init__(self, model: Any, how: Preprocessing) -> None:
         super().__init__()
@@ -77,7 +42,7 @@ class ImageClassifier(torch.nn.Module):
 
 
 class ImageEncoder(torch.nn.Module):
-    """PIXELS [batch, 3, height, width] UINT8 -> EMBEDDING [batch, width] FP32 of length 1."""
+    """PIXELS [batch, 3, height, width] UINT8, or another form -> EMBEDDING [batch, width] FP32 of length 1."""
 
     def __init__(self, model: Any, how: Preprocessing) -> None:
         super().__init__()
@@ -212,24 +177,9 @@ def _shifted(pixels: torch.Tensor) -> torch.Tensor:
     return pixels.roll((down, right), dims=(-2, -1))
 
 
-def transform() -> Any:
-    """The function that the published decoder uses."""
-    spec = importlib.util.spec_from_file_location("image_transform", layout.step_file("image_transform"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.fitted
-
-
 def _cases(how: Preprocessing, samples: Path | None) -> list[Arrays]:
-    rng = np.random.default_rng(SEED)
-    size = (3, how.height, how.width)
-    cases: list[Arrays] = [{"PIXELS": rng.integers(0, 256, size=(n, *size), dtype=np.uint8)} for n in (1, 2, 5, 16)]
-    # Smooth ones, as pictures are: noise excites few features.
-    ramps = np.linspace(0, 255, how.width)[np.newaxis] * np.linspace(0, 1, how.height)[:, np.newaxis]
-    cases.append({"PIXELS": np.stack([np.stack([ramps, ramps[::-1], ramps[:, ::-1]])]).astype(np.uint8)})
     own = [_opened(path, how) for path in sorted(samples.iterdir())] if samples is not None else []
-    return cases + [{"PIXELS": np.stack(own[at : at + 16])} for at in range(0, len(own), 16)]
+    return pixels.cases(how) + [{"PIXELS": np.stack(own[at : at + 16])} for at in range(0, len(own), 16)]
 
 
 def _opened(path: Path, how: Preprocessing) -> Any:
@@ -237,39 +187,9 @@ def _opened(path: Path, how: Preprocessing) -> Any:
 
     try:
         with Image.open(path) as image:
-            return transform()(image, how.height, how.width, how.resize, how.resample)
+            return pixels.fitted(image, how)
     except (OSError, UnidentifiedImageError) as error:
         raise ExportError(f"--samples: {path}: expected a picture: {error}") from None
-
-
-def check_processor(source: Source, how: Preprocessing) -> Check:
-    """Whether the decoder step and the graph make of pictures what the checkpoint's own processor does."""
-    from PIL import Image
-    from transformers import AutoImageProcessor
-
-    processor = AutoImageProcessor.from_pretrained(source.location, backend="pil")
-    normalize, rng = Normalize(how), np.random.default_rng(SEED)
-    worst = 0.0
-    for width, height in (
-        (how.width, how.height),
-        (2 * how.width + 7, how.height + 40),
-        (how.width + 9, 3 * how.height),
-    ):
-        small = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
-        picture = small.resize((width, height), Image.Resampling.BICUBIC)
-        expected = processor(picture, return_tensors="pt")["pixel_values"].numpy()
-        fitted = transform()(picture, how.height, how.width, how.resize, how.resample)
-        got = normalize(torch.from_numpy(np.ascontiguousarray(fitted)).unsqueeze(0)).numpy()
-        if expected.shape != got.shape:
-            return Check("image processor", False, f"expected shape {list(expected.shape)}, got {list(got.shape)}")
-        worst = max(worst, float(np.abs(expected - got).max()))
-    # A level of 256 more or less, where the library rounds otherwise.
-    limit = 1.5 * how.scale / min(how.std)
-    return Check(
-        "image processor",
-        worst <= limit,
-        f"pixels differ by at most {worst:.1e} from the checkpoint's (of {limit:.1e})",
-    )
 
 
 def text_embeddings(source: Source, model: Any, labels: Sequence[str], template: str) -> torch.Tensor:
@@ -305,8 +225,9 @@ def product(
     train: str | None,
     image_size: int | None,
     samples: Path | None,
+    form: Form = Form(),  # noqa: B008 - it cannot change
 ) -> Product:
-    """NAME_decoder with NAME_classifier or NAME_encoder, and the ensemble over both."""
+    """NAME_decoder with NAME_classifier or NAME_encoder, and the ensemble over both; PIXELS go between them."""
     if samples is not None and not samples.is_dir():
         raise ExportError(f"--samples {samples}: expected a folder of pictures")
     model, how, kind = load(source, image_size, task)
@@ -314,31 +235,31 @@ def product(
     accuracy = None
     module: torch.nn.Module
     if kind == "embedding":
-        module = ImageEncoder(model, how).eval()
+        module = encoder = ImageEncoder(model, how).eval()
+        encoder.normalize = form.entrance(how)
         if labels:
             classes = [one.strip() for one in labels.split(",") if one.strip()]
-            module = ZeroShot(module, text_embeddings(source, model, classes, template)).eval()
+            module = ZeroShot(encoder, text_embeddings(source, model, classes, template)).eval()
     else:
         if labels:
             raise ExportError(f"--labels: zero-shot needs {', '.join(_CONTRASTIVE)}, got a {model.config.model_type}")
-        module = ImageClassifier(model, how).eval()
-        accuracy = train_on_digits(module, (how.height, how.width)) if train == "digits" else None
+        module = classifier = ImageClassifier(model, how).eval()
+        accuracy = train_on_digits(classifier, (how.height, how.width)) if train == "digits" else None
+        classifier.normalize = form.entrance(how)
         names = model.config.id2label
         classes = list(map(str, range(10))) if train == "digits" else [str(names[i]) for i in range(len(names))]
-    own = graph(module, how, name, classes, samples)
-    decoder = layout.Entry(
-        f"{name}_decoder", "python", [_IMAGE], [TensorSpec("PIXELS", "UINT8", (3, how.height, how.width))],
-        {"model.py": layout.step_file("image_decoder"), "image_transform.py": layout.step_file("image_transform")},
-        MAX_BATCH_SIZE, {"resize": how.resize, "resample": str(how.resample)},
-    )  # fmt: skip
+    own = graph(module, how, name, classes, samples, form)
+    decoder = pixels.decoder_step(name, how, form)
     checks = []
-    if source.location is not None and not image_size and _has_processor(source):
-        checks.append(lambda _: check_processor(source, how))
+    if source.location is not None and _has_processor(source):
+        checks.append(lambda _: pixels.check_levels(source, how, form))
+        if not image_size:
+            checks.append(lambda _: pixels.check_processor(source, how))
     steps, make = [decoder], None
     if ensemble:
         steps += [labels_step(name, classes, work)] if classes else []
         names = [decoder.name, own.name, *(step.name for step in steps[1:])]
-        make = lambda entries: chain(ensemble, _IMAGE, [entries[one] for one in names])  # noqa: E731
+        make = lambda entries: chain(ensemble, IMAGE, [entries[one] for one in names])  # noqa: E731
     return Product([own], steps, make, source.provenance, checks, accuracy)
 
 
@@ -347,15 +268,15 @@ def _has_processor(source: Source) -> bool:
 
 
 def graph(
-    module: torch.nn.Module, how: Preprocessing, name: str, classes: Sequence[str], samples: Path | None
+    module: torch.nn.Module, how: Preprocessing, name: str, classes: Sequence[str], samples: Path | None, form: Form
 ) -> Graph:
     """NAME_classifier, or NAME_encoder where there are no classes."""
-    cases = _cases(how, samples)
-    size = (3, how.height, how.width)
+    cases = [{"PIXELS": form.sent(case["PIXELS"], how)} for case in _cases(how, samples)]
+    size = form.shape(how)
     return Graph(
         f"{name}_{'classifier' if classes else 'encoder'}",
         module,
-        {"PIXELS": torch.from_numpy(np.asarray(cases[1]["PIXELS"]))},
+        {"PIXELS": torch.from_numpy(cases[1]["PIXELS"])},
         ("IMAGE_SCORES",) if classes else ("EMBEDDING",),
         {"PIXELS": {0: onnx.BATCH}},
         cases,

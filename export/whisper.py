@@ -18,7 +18,7 @@ from export import layout
 from export.errors import ExportError
 from export.features import LogMel, kernel
 from export.graphs import Arrays, Check, Graph, Product, with_arguments
-from export.sound import AUDIO_FILE, decoder_step, published
+from export.sound import AUDIO_FILE, decoder_step, from_int16, in_int16, published, to_int16
 from export.variants import Result
 from tutti.config import TensorSpec
 
@@ -181,15 +181,19 @@ def clips(samples: int, count: int, seed: int = 0) -> np.ndarray[Any, Any]:
     return np.stack(made).astype(np.float32)
 
 
-def product(location: str, provenance: str, name: str, ensemble: str, work: Path, language: str, task: str) -> Product:
+def product(
+    location: str, provenance: str, name: str, ensemble: str, work: Path, language: str, task: str, datatype: str
+) -> Product:
     """NAME, which transcribes; NAME_decoder, which reads audio files; and the ensemble of both."""
     speech = load(location)
     encoder, decoder = Encoder(speech.model, speech.extractor).eval(), Decoder(speech.model).eval()
     said = rules(speech, language, task)
     (work / "decoding.json").write_text(json.dumps(said))
     speech.tokenizer.backend_tokenizer.save(str(work / "tokenizer.json"))
-    graphs = [_encoder_graph(encoder, decoder, name, speech), _decoder_graph(decoder, name, speech, said)]
-    audio = TensorSpec("AUDIO", "FP32", (-1,))
+    hears = _encoder_graph(encoder, decoder, name, speech)
+    hears = in_int16(hears) if datatype == "INT16" else hears
+    graphs = [hears, _decoder_graph(decoder, name, speech, said)]
+    audio = TensorSpec("AUDIO", datatype, (-1,))
     text, tokens = TensorSpec("TEXT", "BYTES", (1,)), TensorSpec("TOKENS", "INT32", (-1,))
     transcribes = layout.Entry(
         name, "python", [audio], [text, tokens],
@@ -200,7 +204,7 @@ def product(location: str, provenance: str, name: str, ensemble: str, work: Path
         },
         MAX_BATCH_SIZE,
     )  # fmt: skip
-    reads = decoder_step(name, speech.extractor.sampling_rate, speech.samples)
+    reads = decoder_step(name, speech.extractor.sampling_rate, speech.samples, datatype=datatype)
     whole = layout.Entry(
         ensemble, "", [AUDIO_FILE], [text, tokens], {}, MAX_BATCH_SIZE,
         links=[
@@ -210,7 +214,7 @@ def product(location: str, provenance: str, name: str, ensemble: str, work: Path
     )  # fmt: skip
 
     def transcripts(results: Mapping[str, Result]) -> Check:
-        return _check_transcripts(speech, said, results, name, language, task)
+        return _check_transcripts(speech, said, results, name, language, task, datatype)
 
     def ids(results: Mapping[str, Result]) -> Check:
         return check_tokens(said, results[f"{name}.decoder"])
@@ -308,7 +312,13 @@ def check_tokens(said: Mapping[str, Any], decoder: Result) -> Check:
 
 
 def _check_transcripts(
-    speech: Speech, said: Mapping[str, Any], results: Mapping[str, Result], name: str, language: str, task: str
+    speech: Speech,
+    said: Mapping[str, Any],
+    results: Mapping[str, Result],
+    name: str,
+    language: str,
+    task: str,
+    datatype: str,
 ) -> Check:
     """The published code over the exported graphs gives transformers' tokens."""
     what = f"{name}: tokens"
@@ -319,7 +329,9 @@ def _check_transcripts(
         link.unlink(missing_ok=True)
         link.symlink_to(results[f"{name}.{part}"].built["fp32"].path)
     audio = clips(said["samples"], _CLIPS_CHECKED, seed=7)
-    expected = generated(speech, audio, said, language, task)
+    if datatype == "INT16":
+        audio = to_int16(audio)
+    expected = generated(speech, audio if datatype == "FP32" else from_int16(audio), said, language, task)
     got = published("whisper").Greedy(folder, dict(said)).tokens(audio)
     for number, (right, made) in enumerate(zip(expected, got, strict=True)):
         if right != made:

@@ -1,5 +1,7 @@
 """A Triton python model: an audio file's bytes -> mono samples in [-1, 1] at the model's rate, of the model's length.
 
+Or in INT16, where that is its output's type: those of a mono file of 16 bits are as they are in it.
+
 WAV in PCM is read with Python's own library; FLAC, OGG and MP3 need soundfile, other rates soxr.
 """
 
@@ -19,6 +21,7 @@ class TritonPythonModel:
         config = json.loads(args["model_config"])
         self._name = config["name"]
         parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
+        self._is_int16 = pb_utils.get_output_config_by_name(config, "AUDIO")["data_type"] == "TYPE_INT16"
         self._rate = int(parameters["sample_rate"])
         # 0: as long as it is. Shorter ones are filled up with zeros, after whole repetitions where that is wanted.
         self._samples = int(parameters.get("samples", "0"))
@@ -38,7 +41,8 @@ class TritonPythonModel:
         except Exception as error:
             message = f"model '{self._name}': input 'AUDIO_FILE': {error}"
             return pb_utils.InferenceResponse([], pb_utils.TritonError(message, pb_utils.TritonError.INVALID_ARG))
-        return pb_utils.InferenceResponse([pb_utils.Tensor("AUDIO", np.stack(rows).astype(np.float32))])
+        audio = np.stack(rows).astype(np.float32)
+        return pb_utils.InferenceResponse([pb_utils.Tensor("AUDIO", to_int16(audio) if self._is_int16 else audio)])
 
     def _decode(self, data):
         samples, rate = read_wav(data) if data[:4] == b"RIFF" else read_other(data)
@@ -63,6 +67,11 @@ class TritonPythonModel:
             samples = np.tile(samples, max(1, self._samples // len(samples)))
         samples = samples[: self._samples]
         return np.pad(samples, (0, self._samples - len(samples)))
+
+
+def to_int16(samples):
+    """[-1, 1] -> INT16, 32,768 steps to 1.0; what is beyond is cut."""
+    return np.clip(np.rint(samples * np.float32(32768)), -32768, 32767).astype(np.int16)
 
 
 def read_wav(data):

@@ -24,7 +24,7 @@ class TritonPythonModel:
         rows = [self._clips(*row) for row in zip(audio, segments, strict=True)]
         most = max(len(row) for row in rows)
         longest = max((len(clip) for row in rows for clip in row), default=0)
-        clips = np.zeros((len(rows), most, -(-longest // self._rate) * self._rate), dtype=np.float32)
+        clips = np.zeros((len(rows), most, -(-longest // self._rate) * self._rate), dtype=audio.dtype)
         samples = np.zeros((len(rows), most, 1), dtype=np.int32)
         for index, row in enumerate(rows):
             for number, clip in enumerate(row):

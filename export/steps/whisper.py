@@ -33,7 +33,7 @@ class TritonPythonModel:
         good = [index for index, answer in enumerate(answers) if answer is None]
         if good:
             rows = np.concatenate([np.pad(audio[i], ((0, 0), (0, most - audio[i].shape[1]))) for i in good])
-            made = self._decoding.tokens(rows.astype(np.float32))
+            made = self._decoding.tokens(rows)
             for index in good:
                 own, made = made[: len(audio[index])], made[len(audio[index]) :]
                 answers[index] = self._answer(own)
@@ -63,6 +63,9 @@ class Greedy:
             providers.insert(0, ("CUDAExecutionProvider", {"device_id": number}))
         self._encoder = ort.InferenceSession(str(folder / "encoder.onnx"), options, providers=providers)
         self._decoder = ort.InferenceSession(str(folder / "decoder.onnx"), options, providers=providers)
+        # In [-1, 1], or as whole numbers, as the graph was exported.
+        is_int16 = self._encoder.get_inputs()[0].type == "tensor(int16)"
+        self._datatype = np.int16 if is_int16 else np.float32
         self._cross = [node.name for node in self._encoder.get_outputs()]
         self._past = [node.name for node in self._decoder.get_inputs() if node.name.startswith("past_")]
         self._made = [node.name for node in self._decoder.get_outputs()]
@@ -73,7 +76,7 @@ class Greedy:
 
     def tokens(self, audio):
         """[rows, samples] -> each row's tokens after the prompt, without the one that ends it."""
-        cross = self._encoder.run(None, {"AUDIO": audio})
+        cross = self._encoder.run(None, {"AUDIO": audio.astype(self._datatype)})
         cross = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in zip(self._cross, cross, strict=True)}
         rows = len(audio)
         prompt = np.tile(np.array(self._rules["prompt"], dtype=np.int64), (rows, 1))

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from export import cli, manifest, whisper
+from export import cli, manifest, sound, whisper
 from export import onnx as to_onnx
 from export.sound import published
 from tests.export import checkpoints
@@ -291,7 +291,8 @@ def published_tokens(file: Path) -> Callable[[str], Arrays]:
     return tokens
 
 
-def test_silero_hears_what_the_package_hears(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("kind", ["fp32", "int16"])
+def test_silero_hears_what_the_package_hears(kind: str, tmp_path: Path) -> None:
     """Speech, given as the user's own samples, and noise: 1e-4 on every frame, by the gate."""
     samples = tmp_path / "samples"
     samples.mkdir()
@@ -300,7 +301,7 @@ def test_silero_hears_what_the_package_hears(tmp_path: Path, capsys: pytest.Capt
     source = "package:silero_vad/data/silero_vad.jit"
     repository = tmp_path / "models"
     command = ["audio", source, "--name", "speech", "--samples", str(samples), "--repository", str(repository)]
-    assert cli.main(command) == 0
+    assert cli.main([*command, "--input-type", kind]) == 0
     said = json.loads((repository / "speech_vad" / "1" / manifest.NAME).read_text())
     assert said["variants"]["fp32"]["cases"] == 5 + 3
     assert said["variants"]["fp32"]["max_abs"] < 1e-4
@@ -309,17 +310,29 @@ def test_silero_hears_what_the_package_hears(tmp_path: Path, capsys: pytest.Capt
         request = InferRequest("speech_ensemble", {"AUDIO_FILE": Tensor("AUDIO_FILE", "BYTES", (1, 1), data)})
         (answer,) = infer(engine, [request])
         assert isinstance(answer, InferResponse), answer
-        assert len(answer.outputs[0].array()[0]) > 0, "segments"
+        segments = answer.outputs[0].array()
+        assert len(segments[0]) > 0
+        audio = np.arange(20 * 16_000).reshape(1, -1).astype("int16" if kind == "int16" else "float32")
+        given = {"AUDIO": Tensor.of("AUDIO", audio), "SEGMENTS": Tensor.of("SEGMENTS", segments[:, :1])}
+        (clips,) = infer(engine, [InferRequest("speech_clips", given)])
+        assert isinstance(clips, InferResponse), clips
+        start = round(float(segments[0, 0, 0]) * 16_000)
+        assert np.array_equal(clips.outputs[0].array()[0, 0, :100], audio[0, start : start + 100])
+        assert clips.outputs[0].array().dtype == audio.dtype
 
 
-def test_whisper_gives_the_tokens_of_transformers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["fp32", "int16"])
+def test_whisper_gives_the_tokens_of_transformers(kind: str, tmp_path: Path) -> None:
     """Twenty seeded clips, by languages that it tells itself; in batches of several sizes."""
     folder, repository = checkpoints.whisper(tmp_path / "checkpoint"), tmp_path / "models"
-    assert cli.main(["audio", str(folder), "--name", "m", "--repository", str(repository)]) == 0
+    command = ["audio", str(folder), "--name", "m", "--input-type", kind, "--repository", str(repository)]
+    assert cli.main(command) == 0
     speech = whisper.load(str(folder))
     said = whisper.rules(speech, "", "transcribe")
     audio = whisper.clips(said["samples"], 20, seed=11)
-    expected = whisper.generated(speech, audio, said, "", "transcribe")
+    audio = sound.to_int16(audio) if kind == "int16" else audio
+    floats = sound.from_int16(audio) if kind == "int16" else audio
+    expected = whisper.generated(speech, floats, said, "", "transcribe")
     assert len({tuple(row) for row in expected}) > 10, "they say different things"
     with engine_over(repository) as engine:
         requests = [
