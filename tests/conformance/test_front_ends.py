@@ -5,7 +5,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from http.client import HTTPException
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,55 @@ def test_deadlines_and_cancels_reach_the_engine(server: Served) -> None:
         assert stats["inference_stats"]["fail"]["count"] == 1
 
 
-def test_with_the_engine_they_end(server: Served) -> None:
+def test_a_connection_goes_on_whoever_answers(server: Served) -> None:
+    connection = HTTPConnection(server.http, timeout=30)
+    connection.connect()
+    connection.auto_open = 0
+    infer = b'{"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 4], "data": [1, 2, 3, 4]}]'
+    by_class = infer + b', "outputs": [{"name": "y", "parameters": {"classification": 1}}]}'
+    many = b'{"name": "' + 5000 * b"long" + b'"}'
+    for method, path, content, expected in (
+        ("GET", "/v2", None, 200), ("HEAD", "/v2", None, 200), ("POST", "/v2/models/add_one/infer", infer + b"}", 200),
+        ("POST", "/v2/models/add_one/infer", by_class, 200), ("GET", "/v2/models/add_one/config", None, 200),
+        ("POST", "/v2/models/add_one/generate", b'{"x": [1, 2, 3, 4]}', 200), ("GET", "/v2/nowhere", None, 404),
+        ("POST", "/v2/models/add_one/generate_stream", b'{"x": [1, 2, 3, 4]}', 200),
+        ("GET", "/v2/health/live", None, 200),
+        ("POST", "/v2/repository/index", many, 200), ("DELETE", "/v2", None, 405),
+    ):  # fmt: skip
+        connection.request(method, path, content)
+        response = connection.getresponse()
+        text = response.read()
+        assert response.status == expected, (path, text)
+        assert response.getheader("connection") is None
+        assert bool(text) == (method != "HEAD" and path != "/v2/health/live")
+    connection.request("GET", "/v2", headers={"Connection": "close"})
+    response = connection.getresponse()
+    assert response.getheader("connection") == "close"
+    assert b"tutti" in response.read()
+    connection.close()
+
+
+def test_gates_are_where_calls_come_in(tmp_path: Path) -> None:
+    repository = Repository(tmp_path / "repository")
+    repository.add_onnx()
+    flags = ("--http-restricted-api=statistics,health:key=open", "--grpc-restricted-protocol=statistics:key=open")
+    with (
+        serving(repository.root, tmp_path / "log", "--front-end-processes", "2", *flags, is_guarded=True) as served,
+        grpc.InferenceServerClient(served.grpc) as over_grpc,
+        http.InferenceServerClient(served.http) as over_http,
+    ):
+        wait_until(lambda: "listening on" in (tmp_path / "log").read_text())
+        for client, header in ((over_grpc, "triton-grpc-protocol-key"), (over_http, "key")):
+            assert client.get_inference_statistics("add_one", headers={header: "open"})
+            for wrong in ({}, {header: "shut"}):
+                with pytest.raises(InferenceServerException, match="restricted"):
+                    client.get_inference_statistics("add_one", headers=wrong)
+        assert over_grpc.is_server_ready()
+        assert not over_http.is_server_live()
+        assert over_http.is_server_live(headers={"key": "open"})
+
+
+def test_with_the_server_they_end(server: Served) -> None:
     own = workers(server)
     os.kill(server.process.pid, signal.SIGKILL)
     _, alive = psutil.wait_procs(own, timeout=10)

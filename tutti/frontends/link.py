@@ -46,7 +46,7 @@ _WITHOUT_ENGINE = {
     SERVICE + "ModelReady": b"",
     HEALTH_CHECK: NOT_SERVING,
 }
-_OF_SERVER = (SERVICE + "ServerReady", HEALTH_CHECK)
+_OF_SERVER = (SERVICE + "ServerLive", SERVICE + "ServerReady", HEALTH_CHECK)
 
 RawAnswered = Callable[[int, bytes, str], None]
 """`answered(code, message, details)`: gRPC's status code, 0 for a serialized response, and the error's text."""
@@ -256,7 +256,8 @@ class FrontEnd:
     """The engine as a front-end process sees it, whichever process that is now: an `Infer`.
 
     `folder` has its sockets, None while there is none; `reason` says why the last one ended, where that is known.
-    `is_announced`: every front-end process knows it, so that a client may count on any of them.
+    `is_announced`: every front-end process knows it, so that a client may count on any of them, and it has not been
+    reported to fail, after which it may not answer any more.
     """
 
     def __init__(self, on_lost: Callable[[], None] = lambda: None) -> None:
@@ -312,7 +313,8 @@ class FrontEnd:
         number = next(self._numbers)
         with self._lock:
             connection = self._connection
-            is_mine = connection is None or (path in _OF_SERVER and not self.is_announced)
+            is_of_server = path in _OF_SERVER and (path != HEALTH_CHECK or not payload)
+            is_mine = connection is None or (is_of_server and not self.is_announced)
             if not is_mine:
                 self._raw[number] = path, answered
         if is_mine or connection is None:

@@ -38,7 +38,7 @@ class Relay:
         exchange: Exchange = scope["exchange"]
         path = exchange.url.partition(b"?")[0]
         folder = self._link.folder
-        if folder is None or (path == _READY and not self._link.is_announced):
+        if folder is None or (path in (_READY, *_LIVE) and not self._link.is_announced):
             self._answer(exchange, path)
             return
         writer: asyncio.StreamWriter | None = None

@@ -90,7 +90,7 @@ async def follow(folder: Path, link: FrontEnd, streams: "Streams", ports: Ports,
 
 async def _obey(told: dict[str, Any], link: FrontEnd, streams: "Streams", ports: Ports) -> None:
     if "reason" in told:
-        link.reason = told["reason"]
+        link.reason, link.is_announced = told["reason"], False
         await streams.refuse()
         await ports.open()
     elif "engine" in told:
