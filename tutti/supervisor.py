@@ -30,7 +30,7 @@ STOP_TIMEOUT_S = 60.0
 STOP_STARTING_S = 5.0
 
 
-class Engine:
+class EngineProcess:
     """One process of the engine, and what it has reported."""
 
     def __init__(self, process: asyncio.subprocess.Process, reports: asyncio.StreamReader, folder: Path) -> None:
@@ -43,7 +43,7 @@ class Engine:
         self._reports = reports
 
     @classmethod
-    async def start(cls, command: Sequence[str], folder: Path) -> "Engine":
+    async def start(cls, command: Sequence[str], folder: Path) -> "EngineProcess":
         ours, theirs = os.pipe()
         reader = asyncio.StreamReader()
         file = os.fdopen(ours, "rb", buffering=0)  # the reader's transport closes it
@@ -89,7 +89,7 @@ class Supervisor:
         self._restarts = Restarts()
         self._stop = asyncio.Event()
         self._broken = ""
-        self._engine: Engine | None = None
+        self._engine: EngineProcess | None = None
         self._starts = 0
 
     async def run(self, host: str, http_port: int, grpc_port: int) -> int:
@@ -130,7 +130,7 @@ class Supervisor:
             self._starts += 1
             own = folder / str(self._starts)
             own.mkdir()
-            engine = self._engine = await Engine.start(command, own)
+            engine = self._engine = await EngineProcess.start(command, own)
             following = asyncio.create_task(self._follow(engine, addresses))
             await _first(engine.process.wait(), engine.is_given_up.wait(), self._stop.wait())
             if self._stop.is_set():
@@ -147,7 +147,7 @@ class Supervisor:
             await _within(then.delay_s, self._stop.wait())
         return 0
 
-    async def _follow(self, engine: Engine, addresses: str) -> None:
+    async def _follow(self, engine: EngineProcess, addresses: str) -> None:
         """Do what the engine's reports ask for, until it ends."""
         opening: asyncio.Task[None] | None = None
         try:
@@ -165,7 +165,7 @@ class Supervisor:
             if opening is not None:
                 opening.cancel()
 
-    async def _open(self, engine: Engine, addresses: str) -> None:
+    async def _open(self, engine: EngineProcess, addresses: str) -> None:
         try:
             await self._front_ends.open(engine.folder)
         except OSError as error:
@@ -174,7 +174,7 @@ class Supervisor:
             return
         _log.info("listening on %s, engine in process %d", addresses, engine.process.pid)
 
-    def _give_up(self, engine: Engine) -> None:
+    def _give_up(self, engine: EngineProcess) -> None:
         if engine.process.returncode is None:
             _log.error("the engine's process %d does not end by itself and is killed", engine.process.pid)
             engine.kill()

@@ -311,6 +311,18 @@ def test_clients_keep_their_connections_while_the_engine_is_replaced(
         assert f"has ended: {reason}; it is started anew" in server.log.read_text()
 
 
+def test_an_engine_that_hangs_for_no_known_reason_is_not_said_to_live(repository: Repository, tmp_path: Path) -> None:
+    with running(repository, tmp_path) as server:
+        before = server.engine()
+        os.kill(before, signal.SIGSTOP)
+        assert not server.is_live()
+        assert not server.is_ready()
+        os.kill(before, signal.SIGCONT)
+        wait_until(server.is_ready)
+        assert server.is_live()
+        assert server.engine() == before
+
+
 def test_a_failed_device_is_told_at_once_while_the_process_still_lives(repository: Repository, tmp_path: Path) -> None:
     with running(repository, tmp_path) as server:
         before = server.engine()

@@ -42,6 +42,7 @@ class FrontEnds:
         self._keepers: list[asyncio.Task[None]] = []
         # What one that is started now is told.
         self._state: list[Mapping[str, object]] = []
+        self._engine: Path | None = None
         self._has_opened = False
         self._is_stopping = False
         self._failed = asyncio.Event()
@@ -69,6 +70,7 @@ class FrontEnds:
 
         Raises OSError when one cannot.
         """
+        self._engine = engine
         self._tell_all({"engine": str(engine)})
         linked = [asyncio.create_task(place.linked.wait()) for place in self._places]
         failed = asyncio.create_task(self._failed.wait())
@@ -130,7 +132,7 @@ class FrontEnds:
                 place.tell(line)
             assert process.stdout is not None
             async for said in process.stdout:
-                if said.strip() == b"linked":
+                if said.decode().strip() == f"linked {self._engine}":
                     place.linked.set()
             status = await process.wait()
             place.linked.clear()

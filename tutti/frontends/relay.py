@@ -25,6 +25,8 @@ _MODEL_READY = re.compile(rb"/v2/models/([^/]+)(?:/versions/[0-9]+)?/ready")
 _NO_BODY = (204, 304)
 _MAX_HEAD_BYTES = 1 << 20
 _PART_BYTES = 1 << 16
+# Whoever asks for the server's health is answered though the engine is not: it may hang.
+PROBE_TIMEOUT_S = 2.0
 
 
 class Relay:
@@ -38,16 +40,20 @@ class Relay:
         exchange: Exchange = scope["exchange"]
         path = exchange.url.partition(b"?")[0]
         folder = self._link.folder
-        if folder is None or (path in (_READY, *_LIVE) and not self._link.is_announced):
+        is_probe = path == _READY or path in _LIVE
+        if folder is None or (is_probe and not self._link.is_announced):
             self._answer(exchange, path)
             return
         writer: asyncio.StreamWriter | None = None
         try:
-            reader, writer = await asyncio.open_unix_connection(str(folder / "http"), limit=_MAX_HEAD_BYTES)
-            writer.writelines(_request(exchange))
-            await _pass_on(reader, exchange)
+            async with asyncio.timeout(PROBE_TIMEOUT_S if is_probe else None):
+                reader, writer = await asyncio.open_unix_connection(str(folder / "http"), limit=_MAX_HEAD_BYTES)
+                writer.writelines(_request(exchange))
+                await _pass_on(reader, exchange)
         except (OSError, EOFError, asyncio.LimitOverrunError):
-            if exchange.parts is None:
+            if path in _LIVE and self._link.is_announced:
+                exchange.connection.respond(exchange, 503, "the engine's process does not answer")
+            elif exchange.parts is None:
                 self._answer(exchange, path)
             else:
                 exchange.connection.abort()  # half a response is out: only a broken connection tells the client

@@ -177,6 +177,8 @@ class Server:
             await self._grpcio.stop(_LAST_S)
         if self._grpc is not None:
             self._grpc.stop()
+        if self._sockets is not None:
+            self._sockets.cleanup()
         await asyncio.sleep(_LAST_S)  # what was written last is on its way
 
     async def stop(self, drain_s: float = 0.0) -> None:

@@ -102,7 +102,7 @@ async def _obey(told: dict[str, Any], link: FrontEnd, streams: "Streams", ports:
             return
         await streams.send_to(engine / "grpc")
         await ports.open()
-        print("linked", flush=True)
+        print(f"linked {engine}", flush=True)
     elif told.get("ready"):
         link.is_announced = link.folder is not None
 
