@@ -12,7 +12,7 @@ DIGITS := config:resnet,num_labels=10,embedding_size=16,hidden_sizes=[16,32,64],
 BUILT := $(REPO)/speech_vad/1/model.onnx $(REPO)/text_encoder/1/model.onnx $(REPO)/image_classifier/1/model.onnx
 EXPORT := $(wildcard export/*.py)
 
-.PHONY: demo test test-fast check bench bench-cluster bench-export bench-loadtest chaos chaos-short profile fuzz models loadtest loadtest-cluster triton clean
+.PHONY: demo test test-fast check bench bench-cluster bench-export bench-loadtest chaos chaos-short profile fuzz gpu-kit models loadtest loadtest-cluster triton clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.ready
@@ -59,6 +59,10 @@ bench-export: $(VENV)/.ready-dev
 
 bench-loadtest: $(VENV)/.ready-dev
 	$(BIN)/python -m benchmarks.loadtested --report benchmarks/loadtest.md
+
+# The folder that goes to a machine with a GPU and no network (docs/gpu.md).
+gpu-kit: $(VENV)/.ready-dev
+	$(BIN)/python -m benchmarks.gpu.kit gpu-kit
 
 chaos-short: $(VENV)/.ready-dev
 	$(BIN)/python -m benchmarks.chaos --minutes 2 --faults 10

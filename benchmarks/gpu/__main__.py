@@ -1,6 +1,7 @@
 """`python -m benchmarks.gpu PART --out FOLDER [--device cpu] [--minutes 8.5]`, and `... report FOLDER...`."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ PARTS = {
     "triton": triton.lines,
     "onnxruntime": onnx_cuda.lines,
 }
-WORK = Path("/tmp/tutti-gpu")
+WORK = Path(os.environ.get("TUTTI_WORK", "/tmp/tutti-gpu"))
 
 
 def main() -> int:
@@ -46,9 +47,11 @@ def run(options: argparse.Namespace) -> int:
     about = machine.about(options.device)
     print(machine.sentence(about), file=sys.stderr)
     lines = PARTS[options.part](is_short)
+    kept = []
     if options.only:
         lines = [line for line in lines if any(text in line.name for text in options.only)]
-    record = frame.run(options.part, lines, settings, about)
+        kept = frame.earlier(options.part, lines, settings, about)
+    record = frame.run(options.part, lines, settings, about, kept)
     print(machine.sentence(about))
     print(frame.table(record))
     wrong = [row for entry in record.lines for row in entry["rows"] if row.get("right") is False]

@@ -57,10 +57,12 @@ class Settings:
 class Record:
     """A part's JSON in `out`, with a copy in `work` that the parts after it find when `out` was emptied."""
 
-    def __init__(self, part: str, settings: Settings, machine: dict[str, Any]) -> None:
+    def __init__(
+        self, part: str, settings: Settings, machine: dict[str, Any], kept: Sequence[dict[str, Any]] = ()
+    ) -> None:
         self.part = part
         self._paths = [settings.out / f"{part}.json", settings.work / f"{part}.json"]
-        self.lines: list[dict[str, Any]] = []
+        self.lines: list[dict[str, Any]] = list(kept)
         self._head = {
             "part": part,
             "machine": machine,
@@ -80,11 +82,13 @@ class Record:
             fresh.replace(path)
 
 
-def run(part: str, lines: Sequence[Line], settings: Settings, machine: dict[str, Any]) -> Record:
-    """All lines, as far as the time goes. The most valuable come first."""
+def run(
+    part: str, lines: Sequence[Line], settings: Settings, machine: dict[str, Any], kept: Sequence[dict[str, Any]] = ()
+) -> Record:
+    """All lines, as far as the time goes; the most valuable come first. `kept` are entries of an earlier run."""
     for folder in (settings.out, settings.work):
         folder.mkdir(parents=True, exist_ok=True)
-    record = Record(part, settings, machine)
+    record = Record(part, settings, machine, kept)
     clock = Clock(settings.minutes * 60)
     for number, line in enumerate(lines, 1):
         clock.say(f"{part} {number}/{len(lines)}: {line.name}")
@@ -105,13 +109,23 @@ def run(part: str, lines: Sequence[Line], settings: Settings, machine: dict[str,
     return record
 
 
+def earlier(part: str, lines: Sequence[Line], settings: Settings, machine: dict[str, Any]) -> list[dict[str, Any]]:
+    """What an earlier run on this machine with this commit has of other lines than `lines`."""
+    path = settings.work / f"{part}.json"
+    record = json.loads(path.read_text()) if path.exists() else {}
+    if record.get("machine") != machine or record.get("short") != settings.is_short:
+        return []
+    again = {line.name for line in lines}
+    return [entry for entry in record["lines"] if entry["line"] not in again]
+
+
 class Clock:
     """The time that a part has, and progress with the time left on the standard error."""
 
-    def __init__(self, seconds: float, to: TextIO = sys.stderr) -> None:
+    def __init__(self, seconds: float, to: TextIO | None = None) -> None:
         self._began = time.monotonic()
         self._seconds = seconds
-        self._to = to
+        self._to = to or sys.stderr
 
     @property
     def left_s(self) -> float:

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib.util
 import json
 import re
 import signal
@@ -160,9 +161,18 @@ def tutti(repository: Path, log: Path, *flags: str, first_path: Path | None = No
     environment = frame.environment()
     if first_path is not None:
         environment["PYTHONPATH"] = f"{first_path}:{environment['PYTHONPATH']}"
+        environment["LD_LIBRARY_PATH"] = ":".join([*_cuda_libraries(), environment.get("LD_LIBRARY_PATH", "")])
     command = [sys.executable, "-m", "tutti.cli", "serve", str(repository), *named, *flags]
     with running(command, ports, log, env=environment, cwd="/") as server:
         yield server
+
+
+def _cuda_libraries() -> list[str]:
+    """PyTorch's, for a library that would find them only once PyTorch was imported."""
+    torch = importlib.util.find_spec("torch")
+    if torch is None or torch.origin is None:
+        return []
+    return sorted(str(path) for path in (Path(torch.origin).parents[1] / "nvidia").glob("*/lib"))
 
 
 @functools.cache
@@ -183,17 +193,15 @@ def flag(*parts: str) -> str:
 @contextlib.contextmanager
 def tutti_with(make: Callable[[str], Path], wishes: list[str], log: Path, *flags: str) -> Iterator[tuple[Server, str]]:
     """With the first of `wishes` (parts of a configuration) whose repository loads; and that wish."""
-    refused = ""
-    for wish in wishes:
-        try:
-            with contextlib.ExitStack() as stack:
-                server = stack.enter_context(tutti(make(wish), log, *flags))
-                refused = ""
-                yield server, wish
-                return
-        except StartError as error:
-            refused = str(error)
-    raise StartError(refused)
+    with contextlib.ExitStack() as stack:
+        for wish in wishes:
+            try:
+                started = stack.enter_context(tutti(make(wish), log, *flags))
+                break
+            except StartError:
+                if wish == wishes[-1]:
+                    raise
+        yield started, wish
 
 
 class Use:
