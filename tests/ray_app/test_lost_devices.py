@@ -121,3 +121,67 @@ def test_a_sequence_hears_that_its_replica_is_lost() -> None:
         assert not pool.status.members["r0"].is_up
 
     asyncio.run(run())
+
+
+class Source:
+    """The messages of one stream, as Serve hands them over."""
+
+    def __init__(self, messages: Sequence[Any]) -> None:
+        self._messages = iter(messages)
+
+    def __aiter__(self) -> "Source":
+        return self
+
+    async def __anext__(self) -> Any:
+        try:
+            return next(self._messages)
+        except StopIteration:
+            raise StopAsyncIteration from None
+
+    def cancel(self) -> None:
+        """Nothing goes on."""
+
+
+class Streaming:
+    """Replicas that answer twice; the device of r0 fails after `before` answers."""
+
+    def __init__(self, before: int) -> None:
+        self._before = before
+        self.asked: list[str] = []
+
+    def remote(self, message: wire.BatchMessage, generation: int, to: str) -> Source:
+        self.asked.append(to)
+        response = InferResponse("m", "1", [Tensor.of("y", np.zeros((1, 1), np.float32))])
+        good = [(wire.pack_answers([response]), False), (wire.pack_answers([response]), True)]
+        lost = (wire.pack_answers([DeviceLost("device cuda:0 has failed: hang")]), True)
+        return Source([*good[: self._before], lost] if to == "r0" else good)
+
+
+def streamed(replicas: Streaming) -> Answer:
+    """The last answer."""
+
+    async def run() -> Answer:
+        pool = Pool(PoolStatus("gpu"), None, stream=replicas)
+        for member in pool.status.present(["r0", "r1"]):
+            member.saw(member.id, ["m/1"], 0)
+        pool.status.members["r1"].begins(0, 1)  # so that r0 is asked first
+        router = Router([pool], asyncio.get_running_loop())
+        try:
+            return await router.stream(call(1), "m/1", [pool])
+        finally:
+            assert not pool.status.members["r0"].is_up
+
+    return asyncio.run(run())
+
+
+def test_a_stream_that_lost_its_device_before_it_began_begins_elsewhere() -> None:
+    replicas = Streaming(before=0)
+    assert isinstance(streamed(replicas), InferResponse)
+    assert replicas.asked == ["r0", "r1"]
+
+
+def test_a_stream_that_lost_its_device_midway_ends() -> None:
+    replicas = Streaming(before=1)
+    with pytest.raises(Unavailable, match="the replica was lost while it answered"):
+        streamed(replicas)
+    assert replicas.asked == ["r0"]
