@@ -11,6 +11,7 @@ import json
 import random
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +35,7 @@ from tests.serving import engine_over, serving
 from tutti import cli
 from tutti.errors import Internal
 from tutti.frontends.api import Api
+from tutti.frontends.front_ends import FrontEnds
 from tutti.frontends.server import Addresses, Server
 from tutti.shared_memory import SharedMemory
 
@@ -46,7 +48,7 @@ pytestmark = [
 SERVERS: dict[str, dict[str, Any]] = {
     "native": {},
     "grpcio": {"grpc_server": "grpcio"},
-    "front-ends": {"front_end_processes": 2},
+    "front-ends": {},
 }
 X = np.array([[1, 2, 3, 4]], np.float32)
 SIZE = X.nbytes
@@ -81,6 +83,42 @@ def listening(api: Api, options: dict[str, Any]) -> Iterator[Addresses]:
         loop.close()
 
 
+@contextmanager
+def listening_in_processes(api: Api) -> Iterator[Addresses]:
+    """The same behind two front-end processes."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+
+    def run(work: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, loop).result(60)
+
+    async def begin(sockets: Path) -> tuple[Server, FrontEnds, Addresses]:
+        front_ends = FrontEnds(2)
+        ports = [front_ends.reserve("127.0.0.1", 0) for _ in range(2)]
+        taken = Addresses(http_port=ports[0], grpc_port=ports[1], metrics_port=None, behind=sockets / "engine")
+        server = Server(api, taken)
+        (sockets / "engine").mkdir()
+        front_ends.start(server.write_task(sockets))
+        await server.start()
+        await front_ends.open(sockets / "engine")
+        return server, front_ends, taken
+
+    async def end(server: Server, front_ends: FrontEnds) -> None:
+        await front_ends.stop()
+        await server.stop()
+
+    with tempfile.TemporaryDirectory(prefix="tutti-test-") as folder:
+        server, front_ends, taken = run(begin(Path(folder)))
+        try:
+            yield taken
+        finally:
+            run(end(server, front_ends))
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(20)
+        loop.close()
+
+
 @pytest.fixture(scope="module", params=SERVERS)
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     repository = Repository(tmp_path_factory.mktemp("cuda_shm") / "models")
@@ -89,7 +127,8 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     process = machine.process()
     with engine_over(repository.root) as engine:
         api = Api(engine, shared_memory=SharedMemory(True, process))
-        with listening(api, SERVERS[request.param]) as taken:
+        are_processes = request.param == "front-ends"
+        with listening_in_processes(api) if are_processes else listening(api, SERVERS[request.param]) as taken:
             yield Running(f"127.0.0.1:{taken.http_port}", f"127.0.0.1:{taken.grpc_port}", machine, process)
 
 
