@@ -27,6 +27,8 @@ class NumberJob:
     host_ns: int = 0
     factor: int = 3
     stays_there: bool = False
+    # Its output is the memory of its input, as of a model that hands an input on.
+    is_in_place: bool = False
     resident: Any = None
     error: Exception | None = None
     on_end: Callable[["NumberJob"], None] = lambda job: None
@@ -56,7 +58,7 @@ class NumberJob:
         if self.error is not None:
             raise self.error
         (numbers,) = inputs
-        output = np.zeros_like(numbers)
+        output = numbers if self.is_in_place else np.zeros_like(numbers)
 
         def compute() -> None:
             output[:] = numbers * self.factor + 1

@@ -3,7 +3,7 @@ import itertools
 
 import pytest
 
-from tests.devices.driving import COSTS, MS, Feeder, NumberJob, batch_job, simulated
+from tests.devices.driving import BYTES, COSTS, MS, Feeder, NumberJob, batch_job, simulated
 from tutti.devices.jobs import Resident
 from tutti.devices.simulated import Costs, SimulatedDevice, Timeline
 
@@ -222,3 +222,47 @@ def test_memory_errors_are_the_jobs_business() -> None:
     device.timeline.run()
     assert [type(error).__name__ for error in job.failures] == ["OutOfMemory"]
     assert not health.failures()
+
+
+def test_an_output_in_its_inputs_memory_is_right_while_it_is_copied() -> None:
+    device, engine, _ = simulated(dataclasses.replace(COSTS, copy_out_ns_per_byte=5 * MS / BYTES))
+    counter = itertools.count()
+
+    def make() -> NumberJob:
+        return dataclasses.replace(batch_job(device, seed=next(counter)), is_in_place=True)
+
+    feeder = Feeder(device, engine.pipeline("model"), make, 100 * MS)
+    device.timeline.run()
+    assert len(feeder.jobs) > 15 and all(job.is_right() for job in feeder.jobs)
+
+
+def test_an_output_in_its_inputs_memory_that_stays_is_not_overwritten() -> None:
+    device, engine, _ = simulated(COSTS)
+    counter = itertools.count()
+
+    def make() -> NumberJob:
+        return dataclasses.replace(batch_job(device, seed=next(counter)), is_in_place=True, stays_there=True)
+
+    feeder = Feeder(device, engine.pipeline("model"), make, 100 * MS)
+    device.timeline.run()
+    assert len(feeder.jobs) > 30 and all(job.is_right() for job in feeder.jobs)
+
+
+@pytest.mark.parametrize("stage", ["error", "refuse"])
+def test_a_pipeline_that_closes_waits_for_what_a_failed_batch_is_given_anew(stage: str) -> None:
+    device, engine, _ = simulated(COSTS)
+    pipeline = engine.pipeline("model")
+    part = batch_job(device, seed=1)
+    open_while_failing: list[int] = []
+
+    def fail(job: NumberJob) -> None:
+        open_while_failing.append(pipeline.open)
+        pipeline.submit(part, is_again=True)
+
+    job = batch_job(device)
+    setattr(job, stage, ValueError("shapes"))
+    job.on_end = fail
+    pipeline.submit(job)
+    device.timeline.run()
+    assert open_while_failing == [1]  # with 0 a close in another thread would go on
+    assert part.is_right() and not pipeline.open

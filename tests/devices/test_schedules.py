@@ -83,6 +83,7 @@ class Schedule:
         numbers = np.arange(rows, dtype=np.int64) + rng.randrange(1 << 40)
         job = NumberJob(self.device, numbers, rng.choice((0, 10_000, MS)), rng.choice((0, 30_000)))
         job.stays_there = rng.random() < 0.15
+        job.is_in_place = rng.random() < 0.2
         if rng.random() < 0.06:
             job.refuse = InvalidArgument("an id is out of range")
         elif rng.random() < 0.06:

@@ -11,14 +11,14 @@ What a batch is, who waits for it and what to do about errors is its job's busin
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from tutti.devices import pacing
 from tutti.devices.arena import Arena
 from tutti.devices.executions import LEAD_NS, Executions
 from tutti.devices.health import DeviceHealth
-from tutti.devices.interface import Device, Event
+from tutti.devices.interface import Device, DeviceArray, Event, Stream
 from tutti.devices.jobs import Job, Made, Times, aligned, offsets
 from tutti.devices.pipeline import Batch, Execution, Pipeline, Turn
 from tutti.devices.staging import Staging
@@ -217,10 +217,21 @@ class DeviceEngine:
                 if event is not None:
                     device.wait(stream, event)
             device.record(batch.begins, stream)
-            batch.outputs = device.forward(lambda: batch.job.launch(batch.inputs, stream), stream)
+            batch.outputs = device.forward(lambda: self._launched(batch, stream), stream)
         except Exception as error:
             return self._meant(error, batch.pipeline)
         return None
+
+    def _launched(self, batch: Batch, stream: Stream) -> Sequence[DeviceArray]:
+        """The job's outputs. Those that stay outlive the batch, and its inputs' memory is the next one's then."""
+        outputs = batch.job.launch(batch.inputs, stream)
+        there = batch.slot.there if batch.slot is not None else None
+        if there is None:
+            return outputs
+        return [
+            self.device.apart(output, there, stream) if batch.job.stays(index) else output
+            for index, output in enumerate(outputs)
+        ]
 
     def _copy_out(self, batch: Batch) -> None:
         """Have the outputs that leave copied into pinned memory, and notice given of it."""
@@ -259,13 +270,11 @@ class DeviceEngine:
                     return
                 self._account(batch)
                 is_over = batch not in self._leaving
-                if is_over:
-                    self._end(batch)
         except Exception as failure:
             self._lose_by(failure)
             return
         if is_over:
-            self._finish(batch)
+            self._end(batch)
         self._grant()
 
     def _left(self, batch: Batch, left: Event, error: Exception | None) -> None:
@@ -278,10 +287,8 @@ class DeviceEngine:
             self._staging.recycle(left)
             self._leaving.discard(batch)
             is_over = batch not in self._executions.granted  # its execution's notice comes from another thread
-            if is_over:
-                self._end(batch)
         if is_over:
-            self._finish(batch)
+            self._end(batch)
         self._grant()
 
     def _account(self, batch: Batch) -> None:
@@ -303,7 +310,6 @@ class DeviceEngine:
         if batch.copied is not None and batch.copy_begins is not None:
             pipeline.copy.record(batch.job.rows, max(1, device.elapsed_ns(batch.copy_begins, batch.copied)))
         self._charge(batch, alone_ns)
-        self._staging.give_back(batch)
         self._staging.recycle(batch.copy_begins, batch.copied, batch.begins)
         batch.copy_begins = batch.copied = batch.begins = None
 
@@ -444,9 +450,17 @@ class DeviceEngine:
     # Endings.
 
     def _end(self, batch: Batch) -> None:
-        batch.pipeline.open -= 1
-        if not batch.pipeline.open:
-            self._idle.notify_all()
+        """It has executed, and its outputs have left, which may be its inputs' memory."""
+        self._staging.give_back(batch)
+        self._finish(batch)
+        self._forget(batch)
+
+    def _forget(self, batch: Batch) -> None:
+        """Its job has been told: what that had executed again is open by now, so that a close waits for it."""
+        with self._lock:
+            batch.pipeline.open -= 1
+            if not batch.pipeline.open:
+                self._idle.notify_all()
 
     def _drop(self, batch: Batch, error: Exception) -> None:
         """A batch that could not be staged."""
@@ -454,10 +468,10 @@ class DeviceEngine:
             if self._lost:
                 return  # failed with all others
             batch.pipeline.submitted.remove(batch)
-            self._end(batch)
-            self._staging.give_back(batch)
+        self._staging.give_back(batch)
         batch.drop_tensors()
         batch.job.fail(error)
+        self._forget(batch)
         self._grant()
 
     def _meant(self, error: Exception, pipeline: Pipeline) -> Exception:
@@ -502,9 +516,7 @@ class DeviceEngine:
         for batch in batches:
             batch.drop_tensors()
             batch.job.fail(self._loss(batch.pipeline))
-        with self._lock:
-            for batch in batches:
-                self._end(batch)
+            self._forget(batch)
         for pipeline in self.pipelines():
             self._offer(pipeline)
 

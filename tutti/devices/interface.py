@@ -75,6 +75,9 @@ class Device(Protocol):
     def view(self, block: DeviceBlock, offset: int, datatype: str, shape: Sequence[int]) -> DeviceArray:
         """The tensor of `shape` that begins at `offset`, a multiple of 256, of the block."""
 
+    def apart(self, array: DeviceArray, block: DeviceBlock, stream: Stream) -> DeviceArray:
+        """The array; where its memory is the block's, a copy, made in the stream's order."""
+
     def nbytes(self, array: DeviceArray) -> int:
         """What the array's elements take, row-major without gaps."""
 

@@ -303,6 +303,13 @@ class SimulatedDevice:
         array: Array = block.memory[offset : offset + size].view(NUMPY[datatype]).reshape(shape)
         return array
 
+    def apart(self, array: Array, block: Any, stream: Any) -> Array:
+        if not np.may_share_memory(array, block.memory):
+            return array
+        copy = np.empty_like(array)
+        self._submit(stream, self._timed(self.execution, 0, lambda: np.copyto(copy, array)))
+        return copy
+
     def nbytes(self, array: Any) -> int:
         return int(array.nbytes)
 
