@@ -283,3 +283,19 @@ def test_tensors_stay_on_the_device_between_steps(
         assert answer.tensor("LAST").array()[0, :, 0].tolist() == [n * 4.0, n * 4.0 + 4.0]
     # Only the last step's outputs leave the device, or the first one's where the others are elsewhere.
     assert len(copied) == executed
+
+
+def test_what_stays_of_a_model_that_hands_its_input_on_is_kept(repository: Repository) -> None:
+    repository.add("same", SAME + ON_GPU, {"model.pt": scripted(Identity())})
+
+    def request(n: int) -> InferRequest:
+        made = InferRequest("same", {"x": Tensor.of("x", np.full((1, 1, 4), n, np.float32))})
+        made.device_outputs = frozenset({"y"})
+        return made
+
+    with engine_over(repository.root) as engine:
+        answers = [infer(engine, [request(n)])[0] for n in range(10)]
+        for n, answer in enumerate(answers):
+            assert isinstance(answer, InferResponse), answer
+            assert not isinstance(answer.tensor("y").data, np.ndarray)
+            assert answer.tensor("y").array().tolist() == [[[n] * 4]]
