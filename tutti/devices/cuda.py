@@ -4,6 +4,7 @@ One thread submits all work of a device: each thread that multiplies matrices ke
 stream that somebody waits for sleeps until the device reaches an event; the interpreter's lock is free meanwhile.
 """
 
+import contextlib
 import logging
 import queue
 import threading
@@ -50,8 +51,11 @@ class CudaDevice:
         self._alarms = Alarms(f"{self.name} alarms")
         self._waiters: dict[Any, _Waiter] = {}
         self._probe: tuple[Any, Any] | None = None
+        self._memory: Any = None
         self._thread = threading.Thread(target=self._run, name=f"{self.name} submits", daemon=True)
         self._thread.start()
+        self.alarm(0, self._enter)
+        self.call(self._enter)  # raises what CUDA says where it does not begin
 
     # Threads.
 
@@ -74,8 +78,15 @@ class CudaDevice:
             waiter.close()
         self._alarms.close()
 
-    def _run(self) -> None:
+    def _enter(self) -> None:
+        """Make the device the calling thread's: CUDA would use, and begin, device 0 in a new one.
+
+        The call after it gives the thread its context, which PyTorch leaves to chance and compiled kernels need.
+        """
         torch.cuda.set_device(self._index)
+        torch.cuda.current_stream(self._index).query()
+
+    def _run(self) -> None:
         while (work := self._posted.get()) is not None:
             try:
                 work()
@@ -93,7 +104,10 @@ class CudaDevice:
         block.tensor = block.array = None
 
     def device_block(self, size: int) -> _DeviceBlock:
-        return _DeviceBlock(size, self.name)
+        """From a stream that executes nothing: memory that PyTorch keeps of another one may be in use there still."""
+        self._memory = self._memory or self.stream()
+        with torch.cuda.stream(self._memory):
+            return _DeviceBlock(size, self.name)
 
     def free_device(self, block: Any) -> None:
         block.tensor = None
@@ -150,7 +164,7 @@ class CudaDevice:
     def notify(self, event: Any, stream: Any, notice: Notice) -> None:
         waiter = self._waiters.get(stream)
         if waiter is None:
-            waiter = self._waiters[stream] = _Waiter(f"{self.name} waits {len(self._waiters)}")
+            waiter = self._waiters[stream] = _Waiter(f"{self.name} waits {len(self._waiters)}", self._enter)
         waiter.queue.put((event, notice))
 
     def forward(self, launch: Callable[[], Any], stream: Any) -> Any:
@@ -196,8 +210,10 @@ class CudaDevice:
 class _Waiter:
     """Waits for the events of one stream, in their order."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, enter: Callable[[], None]) -> None:
+        """`enter` is called first in its thread."""
         self.queue: queue.SimpleQueue[tuple[Any, Notice] | None] = queue.SimpleQueue()
+        self._enter = enter
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -206,6 +222,8 @@ class _Waiter:
         self._thread.join(timeout=1)  # one that waits for what never comes goes with the process
 
     def _run(self) -> None:
+        with contextlib.suppress(Exception):  # the device is lost: so say the events
+            self._enter()
         while (entry := self.queue.get()) is not None:
             event, notice = entry
             failure: Exception | None = None
