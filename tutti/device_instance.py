@@ -15,8 +15,8 @@ from tutti.devices.engine import DeviceEngine
 from tutti.devices.interface import DeviceArray, Stream
 from tutti.devices.jobs import Made, Part, Times
 from tutti.devices.pipeline import Pipeline
-from tutti.errors import DeviceLost, OutOfMemory
-from tutti.scheduler import Answers, Scheduler, deliver
+from tutti.errors import DeviceLost, InferError, OutOfMemory
+from tutti.scheduler import Answers, Scheduler, as_infer_error, deliver
 from tutti.statistics import BatchTimes, ModelStatistics
 from tutti.types import Call, InferRequest, now_ns
 
@@ -107,10 +107,37 @@ class DeviceInstance:
         self._backend.pipeline.submit(self._job(batch, is_last), is_again=True)
 
     def _job(self, batch: Sequence[Call], is_last: bool = False) -> "_Job":
-        return _Job(self, batch, self._backend.batch([call.request for call in batch]), is_last)
+        work: DeviceWork
+        try:
+            work = self._backend.batch([call.request for call in batch])
+        except Exception as error:
+            work = _Unmade(as_infer_error(self.name, error))
+        return _Job(self, batch, work, is_last)
 
     def reclaim(self) -> None:
         self._backend.engine.reclaim()
+
+
+class _Unmade:
+    """In the place of a batch that could not be made: fails as one that could not be staged."""
+
+    def __init__(self, error: InferError) -> None:
+        self._error = error
+
+    def parts(self) -> list[Part]:
+        raise self._error
+
+    def launch(self, arrays: Sequence[DeviceArray], stream: Stream) -> Sequence[DeviceArray]:
+        raise self._error
+
+    def stays(self, index: int) -> bool:
+        return False
+
+    def answers(self, outputs: Sequence[Made]) -> Answers:
+        raise self._error
+
+    def failure(self, error: Exception) -> InferError:
+        return self._error
 
 
 class _Job:

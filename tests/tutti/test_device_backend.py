@@ -299,3 +299,72 @@ def test_what_stays_of_a_model_that_hands_its_input_on_is_kept(repository: Repos
             assert isinstance(answer, InferResponse), answer
             assert not isinstance(answer.tensor("y").data, np.ndarray)
             assert answer.tensor("y").array().tolist() == [[[n] * 4]]
+
+
+class Unreadable:
+    """A tensor on a device that gives nothing back."""
+
+    device = "cuda:0"
+    nbytes = 16
+
+    def array(self) -> np.ndarray:
+        raise RuntimeError("nothing comes from there")
+
+
+def test_a_batch_that_cannot_be_made_is_answered_and_the_next_one_served(repository: Repository) -> None:
+    text = IDS + ' parameters { key: "tutti.buckets.ids" value { string_value: "4, 8" } }'
+    repository.add("m", text, {"model.pt": scripted(Embed())})
+    unreadable = InferRequest("m", {"ids": Tensor("ids", "INT64", (1, 2), Unreadable())})  # type: ignore[arg-type]
+    with engine_over(repository.root) as engine:
+        good, bad = infer(engine, [ids_request(1, 2), unreadable])
+        (after,) = infer(engine, [ids_request(1, 2)])
+    assert isinstance(bad, InferError) and "nothing comes from there" in bad.message
+    assert isinstance(good, InferResponse) and isinstance(after, InferResponse)
+
+
+RAGGED = """
+backend: "pytorch" max_batch_size: 8
+input { name: "x" data_type: TYPE_FP32 dims: -1 allow_ragged_batch: true }
+output { name: "double" data_type: TYPE_FP32 dims: -1 }
+batch_input {
+  kind: BATCH_ACCUMULATED_ELEMENT_COUNT target_name: "ends" data_type: TYPE_INT32 source_input: "x"
+}
+batch_output { target_name: "double" kind: BATCH_SCATTER_WITH_INPUT_SHAPE source_input: "x" }
+dynamic_batching { }
+instance_group { kind: KIND_GPU }
+"""
+
+
+class Double(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + x
+
+
+@pytest.mark.parametrize("stays", [False, True])
+def test_ragged_outputs_that_would_stay_are_parts_of_their_inputs_shapes(repository: Repository, stays: bool) -> None:
+    repository.add("m", RAGGED, {"model.pt": scripted(Double())})
+    inputs = [np.arange(n, dtype=np.float32)[np.newaxis] + 100 * n for n in (3, 1, 7, 3)]
+    requests = [InferRequest("m", {"x": Tensor.of("x", x)}) for x in inputs]
+    for request in requests:
+        request.device_outputs = frozenset({"double"} if stays else ())
+    with engine_over(repository.root) as engine:
+        answers = infer(engine, requests)
+        for x, answer in zip(inputs, answers, strict=True):
+            assert isinstance(answer, InferResponse), answer
+            assert answer.tensor("double").array().tolist() == (x + x).tolist()
+
+
+class OnHost(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.ones(x.shape[0], 4)
+
+
+def test_outputs_that_a_module_makes_elsewhere_come_to_its_device(repository: Repository) -> None:
+    from tutti.backends.pytorch import Module
+    from tutti.repository import open_model
+
+    repository.add("same", SAME, {"model.pt": b""})
+    config = open_model(repository.root, "same").config
+    module = Module(config, OnHost(), ["x"], "meta")
+    (output,) = module({"x": torch.ones(2, 4, device="meta")}, ["y"])
+    assert output.device.type == "meta" and output.shape == (2, 4)

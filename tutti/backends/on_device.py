@@ -129,8 +129,9 @@ class DeviceBatch:
         self._names, self._is_alike = backend.wanted(requests)
         self._order: list[tuple[str, int]] = []
         first, *others = (request.device_outputs for request in requests)
-        # A part of what stays would hold all of it; but rows of one batch go the same way.
-        self._staying = first.intersection(*others) if first else first
+        # A part of what stays would hold all of it; but rows of one batch go the same way. Parts of unequal shapes are
+        # cut from host memory.
+        self._staying = first.intersection(*others) if first and not backend.config.ragged else frozenset()
 
     def parts(self) -> list[Part]:
         """The inputs, in the program's order. Raises InferError for what must not reach the device."""

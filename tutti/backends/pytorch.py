@@ -46,7 +46,11 @@ def load(folder: ModelFolder, version: int, infer: Infer) -> list[Backend]:
     for group, number in backends.instances(config):
         device = _device(config, group, number)
         if device not in modules:
-            modules[device] = Module(config, *_forward(config, _file(folder, version, device), _place(device)))
+            modules[device] = Module(
+                config, *_forward(config, _file(folder, version, device), _place(device)), _place(device)
+            )
+            if _place(device) != "cpu":
+                torch.cuda.synchronize(device)  # it loads on this thread's stream, and executes on another
         if device == "cpu":
             loaded.append(TorchBackend(config, str(version), modules[device]))
         else:
@@ -134,8 +138,11 @@ def _order(config: ModelConfig, arguments: Sequence[str]) -> list[str]:
 class Module:
     """A model's callable, whose inputs and outputs have names."""
 
-    def __init__(self, config: ModelConfig, forward: Callable[..., Any], arguments: Sequence[str]) -> None:
+    def __init__(
+        self, config: ModelConfig, forward: Callable[..., Any], arguments: Sequence[str], device: str = "cpu"
+    ) -> None:
         self._forward = forward
+        self._device = torch.device(device)
         self.order = _order(config, arguments)
         self._outputs = {spec.name: TORCH[spec.datatype] for spec in config.outputs}
         for state in config.sequences.states if config.sequences is not None else ():
@@ -145,10 +152,10 @@ class Module:
         )
 
     def __call__(self, inputs: Mapping[str, Any], names: Sequence[str]) -> list[Any]:
-        """The outputs `names`, in their configured datatypes and without gaps."""
+        """The outputs `names` on the module's device, in their configured datatypes and without gaps."""
         with self._mode():
             made = self._named(self._forward(*[inputs[name] for name in self.order if name in inputs]))
-            return [made[name].detach().to(self._outputs[name]).contiguous() for name in names]
+            return [made[name].detach().to(self._device, self._outputs[name]).contiguous() for name in names]
 
     def _named(self, made: Any) -> Mapping[str, Any]:
         """The outputs by name."""

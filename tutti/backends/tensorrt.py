@@ -108,6 +108,7 @@ class TensorRtProgram:
         self._profile = _Profile(self._engine, self.inputs)
         with torch.cuda.device(number):
             self._context = self._engine.create_execution_context()
+            torch.cuda.synchronize()  # what this thread's stream has begun, others execute with
         if self._context is None:
             raise ConfigError(f"model '{config.name}': TensorRT has no memory for an execution context")
 
