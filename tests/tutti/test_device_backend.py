@@ -368,3 +368,19 @@ def test_outputs_that_a_module_makes_elsewhere_come_to_its_device(repository: Re
     module = Module(config, OnHost(), ["x"], "meta")
     (output,) = module({"x": torch.ones(2, 4, device="meta")}, ["y"])
     assert output.device.type == "meta" and output.shape == (2, 4)
+
+
+def test_parts_of_a_padded_batch_that_failed_are_cut_to_their_own_lengths(repository: Repository) -> None:
+    text = (
+        IDS
+        + """
+    parameters { key: "tutti.buckets.ids" value { string_value: "4, 8" } }
+    parameters { key: "tutti.unpad.vectors" value { string_value: "ids" } }"""
+    )
+    repository.add("m", text, {"model.pt": scripted(Picky())})
+    with engine_over(repository.root) as engine:
+        short, bad, longer = infer(engine, [ids_request(1, 2), ids_request(13, 1), ids_request(5, 6, 7)])
+    assert isinstance(bad, Internal)
+    for answer, numbers in ((short, [1.0, 2.0]), (longer, [5.0, 6.0, 7.0])):
+        assert isinstance(answer, InferResponse), answer
+        assert answer.tensor("vectors").array()[0, :, 0].tolist() == numbers

@@ -123,9 +123,16 @@ class Padded(_Wrapped):
         self._is_batched = config.is_batched
 
     def inwards(self, requests: Sequence[InferRequest]) -> tuple[list[InferRequest], Callable[[Answers], Answers]]:
-        padded = [replace(request, inputs=dict(request.inputs)) for request in requests]
+        padded = [replace(request, inputs=self._own(request.inputs)) for request in requests]
         lengths = self._padding.pad(padded, self._is_batched)
         return padded, lambda answers: self._cut(answers, lengths)
+
+    def _own(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inputs, of which those to be padded may be changed: the request is executed again if its batch fails."""
+        return {
+            name: Tensor(name, tensor.datatype, tensor.shape, tensor.data) if name in self._padding.inputs else tensor
+            for name, tensor in inputs.items()
+        }
 
     def _cut(self, answers: Answers, lengths: Sequence[Mapping[str, int]]) -> Answers:
         if self._padding.outputs:
