@@ -11,7 +11,7 @@ from tests.serving import engine_over, infer
 from tests.tutti.test_pytorch_backend import CONFIG, Subtract, ask, exported, scripted
 from tutti.devices import engines, health
 from tutti.errors import DeviceLost, InferError, Internal, InvalidArgument, OutOfMemory
-from tutti.types import InferRequest, InferResponse, Tensor
+from tutti.types import InferRequest, InferResponse, Tensor, now_ns
 
 torch = pytest.importorskip("torch")
 pytestmark = [
@@ -384,3 +384,15 @@ def test_parts_of_a_padded_batch_that_failed_are_cut_to_their_own_lengths(reposi
     for answer, numbers in ((short, [1.0, 2.0]), (longer, [5.0, 6.0, 7.0])):
         assert isinstance(answer, InferResponse), answer
         assert answer.tensor("vectors").array()[0, :, 0].tolist() == numbers
+
+
+def test_times_are_of_the_hosts_clock_from_the_first_request_on(repository: Repository) -> None:
+    repository.add("m", IDS, {"model.pt": scripted(Embed())})
+    with engine_over(repository.root) as engine:
+        before_ns = now_ns()
+        infer(engine, [ids_request(1)])
+        infer(engine, [ids_request(1)])
+        took_ns = now_ns() - before_ns
+        counts = engine.model("m", "").statistics.counts
+    stages = [of.ns for of in (counts.queue, counts.compute_input, counts.compute_infer, counts.compute_output)]
+    assert min(stages) >= 0 and sum(stages) <= 2 * took_ns  # two requests

@@ -70,9 +70,13 @@ class Timeline:
     """Virtual time: what is to happen when. Ties go in the order in which they were added."""
 
     def __init__(self) -> None:
-        self.now_ns = 0
+        self._now_ns = 0
         self._order = itertools.count()
         self._due: list[tuple[int, int, Callable[[], None]]] = []
+
+    @property
+    def now_ns(self) -> int:
+        return self._now_ns
 
     def at(self, when_ns: int, work: Callable[[], None]) -> None:
         heapq.heappush(self._due, (max(when_ns, self.now_ns), next(self._order), work))
@@ -83,22 +87,26 @@ class Timeline:
     def run(self, until_ns: float = math.inf) -> None:
         """Let time pass until nothing is due, or until then."""
         while self._due and self._due[0][0] <= until_ns:
-            self.now_ns, _, work = heapq.heappop(self._due)
+            self._now_ns, _, work = heapq.heappop(self._due)
             work()
         if until_ns != math.inf:
-            self.now_ns = max(self.now_ns, int(until_ns))
+            self._now_ns = max(self._now_ns, int(until_ns))
 
 
 class LiveTimeline(Timeline):
     """The same in real time: a thread does what is due. `at` and `call` may be used from any thread."""
 
     def __init__(self) -> None:
-        self._start_ns = time.monotonic_ns()
         super().__init__()
         self._changed = threading.Condition()
         self._is_ended = False
         self._thread = threading.Thread(target=self.run, name="simulated device", daemon=True)
         self._thread.start()
+
+    @property
+    def now_ns(self) -> int:
+        """The host's clock, as tutti.types.now_ns."""
+        return time.monotonic_ns()
 
     def at(self, when_ns: int, work: Callable[[], None]) -> None:
         with self._changed:
@@ -126,8 +134,7 @@ class LiveTimeline(Timeline):
                     continue
                 wait_ns = self._due[0][0] - time.monotonic_ns()
                 if wait_ns <= 0:
-                    self.now_ns, _, work = heapq.heappop(self._due)
-                    return work
+                    return heapq.heappop(self._due)[2]
                 self._changed.wait(wait_ns / 1e9)
         return None
 
