@@ -75,7 +75,7 @@ class Padding:
         return body if spec is None else spec.shape_of(body)
 
     def pad(self, requests: Sequence[InferRequest], is_batched: bool) -> list[dict[str, int]]:
-        """Pad the requests of one batch, in place; returns each one's true lengths by input."""
+        """Give the requests of one batch padded inputs; returns each one's true lengths by input."""
         lengths: list[dict[str, int]] = [{} for _ in requests]
         for name, spec in self.inputs.items():
             given = {i: r.inputs[name].shape for i, r in enumerate(requests) if name in r.inputs}
@@ -100,20 +100,24 @@ class Padding:
         return made
 
     def _pad_input(self, requests: Sequence[InferRequest], spec: PaddedInput, is_batched: bool) -> None:
-        """All requests' tensors become stretches of one array, so that joining them is no copy."""
-        tensors = [request.inputs[spec.name] for request in requests if spec.name in request.inputs]
+        """All requests get stretches of one array, so that joining them is no copy.
+
+        The tensors stay as they are: a batch that fails is padded again, in parts.
+        """
+        padded = [request for request in requests if spec.name in request.inputs]
+        tensors = [request.inputs[spec.name] for request in padded]
         wanted = [spec.shape_of(tensor.shape[is_batched:]) for tensor in tensors]
         if not tensors or all(w == t.shape[is_batched:] for w, t in zip(wanted, tensors, strict=True)):
             return
         rows = [tensor.shape[0] if is_batched else 1 for tensor in tensors]
         whole = np.full((sum(rows), *wanted[0]), spec.value, NUMPY[tensors[0].datatype])
         at = 0
-        for tensor, n in zip(tensors, rows, strict=True):
+        for request, tensor, n in zip(padded, tensors, rows, strict=True):
             part = whole[at : at + n]
             body = tensor.shape[is_batched:]
             part[(slice(None), *(slice(size) for size in body))] = tensor.array().reshape(n, *body)
-            tensor.data = part if is_batched else part[0]
-            tensor.shape = tensor.data.shape
+            array = part if is_batched else part[0]
+            request.inputs[spec.name] = Tensor(spec.name, tensor.datatype, array.shape, array)
             at += n
 
     def _fill_in(self, request: InferRequest, spec: PaddedInput, shape: Shape, is_batched: bool) -> None:

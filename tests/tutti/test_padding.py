@@ -130,3 +130,15 @@ def test_mistakes_are_told(changes: dict[str, str], why: str) -> None:
     with pytest.raises(ConfigError, match=r"model 'm': parameters\.tutti\.") as told:
         config.parse(text_of({**PARAMETERS, **changes}), "m")
     assert why in str(told.value)
+
+
+def test_a_batch_can_be_padded_again_in_parts() -> None:
+    """As where it has failed: what the requests hold stays as it came."""
+    padding = config.parse(text_of(PARAMETERS), "m").padding
+    given = [InferRequest("m", {"x": Tensor.of("x", np.ones((1, n), np.float32))}) for n in (5, 7)]
+    for part in (given, given[:1], given[1:]):
+        copies = [InferRequest("m", dict(request.inputs)) for request in part]
+        lengths = padding.pad(copies, is_batched=True)
+        assert [own["x"] for own in lengths] == [request.inputs["x"].shape[1] for request in part]
+        assert {copy.inputs["x"].shape for copy in copies} == {(1, 8)}
+    assert [request.inputs["x"].shape for request in given] == [(1, 5), (1, 7)]
