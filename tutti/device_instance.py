@@ -1,7 +1,7 @@
 """An instance on a device: it takes a batch while the one before executes, when the device's engine says it is time.
 
-Knows what the scheduler wants of an instance, and what to do with a batch that fails: out of memory in halves, else
-alone, request by request, so that only the culprit fails.
+Knows what the scheduler wants of an instance, and what to do with a batch that fails: out of memory in halves; without
+those of its requests that are known to be at fault; else alone, request by request, so that only the culprit fails.
 """
 
 import logging
@@ -15,10 +15,10 @@ from tutti.devices.engine import DeviceEngine
 from tutti.devices.interface import DeviceArray, Stream
 from tutti.devices.jobs import Made, Part, Times
 from tutti.devices.pipeline import Pipeline
-from tutti.errors import DeviceLost, InferError, OutOfMemory
+from tutti.errors import DeviceLost, InferError, InvalidArgument, OutOfMemory
 from tutti.scheduler import Answers, Scheduler, as_infer_error, deliver
 from tutti.statistics import BatchTimes, ModelStatistics
-from tutti.types import Call, InferRequest, now_ns
+from tutti.types import Call, InferRequest, now_ns, settle
 
 _log = logging.getLogger(__name__)
 
@@ -30,6 +30,10 @@ class PipelinedBackend(Protocol):
     pipeline: Pipeline
 
     def batch(self, requests: Sequence[InferRequest]) -> DeviceWork: ...
+
+    def refusals(self, requests: Sequence[InferRequest]) -> Sequence[InferError | None]:
+        """Why each request, looked at by itself, must not be executed; None where nothing is known against it."""
+
     def close(self) -> None: ...
 
 
@@ -114,6 +118,25 @@ class DeviceInstance:
             work = _Unmade(as_infer_error(self.name, error))
         return _Job(self, batch, work, is_last)
 
+    def refusals(self, batch: Sequence[Call]) -> Sequence[InferError | None]:
+        """As the backend's. What cannot be told is left to the requests' own executions."""
+        try:
+            return self._backend.refusals([call.request for call in batch])
+        except Exception:
+            _log.debug("instance %s: could not look for culprits", self.name, exc_info=True)
+            return [None] * len(batch)
+
+    def refuse(self, calls: Sequence[Call], errors: Sequence[InferError], took_ns: int) -> None:
+        """Settle calls that were not executed."""
+        for call, error in zip(calls, errors, strict=True):
+            call.answer = error
+        self.ended(sum([call.rows for call in calls]), took_ns)
+        self.statistics.record_failures(calls, now_ns())
+        try:
+            settle(calls)
+        except Exception:  # a broken sink must not end the device's thread
+            _log.exception("instance %s: could not deliver answers", self.name)
+
     def reclaim(self) -> None:
         self._backend.engine.reclaim()
 
@@ -176,16 +199,32 @@ class _Job:
         deliver(self._instance.name, self._batch, answers, batch_times, self._instance.statistics)
 
     def fail(self, error: Exception) -> None:
-        batch, instance = self._batch, self._instance
+        batch = self._batch
         if isinstance(error, DeviceLost):
             self._settle([error] * len(batch))
         elif isinstance(error, OutOfMemory):
             self._do_with_less(error)
-        elif len(batch) == 1:
+        elif not (isinstance(error, InvalidArgument) and self._do_without_culprits()):
+            self._do_alone(error)
+
+    def _do_alone(self, error: Exception) -> None:
+        if len(self._batch) == 1:
             self._settle([self._work.failure(error)])
-        else:
-            for call in batch:
-                instance.submit_again([call])
+            return
+        for call in self._batch:
+            self._instance.submit_again([call])
+
+    def _do_without_culprits(self) -> bool:
+        """Refuse the requests that are at fault, and execute the others as one batch; False where none is known."""
+        judged = list(zip(self._batch, self._instance.refusals(self._batch), strict=True))
+        left = [call for call, refusal in judged if refusal is None]
+        refused = [(call, refusal) for call, refusal in judged if refusal is not None]
+        if left and refused:
+            self._instance.submit_again(left)
+        if refused:
+            calls, errors = zip(*refused, strict=True)
+            self._instance.refuse(calls, errors, now_ns() - self._start_ns)
+        return bool(refused)
 
     def _do_with_less(self, error: OutOfMemory) -> None:
         batch, instance = self._batch, self._instance

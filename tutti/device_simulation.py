@@ -105,6 +105,9 @@ class _Simulation:
         self.batches.append(len(requests) * self.workload.rows)
         return _Work(self, len(requests))
 
+    def refusals(self, requests: Sequence[InferRequest]) -> list[InferError | None]:
+        return [None] * len(requests)
+
     def close(self) -> None:
         self.pipeline.close()
 

@@ -1,5 +1,6 @@
 """Joining requests into one batch along the first axis, and splitting the outputs back. Pure."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,6 +8,7 @@ import numpy as np
 
 from tutti import dtypes
 from tutti.dtypes import Array
+from tutti.errors import InvalidArgument
 from tutti.types import RAW_TYPES, Columns, InferRequest, InferResponse, Shape, Tensor
 
 
@@ -78,6 +80,22 @@ def _whole(tensors: Sequence[Tensor]) -> Array | None:
         at += data.nbytes
     is_all = at == base.ctypes.data + base.nbytes and base.shape[1:] == tensors[0].shape[1:]
     return base if is_all else None
+
+
+def values(tensor: Tensor) -> Array:
+    """The elements in host memory; wire bytes that need no decoding stay what the tensor has.
+
+    Raises InvalidArgument where data and shape disagree.
+    """
+    data = tensor.data
+    if tensor.datatype == "BYTES" or not isinstance(data, RAW_TYPES):
+        return tensor.array()
+    dtype = dtypes.NUMPY[tensor.datatype]
+    size = math.prod(tensor.shape) * dtype.itemsize
+    if len(data) != size:
+        what = f"expected {size} bytes for {tensor.datatype}{list(tensor.shape)}, got {len(data)}"
+        raise InvalidArgument(f"input '{tensor.name}': {what}")
+    return np.frombuffer(data, dtype).reshape(tensor.shape)
 
 
 def part(tensor: Tensor, start: int, stop: int) -> Tensor:

@@ -252,16 +252,15 @@ def test_a_mask_that_is_filled_in_must_be_in_range(pair: list[int], is_fine: boo
 
 
 class Recording(JoinedBackend):
-    """On a device that is not there: keeps what it was asked to execute."""
+    """As on a device, whose turns it counts: keeps what it was asked to execute."""
 
     def __init__(self, model: config.ModelConfig) -> None:
-        super().__init__(model, "1", "cuda:99")
+        super().__init__(model, "1")
         self.feeds: list[Array] = []
-        assert self._turns is not None
-        self._turns = self  # type: ignore[assignment]
+        self._engine = self._pipeline = self  # type: ignore[assignment]
         self.turns = 0
 
-    def turn(self, model: str) -> "Recording":
+    def turn(self, pipeline: object) -> "Recording":
         self.turns += 1
         return self
 
@@ -287,14 +286,102 @@ def test_nothing_out_of_range_gets_to_a_device() -> None:
         backend.feeds, backend.turns = [], 0
         answers = backend.execute([Call(ids(one), Nobody()) for one in batch])
         good = [one for one in batch if one.min() >= 0 and one.max() <= 3]
-        if len(good) == len(batch):
-            assert backend.turns == 1
-        else:
-            assert backend.turns == len(good), "not for the batch, and not for the culprits"
+        assert backend.turns == len(backend.feeds) == bool(good), "one for all the others, and none for culprits"
         assert np.array_equal(np.concatenate([*backend.feeds, batch[0][:0]]), np.concatenate([*good, batch[0][:0]]))
         for one, answer in zip(batch, answers, strict=True):
             is_good = one.min() >= 0 and one.max() <= 3
             assert looked_up(answer) == one.tolist() if is_good else refused(answer, "model 'm': input 'ids'")  # type: ignore[arg-type]
+
+
+def one_spoilt(at: int, count: int = 64, rows: int = 2, length: int = 3) -> tuple[list[InferRequest], list[Array]]:
+    """`count` requests of which one has an id that is no row, in its last place."""
+    rng = np.random.default_rng(at)
+    arrays = [rng.integers(0, 4, (rows, length)) for _ in range(count)]
+    arrays[at][-1, -1] = 4
+    return [ids(array) for array in arrays], arrays
+
+
+@pytest.mark.parametrize("at", [0, 31, 63])
+def test_of_64_with_one_culprit_63_are_one_execution(at: int) -> None:
+    backend = Recording(config.parse(gather({"ids": [0, 3]}), "m"))
+    requests, arrays = one_spoilt(at)
+    answers = backend.execute([Call(request, Nobody()) for request in requests])
+    assert len(backend.feeds) == 1
+    assert np.array_equal(backend.feeds[0], np.concatenate([*arrays[:at], *arrays[at + 1 :]]))
+    assert refused(answers[at], "model 'm': input 'ids': expected values from 0 to 3, got 4 at [1, 2]")  # type: ignore[arg-type]
+    for number, (answer, array) in enumerate(zip(answers, arrays, strict=True)):
+        assert number == at or looked_up(answer) == array.tolist()  # type: ignore[arg-type]
+
+
+def test_where_all_are_at_fault_nothing_is_executed() -> None:
+    backend = Recording(config.parse(gather({"ids": [0, 3]}), "m"))
+    answers = backend.execute([Call(ids([[0, 4 + number]]), Nobody()) for number in range(5)])
+    assert not backend.feeds
+    for number, answer in enumerate(answers):
+        assert refused(answer, f"got {4 + number} at [0, 1]")  # type: ignore[arg-type]
+
+
+class Picky(Recording):
+    """Fails on what holds a 2, and does not say in which row."""
+
+    def run(self, names: Sequence[str], feed: Mapping[str, Array]) -> Sequence[Array]:
+        made = super().run(names, feed)
+        if (feed["ids"] == 2).any():
+            raise InvalidArgument("a two")
+        return made
+
+
+def test_a_culprit_that_nobody_knows_is_found_by_executing_one_by_one() -> None:
+    backend = Picky(config.parse(gather({"ids": [0, 3]}), "m"))
+    good, unknown, bad, also = backend.execute([Call(ids([[n]]), Nobody()) for n in (1, 2, 9, 3)])
+    assert [feed.tolist() for feed in backend.feeds] == [[[1], [2], [3]], [[1]], [[2]], [[3]]]
+    assert (looked_up(good), looked_up(also)) == ([[1]], [[3]])  # type: ignore[arg-type]
+    assert refused(unknown, "a two") and refused(bad, "got 9 at [0, 0]")  # type: ignore[arg-type]
+
+
+def test_text_that_does_not_decode_costs_its_mates_nothing() -> None:
+    text = gather({}).replace("TYPE_INT64", "TYPE_STRING")
+    backend = Texts(config.parse(text, "m"))
+    good = [Tensor("ids", "BYTES", (1, 1), b"\x01\0\0\0" + letter) for letter in (b"a", b"b")]
+    bad = Tensor("ids", "BYTES", (1, 1), b"\x09\0\0\0x")
+    requests = [InferRequest("m", {"ids": tensor}) for tensor in (good[0], bad, good[1])]
+    first, other, last = backend.execute([Call(request, Nobody()) for request in requests])
+    assert [feed.tolist() for feed in backend.feeds] == [[[b"a"], [b"b"]]]
+    assert isinstance(first, InferResponse) and isinstance(last, InferResponse)
+    assert refused(other, "model 'm': tensor 'ids'")  # type: ignore[arg-type]
+
+
+class Texts(Recording):
+    def run(self, names: Sequence[str], feed: Mapping[str, Array]) -> Sequence[Array]:
+        self.feeds.append(feed["ids"].copy())
+        return [np.zeros(feed["ids"].shape, np.float32)]
+
+
+def test_rows_that_reach_a_step_as_one_request_are_told_apart(repository: Repository) -> None:
+    """An ensemble's rows of several requests travel as one: what fails is asked again by request, together."""
+    repository.add("gather", gather({"ids": [0, 3]}), {"model.onnx": onnx_gather()})
+    repository.add(
+        "chain",
+        """
+        platform: "ensemble" max_batch_size: 8
+        input { name: "IDS" data_type: TYPE_INT64 dims: -1 }
+        output { name: "Y" data_type: TYPE_FP32 dims: -1 }
+        ensemble_scheduling { step { model_name: "gather" input_map { key: "ids" value: "IDS" }
+          output_map { key: "y" value: "Y" } } }
+        """,
+        {},
+    )
+    arrays = [[[n % 4, 1]] for n in range(8)]
+    arrays[5] = [[1, 4]]
+    with engine_over(repository.root) as engine:
+        given = [InferRequest("chain", {"IDS": Tensor.of("IDS", np.array(one, np.int64))}) for one in arrays]
+        answers = infer(engine, given)
+    for number, (answer, array) in enumerate(zip(answers, arrays, strict=True)):
+        if number == 5:
+            assert refused(answer, "model 'gather': input 'ids': expected values from 0 to 3, got 4 at [0, 1]")
+        else:
+            assert isinstance(answer, InferResponse), answer
+            assert answer.tensor("Y").array().tolist() == [[10.0 * n for n in array[0]]]
 
 
 def test_the_culprit_is_refused_and_its_mates_are_answered(repository: Repository) -> None:
@@ -323,7 +410,7 @@ def test_ragged_requests_are_refused_alone(repository: Repository) -> None:
     with engine_over(repository.root) as engine:
         good, bad, other = infer(engine, [ids([[1]]), ids([[0, 0, 4]]), ids([[3, 2]])])
     assert (looked_up(good), looked_up(other)) == ([[10]], [[30, 20]])
-    assert refused(bad, "input 'ids'", "got 4 at [2]")
+    assert refused(bad, "input 'ids'", "got 4 at [0, 2]"), "where it stands in the request, not in the batch"
 
 
 def flat_gather() -> bytes:

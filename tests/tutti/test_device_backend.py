@@ -11,7 +11,7 @@ from tests.serving import engine_over, infer
 from tests.tutti.test_pytorch_backend import CONFIG, Subtract, ask, exported, scripted
 from tutti.devices import engines, health
 from tutti.errors import DeviceLost, InferError, Internal, InvalidArgument, OutOfMemory
-from tutti.types import InferRequest, InferResponse, Tensor, now_ns
+from tutti.types import Call, InferRequest, InferResponse, Tensor, now_ns
 
 torch = pytest.importorskip("torch")
 pytestmark = [
@@ -27,6 +27,10 @@ output [ { name: "vectors" data_type: TYPE_FP32 dims: [ -1, 4 ] } ]
 dynamic_batching { }
 instance_group { kind: KIND_GPU }
 """
+
+
+# All of a test's requests are there before it begins.
+HELD = "dynamic_batching { preferred_batch_size: 64 max_queue_delay_microseconds: 20000000 }"
 
 
 class Embed(torch.nn.Module):
@@ -80,6 +84,95 @@ def test_an_id_out_of_bounds_does_not_reach_the_device(repository: Repository) -
         assert isinstance(answer, InferResponse)
         assert answer.tensor("vectors").array()[0, 0, 0] == first
     assert not health.health.failures()
+
+
+BOUNDED = IDS + """parameters { key: "tutti.bounds" value { string_value: '{"ids": [0, 99]}' } }"""
+BUCKETS = """
+    parameters { key: "tutti.buckets.ids" value { string_value: "4, 8" } }
+    parameters { key: "tutti.unpad.vectors" value { string_value: "ids" } }"""
+
+
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows of each execution that reaches a device, from now on."""
+    from tutti.backends.on_device import DeviceBatch
+
+    seen: list[int] = []
+    launch = DeviceBatch.launch
+
+    def counted(self: DeviceBatch, arrays: Sequence[np.ndarray], stream: object) -> object:
+        seen.append(len(arrays[0]))
+        return launch(self, arrays, stream)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(DeviceBatch, "launch", counted)
+    return seen
+
+
+@pytest.mark.parametrize("extra", ["", BUCKETS])
+@pytest.mark.parametrize("at", [0, 40, 63])
+def test_of_64_with_one_culprit_63_are_one_execution(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch, at: int, extra: str
+) -> None:
+    text = BOUNDED.replace("dynamic_batching { }", HELD) + extra
+    repository.add("m", text, {"model.pt": scripted(Embed())})
+    given = [[n, n + 1, 99 - n] for n in range(64)]
+    given[at][2] = 100
+    seen = launches(monkeypatch)
+    with engine_over(repository.root) as engine:
+        answers = infer(engine, [ids_request(*ids) for ids in given])
+        counts = engine.model("m", "").statistics.counts
+        assert (counts.executions, counts.inferences, counts.fail.count) == (1, 63, 1)
+    assert seen == [63]
+    for number, (answer, ids) in enumerate(zip(answers, given, strict=True)):
+        if number == at:
+            assert isinstance(answer, InvalidArgument)
+            assert answer.message == "model 'm': input 'ids': expected values from 0 to 99, got 100 at [0, 2]"
+        else:
+            assert isinstance(answer, InferResponse), answer
+            assert answer.tensor("vectors").array()[0, :, 0].tolist() == [4.0 * i for i in ids]
+
+
+def test_where_all_are_at_fault_nothing_is_executed(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+    repository.add("m", BOUNDED, {"model.pt": scripted(Embed())})
+    seen = launches(monkeypatch)
+    with engine_over(repository.root) as engine:
+        answers = infer(engine, [ids_request(1, 100 + n) for n in range(9)])
+        (after,) = infer(engine, [ids_request(1)])
+        assert engine.model("m", "").statistics.counts.executions == 1
+    for n, answer in enumerate(answers):
+        assert isinstance(answer, InvalidArgument) and f"got {100 + n} at [0, 1]" in answer.message
+    assert isinstance(after, InferResponse) and seen == [1]
+
+
+def test_a_broken_sink_of_a_culprit_does_not_end_the_device(repository: Repository) -> None:
+    class Broken:
+        def settle(self, calls: Sequence[Call]) -> None:
+            raise RuntimeError("nobody is there")
+
+    repository.add("m", BOUNDED, {"model.pt": scripted(Embed())})
+    with engine_over(repository.root) as engine:
+        engine([Call(ids_request(100), Broken())])
+        (after,) = infer(engine, [ids_request(1)])
+    assert isinstance(after, InferResponse)
+
+
+def test_ragged_ids_are_looked_at_too(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = BOUNDED.replace("dims: -1", "dims: -1 allow_ragged_batch: true").replace("dims: [ -1, 4 ]", "dims: -1")
+    text += 'batch_output { target_name: "vectors" kind: BATCH_SCATTER_WITH_INPUT_SHAPE source_input: "ids" }'
+    repository.add("m", text.replace("dynamic_batching { }", HELD), {"model.pt": scripted(Doubled())})
+    seen = launches(monkeypatch)
+    with engine_over(repository.root) as engine:
+        answers = infer(engine, [ids_request(*range(n % 5 + 1)) for n in range(63)] + [ids_request(1, 2, 1 << 40)])
+    assert isinstance(answers[-1], InvalidArgument) and f"got {1 << 40} at [0, 2]" in answers[-1].message
+    for n, answer in enumerate(answers[:-1]):
+        assert isinstance(answer, InferResponse), answer
+        assert answer.tensor("vectors").array().tolist() == [[2.0 * i for i in range(n % 5 + 1)]]
+    assert len(seen) == 1
+    assert not health.health.failures()
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return ids.to(torch.float32) * 2
 
 
 def test_without_bounds_it_ends_the_device_and_everybody_is_told(repository: Repository) -> None:

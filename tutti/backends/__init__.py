@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from tutti import rows
 from tutti.config import JOINING, InstanceGroup, ModelConfig
 from tutti.devices.nvml import gpu_count
-from tutti.errors import ConfigError
+from tutti.errors import ConfigError, InferError
 from tutti.repository import ModelFolder
 from tutti.scheduler import Answers, Backend, Executed
 from tutti.types import Call, Infer, InferRequest, InferResponse, Tensor
@@ -97,6 +97,10 @@ class _WrappedOnDevice(_Wrapped):
     def batch(self, requests: Sequence[InferRequest]) -> "DeviceWork":
         inside, outwards = self.inwards(requests)
         return _WrappedWork(self._pipelined.batch(inside), outwards)
+
+    def refusals(self, requests: Sequence[InferRequest]) -> Sequence[InferError | None]:
+        refusals: Sequence[InferError | None] = self._pipelined.refusals(self.inwards(requests)[0])
+        return refusals
 
 
 class _WrappedWork:

@@ -1,6 +1,9 @@
 """What backends share that execute a batch as one: inputs are joined, executed once, and outputs split again."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+import numpy as np
 
 from tutti import ragged, rows
 from tutti.config import ModelConfig
@@ -8,9 +11,12 @@ from tutti.cost import Alternatives
 from tutti.devices.engines import engine_of
 from tutti.dtypes import NUMPY, Array
 from tutti.errors import ConfigError, DeviceLost, InferError, Internal, InvalidArgument, OutOfMemory
-from tutti.types import Call, InferRequest, InferResponse, Tensor, now_ns
+from tutti.scheduler import Answers
+from tutti.types import RAW_TYPES, Call, InferRequest, InferResponse, Tensor, now_ns
 
 _MAX_ASKED = 256
+_ON_HOST = (*RAW_TYPES, np.ndarray)
+Item = TypeVar("Item")
 
 
 class JoinedModel:
@@ -80,6 +86,24 @@ class JoinedModel:
             array = array.astype(NUMPY[datatype])
         return Tensor(name, datatype, array.shape, array)
 
+    def refusals(self, requests: Sequence[InferRequest]) -> list[InferError | None]:
+        """Why each request, looked at by itself, must not be executed; None where nothing is known against it."""
+        return [self._refusal(request) for request in requests]
+
+    def _refusal(self, request: InferRequest) -> InferError | None:
+        limits = self.config.bounds
+        try:
+            limits.check_all(
+                {
+                    name: rows.values(tensor)
+                    for name, tensor in request.inputs.items()
+                    if name in limits.ranges or isinstance(tensor.data, _ON_HOST)
+                }
+            )
+        except InferError as error:
+            return type(error)(f"model '{self.config.name}': {error.message}")
+        return None
+
     def failure(self, request: InferRequest, error: Exception) -> InferError:
         name = self.config.name
         for tensor in request.inputs.values():
@@ -117,8 +141,8 @@ class JoinedBackend(JoinedModel):
         if self._pipeline is not None:
             self._pipeline.close()
 
-    def execute(self, calls: Sequence[Call]) -> Sequence[InferResponse | Exception]:
-        """One run for all. Where that fails, each request runs alone, so that only the culprit fails.
+    def execute(self, calls: Sequence[Call]) -> Answers:
+        """One run for all. Where that fails, only culprits fail: see `apart`.
 
         Large inputs, which would have to be copied to be joined, run one by one where that has proved to be quicker.
         """
@@ -132,17 +156,16 @@ class JoinedBackend(JoinedModel):
         known.record(way, now_ns() - start_ns, len(requests))
         return answers
 
-    def _execute(self, requests: Sequence[InferRequest]) -> Sequence[InferResponse | Exception]:
+    def _execute(self, requests: Sequence[InferRequest]) -> Answers:
         try:
             return self._run(requests)
         except (OutOfMemory, DeviceLost):
             raise  # smaller batches may fit; or none do any more
         except InferError as error:
-            if len(requests) == 1:
-                return [error]
-        return [answer for request in requests for answer in self._execute([request])]
+            refusals = self.refusals(requests) if isinstance(error, InvalidArgument) else [None] * len(requests)
+            return apart(requests, refusals, error, self._execute)
 
-    def _run(self, requests: Sequence[InferRequest]) -> Sequence[InferResponse | Exception]:
+    def _run(self, requests: Sequence[InferRequest]) -> Sequence[InferResponse]:
         first = requests[0]
         names, is_alike = self.wanted(requests)
         is_ragged = bool(self.config.ragged)
@@ -182,6 +205,23 @@ class JoinedBackend(JoinedModel):
         if name in self.config.ragged.inputs:
             return ragged.flattened(requests, name)
         return rows.join(requests, name, self._scratch)
+
+
+def apart(
+    items: Sequence[Item],
+    refusals: Sequence[InferError | None],
+    error: InferError,
+    execute: Callable[[Sequence[Item]], Answers],
+) -> Answers:
+    """Answers where all together have failed with `error`: what is refused fails, all others are executed as one.
+
+    Where nothing is refused each is executed alone, so that only the culprit fails.
+    """
+    left = [item for item, refusal in zip(items, refusals, strict=True) if refusal is None]
+    if len(left) == len(items):
+        return [error] if len(items) == 1 else [answer for item in items for answer in execute([item])]
+    answers = iter(execute(left) if left else ())
+    return [next(answers) if refusal is None else refusal for refusal in refusals]
 
 
 def whole_number(config: ModelConfig, key: str) -> int:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from tutti import ragged, rows
-from tutti.backends.joined import JoinedModel
+from tutti.backends.joined import JoinedModel, apart
 from tutti.config import ModelConfig
 from tutti.devices.engines import engine_of
 from tutti.devices.interface import DeviceArray, Stream
@@ -104,16 +104,16 @@ class DeviceBackend(JoinedModel):
         return DeviceBatch(self, requests)
 
     def execute(self, calls: Sequence[Call]) -> Answers:
-        """A batch by itself, waited for, as warm-ups are; where it fails, each request alone."""
+        """A batch by itself, waited for, as warm-ups are; where it fails, only culprits fail."""
+        requests = [call.request for call in calls]
         try:
-            work = self.batch([call.request for call in calls])
+            work = self.batch(requests)
             return execute_and_wait(self.pipeline, work, sum([call.rows for call in calls]))
         except (OutOfMemory, DeviceLost):
             raise
         except InferError as error:
-            if len(calls) == 1:
-                return [error]
-        return [answer for call in calls for answer in self.execute([call])]
+            refusals = self.refusals(requests) if isinstance(error, InvalidArgument) else [None] * len(calls)
+            return apart(calls, refusals, error, self.execute)
 
     def close(self) -> None:
         self.pipeline.close()
@@ -180,7 +180,9 @@ class DeviceBatch:
         config = self._backend.config
         tensors = [request.inputs[name] for request in self._requests]
         if name in config.ragged.inputs:
-            return [self._from_array(ragged.flattened(self._requests, name))]
+            flat = ragged.flattened(self._requests, name)
+            config.bounds.check(name, flat)
+            return [self._from_array(flat)]
         if name not in config.bounds.ranges and all(self._is_there(tensor) for tensor in tensors):
             return [self._resident(tensor) for tensor in tensors]
         first = tensors[0]
