@@ -56,8 +56,8 @@ def parse(parameters: Mapping[str, str]) -> Extensions:
             if not text.isdecimal() or not 0 < int(text) < 10**9:
                 raise ExtensionError(f"parameters.{key}: expected a whole number of milliseconds, got '{text}'")
             deadline_ns = int(text) * 1_000_000
-        elif key == "tutti.fallback":
-            continue  # where it may run, not how
+        elif key in ("tutti.fallback", "tutti.max_dims"):
+            continue  # where it may run, and what it takes: not how
         elif kind in by_kind and tensor:
             by_kind[kind][tensor] = text
         else:

@@ -10,7 +10,7 @@ Runtime's and TensorRT's kernels for GPUs answer with zeros, as if nothing were 
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -100,7 +100,8 @@ def parse(
     if not is_checked:
         raise _bad(model, "only backends that join a batch look at it")
     by_name = {spec.name: spec for spec in inputs}
-    bounds = Bounds({name: _range(model, name, pair, by_name) for name, pair in _entries(model, text)})
+    given = entries(text, '{"input_ids": [0, 30521]}', lambda why: _bad(model, why))
+    bounds = Bounds({name: _range(model, name, pair, by_name) for name, pair in given})
     for name, value in _filled_in(padding):
         limit = bounds.ranges.get(name)
         if limit is not None and not limit.low <= value <= limit.high:
@@ -108,17 +109,17 @@ def parse(
     return bounds
 
 
-def _entries(model: str, text: str) -> list[tuple[str, Any]]:
-    """The pairs of a JSON object, of which each name is there once."""
+def entries(text: str, example: str, bad: Callable[[str], ConfigError]) -> list[tuple[str, Any]]:
+    """The pairs of a JSON object, of which each name is there once. Raises what `bad` makes of the reason."""
     try:
         given = json.loads(text, object_pairs_hook=tuple)
     except (ValueError, RecursionError) as error:
-        raise _bad(model, f"expected JSON, got {text[:80]!r}: {error}") from None
+        raise bad(f"expected JSON, got {text[:80]!r}: {error}") from None
     if not isinstance(given, tuple):
-        raise _bad(model, f'expected an object, as {{"input_ids": [0, 30521]}}, got {text[:80]!r}')
+        raise bad(f"expected an object, as {example}, got {text[:80]!r}")
     twice = [name for name, count in Counter(name for name, _ in given).items() if count > 1]
     if twice:
-        raise _bad(model, f"'{twice[0]}' appears more than once")
+        raise bad(f"'{twice[0]}' appears more than once")
     return list(given)
 
 

@@ -19,6 +19,8 @@ from tutti.batching import BatchingPolicy, QueuePolicy
 from tutti.bounds import UNBOUNDED, Bounds
 from tutti.bounds import parse as parse_bounds
 from tutti.errors import ConfigError
+from tutti.lengths import ANY_SIZE, MaxDims
+from tutti.lengths import parse as parse_max_dims
 from tutti.padding import NO_PADDING, Padding
 from tutti.padding import parse as parse_padding
 from tutti.ragged import NOT_RAGGED, BatchInput, Ragged
@@ -228,6 +230,7 @@ class ModelConfig:
     padding: Padding = NO_PADDING
     ragged: Ragged = NOT_RAGGED
     bounds: Bounds = UNBOUNDED
+    max_dims: MaxDims = ANY_SIZE
     max_inflight_requests: int = 0
 
     @property
@@ -548,6 +551,7 @@ def _build(proto: Any) -> ModelConfig:
     parameters = MappingProxyType({key: value.string_value for key, value in proto.parameters.items()})
     inputs, outputs = (tuple(_spec(spec) for spec in specs) for specs in (proto.input, proto.output))
     padding = _padding(proto, parameters, (inputs, outputs))
+    warmups = tuple(_warmup(proto, index) for index in range(len(proto.model_warmup)))
     return ModelConfig(
         name=proto.name,
         platform=proto.platform or {v: k for k, v in _PLATFORM_BACKENDS.items()}.get(backend, backend),
@@ -566,11 +570,12 @@ def _build(proto: Any) -> ModelConfig:
         is_decoupled=proto.model_transaction_policy.decoupled,
         is_cached=_cached(proto),
         sequences=_sequences(proto),
-        warmups=tuple(_warmup(proto, index) for index in range(len(proto.model_warmup))),
+        warmups=warmups,
         metric_tags=MappingProxyType(dict(proto.metric_tags)),
         padding=padding,
         ragged=_ragged(proto),
         bounds=parse_bounds(proto.name, parameters, inputs, padding, is_checked=backend in JOINING),
+        max_dims=parse_max_dims(proto.name, parameters, inputs, padding, warmups),
         max_inflight_requests=proto.ensemble_scheduling.max_inflight_requests,
     )
 

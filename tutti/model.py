@@ -188,6 +188,13 @@ def _check_tensor(config: ModelConfig, spec: TensorSpec, tensor: Tensor) -> None
             f"model '{config.name}': input '{spec.name}': expected shape {list(config.wire_shape(spec))}, "
             f"got {list(tensor.shape)}"
         )
+    excess = config.max_dims.excess(spec.name, body)
+    if excess is not None:
+        axis, most = excess
+        raise InvalidArgument(
+            f"model '{config.name}': input '{spec.name}': expected at most {most} in dimension "
+            f"{axis + config.is_batched} of its shape, got {body[axis]}: {list(tensor.shape)}"
+        )
 
 
 def _rows(config: ModelConfig, inputs: Mapping[str, Tensor]) -> int:
