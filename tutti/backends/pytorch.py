@@ -2,8 +2,8 @@
 
 Inputs and outputs are found as Triton's backend finds them: by the index in a name that ends in `__INDEX`, otherwise
 inputs by the names of forward's arguments, and outputs by their keys where forward returns a dict, else in order.
-Honours the parameters `INTRA_OP_THREAD_COUNT`, `INTER_OP_THREAD_COUNT` and `INFERENCE_MODE`. And
-`tutti.gpu_model_filename`: the file for GPUs, as one with 16 bits.
+Honours the parameters `INTRA_OP_THREAD_COUNT`, `INTER_OP_THREAD_COUNT` and `INFERENCE_MODE`, and compiles a model that
+asks for it (compiled.py). And `tutti.gpu_model_filename`: the file for GPUs, as one with 16 bits.
 """
 
 import re
@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from tutti import backends
-from tutti.backends import joined
+from tutti.backends import compiled, joined, verification
+from tutti.backends.compiled import Compilation
 from tutti.backends.joined import JoinedBackend
 from tutti.backends.on_device import DeviceBackend
 from tutti.config import InstanceGroup, ModelConfig
@@ -43,13 +44,13 @@ def load(folder: ModelFolder, version: int, infer: Infer) -> list[Backend]:
     _set_threads(config)
     loaded: list[Backend] = []
     modules: dict[str, Module] = {}
-    for group, number in backends.instances(config):
-        device = _device(config, group, number)
+    devices = [_device(config, group, number) for group, number in backends.instances(config)]
+    for device in devices:
         if device not in modules:
-            modules[device] = Module(
-                config, *_forward(config, _file(folder, version, device), _place(device)), _place(device)
-            )
-            if _place(device) != "cpu":
+            path, place = _file(folder, version, device), _place(device)
+            forward = _forward(config, path, place, compiled.wanted(config, path), devices.count(device))
+            modules[device] = Module(config, *forward, place)
+            if place != "cpu":
                 torch.cuda.synchronize(device)  # it loads on this thread's stream, and executes on another
         if device == "cpu":
             loaded.append(TorchBackend(config, str(version), modules[device]))
@@ -95,27 +96,44 @@ def _set_threads(config: ModelConfig) -> None:
                 raise ConfigError(f"model '{config.name}': parameters.INTER_OP_THREAD_COUNT: {error}") from None
 
 
-def _forward(config: ModelConfig, path: Path, device: str) -> tuple[Callable[..., Any], list[str]]:
-    """The model's callable on the device, and the names of its arguments."""
+def _forward(
+    config: ModelConfig, path: Path, device: str, compilation: Compilation | None, runners: int
+) -> tuple[Callable[..., Any], list[str]]:
+    """The model's callable on the device, and the names of its arguments. `runners` instances execute it."""
+    if path.suffix != ".pt2":
+        module = _loaded(config, path, lambda: torch.jit.load(str(path), map_location=device).eval())
+        return module, [argument.name for argument in module.forward.schema.arguments[1:]]
+    if compiled.is_package(path):
+        return compiled.package(config, path, device, runners)
+    # Without the lock: it may take minutes.
+    folder = compiled.entry(config, compilation, path, device) if compilation is not None else None
+    program = _loaded(config, path, lambda: compiled.exported(path, device))
+    forward = None
+    if compilation is not None and folder is not None:
+        own_fills = fills(config, program)
+        forward = compiled.verified(config, compilation, folder, program, device, own_fills, runners)
+    # The guards are of the shapes that it was traced with: narrower than what it can do.
+    return forward or program.module(check_guards=False), _arguments(program)
+
+
+def _loaded(config: ModelConfig, path: Path, load: Callable[[], Any]) -> Any:
     try:
         with _loading, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # TorchScript is deprecated, which is its author's concern
-            if path.suffix == ".pt2":
-                exported = torch.export.load(str(path))
-                names = [
-                    spec.arg.name for spec in exported.graph_signature.input_specs if spec.kind.name == "USER_INPUT"
-                ]
-                if device != "cpu":
-                    from torch.export.passes import move_to_device_pass
-
-                    exported = move_to_device_pass(exported, device)
-                # Its guards are of the shapes that it was traced with: narrower than what it can do.
-                return exported.module(check_guards=False), names
-            module = torch.jit.load(str(path), map_location=device).eval()
-            return module, [one.name for one in module.forward.schema.arguments[1:]]
+            return load()
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(f"model '{config.name}': PyTorch cannot load {path.name}: {reason}") from None
+
+
+def _arguments(program: Any) -> list[str]:
+    """The names of an exported program's arguments."""
+    return [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"]
+
+
+def fills(config: ModelConfig, program: Any) -> list[verification.Fill]:
+    """What to fill the arguments of an exported program with, where it is tried."""
+    return verification.fills(config, _order(config, _arguments(program)))
 
 
 def _order(config: ModelConfig, arguments: Sequence[str]) -> list[str]:

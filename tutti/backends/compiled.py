@@ -1,0 +1,398 @@
+"""Compiled models of the pytorch backend: made on the machine that serves, kept, verified, and else done without.
+
+A model asks for it with parameters of its config.pbtxt, which a stock Triton ignores:
+
+    tutti.compile            "aot_inductor": a library without Python, compiled once (AOTInductor);
+                             "torch_compile": what torch.compile compiles with, which launches from Python
+    tutti.compile.mode       "default" or "max-autotune-no-cudagraphs", as torch.compile names them
+    tutti.compile.tolerance  how far outputs may differ, as a share of their range; by default by datatype
+    tutti.compile.timeout_s  how long compiling may take, 1800 by default
+
+A model that cannot be compiled, or does something else once it is, is served uncompiled with a warning that says why.
+A `model.pt2` that is an AOTInductor package already is loaded as it is.
+"""
+
+import json
+import logging
+import math
+import os
+import platform
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from google.protobuf import text_format
+from torch.utils import _pytree as pytree
+
+from tutti.backends import artefacts, compiler, verification
+from tutti.backends.artefacts import CacheError
+from tutti.backends.compiler import AOT, JIT, KEPT, MODES, PACKAGE, Job, Uncompilable
+from tutti.config import ModelConfig
+from tutti.errors import ConfigError
+
+_log = logging.getLogger(__name__)
+
+PARAMETER = "tutti.compile"
+_TIMEOUT_S = 1800.0
+# What GPU code takes for granted of where its inputs begin.
+_ALIGNMENT = 16
+_opening = threading.Lock()
+
+Forward = Callable[..., Any]
+
+
+@dataclass
+class Compilation:
+    """What a model's parameters ask for; a `tolerance` below 0 is the datatype's own."""
+
+    how: str
+    mode: str = MODES[0]
+    tolerance: float = -1.0
+    timeout_s: float = _TIMEOUT_S
+    # The kinds of devices on which it has failed: it would on the next of them, too.
+    failures: set[str] = field(default_factory=set)
+
+
+def wanted(config: ModelConfig, path: Path) -> Compilation | None:
+    """How the model's file is to be compiled; None for not at all. Raises ConfigError for a value that is none."""
+    own = {key: value for key, value in config.parameters.items() if key.startswith(f"{PARAMETER}.")}
+    unknown = [key for key in own if key.removeprefix(f"{PARAMETER}.") not in ("mode", "tolerance", "timeout_s")]
+    if unknown:
+        raise _bad(config, unknown[0], "there are mode, tolerance and timeout_s")
+    how = config.parameters.get(PARAMETER, "")
+    if not how:
+        if own:
+            raise _bad(config, next(iter(own)), f"needs {PARAMETER}")
+        return None
+    if how not in (AOT, JIT):
+        raise _bad(config, PARAMETER, f"expected '{AOT}' or '{JIT}', got '{how}'")
+    if path.suffix != ".pt2":
+        raise _bad(config, PARAMETER, f"expected a torch.export package (.pt2), got {path.name}: TorchScript is none")
+    mode = own.get(f"{PARAMETER}.mode", MODES[0])
+    if mode not in MODES:
+        why = ": it records CUDA graphs of its own" if mode in ("reduce-overhead", "max-autotune") else ""
+        raise _bad(config, f"{PARAMETER}.mode", f"expected {' or '.join(MODES)}, got '{mode}'{why}")
+    numbers = (_number(config, "tolerance", -1.0), _number(config, "timeout_s", _TIMEOUT_S))
+    return Compilation(how, mode, *numbers)
+
+
+def _number(config: ModelConfig, name: str, default: float) -> float:
+    text = config.parameters.get(f"{PARAMETER}.{name}")
+    if text is None:
+        return default
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise _bad(config, f"{PARAMETER}.{name}", f"expected a number of at least 0, got '{text}'")
+    return value
+
+
+def _bad(config: ModelConfig, key: str, why: str) -> ConfigError:
+    return ConfigError(f"model '{config.name}': parameters.{key}: {why}")
+
+
+def exported(path: Path, device: str) -> Any:
+    """The exported program of a file, on the device. Raises what PyTorch raises."""
+    program = torch.export.load(str(path))
+    if device != "cpu":
+        from torch.export.passes import move_to_device_pass
+
+        program = move_to_device_pass(program, device)
+    return program
+
+
+def entry(config: ModelConfig, compilation: Compilation, path: Path, device: str) -> Path | None:
+    """The folder of the compiled model; None, and a warning, where there is none to be had. May take minutes."""
+    key = _key(compilation, path, device)
+    if key["device"] in compilation.failures:
+        return None
+    text = text_format.MessageToString(config.proto)
+    how, mode, timeout_s = compilation.how, compilation.mode, compilation.timeout_s
+    job = Job(config.name, text, str(path), how, mode, device, compilation.tolerance, timeout_s)
+    try:
+        return artefacts.entry(artefacts.default_root(), _name(key), key, lambda folder: _make(job, folder), timeout_s)
+    except (CacheError, Uncompilable) as error:
+        compilation.failures.add(key["device"])
+        refuse(config, device, str(error))
+        return None
+
+
+def refuse(config: ModelConfig, device: str, why: str) -> None:
+    """Say that the model is served uncompiled."""
+    _log.warning("model '%s': is served uncompiled on %s: %s", config.name, device, why)
+
+
+def _make(job: Job, folder: Path) -> None:
+    _log.info("compiling model '%s' for %s with %s: takes minutes the first time", job.model, job.device, job.how)
+    began = time.monotonic()
+    compiler.compile_apart(job, folder)
+    size_mb = artefacts.size(folder) / 1e6
+    took_s = time.monotonic() - began
+    _log.info("compiled model '%s' for %s in %.0f s: %.1f MB", job.model, job.device, took_s, size_mb)
+
+
+def _key(compilation: Compilation, path: Path, device: str) -> dict[str, str]:
+    """All that decides what is compiled."""
+    key = {
+        "format": "1",
+        "model": artefacts.digest(path),
+        "how": compilation.how,
+        "mode": compilation.mode,
+        "torch": f"{torch.__version__} {torch.version.git_version}",
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda or "none",
+        "device": _kind(device),
+        "settings": json.dumps(
+            {
+                name: value
+                for name, value in sorted(os.environ.items())
+                if name.startswith(("TORCHINDUCTOR_", "TRITON_")) and not name.endswith("_CACHE_DIR")
+            }
+        ),
+    }
+    if compilation.how == JIT and device != "cpu":
+        key["index"] = device  # which is in the code
+    return key
+
+
+def _kind(device: str) -> str:
+    if device == "cpu":
+        return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {_cpu_flags()}"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{torch.cuda.get_device_name(device)} sm_{major}{minor}"
+
+
+def _cpu_flags() -> str:
+    """What the processor can do, which code for this machine makes use of."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((" ".join(sorted(line.split(":", 1)[1].split())) for line in lines if line.startswith("flags")), "")
+
+
+def _name(key: dict[str, str]) -> str:
+    """As "4d0a...-torch2.11.0+cu130-NVIDIA-H100-80GB-HBM3-sm_90"."""
+    is_gpu = " sm_" in key["device"]
+    kind = key["device"] if is_gpu else "cpu"
+    plain = "".join(letter if letter.isalnum() or letter in "._" else "-" for letter in kind)
+    return f"{sha256(json.dumps(key).encode()).hexdigest()[:32]}-torch{key['torch'].split()[0]}-{plain}"
+
+
+def opened(folder: Path, how: str, program: Any, device: str, runners: int) -> Forward:
+    """The compiled model of an entry. `program` is the exported one on the device; `runners` may execute at once.
+
+    Raises what PyTorch raises.
+    """
+    if how == AOT:
+        return Package(folder / PACKAGE, device, runners)
+    return Kept(folder / KEPT, program)
+
+
+class Package:
+    """An AOTInductor package. `forward(*tensors)` gives what the model's own forward would.
+
+    On a GPU a single thread submits, and no batch waits for the one before: the package does no waiting of its own,
+    and can be captured in a graph. It holds the interpreter's lock while it executes, on a processor for all of it.
+    """
+
+    def __init__(self, path: Path, device: str, runners: int) -> None:
+        is_cuda = device.startswith("cuda")
+        index = int(device.partition(":")[2]) if is_cuda else -1
+        # What torch._inductor.package.load_package does, without importing the compiler for it.
+        load = torch._C._aoti.AOTIModelPackageLoader
+        self._loader = load(str(path), "model", is_cuda, 1 if is_cuda else max(1, runners), index)
+        self._run = self._loader.boxed_run
+        given, made = self._loader.get_call_spec()
+        self.arguments = _arguments(json.loads(given)[1])
+        self._made = pytree.treespec_loads(made)
+        self._is_cuda = is_cuda
+
+    def __call__(self, *tensors: Any) -> Any:
+        if len(tensors) != len(self.arguments):
+            raise TypeError(f"the package takes {len(self.arguments)} tensors, got {len(tensors)}")
+        given = [_aligned(tensor) for tensor in tensors] if self._is_cuda else list(tensors)
+        return pytree.tree_unflatten(self._run(given), self._made)
+
+
+class Kept:
+    """What torch.compile's compiler has kept of an exported program, whose weights it shares."""
+
+    def __init__(self, folder: Path, program: Any) -> None:
+        with _opening:  # it changes the process's environment for a moment
+            self._compiled = torch._inductor.CompiledArtifact.load(path=str(folder), format="unpacked")
+        self._leading = _lifted(program)
+        self._count = len(program.graph_signature.user_inputs)
+        self._made = program.call_spec.out_spec
+
+    def __call__(self, *tensors: Any) -> Any:
+        if len(tensors) != self._count:
+            raise TypeError(f"forward takes {self._count} tensors, got {len(tensors)}")
+        return pytree.tree_unflatten(list(self._compiled(*self._leading, *tensors)), self._made)
+
+
+def _aligned(tensor: Any) -> Any:
+    """A row of a larger tensor may begin where GPU code would fault."""
+    return tensor.clone() if tensor.data_ptr() % _ALIGNMENT else tensor
+
+
+def _arguments(spec: Any) -> list[str]:
+    """Names for the tensors of a serialized tree of (args, kwargs): numbers, and what has a name."""
+    positional, named = spec["children_spec"]
+    names = [str(number) for number in range(_leaves(positional))]
+    for name, child in zip(json.loads(named["context"]), named["children_spec"], strict=True):
+        count = _leaves(child)
+        names += [name] if count == 1 else [f"{name}.{number}" for number in range(count)]
+    return names
+
+
+def _leaves(spec: Any) -> int:
+    return 1 if spec["type"] is None else sum(map(_leaves, spec["children_spec"]))
+
+
+def check_is_stateless(program: Any) -> None:
+    """Raises Uncompilable for a program that writes to its buffers or inputs: each copy of it had a state of its own.
+
+    Trying it would change the state, too.
+    """
+    written = [spec.kind.name for spec in program.graph_signature.output_specs if spec.kind.name != "USER_OUTPUT"]
+    # Values that may share memory with an argument of the graph.
+    shared: set[Any] = set()
+    for node in program.graph_module.graph.nodes:
+        if node.op == "placeholder":
+            shared.add(node)
+        schema = getattr(node.target, "_schema", None)
+        if schema is None:
+            continue
+        given = [node.kwargs.get(spec.name, None) for spec in schema.arguments]
+        given[: len(node.args)] = node.args
+        pairs = list(zip(schema.arguments, given, strict=True))
+        aliased = [spec for spec, value in pairs if spec.alias_info is not None and shared.intersection(_nodes(value))]
+        written += [str(node.target) for spec in aliased if spec.alias_info.is_write]
+        if aliased and any(made.alias_info is not None for made in schema.returns):
+            shared.add(node)
+    if written:
+        raise Uncompilable(f"forward writes to its buffers or inputs ({written[0]})")
+
+
+def _nodes(value: Any) -> list[Any]:
+    """The nodes that an argument is, or is a list of."""
+    return [item for item in (value if isinstance(value, list | tuple) else [value]) if isinstance(item, torch.fx.Node)]
+
+
+def _lifted(program: Any) -> list[Any]:
+    """Weights, buffers and constants, which the graph takes as arguments before the caller's."""
+    tensors = []
+    for spec in program.graph_signature.input_specs:
+        if spec.kind.name != "USER_INPUT":
+            kept = program.state_dict if spec.target in program.state_dict else program.constants
+            tensors.append(kept[spec.target])
+    return tensors
+
+
+def is_package(path: Path) -> bool:
+    """Whether the file is an AOTInductor package, with no exported program in it."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (OSError, zipfile.BadZipFile):
+        return False
+    parts = [name.partition("/")[2] for name in names]
+    return any(name.startswith("data/aotinductor/") for name in parts) and not any(
+        name.startswith("models/") for name in parts
+    )
+
+
+def package(config: ModelConfig, path: Path, device: str, runners: int) -> tuple[Forward, list[str]]:
+    """A user's package, and names of its arguments. Raises ConfigError when it is not for the device."""
+    if PARAMETER in config.parameters:
+        what = f"{path.name} is an AOTInductor package already: parameters.{PARAMETER} changes nothing"
+        _log.warning("model '%s': %s", config.name, what)
+    _check_target(config, path, device)
+    try:
+        loaded = Package(path, device, runners)
+    except Exception as error:
+        what = f"PyTorch cannot load the AOTInductor package {path.name}: {compiler.one_line(error)}"
+        raise ConfigError(f"model '{config.name}': {what}") from None
+    return loaded, loaded.arguments
+
+
+def _check_target(config: ModelConfig, path: Path, device: str) -> None:
+    """A package on a device that it is not for would not say so, but crash."""
+    kind = device.partition(":")[0]
+    capability = "".join(map(str, torch.cuda.get_device_capability(device))) if kind == "cuda" else ""
+    for told in _metadata(path):
+        made_for, capability_made_for = told.get("AOTI_DEVICE_KEY", kind), told.get("AOTI_COMPUTE_CAPABILITY", "")
+        is_other_gpu = capability and capability_made_for and capability_made_for != capability
+        if made_for == kind and not is_other_gpu:
+            continue
+        what = f"{path.name} is an AOTInductor package for {made_for} {capability_made_for}".strip()
+        raise ConfigError(f"model '{config.name}': {what}, not for {kind} {capability}".strip())
+
+
+def _metadata(path: Path) -> list[dict[str, str]]:
+    """What the libraries of a package say that they are for."""
+    with zipfile.ZipFile(path) as archive:
+        told = [json.loads(archive.read(name)) for name in archive.namelist() if name.endswith("_metadata.json")]
+    return [metadata for metadata in told if isinstance(metadata, dict)]
+
+
+def expectations(program: Any, fills: Sequence[verification.Fill], device: str) -> list[tuple[list[Any], Any]]:
+    """Small inputs, and what the program makes of them as it is; without those that it does not take.
+
+    Raises what the program raises when it takes none of them.
+    """
+    forward = program.module(check_guards=False)
+    pairs: list[tuple[list[Any], Any]] = []
+    failure: Exception | None = None
+    for inputs in verification.samples(program, fills, device):
+        try:
+            with torch.inference_mode():
+                pairs.append((inputs, forward(*inputs)))
+        except Exception as error:
+            failure = error
+    if failure is not None and not pairs:
+        raise failure
+    return pairs
+
+
+def first_difference(forward: Forward, pairs: Sequence[tuple[list[Any], Any]], allowed: float) -> str:
+    """What a compiled model does differently; "" when it does the same."""
+    for inputs, expected in pairs:
+        with torch.inference_mode():
+            made = forward(*inputs)
+        found = verification.difference(expected, made, allowed)
+        if found:
+            return found
+    return ""
+
+
+def verified(
+    config: ModelConfig,
+    compilation: Compilation,
+    folder: Path,
+    program: Any,
+    device: str,
+    fills: Sequence[verification.Fill],
+    runners: int,
+) -> Forward | None:
+    """The compiled model of an entry, which does what the program does; None, and a warning, where it does not."""
+    try:
+        allowed = compilation.tolerance if compilation.tolerance >= 0 else verification.tolerance(program)
+        forward = opened(folder, compilation.how, program, device, runners)
+        found = first_difference(forward, expectations(program, fills, device), allowed)
+    except Exception as error:
+        found = compiler.one_line(error)
+    if found:
+        refuse(config, device, f"{found} (compiled in {folder})")
+        return None
+    _log.info("model '%s': executes what was compiled for %s, from %s", config.name, device, folder)
+    return forward

@@ -1,0 +1,204 @@
+"""Compiles a model in a process of its own: this file, run as a module, is that process.
+
+Compiling is minutes of Python, which would hold up whatever the server executes meanwhile, and a compiler, or what it
+has made, may crash. What it has made has been compared with the model when `compile_apart` returns.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import threading
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tutti import config
+
+AOT = "aot_inductor"
+JIT = "torch_compile"
+MODES = ("default", "max-autotune-no-cudagraphs")
+# In the folder of what was compiled: AOTInductor's package, or what Inductor keeps for itself.
+PACKAGE = "model.pt2"
+KEPT = "inductor"
+_RESULT = "result.json"
+
+
+class Uncompilable(Exception):
+    """The model cannot be compiled here: the message says what is missing, or went wrong, in one line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """`config` is the model's, as text, `path` an exported program's, `how` AOT or JIT, and `device` as PyTorch names
+    it; a `tolerance` below 0 is the datatype's own."""
+
+    model: str
+    config: str
+    path: str
+    how: str
+    mode: str
+    device: str
+    tolerance: float
+    timeout_s: float
+
+
+def compile_apart(job: Job, folder: Path) -> None:
+    """Compile into the folder. Blocks for minutes, in which others may do what they like. Raises Uncompilable."""
+    missing = missing_for(job.how, job.device, os.environ)
+    if missing:
+        raise Uncompilable(missing)
+    ours, theirs = os.pipe()  # nothing is written to it: it closes when this process ends
+    command = [sys.executable, "-m", "tutti.backends.compiler", str(folder), str(ours)]
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            env=_environment(job, folder),
+            pass_fds=(ours,),
+            start_new_session=True,
+        )
+        os.close(ours)
+        try:
+            process.communicate(json.dumps(asdict(job)).encode(), timeout=job.timeout_s)
+        except subprocess.TimeoutExpired:
+            raise Uncompilable(f"it took more than {job.timeout_s:g} s (parameters.tutti.compile.timeout_s)") from None
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # with the compilers that it has started
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            os.close(theirs)
+        log.seek(0)
+        failure = _failure(folder, process.returncode, log.read().decode(errors="replace"))
+    if failure:
+        raise Uncompilable(failure)
+    (folder / _RESULT).unlink()
+
+
+def missing_for(how: str, device: str, environment: Mapping[str, str]) -> str:
+    """What of the tools that compile is not on this machine, and how to get it; "" when all is there."""
+    search = environment.get("PATH", os.defpath)
+    is_cuda = device.startswith("cuda")
+    if how == AOT or not is_cuda:
+        compiler = environment.get("CXX", "g++")
+        if shutil.which(compiler, path=search) is None:
+            return f"there is no C++ compiler: '{compiler}' is not on PATH (install g++, or set CXX)"
+    elif not any(shutil.which(name, path=search) for name in (environment.get("CC", ""), "gcc", "clang") if name):
+        return "there is no C compiler: neither gcc nor clang is on PATH (install gcc, or set CC)"
+    if how == JIT and not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        return f"Python's headers are not in {sysconfig.get_path('include')} (install python3-dev)"
+    if how == AOT and is_cuda and not any((folder / "cuda.h").is_file() for folder in _cuda_includes(environment)):
+        return "there are no CUDA headers: cuda.h was not found (install the CUDA toolkit, or set CUDA_HOME)"
+    return ""
+
+
+def _cuda_includes(environment: Mapping[str, str]) -> list[Path]:
+    """Where PyTorch looks for them."""
+    home = environment.get("CUDA_HOME") or environment.get("CUDA_PATH")
+    if not home:
+        nvcc = shutil.which("nvcc", path=environment.get("PATH", os.defpath))
+        home = str(Path(nvcc).parent.parent) if nvcc else "/usr/local/cuda"
+    added = environment.get("CUDA_INC_PATH")
+    return [Path(home) / "include", *([Path(added)] if added else [])]
+
+
+def _environment(job: Job, folder: Path) -> dict[str, str]:
+    """The process's: what Inductor writes goes into the folder, and AOTInductor sees the one GPU only.
+
+    A package is for GPU 0 then, and may be loaded on any of its kind.
+    """
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    environment["TORCHINDUCTOR_CACHE_DIR"] = str(folder / KEPT)
+    environment.pop("TRITON_CACHE_DIR", None)
+    if job.how == AOT and job.device.startswith("cuda:"):
+        index = int(job.device.partition(":")[2])
+        visible = [name.strip() for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+        environment["CUDA_VISIBLE_DEVICES"] = visible[index] if index < len(visible) else str(index)
+    return environment
+
+
+def _failure(folder: Path, status: int, log: str) -> str:
+    try:
+        return str(json.loads((folder / _RESULT).read_bytes()))
+    except (OSError, ValueError):
+        last = next((line.strip() for line in reversed(log.splitlines()) if line.strip()), "it wrote nothing")
+        return f"the compiling process ended with status {status}: {last[:300]}"
+
+
+def main() -> None:
+    """The process: a job on standard input, a folder to fill, and a pipe that closes when the server ends."""
+    folder, lifeline = Path(sys.argv[1]), int(sys.argv[2])
+    threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
+    os.nice(10)  # what serves comes first
+    try:
+        failure = _compile(Job(**json.load(sys.stdin)), folder)
+    except Uncompilable as error:
+        failure = str(error)
+    except Exception as error:
+        failure = one_line(error)
+    (folder / _RESULT).write_text(json.dumps(failure), encoding="utf-8")
+    os._exit(0)  # what it has started ends with its group
+
+
+def _end_with(lifeline: int) -> None:
+    fcntl.fcntl(lifeline, fcntl.F_SETFD, fcntl.FD_CLOEXEC)
+    os.read(lifeline, 1)
+    os.killpg(0, signal.SIGKILL)
+
+
+def one_line(error: BaseException) -> str:
+    """The line of an error that says most: a compiler's first, where it has one."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if "fatal error:" in line or " error: " in line] or lines
+    return f"{type(error).__name__}: {telling[0][:300]}" if telling else type(error).__name__
+
+
+def _compile(job: Job, folder: Path) -> str:
+    """Why the model cannot be compiled so that it does the same; "" when it has been."""
+    import torch
+
+    from tutti.backends import compiled, pytorch, verification
+
+    device = "cuda:0" if job.how == AOT and job.device != "cpu" else job.device
+    exported = compiled.exported(Path(job.path), device)
+    compiled.check_is_stateless(exported)
+    options = dict(torch._inductor.list_mode_options(job.mode))
+    if device == "cpu":  # else the number of threads of this process would be part of the code
+        options["cpp.dynamic_threads"] = True
+    allowed = verification.tolerance(exported) if job.tolerance < 0 else job.tolerance
+    fills = pytorch.fills(config.parse(job.config, job.model), exported)
+    pairs = compiled.expectations(exported, fills, device)
+    if job.how == AOT:
+        torch._inductor.aoti_compile_and_package(exported, package_path=str(folder / PACKAGE), inductor_configs=options)
+        shutil.rmtree(folder / KEPT, ignore_errors=True)
+    else:
+        _keep(exported, options)
+    return compiled.first_difference(compiled.opened(folder, job.how, exported, device, 1), pairs, allowed)
+
+
+def _keep(program: Any, options: Mapping[str, object]) -> None:
+    """Compile with what `torch.compile` compiles with, but from the program as it was exported.
+
+    Dynamic dimensions stay so, and no shape is ever compiled again while it is served.
+    """
+    import torch
+
+    inputs = [node.meta["val"] for node in program.graph_module.graph.nodes if node.op == "placeholder"]
+    patches = {"config_patches": dict(options)}
+    with torch.no_grad():
+        torch._inductor.standalone_compile(program.graph_module, inputs, dynamic_shapes="from_graph", options=patches)
+
+
+if __name__ == "__main__":
+    from tutti.backends import compiler  # this file as others import it: its exceptions are theirs
+
+    compiler.main()
