@@ -266,3 +266,22 @@ def test_a_pipeline_that_closes_waits_for_what_a_failed_batch_is_given_anew(stag
     device.timeline.run()
     assert open_while_failing == [1]  # with 0 a close in another thread would go on
     assert part.is_right() and not pipeline.open
+
+
+def test_an_urgent_pipeline_is_told_at_once() -> None:
+    """Others sleep, and take `wake_ns` to notice; the two do not get each other's events."""
+    wake_ns = MS // 10
+    device, engine, _ = simulated(dataclasses.replace(COSTS, wake_ns=wake_ns))
+    ended = {}
+    for _ in range(3):
+        for is_urgent in (False, True):
+            pipeline = engine.pipeline("model", is_urgent=is_urgent)
+            for _ in range(4):
+                begin_ns = device.timeline.now_ns
+                job = batch_job(device)
+                pipeline.submit(job, is_again=True)
+                device.timeline.run()
+                assert job.is_right()
+                ended[is_urgent] = job.ended_ns - begin_ns
+            pipeline.close()
+    assert ended[False] - ended[True] == wake_ns

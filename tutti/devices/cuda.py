@@ -133,8 +133,8 @@ class CudaDevice:
     def stream(self, priority: int = 0) -> Any:
         return torch.cuda.Stream(self.name, priority=priority)
 
-    def event(self) -> Any:
-        return torch.cuda.Event(enable_timing=True, blocking=True)
+    def event(self, is_urgent: bool = False) -> Any:
+        return torch.cuda.Event(enable_timing=True, blocking=not is_urgent)
 
     def record(self, event: Any, stream: Any) -> None:
         event.record(stream)

@@ -56,15 +56,23 @@ class DeviceEngine:
         self._copies_end_ns = 0
         self._turns_end_ns = 0
         self._grant_ns = 0
-        self._last_end: Event | None = None
+        # The end of the execution that ended last, and whose pipeline's it is.
+        self._last_end: tuple[Event, Pipeline] | None = None
         self._is_watched = False
         self._lost = ""
 
     # What its users do.
 
-    def pipeline(self, name: str, weight: float = 1.0, priority: int = 0, hang_ns: int | None = None) -> Pipeline:
+    def pipeline(
+        self,
+        name: str,
+        weight: float = 1.0,
+        priority: int = 0,
+        hang_ns: int | None = None,
+        is_urgent: bool = False,
+    ) -> Pipeline:
         """A new user of the device, with its share of it by `weight`, and CUDA's `priority` for its stream."""
-        pipeline = Pipeline(self, name, weight, priority, self._hang_ns if hang_ns is None else hang_ns)
+        pipeline = Pipeline(self, name, weight, priority, self._hang_ns if hang_ns is None else hang_ns, is_urgent)
         with self._lock:
             self._pipelines.append(pipeline)
             self._executions.add(pipeline)
@@ -198,7 +206,7 @@ class DeviceEngine:
         pipeline, device = batch.pipeline, self.device
         assert pipeline.stream is not None
         try:
-            batch.begins, batch.ends = self._staging.event(), self._staging.event()
+            batch.begins, batch.ends = self._staging.event(), self._staging.end_event(pipeline)
             batch.error = self._forward(batch)
             # What was submitted before it failed uses the batch's memory until this is reached.
             device.record(batch.ends, pipeline.stream)
@@ -253,7 +261,7 @@ class DeviceEngine:
                 device.copy_out(output, batch.out_block, begin, pipeline.out_stream)
         except Exception as error:  # copies of other outputs may be under way
             batch.error = self._meant(error, pipeline)
-        left = self._staging.event()
+        left = self._staging.end_event(pipeline)
         device.record(left, pipeline.out_stream)
         with self._lock:
             self._leaving.add(batch)
@@ -284,7 +292,7 @@ class DeviceEngine:
         with self._lock:
             if self._lost:
                 return
-            self._staging.recycle(left)
+            self._staging.recycle_end(batch.pipeline, left)
             self._leaving.discard(batch)
             is_over = batch not in self._executions.granted  # its execution's notice comes from another thread
         if is_over:
@@ -300,9 +308,10 @@ class DeviceEngine:
         assert batch.begins is not None and batch.ends is not None
         alone_ns = max(0, device.elapsed_ns(batch.begins, batch.ends))
         if self._last_end is not None:
-            alone_ns = max(0, min(alone_ns, device.elapsed_ns(self._last_end, batch.ends)))
-            self._staging.recycle(self._last_end)
-        self._last_end = batch.ends
+            event, owner = self._last_end
+            alone_ns = max(0, min(alone_ns, device.elapsed_ns(event, batch.ends)))
+            self._staging.recycle_end(owner, event)
+        self._last_end = batch.ends, pipeline
         batch.executed_ns = device.now_ns()
         batch.execution_start_ns = max(batch.submitted_ns, batch.executed_ns - alone_ns)
         if batch.error is None:
@@ -435,17 +444,21 @@ class DeviceEngine:
     def _run_alone(self, work: Callable[[], None]) -> None:
         try:
             if not self._lost:
-                self.device.synchronize()
-            work()
-        except Exception as error:
-            if not self.report(error):
-                _log.exception("device %s: what was to run alone failed", self.device.name)
+                self._try_alone(self.device.synchronize)
+            self._try_alone(work)  # in any case: somebody may wait for it
         finally:
             with self._lock:
                 self._is_alone = False
                 if self._lost:
                     self._start_alone()
         self._grant()
+
+    def _try_alone(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception as error:
+            if not self.report(error):
+                _log.exception("device %s: what was to run alone failed", self.device.name)
 
     # Endings.
 

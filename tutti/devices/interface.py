@@ -84,8 +84,11 @@ class Device(Protocol):
     def stream(self, priority: int = 0) -> Stream:
         """A new stream. Kernels of one with a lower `priority` number go first where several wait (CUDA's order)."""
 
-    def event(self) -> Event:
-        """A new event, not recorded. May be recorded again and again."""
+    def event(self, is_urgent: bool = False) -> Event:
+        """A new event, not recorded. May be recorded again and again.
+
+        Whoever has to be told that one `is_urgent` has been reached spends a core on waiting, to know it sooner.
+        """
 
     def record(self, event: Event, stream: Stream) -> None:
         """Put the event behind what is on the stream."""

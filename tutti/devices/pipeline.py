@@ -73,15 +73,19 @@ class Batch(Execution):
 class Pipeline:
     """One user of the device, as an instance of a model: its batches execute in order, on a stream of its own.
 
-    `is_free` is called when it takes another batch, from any thread; then it is given one by `submit`, once.
+    `is_free` is called when it takes another batch, from any thread; then it is given one by `submit`, once. One that
+    `is_urgent` has threads spend cores on waiting, to be told sooner.
     """
 
-    def __init__(self, owner: Owner, name: str, weight: float, priority: int, hang_ns: int) -> None:
+    def __init__(
+        self, owner: Owner, name: str, weight: float, priority: int, hang_ns: int, is_urgent: bool = False
+    ) -> None:
         """An execution that has not ended `hang_ns` after its turn came is taken for one that never will; 0: never."""
         self.name = name
         self.weight = weight
         self.priority = priority
         self.hang_ns = hang_ns
+        self.is_urgent = is_urgent
         self.is_free: Callable[[], None] = lambda: None
         self.device_ns = 0
         self.stream: Stream | None = None
@@ -95,6 +99,8 @@ class Pipeline:
         self.open = 0
         self.last_rows = 0
         self.slots: list[Slot] = []
+        # Events of ends, for which threads wait, to be used again.
+        self.ends: list[Event] = []
         self.host = LatencyModel()
         self.copy = LatencyModel()
         self.execution = LatencyModel()

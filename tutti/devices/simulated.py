@@ -49,7 +49,8 @@ class SimulatedFault(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """What things take; nanoseconds, and nanoseconds a byte. `wake_ns` is until a thread sees that an event is reached.
+    """What things take; nanoseconds, and nanoseconds a byte. `wake_ns` is until a thread sees that an event is reached,
+    for which it sleeps.
 
     Copies in share one engine, copies out another, and executions one more, which takes streams in turn of their
     arrival: full batches do not overlap on a device. `forward_ns` is what each launch executes, beside its kernels.
@@ -154,6 +155,7 @@ class _DeviceBlock:
 class _Event:
     """`reached_ns` is of the latest recording; None until the device is there."""
 
+    wake_ns: int = 0
     number: int = 0
     reached_ns: int | None = None
     waiting: list[Callable[[], None]] = field(default_factory=list)
@@ -325,8 +327,8 @@ class SimulatedDevice:
     def stream(self, priority: int = 0) -> _Stream:
         return _Stream()
 
-    def event(self) -> _Event:
-        return _Event()
+    def event(self, is_urgent: bool = False) -> _Event:
+        return _Event(0 if is_urgent else self.costs.wake_ns)
 
     def record(self, event: Any, stream: Any) -> None:
         self._check()
@@ -395,7 +397,7 @@ class SimulatedDevice:
         def reached() -> None:
             if entry in self._notices:
                 self._notices.remove(entry)
-                self.timeline.after(self.costs.wake_ns, lambda: notice(None))
+                self.timeline.after(event.wake_ns, lambda: notice(None))
 
         if event.reached_ns is not None:
             reached()

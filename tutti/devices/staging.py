@@ -64,6 +64,18 @@ class Staging:
         with self._lock:
             self._events += [event for event in events if event is not None]
 
+    def end_event(self, pipeline: Pipeline) -> Event:
+        """One that a thread is to wait for, in the pipeline's way."""
+        with self._lock:
+            if pipeline.ends:
+                return pipeline.ends.pop()
+        return self._device.event(pipeline.is_urgent)
+
+    def recycle_end(self, pipeline: Pipeline, event: Event) -> None:
+        """Nothing refers to this event of the pipeline any more."""
+        with self._lock:
+            pipeline.ends.append(event)
+
     def free(self, pipeline: Pipeline, is_last: bool) -> None:
         """Give the memory of a pipeline back; with the last one, all pinned memory that no answer holds."""
         for slot in pipeline.slots:
