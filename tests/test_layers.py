@@ -55,6 +55,7 @@ HEAVY = {
         "tutti.backends.pytorch",
         "tutti.backends.compiled",
         "tutti.backends.compiler",
+        "tutti.backends.cuda_graphs",
         "tutti.backends.verification",
         "tutti.backends.tensorrt",
         "tutti.devices.cuda",

@@ -61,7 +61,8 @@ _HONOURED = frozenset(
         "optimization.output_pinned_memory.*", "optimization.gather_kernel_buffer_threshold",
         "input.allow_ragged_batch", "batch_input.kind", "batch_input.target_name", "batch_input.data_type",
         "batch_input.source_input", "batch_output.target_name", "batch_output.kind", "batch_output.source_input",
-        "optimization.eager_batching", "optimization.cuda.graphs",
+        "optimization.eager_batching", "optimization.cuda.graphs", "optimization.cuda.graph_spec.*",
+        "optimization.cuda.busy_wait_events", "optimization.cuda.output_copy_stream",
         "optimization.execution_accelerators.gpu_execution_accelerator.*",
     }
 )  # fmt: skip

@@ -33,6 +33,18 @@ instance_group { kind: KIND_GPU }
 HELD = "dynamic_batching { preferred_batch_size: 64 max_queue_delay_microseconds: 20000000 }"
 
 
+@pytest.mark.parametrize("is_urgent", [False, True])
+def test_an_instance_waits_as_eagerly_as_it_is_told(repository: Repository, is_urgent: bool) -> None:
+    """`output_copy_stream` changes nothing: outputs have a stream of their own anyway."""
+    cuda = f"busy_wait_events: {str(is_urgent).lower()} output_copy_stream: {str(is_urgent).lower()}"
+    repository.add("m", IDS + f"optimization {{ cuda {{ {cuda} }} }}", {"model.pt": scripted(Embed())})
+    with engine_over(repository.root) as engine:
+        (pipeline,) = engines.engine_of("cuda:0").pipelines()
+        assert pipeline.is_urgent == is_urgent
+        (answer,) = infer(engine, [ids_request(1)])
+        assert isinstance(answer, InferResponse)
+
+
 class Embed(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()

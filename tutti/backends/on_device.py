@@ -93,10 +93,12 @@ class DeviceBackend(JoinedModel):
         self.library = program.library
         self.program = program
         self.engine = engine_of(device)
+        optimization = config.proto.optimization
         self.pipeline: Pipeline = self.engine.pipeline(
             config.name,
-            _WEIGHTS.get(config.proto.optimization.priority, 1.0),
-            -(config.proto.optimization.priority == 1),
+            _WEIGHTS.get(optimization.priority, 1.0),
+            -(optimization.priority == 1),
+            optimization.cuda.busy_wait_events,
         )
 
     def batch(self, requests: Sequence[InferRequest]) -> "DeviceBatch":

@@ -7,7 +7,6 @@ asks for it (compiled.py). And `tutti.gpu_model_filename`: the file for GPUs, as
 """
 
 import re
-import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,10 +18,11 @@ import torch
 from tutti import backends
 from tutti.backends import compiled, joined, verification
 from tutti.backends.compiled import Compilation
+from tutti.backends.cuda_graphs import ModelGraphs
 from tutti.backends.joined import JoinedBackend
-from tutti.backends.on_device import DeviceBackend
+from tutti.backends.on_device import DeviceBackend, Program
 from tutti.config import InstanceGroup, ModelConfig
-from tutti.devices.cuda import TORCH
+from tutti.devices.cuda import TORCH, empty_caches, loading
 from tutti.devices.simulated import simulated_gpus
 from tutti.dtypes import Array
 from tutti.errors import ConfigError, Internal
@@ -32,7 +32,6 @@ from tutti.types import Infer, OnDevice
 
 EXPORTED = "model.pt2"
 _INDEX = re.compile(r".*__(\d+)")
-_loading = threading.Lock()
 
 
 def load(folder: ModelFolder, version: int, infer: Infer) -> list[Backend]:
@@ -44,20 +43,39 @@ def load(folder: ModelFolder, version: int, infer: Infer) -> list[Backend]:
     _set_threads(config)
     loaded: list[Backend] = []
     modules: dict[str, Module] = {}
+    graphs = ModelGraphs(folder, version)
     devices = [_device(config, group, number) for group, number in backends.instances(config)]
     for device in devices:
         if device not in modules:
-            path, place = _file(folder, version, device), _place(device)
-            forward = _forward(config, path, place, compiled.wanted(config, path), devices.count(device))
-            modules[device] = Module(config, *forward, place)
-            if place != "cpu":
-                torch.cuda.synchronize(device)  # it loads on this thread's stream, and executes on another
+            if device != "cpu":
+                graphs.try_on(device)
+            modules[device] = _module(folder, version, device, devices.count(device))
         if device == "cpu":
             loaded.append(TorchBackend(config, str(version), modules[device]))
         else:
-            program = (SimulatedTorchProgram if simulated_gpus() else TorchProgram)(config, modules[device])
-            loaded.append(DeviceBackend(config, str(version), device, program))
+            backend = DeviceBackend(config, str(version), device, _program(config, modules[device]))
+            loaded.append(backend)
+            graphs.add_to(backend)
     return loaded
+
+
+def program(folder: ModelFolder, version: int, device: str) -> Program:
+    """The model on one GPU."""
+    return _program(folder.config, _module(folder, version, device, 1))
+
+
+def _module(folder: ModelFolder, version: int, device: str, runners: int) -> "Module":
+    """The model's callable on a device, for so many instances."""
+    config, path, place = folder.config, _file(folder, version, device), _place(device)
+    forward = _forward(config, path, place, compiled.wanted(config, path), runners)
+    module = Module(config, *forward, place)
+    if place != "cpu":
+        torch.cuda.synchronize(device)  # it loads on this thread's stream, and executes on another
+    return module
+
+
+def _program(config: ModelConfig, module: "Module") -> Program:
+    return (SimulatedTorchProgram if simulated_gpus() else TorchProgram)(config, module)
 
 
 def _file(folder: ModelFolder, version: int, device: str) -> Path:
@@ -86,7 +104,7 @@ def _set_threads(config: ModelConfig) -> None:
     """They are the whole process's, in PyTorch."""
     intra = joined.whole_number(config, "INTRA_OP_THREAD_COUNT")
     inter = joined.whole_number(config, "INTER_OP_THREAD_COUNT")
-    with _loading:
+    with loading:
         if intra:
             torch.set_num_threads(intra)
         if inter and inter != torch.get_num_interop_threads():
@@ -118,7 +136,7 @@ def _forward(
 
 def _loaded(config: ModelConfig, path: Path, load: Callable[[], Any]) -> Any:
     try:
-        with _loading, warnings.catch_warnings():
+        with loading, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # TorchScript is deprecated, which is its author's concern
             return load()
     except Exception as error:
@@ -217,7 +235,7 @@ class TorchProgram:
         """Give the weights back, with the last instance."""
         del self._module
         if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
+            empty_caches()
 
 
 class SimulatedTorchProgram(TorchProgram):

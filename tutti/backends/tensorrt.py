@@ -6,15 +6,17 @@ bound the shapes: both are checked when it loads.
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from tutti import backends
-from tutti.backends.on_device import DeviceBackend
+from tutti.backends.cuda_graphs import ModelGraphs
+from tutti.backends.on_device import DeviceBackend, Program
 from tutti.config import ModelConfig
-from tutti.devices.cuda import TORCH
+from tutti.devices.cuda import TORCH, loading
 from tutti.errors import ConfigError, InvalidArgument
 from tutti.repository import ModelFolder
 from tutti.scheduler import Backend
@@ -36,22 +38,37 @@ def load(folder: ModelFolder, version: int, infer: Infer) -> list[Backend]:
         raise ConfigError(f"model '{config.name}': instance_group.kind: a TensorRT plan executes on GPUs only")
     if not torch.cuda.is_available():
         raise ConfigError(f"model '{config.name}': a TensorRT plan needs a GPU, and there is none")
-    plan = path.read_bytes()
     engines: dict[int, Any] = {}
     loaded: list[Backend] = []
+    graphs = ModelGraphs(folder, version)
     for _, number in backends.instances(config):
         if number not in engines:
-            with torch.cuda.device(number):
-                runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))
-                engine = runtime.deserialize_cuda_engine(plan)
-            if engine is None:
-                what = f"was built by another version of TensorRT than {trt.__version__}, or for another GPU"
-                raise ConfigError(f"model '{config.name}': {path.name} {what}")
-            check(config, engine, trt)
-            engines[number] = (engine, runtime)  # an engine does not keep its runtime
-        program = TensorRtProgram(config, engines[number], trt, number)
-        loaded.append(DeviceBackend(config, str(version), f"cuda:{number}", program))
+            graphs.try_on(f"cuda:{number}")
+            engines[number] = _engine(config, path, trt, number)
+        executing = TensorRtProgram(config, engines[number], trt, number)
+        backend = DeviceBackend(config, str(version), f"cuda:{number}", executing)
+        loaded.append(backend)
+        graphs.add_to(backend)
     return loaded
+
+
+def program(folder: ModelFolder, version: int, device: str) -> Program:
+    """The plan on one GPU."""
+    config, trt, number = folder.config, _module(folder.config), int(device.partition(":")[2])
+    engine = _engine(config, backends.model_file(folder, version, "model.plan"), trt, number)
+    return TensorRtProgram(config, engine, trt, number)
+
+
+def _engine(config: ModelConfig, path: Path, trt: Any, number: int) -> tuple[Any, Any]:
+    """The plan's engine, and its runtime, which it does not keep. Raises ConfigError for a plan that does not fit."""
+    with loading, torch.cuda.device(number):
+        runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))
+        engine = runtime.deserialize_cuda_engine(path.read_bytes())
+    if engine is None:
+        what = f"was built by another version of TensorRT than {trt.__version__}, or for another GPU"
+        raise ConfigError(f"model '{config.name}': {path.name} {what}")
+    check(config, engine, trt)
+    return engine, runtime
 
 
 def _module(config: ModelConfig) -> Any:
@@ -106,7 +123,7 @@ class TensorRtProgram:
         self.inputs = tuple(spec.name for spec in config.inputs)
         self._datatypes = {spec.name: spec.datatype for spec in config.outputs}
         self._profile = _Profile(self._engine, self.inputs)
-        with torch.cuda.device(number):
+        with loading, torch.cuda.device(number):
             self._context = self._engine.create_execution_context()
             torch.cuda.synchronize()  # what this thread's stream has begun, others execute with
         if self._context is None:

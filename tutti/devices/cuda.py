@@ -28,6 +28,21 @@ TORCH = {
     "FP16": torch.float16, "BF16": torch.bfloat16, "FP32": torch.float32, "FP64": torch.float64,
 }  # fmt: skip
 
+loading = threading.Lock()
+"""Held by who loads a model onto a device, and by who has graphs captured: neither expects the other's calls."""
+
+caches = threading.Lock()
+"""Held while a graph is captured, and to empty PyTorch's caches: its allocator bears no emptying meanwhile."""
+
+
+def empty_caches() -> None:
+    """Give memory that PyTorch keeps for later back to the devices."""
+    with caches:
+        torch.cuda.empty_cache()
+        empty_host = getattr(torch._C, "_host_emptyCache", None)
+        if empty_host is not None:
+            empty_host()
+
 
 class _HostBlock:
     def __init__(self, size: int) -> None:
@@ -201,10 +216,7 @@ class CudaDevice:
         return ""
 
     def release_cached(self) -> None:
-        torch.cuda.empty_cache()
-        empty_host = getattr(torch._C, "_host_emptyCache", None)
-        if empty_host is not None:
-            empty_host()
+        empty_caches()
 
 
 class _Waiter:

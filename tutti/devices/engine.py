@@ -148,6 +148,10 @@ class DeviceEngine:
                 self._start_alone()
         self._grant()
 
+    def stream_of(self, pipeline: Pipeline) -> Stream:
+        """What its batches execute on, for what is to be prepared there. In the submitting thread."""
+        return self._staging.stream_of(pipeline)
+
     def reclaim(self) -> None:
         """Give memory that the library's allocator keeps back to the device."""
         self.device.post(self._reclaim)

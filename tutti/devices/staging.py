@@ -32,7 +32,7 @@ class Staging:
         """
         device = self._device
         stream = self._stream = self._stream or device.stream()
-        self._make_streams(batch.pipeline)
+        self.stream_of(batch.pipeline)
         parts = batch.job.stage()
         begins, size = offsets([part.nbytes for part in parts])
         slot = batch.slot = self._slot(batch.pipeline, size)
@@ -44,6 +44,13 @@ class Staging:
         device.record(batch.copy_begins, stream)
         device.copy_in(slot.host, slot.there, size, stream)
         device.record(batch.copied, stream)
+
+    def stream_of(self, pipeline: Pipeline) -> Stream:
+        """What the pipeline's batches execute on; with it comes what its answers leave on."""
+        if pipeline.stream is None:
+            pipeline.stream = self._device.stream(pipeline.priority)
+            pipeline.out_stream = self._device.stream()
+        return pipeline.stream
 
     def give_back(self, batch: Batch) -> None:
         """Nothing uses the memory of the batch's inputs any more."""
@@ -97,11 +104,6 @@ class Staging:
         if part.write is not None and part.nbytes:
             part.write(slot.host.array[begin : begin + part.nbytes])
         return self._device.view(slot.there, begin, part.datatype, part.shape)
-
-    def _make_streams(self, pipeline: Pipeline) -> None:
-        if pipeline.stream is None:
-            pipeline.stream = self._device.stream(pipeline.priority)
-            pipeline.out_stream = self._device.stream()
 
     def _slot(self, pipeline: Pipeline, size: int) -> Slot:
         """Memory for `size` bytes of inputs: what an earlier batch had, or, where that is too small, larger."""

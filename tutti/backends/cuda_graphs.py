@@ -1,0 +1,430 @@
+"""CUDA graphs: batches of some shapes are launched as a whole, in one call, where a model consists of many small ones.
+
+A graph computes on arrays of its own, always the same. A batch is copied into them, behind it are rows that an earlier
+batch has left, which are valid, and what is made of the batch's own rows is copied out before the next batch comes.
+Graphs are captured when a model loads, while nothing else is under way on the device. A model that cannot be captured
+would take the process with it: so a process that may die tries first (cuda_graphs_trial.py).
+"""
+
+import gc
+import logging
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from tutti.backends import cuda_graphs_trial, graph_buckets
+from tutti.backends.graph_buckets import Bucket, GraphPlan
+from tutti.backends.on_device import DeviceBackend, Program
+from tutti.config import ModelConfig
+from tutti.devices import cuda
+from tutti.devices.engine import DeviceEngine
+from tutti.devices.interface import Device, DeviceArray
+from tutti.devices.pipeline import Pipeline
+from tutti.devices.simulated import simulated_gpus
+from tutti.devices.threads import run_and_wait
+from tutti.dtypes import NUMPY, Array
+from tutti.repository import ModelFolder
+from tutti.types import OnDevice, Shape
+
+_log = logging.getLogger(__name__)
+
+# Libraries choose and compile kernels in a shape's first executions.
+_WARM_UPS = 3
+# After so many executions of a shape that has no graph this is told.
+_OFTEN = 1000
+_MOST_COUNTED = 256
+_QUOTED = re.compile(r"[\w.]*(Error|Exception): ")
+
+Run = Callable[[], Sequence[DeviceArray]]
+
+
+class NotCaptured(Exception):
+    """A capture has failed: PyTorch's allocator may be unusable from now on."""
+
+
+class Graph(Protocol):
+    """Work that has been captured."""
+
+    @property
+    def outputs(self) -> Sequence[DeviceArray]:
+        """What it computes: overwritten by each replay."""
+
+    def replay(self) -> None:
+        """Submit the work to the current stream."""
+
+    def close(self) -> None:
+        """Release what it holds on the device."""
+
+
+class Capturing(Protocol):
+    """How work on one stream is captured. Called in the device's submitting thread, the stream its current one."""
+
+    def filled(self, datatype: str, shape: Shape, value: int) -> DeviceArray:
+        """A new array of such values."""
+
+    def copied(self, array: DeviceArray) -> DeviceArray:
+        """A new array of the same elements, in the current stream's order."""
+
+    def stamp(self, array: DeviceArray) -> Hashable:
+        """Another value after the array has been written to."""
+
+    def capture(self, run: Run) -> Graph:
+        """What `run` submits; it has run before, and nothing else is under way on the device."""
+
+
+@dataclass(frozen=True, slots=True)
+class _CudaGraph:
+    graph: Any
+    outputs: Sequence[DeviceArray]
+
+    def replay(self) -> None:
+        self.graph.replay()
+
+    def close(self) -> None:
+        self.graph.reset()
+
+
+class CudaCapturing:
+    """On a GPU. All graphs of a stream share their memory: they never overlap."""
+
+    def __init__(self, device: str, stream: Any) -> None:
+        self._device = device
+        self._stream = stream
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def filled(self, datatype: str, shape: Shape, value: int) -> Any:
+        return torch.full(tuple(shape), value, dtype=cuda.TORCH[datatype], device=self._device)
+
+    def copied(self, array: Any) -> Any:
+        return array.clone()
+
+    def stamp(self, array: Any) -> int:
+        return int(array._version)
+
+    def capture(self, run: Run) -> _CudaGraph:
+        graph = torch.cuda.CUDAGraph()
+        failure: Exception | None = None
+        # What other threads ask of the driver meanwhile spoils nothing in this mode.
+        begun = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
+        try:
+            with cuda.caches, begun:
+                try:
+                    outputs = run()
+                except Exception as error:
+                    failure = error
+                    raise
+        except Exception as error:  # the capture's end, which fails then, too, says less
+            raise failure or error from None
+        return _CudaGraph(graph, outputs)
+
+
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    """A graph that the garbage collector found would be destroyed while another is captured, which spoils that."""
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+class _SimulatedGraph:
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self.outputs: Sequence[DeviceArray] = [np.array(output) for output in run()]
+
+    def replay(self) -> None:
+        for output, again in zip(self.outputs, self._run(), strict=True):
+            output[...] = again
+
+    def close(self) -> None:
+        self.outputs = ()
+
+
+class SimulatedCapturing:
+    """On a simulated device a graph runs the same work again, on the same memory."""
+
+    def filled(self, datatype: str, shape: Shape, value: int) -> Array:
+        if datatype == "BF16" and value == 1:
+            value = 0x3F80  # its bits
+        return np.full(shape, value, NUMPY[datatype])
+
+    def copied(self, array: Array) -> Array:
+        return np.array(array)
+
+    def stamp(self, array: Array) -> bytes:
+        return array.tobytes()
+
+    def capture(self, run: Run) -> _SimulatedGraph:
+        return _SimulatedGraph(run)
+
+
+class Captured:
+    """One bucket's graph, with the arrays that it computes on."""
+
+    def __init__(self, bucket: Bucket, inputs: Mapping[str, DeviceArray], graph: Graph, names: Sequence[str]) -> None:
+        self.bucket = bucket
+        self.inputs = inputs
+        self.graph = graph
+        self._index = {name: index for index, name in enumerate(names)}
+
+    def output(self, name: str) -> DeviceArray:
+        return self.graph.outputs[self._index[name]]
+
+    def write(self, inputs: Mapping[str, DeviceArray], rows: int) -> None:
+        """Put a batch in the place of the first rows."""
+        for name, array in inputs.items():
+            self.inputs[name][:rows] = array
+
+
+class GraphedProgram:
+    """A Program (on_device.py) around another, which executes what there are no graphs for."""
+
+    def __init__(self, config: ModelConfig, program: Program) -> None:
+        self.library = program.library
+        self.inputs = program.inputs
+        self._config = config
+        self._program = program
+        self.outputs = [spec.name for spec in config.outputs]
+        self.outputs += [state.output_name for state in config.sequences.states] if config.sequences is not None else []
+        self._graphs: dict[tuple[Shape, ...], list[Captured]] = {}
+        self._capturing: Capturing | None = None
+        self._misses: Counter[tuple[Shape, ...]] = Counter()
+
+    @property
+    def graphs(self) -> list[Captured]:
+        """From the smallest to the largest."""
+        captured = [one for of_shape in self._graphs.values() for one in of_shape]
+        return sorted(captured, key=lambda one: one.bucket.elements)
+
+    # Executing.
+
+    def execute(self, inputs: Mapping[str, DeviceArray], names: Sequence[str]) -> Sequence[DeviceArray]:
+        rows, captured = self._find(inputs)
+        if captured is None:
+            return self._program.execute(inputs, names)
+        assert self._capturing is not None
+        if not captured.bucket.rows:
+            for name, array in inputs.items():
+                captured.inputs[name][...] = array
+            captured.graph.replay()
+            return [self._capturing.copied(captured.output(name)) for name in names]
+        captured.write(inputs, rows)
+        captured.graph.replay()
+        return [self._capturing.copied(captured.output(name)[:rows]) for name in names]
+
+    def concatenate(self, arrays: Sequence[DeviceArray]) -> DeviceArray:
+        return self._program.concatenate(arrays)
+
+    def adopt(self, tensor: OnDevice) -> DeviceArray:
+        return self._program.adopt(tensor)
+
+    def close(self) -> None:
+        """The graphs go first: they refer to what the program holds."""
+        try:
+            self.drop()
+        finally:
+            self._program.close()
+
+    def drop(self) -> None:
+        """Go on without graphs."""
+        graphs, self._graphs = self.graphs, {}
+        for captured in graphs:
+            captured.graph.close()
+
+    def _find(self, inputs: Mapping[str, DeviceArray]) -> tuple[int, Captured | None]:
+        """The smallest graph for the inputs, and how many rows they have."""
+        if len(inputs) != len(self.inputs):
+            return 0, None
+        is_batched = self._config.is_batched
+        shapes = [tuple(inputs[name].shape) for name in self.inputs]
+        rows = shapes[0][0] if is_batched else 0
+        key = tuple([shape[1:] for shape in shapes]) if is_batched else tuple(shapes)
+        if not is_batched or [shape[0] for shape in shapes] == [rows] * len(shapes):
+            for captured in self._graphs.get(key, ()):
+                if captured.bucket.least <= rows <= captured.bucket.rows:
+                    return rows, captured
+        self._missed(tuple(shapes))
+        return rows, None
+
+    def _missed(self, shapes: tuple[Shape, ...]) -> None:
+        if len(self._misses) >= _MOST_COUNTED and shapes not in self._misses:
+            return
+        self._misses[shapes] += 1
+        if self._misses[shapes] == _OFTEN:
+            shown = ", ".join(f"'{name}' {list(shape)}" for name, shape in zip(self.inputs, shapes, strict=True))
+            what = "model '%s': %s has been executed %d times, and there is no CUDA graph for it"
+            _log.info(what, self._config.name, shown, _OFTEN)
+
+    # Capturing.
+
+    def capture(self, buckets: Sequence[Bucket], capturing: Capturing, device: Device) -> dict[Bucket, str]:
+        """Capture graphs, the largest first, in whose memory the others find room.
+
+        In the submitting thread, the stream its current one. Returns which have none, as the model cannot execute them,
+        and why. Raises NotCaptured where a capture fails, or the device is lost; there are no graphs then.
+        """
+        self._capturing = capturing
+        inputs: dict[tuple[Shape, ...], dict[str, DeviceArray]] = {}
+        left_out = {}
+        for bucket in sorted(buckets, key=lambda bucket: bucket.elements, reverse=True):
+            key = tuple([bucket.shapes[name] for name in self.inputs])
+            is_warm = False
+            try:
+                largest = inputs.get(key) or self._filled(bucket)
+                run = self._warmed_up(bucket, _first_rows(largest, bucket), device)
+                is_warm = True
+                captured = Captured(bucket, _first_rows(largest, bucket), capturing.capture(run), self.outputs)
+                captured.graph.replay()  # the first one takes longer
+                device.synchronize()
+            except Exception as error:
+                if is_warm or device.fault(error):
+                    self._graphs = {}
+                    raise NotCaptured(f"{bucket}: {reason(error)}") from error
+                left_out[bucket] = reason(error)
+            else:
+                inputs[key] = largest
+                self._graphs.setdefault(key, []).insert(0, captured)
+        return left_out
+
+    def _filled(self, bucket: Bucket) -> dict[str, DeviceArray]:
+        assert self._capturing is not None
+        datatypes = {spec.name: spec.datatype for spec in self._config.inputs}
+        return {
+            name: self._capturing.filled(
+                datatypes[name], bucket.shape(name), valid_value(self._config, name, datatypes[name])
+            )
+            for name in self.inputs
+        }
+
+    def _warmed_up(self, bucket: Bucket, inputs: Mapping[str, DeviceArray], device: Device) -> Run:
+        """What is to be captured, once it has run. Raises what it fails with, and ValueError for what fits no graph."""
+        assert self._capturing is not None
+        capturing = self._capturing
+
+        def run() -> Sequence[DeviceArray]:
+            return self._program.execute(inputs, self.outputs)
+
+        def run_on_copies() -> Sequence[DeviceArray]:
+            copies = {name: capturing.copied(array) for name, array in inputs.items()}
+            return self._program.execute(copies, self.outputs)
+
+        before = [capturing.stamp(array) for array in inputs.values()]
+        outputs: Sequence[DeviceArray] = ()
+        for _ in range(_WARM_UPS):
+            outputs = run()
+        device.synchronize()
+        for name, output in zip(self.outputs, outputs, strict=True):
+            if bucket.rows and (not output.shape or output.shape[0] != bucket.rows):
+                raise ValueError(f"output '{name}' has shape {list(output.shape)} for {bucket.rows} rows")
+        if before == [capturing.stamp(array) for array in inputs.values()]:
+            return run
+        # A model that writes to its inputs would go on where its last execution has left them.
+        for name, array in self._filled(bucket).items():
+            inputs[name][...] = array
+        run_on_copies()
+        device.synchronize()
+        return run_on_copies
+
+
+def _first_rows(inputs: Mapping[str, DeviceArray], bucket: Bucket) -> Mapping[str, DeviceArray]:
+    return {name: array[: bucket.rows] for name, array in inputs.items()} if bucket.rows else inputs
+
+
+def valid_value(config: ModelConfig, name: str, datatype: str) -> int:
+    """What an input may hold everywhere: in bounds, 1 for integers, as masks that are all 0 make no sense, else 0."""
+    if datatype.startswith(("FP", "BF")):
+        return 0
+    limit = config.bounds.ranges.get(name)
+    return 1 if limit is None else min(max(1, limit.low), limit.high)
+
+
+def reason(error: BaseException) -> str:
+    """The line of an error that tells most: TorchScript quotes the one that it has met behind its own words."""
+    first, *others = str(error).strip().splitlines() or [""]
+    if isinstance(error, NotCaptured):
+        return first
+    quoted = [line for line in others if _QUOTED.match(line)]
+    return quoted[-1].removeprefix("builtins.") if quoted else f"{type(error).__name__}: {first}".removesuffix(": ")
+
+
+def capture(
+    engine: DeviceEngine, pipeline: Pipeline, program: GraphedProgram, buckets: Sequence[Bucket]
+) -> dict[Bucket, str]:
+    """Capture graphs of a pipeline's executions, when the device has nothing else to do. Blocks until then.
+
+    Returns and raises what GraphedProgram.capture does.
+    """
+    left_out: dict[Bucket, str] = {}
+
+    def work() -> None:
+        stream, device = engine.stream_of(pipeline), engine.device
+        capturing = SimulatedCapturing() if simulated_gpus() else CudaCapturing(device.name, stream)
+        with _no_collections():
+            left_out.update(device.forward(lambda: program.capture(buckets, capturing, device), stream))
+
+    with cuda.loading:
+        run_and_wait(engine.alone, work)
+    return left_out
+
+
+class ModelGraphs:
+    """The graphs of one model's instances: none where it does not ask for any."""
+
+    def __init__(self, folder: ModelFolder, version: int) -> None:
+        """Raises ConfigError for what cannot be."""
+        self._folder = folder
+        self._version = version
+        self._plan = graph_buckets.plan(folder.config) if graph_buckets.are_wanted(folder.config) else GraphPlan()
+        self._buckets: dict[str, Sequence[Bucket]] = {}
+        self._are_notes_told = False
+
+    def try_on(self, device: str) -> None:
+        """Find out what can be captured there. Best done before the weights are loaded: the trial loads its own."""
+        name = self._folder.config.name
+        for note in () if self._are_notes_told else self._plan.notes:
+            _log.warning("model '%s': %s", name, note)
+        self._are_notes_told = True
+        if device in self._buckets or not self._plan.buckets:
+            return
+        result = cuda_graphs_trial.run(self._folder, self._version, device)
+        if result.failure:
+            _log.warning("model '%s': it runs on %s without CUDA graphs: %s", name, device, result.failure)
+        left_out = {self._plan.buckets[index]: why for index, why in result.left_out.items()}
+        self._tell(device, left_out)
+        self._buckets[device] = [] if result.failure else [one for one in self._plan.buckets if one not in left_out]
+
+    def add_to(self, backend: DeviceBackend) -> None:
+        """Capture an instance's graphs, before it serves."""
+        self.try_on(backend.device)
+        buckets = self._buckets.get(backend.device)
+        if not buckets:
+            return
+        start = time.monotonic()
+        program = GraphedProgram(backend.config, backend.program)
+        name, device = backend.config.name, backend.device
+        try:
+            left_out = capture(backend.engine, backend.pipeline, program, buckets)
+        except Exception as error:
+            if not backend.engine.report(error):
+                what = "model '%s': it runs on %s without CUDA graphs, a capture has failed; start the server anew: %s"
+                _log.error(what, name, device, reason(error))
+            return
+        self._tell(device, left_out)
+        backend.program = program
+        seconds = time.monotonic() - start
+        _log.info("model '%s': %d CUDA graphs on %s in %.1f s", name, len(program.graphs), device, seconds)
+
+    def _tell(self, device: str, left_out: Mapping[Bucket, str]) -> None:
+        for bucket, why in left_out.items():
+            _log.warning("model '%s': no CUDA graph on %s for %s: %s", self._folder.config.name, device, bucket, why)
