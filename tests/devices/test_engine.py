@@ -214,6 +214,17 @@ def test_what_runs_alone_waits_for_all_and_holds_all() -> None:
     assert all(job.is_right() for job in feeder.jobs) and len(feeder.jobs) > 40
 
 
+def test_what_runs_alone_runs_on_a_device_that_is_found_to_have_failed() -> None:
+    device, engine, health = simulated(COSTS)
+    seen: list[str] = []
+    device.fail("gone")
+    engine.alone(lambda: seen.append(engine.lost))
+    engine.alone(lambda: seen.append("again"))
+    device.timeline.run()
+    assert seen == ["gone", "again"]
+    assert health.reason(device.name) == "gone"
+
+
 def test_memory_errors_are_the_jobs_business() -> None:
     device, engine, health = simulated(Costs(), memory_bytes=1024)
     pipeline = engine.pipeline("model")
