@@ -153,7 +153,6 @@ class _Comparison:
         self._program = program
         self._inner = inner
         self._device = device
-        self._stream = device.stream()
         self._rng = np.random.default_rng(_SEED)
 
     def run(self) -> None:
@@ -196,7 +195,7 @@ class _Comparison:
         """The array in the device's memory."""
         host, block = self._device.host_block(array.nbytes), self._device.device_block(array.nbytes)
         host.array[: array.nbytes] = array.reshape(-1).view(np.uint8)
-        self._device.copy_in(host, block, array.nbytes, self._stream)
+        self._device.copy_in(host, block, array.nbytes, self._device.stream())
         self._device.synchronize()
         return self._device.view(block, 0, datatype, array.shape)
 
