@@ -58,6 +58,7 @@ HEAVY = {
         "tutti.backends.cuda_graphs",
         "tutti.backends.verification",
         "tutti.backends.tensorrt",
+        "tutti.backends.capturing",
         "tutti.devices.cuda",
     },
     "transformers": set(),

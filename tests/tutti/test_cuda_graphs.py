@@ -17,7 +17,8 @@ from tests.serving import engine_over, infer, timer
 from tests.tutti.test_device_backend import CHAIN, IDS, ON_GPU, SAME, Embed, Hungry, Identity, ids_request
 from tests.tutti.test_pytorch_backend import CONFIG, Subtract, exported, load_error, scripted
 from tutti import config, local
-from tutti.backends import cuda_graphs, cuda_graphs_trial, graph_buckets, pytorch
+from tutti.backends import capturing, cuda_graphs, cuda_graphs_trial, graph_buckets, pytorch
+from tutti.backends.capturing import SimulatedCapturing
 from tutti.backends.cuda_graphs_trial import Result, unequal
 from tutti.devices import engines
 from tutti.dtypes import Array
@@ -52,8 +53,8 @@ def no_trial(monkeypatch: pytest.MonkeyPatch) -> None:
 def replays(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The graphs that have been replayed, each time."""
     seen: list[Any] = []
-    replay = cuda_graphs._SimulatedGraph.replay
-    monkeypatch.setattr(cuda_graphs._SimulatedGraph, "replay", lambda self: (seen.append(self), replay(self))[1])
+    replay = capturing._SimulatedGraph.replay
+    monkeypatch.setattr(capturing._SimulatedGraph, "replay", lambda self: (seen.append(self), replay(self))[1])
     return seen
 
 
@@ -196,13 +197,13 @@ class Greedy(torch.nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         vectors = self.table(ids)
-        ids.add_(40)
+        ids.add_(99)
         return vectors
 
 
 @pytest.mark.usefixtures("no_trial")
 def test_a_model_that_writes_to_its_inputs_finds_valid_rows_again(repository: Repository, replays: list[Any]) -> None:
-    """The rows behind a batch would be out of range after three executions, as on a device that it ends."""
+    """The rows behind a batch would be out of range in the next execution, which ends the device."""
     repository.add("m", IDS + LENGTHS + GRAPHS, {"model.pt": scripted(Greedy())})
     with engine_over(repository.root) as engine:
         replays.clear()
@@ -300,7 +301,7 @@ def test_outputs_that_are_no_rows_have_no_graphs(repository: Repository, caplog:
 def test_a_capture_that_fails_leaves_a_model_without_graphs(
     repository: Repository, replays: list[Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    capture = cuda_graphs.SimulatedCapturing.capture
+    capture = SimulatedCapturing.capture
     left = [2]
 
     def failing(self: Any, run: Callable[[], Any]) -> Any:
@@ -309,7 +310,7 @@ def test_a_capture_that_fails_leaves_a_model_without_graphs(
             raise RuntimeError("operation not permitted when stream is capturing\nmore lines")
         return capture(self, run)
 
-    monkeypatch.setattr(cuda_graphs.SimulatedCapturing, "capture", failing)
+    monkeypatch.setattr(SimulatedCapturing, "capture", failing)
     repository.add("m", X + GRAPHS, {"model.pt": scripted(Polynomial())})
     with engine_over(repository.root) as engine:
         replays.clear()
@@ -344,10 +345,8 @@ def test_a_graph_that_cannot_be_is_refused(repository: Repository) -> None:
 @pytest.mark.usefixtures("no_trial")
 def test_graphs_go_before_the_weights(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
-    graph_close, close = cuda_graphs._SimulatedGraph.close, pytorch.TorchProgram.close
-    monkeypatch.setattr(
-        cuda_graphs._SimulatedGraph, "close", lambda self: (order.append("graph"), graph_close(self))[1]
-    )
+    graph_close, close = capturing._SimulatedGraph.close, pytorch.TorchProgram.close
+    monkeypatch.setattr(capturing._SimulatedGraph, "close", lambda self: (order.append("graph"), graph_close(self))[1])
     monkeypatch.setattr(pytorch.TorchProgram, "close", lambda self: (order.append("weights"), close(self))[1])
     repository.add("m", X + GRAPHS, {"model.pt": scripted(Polynomial())})
     with engine_over(repository.root):

@@ -17,8 +17,9 @@ from tests.tutti.test_cuda_graphs import GRAPHS, LENGTHS, Greedy, Polynomial, X,
 from tests.tutti.test_device_backend import IDS, Embed, Identity, ids_request
 from tests.tutti.test_pytorch_backend import scripted
 from tutti import config, local
-from tutti.backends import cuda_graphs, graph_buckets, pytorch
-from tutti.backends.cuda_graphs import CudaCapturing, GraphedProgram
+from tutti.backends import graph_buckets, pytorch
+from tutti.backends.capturing import CudaCapturing, Run, no_collections
+from tutti.backends.cuda_graphs import GraphedProgram
 from tutti.devices import cuda, engines
 from tutti.devices.simulated import Costs, SimulatedDevice, Timeline
 
@@ -32,7 +33,7 @@ class OnProcessor(CudaCapturing):
     def __init__(self) -> None:
         self._device = "cpu"
 
-    def capture(self, run: cuda_graphs.Run) -> Any:
+    def capture(self, run: Run) -> Any:
         outputs = run()
 
         def replay() -> None:
@@ -114,7 +115,7 @@ def test_a_capture_is_guarded_and_tells_its_first_error(monkeypatch: pytest.Monk
 
 
 def test_nothing_is_collected_during_captures() -> None:
-    with cuda_graphs._no_collections():
+    with no_collections():
         assert not gc.isenabled()
     assert gc.isenabled()
 

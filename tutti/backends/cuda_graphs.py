@@ -6,20 +6,14 @@ Graphs are captured when a model loads, while nothing else is under way on the d
 would take the process with it: so a process that may die tries first (cuda_graphs_trial.py).
 """
 
-import gc
 import logging
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol
-
-import numpy as np
-import torch
+from collections.abc import Mapping, Sequence
 
 from tutti.backends import cuda_graphs_trial, graph_buckets
+from tutti.backends.capturing import Capturing, CudaCapturing, Graph, Run, SimulatedCapturing, no_collections
 from tutti.backends.graph_buckets import Bucket, GraphPlan
 from tutti.backends.on_device import DeviceBackend, Program
 from tutti.config import ModelConfig
@@ -29,7 +23,6 @@ from tutti.devices.interface import Device, DeviceArray
 from tutti.devices.pipeline import Pipeline
 from tutti.devices.simulated import simulated_gpus
 from tutti.devices.threads import run_and_wait
-from tutti.dtypes import NUMPY, Array
 from tutti.repository import ModelFolder
 from tutti.types import OnDevice, Shape
 
@@ -42,131 +35,9 @@ _OFTEN = 1000
 _MOST_COUNTED = 256
 _QUOTED = re.compile(r"[\w.]*(Error|Exception): ")
 
-Run = Callable[[], Sequence[DeviceArray]]
-
 
 class NotCaptured(Exception):
     """A capture has failed: PyTorch's allocator may be unusable from now on."""
-
-
-class Graph(Protocol):
-    """Work that has been captured."""
-
-    @property
-    def outputs(self) -> Sequence[DeviceArray]:
-        """What it computes: overwritten by each replay."""
-
-    def replay(self) -> None:
-        """Submit the work to the current stream."""
-
-    def close(self) -> None:
-        """Release what it holds on the device."""
-
-
-class Capturing(Protocol):
-    """How work on one stream is captured. Called in the device's submitting thread, the stream its current one."""
-
-    def filled(self, datatype: str, shape: Shape, value: int) -> DeviceArray:
-        """A new array of such values."""
-
-    def copied(self, array: DeviceArray) -> DeviceArray:
-        """A new array of the same elements, in the current stream's order."""
-
-    def stamp(self, array: DeviceArray) -> Hashable:
-        """Another value after the array has been written to."""
-
-    def capture(self, run: Run) -> Graph:
-        """What `run` submits; it has run before, and nothing else is under way on the device."""
-
-
-@dataclass(frozen=True, slots=True)
-class _CudaGraph:
-    graph: Any
-    outputs: Sequence[DeviceArray]
-
-    def replay(self) -> None:
-        self.graph.replay()
-
-    def close(self) -> None:
-        self.graph.reset()
-
-
-class CudaCapturing:
-    """On a GPU. All graphs of a stream share their memory: they never overlap."""
-
-    def __init__(self, device: str, stream: Any) -> None:
-        self._device = device
-        self._stream = stream
-        self._pool = torch.cuda.graph_pool_handle()
-
-    def filled(self, datatype: str, shape: Shape, value: int) -> Any:
-        return torch.full(tuple(shape), value, dtype=cuda.TORCH[datatype], device=self._device)
-
-    def copied(self, array: Any) -> Any:
-        return array.clone()
-
-    def stamp(self, array: Any) -> int:
-        return int(array._version)
-
-    def capture(self, run: Run) -> _CudaGraph:
-        graph = torch.cuda.CUDAGraph()
-        failure: Exception | None = None
-        # What other threads ask of the driver meanwhile spoils nothing in this mode.
-        begun = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
-        try:
-            with cuda.caches, begun:
-                try:
-                    outputs = run()
-                except Exception as error:
-                    failure = error
-                    raise
-        except Exception as error:  # the capture's end, which fails then, too, says less
-            raise failure or error from None
-        return _CudaGraph(graph, outputs)
-
-
-@contextmanager
-def _no_collections() -> Iterator[None]:
-    """A graph that the garbage collector found would be destroyed while another is captured, which spoils that."""
-    was_enabled = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
-class _SimulatedGraph:
-    def __init__(self, run: Run) -> None:
-        self._run = run
-        self.outputs: Sequence[DeviceArray] = [np.array(output) for output in run()]
-
-    def replay(self) -> None:
-        for output, again in zip(self.outputs, self._run(), strict=True):
-            output[...] = again
-
-    def close(self) -> None:
-        self.outputs = ()
-
-
-class SimulatedCapturing:
-    """On a simulated device a graph runs the same work again, on the same memory."""
-
-    def filled(self, datatype: str, shape: Shape, value: int) -> Array:
-        if datatype == "BF16" and value == 1:
-            value = 0x3F80  # its bits
-        return np.full(shape, value, NUMPY[datatype])
-
-    def copied(self, array: Array) -> Array:
-        return np.array(array)
-
-    def stamp(self, array: Array) -> bytes:
-        return array.tobytes()
-
-    def capture(self, run: Run) -> _SimulatedGraph:
-        return _SimulatedGraph(run)
 
 
 class Captured:
@@ -174,17 +45,18 @@ class Captured:
 
     def __init__(self, bucket: Bucket, inputs: Mapping[str, DeviceArray], graph: Graph, names: Sequence[str]) -> None:
         self.bucket = bucket
-        self.inputs = inputs
         self.graph = graph
+        self._inputs = inputs
         self._index = {name: index for index, name in enumerate(names)}
 
-    def output(self, name: str) -> DeviceArray:
-        return self.graph.outputs[self._index[name]]
-
-    def write(self, inputs: Mapping[str, DeviceArray], rows: int) -> None:
-        """Put a batch in the place of the first rows."""
+    def execute(self, inputs: Mapping[str, DeviceArray], rows: int, names: Sequence[str]) -> list[DeviceArray]:
+        """What is made of a batch, in arrays that are overwritten by the next."""
+        part = slice(rows) if self.bucket.rows else ...
         for name, array in inputs.items():
-            self.inputs[name][:rows] = array
+            self._inputs[name][part] = array
+        self.graph.replay()
+        outputs = self.graph.outputs
+        return [outputs[self._index[name]][part] for name in names]
 
 
 class GraphedProgram:
@@ -214,14 +86,7 @@ class GraphedProgram:
         if captured is None:
             return self._program.execute(inputs, names)
         assert self._capturing is not None
-        if not captured.bucket.rows:
-            for name, array in inputs.items():
-                captured.inputs[name][...] = array
-            captured.graph.replay()
-            return [self._capturing.copied(captured.output(name)) for name in names]
-        captured.write(inputs, rows)
-        captured.graph.replay()
-        return [self._capturing.copied(captured.output(name)[:rows]) for name in names]
+        return [self._capturing.copied(array) for array in captured.execute(inputs, rows, names)]
 
     def concatenate(self, arrays: Sequence[DeviceArray]) -> DeviceArray:
         return self._program.concatenate(arrays)
@@ -232,12 +97,11 @@ class GraphedProgram:
     def close(self) -> None:
         """The graphs go first: they refer to what the program holds."""
         try:
-            self.drop()
+            self._drop()
         finally:
             self._program.close()
 
-    def drop(self) -> None:
-        """Go on without graphs."""
+    def _drop(self) -> None:
         graphs, self._graphs = self.graphs, {}
         for captured in graphs:
             captured.graph.close()
@@ -319,22 +183,20 @@ class GraphedProgram:
             copies = {name: capturing.copied(array) for name, array in inputs.items()}
             return self._program.execute(copies, self.outputs)
 
-        before = [capturing.stamp(array) for array in inputs.values()]
-        outputs: Sequence[DeviceArray] = ()
-        for _ in range(_WARM_UPS):
-            outputs = run()
-        device.synchronize()
-        for name, output in zip(self.outputs, outputs, strict=True):
+        stamps = [capturing.stamp(array) for array in inputs.values()]
+        for name, output in zip(self.outputs, run(), strict=True):
             if bucket.rows and (not output.shape or output.shape[0] != bucket.rows):
                 raise ValueError(f"output '{name}' has shape {list(output.shape)} for {bucket.rows} rows")
-        if before == [capturing.stamp(array) for array in inputs.values()]:
-            return run
-        # A model that writes to its inputs would go on where its last execution has left them.
-        for name, array in self._filled(bucket).items():
-            inputs[name][...] = array
-        run_on_copies()
+        to_capture: Run = run
+        if stamps != [capturing.stamp(array) for array in inputs.values()]:
+            # A model that writes to its inputs would go on with what its last execution has left of them.
+            to_capture = run_on_copies
+            for name, array in self._filled(bucket).items():
+                inputs[name][...] = array
+        for _ in range(_WARM_UPS):
+            to_capture()
         device.synchronize()
-        return run_on_copies
+        return to_capture
 
 
 def _first_rows(inputs: Mapping[str, DeviceArray], bucket: Bucket) -> Mapping[str, DeviceArray]:
@@ -370,7 +232,7 @@ def capture(
     def work() -> None:
         stream, device = engine.stream_of(pipeline), engine.device
         capturing = SimulatedCapturing() if simulated_gpus() else CudaCapturing(device.name, stream)
-        with _no_collections():
+        with no_collections():
             left_out.update(device.forward(lambda: program.capture(buckets, capturing, device), stream))
 
     with cuda.loading:
