@@ -31,11 +31,12 @@ def lines(is_short: bool) -> list[Line]:
         Line("an id out of range, with bounds", f"{_FAULTS}:bounded_id", 60, least_s=20),
         Line("ensembles on the device", f"{_HERE}:ensembles", 70, least_s=20),
         Line("CUDA graphs", f"{_HERE}:graphs", 60, needs_gpu=True, least_s=20),
-        Line("a kernel that does not end", f"{_FAULTS}:hang", 120, needs_gpu=True, least_s=40),
+        Line("a kernel that does not end", f"{_FAULTS}:hang", 90, least_s=30),
         Line("out of memory halves the batch", f"{_MEMORY}:halving", 60, needs_gpu=True, least_s=20),
         Line("load and unload", f"{_MEMORY}:load_unload", 60, least_s=20),
         Line("CUDA shared memory", f"{_MEMORY}:cuda_shared_memory", 60, needs_gpu=True, least_s=15),
         Line("tests marked gpu", f"{_HERE}:tests", 240, least_s=10),
+        Line("a batch that outlasts the engine's patience", f"{_FAULTS}:engine_hang", 180, needs_gpu=True, least_s=120),
     ]
 
 

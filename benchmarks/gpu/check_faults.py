@@ -10,7 +10,7 @@ import itertools
 import textwrap
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,14 @@ BAD_ID = 1 << 40
 _ROWS = 100
 # What the server is given to be well again.
 _WELL_S = 60.0
+# A process whose device has failed has ended by then.
+_DYING_S = 7.0
 _HANG_S = 30.0
-BOUNDS = 'parameters { key: "tutti.bounds.ids" value { string_value: "0:99" } }'
+# A product of matrices of this width takes 0.2 s in 32 bits.
+_WIDE, _PRODUCTS = 16_384, 450
+BOUNDS = 'parameters { key: "tutti.bounds" value { string_value: "{\\"ids\\": [0, 99]}" } }'
+# The status of a process whose device has failed.
+_DEVICE_LOST = 75
 
 
 class Look(torch.nn.Module):
@@ -119,13 +125,12 @@ def _models(context: Context, root: Path, bounds: str = "") -> None:
 
 @contextlib.contextmanager
 def _under_load(
-    context: Context, name: str, bounds: str = "", *flags: str
+    context: Context, name: str, bounds: str = "", *flags: str, more: Callable[[Path], None] = lambda root: None
 ) -> Iterator[tuple[server.Server, GoodClient]]:
     folder = served.fresh(context, name)
     root = served.fresh(context, f"{name}/models")
     _models(context, root, bounds)
-    if context.is_gpu and name.endswith("hang"):
-        _add_hang(root)
+    more(root)
     with server.tutti(root, folder / "server.log", *flags) as tutti:
         tutti.infer(Request("look", [("ids", np.zeros((1, 4), np.int64))]))
         client = GoodClient(tutti.http)
@@ -159,31 +164,43 @@ def _ask_bad(tutti: server.Server) -> tuple[int, str]:
 
 
 def bad_id(context: Context) -> None:
-    """Without bounds: on a card the context dies. With one front-end process and with two."""
-    for front_ends in (2,) if context.is_short else (1, 2):
-        flags = () if front_ends == 1 else (f"--front-end-processes={front_ends}",)
-        with _under_load(context, f"check-bad-{front_ends}", "", *flags) as (tutti, client):
+    """Without bounds a card's context dies. Two front-end processes keep connections; one alone ends with it."""
+    for front_ends in (2,) if context.is_short else (2, 1):
+        flag = f"--front-end-processes={front_ends}"
+        with _under_load(context, f"check-bad-{front_ends}", "", flag) as (tutti, client):
             began = time.monotonic()
             status, text = _ask_bad(tutti)
-            context.check(
-                f"answered, {front_ends} front-ends",
-                status >= 400,
-                status=status,
-                s=time.monotonic() - began,
-                text=text[:200],
-            )
-            _recover(context, f"good model, {front_ends} front-ends", tutti, client, began, front_ends)
+            row = {"status": status, "s": time.monotonic() - began, "text": text[:200]}
+            context.check(f"answered, {front_ends} front-ends", status >= 400, **row)
+            if front_ends == 1 and context.is_gpu:
+                with contextlib.suppress(TimeoutError):
+                    _wait(lambda: tutti.process.poll() is not None, _WELL_S, "")
+                exited = tutti.process.poll()
+                context.check("one process ends", exited == _DEVICE_LOST, exited=exited, s=time.monotonic() - began)
+            else:
+                _recover(
+                    context,
+                    f"good model, {front_ends} front-ends",
+                    tutti,
+                    client,
+                    (began, time.monotonic()),
+                    front_ends,
+                )
 
 
 def _recover(
-    context: Context, name: str, tutti: server.Server, client: GoodClient, fault_s: float, front_ends: int
+    context: Context, name: str, tutti: server.Server, client: GoodClient, fault_s: tuple[float, float], front_ends: int
 ) -> None:
+    """Of a fault that began and was told at `fault_s`: the good model is answered again, without a break."""
+    began_s, told_s = fault_s
+    # Before a process ends by itself it may answer for a while, which is not to be taken for being well.
+    settled_s = told_s + (_DYING_S if context.is_gpu else 0.0)
     try:
-        _wait(lambda: client.good_since(time.monotonic() - 2.0), _WELL_S, "")
+        _wait(lambda: client.good_since(settled_s), _WELL_S, "")
         is_well = True
     except TimeoutError:
         is_well = False
-    row = client.row(fault_s)
+    row = client.row(began_s)
     is_kept = front_ends == 1 or row["connections"] == 1
     context.check(name, is_well and is_kept, **row, exited=str(tutti.process.poll()))
     if is_well:
@@ -193,7 +210,7 @@ def _recover(
 
 def bounded_id(context: Context) -> None:
     """With bounds: refused with 400 before it gets to the device, and nobody else notices."""
-    with _under_load(context, "check-bounded", BOUNDS) as (tutti, client):
+    with _under_load(context, "check-bounded", BOUNDS, "--front-end-processes=1") as (tutti, client):
         began = time.monotonic()
         status, text = _ask_bad(tutti)
         if status != 400:
@@ -209,44 +226,85 @@ def bounded_id(context: Context) -> None:
 
 
 _HANG = """
-    import torch
+    import time
+
     import triton_python_backend_utils as pb_utils
 
 
     class TritonPythonModel:
         def execute(self, requests):
-            torch.cuda._sleep(int(1.8e9 * SECONDS))
-            torch.cuda.current_stream().synchronize()
+            if DEVICE == "cpu":
+                time.sleep(SECONDS)
+            else:
+                import torch
+
+                torch.cuda._sleep(int(1.8e9 * SECONDS))
+                torch.cuda.current_stream().synchronize()
             found = [pb_utils.get_input_tensor_by_name(request, "x").as_numpy() for request in requests]
             return [pb_utils.InferenceResponse([pb_utils.Tensor("y", x)]) for x in found]
 """
 
 
-def _add_hang(root: Path) -> None:
-    folder = repository.add(root, "hang", repository.floats("python", "cuda", 8, 8, extra=""))
-    (folder / "model.py").write_text(textwrap.dedent(_HANG).lstrip().replace("SECONDS", str(_HANG_S)))
+def _add_hang(context: Context, root: Path, patience_s: int) -> None:
+    """A python model in a process of its own, which may be ended when it has no answer for so long."""
+    told = {"tutti.isolate": "process", "tutti.hang_timeout_s": str(patience_s)}
+    extra = " ".join(f'parameters {{ key: "{key}" value {{ string_value: "{text}" }} }}' for key, text in told.items())
+    folder = repository.add(root, "hang", repository.floats("python", context.device, 8, 8, extra=extra))
+    source = textwrap.dedent(_HANG).lstrip().replace("DEVICE", repr(context.device)).replace("SECONDS", str(_HANG_S))
+    (folder / "model.py").write_text(source)
 
 
 def hang(context: Context) -> None:
-    """A kernel of half a minute: the good model goes on, the server says who hangs, and may begin anew."""
-    flags = []
-    with contextlib.suppress(NotThereYetError):
-        flags = [f"{server.flag('device', 'timeout')}=5"]
-    with _under_load(context, "check-hang", "", "--front-end-processes=2", *flags) as (tutti, client):
+    """A kernel of half a minute, on a processor a sleep: its caller is told early, and the good model goes on."""
+    patience_s = 2 if context.is_short else 10
+    with _under_load(
+        context, "check-hang", "", "--front-end-processes=2", more=lambda root: _add_hang(context, root, patience_s)
+    ) as (tutti, client):
         began = time.monotonic()
-        thread = threading.Thread(target=_ask_hang, args=(context, tutti), daemon=True)
-        thread.start()
-        thread.join(_HANG_S + 15)
-        _recover(context, "good model", tutti, client, began, 2)
-        told = [line for line in tutti.said().splitlines() if "hang" in line]
-        context.emit("log", {"flags": " ".join(flags) or "none", "said": told[-1][:200] if told else "nothing of it"})
+        _ask_hang(context, tutti, "hang", patience_s + 10)
+        _recover(context, "good model", tutti, client, (began, time.monotonic()), 2)
+        _tell_log(context, tutti, "hang")
 
 
-def _ask_hang(context: Context, tutti: server.Server) -> None:
-    began = time.monotonic()
+class Endless(torch.nn.Module):
+    """x [batch, 8] -> [batch, 8], after so many large products that they take longer than an engine waits."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x[:1, :1].expand(_WIDE, _WIDE).contiguous()
+        for _ in range(_PRODUCTS):
+            wide = (wide @ wide) * (1 / _WIDE)
+        return x + wide[:1, :1]
+
+
+def engine_hang(context: Context) -> None:
+    """A batch that outlasts the engine's patience of a minute: the device is given up, and begun anew."""
+
+    def add(root: Path) -> None:
+        text = repository.floats("pytorch", context.device, 8, 8)
+        repository.add_module(root, "endless", Endless(), 8, text)
+
+    with _under_load(context, "check-endless", "", "--front-end-processes=2", more=add) as (tutti, client):
+        began = time.monotonic()
+        _ask_hang(context, tutti, "endless", 85)
+        _recover(context, "good model", tutti, client, (began, time.monotonic()), 2)
+        _tell_log(context, tutti, "endless")
+
+
+def _ask_hang(context: Context, tutti: server.Server, model: str, within_s: float) -> None:
+    """Its caller is to get an error, and to get it in time."""
+    began, status = time.monotonic(), 0
     try:
-        tutti.infer(Request("hang", [("x", np.ones((1, 8), np.float32))]), timeout_s=_HANG_S + 10)
-        what = "answered at its end"
-    except (server.RefusedError, OSError, http.client.HTTPException) as error:
+        tutti.infer(Request(model, [("x", np.ones((1, 8), np.float32))]), timeout_s=within_s + 20)
+        status, what = 200, "answered at its end"
+    except server.RefusedError as error:
+        status, what = error.status, str(error)
+    except (OSError, http.client.HTTPException) as error:
         what = f"{type(error).__name__}: {error}"
-    context.emit("its caller", {"s": time.monotonic() - began, "what": what[:200]})
+    took_s = time.monotonic() - began
+    context.check("its caller", status >= 400 and took_s < within_s, status=status, s=took_s, what=what[:200])
+
+
+def _tell_log(context: Context, tutti: server.Server, model: str) -> None:
+    """What the server wrote of a model, but that it was loaded."""
+    told = [line for line in tutti.said().splitlines() if f"'{model}'" in line and " loaded " not in line]
+    context.emit("log", {"said": told[0][:250] if told else "nothing of it"})

@@ -93,8 +93,7 @@ def serving(
         return root
 
     wishes = [f"dynamic_batching {{}} {repository.GRAPHS}", "dynamic_batching {}"] if context.is_gpu else [""]
-    flags = () if front_ends == 1 else (f"--front-end-processes={front_ends}",)
-    with server.tutti_with(make, wishes, folder / "tutti.log", *flags) as (tutti, wish):
+    with server.tutti_with(make, wishes, folder / "tutti.log", f"--front-end-processes={front_ends}") as (tutti, wish):
         yield tutti, repository.GRAPHS in wish
 
 
@@ -147,8 +146,7 @@ def tiny(context: Context, front_ends: list[int], clients: int) -> None:
     root = fresh(context, "served-tiny/models")
     asked = Request(repository.add_tiny(root), [("x", np.full((1, 384), 0.5, np.float32))])
     for count in front_ends:
-        flags = () if count == 1 else (f"--front-end-processes={count}",)
-        with server.tutti(root, folder / "server.log", *flags) as tutti:
+        with server.tutti(root, folder / "server.log", f"--front-end-processes={count}") as tutti:
             for protocol in load.PROTOCOLS:
                 row: Figures = {"model": "tiny", "front_ends": count, "protocol": protocol, "clients": clients}
                 row |= measured(context, tutti, protocol, asked, clients, 1 if context.is_short else 8)

@@ -113,6 +113,8 @@ def test_check(machine: Machine) -> None:
     assert rows(record, "ensembles on the device")["chain"]["requests/s"] > 0
     assert rows(record, "an id out of range")["answered, 2 front-ends"]["status"] >= 400
     assert rows(record, "load and unload")["answers"]["times"] == 4
+    assert rows(record, "an id out of range, with bounds")["refused with 400"]["right"] is True
+    assert "'hang'" in rows(record, "a kernel that does not end")["its caller"]["what"]
     assert found["CUDA shared memory"] == "needs a GPU"
 
 
