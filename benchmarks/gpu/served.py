@@ -105,7 +105,7 @@ def model(context: Context, name: str, precision: str, clients: list[int], front
     with serving(context, folder, spec, precision, front_ends) as (tutti, has_graphs):
         asked = request(spec, f"{name}_{precision}")
         check_answer(context, spec, precision, asked, tutti.infer(asked)[spec.output])
-        about = {"model": name, "precision": precision, "front_ends": front_ends, "graphs": has_graphs}
+        about = {"model": name, "precision": precision, "front_ends": front_ends, "graphs asked": has_graphs}
         for count in clients:
             for protocol in load.PROTOCOLS:
                 row = about | {"protocol": protocol, "clients": count}
