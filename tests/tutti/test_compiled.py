@@ -276,7 +276,7 @@ def test_other_models_are_loaded_while_it_compiles(repository: Repository, fake:
     held: list[bool] = []
 
     def meanwhile() -> None:
-        held.append(pytorch._loading.locked() or compiled._opening.locked())
+        held.append(pytorch.loading.locked() or compiled._opening.locked())
 
     fake.meanwhile = meanwhile
     check_answers(repository.root)

@@ -98,7 +98,7 @@ class DeviceBackend(JoinedModel):
             config.name,
             _WEIGHTS.get(optimization.priority, 1.0),
             -(optimization.priority == 1),
-            optimization.cuda.busy_wait_events,
+            is_urgent=optimization.cuda.busy_wait_events,
         )
 
     def batch(self, requests: Sequence[InferRequest]) -> "DeviceBatch":

@@ -169,7 +169,10 @@ def _options(config: ModelConfig) -> Any:
 
 def _has_cuda() -> bool:
     """The build for GPUs lists its provider on every machine, and falls back to the processor without an error."""
-    return "CUDAExecutionProvider" in ort.get_available_providers() and nvml.may_have_gpus()
+    has_cuda = "CUDAExecutionProvider" in ort.get_available_providers() and nvml.may_have_gpus()
+    if has_cuda and hasattr(ort, "preload_dlls"):
+        ort.preload_dlls()  # CUDA's libraries may be in Python packages, where the linker does not look
+    return has_cuda
 
 
 def _is_gpu(config: ModelConfig, group: InstanceGroup, has_cuda: bool) -> bool:

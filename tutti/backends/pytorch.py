@@ -9,6 +9,7 @@ asks for it (compiled.py). And `tutti.gpu_model_filename`: the file for GPUs, as
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,9 @@ from tutti.types import Infer, OnDevice
 
 EXPORTED = "model.pt2"
 _INDEX = re.compile(r".*__(\d+)")
+# One thread loads, for as long as the process lives: PyTorch 2.11 for CUDA crashes where there is no device and a second
+# thread loads a package after the first one has ended.
+_loader = ThreadPoolExecutor(1, "pytorch loads")
 
 
 def load(folder: ModelFolder, version: int, infer: Infer) -> list[Backend]:
@@ -138,7 +142,7 @@ def _loaded(config: ModelConfig, path: Path, load: Callable[[], Any]) -> Any:
     try:
         with loading, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # TorchScript is deprecated, which is its author's concern
-            return load()
+            return _loader.submit(load).result()
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(f"model '{config.name}': PyTorch cannot load {path.name}: {reason}") from None

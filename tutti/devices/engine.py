@@ -68,6 +68,7 @@ class DeviceEngine:
         name: str,
         weight: float = 1.0,
         priority: int = 0,
+        *,
         hang_ns: int | None = None,
         is_urgent: bool = False,
     ) -> Pipeline:
