@@ -2,13 +2,17 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from tests.models import Repository, onnx_add_one
-from tests.serving import engine_over
+from tests.serving import engine_over, infer
 from tutti import backends, config
 from tutti.backends import onnxruntime
-from tutti.errors import ConfigError
+from tutti.devices import engines
+from tutti.devices.simulated import SIMULATED
+from tutti.errors import ConfigError, InferError
+from tutti.types import InferRequest, Tensor
 
 TENSORS = 'input { name: "x" data_type: TYPE_FP32 dims: 4 } output { name: "y" data_type: TYPE_FP32 dims: 4 }'
 
@@ -89,8 +93,9 @@ def test_onnxruntime_has_cuda_only_where_there_may_be_a_gpu(monkeypatch: pytest.
     assert not onnxruntime._has_cuda()
 
 
+@pytest.mark.usefixtures("simulated_gpu")
 def test_onnxruntime_on_two_gpus_has_a_session_on_each(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "gpu_count", lambda: 2)
+    monkeypatch.setenv(SIMULATED, "2")
     monkeypatch.setattr(onnxruntime, "_has_cuda", lambda: True)
     devices: list[str] = []
     session = onnxruntime._session
@@ -100,4 +105,7 @@ def test_onnxruntime_on_two_gpus_has_a_session_on_each(repository: Repository, m
     repository.add("m", f'backend: "onnxruntime" max_batch_size: 4 {TENSORS}', {"model.onnx": onnx_add_one()})
     with engine_over(repository.root) as engine:
         assert not engine.failures()
+        (answer,) = infer(engine, [InferRequest("m", {"x": Tensor.of("x", np.ones((1, 4), np.float32))})])
+        assert not isinstance(answer, InferError), answer
+        assert len(engines.engine_of("cuda:0").pipelines()) == len(engines.engine_of("cuda:1").pipelines()) == 1
     assert devices == ["cuda:0", "cuda:1"]

@@ -33,8 +33,8 @@ from tutti.types import Infer, OnDevice
 
 EXPORTED = "model.pt2"
 _INDEX = re.compile(r".*__(\d+)")
-# One thread loads, for as long as the process lives: PyTorch 2.11 for CUDA crashes where there is no device and a second
-# thread loads a package after the first one has ended.
+# One thread loads, for as long as the process lives: PyTorch 2.11 for CUDA crashes where there is no device and another
+# thread loads a package after the first has ended.
 _loader = ThreadPoolExecutor(1, "pytorch loads")
 
 
