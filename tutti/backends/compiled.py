@@ -227,8 +227,10 @@ class Kept:
     """What torch.compile's compiler has kept of an exported program, whose weights it shares."""
 
     def __init__(self, folder: Path, program: Any) -> None:
+        from torch._inductor import CompiledArtifact
+
         with _opening:  # it changes the process's environment for a moment
-            self._compiled = torch._inductor.CompiledArtifact.load(path=str(folder), format="unpacked")
+            self._compiled = CompiledArtifact.load(path=str(folder), format="unpacked")
         self._leading = _lifted(program)
         self._count = len(program.graph_signature.user_inputs)
         self._made = program.call_spec.out_spec

@@ -164,7 +164,7 @@ def one_line(error: BaseException) -> str:
 
 def _compile(job: Job, folder: Path) -> str:
     """Why the model cannot be compiled so that it does the same; "" when it has been."""
-    import torch
+    import torch._inductor
 
     from tutti.backends import compiled, pytorch, verification
 
@@ -190,7 +190,7 @@ def _keep(program: Any, options: Mapping[str, object]) -> None:
 
     Dynamic dimensions stay so, and no shape is ever compiled again while it is served.
     """
-    import torch
+    import torch._inductor
 
     inputs = [node.meta["val"] for node in program.graph_module.graph.nodes if node.op == "placeholder"]
     patches = {"config_patches": dict(options)}
