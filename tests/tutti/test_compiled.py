@@ -22,12 +22,15 @@ from tests.serving import engine_over, infer
 from tests.tutti.test_pytorch_backend import scripted
 from tutti import config
 from tutti.errors import ConfigError
+from tutti.repository import open_model
 from tutti.types import InferRequest, InferResponse, Tensor
 
 torch = pytest.importorskip("torch")
 
 from tutti.backends import artefacts, compiled, compiler, pytorch, verification  # noqa: E402
 from tutti.backends.compiler import AOT, JIT, Job, Uncompilable  # noqa: E402
+from tutti.backends.cuda_graphs import ModelGraphs  # noqa: E402
+from tutti.devices import cuda  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -276,7 +279,7 @@ def test_other_models_are_loaded_while_it_compiles(repository: Repository, fake:
     held: list[bool] = []
 
     def meanwhile() -> None:
-        held.append(pytorch.loading.locked() or compiled._opening.locked())
+        held.append(cuda.loading.locked())
 
     fake.meanwhile = meanwhile
     check_answers(repository.root)
@@ -351,6 +354,47 @@ def test_it_is_served_through_a_device(repository: Repository, fake: FakeCompile
     check_answers(repository.root)
     assert len(fake.jobs) == 1
     assert fake.executed > 3
+
+
+@pytest.mark.usefixtures("simulated_gpu")
+def test_what_tries_graphs_takes_what_has_been_compiled(
+    repository: Repository, fake: FakeCompiler, encoder: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trial has no time to compile: the model is compiled before, and once, even where that fails."""
+    repository.add("m", text_of(compile=AOT) + "instance_group { kind: KIND_GPU }", {"model.pt2": encoder})
+    folder = open_model(repository.root, "m")
+    inputs = {name: tensor.array() for name, tensor in request(2, 3).inputs.items()}
+    executed: list[int] = []
+
+    def attempt(*_: Any) -> None:
+        before = fake.executed
+        pytorch.program(folder, 1, "cuda:0").execute(inputs, ["pooled"])
+        executed.append(fake.executed - before)
+
+    attempt()
+    assert executed.pop() == 0
+    monkeypatch.setattr(ModelGraphs, "try_on", attempt)
+    with engine_over(repository.root) as engine:
+        assert not engine.failures()
+    assert executed.pop(0) > 1
+    assert len(fake.jobs) == 1
+
+
+def test_what_fails_on_one_gpu_is_not_tried_on_the_next(
+    repository: Repository, fake: FakeCompiler, cache: Path, encoder: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise Uncompilable("no")
+
+    fake.meanwhile = fail
+    monkeypatch.setattr(compiled, "_kind", lambda device: "Some GPU sm_90")
+    repository.add("m", text_of(compile=JIT), {"model.pt2": encoder})
+    path = repository.root / "m" / "1" / "model.pt2"
+    parsed = open_model(repository.root, "m").config
+    compilation = compiled.wanted(parsed, path)
+    assert compilation is not None
+    assert [compiled.entry(parsed, compilation, path, f"cuda:{number % 3}") for number in range(6)] == [None] * 6
+    assert len(fake.jobs) == 1
 
 
 # What is missing

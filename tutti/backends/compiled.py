@@ -12,12 +12,12 @@ A model that cannot be compiled, or does something else once it is, is served un
 A `model.pt2` that is an AOTInductor package already is loaded as it is.
 """
 
+import importlib
 import json
 import logging
 import math
 import os
 import platform
-import threading
 import time
 import zipfile
 from collections.abc import Callable, Sequence
@@ -34,6 +34,7 @@ from tutti.backends import artefacts, compiler, verification
 from tutti.backends.artefacts import CacheError
 from tutti.backends.compiler import AOT, JIT, KEPT, MODES, PACKAGE, Job, Uncompilable
 from tutti.config import ModelConfig
+from tutti.devices.cuda import loading
 from tutti.errors import ConfigError
 
 _log = logging.getLogger(__name__)
@@ -42,7 +43,6 @@ PARAMETER = "tutti.compile"
 _TIMEOUT_S = 1800.0
 # What GPU code takes for granted of where its inputs begin.
 _ALIGNMENT = 16
-_opening = threading.Lock()
 
 Forward = Callable[..., Any]
 
@@ -55,12 +55,19 @@ class Compilation:
     mode: str = MODES[0]
     tolerance: float = -1.0
     timeout_s: float = _TIMEOUT_S
+    # Whether it may be made now, or is only taken where it has been.
+    makes: bool = True
+    # The entry of each device, None where there is none to be had.
+    entries: dict[str, Path | None] = field(default_factory=dict)
     # The kinds of devices on which it has failed: it would on the next of them, too.
     failures: set[str] = field(default_factory=set)
 
 
-def wanted(config: ModelConfig, path: Path) -> Compilation | None:
-    """How the model's file is to be compiled; None for not at all. Raises ConfigError for a value that is none."""
+def wanted(config: ModelConfig, path: Path, makes: bool = True) -> Compilation | None:
+    """How the model's file is to be compiled; None for not at all. Raises ConfigError for a value that is none.
+
+    Without `makes` what has not been compiled before is not.
+    """
     own = {key: value for key, value in config.parameters.items() if key.startswith(f"{PARAMETER}.")}
     unknown = [key for key in own if key.removeprefix(f"{PARAMETER}.") not in ("mode", "tolerance", "timeout_s")]
     if unknown:
@@ -79,7 +86,7 @@ def wanted(config: ModelConfig, path: Path) -> Compilation | None:
         why = ": it records CUDA graphs of its own" if mode in ("reduce-overhead", "max-autotune") else ""
         raise _bad(config, f"{PARAMETER}.mode", f"expected {' or '.join(MODES)}, got '{mode}'{why}")
     numbers = (_number(config, "tolerance", -1.0), _number(config, "timeout_s", _TIMEOUT_S))
-    return Compilation(how, mode, *numbers)
+    return None if is_package(path) else Compilation(how, mode, *numbers, makes)
 
 
 def _number(config: ModelConfig, name: str, default: float) -> float:
@@ -111,6 +118,12 @@ def exported(path: Path, device: str) -> Any:
 
 def entry(config: ModelConfig, compilation: Compilation, path: Path, device: str) -> Path | None:
     """The folder of the compiled model; None, and a warning, where there is none to be had. May take minutes."""
+    if device not in compilation.entries:
+        compilation.entries[device] = _entry(config, compilation, path, device)
+    return compilation.entries[device]
+
+
+def _entry(config: ModelConfig, compilation: Compilation, path: Path, device: str) -> Path | None:
     key = _key(compilation, path, device)
     if key["device"] in compilation.failures:
         return None
@@ -118,7 +131,10 @@ def entry(config: ModelConfig, compilation: Compilation, path: Path, device: str
     how, mode, timeout_s = compilation.how, compilation.mode, compilation.timeout_s
     job = Job(config.name, text, str(path), how, mode, device, compilation.tolerance, timeout_s)
     try:
-        return artefacts.entry(artefacts.default_root(), _name(key), key, lambda folder: _make(job, folder), timeout_s)
+        root, name = artefacts.default_root(), _name(key)
+        if not compilation.makes:
+            return root / name if artefacts.is_whole(root / name, key) else None
+        return artefacts.entry(root, name, key, lambda folder: _make(job, folder), timeout_s)
     except (CacheError, Uncompilable) as error:
         compilation.failures.add(key["device"])
         refuse(config, device, str(error))
@@ -229,8 +245,8 @@ class Kept:
     def __init__(self, folder: Path, program: Any) -> None:
         from torch._inductor import CompiledArtifact
 
-        with _opening:  # it changes the process's environment for a moment
-            self._compiled = CompiledArtifact.load(path=str(folder), format="unpacked")
+        # It changes the process's environment for a moment.
+        self._compiled = CompiledArtifact.load(path=str(folder), format="unpacked")
         self._leading = _lifted(program)
         self._count = len(program.graph_signature.user_inputs)
         self._made = program.call_spec.out_spec
@@ -320,7 +336,8 @@ def package(config: ModelConfig, path: Path, device: str, runners: int) -> tuple
         _log.warning("model '%s': %s", config.name, what)
     _check_target(config, path, device)
     try:
-        loaded = Package(path, device, runners)
+        with loading:
+            loaded = Package(path, device, runners)
     except Exception as error:
         what = f"PyTorch cannot load the AOTInductor package {path.name}: {compiler.one_line(error)}"
         raise ConfigError(f"model '{config.name}': {what}") from None
@@ -389,8 +406,11 @@ def verified(
     """The compiled model of an entry, which does what the program does; None, and a warning, where it does not."""
     try:
         allowed = compilation.tolerance if compilation.tolerance >= 0 else verification.tolerance(program)
-        forward = opened(folder, compilation.how, program, device, runners)
-        found = first_difference(forward, expectations(program, fills, device), allowed)
+        if compilation.how == JIT:
+            importlib.import_module("torch._inductor")  # takes seconds, for which nobody needs to wait
+        with loading:
+            forward = opened(folder, compilation.how, program, device, runners)
+            found = first_difference(forward, expectations(program, fills, device), allowed)
     except Exception as error:
         found = compiler.one_line(error)
     if found:

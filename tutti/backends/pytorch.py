@@ -47,13 +47,20 @@ def load(folder: ModelFolder, version: int, infer: Infer) -> list[Backend]:
     _set_threads(config)
     loaded: list[Backend] = []
     modules: dict[str, Module] = {}
+    compilations: dict[Path, Compilation | None] = {}
     graphs = ModelGraphs(folder, version)
     devices = [_device(config, group, number) for group, number in backends.instances(config)]
     for device in devices:
         if device not in modules:
+            path = _file(folder, version, device)
+            if path not in compilations:
+                compilations[path] = compiled.wanted(config, path)
+            compilation = compilations[path]
             if device != "cpu":
+                if compilation is not None:  # what is tried is what will serve
+                    compiled.entry(config, compilation, path, _place(device))
                 graphs.try_on(device)
-            modules[device] = _module(folder, version, device, devices.count(device))
+            modules[device] = _module(config, path, device, compilation, devices.count(device))
         if device == "cpu":
             loaded.append(TorchBackend(config, str(version), modules[device]))
         else:
@@ -64,14 +71,15 @@ def load(folder: ModelFolder, version: int, infer: Infer) -> list[Backend]:
 
 
 def program(folder: ModelFolder, version: int, device: str) -> Program:
-    """The model on one GPU."""
-    return _program(folder.config, _module(folder, version, device, 1))
+    """The model on one GPU, compiled if it has been before."""
+    config, path = folder.config, _file(folder, version, device)
+    return _program(config, _module(config, path, device, compiled.wanted(config, path, makes=False), 1))
 
 
-def _module(folder: ModelFolder, version: int, device: str, runners: int) -> "Module":
+def _module(config: ModelConfig, path: Path, device: str, compilation: Compilation | None, runners: int) -> "Module":
     """The model's callable on a device, for so many instances."""
-    config, path, place = folder.config, _file(folder, version, device), _place(device)
-    forward = _forward(config, path, place, compiled.wanted(config, path), runners)
+    place = _place(device)
+    forward = _forward(config, path, place, compilation, runners)
     module = Module(config, *forward, place)
     if place != "cpu":
         torch.cuda.synchronize(device)  # it loads on this thread's stream, and executes on another
