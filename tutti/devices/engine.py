@@ -56,8 +56,7 @@ class DeviceEngine:
         self._copies_end_ns = 0
         self._turns_end_ns = 0
         self._grant_ns = 0
-        # The end of the execution that ended last, and whose pipeline's it is.
-        self._last_end: tuple[Event, Pipeline] | None = None
+        self._last_end: tuple[Event, bool] | None = None
         self._is_watched = False
         self._lost = ""
 
@@ -73,7 +72,8 @@ class DeviceEngine:
         is_urgent: bool = False,
     ) -> Pipeline:
         """A new user of the device, with its share of it by `weight`, and CUDA's `priority` for its stream."""
-        pipeline = Pipeline(self, name, weight, priority, self._hang_ns if hang_ns is None else hang_ns, is_urgent)
+        hang_ns = self._hang_ns if hang_ns is None else hang_ns
+        pipeline = Pipeline(self, name, weight, priority, hang_ns, is_urgent)
         with self._lock:
             self._pipelines.append(pipeline)
             self._executions.add(pipeline)
@@ -211,7 +211,7 @@ class DeviceEngine:
         pipeline, device = batch.pipeline, self.device
         assert pipeline.stream is not None
         try:
-            batch.begins, batch.ends = self._staging.event(), self._staging.end_event(pipeline)
+            batch.begins, batch.ends = self._staging.event(), self._staging.event(pipeline.is_urgent)
             batch.error = self._forward(batch)
             # What was submitted before it failed uses the batch's memory until this is reached.
             device.record(batch.ends, pipeline.stream)
@@ -266,7 +266,7 @@ class DeviceEngine:
                 device.copy_out(output, batch.out_block, begin, pipeline.out_stream)
         except Exception as error:  # copies of other outputs may be under way
             batch.error = self._meant(error, pipeline)
-        left = self._staging.end_event(pipeline)
+        left = self._staging.event(pipeline.is_urgent)
         device.record(left, pipeline.out_stream)
         with self._lock:
             self._leaving.add(batch)
@@ -297,7 +297,7 @@ class DeviceEngine:
         with self._lock:
             if self._lost:
                 return
-            self._staging.recycle_end(batch.pipeline, left)
+            self._staging.recycle(left, is_urgent=batch.pipeline.is_urgent)
             self._leaving.discard(batch)
             is_over = batch not in self._executions.granted  # its execution's notice comes from another thread
         if is_over:
@@ -313,10 +313,10 @@ class DeviceEngine:
         assert batch.begins is not None and batch.ends is not None
         alone_ns = max(0, device.elapsed_ns(batch.begins, batch.ends))
         if self._last_end is not None:
-            event, owner = self._last_end
+            event, is_urgent = self._last_end
             alone_ns = max(0, min(alone_ns, device.elapsed_ns(event, batch.ends)))
-            self._staging.recycle_end(owner, event)
-        self._last_end = batch.ends, pipeline
+            self._staging.recycle(event, is_urgent=is_urgent)
+        self._last_end = batch.ends, pipeline.is_urgent
         batch.executed_ns = device.now_ns()
         batch.execution_start_ns = max(batch.submitted_ns, batch.executed_ns - alone_ns)
         if batch.error is None:

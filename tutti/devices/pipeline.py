@@ -99,8 +99,6 @@ class Pipeline:
         self.open = 0
         self.last_rows = 0
         self.slots: list[Slot] = []
-        # Events of ends, for which threads wait, to be used again.
-        self.ends: list[Event] = []
         self.host = LatencyModel()
         self.copy = LatencyModel()
         self.execution = LatencyModel()

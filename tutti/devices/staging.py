@@ -23,7 +23,8 @@ class Staging:
         self._device = device
         self._stream: Stream | None = None
         self._lock = threading.Lock()
-        self._events: list[Event] = []
+        # By whether they are urgent: that is decided when one is made.
+        self._events: dict[bool, list[Event]] = {False: [], True: []}
 
     def stage(self, batch: Batch) -> None:
         """Write the inputs into pinned memory, and have them copied to the device.
@@ -46,7 +47,7 @@ class Staging:
         device.record(batch.copied, stream)
 
     def stream_of(self, pipeline: Pipeline) -> Stream:
-        """What the pipeline's batches execute on; with it comes what its answers leave on."""
+        """What the pipeline's batches execute on: made when it is first asked for, and with it that of its copies."""
         if pipeline.stream is None:
             pipeline.stream = self._device.stream(pipeline.priority)
             pipeline.out_stream = self._device.stream()
@@ -59,29 +60,17 @@ class Staging:
                 batch.pipeline.slots.append(batch.slot)
             batch.slot = None
 
-    def event(self) -> Event:
+    def event(self, is_urgent: bool = False) -> Event:
         """One that nothing refers to."""
         with self._lock:
-            if self._events:
-                return self._events.pop()
-        return self._device.event()
+            if self._events[is_urgent]:
+                return self._events[is_urgent].pop()
+        return self._device.event(is_urgent)
 
-    def recycle(self, *events: Event | None) -> None:
+    def recycle(self, *events: Event | None, is_urgent: bool = False) -> None:
         """Nothing refers to these events any more."""
         with self._lock:
-            self._events += [event for event in events if event is not None]
-
-    def end_event(self, pipeline: Pipeline) -> Event:
-        """One that a thread is to wait for, in the pipeline's way."""
-        with self._lock:
-            if pipeline.ends:
-                return pipeline.ends.pop()
-        return self._device.event(pipeline.is_urgent)
-
-    def recycle_end(self, pipeline: Pipeline, event: Event) -> None:
-        """Nothing refers to this event of the pipeline any more."""
-        with self._lock:
-            pipeline.ends.append(event)
+            self._events[is_urgent] += [event for event in events if event is not None]
 
     def free(self, pipeline: Pipeline, is_last: bool) -> None:
         """Give the memory of a pipeline back; with the last one, all pinned memory that no answer holds."""
