@@ -251,6 +251,10 @@ class ModelGraphs:
         self._buckets: dict[str, Sequence[Bucket]] = {}
         self._are_notes_told = False
 
+    @property
+    def are_planned(self) -> bool:
+        return bool(self._plan.buckets)
+
     def try_on(self, device: str) -> None:
         """Find out what can be captured there. Best done before the weights are loaded: the trial loads its own."""
         name = self._folder.config.name

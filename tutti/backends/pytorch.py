@@ -56,7 +56,7 @@ def load(folder: ModelFolder, version: int, infer: Infer) -> list[Backend]:
             if path not in compilations:
                 compilations[path] = compiled.wanted(config, path)
             compilation = compilations[path]
-            if device != "cpu":
+            if device != "cpu" and graphs.are_planned:
                 if compilation is not None:  # what is tried is what will serve
                     compiled.entry(config, compilation, path, _place(device))
                 graphs.try_on(device)
@@ -82,7 +82,8 @@ def _module(config: ModelConfig, path: Path, device: str, compilation: Compilati
     forward = _forward(config, path, place, compilation, runners)
     module = Module(config, *forward, place)
     if place != "cpu":
-        torch.cuda.synchronize(device)  # it loads on this thread's stream, and executes on another
+        with loading:  # no graph may be captured there meanwhile
+            torch.cuda.synchronize(device)  # it loads on this thread's stream, and executes on another
     return module
 
 
