@@ -126,8 +126,6 @@ class SimulatedCapturing:
     """On a simulated device a graph runs the same work again, on the same memory."""
 
     def filled(self, datatype: str, shape: Shape, value: int) -> Array:
-        if datatype == "BF16" and value == 1:
-            value = 0x3F80  # its bits
         return np.full(shape, value, NUMPY[datatype])
 
     def copied(self, array: Array) -> Array:
