@@ -150,10 +150,13 @@ class SoloExecutor:
             parent, tensors = call.request, solo.tensors
             inputs = {}
             shapes = []
-            for model_name, name in step.inputs:
-                tensor = tensors[name]
-                inputs[model_name] = Tensor(model_name, tensor.datatype, tensor.shape, tensor.data)
-                shapes.append(tensor.shape)
+            with solo.lock:
+                if solo.is_over:  # a step that was started with this one has failed meanwhile
+                    continue
+                for model_name, name in step.inputs:
+                    tensor = tensors[name]
+                    inputs[model_name] = Tensor(model_name, tensor.datatype, tensor.shape, tensor.data)
+                    shapes.append(tensor.shape)
             request = InferRequest(
                 step.model_name, inputs, step.version, parent.id, step.wanted, parent.parameters, {}, {},
                 (self._marks[step.index], *shapes), step.staying,

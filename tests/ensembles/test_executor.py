@@ -261,3 +261,40 @@ def test_merged_requests_that_fail_are_tried_one_by_one_whatever_rows_they_have(
     for answer, expected in zip(answers, ([0, 0, 3, 4], [0, 0, 7, 8]), strict=True):
         assert isinstance(answer, InferResponse), answer
         assert answer.tensor("Y").array().ravel().tolist() == expected
+
+
+def test_a_step_that_fails_while_another_is_started_with_it_ends_the_request_alone(repository: Repository) -> None:
+    repository.add_onnx()
+    both = """
+        platform: "ensemble" max_batch_size: 8
+        input { name: "X" data_type: TYPE_FP32 dims: 4 }
+        output { name: "Y" data_type: TYPE_FP32 dims: 4 } output { name: "Z" data_type: TYPE_FP32 dims: 4 }
+        ensemble_scheduling {
+          step { model_name: "add_one" model_version: -1
+                 input_map { key: "x" value: "X" } output_map { key: "y" value: "A" } }
+          step { model_name: "add_one" model_version: -1
+                 input_map { key: "x" value: "A" } output_map { key: "y" value: "Y" } }
+          step { model_name: "add_one" model_version: -1
+                 input_map { key: "x" value: "A" } output_map { key: "y" value: "Z" } }
+        }
+    """
+    repository.add("both", both, {})
+    with engine_over(repository.root) as engine:
+        plan = graph.plan(engine.model("both").config, lambda name, version: engine.model(name).config)
+    asked: list[Call] = []
+
+    def serve(calls: Sequence[Call]) -> None:
+        asked.extend(calls)
+        x = calls[0].request.inputs["x"]
+        is_first = len(asked) == 1
+        calls[0].answer = InferResponse("add_one", "1", [Tensor("y", "FP32", x.shape, x.data)])
+        if not is_first:
+            calls[0].answer = InvalidArgument("no")
+        other = threading.Thread(target=settle, args=(calls,))  # as an instance's thread does, at once
+        other.start()
+        other.join()
+
+    executor = EnsembleExecutor(plan, "1", serve, ModelStatistics())
+    (answer,) = infer(executor, [InferRequest("both", {"X": Tensor.of("X", np.ones((1, 4), np.float32))})])
+    assert isinstance(answer, InvalidArgument)
+    assert len(asked) == 2
