@@ -1,5 +1,6 @@
 """The gRPC front with a real channel: answers, statuses, limits, cancellation."""
 
+import asyncio
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -111,3 +112,28 @@ def test_a_cancelled_call_is_not_executed(server: Running) -> None:
     last = server.stub.ModelInfer(request(0.0, 1, "slow", "s"), timeout=20)
     assert last.model_name == "slow"
     assert server.engine.model("slow").statistics.counts.executions == 2
+
+
+def test_a_front_that_ends_answers_what_is_inside_and_refuses_what_comes(repository: Repository) -> None:
+    repository.add_onnx()
+    repository.add_slow()
+    with engine_over(repository.root) as engine:
+        front = GrpcFront(Api(engine, Limits()), "127.0.0.1", 0)
+        port = front.start()
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+            inside = stub.ModelInfer.future(request(0.5, 1, "slow", "s"), timeout=20)
+            wait_until(lambda: front._open)
+
+            async def end() -> grpc.RpcError:
+                ending = asyncio.create_task(front.finish(0.0, 20.0))
+                await asyncio.sleep(0)
+                with pytest.raises(grpc.RpcError) as refused:
+                    await asyncio.to_thread(stub.ModelInfer, request(), timeout=20)
+                await ending
+                return refused.value
+
+            error = asyncio.run(end())
+            front.stop()
+            assert inside.result().model_name == "slow"
+            assert error.code() == grpc.StatusCode.UNAVAILABLE and "is shutting down" in error.details()

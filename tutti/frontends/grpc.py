@@ -16,7 +16,7 @@ from typing import Any
 
 from pygrpc_native import EVENT_CALL, NativeGrpcFront
 
-from tutti.errors import InferError
+from tutti.errors import InferError, Unavailable
 from tutti.frontends import grpc_codec, grpc_methods, http_codec
 from tutti.frontends.api import Api, Elsewhere
 from tutti.frontends.gate import Category
@@ -26,6 +26,8 @@ from tutti.types import Call, now_ns
 _log = logging.getLogger(__name__)
 
 _BURST = 64
+# Answers are on their way for so long after the last one was given.
+_LAST_S = 0.1
 
 
 class GrpcFront:
@@ -46,6 +48,7 @@ class GrpcFront:
         """
         self._api = api
         self._is_open = api.grpc.gate.is_open
+        self._is_ending = False
         self._max_message_size = api.limits.max_grpc_message_size
         self._raw = raw
         table = grpc_methods.methods(api)
@@ -80,10 +83,18 @@ class GrpcFront:
         return int(self._front.bound_port)
 
     async def drain(self, drain_s: float) -> None:
-        """Wait for a moment without calls; what is inside when it stops fails as unavailable."""
+        """Wait for a moment without calls."""
         until = time.monotonic() + drain_s
         while self._open and time.monotonic() < until:
             await asyncio.sleep(0.001)
+
+    async def finish(self, drain_s: float, grace_s: float) -> None:
+        """Wait for a moment without calls; then refuse what comes, and let what is inside end."""
+        await self.drain(drain_s)
+        self._is_ending, self._is_open = True, False
+        if self._open:
+            await self.drain(grace_s)
+            await asyncio.sleep(_LAST_S)
 
     def stop(self) -> None:
         self._front.close()
@@ -173,6 +184,9 @@ class GrpcFront:
 
     def _may_pass(self, call_id: int, category: Category, payload: bytes, details: Any) -> bool:
         """Check size and gate; a call that may not pass has been answered."""
+        if self._is_ending:
+            self._front.fail(call_id, code_of(Unavailable("")), "the server is shutting down: try again later")
+            return False
         if len(payload) > self._max_message_size:
             what = f"the message has {len(payload)} bytes, at most {self._max_message_size} pass"
             self._front.fail(call_id, RESOURCE_EXHAUSTED, what)

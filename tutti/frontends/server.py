@@ -24,6 +24,8 @@ _log = logging.getLogger(__name__)
 
 GrpcServer = Literal["native", "grpcio"]
 _LAST_S = 0.1
+# How long what is inside may take when the server stops.
+_GRACE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,13 +187,15 @@ class Server:
         """Stop listening; open exchanges may end.
 
         Where others share the ports, clients get `drain_s` to go there: connections over HTTP are answered once more
-        and closed, gRPC is stopped at a moment without calls, if there is one.
+        and closed, gRPC refuses calls from a moment without any on, if there is one.
         """
         if self._link is not None:
             self._link.close()
-        await asyncio.gather(*(front.stop(drain_s) for front in self._http))
+        waiting = [front.stop(drain_s, _GRACE_S) for front in self._http]
         if self._grpc is not None:
-            await self._grpc.drain(drain_s)
+            waiting.append(self._grpc.finish(drain_s, _GRACE_S))
+        await asyncio.gather(*waiting)
+        if self._grpc is not None:
             self._grpc.stop()
         if self._grpcio is not None:
             await self._grpcio.stop(max(0.5, drain_s))
