@@ -13,6 +13,7 @@ from tutti.backends import python
 from tutti.backends import triton_python_backend_utils as pb_utils
 from tutti.config import InstanceGroup
 from tutti.devices import dlpack, tensors
+from tutti.devices import health as devices_health
 from tutti.devices.health import DeviceHealth
 from tutti.devices.tensors import DeviceTensor
 from tutti.engine import Engine
@@ -50,7 +51,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> FakeLibrary:
 @pytest.fixture
 def health(monkeypatch: pytest.MonkeyPatch) -> DeviceHealth:
     health = DeviceHealth()
-    monkeypatch.setattr(python, "health", health)
+    monkeypatch.setattr(devices_health, "health", health)
     return health
 
 
@@ -308,15 +309,6 @@ def test_other_backends_take_it_from_the_host(repository: Repository, library: F
 )
 def test_kinds_of_instances(kind: str, listed: tuple[int, ...], gpus: int, expected: str) -> None:
     assert python.instance_kind(InstanceGroup(kind, 1, listed), gpus) == expected
-
-
-@pytest.mark.parametrize(("visible", "count"), [(None, 3), ("", 0), ("-1", 0), ("0,2", 2), ("0,1,2,3", 3)])
-def test_gpus_that_may_be_seen(monkeypatch: pytest.MonkeyPatch, visible: str | None, count: int) -> None:
-    monkeypatch.setattr(python.Path, "glob", lambda self, pattern: iter([self] * 3))
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if visible is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert python.gpu_count() == count
 
 
 @pytest.mark.parametrize(("gpus", "expected"), [(0, ["CPU", "0"]), (2, ["GPU", "1"])])

@@ -26,6 +26,7 @@ from typing import Any
 from google.protobuf import text_format
 
 from tutti import config, wire
+from tutti.backends.device_options import HANG_PARAMETER, OWN_CODE_HANG_TIMEOUT_S, hang_timeout_s
 from tutti.config import InstanceGroup
 from tutti.devices.health import health
 from tutti.errors import ConfigError, InferError, Internal, Unavailable
@@ -36,9 +37,6 @@ from tutti.types import Answer, Call, InferResponse, now_ns, settle
 _log = logging.getLogger(__name__)
 
 PARAMETER = "tutti.isolate"
-HANG_PARAMETER = "tutti.hang_timeout_s"
-# Longer than what a model may have to do first, as compiling itself.
-HANG_TIMEOUT_S = 300.0
 
 
 def is_wanted(folder: ModelFolder) -> bool:
@@ -50,25 +48,7 @@ def is_wanted(folder: ModelFolder) -> bool:
         raise ConfigError(
             f"model '{folder.config.name}': parameters.{PARAMETER}: a decoupled model runs in process only"
         )
-    if given:
-        hang_timeout_s(folder)
-    elif HANG_PARAMETER in folder.config.parameters:
-        what = f"is for parameters.{PARAMETER}: nothing else can be ended when it hangs"
-        raise ConfigError(f"model '{folder.config.name}': parameters.{HANG_PARAMETER}: {what}")
     return bool(given)
-
-
-def hang_timeout_s(folder: ModelFolder) -> float:
-    """How long the process may take for a batch; 0 for any time. Raises ConfigError."""
-    text = folder.config.parameters.get(HANG_PARAMETER, "") or str(HANG_TIMEOUT_S)
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not 0 <= seconds < math.inf:
-        what = f"expected seconds, 0 for no limit, got '{text}'"
-        raise ConfigError(f"model '{folder.config.name}': parameters.{HANG_PARAMETER}: {what}")
-    return seconds
 
 
 class IsolatedBackend:
@@ -78,13 +58,17 @@ class IsolatedBackend:
     callers do not wait for that.
     """
 
-    def __init__(self, folder: ModelFolder, version: int, index: int, group: InstanceGroup, device: int) -> None:
+    def __init__(
+        self, folder: ModelFolder, version: int, index: int, group: InstanceGroup, device: int, on: str = "cpu"
+    ) -> None:
+        """`device` is the number that the model is told, `on` where the instance is: "cpu", or as "cuda:0"."""
         self.runs_inline = False
         self.kind = group.kind
+        self.device = on
         self._name = folder.config.name
         text = text_format.MessageToString(folder.config.proto)
         self._start_message = pickle.dumps((str(folder.path), text, folder.versions, version, index, group, device))
-        self._hang_timeout_s = hang_timeout_s(folder)
+        self._hang_timeout_s = hang_timeout_s(folder.config, OWN_CODE_HANG_TIMEOUT_S)
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection
         self._lifeline = -1

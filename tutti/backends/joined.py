@@ -6,9 +6,12 @@ from typing import TypeVar
 import numpy as np
 
 from tutti import ragged, rows
+from tutti.backends import device_options
 from tutti.config import ModelConfig
 from tutti.cost import Alternatives
+from tutti.devices.engine import DeviceEngine
 from tutti.devices.engines import engine_of
+from tutti.devices.pipeline import Pipeline
 from tutti.dtypes import NUMPY, Array
 from tutti.errors import ConfigError, DeviceLost, InferError, Internal, InvalidArgument, OutOfMemory
 from tutti.scheduler import Answers
@@ -127,8 +130,12 @@ class JoinedBackend(JoinedModel):
         self.kind = device.partition(":")[0]
         self.runs_inline = self.kind == "cpu"
         self.device = device
-        self._engine = engine_of(device) if self.kind != "cpu" else None
-        self._pipeline = self._engine.pipeline(config.name) if self._engine is not None else None
+        self._engine: DeviceEngine | None = None
+        self._pipeline: Pipeline | None = None
+        if self.kind != "cpu":
+            share, hang_ns = device_options.weight(config), device_options.hang_ns(config)
+            self._engine = engine_of(device)
+            self._pipeline = self._engine.pipeline(config.name, share, hang_ns=hang_ns)
         self._scratch = rows.Scratch()
         self._ways: dict[int, Alternatives] = {}
 

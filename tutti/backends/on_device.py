@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from tutti import ragged, rows
+from tutti.backends import device_options
 from tutti.backends.joined import JoinedModel, apart
 from tutti.config import ModelConfig
 from tutti.devices.engines import engine_of
@@ -22,9 +23,6 @@ from tutti.dtypes import NUMPY, Array
 from tutti.errors import DeviceLost, InferError, InvalidArgument, OutOfMemory
 from tutti.scheduler import Answers
 from tutti.types import Call, InferRequest, InferResponse, OnDevice, Shape, Tensor
-
-# Weights of `optimization.priority`: what a model gets of a device that it shares.
-_WEIGHTS = {0: 1.0, 1: 2.0, 2: 0.5}
 
 
 class Program(Protocol):
@@ -96,8 +94,9 @@ class DeviceBackend(JoinedModel):
         optimization = config.proto.optimization
         self.pipeline: Pipeline = self.engine.pipeline(
             config.name,
-            _WEIGHTS.get(optimization.priority, 1.0),
+            device_options.weight(config),
             -(optimization.priority == 1),
+            hang_ns=device_options.hang_ns(config),
             is_urgent=optimization.cuda.busy_wait_events,
         )
 

@@ -2,16 +2,17 @@
 
 Each instance has its own TritonPythonModel. execute gets the batch as a list of requests, as in Triton: nothing is
 joined, so each request may have tensors of its own shape. Tensors may be in a GPU's memory: outputs wherever the model
-puts them, inputs where `FORCE_CPU_ONLY_INPUT_TENSORS` is "no".
+puts them, inputs where `FORCE_CPU_ONLY_INPUT_TENSORS` is "no". Instances of KIND_GPU take turns with all else on their
+GPU.
 """
 
 import asyncio
 import contextlib
+import dataclasses
 import importlib.util
 import inspect
 import json
 import logging
-import os
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -20,12 +21,14 @@ from types import ModuleType
 from typing import Any
 
 from tutti import backends, config, rows
-from tutti.backends import isolated
+from tutti.backends import device_options, isolated
 from tutti.backends import triton_python_backend_utils as pb_utils
 from tutti.config import InstanceGroup, ModelConfig
-from tutti.devices import tensors
+from tutti.devices import health, tensors, turns
+from tutti.devices.engines import engine_of
 from tutti.devices.errors import is_out_of_memory, is_unclear, sticky
-from tutti.devices.health import health
+from tutti.devices.nvml import gpu_count
+from tutti.devices.turns import TurnTaker
 from tutti.dtypes import NUMPY
 from tutti.errors import ConfigError, DeviceLost, InferError, Internal, OutOfMemory
 from tutti.repository import ModelFolder
@@ -45,23 +48,27 @@ def load(folder: ModelFolder, version: int, infer: Infer) -> list[Backend]:
     path = backends.model_file(folder, version, "model.py")
     _takes_inputs_on_host(folder.config)
     pb_utils.serve_with(infer)
+    is_isolated = isolated.is_wanted(folder)
+    _check_options(folder.config, is_isolated)
+    placed = list(enumerate(backends.instances(folder.config)))
     loaded: list[Backend] = []
-    if isolated.is_wanted(folder):
-        try:
-            for index, (group, device) in enumerate(backends.instances(folder.config)):
-                loaded.append(isolated.IsolatedBackend(folder, version, index, group, device))
-        except ConfigError:
-            for backend in loaded:
-                backend.close()
-            raise
-        return loaded
     try:
+        if is_isolated:
+            for index, (group, device) in placed:
+                on = _device(group, device)
+                loaded.append(isolated.IsolatedBackend(folder, version, index, group, device, on))
+            return loaded
+        turns.know(str(path.parent))
         module = _import(path, f"tutti_model_{folder.config.name}_{version}")
-        for index, (group, device) in enumerate(backends.instances(folder.config)):
-            loaded.append(PythonBackend(folder, version, module.TritonPythonModel(), index, group, device))
+        for index, (group, device) in placed:
+            model = module.TritonPythonModel()
+            taker = _turn_taker(folder.config, group, device, path)
+            loaded.append(PythonBackend(folder, version, model, index, group, device, taker))
     except Exception as error:
         for backend in loaded:
             backend.close()
+        if is_isolated and isinstance(error, ConfigError):
+            raise
         reason = f"{type(error).__name__}: {error}"
         raise ConfigError(f"model '{folder.config.name}': {path.name} failed to load: {reason}") from error
     return loaded
@@ -92,13 +99,52 @@ def complete(proto: Any, path: Path) -> None:
         ) from error
 
 
-def gpu_count() -> int:
-    """How many GPUs this process may see; it imports nothing and makes no context."""
-    there = len(list(Path("/dev").glob("nvidia[0-9]*")))
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return there
-    return min(there, len([entry for entry in visible.split(",") if entry.strip() not in ("", "-1")]))
+def _device(group: InstanceGroup, number: int) -> str:
+    """Where an instance is: "cpu", or as "cuda:0"."""
+    gpus = gpu_count()
+    return f"cuda:{number}" if number < gpus and instance_kind(group, gpus) == "GPU" else "cpu"
+
+
+def _may_take_turns(config: ModelConfig, group: InstanceGroup) -> bool:
+    """Whether instances of the group take turns, where there is a GPU. A decoupled model computes when it likes.
+
+    KIND_AUTO is a GPU where there is one, as in Triton: for models that only prepare text, too, by their default. So it
+    is KIND_GPU that says that a model computes there, or the parameter.
+    """
+    says = device_options.says_turns(config)
+    computes = says if says is not None else group.kind == "gpu"
+    return computes and group.kind != "cpu" and not config.is_decoupled
+
+
+def _check_options(config: ModelConfig, is_isolated: bool) -> None:
+    """Raises ConfigError for a limit that nothing would keep."""
+    device_options.hang_timeout_s(config)
+    device_options.says_turns(config)
+    if is_isolated or not config.parameters.get(device_options.HANG_PARAMETER):
+        return
+    if not any(_may_take_turns(config, group) for group in config.instance_groups):
+        what = f"is for KIND_GPU, whose instances take turns, and for parameters.{isolated.PARAMETER}"
+        raise ConfigError(
+            f"model '{config.name}': parameters.{device_options.HANG_PARAMETER}: {what}: nothing else is noticed "
+            "when it hangs"
+        )
+
+
+def _turn_taker(config: ModelConfig, group: InstanceGroup, number: int, path: Path) -> TurnTaker | None:
+    """What has the turns of an instance; None where it takes none."""
+    # A group that was KIND_AUTO comes back as another one from being placed.
+    configured = group if group in config.instance_groups else dataclasses.replace(group, kind="auto")
+    device = _device(group, number)
+    if device == "cpu" or not _may_take_turns(config, configured):
+        return None
+    try:
+        engine = engine_of(device)
+    except ModuleNotFoundError as error:
+        _log.warning("model '%s' takes no turns on %s: that needs PyTorch (%s)", config.name, device, error)
+        return None
+    hang_ns = device_options.hang_ns(config, device_options.OWN_CODE_HANG_TIMEOUT_S)
+    pipeline = engine.pipeline(config.name, device_options.weight(config), hang_ns=hang_ns)
+    return TurnTaker(engine, pipeline, str(path.parent))
 
 
 def instance_kind(group: InstanceGroup, gpus: int) -> str:
@@ -143,14 +189,24 @@ class PythonBackend:
     """One instance: a TritonPythonModel."""
 
     def __init__(
-        self, folder: ModelFolder, version: int, model: Any, index: int, group: InstanceGroup, device: int
+        self,
+        folder: ModelFolder,
+        version: int,
+        model: Any,
+        index: int,
+        group: InstanceGroup,
+        number: int,
+        taker: TurnTaker | None = None,
     ) -> None:
+        """`number` is the GPU's. With `taker` each execution has a turn on it."""
         self.runs_inline = False  # a model may wait for whatever it likes
         self.kind = f"{group.kind}"
+        self.device = _device(group, number)
+        self._taker = taker
         self._config: ModelConfig = folder.config
         self._version = str(version)
         self._model = model
-        self._device = device
+        self._number = number
         self._takes_inputs_on_host = _takes_inputs_on_host(folder.config)
         self._output_names = tuple(spec.name for spec in folder.config.outputs)
         self._datatypes = {spec.name: spec.datatype for spec in folder.config.outputs}
@@ -160,19 +216,21 @@ class PythonBackend:
         self._settled = threading.Condition()
         if hasattr(model, "initialize"):
             try:
-                model.initialize(self._arguments(folder, index, group, device))
+                model.initialize(self._arguments(folder, index, group))
             except Exception as error:
                 self._failure("initialize", error)
+                if taker is not None:
+                    taker.close()
                 raise
 
-    def _arguments(self, folder: ModelFolder, index: int, group: InstanceGroup, device: int) -> dict[str, str]:
+    def _arguments(self, folder: ModelFolder, index: int, group: InstanceGroup) -> dict[str, str]:
         name = self._config.name
         kind = instance_kind(group, gpu_count())
         return {
             "model_config": json.dumps(config.as_json(self._config.proto)),
             "model_instance_kind": kind,
             "model_instance_name": f"{group.name or name}_{index}",
-            "model_instance_device_id": str(device if kind == "GPU" else 0),
+            "model_instance_device_id": str(self._number if kind == "GPU" else 0),
             "model_repository": str(folder.path),
             "model_version": self._version,
             "model_name": name,
@@ -204,6 +262,11 @@ class PythonBackend:
                 self._model.finalize()
             except Exception:
                 _log.exception("model '%s': finalize failed", self._config.name)
+        if self._taker is not None:
+            self._taker.close()
+
+    def _turn(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self._taker is None else self._taker.turn()
 
     def _execute(self, calls: list[Call]) -> Executed:
         is_decoupled = self._config.is_decoupled
@@ -224,13 +287,14 @@ class PythonBackend:
                 sender_of(call)
         try:
             on_host = self._takes_inputs_on_host
-            responses = self._model.execute(
-                [pb_utils.InferenceRequest.received(call, self._output_names, sender_of, on_host) for call in calls]
-            )
-            if inspect.isawaitable(responses):
-                responses = asyncio.run(_awaited(responses))
-            self._check(responses, len(calls))
-            pb_utils.detach(responses or (), calls)
+            with self._turn():
+                responses = self._model.execute(
+                    [pb_utils.InferenceRequest.received(call, self._output_names, sender_of, on_host) for call in calls]
+                )
+                if inspect.isawaitable(responses):
+                    responses = asyncio.run(_awaited(responses))
+                self._check(responses, len(calls))
+                pb_utils.detach(responses or (), calls)  # waits for what is still under way on the device
         except Exception as error:
             _log.debug("model '%s': execute failed", self._config.name, exc_info=True)
             failure = self._failure("execute", error)
@@ -251,10 +315,12 @@ class PythonBackend:
 
     def _failure(self, what: str, error: Exception) -> InferError:
         """What callers are told of an error of the model's. One that ends a device's use is reported to its health."""
-        reason = sticky(error) or (tensors.failure(self._device) if is_unclear(error) else "")
+        if isinstance(error, DeviceLost):  # while it waited for its turn
+            return error
+        reason = sticky(error) or (tensors.failure(self._number) if is_unclear(error) else "")
         if reason:
-            health.fail(f"cuda:{self._device}", f"model '{self._config.name}': {reason}")
-            return DeviceLost(f"model '{self._config.name}': device cuda:{self._device} has failed: {reason}")
+            health.health.fail(f"cuda:{self._number}", f"model '{self._config.name}': {reason}")
+            return DeviceLost(f"model '{self._config.name}': device cuda:{self._number} has failed: {reason}")
         kind = OutOfMemory if is_out_of_memory(error) else Internal
         return kind(f"model '{self._config.name}': {what} raised {type(error).__name__}: {error}")
 

@@ -4,6 +4,7 @@ Names, arguments and results are those of Triton's module, so such a file runs u
 """
 
 import asyncio
+import contextlib
 import json
 import logging
 import queue
@@ -19,7 +20,7 @@ from tritonclient.grpc import model_config_pb2 as pb
 
 from tutti import custom_metrics, dtypes, errors
 from tutti.config import as_json
-from tutti.devices import dlpack
+from tutti.devices import dlpack, turns
 from tutti.devices.tensors import DeviceTensor, gpus
 from tutti.dtypes import Array
 from tutti.types import RAW_TYPES, Answer, Call, Infer, InferRequest, InferResponse, OnDevice
@@ -347,7 +348,7 @@ class InferenceRequest:
     Of the latter, outputs stay on the device where they are made, unless `preferred_memory` says otherwise.
     """
 
-    __slots__ = ("_call", "_is_on_host", "_output_names", "_preferred_memory", "_request", "_sender")
+    __slots__ = ("_call", "_held", "_is_on_host", "_output_names", "_preferred_memory", "_request", "_sender")
 
     def __init__(
         self,
@@ -377,6 +378,8 @@ class InferenceRequest:
         if preferred_memory is None or preferred_memory.preferred_memory_type == TRITONSERVER_MEMORY_GPU:
             self._request.device_outputs = frozenset(names)
         self._preferred_memory = preferred_memory
+        # Another thread may send it, and the execution that made it wait for that.
+        self._held = turns.held_here()
         self._is_on_host = False
         self._output_names: Sequence[str] = names
         self._call: Call | None = None
@@ -394,6 +397,7 @@ class InferenceRequest:
         made = cls.__new__(cls)
         made._request = call.request
         made._preferred_memory = None
+        made._held = turns.held_here()
         made._is_on_host = is_on_host
         made._output_names = output_names
         made._call = call
@@ -473,7 +477,9 @@ class InferenceRequest:
         answers = self._submit(execution_timeout)
         if decoupled:
             return iter(answers)
-        await asyncio.wrap_future(answers.ended)
+        if not answers.ended.done():
+            with turns.given_up(self._held):
+                await asyncio.wrap_future(answers.ended)
         last = InferenceResponse()
         for response in answers:
             last = response
@@ -482,7 +488,8 @@ class InferenceRequest:
     def _submit(self, timeout_ns: int | None) -> "_Answers":
         if _infer is None:
             raise TritonModelException("no server answers requests in this process")
-        answers = _Answers(None if timeout_ns is None else timeout_ns / 1e9, self._preferred_memory)
+        timeout_s = None if timeout_ns is None else timeout_ns / 1e9
+        answers = _Answers(timeout_s, self._preferred_memory, self._held)
         call = Call(self._request, answers, None, answers.emit)
         answers.call = call
         _infer([call])
@@ -492,8 +499,12 @@ class InferenceRequest:
 class _Answers:
     """The answers to a model's own request, in order; a sink."""
 
-    def __init__(self, timeout_s: float | None, preferred: PreferredMemory | None = None) -> None:
+    def __init__(
+        self, timeout_s: float | None, preferred: PreferredMemory | None = None, held: turns.HeldTurn | None = None
+    ) -> None:
+        """`held` is the turn of the execution that asks, which it does not need while it waits."""
         self.call: Call | None = None
+        self._held = held
         self.ended: Future[None] = Future()
         self._timeout_s = timeout_s
         self._preferred = preferred
@@ -512,7 +523,7 @@ class _Answers:
     def __iter__(self) -> Iterator[InferenceResponse]:
         while True:
             try:
-                answer = self._queue.get(timeout=self._timeout_s)
+                answer = self._next()
             except queue.Empty:
                 assert self.call is not None
                 self.call.is_cancelled = True
@@ -521,6 +532,13 @@ class _Answers:
             if answer is None:
                 return
             yield _response_of(answer, self._preferred)
+
+    def _next(self) -> Answer | None:
+        """Raises queue.Empty when it takes too long, and DeviceLost where there is no turn any more to go on with."""
+        with contextlib.suppress(queue.Empty):
+            return self._queue.get_nowait()
+        with turns.given_up(self._held):
+            return self._queue.get(timeout=self._timeout_s)
 
 
 def _response_of(answer: Answer, preferred: PreferredMemory | None) -> InferenceResponse:

@@ -203,7 +203,7 @@ class CudaDevice:
 
     def fault(self, error: BaseException) -> str:
         reason = errors.sticky(error)
-        if reason:
+        if reason or torch.version.cuda is None:  # a build for processors cannot ask; other libraries use the device
             return reason
         try:
             if self._probe is None:

@@ -42,7 +42,9 @@ class DeviceEngine:
         """`owned_bytes` of pinned memory may be with answers at a time. `hang_ns` is pipelines' default."""
         self.device = device
         self._staging = Staging(device, owned_bytes)
+        # How long something has executed on it; and how long of each model, by name, whichever pipelines it has had.
         self.busy_ns = 0
+        self.model_ns: dict[str, int] = {}
         self._health = health
         self._hang_ns = hang_ns
         self._lock = threading.RLock()
@@ -59,6 +61,8 @@ class DeviceEngine:
         self._last_end: tuple[Event, bool] | None = None
         self._is_watched = False
         self._lost = ""
+        # Others see devices fail, too: the driver's reports, and models that compute on their own.
+        self._end_listening = health.listen(self._failed)
 
     # What its users do.
 
@@ -116,12 +120,21 @@ class DeviceEngine:
 
     def close(self) -> None:
         """End the device's thread. No pipeline may have jobs."""
+        self._end_listening()
         self.device.post(self._staging.arena.close)
         self.device.close()
 
     @contextmanager
     def turn(self, pipeline: Pipeline) -> Iterator[None]:
         """Have an execution's turn within the block, for a library that submits and waits by itself. Blocks."""
+        turn = self.begin_turn(pipeline)
+        try:
+            yield
+        finally:
+            self.end_turn(turn)
+
+    def begin_turn(self, pipeline: Pipeline) -> Turn:
+        """As `turn`, without its end. Blocks until it is granted; raises DeviceLost."""
         turn = Turn(pipeline)
         with self._lock:
             if not self._lost:
@@ -132,11 +145,22 @@ class DeviceEngine:
             pass  # a device that is lost grants nothing
         if self._lost:
             raise self._loss(pipeline)
-        start_ns = self.device.now_ns()
-        try:
-            yield
-        finally:
-            self._end_turn(turn, start_ns)
+        with self._lock:
+            turn.began_ns, turn.busy_ns = self.device.now_ns(), self.busy_ns
+        return turn
+
+    def end_turn(self, turn: Turn) -> None:
+        """What was granted is over. Once for each turn, from any thread."""
+        with self._lock:
+            if turn in self._executions.granted:
+                now = self.device.now_ns()
+                lasted_ns = now - turn.began_ns
+                turn.pipeline.execution.record(1, max(1, lasted_ns))
+                # Batches that were launched ahead may have executed meanwhile: that time is counted once.
+                busy_ns = lasted_ns - (self.busy_ns - turn.busy_ns)
+                self._charge(turn, max(0, now - max(turn.began_ns, self._turns_end_ns)), busy_ns)
+                self._turns_end_ns = now
+        self._grant()
 
     def alone(self, work: Callable[[], None]) -> None:
         """Have `work` run in the submitting thread while nothing else is under way on the device. Does not wait.
@@ -323,13 +347,17 @@ class DeviceEngine:
             pipeline.execution.record(batch.job.rows, max(1, alone_ns))
         if batch.copied is not None and batch.copy_begins is not None:
             pipeline.copy.record(batch.job.rows, max(1, device.elapsed_ns(batch.copy_begins, batch.copied)))
-        self._charge(batch, alone_ns)
+        # What a turn that has ended meanwhile had of this time is counted with the turn.
+        self._charge(batch, alone_ns, min(alone_ns, batch.executed_ns - self._turns_end_ns))
         self._staging.recycle(batch.copy_begins, batch.copied, batch.begins)
         batch.copy_begins = batch.copied = batch.begins = None
 
-    def _charge(self, execution: Execution, device_ns: int) -> None:
-        execution.pipeline.device_ns += device_ns
-        self.busy_ns += device_ns
+    def _charge(self, execution: Execution, device_ns: int, busy_ns: int) -> None:
+        """`busy_ns` of it was no other's, too."""
+        pipeline = execution.pipeline
+        pipeline.device_ns += device_ns
+        self.model_ns[pipeline.name] = self.model_ns.get(pipeline.name, 0) + device_ns
+        self.busy_ns += max(0, busy_ns)
         self._executions.ended(execution, device_ns, self.device.now_ns())
 
     def _finish(self, batch: Batch) -> None:
@@ -393,7 +421,8 @@ class DeviceEngine:
 
     def _is_shared(self) -> bool:
         """Whether several pipelines have work."""
-        return sum([p.open > 0 or self._executions.is_asking(p) for p in self._pipelines]) > 1
+        held = [execution.pipeline for execution in self._executions.granted if isinstance(execution, Turn)]
+        return sum([p.open > 0 or self._executions.is_asking(p) or p in held for p in self._pipelines]) > 1
 
     def _offer(self, pipeline: Pipeline) -> None:
         """Let the pipeline take another batch, if it is time."""
@@ -426,15 +455,6 @@ class DeviceEngine:
             return now_ns
         end_ns = self._executions.end_ns - (LEAD_NS if self._is_shared() else 0)
         return pacing.latest_cut_ns(stages, self._copies_end_ns, end_ns)
-
-    def _end_turn(self, turn: Turn, start_ns: int) -> None:
-        with self._lock:
-            if turn in self._executions.granted:
-                now = self.device.now_ns()
-                turn.pipeline.execution.record(1, max(1, now - start_ns))
-                self._charge(turn, max(0, now - max(start_ns, self._turns_end_ns)))
-                self._turns_end_ns = now
-        self._grant()
 
     def _start_alone(self) -> bool:
         """Begin what is to run alone, once nothing is under way; returns whether others may go on."""
@@ -510,6 +530,10 @@ class DeviceEngine:
         """The device is lost with an error of a call that fails on no device that works."""
         if not self._lost:
             self._lose(self.device.fault(error) or f"{type(error).__name__}: {error}")
+
+    def _failed(self, device: str, reason: str) -> None:
+        if device == self.device.name:
+            self._lose(reason)
 
     def _lose(self, reason: str) -> None:
         """The device answers no more: say so first, then fail all that is under way."""
