@@ -25,6 +25,7 @@ from tritonclient.utils import InferenceServerException
 
 from tests.models import Repository
 from tests.serving import Served, serving, wait_until
+from tutti.devices.simulated import SIMULATED
 
 REASON = "test: device-side assert"
 FOUR = 'input { name: "x" data_type: TYPE_FP32 dims: 4 } output { name: "y" data_type: TYPE_FP32 dims: 4 }'
@@ -51,6 +52,17 @@ FRAGILE = f"""
     if what == {FAILS}:
         raise pb_utils.TritonModelException("the device has failed")
     return pb_utils.InferenceResponse([pb_utils.Tensor("y", x + 1)])
+"""
+HANGS = f"""
+    import threading
+    x = pb_utils.get_input_tensor_by_name(request, "x").as_numpy()
+    if x[0, 0] != {GOOD}:
+        threading.Event().wait()
+    return pb_utils.InferenceResponse([pb_utils.Tensor("y", x + 1)])
+"""
+ON_GPU_FOR_1_S = """
+    instance_group { kind: KIND_GPU count: 2 }
+    parameters { key: "tutti.hang_timeout_s" value { string_value: "1" } }
 """
 STREAM = """
     import threading
@@ -321,6 +333,79 @@ def test_an_engine_that_hangs_for_no_known_reason_is_not_said_to_live(repository
         wait_until(server.is_ready)
         assert server.is_live()
         assert server.engine() == before
+
+
+class Caller(threading.Thread):
+    """Asks a model whose execution never ends, and keeps the answer: ok, or what it was refused with."""
+
+    def __init__(self, served: Served, is_http: bool) -> None:
+        super().__init__()
+        self.kind, self.text = "", ""
+        self._served = served
+        self._is_http = is_http
+
+    def run(self) -> None:
+        self.kind, self.text = self._ask_http() if self._is_http else self._ask_grpc()
+
+    def _ask_http(self) -> tuple[str, str]:
+        connection = HTTPConnection(self._served.http, timeout=60)
+        connection.request("POST", "/v2/models/hangs/infer", body(FAILS))
+        response = connection.getresponse()
+        answer = str(response.status), response.read().decode()
+        connection.close()
+        return answer
+
+    def _ask_grpc(self) -> tuple[str, str]:
+        tensor = grpcclient.InferInput("x", [1, 4], "FP32")
+        tensor.set_data_from_numpy(np.full((1, 4), FAILS, np.float32))
+        with grpcclient.InferenceServerClient(self._served.grpc) as client:
+            try:
+                client.infer("hangs", [tensor])
+            except InferenceServerException as error:
+                return str(error.status()), str(error.message())
+        return "ok", ""
+
+    def check(self) -> None:
+        self.join(60)
+        assert self.kind == ("503" if self._is_http else "StatusCode.UNAVAILABLE"), (self.kind, self.text)
+        assert "device cuda:0 has failed: an execution of 'hangs' has not ended after" in self.text
+
+
+@pytest.fixture
+def hanging(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> Repository:
+    monkeypatch.setenv(SIMULATED, "1")
+    repository.add_python("hangs", f'backend: "python" max_batch_size: 1 {FOUR} {ON_GPU_FOR_1_S}', HANGS)
+    return repository
+
+
+def test_callers_of_what_hangs_are_answered_and_all_others_keep_their_connections(
+    hanging: Repository, tmp_path: Path
+) -> None:
+    with running(hanging, tmp_path) as server:
+        before = server.engine()
+        with clients(server) as asking:
+            # Two are inside, the others wait in the queue.
+            callers = [Caller(server.served, is_http) for is_http in (True, False, True, False)]
+            for caller in callers:
+                caller.start()
+            for caller in callers:
+                caller.check()
+            wait_for_another(server, before)
+        for client in asking:
+            assert any("an execution of 'hangs' has not ended" in text for text in client.texts), client.texts
+
+
+@pytest.mark.parametrize("flags", [(), ("--grpc-server", "grpcio")])
+def test_callers_of_what_hangs_in_one_process_are_answered_before_it_ends(
+    hanging: Repository, tmp_path: Path, flags: tuple[str, ...]
+) -> None:
+    with serving(hanging.root, tmp_path / "log", "--front-end-processes", "1", *flags) as served:
+        callers = [Caller(served, is_http) for is_http in (True, False, True, False)]
+        for caller in callers:
+            caller.start()
+        for caller in callers:
+            caller.check()
+        assert served.process.wait(30) == 75
 
 
 def test_a_failed_device_is_told_at_once_while_the_process_still_lives(repository: Repository, tmp_path: Path) -> None:

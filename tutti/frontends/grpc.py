@@ -96,6 +96,12 @@ class GrpcFront:
             await self.drain(grace_s)
             await asyncio.sleep(_LAST_S)
 
+    def refuse_open(self, error: InferError) -> None:
+        """Answer the calls that are inside with an error."""
+        for call_id in list(self._open):
+            if self._open.pop(call_id, None) is not None:
+                self._front.fail(call_id, code_of(error), error.message)
+
     def stop(self) -> None:
         self._front.close()
         self._thread.join(timeout=5.0)

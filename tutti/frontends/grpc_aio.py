@@ -51,7 +51,7 @@ class GrpcioFront:
     def __init__(self, api: Api, address: str, tls: TlsFiles | None = None, shares_port: bool = False) -> None:
         """`address` is HOST:PORT or unix:PATH."""
         self._api = api
-        self._streams: set[Answers] = set()
+        self._open: set[Answers] = set()
         limit = min(api.limits.max_grpc_message_size, 2**31 - 1)
         self._server = grpc.aio.server(
             options=[
@@ -74,9 +74,9 @@ class GrpcioFront:
         await self._server.start()
         return int(self._port)
 
-    def end_streams(self, error: InferError) -> None:
-        """End those that are open with an error, after the answers that they have."""
-        for answers in self._streams:
+    def refuse_open(self, error: InferError) -> None:
+        """End the calls that are inside with an error, after the answers that they have."""
+        for answers in self._open:
             answers.fail(error)
 
     async def stop(self, grace_s: float = 0.5) -> None:
@@ -120,6 +120,7 @@ class GrpcioFront:
     async def _infer(self, payload: bytes, context: Any) -> bytes:
         await self._check("inference", context)
         answers = Answers()
+        self._open.add(answers)
         try:
             call = answers.call(grpc_codec.decode(payload, self._api.shared_memory))
             call.emit = None  # one answer only
@@ -134,6 +135,7 @@ class GrpcioFront:
             _log.exception("a ModelInfer call failed")
             await context.abort(_STATUS[INTERNAL], f"internal error: {type(error).__name__}")
         finally:
+            self._open.discard(answers)
             answers.cancel()
         raise AssertionError("aborted")
 
@@ -152,7 +154,7 @@ class GrpcioFront:
         await self._check("inference", context)
         ends_on_error = metadata_headers(context.invocation_metadata()).get("triton_grpc_error", "").lower() == "true"
         answers = Answers()
-        self._streams.add(answers)
+        self._open.add(answers)
         room = asyncio.Semaphore(_MAX_STREAM_CALLS)
         reader = asyncio.create_task(self._read(requests, context, answers, room))
         try:
@@ -170,7 +172,7 @@ class GrpcioFront:
         except InferError as error:
             await context.abort(_STATUS[code_of(error)], error.message)
         finally:
-            self._streams.discard(answers)
+            self._open.discard(answers)
             answers.cancel()
             reader.cancel()
 

@@ -76,10 +76,11 @@ class HttpFront:
         self._server = await self._loop.create_unix_server(lambda: Connection(self), str(path))
         self._sweep = self._loop.call_later(_SWEEP_S, self._close_idle)
 
-    async def stop(self, drain_s: float = 0.0, grace_s: float = 5.0) -> None:
+    async def stop(self, drain_s: float = 0.0, grace_s: float = 5.0, error: InferError | None = None) -> None:
         """Stop listening, let open exchanges end, then close the connections.
 
-        For `drain_s` before that, each connection that asks again is told to close with its answer.
+        For `drain_s` before that, each connection that asks again is told to close with its answer. With `error` those
+        that have not ended are answered with it.
         """
         if self._sweep is not None:
             self._sweep.cancel()
@@ -93,6 +94,8 @@ class HttpFront:
         while any(connection.pending for connection in self.connections) and self._loop.time() < deadline:
             await asyncio.sleep(0.01)
         for connection in list(self.connections):
+            if error is not None:
+                connection.refuse_open(status_of(error), error.message)
             connection.end()
         for task in self._tasks:
             task.cancel()

@@ -439,6 +439,16 @@ class Connection(asyncio.Protocol):
         if self._is_read_paused:
             self._update_reading()
 
+    def refuse_open(self, status: int, message: str) -> None:
+        """Answer what is not answered yet with an error, and close. A response that has begun can be none any more."""
+        waiting = list(self.pending)
+        for exchange in waiting:
+            if exchange.parts is not None:
+                return
+            if exchange.response is None:
+                exchange.keep_alive = exchange is not waiting[-1]
+                self.respond(exchange, status, message)
+
     def abort(self) -> None:
         if self._transport is not None:
             self._transport.abort()

@@ -164,18 +164,20 @@ class Server:
         return Addresses(wanted.host, wanted.http_port, wanted.grpc_port, metrics_port)
 
     async def leave(self, error: InferError, grace_s: float) -> None:
-        """Before this process ends for good: what is inside may be answered for `grace_s`, streams end with the error.
+        """Before this process ends for good: what is inside may be answered for `grace_s`, and gets the error then.
 
         Nothing that may block for ever is waited for.
         """
-        waiting = [front.stop(0.0, grace_s) for front in self._http]
+        waiting = [front.stop(0.0, grace_s, error) for front in self._http]
         if self._link is not None:
             waiting.append(self._link.settle(grace_s))
         if self._grpc is not None:
             waiting.append(self._grpc.drain(grace_s))
         await asyncio.gather(*waiting)
+        if self._grpc is not None:
+            self._grpc.refuse_open(error)
         if self._grpcio is not None:
-            self._grpcio.end_streams(error)
+            self._grpcio.refuse_open(error)
             await self._grpcio.stop(_LAST_S)
         if self._grpc is not None:
             self._grpc.stop()
