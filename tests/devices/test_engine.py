@@ -296,3 +296,15 @@ def test_an_urgent_pipeline_is_told_at_once() -> None:
                 ended[is_urgent] = job.ended_ns - begin_ns
             pipeline.close()
     assert ended[False] - ended[True] == wake_ns
+
+
+def test_streams_are_used_again() -> None:
+    device, engine, _ = simulated(COSTS)
+    streams = set()
+    for _ in range(5):
+        pipeline = engine.pipeline("model")
+        pipeline.submit(batch_job(device))
+        device.timeline.run()
+        streams.add((id(pipeline.stream), id(pipeline.out_stream)))
+        pipeline.close()
+    assert len(streams) == 1

@@ -22,6 +22,7 @@ class Staging:
         self.arena = Arena(device, owned_bytes)
         self._device = device
         self._stream: Stream | None = None
+        self._unused: dict[int, list[tuple[Stream, Stream]]] = {}
         self._lock = threading.Lock()
         # By whether they are urgent: that is decided when one is made.
         self._events: dict[bool, list[Event]] = {False: [], True: []}
@@ -49,8 +50,10 @@ class Staging:
     def stream_of(self, pipeline: Pipeline) -> Stream:
         """What the pipeline's batches execute on: made when it is first asked for, and with it that of its copies."""
         if pipeline.stream is None:
-            pipeline.stream = self._device.stream(pipeline.priority)
-            pipeline.out_stream = self._device.stream()
+            # Those of a pipeline that has gone: libraries keep workspaces for each, and a device threads.
+            unused = self._unused.get(pipeline.priority)
+            pair = unused.pop() if unused else (self._device.stream(pipeline.priority), self._device.stream())
+            pipeline.stream, pipeline.out_stream = pair
         return pipeline.stream
 
     def give_back(self, batch: Batch) -> None:
@@ -80,6 +83,9 @@ class Staging:
             if slot.there is not None:
                 self._device.free_device(slot.there)
         pipeline.slots.clear()
+        if pipeline.stream is not None and pipeline.out_stream is not None:
+            self._unused.setdefault(pipeline.priority, []).append((pipeline.stream, pipeline.out_stream))
+            pipeline.stream = pipeline.out_stream = None
         if is_last:
             self.arena.close()
 
