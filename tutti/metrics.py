@@ -14,7 +14,7 @@ from prometheus_client.metrics_core import (
 )
 
 from tutti import custom_metrics
-from tutti.devices import gpu_metrics
+from tutti.devices import engine_metrics, gpu_metrics
 from tutti.engine import Engine
 from tutti.model import Model
 from tutti.statistics import BUCKETS_NS, Counts, Histogram, StepCounts
@@ -105,6 +105,7 @@ class Metrics:
                 for step, counts in dict(model.statistics.counts.steps).items():
                     counter.add_metric([*labels(model), step], of_step(counts))
             yield counter
+        yield from engine_metrics.collect()
         yield from custom_metrics.collect()
         if self._extra is not None:
             yield from self._extra()

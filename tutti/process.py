@@ -17,8 +17,10 @@ import uvloop
 
 import ensembles
 from tutti import collector, local, restarts
+from tutti.devices import allocator
 from tutti.devices.gpu_metrics import GpuMetrics
 from tutti.devices.health import health
+from tutti.devices.xid import is_of_device, watch_xid
 from tutti.errors import DeviceLost
 from tutti.frontends import setup
 from tutti.frontends.server import Server
@@ -38,6 +40,7 @@ def serve(options: argparse.Namespace, logs: Logs) -> int:
     supervised: Supervised | None = options.engine_of
     if supervised is not None:
         end_with(supervised.parent)
+    allocator.choose()
     status: int = uvloop.run(_serve(options, logs, supervised))
     return status
 
@@ -55,6 +58,7 @@ async def _serve(options: argparse.Namespace, logs: Logs, supervised: Supervised
             loop.call_soon_threadsafe(lost.set)
 
     health.listen(failed)
+    end_watch = await asyncio.to_thread(watch_xid, _told)  # NVML takes a while to begin
     is_explicit = options.model_control_mode == "explicit"
     engine = local.make_engine(
         options.model_repository,
@@ -81,6 +85,7 @@ async def _serve(options: argparse.Namespace, logs: Logs, supervised: Supervised
     if engine.failures() and options.exit_on_error:
         _log.error("%d models could not be loaded (--exit-on-error=false serves the others)", len(engine.failures()))
         await asyncio.to_thread(engine.close)
+        await asyncio.to_thread(end_watch)
         return 1
     poller: asyncio.Task[None] | None = None
     try:
@@ -103,7 +108,16 @@ async def _serve(options: argparse.Namespace, logs: Logs, supervised: Supervised
         await server.stop()
         if await _first(asyncio.to_thread(engine.close), lost):
             await _leave(server)
+        await asyncio.to_thread(end_watch)
     return 0
+
+
+def _told(device: str, xid: int) -> None:
+    """The driver has reported a critical error. What a process has executed, that process hears of by itself."""
+    if is_of_device(xid):
+        health.fail(device, f"the driver reports Xid {xid}")
+    else:
+        _log.warning("device %s: the driver reports Xid %d, of what some process has executed", device, xid)
 
 
 async def _first(work: Awaitable[object], lost: asyncio.Event) -> bool:

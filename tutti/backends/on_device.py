@@ -99,6 +99,11 @@ class DeviceBackend(JoinedModel):
             hang_ns=device_options.hang_ns(config),
             is_urgent=optimization.cuda.busy_wait_events,
         )
+        self.pipeline.version = version
+
+    def holds(self, what: object, nbytes: int) -> None:
+        """Let metrics tell of memory on the device. What several instances share is counted once."""
+        self.pipeline.memory[id(what)] = nbytes
 
     def batch(self, requests: Sequence[InferRequest]) -> "DeviceBatch":
         """What their execution needs, and how its outputs become their answers."""

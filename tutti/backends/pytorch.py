@@ -6,6 +6,7 @@ Honours the parameters `INTRA_OP_THREAD_COUNT`, `INTER_OP_THREAD_COUNT` and `INF
 asks for it (compiled.py). And `tutti.gpu_model_filename`: the file for GPUs, as one with 16 bits.
 """
 
+import logging
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +31,8 @@ from tutti.errors import ConfigError, Internal
 from tutti.repository import ModelFolder
 from tutti.scheduler import Backend
 from tutti.types import Infer, OnDevice
+
+_log = logging.getLogger(__name__)
 
 EXPORTED = "model.pt2"
 _INDEX = re.compile(r".*__(\d+)")
@@ -65,8 +68,12 @@ def load(folder: ModelFolder, version: int, infer: Infer) -> list[Backend]:
             loaded.append(TorchBackend(config, str(version), modules[device]))
         else:
             backend = DeviceBackend(config, str(version), device, _program(config, modules[device]))
+            backend.holds(modules[device], modules[device].nbytes)
             loaded.append(backend)
             graphs.add_to(backend)
+    for device, module in modules.items():
+        if device != "cpu":
+            _log.info("model '%s' version %d: %.1f MiB on %s", config.name, version, module.nbytes / 2**20, device)
     return loaded
 
 
@@ -184,6 +191,19 @@ def _order(config: ModelConfig, arguments: Sequence[str]) -> list[str]:
     return ordered
 
 
+def _held_bytes(forward: Callable[..., Any]) -> int:
+    """What parameters, buffers and constants take; what shares memory counts once. 0 where it is no torch module.
+
+    TorchScript does not tell of its constants.
+    """
+    if not isinstance(forward, torch.nn.Module):
+        return 0
+    own = [value for module in forward.modules() for value in vars(module).values()]
+    tensors = [value for value in (*forward.parameters(), *forward.buffers(), *own) if isinstance(value, torch.Tensor)]
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
 class Module:
     """A model's callable, whose inputs and outputs have names."""
 
@@ -192,6 +212,8 @@ class Module:
     ) -> None:
         self._forward = forward
         self._device = torch.device(device)
+        # Of its weights; activations are the allocator's, which all models share.
+        self.nbytes = _held_bytes(forward)
         self.order = _order(config, arguments)
         self._outputs = {spec.name: TORCH[spec.datatype] for spec in config.outputs}
         for state in config.sequences.states if config.sequences is not None else ():

@@ -85,6 +85,9 @@ class Pipeline:
     ) -> None:
         """An execution that has not ended `hang_ns` after its turn came is taken for one that never will; 0: never."""
         self.name = name
+        # For metrics: the model's version, and what it has on the device, in bytes, by what may be others', too.
+        self.version = ""
+        self.memory: dict[int, int] = {}
         self.weight = weight
         self.priority = priority
         self.hang_ns = hang_ns

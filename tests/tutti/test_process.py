@@ -1,0 +1,29 @@
+"""What the engine's process makes of what the driver reports of its GPUs."""
+
+import logging
+import queue
+
+import pytest
+
+from tests.devices.fake_nvml import Card, FakeNvml
+from tutti import process
+from tutti.devices.health import DeviceHealth
+from tutti.devices.nvml import Nvml
+from tutti.devices.xid import watch_xid
+
+
+def test_the_drivers_reports_fail_the_device_where_it_is_to_blame(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    health, failed = DeviceHealth(), queue.Queue()
+    health.listen(lambda device, reason: failed.put((device, reason)))
+    monkeypatch.setattr(process, "health", health)
+    fake = FakeNvml(Card("GPU-a"), Card("GPU-b"))
+    with caplog.at_level(logging.WARNING):
+        close = watch_xid(process._told, Nvml(fake, {}))
+        fake.report(0, 31)  # a page fault, of whichever process
+        fake.report(1, 79)
+        assert failed.get(timeout=30) == ("cuda:1", "the driver reports Xid 79")
+        close()
+    assert failed.empty() and list(health.failures()) == ["cuda:1"]
+    assert "device cuda:0: the driver reports Xid 31" in caplog.text
