@@ -15,7 +15,7 @@ from tutti.devices.engine import DeviceEngine
 from tutti.devices.interface import DeviceArray, Stream
 from tutti.devices.jobs import Made, Part, Times
 from tutti.devices.pipeline import Pipeline
-from tutti.errors import DeviceLost, InferError, InvalidArgument, OutOfMemory
+from tutti.errors import Cancelled, DeadlineExceeded, DeviceLost, InferError, InvalidArgument, OutOfMemory
 from tutti.scheduler import Answers, Scheduler, as_infer_error, deliver
 from tutti.statistics import BatchTimes, ModelStatistics
 from tutti.types import Call, InferRequest, now_ns, settle
@@ -91,6 +91,10 @@ class DeviceInstance:
     def ended(self, rows: int, took_ns: int) -> None:
         """So many rows are answered now."""
         self.scheduler.answers(rows, took_ns)
+        self.left(rows)
+
+    def left(self, rows: int) -> None:
+        """So many rows are inside no longer."""
         with self._lock:
             self._inside -= rows
             is_held = self._is_held and not self._inside
@@ -128,9 +132,17 @@ class DeviceInstance:
 
     def refuse(self, calls: Sequence[Call], errors: Sequence[InferError], took_ns: int) -> None:
         """Settle calls that were not executed."""
+        self.ended(sum([call.rows for call in calls]), took_ns)
+        self._settle(calls, errors)
+
+    def drop(self, calls: Sequence[Call]) -> None:
+        """Settle calls that nobody waits for, as a queue does; their clients are not expected back."""
+        self.left(sum([call.rows for call in calls]))
+        self._settle(calls, [_gone(call) for call in calls])
+
+    def _settle(self, calls: Sequence[Call], errors: Sequence[InferError]) -> None:
         for call, error in zip(calls, errors, strict=True):
             call.answer = error
-        self.ended(sum([call.rows for call in calls]), took_ns)
         self.statistics.record_failures(calls, now_ns())
         try:
             settle(calls)
@@ -174,10 +186,20 @@ class _Job:
         self._batch = batch
         self._work = work
         self._is_last = is_last
+        self._is_in_vain = False
         self._start_ns = now_ns()
 
     def stage(self) -> Sequence[Part]:
+        """Raises Cancelled where nobody waits any more: a batch may have waited for as long as an execution takes."""
+        first = self._batch[0]
+        self._is_in_vain = (first.is_cancelled or first.deadline_ns > 0) and self._nobody_waits()
+        if self._is_in_vain:
+            raise Cancelled("all who asked for it have gone")
         return self._work.parts()
+
+    def _nobody_waits(self) -> bool:
+        now = now_ns()
+        return all(call.is_cancelled or 0 < call.deadline_ns <= now for call in self._batch)
 
     def launch(self, inputs: Sequence[DeviceArray], stream: Stream) -> Sequence[DeviceArray]:
         return self._work.launch(inputs, stream)
@@ -200,7 +222,9 @@ class _Job:
 
     def fail(self, error: Exception) -> None:
         batch = self._batch
-        if isinstance(error, DeviceLost):
+        if self._is_in_vain and not isinstance(error, DeviceLost):
+            self._instance.drop(batch)
+        elif isinstance(error, DeviceLost):
             self._settle([error] * len(batch))
         elif isinstance(error, OutOfMemory):
             self._do_with_less(error)
@@ -244,3 +268,10 @@ class _Job:
         self._instance.ended(self.rows, now - self._start_ns)
         times = BatchTimes(self._start_ns, self._start_ns, now, now)
         deliver(self._instance.name, self._batch, answers, times, self._instance.statistics)
+
+
+def _gone(call: Call) -> InferError:
+    name = call.request.model_name
+    if call.is_cancelled:
+        return Cancelled(f"the request to model '{name}' was cancelled by its caller")
+    return DeadlineExceeded(f"model '{name}': the request's deadline passed while it waited for the device")

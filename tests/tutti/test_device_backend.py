@@ -1,16 +1,17 @@
 """Models on a device, from requests to answers: the pytorch backend over the device engine, on a simulated GPU."""
 
 import json
+import threading
 from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
 from tests.models import Repository
-from tests.serving import engine_over, infer
+from tests.serving import Gather, engine_over, infer
 from tests.tutti.test_pytorch_backend import CONFIG, Subtract, ask, exported, scripted
 from tutti.devices import engines, health
-from tutti.errors import DeviceLost, InferError, Internal, InvalidArgument, OutOfMemory
+from tutti.errors import Cancelled, DeadlineExceeded, DeviceLost, InferError, Internal, InvalidArgument, OutOfMemory
 from tutti.types import Call, InferRequest, InferResponse, Tensor, now_ns
 
 torch = pytest.importorskip("torch")
@@ -501,3 +502,35 @@ def test_times_are_of_the_hosts_clock_from_the_first_request_on(repository: Repo
         counts = engine.model("m", "").statistics.counts
     stages = [of.ns for of in (counts.queue, counts.compute_input, counts.compute_infer, counts.compute_output)]
     assert min(stages) >= 0 and sum(stages) <= 2 * took_ns  # two requests
+
+
+@pytest.mark.parametrize(
+    ("gone", "kinds"),
+    [
+        ("ccc", [Cancelled] * 3),
+        ("ddd", [DeadlineExceeded] * 3),
+        ("cdc", [Cancelled, DeadlineExceeded, Cancelled]),
+        ("c", [Cancelled]),
+        ("cd-", [InferResponse] * 3),
+        ("-cd", [InferResponse] * 3),
+    ],
+)
+def test_a_batch_that_nobody_waits_for_is_not_executed(repository: Repository, gone: str, kinds: list[type]) -> None:
+    repository.add("m", IDS, {"model.pt": scripted(Embed())})
+    with engine_over(repository.root) as engine:
+        may_stage = threading.Event()
+        engines.engine_of("cuda:0").device.post(lambda: may_stage.wait(30))
+        gather = Gather(len(gone))
+        calls = [Call(ids_request(n), gather) for n in range(len(gone))]
+        engine(calls)
+        for call, what in zip(calls, gone, strict=True):
+            call.is_cancelled = what == "c"
+            call.deadline_ns = 1 if what == "d" else 0
+        may_stage.set()
+        gather.wait()
+        assert [type(call.answer) for call in calls] == kinds
+        counts = engine.model("m").statistics.counts
+        assert counts.executions == (kinds[0] is InferResponse)
+        assert counts.fail.count == sum(kind is not InferResponse for kind in kinds)
+        (after,) = infer(engine, [ids_request(1)])
+        assert isinstance(after, InferResponse)
