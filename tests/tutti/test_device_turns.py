@@ -194,13 +194,14 @@ def test_a_wrong_choice_is_refused(repository: Repository) -> None:
     assert "model 'm': parameters.tutti.device_turn: expected 'yes' or 'no', got 'maybe'" in load_error(repository)
 
 
-def test_without_pytorch_no_turns_are_taken(
-    repository: Repository, probe: Probe, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("error", [ModuleNotFoundError("No module named 'torch'"), AssertionError("no CUDA")])
+def test_without_a_pytorch_for_the_device_no_turns_are_taken(
+    repository: Repository, probe: Probe, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     from tutti.backends import python
 
     def engine_of(name: str) -> DeviceEngine:
-        raise ModuleNotFoundError("No module named 'torch'")
+        raise error
 
     monkeypatch.setattr(python, "engine_of", engine_of)
     add(repository, "m", ALONE)

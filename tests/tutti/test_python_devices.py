@@ -12,7 +12,7 @@ from tests.tutti.test_pytorch_backend import load_error
 from tutti.backends import python
 from tutti.backends import triton_python_backend_utils as pb_utils
 from tutti.config import InstanceGroup
-from tutti.devices import dlpack, tensors
+from tutti.devices import dlpack, engines, tensors
 from tutti.devices import health as devices_health
 from tutti.devices.health import DeviceHealth
 from tutti.devices.tensors import DeviceTensor
@@ -498,3 +498,17 @@ def test_a_real_model_asks_another(repository: Repository, cuda: Any, memory: st
         answer = response(ask(engine, request("outer", 1, 2)))
         assert answer.parameters["is_cpu"] is is_cpu
         assert answer.tensor("y").array().tolist() == [[2.0, 3.0]]
+
+
+@pytest.mark.gpu
+def test_models_on_a_real_gpu_take_turns(repository: Repository, cuda: Any) -> None:
+    asks = ASKS.format(memory="None", names=["y"])
+    for name, execute in (("inner", TORCH_STEP.format(made="x + 1")), ("outer", asks)):
+        config = CONFIG.replace("KIND_CPU", "KIND_GPU count: 2").format(rows=4, extra=ON_DEVICE)
+        repository.add_python(name, config, execute)
+    with engine_over(repository.root) as engine:
+        sent = [request(name, i, 2) for i in range(32) for name in ("inner", "outer")]
+        for i, answer in enumerate(infer(engine, sent)):
+            assert response(answer).tensor("y").array().tolist() == [[i // 2 + 1.0, 3.0]]
+        assert set(engines.engine_of("cuda:0").model_ns) >= {"inner", "outer"}
+        assert not engines.engine_of("cuda:0").lost

@@ -102,8 +102,9 @@ class DeviceBackend(JoinedModel):
         self.pipeline.version = version
 
     def holds(self, what: object, nbytes: int) -> None:
-        """Let metrics tell of memory on the device. What several instances share is counted once."""
-        self.pipeline.memory[id(what)] = nbytes
+        """Let metrics tell of memory on the device, where it is known. What instances share is counted once."""
+        if nbytes:
+            self.pipeline.memory[id(what)] = nbytes
 
     def batch(self, requests: Sequence[InferRequest]) -> "DeviceBatch":
         """What their execution needs, and how its outputs become their answers."""

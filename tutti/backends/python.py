@@ -139,8 +139,9 @@ def _turn_taker(config: ModelConfig, group: InstanceGroup, number: int, path: Pa
         return None
     try:
         engine = engine_of(device)
-    except ModuleNotFoundError as error:
-        _log.warning("model '%s' takes no turns on %s: that needs PyTorch (%s)", config.name, device, error)
+    except Exception as error:  # the model may compute there with another library
+        what = "model '%s' takes no turns on %s: that needs a PyTorch that can use it: %s"
+        _log.warning(what, config.name, device, error)
         return None
     hang_ns = device_options.hang_ns(config, device_options.OWN_CODE_HANG_TIMEOUT_S)
     pipeline = engine.pipeline(config.name, device_options.weight(config), hang_ns=hang_ns)

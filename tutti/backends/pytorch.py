@@ -72,7 +72,7 @@ def load(folder: ModelFolder, version: int, infer: Infer) -> list[Backend]:
             loaded.append(backend)
             graphs.add_to(backend)
     for device, module in modules.items():
-        if device != "cpu":
+        if device != "cpu" and module.nbytes:
             _log.info("model '%s' version %d: %.1f MiB on %s", config.name, version, module.nbytes / 2**20, device)
     return loaded
 
@@ -194,7 +194,7 @@ def _order(config: ModelConfig, arguments: Sequence[str]) -> list[str]:
 def _held_bytes(forward: Callable[..., Any]) -> int:
     """What parameters, buffers and constants take; what shares memory counts once. 0 where it is no torch module.
 
-    TorchScript does not tell of its constants.
+    TorchScript does not tell of its constants, nor a compiled package of anything.
     """
     if not isinstance(forward, torch.nn.Module):
         return 0

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from tutti.devices import pacing
+from tutti.devices.accounting import Accounting
 from tutti.devices.arena import Arena
 from tutti.devices.executions import LEAD_NS, Executions
 from tutti.devices.health import DeviceHealth
@@ -42,8 +43,8 @@ class DeviceEngine:
         """`owned_bytes` of pinned memory may be with answers at a time. `hang_ns` is pipelines' default."""
         self.device = device
         self._staging = Staging(device, owned_bytes)
-        # How long something has executed on it; and how long of each model, by name, whichever pipelines it has had.
-        self.busy_ns = 0
+        self._accounting = Accounting()
+        # The time of each model, by name, whichever pipelines it has had.
         self.model_ns: dict[str, int] = {}
         self._health = health
         self._hang_ns = hang_ns
@@ -56,7 +57,6 @@ class DeviceEngine:
         self._alone: deque[Callable[[], None]] = deque()
         self._is_alone = False
         self._copies_end_ns = 0
-        self._turns_end_ns = 0
         self._grant_ns = 0
         self._last_end: tuple[Event, bool] | None = None
         self._is_watched = False
@@ -146,20 +146,18 @@ class DeviceEngine:
         if self._lost:
             raise self._loss(pipeline)
         with self._lock:
-            turn.began_ns, turn.busy_ns = self.device.now_ns(), self.busy_ns
+            turn.began_ns = self.device.now_ns()
+            self._accounting.begin(turn, turn.began_ns)
         return turn
 
     def end_turn(self, turn: Turn) -> None:
         """What was granted is over. Once for each turn, from any thread."""
         with self._lock:
+            now = self.device.now_ns()
+            device_ns = self._accounting.end(turn, now)
             if turn in self._executions.granted:
-                now = self.device.now_ns()
-                lasted_ns = now - turn.began_ns
-                turn.pipeline.execution.record(1, max(1, lasted_ns))
-                # Batches that were launched ahead may have executed meanwhile: that time is counted once.
-                busy_ns = lasted_ns - (self.busy_ns - turn.busy_ns)
-                self._charge(turn, max(0, now - max(turn.began_ns, self._turns_end_ns)), busy_ns)
-                self._turns_end_ns = now
+                turn.pipeline.execution.record(1, max(1, now - turn.began_ns))
+                self._charge(turn, device_ns)
         self._grant()
 
     def alone(self, work: Callable[[], None]) -> None:
@@ -187,6 +185,11 @@ class DeviceEngine:
         if reason:
             self._lose(reason)
         return reason
+
+    @property
+    def busy_ns(self) -> int:
+        """How long something has executed on the device, as far as it has ended."""
+        return self._accounting.busy_ns
 
     @property
     def arena(self) -> Arena:
@@ -347,17 +350,15 @@ class DeviceEngine:
             pipeline.execution.record(batch.job.rows, max(1, alone_ns))
         if batch.copied is not None and batch.copy_begins is not None:
             pipeline.copy.record(batch.job.rows, max(1, device.elapsed_ns(batch.copy_begins, batch.copied)))
-        # What a turn that has ended meanwhile had of this time is counted with the turn.
-        self._charge(batch, alone_ns, min(alone_ns, batch.executed_ns - self._turns_end_ns))
+        self._accounting.executed(alone_ns, batch.executed_ns)
+        self._charge(batch, alone_ns)
         self._staging.recycle(batch.copy_begins, batch.copied, batch.begins)
         batch.copy_begins = batch.copied = batch.begins = None
 
-    def _charge(self, execution: Execution, device_ns: int, busy_ns: int) -> None:
-        """`busy_ns` of it was no other's, too."""
+    def _charge(self, execution: Execution, device_ns: int) -> None:
         pipeline = execution.pipeline
         pipeline.device_ns += device_ns
         self.model_ns[pipeline.name] = self.model_ns.get(pipeline.name, 0) + device_ns
-        self.busy_ns += max(0, busy_ns)
         self._executions.ended(execution, device_ns, self.device.now_ns())
 
     def _finish(self, batch: Batch) -> None:

@@ -42,9 +42,7 @@ class Turn(Execution):
     def __init__(self, pipeline: "Pipeline") -> None:
         super().__init__(pipeline, pipeline.execution.mean_ns(1))
         self.granted = threading.Event()
-        # When it began, and how long the device had been busy until then.
         self.began_ns = 0
-        self.busy_ns = 0
 
 
 class Batch(Execution):

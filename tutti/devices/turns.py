@@ -47,15 +47,19 @@ class TurnTaker:
 
 
 class HeldTurn:
-    """A turn for one execution. Several of the execution's threads may give it up at a time: the last asks again."""
+    """A turn for one execution, whose threads may give it up, several at a time: the last of them asks again.
+
+    Nobody waits for a turn while the execution has one: all its threads ask as one.
+    """
 
     def __init__(self, engine: DeviceEngine, pipeline: Pipeline, folder: str) -> None:
         self.folder = folder
         self._engine = engine
         self._pipeline = pipeline
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
         self._turn: Turn | None = None
         self._waiting = 0
+        self._is_asking = False
         self._is_over = False
 
     def begin(self) -> None:
@@ -67,33 +71,55 @@ class HeldTurn:
     def end(self) -> None:
         with _lock:
             _held.discard(self)
-        with self._lock:
+        with self._changed:
             self._is_over = True
             turn, self._turn = self._turn, None
+            self._changed.notify_all()
         if turn is not None:
             self._engine.end_turn(turn)
 
     def give_up(self) -> None:
-        """For as long as one waits; `ask_again` is to follow, from any thread."""
-        with self._lock:
+        """For as long as one waits: one of the following is to come then, from any thread."""
+        with self._changed:
             self._waiting += 1
             turn, self._turn = self._turn, None
+            self._changed.notify_all()
         if turn is not None:
             self._engine.end_turn(turn)
 
     def ask_again(self) -> None:
-        """Blocks until the turn is there, unless another still waits, or the execution is over. Raises DeviceLost."""
-        with self._lock:
+        """Blocks until the turn is there, or another waits, or the execution is over. Raises DeviceLost."""
+        with self._changed:
             self._waiting -= 1
-            if self._waiting or self._is_over:
+            self._changed.wait_for(lambda: not (self._is_asking and self._is_needed()))
+            if not self._is_needed():
                 return
-        turn = self._engine.begin_turn(self._pipeline)
-        with self._lock:
-            is_needed = not (self._waiting or self._is_over or self._turn is not None)
+            self._is_asking = True
+        try:
+            turn = self._engine.begin_turn(self._pipeline)
+        except BaseException:
+            self._asked(None)
+            raise
+        if not self._asked(turn):
+            self._engine.end_turn(turn)
+
+    def wait_no_longer(self) -> None:
+        """As one that does not ask: the execution goes on without a turn, unless another asks."""
+        with self._changed:
+            self._waiting -= 1
+
+    def _is_needed(self) -> bool:
+        return not (self._waiting or self._is_over or self._turn is not None)
+
+    def _asked(self, turn: Turn | None) -> bool:
+        """Keep what was granted; returns whether it is needed."""
+        with self._changed:
+            self._is_asking = False
+            is_needed = self._is_needed()
             if is_needed:
                 self._turn = turn
-        if not is_needed:
-            self._engine.end_turn(turn)
+            self._changed.notify_all()
+        return is_needed
 
 
 def know(folder: str) -> None:
@@ -110,21 +136,38 @@ def held_here() -> HeldTurn | None:
 
 @contextmanager
 def given_up(held: HeldTurn | None = None) -> Iterator[None]:
-    """Give up within the block the turns of whoever waits here for another model. Raises DeviceLost at its end.
+    """Give up within the block the turn of whoever waits here for another model. Raises DeviceLost at its end.
 
-    That is the execution of this thread, else the one that `held` belongs to. A thread that a model has started has no
-    turn of its own, and the model's execution may wait for it: then it is all executions of the model whose code is on
-    this thread's stack, and where none is, of all models.
+    That is the execution of this thread, else the one that `held` belongs to.
     """
     own = held_here() or held
-    giving = [own] if own is not None else _concerned()
+    if own is None:
+        with _given_up_by_stranger():
+            yield
+        return
+    own.give_up()
+    try:
+        yield
+    finally:
+        own.ask_again()
+
+
+@contextmanager
+def _given_up_by_stranger() -> Iterator[None]:
+    """A thread that a model has started has no turn of its own, and an execution of the model may wait for it.
+
+    Which one is not known: all of the model whose code is on this thread's stack give up their turns, and where there
+    is none, those of all models. They go on without: who asked for several turns, with one of them in hand, could wait
+    for another who does so too.
+    """
+    giving = _concerned()
     for each in giving:
         each.give_up()
     try:
         yield
     finally:
         for each in giving:
-            each.ask_again()
+            each.wait_no_longer()
 
 
 def _concerned() -> list[HeldTurn]:
