@@ -57,6 +57,17 @@ def with_arguments(module: torch.nn.Module, names: Sequence[str]) -> torch.nn.Mo
 
 
 @dataclass(frozen=True, slots=True)
+class Claim:
+    """The most items that each variable dimension of a graph's inputs is said to have, but for the batch.
+
+    `case` makes inputs of so many, which reach the last place.
+    """
+
+    most: int
+    case: Callable[[int], Arrays]
+
+
+@dataclass(frozen=True, slots=True)
 class Graph:
     """One model to export. `module`'s arguments are the model's inputs, by name, the batch first.
 
@@ -80,6 +91,7 @@ class Graph:
     limits: Mapping[str, Limits] = field(default_factory=dict)
     # Inputs that stay in 32 bits where the graph has 16: the module makes them narrow itself, where its network begins.
     wide: frozenset[str] = frozenset()
+    lengths: Claim | None = None
     # The python model of the product that runs this graph itself, if one does: no model of its own then.
     host: str = ""
 

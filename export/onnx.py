@@ -107,12 +107,23 @@ def session(path: Path | bytes) -> Any:
         raise ExportError(f"onnxruntime cannot load {name}: {str(error)[:300]}") from None
 
 
-def run(loaded: Any, case: Arrays) -> dict[str, Any]:
+def run(loaded: Any, case: Arrays, options: Any = None) -> dict[str, Any]:
     """All outputs of a session, by name."""
     inputs = {node.name for node in loaded.get_inputs()}
     names = [node.name for node in loaded.get_outputs()]
     feed = {name: array for name, array in case.items() if name in inputs}
-    return dict(zip(names, loaded.run(names, feed), strict=True))
+    return dict(zip(names, loaded.run(names, feed, options), strict=True))
+
+
+def failure(loaded: Any, case: Arrays) -> str:
+    """Why a session cannot be run on a case; "" where it can."""
+    quiet = ort.RunOptions()
+    quiet.log_severity_level = 4  # a failure may be what is asked for
+    try:
+        run(loaded, case, quiet)
+    except Exception as error:
+        return str(error)[:300]
+    return ""
 
 
 def to_half(source: Path, target: Path, cases: Sequence[Arrays]) -> None:

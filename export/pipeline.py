@@ -19,7 +19,7 @@ from export.layout import Entry, Staging
 from export.profiling import Measured, measure, recommend
 from export.sources import Source
 from export.variants import FILES, Builder, Result
-from tutti import bounds, config, dtypes
+from tutti import bounds, config, dtypes, lengths
 from tutti.config import TensorSpec
 from tutti.types import Shape
 
@@ -164,6 +164,9 @@ def _entry(result: Result, options: Options, measured: Sequence[Measured]) -> En
             parameters["tutti.gpu_model_filename"] = FILES[options.gpu]
     if result.bounds:
         parameters[bounds.PARAMETER] = json.dumps(result.bounds)
+    most_items = _max_dims(result, inputs, backend)
+    if most_items:
+        parameters[lengths.PARAMETER] = json.dumps(most_items)
     most = graph.max_batch_size
     preferred: tuple[int, ...] = ()
     if measured:
@@ -191,6 +194,20 @@ def _spec(graph: Graph, name: str) -> TensorSpec:
     example, variable = graph.example[name], graph.axes.get(name, {})
     dims = tuple(-1 if axis in variable else size for axis, size in enumerate(example.shape))
     return TensorSpec(name, dtypes.from_numpy(example.numpy().dtype), dims[1:])
+
+
+def _max_dims(result: Result, inputs: Sequence[TensorSpec], backend: str) -> dict[str, list[int]]:
+    """The greatest size of each variable dimension, where there is one; a plan's are those that it was built for."""
+    found: dict[str, list[int]] = {}
+    for spec in inputs:
+        limits = [result.most] * len(spec.dims)
+        if backend == "tensorrt":
+            largest = result.graph.profile[spec.name][2][1:]
+            limits = [size if result.most is None else min(size, result.most) for size in largest]
+        sizes = [most for dim, most in zip(spec.dims, limits, strict=True) if dim == -1 and most is not None]
+        if sizes:
+            found[spec.name] = sizes
+    return found
 
 
 def _warmups(graph: Graph, inputs: Sequence[str]) -> list[layout.Warmup]:

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from export import layout, onnx
+from export import layout, lengths, onnx
 from export.ensemble import chain, labels_step
 from export.errors import ExportError
-from export.graphs import Arrays, Check, Graph, Product
+from export.graphs import Arrays, Check, Claim, Graph, Product
 from export.sources import Source
 from export.variants import Result
 from tutti.config import TensorSpec
@@ -31,6 +31,8 @@ GATE_RISK = 0.2
 SEED = 0
 _MIN_GATE_RECALL = 0.95
 _MIN_LABELLED = 20
+# Of a text, where the checkpoint does not say.
+_MOST_TOKENS = 512
 # A vocabulary may be filled up to a round size; more rows than that belong to another tokenizer.
 _SPARE_ROWS = 512
 # Of the head's accuracy with another variant of the encoder.
@@ -84,12 +86,16 @@ class SequenceClassifier(torch.nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class Encoder:
-    """A loaded model with its tokenizer; None for random weights."""
+    """A loaded model with its tokenizer; None for random weights.
+
+    It has `places` for so many tokens, None for any number; its tokenizer makes at most `max_length` of a text.
+    """
 
     module: torch.nn.Module
     tokenizer: Any
     max_length: int
     vocabulary: int
+    places: int | None = None
     labels: tuple[str, ...] = ()
 
     @property
@@ -142,16 +148,16 @@ def load(source: Source, task: str = "auto") -> Encoder:
     if tokenizer is not None and not hasattr(tokenizer, "backend_tokenizer"):
         raise ExportError(f"'{source.given}' has a tokenizer without a tokenizer.json: expected a fast one")
     vocabulary = model.get_input_embeddings().num_embeddings
-    limit = int(getattr(model.config, "max_position_embeddings", 512))
-    limit = limit - (2 if model.config.model_type in ("roberta", "xlm-roberta", "camembert") else 0)
+    places = lengths.places(model.config)
+    limit = _MOST_TOKENS if places is None else places
     limit = min(limit, int(tokenizer.model_max_length)) if tokenizer is not None else limit
     if task == "classification":
         names = model.config.id2label
         labels = tuple(str(names[number]) for number in range(len(names)))
-        return Encoder(SequenceClassifier(model).eval(), tokenizer, limit, vocabulary, labels)
+        return Encoder(SequenceClassifier(model).eval(), tokenizer, limit, vocabulary, places, labels)
     pooling, is_normalized, most = _pooling(source)
     limit = min(limit, most)
-    return Encoder(SentenceEncoder(model, pooling, is_normalized).eval(), tokenizer, limit, vocabulary)
+    return Encoder(SentenceEncoder(model, pooling, is_normalized).eval(), tokenizer, limit, vocabulary, places)
 
 
 def _pooling(source: Source) -> tuple[str, bool, int]:
@@ -205,19 +211,23 @@ def check_step(encoder: Encoder, file: Path) -> Check:
     own = Tokenizer.from_file(str(file))
     own.no_padding()
     own.enable_truncation(encoder.max_length)
-    for text in _SENTENCES:
+    texts = (*_SENTENCES, _SENTENCES[-1] * 100)  # one that is longer than any model takes
+    for text in texts:
         expected = encoder.tokenizer(text, truncation=True, max_length=encoder.max_length)["input_ids"]
         got = own.encode(text).ids
         if list(expected) != got:
             return Check("tokenizer step", False, f"{text[:40]!r}: expected ids {expected[:8]}, got {got[:8]}")
-    return Check("tokenizer step", True, f"the ids of transformers on {len(_SENTENCES)} texts")
+    return Check("tokenizer step", True, f"the ids of transformers on {len(texts)} texts")
 
 
 def _cases(encoder: Encoder, samples: Sequence[str]) -> list[Arrays]:
     """Random ids of several batches and lengths, texts where there is a tokenizer, and the user's own."""
     rng = np.random.default_rng(0)
     cases: list[Arrays] = []
-    for batch, length in ((1, 2), (1, 16), (2, 32), (5, 33), (3, encoder.max_length)):
+    shapes = [(1, 2), (1, 16), (2, 32), (5, 33), (3, encoder.max_length)]
+    if encoder.places is not None and encoder.max_length < encoder.places <= lengths.LONGEST_PROVEN:
+        shapes.append((1, encoder.places))
+    for batch, length in shapes:
         mask = np.ones((batch, length), dtype=np.int64)
         mask[-1, max(1, length // 2) :] = 0
         cases.append(
@@ -227,6 +237,20 @@ def _cases(encoder: Encoder, samples: Sequence[str]) -> list[Arrays]:
         cases += [encoder.tokens(_SENTENCES), encoder.tokens(_SENTENCES[:1])]
         cases += [encoder.tokens(samples[at : at + 32]) for at in range(0, len(samples), 32)]
     return cases
+
+
+def _claim(encoder: Encoder) -> Claim | None:
+    """Of how many tokens there may be, by rows without padding, which some models give no places of its own."""
+    if encoder.places is None:
+        return None
+    token = next(one for one in (2, 3) if one != encoder.module.model.config.pad_token_id)
+    return Claim(
+        encoder.places,
+        lambda length: {
+            "input_ids": np.full((1, length), token, np.int64),
+            "attention_mask": np.ones((1, length), np.int64),
+        },
+    )
 
 
 def graph(encoder: Encoder, name: str, samples: Sequence[str] = ()) -> Graph:
@@ -249,6 +273,7 @@ def graph(encoder: Encoder, name: str, samples: Sequence[str] = ()) -> Graph:
         max_batch_size=MAX_BATCH_SIZE,
         labels=encoder.labels,
         decision="SCORES" if encoder.labels else "",
+        lengths=_claim(encoder),
     )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.export import ExportedProgram
 
-from export import indices, layout, narrow, onnx, program
+from export import indices, layout, lengths, narrow, onnx, program
 from export.errors import ExportError
 from export.graphs import Arrays, Graph, Reference, with_arguments
 from export.parity import Comparer, Comparison
@@ -40,7 +40,8 @@ class Built:
 class Result:
     """The variants of one graph. What was `left_out` was asked for, and would not have been worth it.
 
-    `bounds` are the lowest and the highest values of inputs, which are all variants'.
+    `bounds` are the lowest and the highest values of inputs, and `most` is how many items their variable dimensions may
+    have, None for any number: all variants'.
     """
 
     graph: Graph
@@ -49,6 +50,7 @@ class Result:
     reference: str = ""
     expected: list[Arrays] = field(default_factory=list)
     bounds: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    most: int | None = None
 
     @property
     def comparisons(self) -> list[Comparison]:
@@ -127,12 +129,14 @@ class Builder:
                 continue
             comparer.case(case, expected, got)
 
-    def _compare_onnx(self, comparer: Comparer, path: Path) -> None:
+    def _compare_onnx(self, comparer: Comparer, path: Path) -> Any:
+        """The session that was compared."""
         fixed = onnx.fixed_batch(path)
         if fixed:
             comparer.failed(f"tensor '{fixed}' has a fixed batch axis: it was folded into a constant")
         loaded = onnx.session(path)
         self._compare(comparer, lambda case: onnx.run(loaded, case))
+        return loaded
 
     def _inspect(self, comparer: Comparer, path: Path, expected: str) -> str:
         found, counts = onnx.precision(path)
@@ -143,14 +147,14 @@ class Builder:
     def _fp32(self, path: Path, comparer: Comparer) -> tuple[str, str]:
         graph = self._graph
         onnx.save(graph.module, path, graph.example, graph.outputs, graph.axes)
-        self._compare_onnx(comparer, path)
-        found = indices.find(path)
-        self.result.bounds = found.bounds
-        fault = found.fault(graph.cases)
-        if fault:
-            comparer.failed(fault)
-        notes = [f"opset {onnx.OPSET}", *([f"bounds: {found}"] if found.bounds else []), *found.unclear]
-        return self._inspect(comparer, path, "fp32"), "; ".join(notes)
+        loaded = self._compare_onnx(comparer, path)
+        found, proven = indices.find(path), lengths.prove(loaded, graph.lengths)
+        self.result.bounds, self.result.most = found.bounds, proven.most
+        for fault in (found.fault(graph.cases), proven.fault):
+            if fault:
+                comparer.failed(fault)
+        notes = [f"opset {onnx.OPSET}", f"bounds: {found}" if found.bounds else "", proven.note, *found.unclear]
+        return self._inspect(comparer, path, "fp32"), "; ".join(note for note in notes if note)
 
     def _fp16(self, path: Path, comparer: Comparer) -> tuple[str, str]:
         onnx.to_half(self._source, path, self._graph.cases)

@@ -20,6 +20,7 @@ from export.features import LogMel, kernel
 from export.graphs import Arrays, Check, Graph, Product, with_arguments
 from export.sound import AUDIO_FILE, decoder_step, from_int16, in_int16, published, to_int16
 from export.variants import Result
+from tutti import lengths
 from tutti.config import TensorSpec
 
 MAX_BATCH_SIZE = 16
@@ -203,6 +204,7 @@ def product(
             "decoding.json": work / "decoding.json",
         },
         MAX_BATCH_SIZE,
+        {lengths.PARAMETER: json.dumps({"AUDIO": [speech.samples]})},
     )  # fmt: skip
     reads = decoder_step(name, speech.extractor.sampling_rate, speech.samples, datatype=datatype)
     whole = layout.Entry(
@@ -267,7 +269,7 @@ def _decoder_graph(decoder: Decoder, name: str, speech: Speech, said: Mapping[st
         example,
         ("logits", *(one.replace("past", "present") for one in decoder.past_names)),
         axes,
-        [case(1, 0, 3), case(2, 0, 1), case(2, 5, 1), case(3, 20, 2)],
+        [case(1, 0, 3), case(2, 0, 1), case(2, 5, 1), case(3, 20, 2), case(1, config.max_target_positions - 1, 1)],
         profile,
         decision="logits",
         host=name,

@@ -37,7 +37,7 @@ class TritonPythonModel:
             return pb_utils.InferenceResponse([], pb_utils.TritonError(message, pb_utils.TritonError.INVALID_ARG))
         encoded = self._tokenizer.encode_batch(texts)
         longest = max(len(encoding.ids) for encoding in encoded)
-        length = min(next(bucket for bucket in BUCKETS if bucket >= longest), self._max_length)
+        length = min(next((bucket for bucket in BUCKETS if bucket >= longest), longest), self._max_length)
         ids = np.full((len(encoded), length), self._pad_id, dtype=np.int64)
         mask = np.zeros_like(ids)
         for row, encoding in enumerate(encoded):

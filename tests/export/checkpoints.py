@@ -26,8 +26,8 @@ WORDS = (
 )
 
 
-def word_pieces(folder: Path, extra: int = 0) -> Any:
-    """A BERT tokenizer over a few words and all letters."""
+def word_pieces(folder: Path, extra: int = 0, most_tokens: int = 48) -> Any:
+    """A BERT tokenizer over a few words and all letters, which says that its model takes `most_tokens`."""
     from transformers import BertTokenizerFast
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -44,7 +44,7 @@ def word_pieces(folder: Path, extra: int = 0) -> Any:
     tokens = list(dict.fromkeys(sorted(tokens[5:])))
     tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *tokens, *(f"extra{i}" for i in range(extra))]
     (folder / "vocab.txt").write_text("\n".join(tokens) + "\n")
-    tokenizer = BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=48)
+    tokenizer = BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=most_tokens)
     tokenizer.save_pretrained(folder)
     return tokenizer
 
@@ -64,16 +64,19 @@ def _wide(model: Any) -> Any:
     return model
 
 
-def text(folder: Path, kind: str, is_classifier: bool) -> Path:
-    """BERT, DistilBERT or DeBERTa, to embed or to classify into three."""
+def text(folder: Path, kind: str, is_classifier: bool, positions: int = 64, most_tokens: int = 48) -> Path:
+    """BERT, DistilBERT, DeBERTa, RoBERTa or MPNet, to embed or to classify into three."""
     import transformers
 
     torch.manual_seed(0)
-    tokenizer = word_pieces(folder)
+    tokenizer = word_pieces(folder, most_tokens=most_tokens)
     shape = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
     named = {"id2label": {0: "calm", 1: "loud", 2: "rude"}, "label2id": {"calm": 0, "loud": 1, "rude": 2}}
+    usual = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
     configs: dict[str, dict[str, Any]] = {
-        "bert": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64},
+        "bert": usual,
+        "roberta": usual,
+        "mpnet": usual,
         "distilbert": {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64},
         "deberta-v2": {
             "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
@@ -82,7 +85,7 @@ def text(folder: Path, kind: str, is_classifier: bool) -> Path:
         },
     }  # fmt: skip
     config = transformers.AutoConfig.for_model(
-        kind, **configs[kind], **shape, **(named if is_classifier else {}), max_position_embeddings=64
+        kind, **configs[kind], **shape, **(named if is_classifier else {}), max_position_embeddings=positions
     )
     family = transformers.AutoModelForSequenceClassification if is_classifier else transformers.AutoModel
     return _save(_wide(family.from_config(config)), folder)

@@ -190,6 +190,7 @@ FAMILIES = {
     "bert": Family("text", texts("bert", True), "TEXT", SENTENCE, classified_text),
     "distilbert": Family("text", texts("distilbert", True), "TEXT", SENTENCE, classified_text),
     "deberta": Family("text", texts("deberta-v2", True), "TEXT", SENTENCE, classified_text),
+    "roberta": Family("text", texts("roberta", True), "TEXT", SENTENCE, classified_text),
     "embeddings": Family("text", texts("bert", False), "TEXT", SENTENCE, embedded_text),
     "resnet": Family("vision", checkpoints.resnet, "IMAGE", PICTURE, classified_picture, left_out=("int8",)),
     "vit": Family("vision", checkpoints.vit, "IMAGE", PICTURE, classified_picture),
@@ -202,6 +203,11 @@ FAMILIES = {
     "clap": Family("audio", checkpoints.clap, "AUDIO_FILE", ONE_SECOND_48, embedded_sound),
     "whisper": Family("audio", checkpoints.whisper, "AUDIO_FILE", TWO_SECONDS, transcribed, IN_GERMAN),
 }
+
+
+TOKENS = {"bert": 64, "distilbert": 64, "roberta": 63, "embeddings": 64}
+LENGTHS: dict[str, Any] = {name: [dict.fromkeys(("input_ids", "attention_mask"), (n,))] for name, n in TOKENS.items()}
+LENGTHS["whisper"] = [{"AUDIO": (32_000,)}]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -219,6 +225,7 @@ def test_families(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     ids = [{"input_ids": Range("INT64", 0, rows - 1)}] if family.kind == "text" else []
     models = [config.load(path) for path in repository.glob("*/config.pbtxt")]
     assert [model.bounds.ranges for model in models if model.bounds.ranges] == ids
+    assert [model.max_dims.sizes for model in models if model.max_dims.sizes] == LENGTHS.get(name, [])
     expected = family.expected(folder)
     with engine_over(repository) as engine:
         assert engine.failures() == []
