@@ -10,8 +10,10 @@ import pytest
 from tests.models import Repository
 from tests.serving import Gather, engine_over, infer
 from tests.tutti.test_pytorch_backend import CONFIG, Subtract, ask, exported, scripted
+from tutti import backends
 from tutti.devices import engines, health
 from tutti.errors import Cancelled, DeadlineExceeded, DeviceLost, InferError, Internal, InvalidArgument, OutOfMemory
+from tutti.repository import open_model
 from tutti.types import Call, InferRequest, InferResponse, Tensor, now_ns
 
 torch = pytest.importorskip("torch")
@@ -142,6 +144,29 @@ def test_of_64_with_one_culprit_63_are_one_execution(
         else:
             assert isinstance(answer, InferResponse), answer
             assert answer.tensor("vectors").array()[0, :, 0].tolist() == [4.0 * i for i in ids]
+
+
+@pytest.mark.parametrize("extra", ["", BUCKETS])
+def test_so_they_are_where_instances_take_turns(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch, extra: str
+) -> None:
+    """Where a rate limiter says when an instance executes, its thread waits for each batch."""
+    repository.add("m", BOUNDED + extra, {"model.pt": scripted(Embed())})
+    seen = launches(monkeypatch)
+    (backend,) = backends.load(open_model(repository.root, "m"), 1, lambda calls: None)
+    try:
+        given = [ids_request(n, n + 1, 100 * (n == 5)) for n in range(9)]
+        answers = backend.execute([Call(request, Gather(1)) for request in given])
+        assert not callable(answers)
+    finally:
+        backend.close()
+    assert seen == [8]
+    for n, answer in enumerate(answers):
+        if n == 5:
+            assert isinstance(answer, InvalidArgument) and "got 100 at [0, 2]" in answer.message
+        else:
+            assert isinstance(answer, InferResponse), answer
+            assert answer.tensor("vectors").array()[0, :, 0].tolist() == [4.0 * n, 4.0 * n + 4, 0.0]
 
 
 def test_where_all_are_at_fault_nothing_is_executed(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
