@@ -37,6 +37,8 @@ class NumberJob:
     ended_ns: int = 0
     times: Times | None = None
     refuse: Exception | None = None
+    # The same, found when the rows are written.
+    refuse_rows: Exception | None = None
     made: Sequence[Made] = ()
 
     @property
@@ -52,6 +54,8 @@ class NumberJob:
 
     def _write(self, host: Array) -> None:
         self.device.spend(self.host_ns)
+        if self.refuse_rows is not None:
+            raise self.refuse_rows
         host[:] = self.numbers.reshape(-1).view(np.uint8)
 
     def launch(self, inputs: Sequence[Any], stream: Any) -> Sequence[Any]:

@@ -1,9 +1,11 @@
 import dataclasses
 import itertools
 
+import numpy as np
 import pytest
 
-from tests.devices.driving import BYTES, COSTS, MS, Feeder, NumberJob, batch_job, simulated
+from tests.devices.driving import BYTES, COSTS, MS, ROWS, WIDTH, Feeder, NumberJob, batch_job, simulated
+from tutti.devices.engine import DEPTH
 from tutti.devices.jobs import Resident
 from tutti.devices.simulated import Costs, SimulatedDevice, Timeline
 
@@ -308,3 +310,63 @@ def test_streams_are_used_again() -> None:
         streams.add((id(pipeline.stream), id(pipeline.out_stream)))
         pipeline.close()
     assert len(streams) == 1
+
+
+def test_what_is_on_the_device_is_read_when_it_is_complete() -> None:
+    device, engine, _ = simulated(COSTS)
+    there = np.zeros(ROWS * WIDTH, np.int64).reshape(ROWS, WIDTH)
+    stream, ready = device.stream(), device.event()
+    job = batch_job(device)
+    device.kernel(stream, 7 * MS, lambda: np.copyto(there, job.numbers))
+    device.record(ready, stream)
+    job.resident = Resident(there, ready)
+    engine.pipeline("model").submit(job)
+    device.timeline.run()
+    assert job.is_right() and job.ended_ns > 9 * MS
+
+
+def test_events_are_used_again() -> None:
+    device, engine, _ = simulated(COSTS)
+    created: list[object] = []
+    event = device.event
+    device.event = lambda is_urgent=False: created.append(device) or event()  # type: ignore[func-returns-value, method-assign]
+    feeder = Feeder(device, engine.pipeline("model"), lambda: batch_job(device), 500 * MS)
+    device.timeline.run()
+    assert len(feeder.jobs) > 200 and len(created) <= 6 * (DEPTH + 1)
+
+
+@pytest.mark.parametrize("question", range(6))
+def test_a_device_that_is_lost_while_it_is_asked_answers_everybody(question: int) -> None:
+    device, engine, health = simulated(COSTS)
+    is_reached, asked = device.is_reached, itertools.count()
+
+    def ask(event: object) -> bool:
+        if next(asked) == question:
+            device.fail("an illegal access")
+        return is_reached(event)
+
+    device.is_reached = ask  # type: ignore[method-assign]
+    jobs = [batch_job(device, seed=seed) for seed in range(4)]
+    for number, job in enumerate(jobs):
+        engine.pipeline(f"model {number}").submit(job)
+    device.timeline.run()
+    assert next(asked) > question and health.failures()
+    assert all(len(job.answers) + len(job.failures) == 1 for job in jobs)
+
+
+@pytest.mark.parametrize(("execution", "copy_out"), [(0.1, 5.0), (5.0, 0.1)])
+def test_a_pipeline_takes_a_batch_when_none_of_its_own_waits_and_few_are_under_way(
+    execution: float, copy_out: float
+) -> None:
+    device, engine, _ = simulated(dataclasses.replace(COSTS, copy_out_ns_per_byte=copy_out * MS / BYTES))
+    pipeline = engine.pipeline("model")
+    taken: list[tuple[int, int]] = []
+
+    def make() -> NumberJob:
+        taken.append((pipeline.open, len(pipeline.submitted) + len(pipeline.staged)))
+        return dataclasses.replace(batch_job(device), execution_ns=int(execution * MS))
+
+    Feeder(device, pipeline, make, 100 * MS)
+    device.timeline.run()
+    assert {waiting for _, waiting in taken} == {0}
+    assert max(under_way for under_way, _ in taken) == DEPTH - 1

@@ -87,6 +87,8 @@ class Schedule:
         if rng.random() < 0.06:
             job.refuse = InvalidArgument("an id is out of range")
         elif rng.random() < 0.06:
+            job.refuse_rows = InvalidArgument("an id is out of range")
+        elif rng.random() < 0.06:
             job.error = ValueError("a shape is not liked")
         return job
 
@@ -99,7 +101,7 @@ class Schedule:
             assert job.failures or job.is_right(), "no other's rows"
         for job in failed:
             (error,) = job.failures
-            own = job.refuse or job.error
+            own = job.refuse or job.refuse_rows or job.error
             planned = "memory" in self.plans and isinstance(error, OutOfMemory)
             planned |= "copy" in self.plans and isinstance(error, TypeError)
             planned |= "launch" in self.plans and isinstance(error, RuntimeError)

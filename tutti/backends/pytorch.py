@@ -139,7 +139,7 @@ def _forward(
 ) -> tuple[Callable[..., Any], list[str]]:
     """The model's callable on the device, and the names of its arguments. `runners` instances execute it."""
     if path.suffix != ".pt2":
-        module = _loaded(config, path, lambda: torch.jit.load(str(path), map_location=device).eval())
+        module = _loaded(config, path, lambda: _scripted(path, device))
         return module, [argument.name for argument in module.forward.schema.arguments[1:]]
     if compiled.is_package(path):
         return compiled.package(config, path, device, runners)
@@ -152,6 +152,13 @@ def _forward(
         forward = compiled.verified(config, compilation, folder, program, device, own_fills, runners)
     # The guards are of the shapes that it was traced with: narrower than what it can do.
     return forward or program.module(check_guards=False), _arguments(program)
+
+
+def _scripted(path: Path, device: str) -> Any:
+    if device != "cpu":
+        # By default fused kernels are compiled for each shape anew, and each batch may have its own.
+        torch.jit.set_fusion_strategy([("DYNAMIC", 2)])
+    return torch.jit.load(str(path), map_location=device).eval()
 
 
 def _loaded(config: ModelConfig, path: Path, load: Callable[[], Any]) -> Any:

@@ -23,6 +23,7 @@ from tutti.scheduler import Backend
 from tutti.types import Infer, OnDevice
 
 _MODULES = ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings")
+_ALIGNMENT = 256
 _DATATYPES = {
     "BOOL": "BOOL", "INT8": "INT8", "UINT8": "UINT8", "INT32": "INT32", "INT64": "INT64", "HALF": "FP16",
     "BF16": "BF16", "FLOAT": "FP32",
@@ -131,6 +132,7 @@ class TensorRtProgram:
 
     def execute(self, inputs: Mapping[str, Any], names: Sequence[str]) -> Sequence[Any]:
         self._profile.check({name: tuple(tensor.shape) for name, tensor in inputs.items()})
+        inputs = {name: _aligned(tensor) for name, tensor in inputs.items()}
         for name, tensor in inputs.items():
             self._context.set_input_shape(name, tuple(tensor.shape))
             self._context.set_tensor_address(name, tensor.data_ptr())
@@ -160,6 +162,11 @@ class TensorRtProgram:
         allocator = _allocator(self._trt)(self._device)
         self._context.set_output_allocator(name, allocator)
         return lambda: allocator.tensor(dtype)
+
+
+def _aligned(tensor: Any) -> Any:
+    """The tensor as TensorRT takes it: rows of another model's output may begin anywhere in its memory."""
+    return tensor if tensor.data_ptr() % _ALIGNMENT == 0 and tensor.is_contiguous() else tensor.clone().contiguous()
 
 
 def _allocator(trt: Any) -> Any:

@@ -64,11 +64,11 @@ class Executions:
     def grant(self, execution: Execution, now_ns: int, copies_end_ns: int) -> None:
         """It will execute after those before it, and not before its inputs are there."""
         begins_ns = max(now_ns, self.end_ns) if self.granted else now_ns
-        if isinstance(execution, Batch) and not self._is_there(execution):
-            begins_ns = max(begins_ns, copies_end_ns)
         if not self.granted:
             execution.turn_ns = now_ns
-        self.granted.append(execution)
+        self.granted.append(execution)  # first: a device that is lost says so when it is asked
+        if isinstance(execution, Batch) and not self._is_there(execution):
+            begins_ns = max(begins_ns, copies_end_ns)
         self.end_ns = begins_ns + execution.expected_ns
         self._shares.charge(execution.pipeline, execution.expected_ns)
 
