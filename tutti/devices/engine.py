@@ -296,6 +296,8 @@ class DeviceEngine:
         left = self._staging.event(pipeline.is_urgent)
         device.record(left, pipeline.out_stream)
         with self._lock:
+            if self._lost:  # it has failed with all others
+                return
             self._leaving.add(batch)
         device.notify(left, pipeline.out_stream, lambda error: self._left(batch, left, error))
 
@@ -491,8 +493,10 @@ class DeviceEngine:
     def _end(self, batch: Batch) -> None:
         """It has executed, and its outputs have left, which may be its inputs' memory."""
         self._staging.give_back(batch)
-        self._finish(batch)
-        self._forget(batch)
+        try:
+            self._finish(batch)
+        finally:
+            self._forget(batch)
 
     def _forget(self, batch: Batch) -> None:
         """Its job has been told: what that had executed again is open by now, so that a close waits for it."""
