@@ -199,20 +199,27 @@ def test_an_output_that_stays_is_the_next_steps_input() -> None:
     assert second.ended_ns - start_ns <= 2.6 * MS  # no copy in
 
 
-def test_what_runs_alone_waits_for_all_and_holds_all() -> None:
-    device, engine, _ = simulated(COSTS)
+@pytest.mark.parametrize(("copy_out", "stays"), [(0.5, False), (5.0, False), (0.5, True)])
+def test_what_runs_alone_waits_for_all_and_holds_all(copy_out: float, stays: bool) -> None:
+    device, engine, _ = simulated(dataclasses.replace(COSTS, copy_out_ns_per_byte=copy_out * MS / BYTES))
     pipeline = engine.pipeline("model")
-    feeder = Feeder(device, pipeline, lambda: batch_job(device), 100 * MS)
-    seen: list[int] = []
+    feeder = Feeder(device, pipeline, lambda: dataclasses.replace(batch_job(device), stays_there=stays), 300 * MS)
+    under_way: list[int] = []
+    executes: list[bool] = []
+
+    def look() -> None:
+        executes.append(device.execution.free_ns > device.timeline.now_ns)
 
     def work() -> None:
-        seen.append(device.execution.free_ns - device.timeline.now_ns)
+        under_way.append(pipeline.open - len(pipeline.submitted) - len(pipeline.staged))
+        look()
         device.spend(5 * MS)
+        device.timeline.after(4 * MS, look)
 
     device.timeline.run(50 * MS)
     engine.alone(work)
     device.timeline.run()
-    assert len(seen) == 1 and seen[0] <= 0
+    assert under_way == [0] and executes == [False, False]
     assert all(job.is_right() for job in feeder.jobs) and len(feeder.jobs) > 40
 
 
@@ -225,6 +232,19 @@ def test_what_runs_alone_runs_on_a_device_that_is_found_to_have_failed() -> None
     device.timeline.run()
     assert seen == ["gone", "again"]
     assert health.reason(device.name) == "gone"
+
+
+def test_what_is_to_run_alone_runs_when_the_device_is_lost_too() -> None:
+    device, engine, _ = simulated(COSTS)
+    pipeline = engine.pipeline("model")
+    Feeder(device, pipeline, lambda: batch_job(device), 100 * MS)
+    done: list[str] = []
+    device.timeline.at(49 * MS, lambda: engine.alone(lambda: done.append("before")))
+    device.timeline.at(49 * MS, lambda: device.fail("an illegal access"))
+    device.timeline.run()
+    engine.alone(lambda: done.append("after"))
+    device.timeline.run()
+    assert done == ["before", "after"]
 
 
 def test_memory_errors_are_the_jobs_business() -> None:

@@ -100,3 +100,23 @@ def test_batches_wait_while_a_turn_lasts_and_run_after_it(engine: DeviceEngine) 
     for holder in holders:
         holder.end()
     assert ended.wait(30) and job.is_right()
+
+
+def test_no_turn_is_granted_while_something_runs_alone(engine: DeviceEngine) -> None:
+    begun, may_end = threading.Event(), threading.Event()
+    granted: list[bool] = []
+
+    def work() -> None:
+        begun.set()
+        may_end.wait(30)
+        granted.append(holder.has_turn.is_set())
+
+    engine.alone(work)
+    assert begun.wait(30)
+    holder = Holder(engine, "model")
+    wait_until(holder.pipeline.asks)
+    engine.alone(lambda: None)  # has the engine decide once more
+    may_end.set()
+    assert holder.has_turn.wait(30)
+    assert granted == [False]
+    holder.end()
