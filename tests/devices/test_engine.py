@@ -390,3 +390,12 @@ def test_a_pipeline_takes_a_batch_when_none_of_its_own_waits_and_few_are_under_w
     device.timeline.run()
     assert {waiting for _, waiting in taken} == {0}
     assert max(under_way for under_way, _ in taken) == DEPTH - 1
+
+
+def test_a_batch_that_fails_teaches_nothing() -> None:
+    device, engine, _ = simulated(COSTS)
+    pipeline = engine.pipeline("model")
+    for error in (None, ValueError("shapes")):
+        pipeline.submit(dataclasses.replace(batch_job(device), error=error))
+        device.timeline.run()
+        assert pipeline.execution.mean_ns(ROWS) == 2 * MS

@@ -1,4 +1,4 @@
-"""Turns of libraries that submit and wait by themselves, on a device in real time."""
+"""What only several threads show, on a device in real time: turns of libraries that wait by themselves, and closing."""
 
 import threading
 import time
@@ -120,3 +120,14 @@ def test_no_turn_is_granted_while_something_runs_alone(engine: DeviceEngine) -> 
     assert holder.has_turn.wait(30)
     assert granted == [False]
     holder.end()
+
+
+def test_a_pipeline_is_closed_when_its_jobs_have_ended(engine: DeviceEngine) -> None:
+    device = engine.device
+    assert isinstance(device, SimulatedDevice)
+    pipeline = engine.pipeline("model")
+    job = batch_job(device, execution_ns=50 * MS)
+    pipeline.submit(job)
+    pipeline.close()
+    assert job.is_right() and not engine.pipelines()
+    assert device.used_bytes == device.host_bytes == 0
