@@ -399,3 +399,11 @@ def test_a_batch_that_fails_teaches_nothing() -> None:
         pipeline.submit(dataclasses.replace(batch_job(device), error=error))
         device.timeline.run()
         assert pipeline.execution.mean_ns(ROWS) == 2 * MS
+
+
+def test_the_device_does_not_wait_until_the_host_has_noticed() -> None:
+    device, engine, _ = simulated(dataclasses.replace(COSTS, wake_ns=100_000, submit_ns=50_000))
+    feeder = Feeder(device, engine.pipeline("model"), lambda: batch_job(device), 500 * MS)
+    device.timeline.run()
+    ended = [job.ended_ns for job in feeder.jobs if 100 * MS < job.ended_ns < 450 * MS]
+    assert (ended[-1] - ended[0]) / (len(ended) - 1) <= 2 * MS / 0.97
