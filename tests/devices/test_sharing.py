@@ -78,3 +78,29 @@ def test_what_an_execution_took_counts_not_what_was_expected(expected_ns: int, t
         executions.ended(execution, took_ns if execution.pipeline is first else 3 * MS, 0)
         turns.append(execution.pipeline)
     assert turns.count(first) == pytest.approx(20 * 3 * MS / (took_ns + 3 * MS), abs=1.1)
+
+
+def waiting(executions: Executions, name: str) -> Batch:
+    owner: Any = None
+    job: Any = None
+    pipeline = Pipeline(owner, name, 1.0, 0, 0)
+    executions.add(pipeline)
+    batch = Batch(pipeline, job, 0)
+    batch.expected_ns = 2 * MS
+    pipeline.staged.append(batch)
+    executions.ask(pipeline)
+    return batch
+
+
+def test_what_is_still_being_copied_lets_others_go_first() -> None:
+    there: list[Batch] = []
+    executions = Executions(lambda batch: batch in there)
+    coming, complete = waiting(executions, "coming"), waiting(executions, "complete")
+    there.append(complete)
+    assert executions.next(0, True) is complete
+    executions.grant(complete, 0, 7 * MS)
+    assert executions.end_ns == 2 * MS
+    executions.ended(complete, 2 * MS, 2 * MS)
+    assert executions.next(2 * MS, True) is coming
+    executions.grant(coming, 2 * MS, 7 * MS)
+    assert executions.end_ns == 9 * MS  # its copy ends at 7
