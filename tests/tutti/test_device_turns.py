@@ -90,6 +90,8 @@ loop.close()
 }
 # As many as wait for each other's turns would wait for ever.
 LIMIT = 'parameters { key: "tutti.hang_timeout_s" value { string_value: "20" } }'
+NO_TURNS = 'parameters { key: "tutti.device_turn" value { string_value: "no" } }'
+ISOLATED = 'parameters { key: "tutti.isolate" value { string_value: "process" } }'
 CLIENTS = 64
 
 
@@ -140,7 +142,20 @@ def device() -> DeviceEngine:
     return engine
 
 
-def test_an_instance_on_a_gpu_is_told_so_and_its_time_is_measured(repository: Repository, probe: Probe) -> None:
+@pytest.mark.parametrize(("kind", "told"), [("KIND_GPU", "GPU 0"), ("KIND_AUTO", "GPU 0"), ("KIND_CPU", "CPU 0")])
+def test_an_instance_is_told_where_it_is(repository: Repository, kind: str, told: str) -> None:
+    execute = """
+    x = pb_utils.get_input_tensor_by_name(request, "x").as_numpy()
+    return pb_utils.InferenceResponse([pb_utils.Tensor("y", x)], parameters={"told": self.told})
+    """
+    setup = 'self.told = args["model_instance_kind"] + " " + args["model_instance_device_id"]'
+    repository.add_python("m", CONFIG.format(kind=kind, count=1, extra=""), execute, setup)
+    with engine_over(repository.root) as engine:
+        (answer,) = infer(engine, [request("m", 1)])
+    assert isinstance(answer, InferResponse) and answer.parameters == {"told": told}
+
+
+def test_the_time_of_an_instance_is_measured(repository: Repository, probe: Probe) -> None:
     add(repository, "m", ALONE, count=2)
     with engine_over(repository.root) as engine:
         assert ask(engine, "m", 4) == 5
@@ -164,7 +179,7 @@ def test_turns_are_taken(repository: Repository, probe: Probe) -> None:
 @pytest.mark.parametrize(
     ("kind", "extra"),
     [
-        ("KIND_GPU", 'parameters { key: "tutti.device_turn" value { string_value: "no" } }'),
+        ("KIND_GPU", NO_TURNS),
         ("KIND_CPU", ""),
         ("KIND_AUTO", ""),
     ],
@@ -192,6 +207,37 @@ def test_what_was_not_said_to_be_on_a_gpu_takes_turns_where_it_asks(repository: 
 def test_a_wrong_choice_is_refused(repository: Repository) -> None:
     add(repository, "m", ALONE, extra='parameters { key: "tutti.device_turn" value { string_value: "maybe" } }')
     assert "model 'm': parameters.tutti.device_turn: expected 'yes' or 'no', got 'maybe'" in load_error(repository)
+
+
+@pytest.mark.parametrize(
+    ("kind", "extra"),
+    [
+        ("KIND_CPU", ""),
+        ("KIND_AUTO", ""),
+        ("KIND_GPU", NO_TURNS),
+        ("KIND_GPU", "model_transaction_policy { decoupled: true }"),
+    ],
+)
+def test_a_limit_that_nothing_would_keep_is_refused(repository: Repository, kind: str, extra: str) -> None:
+    add(repository, "m", ALONE, kind=kind, extra=LIMIT + extra)
+    assert "model 'm': parameters.tutti.hang_timeout_s: is for KIND_GPU, whose instances take turns" in load_error(
+        repository
+    )
+
+
+@pytest.mark.parametrize("extra", [NO_TURNS, ISOLATED])
+def test_with_and_without_turns_a_model_is_refused_once_its_device_has_failed(
+    repository: Repository, probe: Probe, extra: str
+) -> None:
+    add(repository, "m", ALONE, extra=extra)
+    add(repository, "other", ALONE, kind="KIND_CPU", extra="")
+    with engine_over(repository.root) as engine:
+        assert ask(engine, "m", 1) == 2
+        health.health.fail("cuda:0", "test")
+        assert not engine.model("m").is_ready() and engine.model("other").is_ready()
+        (answer,) = infer(engine, [request("m", 1)])
+        assert isinstance(answer, DeviceLost)
+        assert ask(engine, "other", 1) == 2
 
 
 @pytest.mark.parametrize("error", [ModuleNotFoundError("No module named 'torch'"), AssertionError("no CUDA")])
