@@ -22,6 +22,7 @@ from tutti import config
 from tutti.dtypes import NUMPY
 from tutti.errors import ConfigError, InferError
 from tutti.frontends import compression, generate, grpc_codec, grpc_methods, http_codec, http_connection
+from tutti.frontends.http import new_memory
 from tutti.frontends.http_connection import Connection, Exchange
 from tutti.frontends.limits import Limits
 from tutti.model import check_request
@@ -331,6 +332,7 @@ class _Front:
 
     limits = Limits(max_input_size=1000)
     is_draining = False
+    memory = staticmethod(new_memory)
 
     def __init__(self, heads: dict[bytes, Any]) -> None:
         self.connections: set[Connection] = set()

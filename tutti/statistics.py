@@ -251,6 +251,9 @@ class ModelStatistics:
 
 
 def _add_failures(counts: Counts, calls: Sequence[Call], now_ns: int) -> None:
+    calls = [call for call in calls if not call.is_trial]
+    if not calls:
+        return
     waited_ns = sum([max(0, now_ns - (call.arrived_ns or now_ns)) * call.requests for call in calls])
     counts.late += sum([call.requests for call in calls if isinstance(call.answer, DeadlineExceeded | TooLate)])
     counts.fail.add(waited_ns, sum([call.requests for call in calls]))

@@ -241,12 +241,13 @@ class Call:
 
     A caller that can take more than one answer sets `emit`: a decoupled model hands it each answer but the last,
     which settles the call as ever. `trace` collects timestamps where the call is traced. `requests` is how many
-    requests it stands for, to statistics.
+    requests it stands for, to statistics. One that `is_trial` goes on as its requests, one by one, should it fail: its
+    own failure is not counted.
     """
 
     __slots__ = (
-        "answer", "arrived_ns", "deadline_ns", "emit", "expires_ns", "is_cancelled", "key", "level", "request",
-        "requests", "rows", "sink", "token", "trace",
+        "answer", "arrived_ns", "deadline_ns", "emit", "expires_ns", "is_cancelled", "is_trial", "key", "level",
+        "request", "requests", "rows", "sink", "token", "trace",
     )  # fmt: skip
 
     def __init__(self, request: InferRequest, sink: Sink, token: Any = None, emit: Emit | None = None) -> None:
@@ -263,6 +264,7 @@ class Call:
         self.expires_ns = 0
         self.deadline_ns = 0
         self.is_cancelled = False
+        self.is_trial = False
         self.trace: Trace | None = None
 
     def finish(self, answer: Answer) -> None:

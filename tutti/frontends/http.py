@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
+import numpy as np
+
 from tutti.errors import InferError, InvalidArgument
 from tutti.frontends import compression, http_codec
 from tutti.frontends.api import Api, Elsewhere
@@ -46,9 +48,10 @@ AsgiApp = Callable[[Any, Any, Any], Awaitable[None]]
 class HttpFront:
     """One listening HTTP server. Build and use it on one event loop; `settle` may be called from any thread."""
 
-    def __init__(self, app: AsgiApp, api: Api | None = None) -> None:
-        """With an Api, infer routes are served; `app` answers all else."""
+    def __init__(self, app: AsgiApp, api: Api | None = None, memory: Callable[[int], memoryview] | None = None) -> None:
+        """With an Api, infer routes are served; `app` answers all else. Large bodies are received in `memory(size)`."""
         self.limits = api.limits if api is not None else Limits()
+        self.memory = memory or new_memory
         self._app = app
         self._api = api
         self._loop = asyncio.get_running_loop()
@@ -249,6 +252,12 @@ class HttpFront:
         for connection in list(self.connections):
             connection.close_if_idle(now)
         self._sweep = self._loop.call_later(_SWEEP_S, self._close_idle)
+
+
+def new_memory(size: int) -> memoryview:
+    """Memory of this process: unlike a bytearray not written before it is needed. Raises MemoryError."""
+    array: Any = np.empty(size, np.uint8)
+    return memoryview(array)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,10 +9,9 @@ import logging
 from collections import deque
 from collections.abc import Sequence
 from http import HTTPStatus
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import httptools
-import numpy as np
 import orjson
 
 from tutti.frontends.http_codec import JSON_REPLY, ReplyFormat
@@ -61,6 +60,9 @@ class Front(Protocol):
     connections: set["Connection"]
     heads: dict[bytes, Head]
     is_draining: bool
+
+    def memory(self, size: int) -> memoryview:
+        """Where a large body is received. Raises MemoryError."""
 
     def handle(self, exchange: "Exchange") -> None:
         """A complete request; `exchange.connection.deliver` answers it, now or later."""
@@ -131,11 +133,12 @@ class Exchange:
 class _LargeBody(asyncio.BufferedProtocol):
     """Stands in for a connection while a large body comes, so that the system writes it where it stays."""
 
-    def __init__(self, connection: "Connection", exchange: Exchange, length: int, begun: Sequence[bytes]) -> None:
+    def __init__(
+        self, connection: "Connection", exchange: Exchange, memory: memoryview, begun: Sequence[bytes]
+    ) -> None:
         self._connection = connection
         self._exchange = exchange
-        buffer: Any = np.empty(length, np.uint8)  # unlike a bytearray not written before it is needed
-        self._body = memoryview(buffer)
+        self._body = memory
         self._size = 0
         for piece in begun:
             self._body[self._size : self._size + len(piece)] = piece
@@ -362,7 +365,7 @@ class Connection(asyncio.Protocol):
         assert self._transport is not None
         self._is_reading = True
         try:
-            self._switch(_LargeBody(self, exchange, length, begun))
+            self._switch(_LargeBody(self, exchange, self._front.memory(length), begun))
         except MemoryError:
             self._refuse(503, f"no memory for a body of {length} bytes")
 

@@ -1,25 +1,29 @@
 """Between front-end processes and the engine's: bursts of calls one way, groups of answers the other.
 
 A front-end process decodes, checks and encodes; what it cannot do alone (shared memory, classification, streams,
-everything but infer) it hands on whole. Frames are pickled, with their length in front, over Unix sockets that only
-this user can reach. When the engine's process ends, what it held is answered with an error, and so is what comes until
-there is another.
+everything but infer) it hands on whole. Frames go over Unix sockets that only this user can reach; large tensors lie in
+memory that both processes have mapped. When the engine's process ends, what it held is answered with an error, and so
+is what comes until there is another.
 """
 
 import asyncio
 import itertools
 import logging
-import pickle
-import struct
+import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from tutti import wire
+import numpy as np
+
 from tutti.errors import InferError, Unavailable
 from tutti.frontends import grpc_codec
 from tutti.frontends.api import Api, Elsewhere
+from tutti.frontends.blocks import Arena, Borrowed, Place, new_arena, receive_arena, send_arena
+from tutti.frontends.bursts import Answered, Entry, Joined, Unpacking, groups, pack, pack_answers
+from tutti.frontends.frames import Frames
 from tutti.frontends.grpc_methods import (
     HEALTH_CHECK,
     INTERNAL,
@@ -30,11 +34,13 @@ from tutti.frontends.grpc_methods import (
     code_of,
     methods,
 )
-from tutti.types import Call, SharedRegion, now_ns, settle_all
+from tutti.types import Call, Raw, SharedRegion, now_ns, settle_all
 
 _log = logging.getLogger(__name__)
 
-_LENGTH = struct.Struct("<Q")
+_MAX_SIGNATURES = 4096
+# One call for several requests takes no more of a batch than this: others are to fit in beside it.
+_SHARE_OF_BATCH = 4
 CANCEL_INTERVAL_S = 0.05
 # What came while the last answers were awaited may end, too.
 _LAST_S = 0.2
@@ -52,50 +58,63 @@ RawAnswered = Callable[[int, bytes, str], None]
 """`answered(code, message, details)`: gRPC's status code, 0 for a serialized response, and the error's text."""
 
 
-class _Frames(asyncio.Protocol):
-    """Frames in and out of one connection."""
+class _End(Frames):
+    """One end of a link: frames, memory of its own that the peer reads, and the peer's."""
 
     def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._thread = threading.get_ident()
-        self._transport: asyncio.Transport | None = None
-        self._received = bytearray()
+        super().__init__()
+        self.arena: Arena | None = new_arena()
+        self._borrowed: Borrowed | None = None
+        # Blocks of the peer's that nobody here reads any more.
+        self._ended: deque[int] = deque()
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
+    def greet(self, connection: socket.socket) -> None:
+        """Before anything is received. Raises OSError."""
+        send_arena(connection, self.arena)
 
-    def data_received(self, data: bytes) -> None:
-        received = self._received
-        received += data
-        at = 0
-        while len(received) - at >= _LENGTH.size:
-            (size,) = _LENGTH.unpack_from(received, at)
-            if len(received) - at - _LENGTH.size < size:
-                break
-            frame = bytes(memoryview(received)[at + _LENGTH.size : at + _LENGTH.size + size])
-            at += _LENGTH.size + size
-            self.handle(*pickle.loads(frame))
-        if at:
-            del received[:at]
+    def give_up(self, connection: socket.socket) -> None:
+        """There is no link after all."""
+        connection.close()
+        if self.arena is not None:
+            self.arena.close_file()
 
-    def send(self, *frame: Any) -> None:
-        """From any thread."""
-        data = pickle.dumps(frame, protocol=5)
-        pieces = [_LENGTH.pack(len(data)), data]
-        if threading.get_ident() == self._thread:
-            self._write(pieces)
-            return
-        try:
-            self._loop.call_soon_threadsafe(self._write, pieces)
-        except RuntimeError:
-            _log.debug("the loop is closed: a frame is dropped")
+    async def meet(self, connection: socket.socket) -> None:
+        """Receive the peer's greeting. Raises OSError when it has gone."""
+        await _readable(self._loop, connection)
+        self._borrowed = receive_arena(connection, self._give_back)
 
-    def handle(self, kind: str, *content: Any) -> None:
-        raise NotImplementedError
+    def lend(self, raw: Raw) -> Place | None:
+        return self.arena.lend(raw) if self.arena is not None else None
 
-    def _write(self, pieces: list[bytes]) -> None:
-        if self._transport is not None and not self._transport.is_closing():
-            self._transport.writelines(pieces)
+    def find(self, place: Place, size: int) -> Raw:
+        assert self._borrowed is not None
+        return self._borrowed.view(place, size)
+
+    def woken(self) -> None:
+        super().woken()
+        if self._ended:
+            ended = []
+            while self._ended:
+                ended.append(self._ended.popleft())
+            self.send(("free", ended))
+
+    def _give_back(self, block: int) -> None:
+        self._ended.append(block)
+        self.wake()
+
+
+async def _readable(loop: asyncio.AbstractEventLoop, connection: socket.socket) -> None:
+    is_readable = loop.create_future()
+
+    def readable() -> None:
+        if not is_readable.done():
+            is_readable.set_result(None)
+
+    loop.add_reader(connection, readable)
+    try:
+        await is_readable
+    finally:
+        loop.remove_reader(connection)
 
 
 class EngineSide:
@@ -105,11 +124,17 @@ class EngineSide:
         self._api = api
         self._methods = methods(api)
         self._ends: set[EngineEnd] = set()
-        self._server: asyncio.Server | None = None
+        self._arrived: list[Call] = []
+        self._accepting: asyncio.Task[None] | None = None
+        self._meeting: set[asyncio.Task[None]] = set()
+        self._signatures: dict[Hashable, Hashable] = {}
 
     async def listen(self, path: Path) -> None:
-        loop = asyncio.get_running_loop()
-        self._server = await loop.create_unix_server(lambda: EngineEnd(self._api, self._methods, self._ends), str(path))
+        listener = socket.socket(socket.AF_UNIX)
+        listener.setblocking(False)
+        listener.bind(str(path))
+        listener.listen(128)
+        self._accepting = asyncio.get_running_loop().create_task(self._accept(listener))
 
     async def settle(self, grace_s: float) -> None:
         """Before this process ends: wait until what is inside now is answered, then read no more."""
@@ -125,18 +150,89 @@ class EngineSide:
             await asyncio.sleep(0.005)
 
     def close(self) -> None:
-        if self._server is not None:
-            self._server.close()
+        if self._accepting is not None:
+            self._accepting.cancel()
+        for task in self._meeting:
+            task.cancel()
+
+    def submit(self, calls: Iterable[Call]) -> None:
+        """Hand calls over at the end of this turn of the loop, with those of other front-ends."""
+        if not self._arrived:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._arrived += calls
+
+    def calls(self, entries: Sequence[Entry], data: memoryview, end: "EngineEnd") -> list[Call]:
+        """Calls for several requests each, where their model joins those anyway, else one for each."""
+        unpacking = Unpacking(data, end.find)
+        now = now_ns()
+        found: list[Call] = []
+        for entry in entries:
+            if len(self._signatures) >= _MAX_SIGNATURES:
+                self._signatures.clear()
+            joined = unpacking.entry(entry, now, self._signatures)
+            together = self._together(entry)
+            if together == 1:
+                found += joined.alone(end)
+                continue
+            for start in range(0, len(joined), together):
+                found.append(joined.part(start, start + together).call(end))
+        return found
+
+    def _together(self, entry: Entry) -> int:
+        """How many of an entry's requests are one call. Traces are of single ones."""
+        if entry.requests == 1 or entry.parameters or self._api.tracer.is_on:
+            return 1
+        try:
+            config = self._api.engine.model(entry.model_name, entry.model_version).config
+        except InferError:  # it will be told to each
+            return 1
+        if not config.may_merge or not all(head[2] for head in entry.heads):
+            return 1
+        # Others are to fit into the batch beside them.
+        return max(1, config.max_batch_size // _SHARE_OF_BATCH // max(1, entry.heads[0][2][0]))
+
+    async def _accept(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            while True:
+                connection, _ = await loop.sock_accept(listener)
+                task = loop.create_task(self._meet(connection))
+                self._meeting.add(task)
+                task.add_done_callback(self._meeting.discard)
+        finally:
+            listener.close()
+
+    async def _meet(self, connection: socket.socket) -> None:
+        end = EngineEnd(self._api, self._methods, self, self._ends)
+        try:
+            await end.meet(connection)
+            end.greet(connection)
+            await asyncio.get_running_loop().connect_accepted_socket(lambda: end, connection)
+        except BaseException as error:
+            end.give_up(connection)
+            if not isinstance(error, OSError):
+                raise
+            _log.debug("a front-end process has gone: %s", error)
+
+    def _flush(self) -> None:
+        calls, self._arrived = self._arrived, []
+        if calls:
+            self._api.submit(calls)
 
 
-class EngineEnd(_Frames):
-    """One front-end process as the engine's process sees it. The sink of its calls; their tokens are its ids."""
+class EngineEnd(_End):
+    """One front-end process as the engine's process sees it. The sink of its calls.
 
-    def __init__(self, api: Api, table: dict[str, Method], siblings: "set[EngineEnd]") -> None:
+    Their tokens are their numbers, or a Joined for several.
+    """
+
+    def __init__(self, api: Api, table: dict[str, Method], side: EngineSide, siblings: "set[EngineEnd]") -> None:
         super().__init__()
         self._api = api
         self._methods = table
+        self._side = side
         self._siblings = siblings
+        # By the number of the first request of each.
         self.open: dict[int, Call] = {}
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -148,51 +244,80 @@ class EngineEnd(_Frames):
         self._siblings.discard(self)
         for call in list(self.open.values()):
             call.is_cancelled = True
+            if isinstance(call.token, Joined):
+                call.token.gone.update(call.token.numbers)
 
     def pause(self) -> None:
         """Leave unread what comes."""
         if self._transport is not None and self._transport.is_reading():
             self._transport.pause_reading()
 
-    def handle(self, kind: str, *content: Any) -> None:
+    def handle(self, values: Any, data: memoryview) -> None:
+        kind, *content = values
         if kind == "infer":
-            ids, message = content
-            calls = wire.unpack_calls(message, self, now_ns())
-            for number, call in zip(ids, calls, strict=True):
-                call.token = number
+            calls = self._side.calls(content[0], data, self)
+            for call in calls:
+                token = call.token
+                self.open[token if type(token) is int else token.first] = call
                 if self._api.tracer.is_on:
                     self._api.tracer.begin(call, "")
-                self.open[number] = call
-            self._api.submit(calls)
+            self._side.submit(calls)
+        elif kind == "free":
+            assert self.arena is not None
+            self.arena.given_back(content[0])
         elif kind == "cancel":
             for number in content[0]:
-                if number in self.open:
-                    self.open[number].is_cancelled = True
+                self._cancel(number)
         else:
-            self._begin_raw(*content)
+            number, path, left_ns = content
+            self._begin_raw(number, path, left_ns, data)
 
     def settle(self, calls: Sequence[Call]) -> None:
-        plain = [call for call in calls if type(call.token) is int]
-        for call in plain:
-            self.open.pop(call.token, None)
-            if call.trace is not None:
-                self._api.tracer.end(call)
-        if plain:
-            answers = [cast(Any, call.answer) for call in plain]
-            self.send("answers", [call.token for call in plain], wire.pack_answers(answers))
+        plain: list[Call] = []
+        again: list[Call] = []
         for call in calls:
-            if type(call.token) is not int:
+            token = call.token
+            if type(token) is tuple:
                 self._end_raw(call)
+            elif type(token) is int:
+                self.open.pop(token, None)
+                if call.trace is not None:
+                    self._api.tracer.end(call)
+                plain.append(call)
+            elif isinstance(call.answer, InferError):  # one of them may be to blame: others are not to pay for it
+                again += token.alone(self)
+                self.open.update((one.token, one) for one in again[-len(token) :])
+            else:
+                self.open.pop(token.first, None)
+                plain.append(call)
+        if plain:
+            pieces: list[Raw] = []
+            self.send(("answers", pack_answers(plain, self.lend, pieces)), pieces)
+        if again:
+            self._api.submit(again)
 
-    def _begin_raw(self, number: int, path: str, payload: bytes, left_ns: int) -> None:
+    def _cancel(self, number: int) -> None:
+        call = self.open.get(number)
+        if call is None or isinstance(call.token, Joined):
+            call = next((one for one in self.open.values() if _stands_for(one, number)), None)
+        if call is None:
+            return
+        if isinstance(call.token, Joined):
+            call.token.gone.add(number)
+            call.is_cancelled = len(call.token.gone) == len(call.token)
+        else:
+            call.is_cancelled = True
+
+    def _begin_raw(self, number: int, path: str, left_ns: int, data: memoryview) -> None:
         """A serialized request of a unary gRPC method."""
+        payload = bytes(data)
         if path != MODEL_INFER:
             self._ask(number, self._methods[path], payload)
             return
         try:
             call = Call(grpc_codec.decode(payload, self._api.shared_memory), self, (number,))
         except InferError as error:
-            self.send("raw", number, code_of(error), b"", error.message)
+            self._send_raw(number, code_of(error), details=error.message)
             return
         call.deadline_ns = now_ns() + left_ns if left_ns else 0
         self.open[number] = call
@@ -203,12 +328,15 @@ class EngineEnd(_Frames):
         self.open.pop(number, None)
         try:
             response, shared = self._api.complete(call)
-            self.send("raw", number, 0, grpc_codec.encode(response, call.request.id, shared), "")
+            self._send_raw(number, 0, grpc_codec.encode(response, call.request.id, shared))
         except InferError as error:
-            self.send("raw", number, code_of(error), b"", error.message)
+            self._send_raw(number, code_of(error), details=error.message)
         except Exception as error:
             _log.exception("a response of model '%s' could not be encoded", call.request.model_name)
-            self.send("raw", number, INTERNAL, b"", f"internal error: {type(error).__name__}")
+            self._send_raw(number, INTERNAL, details=f"internal error: {type(error).__name__}")
+
+    def _send_raw(self, number: int, code: int, message: bytes = b"", details: str = "") -> None:
+        self.send(("raw", number, code, details), [message])
 
     def _ask(self, number: int, method: Method, payload: bytes) -> None:
         if method.blocks:
@@ -218,26 +346,39 @@ class EngineEnd(_Frames):
 
     def _answer(self, number: int, method: Method, payload: bytes) -> None:
         try:
-            self.send("raw", number, 0, method.answer(payload), "")
+            self._send_raw(number, 0, method.answer(payload))
         except InferError as error:
-            self.send("raw", number, code_of(error), b"", error.message)
+            self._send_raw(number, code_of(error), details=error.message)
         except Exception as error:
             _log.exception("a gRPC call failed")
-            self.send("raw", number, INTERNAL, b"", f"internal error: {type(error).__name__}")
+            self._send_raw(number, INTERNAL, details=f"internal error: {type(error).__name__}")
 
 
-class _Connection(_Frames):
+def _stands_for(call: Call, number: int) -> bool:
+    return isinstance(call.token, Joined) and number in call.token.numbers
+
+
+class _Connection(_End):
     """One engine's process, as long as it lives."""
 
     def __init__(self, owner: "FrontEnd") -> None:
         super().__init__()
         self._owner = owner
 
-    def handle(self, kind: str, *content: Any) -> None:
-        if kind == "raw":
-            self._owner.answered_raw(*content)
+    def handle(self, values: Any, data: memoryview) -> None:
+        kind, *content = values
+        if kind == "answers":
+            self._owner.answered(content[0], Unpacking(data, self.find))
+        elif kind == "free":
+            assert self.arena is not None
+            self.arena.given_back(content[0])
         else:
-            self._owner.answered(*content)
+            number, code, details = content
+            self._owner.answered_raw(number, code, bytes(data), details)
+
+    def woken(self) -> None:
+        self._owner.send_arrived()
+        super().woken()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
@@ -264,10 +405,15 @@ class FrontEnd:
         """`on_lost` is called, on the loop, when there is no engine any more."""
         self._on_lost = on_lost
         self._loop = asyncio.get_running_loop()
+        self._thread = threading.get_ident()
         self._connection: _Connection | None = None
+        # Calls that other threads have brought.
+        self._arrived: deque[Call] = deque()
+        self._next = 1
+        # Only the loop's thread looks at it.
+        self._open: dict[int, Call] = {}
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
-        self._open: dict[int, Call] = {}
         self._raw: dict[int, tuple[str, RawAnswered]] = {}
         self.folder: Path | None = None
         self.reason = ""
@@ -276,7 +422,17 @@ class FrontEnd:
 
     async def connect(self, folder: Path) -> None:
         """Send to the engine whose sockets are in `folder` from now on. Raises OSError when it does not listen."""
-        _, connection = await self._loop.create_unix_connection(lambda: _Connection(self), str(folder / "engine"))
+        connection = _Connection(self)
+        own = socket.socket(socket.AF_UNIX)
+        own.setblocking(False)
+        try:
+            await self._loop.sock_connect(own, str(folder / "engine"))
+            connection.greet(own)
+            await connection.meet(own)
+            await self._loop.create_unix_connection(lambda: connection, sock=own)
+        except BaseException:
+            connection.give_up(own)
+            raise
         before = self._connection
         if before is not None:  # it has been given up, and lives on
             self.lost(before)
@@ -286,6 +442,16 @@ class FrontEnd:
         with self._lock:
             self._connection, self.folder, self.reason = connection, folder, ""
 
+    def memory(self, size: int) -> memoryview:
+        """Where to receive `size` bytes, so that the engine can read them where they are."""
+        connection = self._connection
+        arena = connection.arena if connection is not None else None
+        block = arena.take(size) if arena is not None else None
+        if block is not None:
+            return block
+        array: Any = np.empty(size, np.uint8)
+        return memoryview(array)
+
     @property
     def refusal(self) -> Unavailable:
         """What callers are told while there is no engine."""
@@ -293,20 +459,36 @@ class FrontEnd:
         return Unavailable(f"the engine's process has ended{why}; it is started anew, try again later")
 
     def __call__(self, calls: Sequence[Call]) -> None:
-        groups: dict[tuple[str, str], list[Call]] = {}
-        for call in calls:
-            groups.setdefault((call.request.model_name, call.request.model_version), []).append(call)
+        if threading.get_ident() == self._thread:
+            self._send(calls)
+            return
+        self._arrived.extend(calls)
+        connection = self._connection
+        if connection is not None:
+            connection.wake()
+        else:
+            self._loop.call_soon_threadsafe(self.send_arrived)
+
+    def send_arrived(self) -> None:
+        """On the loop: send what other threads have brought."""
+        calls = []
+        while self._arrived:
+            calls.append(self._arrived.popleft())
+        if calls:
+            self._send(calls)
+
+    def _send(self, calls: Sequence[Call]) -> None:
+        connection = self._connection
+        if connection is None:
+            settle_all(calls, self.refusal)
+            return
         now = now_ns()
-        for group in groups.values():
-            ids = [next(self._numbers) for _ in group]
-            with self._lock:
-                connection = self._connection
-                if connection is not None:
-                    self._open.update(zip(ids, group, strict=True))
-            if connection is None:
-                settle_all(group, self.refusal)
-            else:
-                connection.send("infer", ids, wire.pack_calls(group, now))
+        entries, pieces = [], list[Raw]()
+        for group in groups(calls, now):
+            entries.append(pack(group, self._next, now, connection.lend, pieces))
+            self._open.update(enumerate(group, self._next))
+            self._next += len(group)
+        connection.send(("infer", entries), pieces)
 
     def ask_raw(self, path: str, payload: bytes, left_ns: int, answered: RawAnswered) -> None:
         """Have the engine's process answer a serialized request of a unary gRPC method."""
@@ -320,7 +502,7 @@ class FrontEnd:
         if is_mine or connection is None:
             self._refuse_raw(path, answered)
         else:
-            connection.send("raw", number, path, payload, left_ns)
+            connection.send(("raw", number, path, left_ns), [payload])
 
     def model(self, name: str, version: str) -> Any:
         """Nothing of models is known here."""
@@ -332,11 +514,10 @@ class FrontEnd:
         if answered is not None:
             answered(code, message, details)
 
-    def answered(self, ids: Sequence[int], message: Any) -> None:
-        answers = wire.unpack_answers(message)
+    def answered(self, entries: Sequence[Answered], unpacking: Unpacking) -> None:
         by_sink: dict[int, list[Call]] = {}
-        with self._lock:
-            for number, answer in zip(ids, answers, strict=True):
+        for entry in entries:
+            for number, answer in enumerate(unpacking.answers(entry), entry.first):
                 call = self._open.pop(number, None)
                 if call is not None:
                     call.answer = answer
@@ -346,12 +527,13 @@ class FrontEnd:
 
     def lost(self, connection: _Connection) -> None:
         """Answer what an engine's process held: it has ended."""
+        if connection is not self._connection:
+            return
         with self._lock:
-            if connection is not self._connection:
-                return
             self._connection, self.folder, self.is_announced = None, None, False
-            lost, self._open = list(self._open.values()), {}
             raw, self._raw = list(self._raw.values()), {}
+        lost, self._open = list(self._open.values()), {}
+        self.send_arrived()
         settle_all(lost, self.refusal)
         for path, answered in raw:
             self._refuse_raw(path, answered)
@@ -365,11 +547,10 @@ class FrontEnd:
 
     def _look_for_cancelled(self) -> None:
         """Callers only mark their calls: now and then the engine is told."""
-        with self._lock:
-            connection = self._connection
-            gone = [number for number, call in self._open.items() if call.is_cancelled]
+        connection = self._connection
+        gone = [number for number, call in self._open.items() if call.is_cancelled]
         if gone and connection is not None:
-            connection.send("cancel", gone)
+            connection.send(("cancel", gone))
         self._loop.call_later(CANCEL_INTERVAL_S, self._look_for_cancelled)
 
 

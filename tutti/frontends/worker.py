@@ -54,7 +54,7 @@ class Ports:
         api = Api(engine, task.limits, task.http, task.grpc, shared_memory=regions, is_front_end=True)
         self._task = task
         self._grpc = GrpcFront(api, task.host, task.grpc_port, str(streams), link.ask_raw, shares_port=True)
-        self._http = HttpFront(Relay(link, task.http.gate), api)
+        self._http = HttpFront(Relay(link, task.http.gate), api, link.memory)
         self._is_open = False
 
     async def open(self) -> None:
