@@ -119,7 +119,8 @@ class InferRequest:
     `classes` are the outputs wanted as their top classes, and how many; `shared_outputs` those to be written to
     shared memory. Both are the front-end's business: what executes a request does not see them. `device_outputs` are
     those that the caller takes from a device's memory, should they be made there; others come in host memory. Requests
-    with equal `signature`s, where it is not None, have equal names, datatypes and shapes, and ask for the same outputs.
+    with equal `signature`s, where it is not None, have equal names, datatypes, shapes and sizes in bytes, and ask for
+    the same outputs.
     """
 
     model_name: str

@@ -109,6 +109,7 @@ def pack(group: Sequence[Call], first: int, now_ns: int, lend: Lend, pieces: lis
     heads = []
     for name, tensor in request.inputs.items():
         raws = [_raw(call.request.inputs[name]) for call in group]
+        assert len(set(map(len, raws))) == 1, "equal signatures say equal sizes"
         place = lend(raws[0]) if len(raws[0]) >= LARGE_BYTES else None
         if place is None:
             pieces += raws

@@ -83,8 +83,14 @@ class _End(Frames):
         await _readable(self._loop, connection)
         self._borrowed = receive_arena(connection, self._give_back)
 
+    def connection_lost(self, exc: Exception | None) -> None:
+        """What is still looked at keeps the memory that it is in."""
+        self._transport = None
+        self.arena = self._borrowed = None
+
     def lend(self, raw: Raw) -> Place | None:
-        return self.arena.lend(raw) if self.arena is not None else None
+        arena = self.arena
+        return arena.lend(raw) if arena is not None else None
 
     def find(self, place: Place, size: int) -> Raw:
         assert self._borrowed is not None
@@ -240,12 +246,13 @@ class EngineEnd(_End):
         self._siblings.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._transport = None
+        super().connection_lost(exc)
         self._siblings.discard(self)
         for call in list(self.open.values()):
             call.is_cancelled = True
             if isinstance(call.token, Joined):
                 call.token.gone.update(call.token.numbers)
+        self.open.clear()
 
     def pause(self) -> None:
         """Leave unread what comes."""
@@ -263,8 +270,8 @@ class EngineEnd(_End):
                     self._api.tracer.begin(call, "")
             self._side.submit(calls)
         elif kind == "free":
-            assert self.arena is not None
-            self.arena.given_back(content[0])
+            if self.arena is not None:
+                self.arena.given_back(content[0])
         elif kind == "cancel":
             for number in content[0]:
                 self._cancel(number)
@@ -290,7 +297,7 @@ class EngineEnd(_End):
             else:
                 self.open.pop(token.first, None)
                 plain.append(call)
-        if plain:
+        if plain and self._transport is not None:
             pieces: list[Raw] = []
             self.send(("answers", pack_answers(plain, self.lend, pieces)), pieces)
         if again:
@@ -370,8 +377,8 @@ class _Connection(_End):
         if kind == "answers":
             self._owner.answered(content[0], Unpacking(data, self.find))
         elif kind == "free":
-            assert self.arena is not None
-            self.arena.given_back(content[0])
+            if self.arena is not None:
+                self.arena.given_back(content[0])
         else:
             number, code, details = content
             self._owner.answered_raw(number, code, bytes(data), details)
@@ -381,7 +388,7 @@ class _Connection(_End):
         super().woken()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._transport = None
+        super().connection_lost(exc)
         self._owner.lost(self)
 
     @property
