@@ -106,22 +106,32 @@ def _raw(tensor: Tensor) -> Raw:
 def pack(group: Sequence[Call], first: int, now_ns: int, lend: Lend, pieces: list[Raw]) -> Entry:
     """Calls that are alike. Machines' clocks may differ: what travels is the time that is left."""
     request = group[0].request
-    heads = []
+    if len(group) == 1:
+        left: tuple[int, ...] = (max(1, group[0].deadline_ns - now_ns),) if group[0].deadline_ns else ()
+        ids: tuple[str, ...] = (request.id,) if request.id else ()
+        heads = tuple([_head(tensor, _raw(tensor), lend, pieces) for tensor in request.inputs.values()])
+        return Entry(
+            request.model_name, request.model_version, first, 1, ids, left, request.outputs, request.parameters, heads
+        )
+    joined: list[Head] = []
     for name, tensor in request.inputs.items():
         raws = [_raw(call.request.inputs[name]) for call in group]
         assert len(set(map(len, raws))) == 1, "equal signatures say equal sizes"
-        place = lend(raws[0]) if len(raws[0]) >= LARGE_BYTES else None
-        if place is None:
-            pieces += raws
-        heads.append((name, tensor.datatype, tensor.shape, len(raws[0]), place))
+        pieces += raws
+        joined.append((name, tensor.datatype, tensor.shape, len(raws[0]), None))
     ids = tuple([call.request.id for call in group])
-    left_ns: tuple[int, ...] = ()
-    if group[0].deadline_ns:
-        left_ns = tuple([max(1, call.deadline_ns - now_ns) for call in group])
+    left = tuple([max(1, call.deadline_ns - now_ns) for call in group]) if group[0].deadline_ns else ()
     return Entry(
-        request.model_name, request.model_version, first, len(group), ids if any(ids) else (), left_ns,
-        request.outputs, request.parameters, tuple(heads),
+        request.model_name, request.model_version, first, len(group), ids if any(ids) else (), left,
+        request.outputs, request.parameters, tuple(joined),
     )  # fmt: skip
+
+
+def _head(tensor: Tensor, raw: Raw, lend: Lend, pieces: list[Raw]) -> Head:
+    place = lend(raw) if len(raw) >= LARGE_BYTES else None
+    if place is None:
+        pieces.append(raw)
+    return tensor.name, tensor.datatype, tensor.shape, len(raw), place
 
 
 class Joined:
@@ -211,6 +221,18 @@ class Unpacking:
             self.at += size * count
         return found
 
+    def single(self, entry: Entry, sink: Sink, now_ns: int) -> Call:
+        """The request of an entry that has no other."""
+        raws = self.tensors(entry.heads)
+        inputs = {head[0]: Tensor(head[0], head[1], head[2], raw) for head, raw in zip(entry.heads, raws, strict=True)}
+        request_id = entry.ids[0] if entry.ids else ""
+        request = InferRequest(
+            entry.model_name, inputs, entry.model_version, request_id, entry.outputs, entry.parameters
+        )
+        call = Call(request, sink, entry.first)
+        call.deadline_ns = now_ns + entry.left_ns[0] if entry.left_ns else 0
+        return call
+
     def entry(self, entry: Entry, now_ns: int, signatures: dict[Hashable, Hashable]) -> Joined:
         """All requests of an entry. Equal signatures are the same object, as long as `signatures` has them."""
         described = tuple([head[:3] for head in entry.heads]), entry.outputs
@@ -284,19 +306,13 @@ def _run(calls: Sequence[Call], at: int) -> tuple[int, int, tuple[int, ...]]:
     return (at + len(sizes), token, tuple(sizes)) if len(sizes) > 1 else (at + 1, token, ())
 
 
-def _heads(answer: InferResponse, stop: int, lend: Lend, pieces: list[Raw]) -> Iterator[Head]:
+def _heads(answer: InferResponse, stop: int, lend: Lend, pieces: list[Raw]) -> list[Head]:
     """Of a response, or of the rows of its batch up to `stop`."""
     columns = answer.columns
     if columns is None:
-        described = [(t.name, t.datatype, t.shape, t.raw()) for t in answer.outputs]
-    else:
-        start = answer.start
-        described = [
-            (t.name, t.datatype, (stop - start, *t.shape[1:]), raw[start * size : stop * size])
-            for t, (size, raw) in zip(columns.outputs, columns.raws, strict=True)
-        ]
-    for name, datatype, shape, raw in described:
-        place = lend(raw) if len(raw) >= LARGE_BYTES else None
-        if place is None:
-            pieces.append(raw)
-        yield name, datatype, shape, len(raw), place
+        return [_head(tensor, tensor.raw(), lend, pieces) for tensor in answer.outputs]
+    rows = [
+        Tensor(t.name, t.datatype, (stop - answer.start, *t.shape[1:]), raw[answer.start * size : stop * size])
+        for t, (size, raw) in zip(columns.outputs, columns.raws, strict=True)
+    ]
+    return [_head(tensor, tensor.raw(), lend, pieces) for tensor in rows]

@@ -91,18 +91,20 @@ class Frames(asyncio.BufferedProtocol):
         self.woken()
 
     def _take_frames(self) -> None:
-        at, end, received = self._start, self._end, self._received
-        while end - at >= _HEAD.size:
+        at, end, received, head_size = self._start, self._end, self._received, _HEAD.size
+        while end - at >= head_size:
             values_size, size = _HEAD.unpack_from(received, at)
-            begin = at + _HEAD.size + values_size
+            begin = at + head_size + values_size
             stop = begin + size
             if stop > end:
                 self._await(at, stop - at)
                 return
-            values = pickle.loads(received[at + _HEAD.size : begin])
-            self.handle(values, memoryview(bytes(received[begin:stop])))
+            self.handle(pickle.loads(received[at + head_size : begin]), memoryview(bytes(received[begin:stop])))
             at = stop
-        self._await(at, 0)
+        if at == end:
+            self._start = self._end = 0
+        else:
+            self._await(at, 0)
 
     def _await(self, at: int, size: int) -> None:
         """Make room for the rest of the frame that begins at `at`, of `size` bytes where that is known."""
@@ -114,9 +116,7 @@ class Frames(asyncio.BufferedProtocol):
             self._large_end = have
             self._start = self._end = 0
             return
-        if not have:
-            at = self._end = 0
-        elif len(received) - at < max(size, len(received) // 2):
+        if len(received) - at < max(size, len(received) // 2):
             received[:have] = bytes(received[at : self._end])
             at, self._end = 0, have
         self._start = at
@@ -129,7 +129,10 @@ class Frames(asyncio.BufferedProtocol):
 def _frame(values: Any, pieces: Sequence[Raw]) -> list[Raw]:
     """What is written: small pieces are joined, large ones stay where they are."""
     pickled = pickle.dumps(values, protocol=5)
-    small: list[Raw] = [_HEAD.pack(len(pickled), sum(map(len, pieces))), pickled]
+    size = sum(map(len, pieces))
+    small: list[Raw] = [_HEAD.pack(len(pickled), size), pickled]
+    if size < _OWN_PIECE_BYTES:
+        return [b"".join([*small, *pieces])]
     written: list[Raw] = []
     for piece in pieces:
         if len(piece) < _OWN_PIECE_BYTES:

@@ -12,7 +12,7 @@ import logging
 import socket
 import threading
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -161,18 +161,25 @@ class EngineSide:
         for task in self._meeting:
             task.cancel()
 
-    def submit(self, calls: Iterable[Call]) -> None:
-        """Hand calls over at the end of this turn of the loop, with those of other front-ends."""
+    def submit(self, calls: Sequence[Call], is_alone: bool) -> None:
+        """Hand calls over: at the end of this turn of the loop, with those of other front-ends, if there may be any."""
+        if is_alone and not self._arrived:
+            self._api.submit(calls)
+            return
         if not self._arrived:
             asyncio.get_running_loop().call_soon(self._flush)
         self._arrived += calls
 
-    def calls(self, entries: Sequence[Entry], data: memoryview, end: "EngineEnd") -> list[Call]:
+    def calls(self, entries: Sequence[tuple[Any, ...]], data: memoryview, end: "EngineEnd") -> list[Call]:
         """Calls for several requests each, where their model joins those anyway, else one for each."""
         unpacking = Unpacking(data, end.find)
         now = now_ns()
         found: list[Call] = []
-        for entry in entries:
+        for values in entries:
+            entry = Entry(*values)
+            if entry.requests == 1:
+                found.append(unpacking.single(entry, end, now))
+                continue
             if len(self._signatures) >= _MAX_SIGNATURES:
                 self._signatures.clear()
             joined = unpacking.entry(entry, now, self._signatures)
@@ -186,7 +193,7 @@ class EngineSide:
 
     def _together(self, entry: Entry) -> int:
         """How many of an entry's requests are one call. Traces are of single ones."""
-        if entry.requests == 1 or entry.parameters or self._api.tracer.is_on:
+        if self._api.tracer.is_on:
             return 1
         try:
             config = self._api.engine.model(entry.model_name, entry.model_version).config
@@ -260,23 +267,24 @@ class EngineEnd(_End):
             self._transport.pause_reading()
 
     def handle(self, values: Any, data: memoryview) -> None:
-        kind, *content = values
+        kind = values[0]
         if kind == "infer":
-            calls = self._side.calls(content[0], data, self)
+            is_alone = not any(end.open for end in self._siblings)
+            calls = self._side.calls(values[1], data, self)
             for call in calls:
                 token = call.token
                 self.open[token if type(token) is int else token.first] = call
                 if self._api.tracer.is_on:
                     self._api.tracer.begin(call, "")
-            self._side.submit(calls)
+            self._side.submit(calls, is_alone)
         elif kind == "free":
             if self.arena is not None:
-                self.arena.given_back(content[0])
+                self.arena.given_back(values[1])
         elif kind == "cancel":
-            for number in content[0]:
+            for number in values[1]:
                 self._cancel(number)
         else:
-            number, path, left_ns = content
+            _, number, path, left_ns = values
             self._begin_raw(number, path, left_ns, data)
 
     def settle(self, calls: Sequence[Call]) -> None:
@@ -284,13 +292,13 @@ class EngineEnd(_End):
         again: list[Call] = []
         for call in calls:
             token = call.token
-            if type(token) is tuple:
-                self._end_raw(call)
-            elif type(token) is int:
+            if type(token) is int:
                 self.open.pop(token, None)
                 if call.trace is not None:
                     self._api.tracer.end(call)
                 plain.append(call)
+            elif type(token) is tuple:
+                self._end_raw(call)
             elif isinstance(call.answer, InferError):  # one of them may be to blame: others are not to pay for it
                 again += token.alone(self)
                 self.open.update((one.token, one) for one in again[-len(token) :])
@@ -299,7 +307,7 @@ class EngineEnd(_End):
                 plain.append(call)
         if plain and self._transport is not None:
             pieces: list[Raw] = []
-            self.send(("answers", pack_answers(plain, self.lend, pieces)), pieces)
+            self.send(("answers", list(map(tuple, pack_answers(plain, self.lend, pieces)))), pieces)
         if again:
             self._api.submit(again)
 
@@ -373,14 +381,14 @@ class _Connection(_End):
         self._owner = owner
 
     def handle(self, values: Any, data: memoryview) -> None:
-        kind, *content = values
+        kind = values[0]
         if kind == "answers":
-            self._owner.answered(content[0], Unpacking(data, self.find))
+            self._owner.answered(values[1], Unpacking(data, self.find))
         elif kind == "free":
             if self.arena is not None:
-                self.arena.given_back(content[0])
+                self.arena.given_back(values[1])
         else:
-            number, code, details = content
+            _, number, code, details = values
             self._owner.answered_raw(number, code, bytes(data), details)
 
     def woken(self) -> None:
@@ -492,7 +500,7 @@ class FrontEnd:
         now = now_ns()
         entries, pieces = [], list[Raw]()
         for group in groups(calls, now):
-            entries.append(pack(group, self._next, now, connection.lend, pieces))
+            entries.append(tuple(pack(group, self._next, now, connection.lend, pieces)))
             self._open.update(enumerate(group, self._next))
             self._next += len(group)
         connection.send(("infer", entries), pieces)
@@ -521,9 +529,10 @@ class FrontEnd:
         if answered is not None:
             answered(code, message, details)
 
-    def answered(self, entries: Sequence[Answered], unpacking: Unpacking) -> None:
+    def answered(self, entries: Sequence[tuple[Any, ...]], unpacking: Unpacking) -> None:
         by_sink: dict[int, list[Call]] = {}
-        for entry in entries:
+        for values in entries:
+            entry = Answered(*values)
             for number, answer in enumerate(unpacking.answers(entry), entry.first):
                 call = self._open.pop(number, None)
                 if call is not None:
