@@ -1,8 +1,11 @@
 """Several front-end processes: one server to its clients, statistics that add up, and deaths that are mended."""
 
 import os
+import re
 import signal
+import socket
 import threading
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection, HTTPException
@@ -16,7 +19,7 @@ import tritonclient.grpc as grpc
 import tritonclient.http as http
 from tritonclient.utils import InferenceServerException
 
-from tests.models import Repository
+from tests.models import Repository, onnx_add_one
 from tests.serving import Served, serving, wait_until
 
 REQUESTS = 400
@@ -31,9 +34,74 @@ def server(tmp_path: Path) -> Iterator[Served]:
         yield served
 
 
+WIDE = 40_000
+
+
+@pytest.fixture
+def wide_server(tmp_path: Path) -> Iterator[Served]:
+    """With a model whose inputs and outputs are large, and one that keeps a large input for a while."""
+    repository = Repository(tmp_path / "repository")
+    tensors = f'input {{ name: "x" data_type: TYPE_FP32 dims: {WIDE} }} '
+    tensors += f'output {{ name: "y" data_type: TYPE_FP32 dims: {WIDE} }}'
+    config = f'backend: "onnxruntime" max_batch_size: 8 {tensors} dynamic_batching {{}}'
+    repository.add("add_one", config, {"model.onnx": onnx_add_one(WIDE)})
+    wait = """
+    import time
+    x = pb_utils.get_input_tensor_by_name(request, "x").as_numpy()
+    before = float(x[0, 0])
+    time.sleep(before)
+    return pb_utils.InferenceResponse([pb_utils.Tensor("y", x + 0)])
+    """
+    repository.add_python("keeps", f'backend: "python" max_batch_size: 1 {tensors}', wait)
+    with serving(repository.root, tmp_path / "log", "--front-end-processes", "2") as served:
+        yield served
+
+
+def ask_wide(module: Any, address: str, value: float, model: str = "add_one") -> Any:
+    tensor = module.InferInput("x", [1, WIDE], "FP32")
+    tensor.set_data_from_numpy(np.full((1, WIDE), value, np.float32))
+    with module.InferenceServerClient(address) as client:
+        return client.infer(model, [tensor]).as_numpy("y")
+
+
+def engine_of(server: Served) -> psutil.Process:
+    family = psutil.Process(server.process.pid).children()
+    return next(one for one in family if "--engine-of" in command(one))
+
+
+def holdings(server: Served) -> list[tuple[int, int]]:
+    """How many files, and mappings of blocks, each process has; none while one has ended."""
+    try:
+        return [
+            (one.num_fds(), Path(f"/proc/{one.pid}/maps").read_text().count("tutti-blocks"))
+            for one in (engine_of(server), *workers(server))
+        ]
+    except (psutil.Error, OSError, StopIteration):
+        return []
+
+
+def touched_kib(process: psutil.Process) -> int:
+    """How much of its own arena a front-end process has ever used."""
+    mappings = re.findall(
+        r"rw-s.*tutti-blocks(?s:.*?)Rss: +([0-9]+) kB", Path(f"/proc/{process.pid}/smaps").read_text()
+    )
+    return sum(map(int, mappings))
+
+
 def workers(server: Served) -> list[psutil.Process]:
-    family = psutil.Process(server.process.pid).children(recursive=True)
-    return [one for one in family if "tutti.frontends.worker" in " ".join(one.cmdline())]
+    return [one for one in psutil.Process(server.process.pid).children() if "tutti.frontends.worker" in command(one)]
+
+
+def command(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:  # it has ended
+        return ""
+
+
+def metrics(server: Served) -> str:
+    with urllib.request.urlopen(f"http://{server.metrics}/metrics", timeout=10) as response:
+        return str(response.read().decode())
 
 
 def ask(client: Any, module: Any, model: str = "add_one", value: float = 1.0, **options: Any) -> Any:
@@ -58,10 +126,7 @@ def test_statistics_and_metrics_add_up(server: Served) -> None:
     with http.InferenceServerClient(server.http) as client:
         stats = client.get_inference_statistics("add_one")["model_stats"][0]
         assert stats["inference_stats"]["success"]["count"] == REQUESTS
-    import urllib.request
-
-    with urllib.request.urlopen(f"http://{server.metrics}/metrics", timeout=10) as response:
-        text = response.read().decode()
+    text = metrics(server)
     assert f'nv_inference_request_success{{model="add_one",version="1"}} {REQUESTS}' in text.replace(".0", "")
 
 
@@ -152,3 +217,87 @@ def test_with_the_server_they_end(server: Served) -> None:
     os.kill(server.process.pid, signal.SIGKILL)
     _, alive = psutil.wait_procs(own, timeout=10)
     assert not alive
+
+
+def test_large_tensors_leave_nothing_behind(wide_server: Served) -> None:
+    def several(start: int) -> None:
+        module, address = (http, wide_server.http) if start % 2 else (grpc, wide_server.grpc)
+        tensor = module.InferInput("x", [1, WIDE], "FP32")
+        with module.InferenceServerClient(address) as client:
+            for number in range(start, start + 50):
+                tensor.set_data_from_numpy(np.full((1, WIDE), number, np.float32))
+                assert (client.infer("add_one", [tensor]).as_numpy("y") == number + 1).all()
+
+    def at_once(count: int) -> None:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(several, range(count)))
+
+    def has_clients() -> bool:
+        connections = [c.status for one in workers(wide_server) for c in one.net_connections("tcp")]
+        return psutil.CONN_ESTABLISHED in connections
+
+    at_once(8)
+    wait_until(lambda: not has_clients())
+    before = holdings(wide_server)
+    # Both ways to both front-ends: the engine has four arenas mapped, each front-end two.
+    assert [mappings for _, mappings in before] == [4, 2, 2]
+    at_once(40)
+    wait_until(lambda: holdings(wide_server) == before)
+
+
+def test_a_front_end_killed_amid_large_tensors_takes_no_other_along(wide_server: Served) -> None:
+    engine = engine_of(wide_server)
+    ended = threading.Event()
+    wrong: list[Any] = []
+
+    def ask_on(number: int) -> None:
+        while not ended.is_set():
+            try:
+                if not (ask_wide(http, wide_server.http, number) == number + 1).all():
+                    wrong.append(number)
+            except (OSError, HTTPException, InferenceServerException):
+                continue  # it was the one that was killed
+
+    threads = [threading.Thread(target=ask_on, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for _ in range(3):
+        victim = workers(wide_server)[0]
+        victim.kill()
+        wait_until(lambda gone=victim: len(workers(wide_server)) == 2 and gone not in workers(wide_server))
+        wait_until(lambda: [mappings for _, mappings in holdings(wide_server)] == [4, 2, 2])
+    ended.set()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert engine_of(wide_server).pid == engine.pid
+
+
+def test_an_engine_killed_amid_large_tensors_is_followed_by_another(wide_server: Served) -> None:
+    engine = engine_of(wide_server)
+    with ThreadPoolExecutor(4) as pool:
+        kept = [pool.submit(ask_wide, http, wide_server.http, 30.0, "keeps") for _ in range(4)]
+        wait_until(lambda: 'nv_inference_pending_request_count{model="keeps",version="1"} 3' in metrics(wide_server))
+        engine.kill()
+        for one in kept:
+            with pytest.raises(InferenceServerException, match="has ended"):
+                one.result(30)
+
+    def answers() -> bool:
+        try:
+            return bool((ask_wide(grpc, wide_server.grpc, 1.0) == 2.0).all())
+        except InferenceServerException:
+            return False
+
+    wait_until(answers, timeout_s=60)
+    wait_until(lambda: [mappings for _, mappings in holdings(wide_server)] == [4, 2, 2])
+
+
+def test_a_client_that_leaves_amid_a_large_body_gives_its_block_back(wide_server: Served) -> None:
+    head = f"POST /v2/models/add_one/infer HTTP/1.1\r\nHost: t\r\nContent-Length: {4 * WIDE}\r\n\r\n".encode()
+    host, _, port = wide_server.http.partition(":")
+    for _ in range(600):  # if they kept their blocks, that were all blocks of both front-ends
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(head + bytes(100_000))
+    assert (ask_wide(http, wide_server.http, 5.0) == 6.0).all()
+    assert 0 < sum(map(touched_kib, workers(wide_server))) < 10_000

@@ -210,21 +210,21 @@ class Unpacking:
     find: Find
     at: int = 0
 
-    def tensors(self, heads: Sequence[Head], count: int = 1) -> list[Raw]:
-        """The bytes of tensors, each of `count` requests."""
-        found: list[Raw] = []
-        for _, _, _, size, place in heads:
+    def tensors(self, heads: Sequence[Head]) -> list[Tensor]:
+        """The tensors of one request, or of one answer."""
+        tensors = []
+        for name, datatype, shape, size, place in heads:
             if place is not None:
-                found.append(self.find(place, size))
-                continue
-            found.append(self.data[self.at : self.at + size * count])
-            self.at += size * count
-        return found
+                raw = self.find(place, size)
+            else:
+                raw = self.data[self.at : self.at + size]
+                self.at += size
+            tensors.append(Tensor(name, datatype, shape, raw))
+        return tensors
 
     def single(self, entry: Entry, sink: Sink, now_ns: int) -> Call:
         """The request of an entry that has no other."""
-        raws = self.tensors(entry.heads)
-        inputs = {head[0]: Tensor(head[0], head[1], head[2], raw) for head, raw in zip(entry.heads, raws, strict=True)}
+        inputs = {tensor.name: tensor for tensor in self.tensors(entry.heads)}
         request_id = entry.ids[0] if entry.ids else ""
         request = InferRequest(
             entry.model_name, inputs, entry.model_version, request_id, entry.outputs, entry.parameters
@@ -238,19 +238,19 @@ class Unpacking:
         described = tuple([head[:3] for head in entry.heads]), entry.outputs
         signature = signatures.setdefault(described, described)
         deadlines = [now_ns + left for left in entry.left_ns]
-        return Joined(entry, self.tensors(entry.heads, entry.requests), deadlines, signature, 0, entry.requests)
+        joined: list[Raw] = []
+        for _, _, _, size, _ in entry.heads:
+            joined.append(self.data[self.at : self.at + size * entry.requests])
+            self.at += size * entry.requests
+        return Joined(entry, joined, deadlines, signature, 0, entry.requests)
 
     def answers(self, answered: Answered) -> list[Answer]:
         """In the order of their numbers."""
-        head = answered.head
+        _, sizes, head = answered
         if not isinstance(head, tuple):
             return [head]
         model, version, parameters, heads, is_null = head
-        outputs = [
-            Tensor(name, datatype, shape, raw)
-            for (name, datatype, shape, _, _), raw in zip(heads, self.tensors(heads), strict=True)
-        ]
-        sizes = answered.sizes
+        outputs = self.tensors(heads)
         if not sizes:
             return [InferResponse(model, version, outputs, parameters, is_null)]
         answers = _split(model, version, outputs, sizes)
@@ -276,8 +276,8 @@ def pack_answers(calls: Sequence[Call], lend: Lend, pieces: list[Raw]) -> list[A
         if isinstance(answer, InferError):
             packed.append(Answered(first, (), answer))
         else:
-            end = calls[stop - 1].answer.stop if answer.columns is not None else 0  # type: ignore[union-attr]
-            heads = tuple(_heads(answer, end, lend, pieces))
+            last: Any = calls[stop - 1].answer
+            heads = tuple(_heads(answer, last.stop, lend, pieces))
             head = answer.model_name, answer.model_version, answer.parameters, heads, answer.is_null
             packed.append(Answered(first, sizes, head))
         at = stop
@@ -292,6 +292,8 @@ def _run(calls: Sequence[Call], at: int) -> tuple[int, int, tuple[int, ...]]:
     token, answer = calls[at].token, calls[at].answer
     if isinstance(token, Joined):
         return at + 1, token.first, (token.rows,) * len(token)
+    if at + 1 == len(calls):
+        return at + 1, token, ()
     sizes: list[int] = []
     columns = answer.columns if isinstance(answer, InferResponse) else None
     if columns is not None:

@@ -114,6 +114,7 @@ class GrpcFront:
                 response, shared = self._api.complete(call)
                 self._front.respond(call.token, grpc_codec.encode(response, call.request.id, shared))
             except InferError as error:
+                error.__traceback__ = None  # it leads to the call, which has the error: a cycle that keeps the tensors
                 self._front.fail(call.token, code_of(error), error.message)
             except Exception as error:
                 _log.exception("a response of model '%s' could not be encoded", call.request.model_name)
@@ -124,19 +125,23 @@ class GrpcFront:
         if self._api.grpc.needs_headers or self._api.tracer.needs_headers:
             receive = self._front.recv_batch_details
         while (events := receive(_BURST)) is not None:
-            calls = []
-            for kind, call_id, method, payload, timeout, *rest in events:
-                details = rest[0] if rest else None
-                if kind != EVENT_CALL:
-                    self._cancel(call_id)
-                elif method == 0:
-                    call = self._accept(call_id, payload or b"", timeout, details)
-                    if call is not None:
-                        calls.append(call)
-                else:
-                    self._ask(call_id, method, payload or b"", details)
-            if calls:
-                self._api.submit(calls)
+            self._take(events)
+            del events  # what they carry does not wait for the next ones
+
+    def _take(self, events: Sequence[Any]) -> None:
+        calls = []
+        for kind, call_id, method, payload, timeout, *rest in events:
+            details = rest[0] if rest else None
+            if kind != EVENT_CALL:
+                self._cancel(call_id)
+            elif method == 0:
+                call = self._accept(call_id, payload or b"", timeout, details)
+                if call is not None:
+                    calls.append(call)
+            else:
+                self._ask(call_id, method, payload or b"", details)
+        if calls:
+            self._api.submit(calls)
 
     def _cancel(self, call_id: int) -> None:
         call = self._open.get(call_id)

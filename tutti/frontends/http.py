@@ -218,6 +218,7 @@ class HttpFront:
             header_length, parts = http_codec.encode(response, call.request.id, exchange.reply, shared)
             return _response(exchange, header_length, parts, response.parameters)
         except InferError as error:
+            error.__traceback__ = None  # it leads to the call, which has the error: a cycle that keeps the tensors
             return error_response(status_of(error), error.message, exchange.keep_alive)
         except Exception as error:
             _log.exception("a response of model '%s' could not be encoded", call.request.model_name)

@@ -161,6 +161,7 @@ class _LargeBody(asyncio.BufferedProtocol):
         self._connection.last_read = asyncio.get_running_loop().time()
         if self._size == len(self._body):
             self._exchange.body = self._body
+            self._body = memoryview(b"")  # a transport keeps the protocols that it has had
             self._connection.end_large_body(self._exchange)
 
 

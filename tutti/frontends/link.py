@@ -7,6 +7,7 @@ is what comes until there is another.
 """
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import socket
@@ -39,6 +40,8 @@ from tutti.types import Call, Raw, SharedRegion, now_ns, settle_all
 _log = logging.getLogger(__name__)
 
 _MAX_SIGNATURES = 4096
+# Blocks are given back together, this long after the first.
+_GIVE_BACK_S = 0.002
 # One call for several requests takes no more of a batch than this: others are to fit in beside it.
 _SHARE_OF_BATCH = 4
 CANCEL_INTERVAL_S = 0.05
@@ -67,6 +70,7 @@ class _End(Frames):
         self._borrowed: Borrowed | None = None
         # Blocks of the peer's that nobody here reads any more.
         self._ended: deque[int] = deque()
+        self._is_giving_back = False
 
     def greet(self, connection: socket.socket) -> None:
         """Before anything is received. Raises OSError."""
@@ -96,17 +100,21 @@ class _End(Frames):
         assert self._borrowed is not None
         return self._borrowed.view(place, size)
 
-    def woken(self) -> None:
-        super().woken()
-        if self._ended:
-            ended = []
-            while self._ended:
-                ended.append(self._ended.popleft())
-            self.send(("free", ended))
-
     def _give_back(self, block: int) -> None:
+        """From any thread, at any moment: a view of the peer's memory has gone."""
         self._ended.append(block)
-        self.wake()
+        if self._is_giving_back:
+            return
+        self._is_giving_back = True
+        with contextlib.suppress(RuntimeError):  # the loop is closed: so is the link
+            self._loop.call_soon_threadsafe(self._loop.call_later, _GIVE_BACK_S, self._send_ended)
+
+    def _send_ended(self) -> None:
+        self._is_giving_back = False  # before: what comes meanwhile is sent later
+        ended = []
+        while self._ended:
+            ended.append(self._ended.popleft())
+        self.send(("free", ended))
 
 
 async def _readable(loop: asyncio.AbstractEventLoop, connection: socket.socket) -> None:
@@ -532,7 +540,7 @@ class FrontEnd:
     def answered(self, entries: Sequence[tuple[Any, ...]], unpacking: Unpacking) -> None:
         by_sink: dict[int, list[Call]] = {}
         for values in entries:
-            entry = Answered(*values)
+            entry = Answered._make(values)
             for number, answer in enumerate(unpacking.answers(entry), entry.first):
                 call = self._open.pop(number, None)
                 if call is not None:
