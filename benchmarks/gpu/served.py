@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.gpu import load, models, repository, server
+from benchmarks.gpu import load, models, predicted, repository, server
 from benchmarks.gpu.context import Array, Context, Figures
 from benchmarks.gpu.frame import Line
 from benchmarks.gpu.models import Spec
@@ -104,13 +104,17 @@ def model(context: Context, name: str, precision: str, clients: list[int], front
     folder = fresh(context, f"served-{name}-{precision}-{front_ends}")
     with serving(context, folder, spec, precision, front_ends) as (tutti, has_graphs):
         asked = request(spec, f"{name}_{precision}")
-        check_answer(context, spec, precision, asked, tutti.infer(asked)[spec.output])
+        answer = tutti.infer(asked)[spec.output]
+        check_answer(context, spec, precision, asked, answer)
+        row_bytes = sum([array.nbytes for _, array in asked.tensors]) // spec.rows, answer.nbytes // spec.rows
         about = {"model": name, "precision": precision, "front_ends": front_ends, "graphs asked": has_graphs}
         for count in clients:
             for protocol in load.PROTOCOLS:
                 row = about | {"protocol": protocol, "clients": count}
                 row |= measured(context, tutti, protocol, asked, count)
                 row |= beside(row, rows, spec.rows)
+                expected = predicted.rate(rows, count, spec.rows, 32 if context.is_short else MOST_ROWS, row_bytes)
+                row |= {"predicted rows/s": expected} if expected else {}
                 context.emit(f"{protocol} {count} clients", row)
 
 
