@@ -267,7 +267,7 @@ class BatchQueue:
             self._level_rows[call.level] = self._level_rows.get(call.level, 0) + call.rows
         self._append(call, is_late=False)
         self.rows += call.rows
-        self.calls += 1
+        self.calls += call.requests
         if not call.expires_ns and not call.deadline_ns:
             return 0
         return self._note_end(call)
@@ -395,7 +395,7 @@ class BatchQueue:
                 if not self._is_plain:
                     self._level_rows[call.level] -= call.rows
             self.rows -= lane.rows
-            self.calls -= len(lane.calls)
+            self.calls -= sum([call.requests for call in lane.calls])
             lane.calls.clear()
             self._forget_if_empty(lane)
 
@@ -450,7 +450,7 @@ class BatchQueue:
                     break
                 batch.append(calls.popleft())
                 rows += call.rows
-                taken += 1
+                taken += call.requests
             lane.rows -= rows - before
             self.rows -= rows - before
             self.calls -= taken
@@ -468,7 +468,7 @@ class BatchQueue:
 
     def _left(self, call: Call) -> None:
         self.rows -= call.rows
-        self.calls -= 1
+        self.calls -= call.requests
         if not self._is_plain:
             self._level_rows[call.level] -= call.rows
 

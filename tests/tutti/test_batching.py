@@ -240,3 +240,16 @@ def test_what_cannot_end_in_time_is_not_begun() -> None:
     late = with_deadline(25, rows=4)
     decision = queue(BatchingPolicy(8), late).take(MS, costing({1: 10, 8: 80}))
     assert (decision.batch, decision.expired) == ([], [late])
+
+
+@pytest.mark.parametrize("limit", [8, 3])
+def test_a_call_for_several_requests_is_as_many_that_wait(limit: int) -> None:
+    calls = [call(rows=3), call(rows=1), call(rows=2)]
+    calls[0].requests, calls[2].requests = 3, 2
+    waiting = queue(BatchingPolicy(limit), *calls)
+    assert waiting.calls == 6
+    left = 6
+    while batch := waiting.take(0).batch:
+        left -= sum(one.requests for one in batch)
+        assert waiting.calls == left
+    assert not left

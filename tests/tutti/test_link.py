@@ -271,14 +271,14 @@ def held(engine: Engine, tmp_path: Path) -> Iterator[tuple[Link, Holding]]:
 
 def test_calls_take_a_part_of_a_batch_and_end_with_the_first_deadline(held: tuple[Link, Holding]) -> None:
     link, holding = held
-    calls = [Call(request(value=n), Gather(1)) for n in range(5)]
+    calls = [Call(request(value=n), Gather(1)) for n in range(7)]
     start = now_ns()
     for call in calls:
         call.deadline_ns = start + 10_000_000_000
-    calls[4].deadline_ns = start + 20_000_000_000
+    calls[6].deadline_ns = start + 20_000_000_000
     link.front()(calls)
     wait_until(lambda: len(holding.calls) == 3)
-    assert [(call.requests, call.request.inputs["x"].shape[0]) for call in holding.calls] == [(2, 2), (2, 2), (1, 1)]
+    assert [(call.requests, call.request.inputs["x"].shape[0]) for call in holding.calls] == [(4, 4), (2, 2), (1, 1)]
     assert [round((call.deadline_ns - start) / 1e9) for call in holding.calls] == [10, 10, 20]
 
 
@@ -319,7 +319,7 @@ def test_a_caller_that_leaves_does_not_take_the_others_along(held: tuple[Link, H
 def test_a_front_end_that_goes_cancels_its_calls_and_frees_its_blocks(held: tuple[Link, Holding]) -> None:
     link, holding = held
     front = link.front()
-    front([Call(request("wide", width=WIDTH), Gather(1)), *[Call(request(), Gather(1)) for _ in range(4)]])
+    front([Call(request("wide", width=WIDTH), Gather(1)), *[Call(request(), Gather(1)) for _ in range(8)]])
     wait_until(lambda: len(holding.calls) == 3)
 
     link.call(lose, front)

@@ -12,6 +12,7 @@ import itertools
 import logging
 import socket
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
@@ -40,10 +41,12 @@ from tutti.types import Call, Raw, SharedRegion, now_ns, settle_all
 _log = logging.getLogger(__name__)
 
 _MAX_SIGNATURES = 4096
+# Front-ends that have sent within such a time send at once.
+_BESIDE_OTHERS_S = 0.001
 # Blocks are given back together, this long after the first.
 _GIVE_BACK_S = 0.002
 # One call for several requests takes no more of a batch than this: others are to fit in beside it.
-_SHARE_OF_BATCH = 4
+_SHARE_OF_BATCH = 2
 CANCEL_INTERVAL_S = 0.05
 # What came while the last answers were awaited may end, too.
 _LAST_S = 0.2
@@ -139,6 +142,9 @@ class EngineSide:
         self._methods = methods(api)
         self._ends: set[EngineEnd] = set()
         self._arrived: list[Call] = []
+        # Who sent last, and until when others are taken to send, too.
+        self._last_end: EngineEnd | None = None
+        self._others_until_s = 0.0
         self._accepting: asyncio.Task[None] | None = None
         self._meeting: set[asyncio.Task[None]] = set()
         self._signatures: dict[Hashable, Hashable] = {}
@@ -169,9 +175,12 @@ class EngineSide:
         for task in self._meeting:
             task.cancel()
 
-    def submit(self, calls: Sequence[Call], is_alone: bool) -> None:
-        """Hand calls over: at the end of this turn of the loop, with those of other front-ends, if there may be any."""
-        if is_alone and not self._arrived:
+    def submit(self, calls: Sequence[Call], end: "EngineEnd") -> None:
+        """Hand calls over: with what others send in this turn of the loop, where others do send just now."""
+        now_s = time.monotonic()
+        if end is not self._last_end:
+            self._last_end, self._others_until_s = end, now_s + _BESIDE_OTHERS_S
+        if not self._arrived and now_s > self._others_until_s:
             self._api.submit(calls)
             return
         if not self._arrived:
@@ -198,6 +207,11 @@ class EngineSide:
             for start in range(0, len(joined), together):
                 found.append(joined.part(start, start + together).call(end))
         return found
+
+    def forget(self, end: "EngineEnd") -> None:
+        """It has gone."""
+        if self._last_end is end:
+            self._last_end = None
 
     def _together(self, entry: Entry) -> int:
         """How many of an entry's requests are one call. Traces are of single ones."""
@@ -263,6 +277,7 @@ class EngineEnd(_End):
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._siblings.discard(self)
+        self._side.forget(self)
         for call in list(self.open.values()):
             call.is_cancelled = True
             if isinstance(call.token, Joined):
@@ -277,14 +292,13 @@ class EngineEnd(_End):
     def handle(self, values: Any, data: memoryview) -> None:
         kind = values[0]
         if kind == "infer":
-            is_alone = not any(end.open for end in self._siblings)
             calls = self._side.calls(values[1], data, self)
             for call in calls:
                 token = call.token
                 self.open[token if type(token) is int else token.first] = call
                 if self._api.tracer.is_on:
                     self._api.tracer.begin(call, "")
-            self._side.submit(calls, is_alone)
+            self._side.submit(calls, self)
         elif kind == "free":
             if self.arena is not None:
                 self.arena.given_back(values[1])
