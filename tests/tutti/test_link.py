@@ -20,7 +20,8 @@ from tutti.engine import Engine
 from tutti.errors import Cancelled, DeadlineExceeded, InferError, Internal, Unavailable
 from tutti.frontends import blocks
 from tutti.frontends.api import Api
-from tutti.frontends.link import EngineSide, FrontEnd
+from tutti.frontends.engine_link import EngineSide
+from tutti.frontends.link import FrontEnd
 from tutti.tracing import Tracer, parse_config
 from tutti.types import Answer, Call, InferRequest, InferResponse, Tensor, now_ns
 

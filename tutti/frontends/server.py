@@ -13,10 +13,10 @@ from typing import Literal
 from tutti.errors import ConfigError, InferError
 from tutti.frontends import http_api
 from tutti.frontends.api import Api
+from tutti.frontends.engine_link import EngineSide
 from tutti.frontends.grpc import GrpcFront
 from tutti.frontends.grpc_aio import GrpcioFront, TlsFiles
 from tutti.frontends.http import HttpFront
-from tutti.frontends.link import EngineSide
 from tutti.frontends.task import Task
 from tutti.metrics import Collect, Metrics
 

@@ -1,0 +1,292 @@
+"""The engine's process as front-end processes reach it: bursts of calls come in, groups of answers go out.
+
+Requests that are alike come as one entry. They are one call where their model joins them anyway, so that what a request
+costs here does not grow with the front-ends; should such a call fail, its requests go on one by one.
+"""
+
+import asyncio
+import logging
+import socket
+import time
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tutti.errors import InferError
+from tutti.frontends import grpc_codec
+from tutti.frontends.api import Api
+from tutti.frontends.bursts import Entry, Joined, Unpacking, pack_answers
+from tutti.frontends.grpc_methods import INTERNAL, MODEL_INFER, Method, code_of, methods
+from tutti.frontends.link_end import End
+from tutti.types import Call, Raw, now_ns
+
+_log = logging.getLogger(__name__)
+
+_MAX_SIGNATURES = 4096
+# Front-ends that have sent within such a time send at once.
+_BESIDE_OTHERS_S = 0.001
+# One call for several requests takes no more of a batch than this: others are to fit in beside it.
+_SHARE_OF_BATCH = 2
+# What came while the last answers were awaited may end, too.
+_LAST_S = 0.2
+
+
+class EngineSide:
+    """Where front-end processes reach the engine. Lives on one event loop."""
+
+    def __init__(self, api: Api) -> None:
+        self._api = api
+        self._methods = methods(api)
+        self._ends: set[EngineEnd] = set()
+        self._arrived: list[Call] = []
+        # Who sent last, and until when others are taken to send, too.
+        self._last_end: EngineEnd | None = None
+        self._others_until_s = 0.0
+        self._accepting: asyncio.Task[None] | None = None
+        self._meeting: set[asyncio.Task[None]] = set()
+        self._signatures: dict[Hashable, Hashable] = {}
+
+    async def listen(self, path: Path) -> None:
+        listener = socket.socket(socket.AF_UNIX)
+        listener.setblocking(False)
+        listener.bind(str(path))
+        listener.listen(128)
+        self._accepting = asyncio.get_running_loop().create_task(self._accept(listener))
+
+    async def settle(self, grace_s: float) -> None:
+        """Before this process ends: wait until what is inside now is answered, then read no more."""
+        loop = asyncio.get_running_loop()
+        inside = [(end, number) for end in self._ends for number in end.open]
+        until = loop.time() + grace_s
+        while any(number in end.open for end, number in inside) and loop.time() < until:
+            await asyncio.sleep(0.005)
+        for end in self._ends:
+            end.pause()
+        until = loop.time() + _LAST_S
+        while any(end.open for end in self._ends) and loop.time() < until:
+            await asyncio.sleep(0.005)
+
+    def close(self) -> None:
+        if self._accepting is not None:
+            self._accepting.cancel()
+        for task in self._meeting:
+            task.cancel()
+
+    def submit(self, calls: Sequence[Call], end: "EngineEnd") -> None:
+        """Hand calls over: with what others send in this turn of the loop, where others do send just now."""
+        now_s = time.monotonic()
+        if end is not self._last_end:
+            self._last_end, self._others_until_s = end, now_s + _BESIDE_OTHERS_S
+        if not self._arrived and now_s > self._others_until_s:
+            self._api.submit(calls)
+            return
+        if not self._arrived:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._arrived += calls
+
+    def calls(self, entries: Sequence[tuple[Any, ...]], data: memoryview, end: "EngineEnd") -> list[Call]:
+        """Calls for several requests each, where their model joins those anyway, else one for each."""
+        unpacking = Unpacking(data, end.find)
+        now = now_ns()
+        found: list[Call] = []
+        for values in entries:
+            entry = Entry(*values)
+            if entry.requests == 1:
+                found.append(unpacking.single(entry, end, now))
+                continue
+            if len(self._signatures) >= _MAX_SIGNATURES:
+                self._signatures.clear()
+            joined = unpacking.entry(entry, now, self._signatures)
+            together = self._together(entry)
+            if together == 1:
+                found += joined.alone(end)
+                continue
+            for start in range(0, len(joined), together):
+                found.append(joined.part(start, start + together).call(end))
+        return found
+
+    def forget(self, end: "EngineEnd") -> None:
+        """It has gone."""
+        if self._last_end is end:
+            self._last_end = None
+
+    def _together(self, entry: Entry) -> int:
+        """How many of an entry's requests are one call. Traces are of single ones."""
+        if self._api.tracer.is_on:
+            return 1
+        try:
+            config = self._api.engine.model(entry.model_name, entry.model_version).config
+        except InferError:  # it will be told to each
+            return 1
+        if not config.may_merge or not all(head[2] for head in entry.heads):
+            return 1
+        # Others are to fit into the batch beside them.
+        return max(1, config.max_batch_size // _SHARE_OF_BATCH // max(1, entry.heads[0][2][0]))
+
+    async def _accept(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            while True:
+                connection, _ = await loop.sock_accept(listener)
+                task = loop.create_task(self._meet(connection))
+                self._meeting.add(task)
+                task.add_done_callback(self._meeting.discard)
+        finally:
+            listener.close()
+
+    async def _meet(self, connection: socket.socket) -> None:
+        end = EngineEnd(self._api, self._methods, self, self._ends)
+        try:
+            await end.meet(connection)
+            end.greet(connection)
+            await asyncio.get_running_loop().connect_accepted_socket(lambda: end, connection)
+        except BaseException as error:
+            end.give_up(connection)
+            if not isinstance(error, OSError):
+                raise
+            _log.debug("a front-end process has gone: %s", error)
+
+    def _flush(self) -> None:
+        calls, self._arrived = self._arrived, []
+        if calls:
+            self._api.submit(calls)
+
+
+class EngineEnd(End):
+    """One front-end process as the engine's process sees it. The sink of its calls.
+
+    Their tokens are their numbers, or a Joined for several.
+    """
+
+    def __init__(self, api: Api, table: dict[str, Method], side: EngineSide, siblings: "set[EngineEnd]") -> None:
+        super().__init__()
+        self._api = api
+        self._methods = table
+        self._side = side
+        self._siblings = siblings
+        # By the number of the first request of each.
+        self.open: dict[int, Call] = {}
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._siblings.add(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._siblings.discard(self)
+        self._side.forget(self)
+        for call in list(self.open.values()):
+            call.is_cancelled = True
+            if isinstance(call.token, Joined):
+                call.token.gone.update(call.token.numbers)
+        self.open.clear()
+
+    def pause(self) -> None:
+        """Leave unread what comes."""
+        if self._transport is not None and self._transport.is_reading():
+            self._transport.pause_reading()
+
+    def handle(self, values: Any, data: memoryview) -> None:
+        kind = values[0]
+        if kind == "infer":
+            calls = self._side.calls(values[1], data, self)
+            for call in calls:
+                token = call.token
+                self.open[token if type(token) is int else token.first] = call
+                if self._api.tracer.is_on:
+                    self._api.tracer.begin(call, "")
+            self._side.submit(calls, self)
+        elif kind == "free":
+            if self.arena is not None:
+                self.arena.given_back(values[1])
+        elif kind == "cancel":
+            for number in values[1]:
+                self._cancel(number)
+        else:
+            _, number, path, left_ns = values
+            self._begin_raw(number, path, left_ns, data)
+
+    def settle(self, calls: Sequence[Call]) -> None:
+        plain: list[Call] = []
+        again: list[Call] = []
+        for call in calls:
+            token = call.token
+            if type(token) is int:
+                self.open.pop(token, None)
+                if call.trace is not None:
+                    self._api.tracer.end(call)
+                plain.append(call)
+            elif type(token) is tuple:
+                self._end_raw(call)
+            elif isinstance(call.answer, InferError):  # one of them may be to blame: others are not to pay for it
+                again += token.alone(self)
+                self.open.update((one.token, one) for one in again[-len(token) :])
+            else:
+                self.open.pop(token.first, None)
+                plain.append(call)
+        if plain and self._transport is not None:
+            pieces: list[Raw] = []
+            self.send(("answers", list(map(tuple, pack_answers(plain, self.lend, pieces)))), pieces)
+        if again:
+            self._api.submit(again)
+
+    def _cancel(self, number: int) -> None:
+        call = self.open.get(number)
+        if call is None or isinstance(call.token, Joined):
+            call = next((one for one in self.open.values() if _stands_for(one, number)), None)
+        if call is None:
+            return
+        if isinstance(call.token, Joined):
+            call.token.gone.add(number)
+            call.is_cancelled = len(call.token.gone) == len(call.token)
+        else:
+            call.is_cancelled = True
+
+    def _begin_raw(self, number: int, path: str, left_ns: int, data: memoryview) -> None:
+        """A serialized request of a unary gRPC method."""
+        payload = bytes(data)
+        if path != MODEL_INFER:
+            self._ask(number, self._methods[path], payload)
+            return
+        try:
+            call = Call(grpc_codec.decode(payload, self._api.shared_memory), self, (number,))
+        except InferError as error:
+            self._send_raw(number, code_of(error), details=error.message)
+            return
+        call.deadline_ns = now_ns() + left_ns if left_ns else 0
+        self.open[number] = call
+        self._api.submit([call])
+
+    def _end_raw(self, call: Call) -> None:
+        (number,) = call.token
+        self.open.pop(number, None)
+        try:
+            response, shared = self._api.complete(call)
+            self._send_raw(number, 0, grpc_codec.encode(response, call.request.id, shared))
+        except InferError as error:
+            self._send_raw(number, code_of(error), details=error.message)
+        except Exception as error:
+            _log.exception("a response of model '%s' could not be encoded", call.request.model_name)
+            self._send_raw(number, INTERNAL, details=f"internal error: {type(error).__name__}")
+
+    def _send_raw(self, number: int, code: int, message: bytes = b"", details: str = "") -> None:
+        self.send(("raw", number, code, details), [message])
+
+    def _ask(self, number: int, method: Method, payload: bytes) -> None:
+        if method.blocks:
+            self._loop.run_in_executor(None, self._answer, number, method, payload)
+        else:
+            self._answer(number, method, payload)
+
+    def _answer(self, number: int, method: Method, payload: bytes) -> None:
+        try:
+            self._send_raw(number, 0, method.answer(payload))
+        except InferError as error:
+            self._send_raw(number, code_of(error), details=error.message)
+        except Exception as error:
+            _log.exception("a gRPC call failed")
+            self._send_raw(number, INTERNAL, details=f"internal error: {type(error).__name__}")
+
+
+def _stands_for(call: Call, number: int) -> bool:
+    return isinstance(call.token, Joined) and number in call.token.numbers
