@@ -629,6 +629,7 @@ class ThreadInstance:
     def _deliver_forever(self) -> None:
         while (done := self._done.get()) is not None:
             self._deliver(*done)
+            del done  # its memory may be another process's
 
     def _execute(self, batch: list[Call]) -> tuple[Executed, BatchTimes]:
         key = batch[0].key
