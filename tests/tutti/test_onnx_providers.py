@@ -186,6 +186,7 @@ class FakeBinding:
         return [self.array]
 
 
+@pytest.mark.usefixtures("simulated_gpu")
 @pytest.mark.parametrize(
     ("x", "y", "device", "way"),
     [
