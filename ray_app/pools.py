@@ -45,10 +45,6 @@ class _Silent(_Lost):
     """The replica does not answer any more."""
 
 
-class _Refused(_Lost):
-    """The replica has not taken the requests: they cannot be what ended it."""
-
-
 @dataclass(slots=True)
 class Pool:
     """A pool's status and the methods of its Serve handle. `slots` are batches of a model at a time, per replica."""
@@ -222,7 +218,7 @@ class Router:
             except _Lost as error:
                 assert member is not None
                 _log.info("replica %s was lost with %d requests to '%s': %s", member.name, len(left), key, error)
-                losses += not isinstance(error, _Refused)
+                losses += 1
             except InferError as error:
                 answers.update((call, error) for call in left)
                 break
@@ -255,7 +251,7 @@ class Router:
                         if isinstance(answer, DeviceLost):
                             raise _Lost(answer.message)
                         return answer
-                    except (_Silent, _Refused):  # which may have reasons of its own, other than this request
+                    except _Silent:  # which may have reasons of its own, other than this request
                         if _is_unwanted(call):
                             return _unwanted(call)
                         tried = [*tried, member]
@@ -352,7 +348,7 @@ class Router:
             await self._catch_up(pool, member)
         if isinstance(answer, str):
             self._lost(pool, member)
-            raise _Refused("it is gone")
+            raise _Lost("it is gone")
         answers = [_marked(one, pool) for one in wire.unpack_answers(answer)]
         if any(isinstance(one, DeviceLost) for one in answers):
             self._lost(pool, member)
