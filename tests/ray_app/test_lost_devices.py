@@ -81,19 +81,6 @@ def test_the_culprit_ends_three_replicas_and_its_mates_are_answered_once() -> No
     assert [count for _, count in replicas.messages[:2]] == [4, 3], "what was answered is not asked again"
 
 
-def test_one_that_waits_for_its_turn_alone_is_not_blamed_for_replicas_that_refuse_it() -> None:
-    replicas = Replicas(9, broken=["r3", "r4", "r5"])
-    found = answers(replicas, [call(POISON), call(2)])
-    assert values(found) == [Internal, -2]
-    assert len(replicas.failed) == MAX_SENDS + 3
-
-
-def test_replicas_that_refuse_do_not_count_as_lost_with_the_batch() -> None:
-    replicas = Replicas(5, broken=["r0", "r1", "r2", "r3"])
-    assert values(answers(replicas, [call(1), call(2)])) == [-1, -2]
-    assert replicas.messages == [("r4", 2)], "together: nothing says that one of them is to blame"
-
-
 def test_what_was_answered_stays_where_no_replica_is_left_for_the_rest() -> None:
     replicas = Replicas(1)
     found = answers(replicas, [call(1), call(POISON)], patience_s=0.05)
