@@ -1,3 +1,5 @@
+"""What the engine would make of a bare loop's times."""
+
 import pytest
 
 from benchmarks.gpu import predicted

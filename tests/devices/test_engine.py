@@ -1,3 +1,5 @@
+"""The device engine in virtual time: what it promises of overlap, shares, failures and memory."""
+
 import dataclasses
 import itertools
 

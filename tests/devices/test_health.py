@@ -1,3 +1,5 @@
+"""What is remembered, and told, of devices that have failed."""
+
 from tutti.devices.health import DeviceHealth
 
 

@@ -1,3 +1,5 @@
+"""Whether there are GPUs, as far as files say."""
+
 from pathlib import Path
 
 import pytest
