@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from tutti import ragged, rows
+from tutti import dtypes, ragged, rows
 from tutti.backends import device_options
 from tutti.backends.joined import JoinedModel, apart
 from tutti.config import ModelConfig
@@ -151,7 +151,7 @@ class DeviceBatch:
         parts: list[Part] = []
         for name in self._backend.program.inputs:
             if name in extra:
-                added = [self._from_array(extra[name])]
+                added = [_part_of(extra[name], dtypes.from_numpy(extra[name].dtype))]
             elif name in given:
                 added = self._input(name)
             else:
@@ -192,7 +192,7 @@ class DeviceBatch:
         if name in config.ragged.inputs:
             flat = ragged.flattened(self._requests, name)
             config.bounds.check(name, flat)
-            return [self._from_array(flat)]
+            return [_part_of(flat, tensors[0].datatype)]
         if name not in config.bounds.ranges and all(self._is_there(tensor) for tensor in tensors):
             return [self._resident(tensor) for tensor in tensors]
         first = tensors[0]
@@ -219,15 +219,6 @@ class DeviceBatch:
                 at += size
         if name in self._backend.config.bounds.ranges:
             self._backend.config.bounds.check(name, host.view(NUMPY[datatype]).reshape(shape))
-
-    def _from_array(self, array: Array) -> Part:
-        flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        datatype = next(name for name, dtype in NUMPY.items() if dtype == array.dtype)
-
-        def write(host: Array) -> None:
-            host[:] = flat
-
-        return Part(datatype, array.shape, flat.nbytes, write)
 
     def _is_there(self, tensor: Tensor) -> bool:
         data: Any = tensor.data
@@ -260,6 +251,16 @@ class DeviceBatch:
             answers.append(self._backend.response(own))
             at = stop
         return answers
+
+
+def _part_of(array: Array, datatype: str) -> Part:
+    """An input that is one array in host memory."""
+    flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+    def write(host: Array) -> None:
+        host[:] = flat
+
+    return Part(datatype, array.shape, flat.nbytes, write)
 
 
 class DeviceWork(Protocol):

@@ -14,8 +14,9 @@ _SMALLEST_BLOCK = 4096
 
 
 class Staging:
-    """What one device's engine stages batches with. But for `event`, `recycle` and `give_back`, which any thread may
-    call, methods are for the submitting thread.
+    """What one device's engine stages batches with.
+
+    But for `event`, `recycle` and `give_back`, which any thread may call, methods are for the submitting thread.
     """
 
     def __init__(self, device: Device, owned_bytes: int) -> None:
