@@ -33,21 +33,25 @@ def lines(is_short: bool) -> list[Line]:
         Line("CUDA graphs", f"{_HERE}:graphs", 60, needs_gpu=True, least_s=20),
         Line("a kernel that does not end", f"{_FAULTS}:hang", 90, least_s=30),
         Line("out of memory halves the batch", f"{_MEMORY}:halving", 60, needs_gpu=True, least_s=20),
-        Line("load and unload", f"{_MEMORY}:load_unload", 60, least_s=20),
+        Line("load and unload", f"{_MEMORY}:load_unload", 120, least_s=20),
         Line("CUDA shared memory", f"{_MEMORY}:cuda_shared_memory", 60, needs_gpu=True, least_s=15),
-        Line("tests marked gpu", f"{_HERE}:tests", 240, least_s=10),
+        Line("tests marked gpu", f"{_HERE}:run_tests", 240, {"are_of_compiled": False}, least_s=10),
+        Line(
+            "tests of compiled models", f"{_HERE}:run_tests", 240, {"are_of_compiled": True}, needs_gpu=True, least_s=60
+        ),
         Line("a batch that outlasts the engine's patience", f"{_FAULTS}:engine_hang", 180, needs_gpu=True, least_s=120),
     ]
 
 
-def tests(context: Context) -> None:
-    """All of them; those that fail by name, the others counted."""
-    files = sorted(str(path) for path in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text())
-    files = [path for path in files if "tests/benchmarks" not in path]
+def run_tests(context: Context, are_of_compiled: bool) -> None:
+    """All of them; those that fail by name, the others counted. Those that compile models take minutes."""
+    found = [path for path in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text()]
+    found = [path for path in found if path.parent.name != "benchmarks"]
+    files = sorted(str(path) for path in found if (path.name == "test_compiled.py") is are_of_compiled)
     if not files:
         raise NotThereYetError("no test is marked gpu")
     command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "--continue-on-collection-errors", "--tb=short",
-               "-p", "no:cacheprovider", "--timeout=60", *files]  # fmt: skip
+               "-p", "no:cacheprovider", "--timeout=60", "--durations=5", *files]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=frame.environment())
     assert process.stdout is not None
     counts: Counter[str] = Counter()

@@ -23,7 +23,9 @@ from benchmarks.gpu.check import Double
 from benchmarks.gpu.context import Context, NotThereYetError
 from benchmarks.gpu.requests import Request
 
-BAD_ID = 1 << 40
+# The kernels of PyTorch 2.11 keep 32 bits of an id where the table is small, and look up what is left of it.
+WIDE_ID = 1 << 40
+BAD_ID = 1 << 20
 _ROWS = 100
 # What the server is given to be well again.
 _WELL_S = 60.0
@@ -151,9 +153,9 @@ def _wait(is_so: Any, seconds: float, otherwise: str) -> None:
         pause.wait(0.02)
 
 
-def _ask_bad(tutti: server.Server) -> tuple[int, str]:
+def _ask_bad(tutti: server.Server, bad: int) -> tuple[int, str]:
     """The status of the answer for the bad id, or 0 when the connection broke; and the text."""
-    ids = np.array([[1, BAD_ID, 2, 3]], np.int64)
+    ids = np.array([[1, bad, 2, 3]], np.int64)
     try:
         tutti.infer(Request("look", [("ids", ids)]), timeout_s=30)
     except server.RefusedError as error:
@@ -168,8 +170,11 @@ def bad_id(context: Context) -> None:
     for front_ends in (2,) if context.is_short else (2, 1):
         flag = f"--front-end-processes={front_ends}"
         with _under_load(context, f"check-bad-{front_ends}", "", flag) as (tutti, client):
+            if front_ends > 1:
+                status, text = _ask_bad(tutti, WIDE_ID)
+                context.emit(f"id {WIDE_ID}", {"status": status, "text": text[:200]})
             began = time.monotonic()
-            status, text = _ask_bad(tutti)
+            status, text = _ask_bad(tutti, BAD_ID)
             row = {"status": status, "s": time.monotonic() - began, "text": text[:200]}
             context.check(f"answered, {front_ends} front-ends", status >= 400, **row)
             if front_ends == 1 and context.is_gpu:
@@ -212,7 +217,7 @@ def bounded_id(context: Context) -> None:
     """With bounds: refused with 400 before it gets to the device, and nobody else notices."""
     with _under_load(context, "check-bounded", BOUNDS, "--front-end-processes=1") as (tutti, client):
         began = time.monotonic()
-        status, text = _ask_bad(tutti)
+        status, text = _ask_bad(tutti, WIDE_ID)
         if status != 400:
             raise NotThereYetError(f"bounds on ids: status {status}, {text[:200]}")
         for bad in (-1, _ROWS, 1 << 33):

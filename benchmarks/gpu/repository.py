@@ -15,6 +15,7 @@ from benchmarks.gpu import models
 from benchmarks.gpu.models import Spec
 
 GRAPHS = "optimization { cuda { graphs: true } }"
+COMPILED = 'parameters { key: "tutti.compile" value { string_value: "torch_compile" } }'
 
 
 def kind(device: str) -> str:

@@ -22,6 +22,9 @@ _HERE = "benchmarks.gpu.served"
 # As close as 16 bits come to float64 with these models.
 NEAR = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 1e-1}
 _TINY_CLIENTS = 256
+# The best first. The log tells what a model does without, although it asks for it.
+_WAYS = (f"{repository.GRAPHS} {repository.COMPILED}", repository.GRAPHS, "")
+_WITHOUT = {"compiled": "is served uncompiled", "graphs": "without CUDA graphs"}
 MOST_ROWS = 256
 
 
@@ -43,7 +46,7 @@ def lines(is_short: bool) -> list[Line]:
 def _model(name: str, precision: str, clients: list[int], front_ends: int) -> Line:
     arguments = {"name": name, "precision": precision, "clients": clients, "front_ends": front_ends}
     shown = f"{front_ends} front-end{'s' if front_ends > 1 else ''}"
-    return Line(f"{name} {precision}, {shown}, {clients} clients", f"{_HERE}:model", 100, arguments, least_s=30)
+    return Line(f"{name} {precision}, {shown}, {clients} clients", f"{_HERE}:model", 180, arguments, least_s=30)
 
 
 def bare(context: Context, name: str, precision: str) -> list[Figures]:
@@ -83,8 +86,8 @@ def check_answer(context: Context, spec: Spec, precision: str, asked: Request, s
 @contextlib.contextmanager
 def serving(
     context: Context, folder: Path, spec: Spec, precision: str, front_ends: int
-) -> Iterator[tuple[server.Server, bool]]:
-    """tutti with the model at its best settings: with CUDA graphs where it takes them, and whether it did."""
+) -> Iterator[tuple[server.Server, str]]:
+    """tutti with the model at its best settings: compiled and with CUDA graphs where it can be; and how it is."""
 
     def make(wish: str) -> Path:
         root = fresh(context, f"{folder.name}/tutti")
@@ -92,9 +95,14 @@ def serving(
         repository.add_spec(root, spec, precision, context.device, context.work, context.is_short, most, wish)
         return root
 
-    wishes = [f"dynamic_batching {{}} {repository.GRAPHS}", "dynamic_batching {}"] if context.is_gpu else [""]
+    wishes = [f"dynamic_batching {{}} {way}" for way in _WAYS] if context.is_gpu else [""]
     with server.tutti_with(make, wishes, folder / "tutti.log", f"--front-end-processes={front_ends}") as (tutti, wish):
-        yield tutti, repository.GRAPHS in wish
+        said = tutti.said()
+        found = [
+            title for title, text in (("compiled", repository.COMPILED), ("graphs", repository.GRAPHS))
+            if text in wish and _WITHOUT[title] not in said
+        ]  # fmt: skip
+        yield tutti, " with ".join(found) or "plain"
 
 
 def model(context: Context, name: str, precision: str, clients: list[int], front_ends: int) -> None:
@@ -102,12 +110,12 @@ def model(context: Context, name: str, precision: str, clients: list[int], front
     spec = models.specs(context.is_short)[name]
     rows = bare(context, name, precision)
     folder = fresh(context, f"served-{name}-{precision}-{front_ends}")
-    with serving(context, folder, spec, precision, front_ends) as (tutti, has_graphs):
+    with serving(context, folder, spec, precision, front_ends) as (tutti, way):
         asked = request(spec, f"{name}_{precision}")
         answer = tutti.infer(asked)[spec.output]
         check_answer(context, spec, precision, asked, answer)
         row_bytes = sum([array.nbytes for _, array in asked.tensors]) // spec.rows, answer.nbytes // spec.rows
-        about = {"model": name, "precision": precision, "front_ends": front_ends, "graphs asked": has_graphs}
+        about = {"model": name, "precision": precision, "front_ends": front_ends, "way": way}
         for count in clients:
             for protocol in load.PROTOCOLS:
                 row = about | {"protocol": protocol, "clients": count}
@@ -123,7 +131,7 @@ def measured(
 ) -> Figures:
     """One measurement; one that failed says why, and the next goes on."""
     seconds, warm_s = (0.5, 0.2) if context.is_short else (3.0, 1.0)
-    use = server.Use(tutti, context.is_gpu)
+    use = server.Use(tutti, context.is_gpu, asked.model)
     address = tutti.http if protocol == "http" else tutti.grpc
     more = {"most_processes": most_processes} if most_processes else {}
     try:

@@ -205,11 +205,12 @@ def tutti_with(make: Callable[[str], Path], wishes: list[str], log: Path, *flags
 
 
 class Use:
-    """What a server used between `begin` and `end`: cores, and the share of the time that the device was busy."""
+    """What a server used while it was measured: cores, the share of the time that the device was busy, batches."""
 
-    def __init__(self, server: Server, is_gpu: bool) -> None:
+    def __init__(self, server: Server, is_gpu: bool, model: str) -> None:
         self._server = server
         self._is_gpu = is_gpu
+        self._model = model
         self.row: dict[str, Any] = {}
 
     def during(self, start_s: float, stop_s: float) -> None:
@@ -217,6 +218,7 @@ class Use:
         pause = threading.Event()
         pause.wait(max(0.0, start_s - time.monotonic()))
         before, busy, began = self._server.cpu_s(), self._busy(), time.monotonic()
+        batches = self._batches()
         sampled = _Utilisation() if self._is_gpu and busy is None else None
         while time.monotonic() < stop_s - 0.05:
             pause.wait(min(0.1, max(0.0, stop_s - 0.05 - time.monotonic())))
@@ -225,11 +227,21 @@ class Use:
         after, seconds = self._server.cpu_s(), time.monotonic() - began
         used = sum(after[pid] - before.get(pid, 0.0) for pid in after)
         self.row = {"server cores": used / seconds}
-        now = self._busy()
+        now, last = self._busy(), self._batches()
+        if batches and last and last[0] > batches[0]:
+            self.row["rows a batch"] = (last[1] - batches[1]) / (last[0] - batches[0])
         if busy is not None and now is not None:
             self.row["busy"] = (now - busy) / seconds
         elif sampled is not None and sampled.values:
             self.row["NVML utilisation"] = sum(sampled.values) / len(sampled.values) / 100
+
+    def _batches(self) -> tuple[int, int] | None:
+        """Executions and rows so far; None where the server has no statistics for us."""
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            with urllib.request.urlopen(f"http://{self._server.http}/v2/models/{self._model}/stats", timeout=10) as got:
+                (stats,) = json.loads(got.read())["model_stats"]
+            return stats["execution_count"], stats["inference_count"]
+        return None
 
     def _busy(self) -> float | None:
         with contextlib.suppress(OSError):

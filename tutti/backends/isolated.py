@@ -107,7 +107,9 @@ class IsolatedBackend:
         self._end()
 
     def _error(self, kind: type[InferError], what: str) -> InferError:
-        return kind(f"model '{self._name}': {what} and is started anew")
+        error = kind(f"model '{self._name}': {what} and is started anew")
+        _log.warning("%s", error)
+        return error
 
     def _replaced(self, calls: Sequence[Call], answers: Sequence[Answer]) -> Executed:
         """Settles the calls now, and then starts another process."""
