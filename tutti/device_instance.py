@@ -62,6 +62,7 @@ class DeviceInstance:
         # From an execution's end to its answers.
         self._leaving_ns = 0
         backend.pipeline.is_free = self._freed
+        backend.pipeline.is_full = scheduler.has_full_batch
 
     def ahead_ns(self, at_ns: int) -> int:
         return self._backend.pipeline.ahead_ns(at_ns)

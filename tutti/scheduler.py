@@ -278,6 +278,10 @@ class Scheduler:
                 self._returns = Returns()
             self._returns.answered(now_ns(), rows, took_ns)
 
+    def has_full_batch(self) -> bool:
+        """Whether as many rows wait as a batch takes. Takes no lock: it may be asked by who is asked under one."""
+        return self._queue.rows >= self._queue.batch_rows()
+
     def gathers(self, executing_rows: int, idle_ns: int, model: LatencyModel) -> bool:
         """Whether an instance that could take its next batch is to wait for the clients of what it executes."""
         with self._lock:

@@ -114,6 +114,29 @@ def test_a_batch_is_cut_as_late_as_staging_allows() -> None:
     assert max(waits) <= 1.5 * MS
 
 
+def per_batch_ns(late_ns: int, is_full: bool) -> float:
+    """Of a pipeline at saturation, where all alarms are so late."""
+    device, engine, _ = simulated(COSTS)
+    alarm = device.alarm
+    device.alarm = lambda delay_ns, work: alarm(delay_ns + late_ns, work)  # type: ignore[method-assign]
+    pipeline = engine.pipeline("model")
+    pipeline.is_full = lambda: is_full
+    feeder = Feeder(device, pipeline, lambda: batch_job(device), 2000 * MS)
+    device.timeline.run()
+    assert all(job.is_right() for job in feeder.jobs)
+    steady = [job.ended_ns for job in feeder.jobs if 200 * MS < job.ended_ns < 1900 * MS]
+    return (steady[-1] - steady[0]) / (len(steady) - 1)
+
+
+def test_alarms_that_are_late_are_set_earlier() -> None:
+    assert per_batch_ns(MS // 2, is_full=False) <= 1.03 * 2 * MS
+    assert per_batch_ns(0, is_full=False) <= 1.03 * 2 * MS
+
+
+def test_a_batch_that_is_full_is_cut_at_once() -> None:
+    assert per_batch_ns(100 * MS, is_full=True) <= 1.03 * 2 * MS
+
+
 def test_a_quick_model_does_not_wait_for_a_slow_ones_copies() -> None:
     device, engine, _ = simulated(dataclasses.replace(COSTS, copy_out_ns_per_byte=20 * MS / 256))
     slow, quick = batch_job(device), batch_job(device, execution_ns=MS // 10)

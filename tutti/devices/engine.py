@@ -95,7 +95,9 @@ class DeviceEngine:
                 pipeline.is_told = False
             if not lost:
                 pipeline.open += 1
-                pipeline.submitted.append(Batch(pipeline, job, self.device.now_ns()))
+                batch = Batch(pipeline, job, self.device.now_ns())
+                batch.is_paced = pipeline.is_paced
+                pipeline.submitted.append(batch)
         if lost:
             job.fail(self._loss(pipeline))
             self.device.alarm(0, lambda: self._offer(pipeline))  # what waits is to be answered, too
@@ -344,6 +346,8 @@ class DeviceEngine:
         if self._last_end is not None:
             event, is_urgent = self._last_end
             alone_ns = max(0, min(alone_ns, device.elapsed_ns(event, batch.ends)))
+            if batch.is_paced:
+                pipeline.lateness.record(max(0, device.elapsed_ns(event, batch.begins)), alone_ns)
             self._staging.recycle(event, is_urgent=is_urgent)
         self._last_end = batch.ends, pipeline.is_urgent
         batch.executed_ns = device.now_ns()
@@ -427,25 +431,28 @@ class DeviceEngine:
         held = [execution.pipeline for execution in self._executions.granted if isinstance(execution, Turn)]
         return sum([p.open > 0 or self._executions.is_asking(p) or p in held for p in self._pipelines]) > 1
 
-    def _offer(self, pipeline: Pipeline) -> None:
-        """Let the pipeline take another batch, if it is time."""
+    def _offer(self, pipeline: Pipeline, is_paced: bool = False) -> None:
+        """Let the pipeline take another batch, if it is time. `is_paced` when it has been waited for that."""
+        is_full = pipeline.is_full()  # asks others, who may ask this engine
         with self._lock:
             if not self._takes_another(pipeline):
                 return
             now = self.device.now_ns()
-            cut_ns = self._cut_ns(pipeline, now)
+            cut_ns = now if is_full else self._cut_ns(pipeline, now)
             if cut_ns > now:
                 if not pipeline.alarm_ns or cut_ns < pipeline.alarm_ns:
                     pipeline.alarm_ns = cut_ns
                     self.device.alarm(cut_ns - now, lambda: self._alarmed(pipeline))
                 return
             pipeline.is_told = True
+            pipeline.is_paced = is_paced or pipeline.alarm_ns > 0  # an alarm that is too late, too
         pipeline.is_free()
+        pipeline.is_paced = False
 
     def _alarmed(self, pipeline: Pipeline) -> None:
         with self._lock:
             pipeline.alarm_ns = 0
-        self._offer(pipeline)
+        self._offer(pipeline, is_paced=True)
 
     def _takes_another(self, pipeline: Pipeline) -> bool:
         if pipeline.is_told or pipeline not in self._pipelines:
@@ -457,7 +464,7 @@ class DeviceEngine:
         if self._lost or not self._executions.granted or not stages.execution_ns:
             return now_ns
         end_ns = self._executions.end_ns - (LEAD_NS if self._is_shared() else 0)
-        return pacing.latest_cut_ns(stages, self._copies_end_ns, end_ns)
+        return pacing.latest_cut_ns(stages, self._copies_end_ns, end_ns) - pipeline.lateness.ns
 
     def _start_alone(self) -> bool:
         """Begin what is to run alone, once nothing is under way; returns whether others may go on."""

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 # What timers and threads may be late by.
 _MARGIN_NS = 60_000
+# A hundredth of an execution lost is less than the requests that come in the meantime are worth.
+_TOLERATED = 100
+_FORGETS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +20,24 @@ class Stages:
     host_ns: int
     copy_ns: int
     execution_ns: int
+
+
+class Lateness:
+    """What batches are later than reckoned, learned from how long the device waited for them.
+
+    Launching takes the host time, alarms and threads are late, and executions are quicker than the mean: by how much
+    depends on the machine and the model.
+    """
+
+    def __init__(self) -> None:
+        self.ns = 0
+
+    def record(self, waited_ns: int, execution_ns: int) -> None:
+        """The device was idle for `waited_ns` before a batch that was cut when `latest_cut_ns` said so."""
+        if waited_ns * _TOLERATED > execution_ns:
+            self.ns = min(execution_ns, self.ns + waited_ns // 2)
+        else:
+            self.ns -= -(-self.ns // _FORGETS)
 
 
 def latest_cut_ns(stages: Stages, copies_end_ns: int, executions_end_ns: int) -> int:

@@ -62,6 +62,8 @@ class Batch(Execution):
         self.outputs: Sequence[DeviceArray] = ()
         self.out_block: HostBlock | None = None
         self.out_bytes = 0
+        # Cut as late as the pipeline's stages allow, no earlier.
+        self.is_paced = False
         self.execution_start_ns = 0
         self.executed_ns = 0
         self.error: Exception | None = None
@@ -74,8 +76,9 @@ class Batch(Execution):
 class Pipeline:
     """One user of the device, as an instance of a model: its batches execute in order, on a stream of its own.
 
-    `is_free` is called when it takes another batch, from any thread; then it is given one by `submit`, once. One that
-    `is_urgent` has threads spend cores on waiting, to be told sooner.
+    `is_free` is called when it takes another batch, from any thread; then it is given one by `submit`, once. `is_full`
+    says whether that would be as large as batches become: to wait for more is in vain then. One that `is_urgent` has
+    threads spend cores on waiting, to be told sooner.
     """
 
     def __init__(
@@ -91,12 +94,16 @@ class Pipeline:
         self.hang_ns = hang_ns
         self.is_urgent = is_urgent
         self.is_free: Callable[[], None] = lambda: None
+        self.is_full: Callable[[], bool] = lambda: False
         self.device_ns = 0
         self.stream: Stream | None = None
         self.out_stream: Stream | None = None
         # Free to take a batch, and has said so; when an alarm looks again.
         self.is_told = True
         self.alarm_ns = 0
+        # While it is told so by an alarm.
+        self.is_paced = False
+        self.lateness = pacing.Lateness()
         self.submitted: deque[Batch] = deque()
         self.staged: deque[Batch] = deque()
         self.turns: deque[Turn] = deque()
