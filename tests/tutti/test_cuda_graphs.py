@@ -43,6 +43,12 @@ def parameter(name: str, text: str) -> str:
 LENGTHS = parameter("tutti.buckets.ids", "4, 8") + parameter("tutti.unpad.vectors", "ids")
 
 
+@pytest.fixture(autouse=True)
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The powers of two: more sizes show nothing else, and take longer."""
+    monkeypatch.setattr(graph_buckets, "_STEPS", (1,))
+
+
 @pytest.fixture
 def no_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     """No process of its own: that takes seconds."""
@@ -403,7 +409,8 @@ def test_rows_that_depend_on_each_other_are_found_out(
     """Rows that a batch is filled up with would be seen in what is made of its own."""
     if not command:
         monkeypatch.setattr(cuda_graphs_trial, "run", cuda_graphs_trial.attempt)
-    repository.add("m", X + GRAPHS, {"model.pt": scripted(Centred())})
+    sizes = parameter("tutti.graphs.batch_sizes", "1, 2, 4, 8, 16")  # the process has its own defaults
+    repository.add("m", X + GRAPHS + sizes, {"model.pt": scripted(Centred())})
     with engine_over(repository.root) as engine:
         (answer,) = values(infer(engine, [x_request(np.arange(9, dtype=np.float32).reshape(3, 3))]), "y")
     assert answer.tolist() == [[-3.0] * 3, [0.0] * 3, [3.0] * 3]

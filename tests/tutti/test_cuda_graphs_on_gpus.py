@@ -13,7 +13,7 @@ import pytest
 import ensembles
 from tests.models import Repository
 from tests.serving import engine_over, infer, timer
-from tests.tutti.test_cuda_graphs import GRAPHS, LENGTHS, Greedy, Polynomial, X, values, x_request
+from tests.tutti.test_cuda_graphs import GRAPHS, LENGTHS, Greedy, Polynomial, X, few, values, x_request  # noqa: F401
 from tests.tutti.test_device_backend import IDS, Embed, Identity, ids_request
 from tests.tutti.test_pytorch_backend import scripted
 from tutti import config, local

@@ -1,5 +1,7 @@
 """Which CUDA graphs a configuration asks for, and what is refused or told."""
 
+from itertools import pairwise
+
 import pytest
 
 from tutti import config
@@ -41,11 +43,13 @@ def spec(rows: int, x: str = "dim: [ 3, 4 ]", lower: str = "") -> str:
     ("made", "expected"),
     [
         (fixed(1), [(1, 1)]),
-        (fixed(8), [(1, 1), (2, 2), (3, 4), (5, 8)]),
-        (fixed(12), [(1, 1), (2, 2), (3, 4), (5, 8), (9, 12)]),
+        (fixed(5), [(1, 1), (2, 2), (3, 3), (4, 4), (5, 5)]),
+        (fixed(8, more=parameter("tutti.graphs.max_count", "7")), [(1, 1), (2, 2), (3, 3), (4, 4), (5, 6), (7, 8)]),
+        (fixed(8, more=parameter("tutti.graphs.max_count", "5")), [(1, 1), (2, 2), (3, 4), (5, 8)]),
+        (fixed(12, more=parameter("tutti.graphs.max_count", "5")), [(1, 1), (2, 2), (3, 4), (5, 8), (9, 12)]),
         (fixed(0), [(0, 0)]),
-        (fixed(8, more="dynamic_batching { preferred_batch_size: [ 3, 6 ] }"),
-         [(1, 1), (2, 2), (3, 3), (4, 4), (5, 6), (7, 8)]),
+        (fixed(9, more=parameter("tutti.graphs.max_count", "7") + "dynamic_batching { preferred_batch_size: [3, 5] }"),
+         [(1, 1), (2, 2), (3, 3), (4, 4), (5, 5), (6, 8), (9, 9)]),
         (fixed(8, more=parameter("tutti.graphs.batch_sizes", " 5,2 ")), [(1, 2), (3, 5)]),
         (fixed(8, more=parameter("tutti.graphs.max_count", "2")), [(1, 1), (2, 2)]),
         (fixed(8, spec(2) + spec(4)), [(2, 2), (4, 4)]),
@@ -57,6 +61,18 @@ def spec(rows: int, x: str = "dim: [ 3, 4 ]", lower: str = "") -> str:
 def test_batch_sizes(made: config.ModelConfig, expected: list[tuple[int, int]]) -> None:
     assert intervals(made) == expected
     assert all(bucket.shapes == {"x": (3, 4), "y": (1,)} for bucket in plan(made).buckets)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "worst"), [("8", 1 / 5), ("8, 16", 1 / 5), ("8, 16, 24", 1 / 3), ("8, 16, 24, 32, 40", 1 / 2)]
+)
+def test_batches_are_filled_up_by_little_where_graphs_may_be_many(lengths: str, worst: float) -> None:
+    """Of the largest size the greatest share that is filled up; as many lengths as there are share what may be."""
+    both = parameter("tutti.buckets.ids", lengths) + parameter("tutti.buckets.mask", lengths)
+    buckets = plan(parsed(TEXT.replace("max_batch_size: 4", "max_batch_size: 256") + both)).buckets
+    assert len(buckets) <= 64 and max(bucket.rows for bucket in buckets) == 256
+    sizes = sorted({bucket.rows for bucket in buckets})
+    assert max(1 - (before + 1) / size for before, size in pairwise(sizes)) < worst
 
 
 def test_graphs_are_wanted_where_the_configuration_says_so() -> None:

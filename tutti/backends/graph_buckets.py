@@ -3,7 +3,8 @@
 `optimization { cuda { graphs: true } }` asks for graphs, as in Triton. What is captured say its `graph_spec` entries;
 where there are none, every shape that the model's inputs can have, for some batch sizes:
 
-    tutti.graphs.batch_sizes  "1, 4, 16": batches are filled up to the next of them. By default the powers of two, the
+    tutti.graphs.batch_sizes  "1, 4, 16": batches are filled up to the next of them. By default up to four for each
+                              doubling (8, 10, 12, 14, 16, 20, ...), as many as max_count lets all lengths have, the
                               preferred batch sizes, and max_batch_size
     tutti.graphs.max_count    how many graphs an instance may have, by default 64; the largest shapes are left out first
 
@@ -24,6 +25,8 @@ from tutti.types import Shape
 BATCH_SIZES = "tutti.graphs.batch_sizes"
 MAX_COUNT = "tutti.graphs.max_count"
 DEFAULT_MAX_COUNT = 64
+# Sizes for each doubling: with four, a seventh of what executes is filled up at worst where sizes are many.
+_STEPS = (4, 2, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +74,11 @@ def plan(config: ModelConfig) -> GraphPlan:
     if specified:
         buckets = _specified(config, bodies, notes)
     else:
-        buckets = [Bucket(rows, least, shapes) for shapes in bodies for rows, least in _intervals(_batch_sizes(config))]
+        buckets = [
+            Bucket(rows, least, shapes)
+            for shapes in bodies
+            for rows, least in _intervals(_batch_sizes(config, most // max(1, len(bodies))))
+        ]
     if config.ragged:
         buckets, reason = [], "batches of ragged inputs have any length"
     if not buckets:
@@ -109,17 +116,24 @@ def _sized(config: ModelConfig, spec: TensorSpec, lengths: Mapping[tuple[int, ..
     return (*spec.dims[: padded.axis], lengths[padded.buckets], *spec.dims[padded.axis + 1 :])
 
 
-def _batch_sizes(config: ModelConfig) -> list[int]:
+def _batch_sizes(config: ModelConfig, most_sizes: int) -> list[int]:
     text = config.parameters.get(BATCH_SIZES)
     most = config.max_batch_size
     if text is None:
         preferred = config.batching.preferred_batch_sizes if config.batching is not None else ()
-        return sorted({*(1 << n for n in range(most.bit_length())), *preferred, most} if most else {0})
+        spaced = [sorted({*_spaced(most, steps), *preferred, most} if most else {0}) for steps in _STEPS]
+        return next((sizes for sizes in spaced if len(sizes) <= most_sizes), spaced[-1])
     sizes = [part.strip() for part in text.split(",")]
     if not all(size.isdecimal() and 1 <= int(size) <= most for size in sizes):
         what = f"expected sizes from 1 to max_batch_size {most}, as '1, 4', got '{text[:80]}'"
         raise _bad(config, f"parameters.{BATCH_SIZES}", what)
     return sorted(set(map(int, sizes)))
+
+
+def _spaced(most: int, steps: int) -> set[int]:
+    """The powers of two, and up to `steps` - 1 sizes between each and the next."""
+    doublings = [1 << n for n in range(most.bit_length())]
+    return {size for power in doublings for step in range(steps) if (size := power + power * step // steps) <= most}
 
 
 def _intervals(sizes: Sequence[int]) -> list[tuple[int, int]]:
