@@ -407,7 +407,9 @@ def verified(
     try:
         allowed = compilation.tolerance if compilation.tolerance >= 0 else verification.tolerance(program)
         if compilation.how == JIT:
-            importlib.import_module("torch._inductor")  # takes seconds, for which nobody needs to wait
+            inductor = importlib.import_module("torch._inductor")  # takes seconds, for which nobody needs to wait
+            # Here nothing is compiled: a pool of processes that could would keep cores busy beside who serves.
+            inductor.config.compile_threads = 1
         with loading:
             forward = opened(folder, compilation.how, program, device, runners)
             found = first_difference(forward, expectations(program, fills, device), allowed)
