@@ -5,6 +5,7 @@ has made, may crash. What it has made has been compared with the model when `com
 """
 
 import contextlib
+import faulthandler
 import fcntl
 import json
 import os
@@ -139,6 +140,7 @@ def main() -> None:
     folder, lifeline = Path(sys.argv[1]), int(sys.argv[2])
     threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
     os.nice(10)  # what serves comes first
+    faulthandler.enable()  # a crash says where
     try:
         failure = _compile(Job(**json.load(sys.stdin)), folder)
     except Uncompilable as error:
