@@ -3,13 +3,15 @@
 import io
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.models import Repository
 from tests.serving import engine_over, infer
-from tutti import dtypes, local
+from tutti import config, dtypes, local
+from tutti.devices import engines
 from tutti.errors import ConfigError, InferError, Internal
 from tutti.repository import open_model
 from tutti.types import InferRequest, InferResponse, Tensor
@@ -89,6 +91,53 @@ def test_a_batch_runs_once_and_names_find_their_tensors(
     for n, answer in enumerate(ask(repository.root, a, b)):
         assert answer.tensor(y).array().tolist() == [[10.0 - n] * 3] * (n + 1)
         assert answer.tensor(z).array().tolist() == [[3 * (10.0 - n)]] * (n + 1)
+
+
+class Weighted(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.full((3,), 2.0))
+        self.register_buffer("shift", torch.ones(3))
+
+    def forward(self, left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return left * self.scale, right + self.shift
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(("filename", "save"), [("model.pt2", exported), ("model.pt", scripted)])
+@pytest.mark.parametrize("kind", ["KIND_CPU", "KIND_GPU"])
+@pytest.mark.usefixtures("simulated_gpu")
+def test_weights_go_with_the_last_instance(
+    repository: Repository, filename: str, save: Any, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once, although some reference to the module may be left."""
+    modules: list[pytorch.Module] = []
+    begin_use = pytorch.Module.begin_use
+    monkeypatch.setattr(pytorch.Module, "begin_use", lambda module: (modules.append(module), begin_use(module)))
+    text = CONFIG.format(backend='backend: "pytorch"', a="left", b="right", y="y", z="z").replace("dims: 1", "dims: 3")
+    repository.add("m", f"{text} instance_group {{ kind: {kind} count: 2 }}", {filename: save(Weighted())})
+    threes = np.full((1, 3), 3, np.float32)
+    with engine_over(repository.root) as served:
+        (answer,) = infer(served, [InferRequest("m", {n: Tensor.of(n, threes) for n in ("left", "right")})])
+        assert isinstance(answer, InferResponse)
+        assert answer.tensor("y").array().tolist() == [[6.0] * 3] and answer.tensor("z").array().tolist() == [[4.0] * 3]
+        first, last = modules
+        assert first is last and pytorch._held_bytes(first._forward) == 24
+    for engine in engines.engines():  # on a device they go once nothing is under way there
+        engine.device.call(lambda: None)
+    assert pytorch._held_bytes(first._forward) == 0
+
+
+def test_weights_stay_while_an_instance_uses_them() -> None:
+    module = pytorch.Module(config.parse(CONFIG.format(backend='backend: "pytorch"', a="left", b="right", y="y", z="z"), "m"),
+                            Weighted(), ["left", "right"])  # fmt: skip
+    module.begin_use()
+    module.begin_use()
+    shift = module._forward.shift
+    module.end_use()
+    assert shift.tolist() == [1.0] * 3
+    module.end_use()
+    assert not shift.numel()
 
 
 class Picky(torch.nn.Module):

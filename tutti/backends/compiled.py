@@ -247,14 +247,15 @@ class Kept:
 
         # It changes the process's environment for a moment.
         self._compiled = CompiledArtifact.load(path=str(folder), format="unpacked")
-        self._leading = _lifted(program)
+        # Weights, buffers and constants: the first arguments.
+        self.weights = _lifted(program)
         self._count = len(program.graph_signature.user_inputs)
         self._made = program.call_spec.out_spec
 
     def __call__(self, *tensors: Any) -> Any:
         if len(tensors) != self._count:
             raise TypeError(f"forward takes {self._count} tensors, got {len(tensors)}")
-        return pytree.tree_unflatten(list(self._compiled(*self._leading, *tensors)), self._made)
+        return pytree.tree_unflatten(list(self._compiled(*self.weights, *tensors)), self._made)
 
 
 def _aligned(tensor: Any) -> Any:

@@ -8,6 +8,7 @@ asks for it (compiled.py). And `tutti.gpu_model_filename`: the file for GPUs, as
 
 import logging
 import re
+import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -198,21 +199,24 @@ def _order(config: ModelConfig, arguments: Sequence[str]) -> list[str]:
     return ordered
 
 
-def _held_bytes(forward: Callable[..., Any]) -> int:
-    """What parameters, buffers and constants take; what shares memory counts once. 0 where it is no torch module.
-
-    TorchScript does not tell of its constants, nor a compiled package of anything.
-    """
+def _tensors(forward: Callable[..., Any]) -> list[torch.Tensor]:
+    """Parameters, buffers and constants. TorchScript does not tell of its constants, nor a package of anything."""
+    if isinstance(forward, compiled.Kept):
+        return forward.weights
     if not isinstance(forward, torch.nn.Module):
-        return 0
+        return []
     own = [value for module in forward.modules() for value in vars(module).values()]
-    tensors = [value for value in (*forward.parameters(), *forward.buffers(), *own) if isinstance(value, torch.Tensor)]
-    storages = [tensor.untyped_storage() for tensor in tensors]
+    return [value for value in (*forward.parameters(), *forward.buffers(), *own) if isinstance(value, torch.Tensor)]
+
+
+def _held_bytes(forward: Callable[..., Any]) -> int:
+    """What a model's tensors take; what shares memory counts once."""
+    storages = [tensor.untyped_storage() for tensor in _tensors(forward)]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 class Module:
-    """A model's callable, whose inputs and outputs have names."""
+    """A model's callable, whose inputs and outputs have names. Instances share it: each begins to use it and ends."""
 
     def __init__(
         self, config: ModelConfig, forward: Callable[..., Any], arguments: Sequence[str], device: str = "cpu"
@@ -221,6 +225,8 @@ class Module:
         self._device = torch.device(device)
         # Of its weights; activations are the allocator's, which all models share.
         self.nbytes = _held_bytes(forward)
+        self._users = 0
+        self._lock = threading.Lock()
         self.order = _order(config, arguments)
         self._outputs = {spec.name: TORCH[spec.datatype] for spec in config.outputs}
         for state in config.sequences.states if config.sequences is not None else ():
@@ -228,6 +234,19 @@ class Module:
         self._mode = (
             torch.inference_mode if config.parameters.get("INFERENCE_MODE", "true") == "true" else torch.no_grad
         )
+
+    def begin_use(self) -> None:
+        with self._lock:
+            self._users += 1
+
+    def end_use(self) -> None:
+        """With the last user the weights go: PyTorch's modules refer to themselves, and are collected late."""
+        with self._lock:
+            self._users -= 1
+            if self._users:
+                return
+        for tensor in _tensors(self._forward):
+            tensor.data = tensor.new_empty(0)  # what an answer still refers to stays
 
     def __call__(self, inputs: Mapping[str, Any], names: Sequence[str]) -> list[Any]:
         """The outputs `names` on the module's device, in their configured datatypes and without gaps."""
@@ -261,6 +280,7 @@ class TorchProgram:
 
     def __init__(self, config: ModelConfig, module: Module) -> None:
         self._module = module
+        module.begin_use()
         self.inputs = module.order
 
     def execute(self, inputs: Mapping[str, Any], names: Sequence[str]) -> Sequence[Any]:
@@ -275,7 +295,7 @@ class TorchProgram:
 
     def close(self) -> None:
         """Give the weights back, with the last instance."""
-        del self._module
+        self._module.end_use()
         if torch.cuda.is_initialized():
             empty_caches()
 
@@ -306,11 +326,16 @@ class TorchBackend(JoinedBackend):
     def __init__(self, config: ModelConfig, version: str, module: Module) -> None:
         super().__init__(config, version)
         self._module = module
+        module.begin_use()
         self._bfloat = _of_bfloat(config)
 
     def run(self, names: Sequence[str], feed: Mapping[str, Array]) -> Sequence[Array]:
         made = self._module({name: _tensor(array, name in self._bfloat) for name, array in feed.items()}, names)
         return [_array(tensor) for tensor in made]
+
+    def close(self) -> None:
+        super().close()
+        self._module.end_use()
 
 
 def _of_bfloat(config: ModelConfig) -> frozenset[str]:
