@@ -345,6 +345,24 @@ def test_an_urgent_pipeline_is_told_at_once() -> None:
     assert ended[False] - ended[True] == wake_ns
 
 
+@pytest.mark.parametrize(("execution_ns", "is_lone", "wakes"), [(MS, True, 0), (MS, False, 1), (3 * MS, True, 1)])
+def test_a_quick_batch_by_itself_is_told_at_once(execution_ns: int, is_lone: bool, wakes: int) -> None:
+    """A core is spent on that for so short a time, and for so few."""
+    wake_ns = MS // 10
+    device, engine, _ = simulated(dataclasses.replace(COSTS, wake_ns=wake_ns))
+    pipeline, other = engine.pipeline("model"), engine.pipeline("other")
+    for _ in range(2):  # of the first one nothing is known
+        job = batch_job(device, execution_ns=execution_ns)
+        pipeline.submit(job)
+        device.timeline.run()
+    begin_ns, last = device.timeline.now_ns, batch_job(device, execution_ns=execution_ns)
+    pipeline.submit(last)
+    if not is_lone:
+        other.submit(batch_job(device, execution_ns=execution_ns))
+    device.timeline.run()
+    assert last.ended_ns - begin_ns - execution_ns - 1.7 * MS == pytest.approx(wakes * wake_ns, abs=wake_ns / 4)
+
+
 def test_streams_are_used_again() -> None:
     device, engine, _ = simulated(COSTS)
     streams = set()

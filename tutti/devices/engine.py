@@ -32,6 +32,8 @@ DEPTH = 4
 OWNED_BYTES = 256 << 20
 HANG_NS = 60_000_000_000
 _LOOK_FOR_HANGS_NS = 1_000_000_000
+# So long a core is spent on waiting for a batch that nothing else is under way beside.
+_QUICK_NS = 1_500_000
 
 
 class DeviceEngine:
@@ -240,7 +242,8 @@ class DeviceEngine:
         pipeline, device = batch.pipeline, self.device
         assert pipeline.stream is not None
         try:
-            batch.begins, batch.ends = self._staging.event(), self._staging.event(pipeline.is_urgent)
+            batch.is_urgent = pipeline.is_urgent or self._is_lone(batch)
+            batch.begins, batch.ends = self._staging.event(), self._staging.event(batch.is_urgent)
             batch.error = self._forward(batch)
             # What was submitted before it failed uses the batch's memory until this is reached.
             device.record(batch.ends, pipeline.stream)
@@ -249,6 +252,10 @@ class DeviceEngine:
             device.notify(batch.ends, pipeline.stream, lambda error: self._executed(batch, error))
         except Exception as error:
             self._lose_by(error)
+
+    def _is_lone(self, batch: Batch) -> bool:
+        """Whether it is quick and all there is: waking a thread for its end would add to what its caller waits."""
+        return 0 < batch.expected_ns <= _QUICK_NS and sum([pipeline.open for pipeline in self._pipelines]) == 1
 
     def _forward(self, batch: Batch) -> Exception | None:
         """Submit the execution; returns why it could not be."""
@@ -295,7 +302,7 @@ class DeviceEngine:
                 device.copy_out(output, batch.out_block, begin, pipeline.out_stream)
         except Exception as error:  # copies of other outputs may be under way
             batch.error = self._meant(error, pipeline)
-        left = self._staging.event(pipeline.is_urgent)
+        left = self._staging.event(batch.is_urgent)
         device.record(left, pipeline.out_stream)
         with self._lock:
             if self._lost:  # it has failed with all others
@@ -328,7 +335,7 @@ class DeviceEngine:
         with self._lock:
             if self._lost:
                 return
-            self._staging.recycle(left, is_urgent=batch.pipeline.is_urgent)
+            self._staging.recycle(left, is_urgent=batch.is_urgent)
             self._leaving.discard(batch)
             is_over = batch not in self._executions.granted  # its execution's notice comes from another thread
         if is_over:
@@ -349,7 +356,7 @@ class DeviceEngine:
             if batch.is_paced:
                 pipeline.lateness.record(max(0, device.elapsed_ns(event, batch.begins)), alone_ns)
             self._staging.recycle(event, is_urgent=is_urgent)
-        self._last_end = batch.ends, pipeline.is_urgent
+        self._last_end = batch.ends, batch.is_urgent
         batch.executed_ns = device.now_ns()
         batch.execution_start_ns = max(batch.submitted_ns, batch.executed_ns - alone_ns)
         if batch.error is None:

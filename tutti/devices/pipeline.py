@@ -64,6 +64,8 @@ class Batch(Execution):
         self.out_bytes = 0
         # Cut as late as the pipeline's stages allow, no earlier.
         self.is_paced = False
+        # Threads spend cores on waiting for it.
+        self.is_urgent = False
         self.execution_start_ns = 0
         self.executed_ns = 0
         self.error: Exception | None = None
