@@ -746,6 +746,29 @@ def test_aot_inductor_compiles_and_its_package_is_a_model_too(
     assert not cache.exists()
 
 
+def sizes(program: Any) -> list[list[int]]:
+    """Of what a program was exported with; dynamic ones below 0."""
+    values = [node.meta["val"] for node in program.graph_module.graph.nodes if node.name in ("ids", "mask")]
+    return [[-size.node.hint if isinstance(size, torch.SymInt) else size for size in value.shape] for value in values]
+
+
+def test_kernels_are_made_for_batches_as_they_come(encoder: bytes, tmp_path: Path) -> None:
+    (tmp_path / "model.pt2").write_bytes(encoder)
+    program = compiled.exported(tmp_path / "model.pt2", "cpu")
+    typical = compiler.with_rows(program, 64, "cpu")
+    assert sizes(program) == [[-2, -3]] * 2 and sizes(typical) == [[-64, -3]] * 2
+    assert compiler.with_rows(program, 0, "cpu") is program, "there is no batch axis"
+    for rows, length in SIZES:
+        inputs = torch.ones(rows, length, dtype=torch.long), torch.ones(rows, length, dtype=torch.long)
+        expected, made = (p.module(check_guards=False)(*inputs) for p in (program, typical))
+        assert all(torch.equal(expected[name], made[name]) for name in expected)
+
+
+def test_a_program_of_one_size_is_compiled_as_it_is() -> None:
+    fixed = export(Encoder(), torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3, dtype=torch.long))
+    assert compiler.with_rows(fixed, 64, "cpu") is fixed
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_torch_compile_compiles_and_keeps_it(

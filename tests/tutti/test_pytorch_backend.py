@@ -129,8 +129,8 @@ def test_weights_go_with_the_last_instance(
 
 
 def test_weights_stay_while_an_instance_uses_them() -> None:
-    module = pytorch.Module(config.parse(CONFIG.format(backend='backend: "pytorch"', a="left", b="right", y="y", z="z"), "m"),
-                            Weighted(), ["left", "right"])  # fmt: skip
+    text = CONFIG.format(backend='backend: "pytorch"', a="left", b="right", y="y", z="z")
+    module = pytorch.Module(config.parse(text, "m"), Weighted(), ["left", "right"])
     module.begin_use()
     module.begin_use()
     shift = module._forward.shift
