@@ -100,7 +100,7 @@ def _copy_backend(home: Path, backends: Path) -> None:
     (home / "bin" / "tritonserver").chmod(0o755)
 
 
-def model(context: Context, name: str, precision: str, clients: list[int]) -> None:
+def model(context: Context, name: str, precision: str, clients: list[int], rounds: int = _ROUNDS) -> None:
     """Both up at the same time, one of them asked: rounds take turns, and the median of each counts."""
     spec = models.specs(context.is_short)[name]
     folder = served.fresh(context, f"triton-{name}-{precision}")
@@ -120,7 +120,8 @@ def model(context: Context, name: str, precision: str, clients: list[int]) -> No
             context.check(f"{title}: answer", off < served.NEAR[precision], off=off)
         for protocol in load.PROTOCOLS:
             for number in clients:
-                _compare(context, running, protocol, asked, number, {"model": name, "precision": precision})
+                about = {"model": name, "precision": precision, "protocol": protocol, "clients": number}
+                _compare(context, running, asked, about, 1 if context.is_short else rounds)
 
 
 def _triton_repository(context: Context, folder: Path, spec: models.Spec, precision: str, count: int) -> Path:
@@ -141,26 +142,23 @@ def _triton_repository(context: Context, folder: Path, spec: models.Spec, precis
     return root
 
 
-def _compare(
-    context: Context, running: dict[str, server.Server], protocol: str, asked: Request, clients: int,
-    about: Figures,
-) -> None:  # fmt: skip
-    rounds: dict[str, list[Figures]] = {title: [] for title in running}
-    for _ in range(1 if context.is_short else _ROUNDS):
+def _compare(context: Context, running: dict[str, server.Server], asked: Request, about: Figures, rounds: int) -> None:
+    protocol, clients = about["protocol"], about["clients"]
+    measured: dict[str, list[Figures]] = {title: [] for title in running}
+    for _ in range(rounds):
         for title, one in running.items():
-            rounds[title].append(served.measured(context, one, protocol, asked, clients))
+            measured[title].append(served.measured(context, one, protocol, asked, clients))
     rates = {}
-    for title, found in rounds.items():
+    for title, found in measured.items():
         errors = [row["error"] for row in found if "error" in row]
         if errors:
             context.emit(f"{title}, {protocol} {clients} clients", {"error": errors[0]})
             continue
         rates[title] = statistics.median(row["rows/s"] for row in found)
-        row = {"server": title, "protocol": protocol, "clients": clients, "rows/s": rates[title],
+        row = {"server": title, "rows/s": rates[title],
                "p50 ms": statistics.median(row["p50 ms"] for row in found),
                "p99 ms": statistics.median(row["p99 ms"] for row in found)}  # fmt: skip
         context.emit(f"{title}, {protocol} {clients} clients", about | row)
     best = max((rate for title, rate in rates.items() if title != "tutti"), default=0.0)
     if best and "tutti" in rates:
-        row = {"protocol": protocol, "clients": clients, "times": rates["tutti"] / best}
-        context.emit(f"tutti over triton, {protocol} {clients} clients", about | row)
+        context.emit(f"tutti over triton, {protocol} {clients} clients", about | {"times": rates["tutti"] / best})

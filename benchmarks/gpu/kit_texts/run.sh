@@ -34,6 +34,8 @@ if [ -e "$models/minilm.safetensors.xz" ]; then
     fi
 fi
 export TUTTI_KIT=${TUTTI_KIT:-$(dirname "$here")} TUTTI_KIT_MODELS=$models
-export PYTHONPATH=$here/source:$site${PYTHONPATH:+:$PYTHONPATH} PYTHONDONTWRITEBYTECODE=1
+export PYTHONPATH=$here/source:$site${PYTHONPATH:+:$PYTHONPATH}
+# PyTorch may be there without compiled sources, which cost each process a quarter of a minute.
+export PYTHONPYCACHEPREFIX=$work/pycache
 # Not from the folder where it is called: that may have sources of its own.
 exec "$python" -P -m benchmarks.gpu "$@"
