@@ -93,6 +93,7 @@ def run(
     for number, line in enumerate(lines, 1):
         clock.say(f"{part} {number}/{len(lines)}: {line.name}")
         entry: dict[str, Any] = {"line": line.name, "status": "running", "reason": "", "seconds": 0.0, "rows": []}
+        entry["commit"] = machine.get("commit", "")
         record.lines.append(entry)
         record.write()
         began = time.monotonic()

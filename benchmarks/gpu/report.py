@@ -31,16 +31,27 @@ class Target:
 
 
 def read(folders: Iterable[Path]) -> Records:
-    """The last record of each part; one at full size is not replaced by a short one."""
+    """The records of each part in one, of every line the last; one at full size is not replaced by a short one."""
     found: Records = {}
     for folder in folders:
         for part in PARTS:
             path = folder / f"{part}.json"
             if path.exists():
                 record = json.loads(path.read_text())
-                if part not in found or found[part]["short"] or not record["short"]:
+                if part in found and is_full(found[part]) and is_full(record):
+                    found[part] = _merged(found[part], record)
+                elif part not in found or not is_full(found[part]) or is_full(record):
                     found[part] = record
     return found
+
+
+def _merged(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """What was measured of a line is not replaced by its not having been measured."""
+    lines = {entry["line"]: {"commit": before["machine"].get("commit", ""), **entry} for entry in before["lines"]}
+    for entry in after["lines"]:
+        if entry["rows"] or not lines.get(entry["line"], {}).get("rows"):
+            lines[entry["line"]] = {"commit": after["machine"].get("commit", ""), **entry}
+    return {**after, "lines": list(lines.values())}
 
 
 def render(records: Records) -> str:
@@ -192,6 +203,11 @@ def _part(record: dict[str, Any]) -> list[str]:
     shows = [f"`{record['command']}`, {record['began']}, on {machine.sentence(record['machine'])}.{short}", ""]
     shows += ["| line | row | figures |", "|---|---|---|"]
     for entry in record["lines"]:
+        commit = entry.get("commit", "")
+        is_other = commit and commit != record["machine"].get("commit")
+        notes = [f"at commit {commit}"] if is_other else []
+        notes += [entry["note"]] if entry.get("note") else []
+        shows += [f"| {entry['line']} | | {'; '.join(notes)} |"] if notes else []
         shows += [f"| {entry['line']} | {_cells(frame.shown(row))} |" for row in entry["rows"]]
         if entry["status"] != "measured":
             reason = entry["reason"].splitlines()[0] if entry["reason"] else ""

@@ -204,6 +204,27 @@ def tutti_with(make: Callable[[str], Path], wishes: list[str], log: Path, *flags
         yield started, wish
 
 
+@dataclass(frozen=True, slots=True)
+class _Batches:
+    """A model's statistics: what is not of the time inside passes on the way there and back."""
+
+    executions: int
+    rows: int
+    requests: int
+    queued_ns: int
+    inside_ns: int
+
+    def since(self, before: "_Batches") -> dict[str, float]:
+        executions, requests = self.executions - before.executions, self.requests - before.requests
+        if not executions or not requests:
+            return {}
+        return {
+            "rows a batch": (self.rows - before.rows) / executions,
+            "queued ms": (self.queued_ns - before.queued_ns) / requests / 1e6,
+            "inside ms": (self.inside_ns - before.inside_ns) / requests / 1e6,
+        }
+
+
 class Use:
     """What a server used while it was measured: cores, the share of the time that the device was busy, batches."""
 
@@ -228,19 +249,23 @@ class Use:
         used = sum(after[pid] - before.get(pid, 0.0) for pid in after)
         self.row = {"server cores": used / seconds}
         now, last = self._busy(), self._batches()
-        if batches and last and last[0] > batches[0]:
-            self.row["rows a batch"] = (last[1] - batches[1]) / (last[0] - batches[0])
+        if batches is not None and last is not None:
+            self.row |= last.since(batches)
         if busy is not None and now is not None:
             self.row["busy"] = (now - busy) / seconds
         elif sampled is not None and sampled.values:
             self.row["NVML utilisation"] = sum(sampled.values) / len(sampled.values) / 100
 
-    def _batches(self) -> tuple[int, int] | None:
-        """Executions and rows so far; None where the server has no statistics for us."""
+    def _batches(self) -> "_Batches | None":
+        """So far; None where the server has no statistics for us."""
         with contextlib.suppress(OSError, ValueError, KeyError):
             with urllib.request.urlopen(f"http://{self._server.http}/v2/models/{self._model}/stats", timeout=10) as got:
                 (stats,) = json.loads(got.read())["model_stats"]
-            return stats["execution_count"], stats["inference_count"]
+            times = stats["inference_stats"]
+            requests, inside_ns = times["success"]["count"], times["success"]["ns"]
+            return _Batches(
+                stats["execution_count"], stats["inference_count"], requests, times["queue"]["ns"], inside_ns
+            )
         return None
 
     def _busy(self) -> float | None:

@@ -199,3 +199,21 @@ def test_a_short_record_does_not_replace_a_full_one(tmp_path: Path) -> None:
         (tmp_path / name / "served.json").write_text(json.dumps(record("served", short=is_short)))
     assert not report.read([tmp_path / "full", tmp_path / "short"])["served"]["short"]
     assert report.read([tmp_path / "short"])["served"]["short"]
+
+
+def test_lines_of_several_runs_come_together_and_say_what_they_were_measured_at(tmp_path: Path) -> None:
+    """What one run had no time for keeps what another has measured."""
+    at = {"old": ("a1b2c3d", {"first": 1.0, "second": 2.0}), "new": ("e4f5a6b", {"first": 3.0, "second": 0.0})}
+    for name, (commit, values) in at.items():
+        (tmp_path / name).mkdir()
+        lines = [
+            {"line": line, "status": "measured", "reason": "", "seconds": 1.0,
+             "rows": [{"name": "row", "value": value}] if value else []}
+            for line, value in values.items()
+        ]  # fmt: skip
+        made = record("limits", lines=lines)
+        made["machine"] = {**made["machine"], "commit": commit}
+        (tmp_path / name / "limits.json").write_text(json.dumps(made))
+    page = report.render(report.read([tmp_path / "old", tmp_path / "new"]))
+    assert "| first | row | value 3 |" in page and "value 1 " not in page
+    assert "| second | | at commit a1b2c3d |\n| second | row | value 2 |" in page
