@@ -493,6 +493,13 @@ def test_why_it_could_not_compile_is_one_line(tmp_path: Path) -> None:
     assert compiler._failure(tmp_path, -11, "a\n\nSegmentation fault\n") == (
         "the compiling process ended with status -11: Segmentation fault"
     )
+    crash = (
+        "warnings.warn(\nFatal Python error: Segmentation fault\n\nCurrent thread 0x01 (most recent call first):\n"
+        '  File "a.py", line 3 in run\n  File "b.py", line 5 in main\n\nExtension modules: numpy (total: 1)\n'
+    )
+    assert compiler._failure(tmp_path, -11, crash).endswith(
+        'status -11: Fatal Python error: Segmentation fault File "a.py", line 3 in run'
+    )
     output = (
         "C++ compile error\n\nOutput:\nx.cpp:1:10: fatal error: cuda.h: No such file or directory\ncompilation ended"
     )

@@ -131,8 +131,16 @@ def _failure(folder: Path, status: int, log: str) -> str:
     try:
         return str(json.loads((folder / _RESULT).read_bytes()))
     except (OSError, ValueError):
-        last = next((line.strip() for line in reversed(log.splitlines()) if line.strip()), "it wrote nothing")
-        return f"the compiling process ended with status {status}: {last[:300]}"
+        return f"the compiling process ended with status {status}: {_last_words(log)[:300]}"
+
+
+def _last_words(log: str) -> str:
+    """Where it crashed, as faulthandler tells; else the last line that it wrote."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    if (crash := log.find("Fatal Python error: ")) >= 0:
+        what, *stack = log[crash:].splitlines()
+        return " ".join([what, *[line.strip() for line in stack if line.startswith("  File ")][:1]])
+    return lines[-1] if lines else "it wrote nothing"
 
 
 def main() -> None:
