@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from tutti import files
 from tutti.errors import InvalidArgument
 from tutti.types import Tensor
 
@@ -28,5 +29,5 @@ def classify(model: str, tensor: Tensor, count: int, labels: Sequence[str], is_b
 
 def _show(value: np.generic, index: int, labels: Sequence[str]) -> bytes:
     number = f"{float(value):.6f}" if isinstance(value, np.floating) else str(int(value))
-    label = f":{labels[index]}" if index < len(labels) else ""
-    return f"{number}:{index}{label}".encode()
+    label = f":{labels[index]}" if index < len(labels) and labels[index] else ""
+    return files.to_bytes(f"{number}:{index}{label}")

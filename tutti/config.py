@@ -4,6 +4,7 @@ Every field that is set is either honoured or refused here with its path, so tha
 Field meanings follow Triton's model_config.proto.
 """
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from google.protobuf import json_format, text_format
 from google.protobuf.message import Message
 from tritonclient.grpc import model_config_pb2 as pb
 
-from tutti import dtypes
+from tutti import dtypes, files
 from tutti.batching import BatchingPolicy, QueuePolicy
 from tutti.bounds import UNBOUNDED, Bounds
 from tutti.bounds import parse as parse_bounds
@@ -297,11 +298,14 @@ Complete = Callable[[Any], None]
 
 
 def load(path: Path, complete: Complete = lambda _: None) -> ModelConfig:
-    """Read `<model folder>/config.pbtxt`; a missing file is an empty one. Raises ConfigError naming model and field."""
+    """Read `<model folder>/config.pbtxt`; a missing file is an empty one. Raises ConfigError naming model and field.
+
+    What is not UTF-8 does no harm in a comment.
+    """
     try:
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        text = files.read_text(path) if os.path.lexists(path) else ""
     except OSError as error:
-        raise ConfigError(f"model '{path.parent.name}': cannot read {path.name}: {error.strerror}") from None
+        raise ConfigError(f"model '{path.parent.name}': cannot read {path.name}: {files.shown(error)}") from None
     return parse(text, path.parent.name, complete)
 
 
@@ -310,7 +314,7 @@ def parse(text: str, folder: str, complete: Complete = lambda _: None) -> ModelC
     try:
         proto = text_format.Parse(text, pb.ModelConfig())
     except (text_format.ParseError, ValueError) as error:
-        raise ConfigError(f"model '{folder}': config.pbtxt does not parse: {error}") from None
+        raise ConfigError(f"model '{folder}': config.pbtxt does not parse: {files.shown(error)}") from None
     except RecursionError:
         raise ConfigError(f"model '{folder}': config.pbtxt does not parse: it is nested too deep") from None
     return _complete_and_check(proto, folder, complete)
@@ -321,7 +325,7 @@ def parse_json(text: str | bytes, folder: str, complete: Complete = lambda _: No
     try:
         proto = json_format.Parse(text, pb.ModelConfig(), max_recursion_depth=20)
     except (json_format.ParseError, ValueError, RecursionError) as error:
-        raise ConfigError(f"model '{folder}': the configuration's JSON does not parse: {error}") from None
+        raise ConfigError(f"model '{folder}': the configuration's JSON does not parse: {files.shown(error)}") from None
     return _complete_and_check(proto, folder, complete)
 
 

@@ -17,6 +17,7 @@ from tutti import repository
 from tutti.config import ModelConfig
 from tutti.devices.health import DeviceHealth, health
 from tutti.errors import ConfigError, Internal, InvalidArgument, NotFound, TuttiError, Unavailable
+from tutti.files import shown
 from tutti.model import Model, Served
 from tutti.repository import ModelFolder
 from tutti.statistics import ModelStatistics
@@ -318,8 +319,15 @@ class Engine:
 
     def _make(self, folder: ModelFolder, version: int) -> Model:
         statistics = ModelStatistics()
-        labels = folder.labels()
-        served = self._loader(folder, version, statistics)
+        try:
+            labels = folder.labels()
+            served = self._loader(folder, version, statistics)
+        except TuttiError:
+            raise
+        except Exception as error:  # of a library, that has read a file which is not whole
+            _log.debug("model '%s' version %d cannot be loaded", folder.config.name, version, exc_info=True)
+            what = f"{type(error).__name__}: {shown(error)}"
+            raise ConfigError(f"model '{folder.config.name}' version {version}: {what}") from error
         _log.info("loaded model '%s' version %d", folder.config.name, version)
         return Model(folder.config, version, labels, served, statistics)
 

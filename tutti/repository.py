@@ -3,6 +3,7 @@
 Layout, as Triton's: `<repository>/<model>/config.pbtxt` and `<repository>/<model>/<version>/...`.
 """
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -10,9 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tutti import config
+from tutti import config, files
 from tutti.config import ModelConfig
-from tutti.errors import ConfigError
+from tutti.errors import ConfigError, TuttiError
 
 _MODEL_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
 _VERSION = re.compile(r"[1-9][0-9]{0,17}")
@@ -32,34 +33,66 @@ class ModelFolder:
         return self.path / str(version)
 
     def labels(self) -> Mapping[str, tuple[str, ...]]:
-        """Output name -> the lines of its label file. Raises ConfigError if a named file is missing."""
+        """Output name -> the lines of its label file, as Triton's: ended by "\\n" alone, of any bytes.
+
+        Raises ConfigError if a named file is missing, or cannot be read.
+        """
         return {spec.name: self._lines(spec.label_filename) for spec in self.config.outputs if spec.label_filename}
 
     def _lines(self, filename: str) -> tuple[str, ...]:
-        path = (self.path / filename).resolve()
-        if not path.is_relative_to(self.path.resolve()) or not path.is_file():
+        path = self._inside(filename)
+        if path is None:
             raise ConfigError(f"model '{self.config.name}': output.label_filename: no file '{filename}' in its folder")
-        return tuple(path.read_text(encoding="utf-8").splitlines())
+        try:
+            lines = files.read_text(path).split("\n")
+        except OSError as error:
+            what = f"output.label_filename: cannot read '{filename}': {files.shown(error)}"
+            raise ConfigError(f"model '{self.config.name}': {what}") from None
+        return tuple(lines if lines[-1] else lines[:-1])
 
     def read(self, subfolder: str, filename: str) -> bytes:
         """A data file of the model's folder. Raises ConfigError if it is not there."""
-        path = (self.path / subfolder / filename).resolve()
-        if not path.is_relative_to(self.path.resolve()) or not path.is_file():
+        path = self._inside(f"{subfolder}/{filename}")
+        if path is None:
             raise ConfigError(f"model '{self.config.name}': no file '{subfolder}/{filename}' in its folder")
-        return path.read_bytes()
+        try:
+            return files.read_bytes(path)
+        except OSError as error:
+            what = f"cannot read '{subfolder}/{filename}': {files.shown(error)}"
+            raise ConfigError(f"model '{self.config.name}': {what}") from None
+
+    def _inside(self, filename: str) -> Path | None:
+        """A file of the folder; None where there is none of that name, or it leads out of the folder."""
+        if "\0" in filename:
+            return None
+        path = (self.path / filename).resolve()
+        return path if path.is_relative_to(self.path.resolve()) and path.is_file() else None
 
 
 def model_names(root: Path) -> list[str]:
-    """Names of the model folders, sorted. Raises ConfigError if `root` is no folder."""
-    if not root.is_dir():
-        raise ConfigError(f"model repository '{root}' is not a folder")
-    return sorted(
-        path.name
-        for path in root.iterdir()
-        if path.is_dir()
-        and _MODEL_NAME.fullmatch(path.name)
-        and ((path / "config.pbtxt").is_file() or _versions(path, "model.onnx") or _versions(path, "model.py"))
-    )
+    """Names of the model folders, sorted. Raises ConfigError if `root` is no folder, or cannot be read."""
+    try:
+        if not root.is_dir():
+            raise ConfigError(f"model repository '{root}' is not a folder")
+        return sorted(path.name for path in root.iterdir() if _MODEL_NAME.fullmatch(path.name) and _is_model(path))
+    except OSError as error:
+        raise ConfigError(f"model repository '{root}' cannot be read: {files.shown(error)}") from None
+
+
+def is_model(root: Path, name: str) -> bool:
+    """Whether `model_names` has the name, without a look at the other folders."""
+    return len(name) <= _MAX_NAME and _MODEL_NAME.fullmatch(name) is not None and _is_model(root / name)
+
+
+def _is_model(path: Path) -> bool:
+    """One that cannot be read is a model, too: it is to say why it cannot be loaded."""
+    try:
+        if not path.is_dir():
+            return False
+        is_configured = os.path.lexists(path / "config.pbtxt")
+        return is_configured or bool(_versions(path, "model.onnx") or _versions(path, "model.py"))
+    except OSError:
+        return os.path.lexists(path)
 
 
 def _versions(path: Path, filename: str = "") -> list[int]:
@@ -88,7 +121,7 @@ def _complete(path: Path, proto: Any) -> None:
         from tutti.backends import onnxruntime
 
         onnxruntime.complete(proto, file)
-    elif backend == "python" and "auto_complete_config" in file.read_text(encoding="utf-8", errors="replace"):
+    elif backend == "python" and b"auto_complete_config" in files.read_bytes(file):
         from tutti.backends import python
 
         python.complete(proto, file)
@@ -102,10 +135,24 @@ def _leaves(folder: Path, filename: str) -> bool:
 def open_model(root: Path, name: str, override: str | None = None) -> ModelFolder:
     """Read one model's folder; `override` is a configuration in JSON, used in place of its config.pbtxt.
 
-    Raises ConfigError for a bad name, a bad config, or when no version is there.
+    Raises ConfigError for a bad name, a bad config, when no version is there, and for whatever else cannot be read.
     """
     check_name(name)
-    path = root / name
+    try:
+        return _open(root / name, name, override)
+    except TuttiError:
+        raise
+    except Exception as error:  # it may also change while it is read
+        raise ConfigError(f"model '{name}': its folder cannot be read: {_named(error)}") from error
+
+
+def _named(error: Exception) -> str:
+    """What an error says, and of which file."""
+    where = f"'{error.filename}': " if isinstance(error, OSError) and error.filename else ""
+    return where + files.shown(error)
+
+
+def _open(path: Path, name: str, override: str | None) -> ModelFolder:
     if not path.is_dir():
         raise ConfigError(f"model '{name}': no such folder in the repository")
     complete = partial(_complete, path)
@@ -123,7 +170,7 @@ def open_model(root: Path, name: str, override: str | None = None) -> ModelFolde
 def open_models(root: Path, names: Iterable[str] | None = None) -> tuple[list[ModelFolder], dict[str, ConfigError]]:
     """The named models (all, by default) and those that their ensembles use; and why others cannot be read."""
     present = model_names(root)
-    waiting = list(present if names is None else names)
+    waiting, known = list(present if names is None else names), set(present)
     folders: dict[str, ModelFolder] = {}
     failures: dict[str, ConfigError] = {}
     while waiting:
@@ -135,7 +182,7 @@ def open_models(root: Path, names: Iterable[str] | None = None) -> tuple[list[Mo
         except ConfigError as error:
             failures[name] = error
         else:
-            waiting += [step.model_name for step in folders[name].config.steps if step.model_name in present]
+            waiting += [step.model_name for step in folders[name].config.steps if step.model_name in known]
     return list(folders.values()), failures
 
 
@@ -145,13 +192,13 @@ def check_name(name: str) -> None:
         raise ConfigError(f"model {name[:100]!r}: not a valid model name")
 
 
-def write_files(root: Path, name: str, files: Mapping[str, bytes]) -> None:
+def write_files(root: Path, name: str, sent: Mapping[str, bytes]) -> None:
     """Make the folder of a model out of what a client sent: `VERSION/FILE` -> content.
 
     Raises ConfigError for a path that is not a plain file in a version's folder.
     """
     check_name(name)
-    for path, content in files.items():
+    for path, content in sent.items():
         match = _OVERRIDE_FILE.fullmatch(path)
         if match is None or ".." in path.split("/"):
             raise ConfigError(f"model '{name}': file {path[:100]!r}: expected VERSION/FILE, as 1/model.onnx")
@@ -160,14 +207,18 @@ def write_files(root: Path, name: str, files: Mapping[str, bytes]) -> None:
         target.write_bytes(content)
 
 
-def fingerprint(root: Path, name: str) -> tuple[tuple[str, int, int], ...]:
-    """(path, modification time, size) of every file of a model: differs when the model was changed."""
-    found = []
-    for path in sorted((root / name).rglob("*")):
-        try:
-            if path.is_file() and "__pycache__" not in path.parts:
-                stat = path.stat()
-                found.append((str(path), stat.st_mtime_ns, stat.st_size))
-        except OSError:  # gone meanwhile: the next look tells
-            continue
-    return tuple(found)
+Fingerprint = tuple[tuple[str, int, int, int], ...]
+
+
+def fingerprint(root: Path, name: str) -> Fingerprint:
+    """(path, inode, modification time, size) of every file of a model: differs when the model was changed.
+
+    Another file in a file's place may be as old, and as large, as that one.
+    """
+    return tuple(
+        sorted(
+            (path, status.st_ino, status.st_mtime_ns, status.st_size)
+            for path, status in files.walk(root / name)
+            if "__pycache__" not in path
+        )
+    )

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Protocol
 
-from tutti import tracing
+from tutti import files, tracing
 from tutti.devices.ipc import CudaIpc
 from tutti.engine import Engine
 from tutti.errors import ConfigError
@@ -79,8 +79,8 @@ def _api_keys(path: Path | None) -> tuple[str, ...]:
         return ()
     try:
         return gate.parse_api_keys(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"--api-key-file {path}: {error.strerror}") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--api-key-file {path}: {files.shown(error)}") from None
 
 
 def _pattern(text: str | None) -> re.Pattern[str] | None:

@@ -1,0 +1,70 @@
+"""The small files of a model's folder, as whoever put them there left them. Knows nothing of models.
+
+Regular files only: opening a FIFO would wait for its writer, and a device may have no end. Bytes that are not UTF-8 are
+kept: in a text they are lone surrogates, which `to_bytes` makes the same bytes again.
+"""
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+MAX_TEXT_BYTES = 16 << 20
+_BYTE_ORDER_MARK = "\ufeff"
+
+
+def read_bytes(path: Path, most_bytes: int | None = None) -> bytes:
+    """The content of a regular file. Raises OSError for anything else, and for more than `most_bytes`."""
+    number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(number, "rb") as file:
+        if not stat.S_ISREG(os.fstat(number).st_mode):
+            raise OSError(errno.EINVAL, "it is not a regular file")
+        content = file.read(-1 if most_bytes is None else most_bytes + 1)
+    if most_bytes is not None and len(content) > most_bytes:
+        raise OSError(errno.EFBIG, f"it has more than {most_bytes} bytes")
+    return content
+
+
+def read_text(path: Path) -> str:
+    """A text of at most MAX_TEXT_BYTES, without its byte order mark. Raises OSError as `read_bytes` does."""
+    return to_text(read_bytes(path, MAX_TEXT_BYTES)).removeprefix(_BYTE_ORDER_MARK)
+
+
+def to_text(content: bytes) -> str:
+    return content.decode("utf-8", "surrogateescape")
+
+
+def to_bytes(text: str) -> bytes:
+    """What `to_text` was given."""
+    return text.encode("utf-8", "surrogateescape")
+
+
+def shown(error: BaseException) -> str:
+    """What an error says, as text that can be written anywhere: it may quote what is not UTF-8."""
+    what = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return (what or type(error).__name__).encode("utf-8", "backslashreplace").decode()
+
+
+def walk(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
+    """Path and status of every regular file below a folder, links followed, each folder once.
+
+    What goes meanwhile is left out, and what cannot be read.
+    """
+    waiting, entered = [str(folder)], set()
+    while waiting:
+        try:
+            with os.scandir(waiting.pop()) as scanned:
+                entries = sorted(scanned, key=lambda entry: entry.name)
+        except OSError:
+            continue
+        for entry in entries:
+            try:
+                status = entry.stat()
+            except OSError:
+                continue
+            if stat.S_ISREG(status.st_mode):
+                yield entry.path, status
+            elif stat.S_ISDIR(status.st_mode) and (status.st_dev, status.st_ino) not in entered:
+                entered.add((status.st_dev, status.st_ino))
+                waiting.append(entry.path)
