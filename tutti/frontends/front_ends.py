@@ -5,6 +5,7 @@ says on its standard output when it has connected. Imports nothing of what they 
 """
 
 import asyncio
+import errno
 import json
 import logging
 import signal
@@ -18,6 +19,7 @@ _log = logging.getLogger(__name__)
 START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 10.0
 RESTART_DELAY_S = 0.2
+_CONNECT_TIMEOUT_S = 1.0
 
 
 class _Place:
@@ -31,6 +33,26 @@ class _Place:
         if self.process is not None and self.process.returncode is None:
             assert self.process.stdin is not None
             self.process.stdin.write(json.dumps(line).encode() + b"\n")
+
+
+def check_free(host: str, port: int, family: int = socket.AF_INET) -> None:
+    """Raises OSError when another server listens on a port that is to be shared.
+
+    Connections that have been closed may hold it: whether anybody listens, a connection tells.
+    """
+    with socket.socket(family) as alone:
+        alone.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            alone.bind((host, port))
+            return
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            taken = error
+    with socket.socket(family) as client:
+        client.settimeout(_CONNECT_TIMEOUT_S)
+        if client.connect_ex((host, port)) != errno.ECONNREFUSED:
+            raise taken
 
 
 class FrontEnds:
@@ -51,11 +73,12 @@ class FrontEnds:
         """Hold a port for the processes, which share it. Raises OSError when another server has it."""
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         if port:
-            with socket.socket(family) as alone:
-                alone.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                alone.bind((host, port))
+            check_free(host, port, family)
         one = socket.socket(family)
-        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        # Connections that the last server closed hold the port for a minute: only a socket with the option that
+        # server's had may have it before, and that server may have been of another kind.
+        for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
+            one.setsockopt(socket.SOL_SOCKET, option, 1)
         one.bind((host, port))
         self._reserved.append(one)
         return int(one.getsockname()[1])

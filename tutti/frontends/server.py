@@ -14,6 +14,7 @@ from tutti.errors import ConfigError, InferError
 from tutti.frontends import http_api
 from tutti.frontends.api import Api
 from tutti.frontends.engine_link import EngineSide
+from tutti.frontends.front_ends import check_free
 from tutti.frontends.grpc import GrpcFront
 from tutti.frontends.grpc_aio import GrpcioFront, TlsFiles
 from tutti.frontends.http import HttpFront
@@ -80,7 +81,7 @@ class Addresses:
         for port in (self.http_port, self.grpc_port):
             if port:
                 try:
-                    socket.create_server((self.host, port)).close()
+                    check_free(self.host, port, socket.AF_INET6 if ":" in self.host else socket.AF_INET)
                 except OSError as error:
                     raise OSError(error.errno, f"{self.host}:{port}: {error.strerror}") from None
 
