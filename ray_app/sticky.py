@@ -1,6 +1,7 @@
 """Requests that a hop cannot carry as one of many: decoupled ones, and sequences, which stay with their replica."""
 
 import asyncio
+import logging
 import threading
 from collections import Counter, deque
 from collections.abc import Sequence
@@ -8,11 +9,13 @@ from dataclasses import dataclass, field
 
 from ray_app.members import Member
 from ray_app.pools import Pool, Router
-from tutti.errors import InferError, Unavailable
-from tutti.scheduler import trace
+from tutti.errors import InferError, Internal, Unavailable
+from tutti.scheduler import as_infer_error, trace
 from tutti.sequences import SequenceId, check_starts, sequence_id
 from tutti.statistics import BatchTimes, ModelStatistics
 from tutti.types import Call, InferRequest, InferResponse, now_ns, settle
+
+_log = logging.getLogger(__name__)
 
 _MAX_HOP = 64
 
@@ -54,6 +57,9 @@ class Streams:
             answer = error
         except asyncio.CancelledError:
             answer = Unavailable(f"model '{call.request.model_name}': the gateway is stopping")
+        except Exception as error:
+            _log.exception("model '%s': a stream could not be sent on", call.request.model_name)
+            answer = as_infer_error(f"model '{call.request.model_name}'", error)
         call.answer = answer
         end_ns = now_ns()
         times = BatchTimes(start_ns, start_ns, end_ns, end_ns)
@@ -155,7 +161,10 @@ class Sequences:
             with self._lock:
                 if (is_lost or (is_end and not pin.waiting)) and self._pins.get(key) is pin:
                     del self._pins[key]  # what waits behind a loss fails like it: it has no START
-            settle(batch)
+            try:
+                settle(batch)
+            except Exception:  # a broken sink must not hold up those behind
+                _log.exception("model '%s': could not deliver answers", self._name)
 
     def _move(self, pin: _Pin) -> bool:
         """Give a sequence another replica; returns whether there is one."""
@@ -170,10 +179,18 @@ class Sequences:
         is_lost = False
         try:
             answers: Sequence[InferResponse | InferError] = await self._router.send_to(pin.pool, pin.replica, batch)
+            if len(answers) != len(batch):
+                raise Internal(f"expected {len(batch)} answers from the replica, got {len(answers)}")
         except Unavailable as error:
             is_lost = True
             what = f"model '{self._name}': the sequence's replica was lost ({error.message}): start the sequence again"
             answers = [Unavailable(what)] * len(batch)
+        except asyncio.CancelledError:
+            answers = [Unavailable(f"model '{self._name}': the gateway is stopping")] * len(batch)
+        except Exception as error:  # the sequence's state is not known any more
+            is_lost = True
+            _log.exception("model '%s': a sequence's requests could not be sent", self._name)
+            answers = [as_infer_error(f"model '{self._name}'", error)] * len(batch)
         for call, answer in zip(batch, answers, strict=True):
             call.answer = answer
         end_ns = now_ns()

@@ -1,11 +1,15 @@
 """What of the Ray application needs no Ray: messages, placement, and the pools' status and choice."""
 
+import asyncio
 import pickle
+from collections.abc import Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from ray_app import sticky
 from ray_app.fallback import MIN_HOP_ROWS, hop_policy
 from ray_app.members import PoolStatus, another
 from ray_app.options import Options
@@ -13,8 +17,9 @@ from ray_app.placement import plan_pools
 from tests.serving import Gather
 from tutti import config, wire
 from tutti.batching import BatchingPolicy
-from tutti.errors import ConfigError, InvalidArgument
-from tutti.types import Call, InferRequest, InferResponse, Tensor
+from tutti.errors import ConfigError, InferError, InvalidArgument
+from tutti.statistics import ModelStatistics
+from tutti.types import Answer, Call, InferRequest, InferResponse, Tensor
 
 
 def test_batches_survive_the_wire() -> None:
@@ -37,7 +42,7 @@ def test_batches_survive_the_wire() -> None:
 
 
 def test_answers_survive_the_wire_errors_among_them() -> None:
-    answers = [
+    answers: list[Answer] = [
         InferResponse("m", "1", [Tensor.of("y", np.arange(4, dtype=np.int64))], {"p": 1}),
         InvalidArgument("no"),
         InferResponse("m", "1", [Tensor.of("y", np.zeros((0, 2), np.float32))]),
@@ -158,3 +163,50 @@ def test_how_long_a_replica_was_at_a_batch_leaves_out_those_before_it() -> None:
     assert member.ends(0, 90) == 90
     assert member.ends(10, 170) == 80
     assert member.ahead_ns(171) == 0
+
+
+class _OneReplica:
+    """A router with one replica, which does as it is told."""
+
+    def __init__(self, send: Callable[[], object]) -> None:
+        self._send = send
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        asyncio.run(work)
+
+    def places(self, _: str) -> list[tuple[object, object]]:
+        return [(None, self)]
+
+    async def send_to(self, *_: object) -> object:
+        return self._send()
+
+    async def stream(self, *_: object) -> object:
+        return self._send()
+
+
+def fails() -> object:
+    raise RuntimeError("cannot be sent")
+
+
+def is_cancelled() -> object:
+    raise asyncio.CancelledError
+
+
+@pytest.mark.parametrize("send", [fails, is_cancelled, list])
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_whatever_goes_wrong_on_the_way_is_answered(send: Callable[[], object], is_stream: bool) -> None:
+    router: Any = _OneReplica(send)
+    if is_stream and send not in (fails, is_cancelled):
+        return
+    infer = (
+        sticky.Streams(router, "m/1", (), ModelStatistics(), 8)
+        if is_stream
+        else sticky.Sequences("m", router, ModelStatistics(), 10**9, 8)
+    )
+    for start in (True, False):
+        sink = Gather(1)
+        call = Call(InferRequest("m", {}, parameters={"sequence_id": 7, "sequence_start": start}), sink)
+        infer([call])
+        sink.wait()
+        assert isinstance(call.answer, InferError)
+        assert infer.pending() == 0
