@@ -7,9 +7,10 @@ what an ensemble is.
 import logging
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -19,11 +20,21 @@ from tutti.devices.health import DeviceHealth, health
 from tutti.errors import ConfigError, Internal, InvalidArgument, NotFound, TuttiError, Unavailable
 from tutti.files import shown
 from tutti.model import Model, Served
+from tutti.operations import Operations, Work, side_by_side
 from tutti.repository import ModelFolder
 from tutti.statistics import ModelStatistics
 from tutti.types import Call, settle_all
 
 _log = logging.getLogger(__name__)
+
+# Whoever asks for a load, or an unload, is answered after this; slow loads go on.
+CONTROL_TIMEOUT_S = 120.0
+# How long what is inside a model may take before whoever waits for its end is told so.
+DRAIN_S = 30.0
+_POLL_DRAIN_S = 5.0
+_LOADS_AT_ONCE = 4
+_MOST_POLLS = 16
+LOADING, UNLOADING = "loading", "unloading"
 
 Loader = Callable[[ModelFolder, int, ModelStatistics], Served]
 """Makes one version of a model executable. May block. Raises ConfigError with the reason if it cannot."""
@@ -50,7 +61,7 @@ class IndexEntry:
 
     name: str
     version: str
-    state: Literal["READY", "UNAVAILABLE", ""]
+    state: Literal["READY", "UNAVAILABLE", "LOADING", "UNLOADING", ""]
     reason: str = ""
 
 
@@ -64,8 +75,9 @@ class Engine:
         is_controllable: bool = False,
         propagate: Propagate = lambda *_: None,
         devices: DeviceHealth = health,
+        control_timeout_s: float = CONTROL_TIMEOUT_S,
     ) -> None:
-        """`is_controllable` allows load and unload while serving."""
+        """`is_controllable` allows load and unload while serving; each ends after `control_timeout_s`."""
         self._devices = devices
         self._root = root
         self._propagate = propagate
@@ -73,7 +85,13 @@ class Engine:
         self._seen: dict[str, object] = {}
         self._is_controllable = is_controllable
         self._is_closed = False
-        self._control = threading.Lock()
+        self._operations = Operations(control_timeout_s)
+        self.control_timeout_s = control_timeout_s
+        # What replicas are told, they are told in one order.
+        self._telling = threading.Lock()
+        # Models that are served no longer, and what ends them.
+        self._drains: dict[Model, Work[None]] = {}
+        self._tries: dict[str, _Tries] = {}
         self._unloaded: dict[str, tuple[str, ...]] = {}
         self._loader = loader
         self._models: dict[str, dict[str, Model]] = {}
@@ -81,20 +99,36 @@ class Engine:
         self._failures: dict[tuple[str, str], str] = {}
         self._lock = threading.Lock()
 
-    def load_all(self, names: Iterable[str] | None = None) -> None:
+    def load_all(self, names: Iterable[str] | None = None, timeout_s: float | None = None) -> None:
         """Load the named models (all, by default): plain ones side by side, then ensembles after what they use.
 
         An ensemble brings its models with it. A model that cannot be loaded is logged and shown by the index; the
-        others are served.
+        others are served. So is one that has not been loaded after `timeout_s`, though its loading goes on.
         """
         folders, failures = repository.open_models(self._root, names)
         for name, error in failures.items():
             self._record_failure(name, "", error)
         ensembles = [folder for folder in folders if folder.config.is_ensemble]
-        with ThreadPoolExecutor(4, thread_name_prefix="load") as pool:
-            list(pool.map(self._load, [folder for folder in folders if not folder.config.is_ensemble]))
-        for folder in _in_order_of_use(ensembles):
-            self._load(folder)
+        ended = {folder.config.name: threading.Event() for folder in folders}
+
+        def load(folder: ModelFolder) -> None:
+            for step in folder.config.steps:
+                if step.model_name in ended and step.model_name not in later[folder.config.name]:
+                    ended[step.model_name].wait()
+            try:
+                self._load(folder)
+            finally:
+                ended[folder.config.name].set()
+
+        ordered = [*(folder for folder in folders if not folder.config.is_ensemble), *_in_order_of_use(ensembles)]
+        ranks = [folder.config.name for folder in ordered]
+        later = {name: ranks[index:] for index, name in enumerate(ranks)}  # of a cycle: not waited for
+        works = [(f"model '{folder.config.name}' has been loading", partial(load, folder)) for folder in ordered]
+        for unfinished in side_by_side(works, _LOADS_AT_ONCE, timeout_s):
+            _log.error("%s; the others are served meanwhile", unfinished)
+        for name, event in ended.items():
+            if not event.is_set():
+                self._failures.setdefault((name, ""), f"model '{name}' is still being loaded")
 
     def load(self, name: str, override: Override | None = None) -> None:
         """Load a model anew from its folder, in place of what is served under its name. Blocks.
@@ -104,9 +138,8 @@ class Engine:
         Internal, the old versions still served, with the reason.
         """
         self._check_controllable()
-        with self._control:
-            closing = self._load_anew(name, override or Override(), ())
-        _close(closing)
+        closing = self._operations.run(name, LOADING, lambda: self._load_anew(name, override or Override(), ()))
+        self._drain(closing, DRAIN_S)
 
     def unload(self, name: str, with_dependents: bool = False) -> None:
         """Serve a model no longer: new requests are refused, those inside end. Blocks until they have.
@@ -115,54 +148,80 @@ class Engine:
         loaded is no error. Raises Unavailable where unload is not allowed.
         """
         self._check_controllable()
-        with self._control:
-            closing = self._unload(name) if name in self._models else []
-            if with_dependents:
-                for step in [step for model in closing for step in model.config.steps]:
-                    used = {other.model_name for model in self.models() for other in model.config.steps}
-                    if step.model_name in self._models and step.model_name not in used:
-                        closing += self._unload(step.model_name)
-        _close(closing)
+        closing = self._unload_alone(name)
+        if with_dependents:
+            for step in [step for model in closing for step in model.config.steps]:
+                used = {other.model_name for model in self.models() for other in model.config.steps}
+                if step.model_name not in used:
+                    closing += self._unload_alone(step.model_name)
+        waiting = self._drain(closing, DRAIN_S)
+        if waiting:
+            raise Unavailable(f"model '{name}' is served no longer, but not all has ended: {'; '.join(waiting)}")
 
     def follow(self, name: str, override: Override | None) -> None:
         """Load (unload, with None) what another process has been asked to, and told all others of: tell nobody.
 
         Blocks. Raises Internal as `load` does.
         """
-        with self._control:
-            closing: list[Model] = []
-            self._seen[name] = repository.fingerprint(self._root, name)
-            if override is not None:
-                closing = self._load_anew(name, override, (), tells=False)
-            elif name in self._models:
-                closing = self._unload(name, tells=False)
-        _close(closing)
+        self._seen[name] = repository.fingerprint(self._root, name)
+        if override is None:
+            closing = self._unload_alone(name, tells=False)
+        else:
+            closing = self._operations.run(name, LOADING, lambda: self._load_anew(name, override, (), tells=False))
+        self._drain(closing, DRAIN_S)
 
     def poll(self) -> None:
-        """Load what is new or has changed in the repository, unload what has gone. Blocks. Failures are logged."""
-        with self._control:
-            names = repository.model_names(self._root)
-            closing: list[Model] = []
-            changed = []
-            for name in names:
-                seen = repository.fingerprint(self._root, name)
-                if self._seen.get(name) != seen:
-                    self._seen[name] = seen
-                    changed.append(name)
-            for name in [name for name in self._seen if name not in names]:
-                del self._seen[name]
-                if name in self._models:
-                    _log.info("model '%s' has left the repository", name)
-                    closing += self._unload(name)
-                    del self._unloaded[name]
-            for name in changed:
-                try:
-                    closing += self._load_anew(name, Override(), ())
-                except TuttiError as error:
-                    _log.error("%s", error)
-                    if name not in self._models:
-                        self._failures[name, ""] = str(error)
-        _close(closing)
+        """Load what is new or has changed in the repository, unload what has gone. Blocks. Failures are logged.
+
+        Each folder stands for itself: what fails, or changes meanwhile, is tried again by a later poll, and what hangs
+        is left behind.
+        """
+        names = repository.model_names(self._root)
+        busy = self._operations.running()
+        works = [
+            (f"the poll of model '{name}' has been at work", partial(self._poll_model, name, name in present))
+            for present in [set(names)]
+            for name in sorted({*names, *self._seen})
+            if name not in busy
+        ]
+        for unfinished in side_by_side(works, _LOADS_AT_ONCE, self.control_timeout_s):
+            _log.error("%s, and is not waited for", unfinished)
+
+    def _poll_model(self, name: str, is_there: bool) -> None:
+        seen = repository.fingerprint(self._root, name) if is_there else None
+        if seen == self._seen.get(name) and not self._is_due(name):
+            return
+        try:
+            self._drain(self._follow_folder(name, is_there), _POLL_DRAIN_S)
+        except Exception as error:
+            _log.error("%s", error)
+            self._tries.setdefault(name, _Tries()).failed()
+            if name not in self._models and is_there:
+                self._failures[name, ""] = shown(error)
+        else:
+            self._tries.pop(name, None)
+        if is_there:
+            self._seen[name] = seen
+            if repository.fingerprint(self._root, name) != seen:  # it was not whole yet
+                self._tries.setdefault(name, _Tries()).wait = 0
+        elif name not in self._tries:
+            self._seen.pop(name, None)
+
+    def _follow_folder(self, name: str, is_there: bool) -> list[Model]:
+        if is_there:
+            return self._operations.run(name, LOADING, lambda: self._load_anew(name, Override(), ()))
+        closing = self._unload_alone(name)
+        self._unloaded.pop(name, None)
+        self._failures = {key: why for key, why in dict(self._failures).items() if key[0] != name}
+        if closing:
+            _log.info("model '%s' has left the repository", name)
+        return closing
+
+    def _is_due(self, name: str) -> bool:
+        """Whether a model that could not be loaded is to be tried again, though its folder has not changed."""
+        if name in self._tries:
+            return self._tries[name].is_due()
+        return any(failed == name for failed, _ in dict(self._failures))
 
     def remember(self) -> None:
         """Take what is loaded now as what poll compares with."""
@@ -184,24 +243,65 @@ class Engine:
             folder = repository.open_model(root, name, override.config)
             for step in folder.config.steps:
                 if step.model_name not in self._models and step.model_name not in (*above, name):
-                    closing += self._load_anew(step.model_name, Override(), (*above, name), tells)
+                    closing += self._load_step(step.model_name, (*above, name), tells)
             if tells:
-                self._propagate(name, override, folder.config)
+                self._tell(name, override, folder.config)
             for version in folder.versions:
                 made[str(version)] = self._make(folder, version)
-        except (TuttiError, OSError) as error:
-            _close(made.values())
+        except BaseException as error:
+            for model in made.values():
+                model.close()
             if scratch is not None:
                 scratch.cleanup()
-            raise Internal(f"failed to load '{name}': {error}") from None
+            if not isinstance(error, TuttiError):
+                _log.debug("model '%s' cannot be loaded", name, exc_info=True)
+            raise Internal(f"failed to load '{name}': {shown(error)}") from None
         closing += self._replace(name, made).values()
         self._keep_scratch(name, scratch)
-        self._failures = {key: why for key, why in self._failures.items() if key[0] != name}
+        self._failures = {key: why for key, why in dict(self._failures).items() if key[0] != name}
         return closing
+
+    def _load_step(self, name: str, above: tuple[str, ...], tells: bool) -> list[Model]:
+        """Load a model for an ensemble that needs it, unless another has just done so."""
+
+        def load() -> list[Model]:
+            return [] if name in self._models else self._load_anew(name, Override(), above, tells)
+
+        return self._operations.run(name, LOADING, load)
+
+    def _tell(self, name: str, override: Override | None, config: ModelConfig | None) -> None:
+        if not self._telling.acquire(timeout=self.control_timeout_s):
+            raise Unavailable(f"model '{name}': the replicas are still being told of another change")
+        try:
+            self._propagate(name, override, config)
+        finally:
+            self._telling.release()
+
+    def _drain(self, models: Iterable[Model], timeout_s: float) -> list[str]:
+        """End models, and wait for that, though not for ever; returns what has not ended."""
+        works = []
+        for model in models:
+            work = Work(f"model '{model.config.name}' version {model.version} has been draining", partial(_end, model))
+            self._drains[model] = work
+            works.append((model, work))
+        until_s = time.monotonic() + timeout_s
+        waiting = []
+        for model, work in works:
+            if not work.wait(max(0.0, until_s - time.monotonic())):
+                waiting.append("; ".join([str(work), *model.executing()]))
+        for model, work in list(self._drains.items()):
+            if work.wait(0):
+                self._drains.pop(model, None)
+        for what in waiting:
+            _log.warning("%s", what)
+        return waiting
+
+    def _unload_alone(self, name: str, tells: bool = True) -> list[Model]:
+        return self._operations.run(name, UNLOADING, lambda: self._unload(name, tells) if name in self._models else [])
 
     def _unload(self, name: str, tells: bool = True) -> list[Model]:
         if tells:
-            self._propagate(name, None, None)
+            self._tell(name, None, None)
         old = self._replace(name, {})
         self._unloaded[name] = tuple(old)
         self._keep_scratch(name, None)
@@ -254,18 +354,39 @@ class Engine:
     def versions(self, name: str) -> list[str]:
         return sorted(self._models.get(name, {}), key=int)
 
+    def is_known(self, name: str) -> bool:
+        """Whether the index has the name."""
+        is_tried = name in self._models or name in self._unloaded or any(name == key for key, _ in dict(self._failures))
+        return is_tried or repository.is_model(self._root, name)
+
     def index(self) -> list[IndexEntry]:
         """Every version known, whether it is loaded or not, and why not; and models that were never asked for."""
         entries = [
-            IndexEntry(m.config.name, str(m.version), "READY" if m.is_ready() else "UNAVAILABLE", m.reason())
+            IndexEntry(
+                m.config.name,
+                str(m.version),
+                "READY" if m.is_ready() and not m.is_stuck() else "UNAVAILABLE",
+                m.reason() or "; ".join(m.executing(only_stuck=True)),
+            )
             for m in self.models()
         ]
-        entries += [IndexEntry(name, version, "UNAVAILABLE", why) for (name, version), why in self._failures.items()]
+        failures = dict(self._failures).items()
+        entries += [IndexEntry(name, version, "UNAVAILABLE", why) for (name, version), why in failures]
+        ending = {
+            (model.config.name, str(model.version)): "; ".join([str(work), *model.executing()])
+            for model, work in dict(self._drains).items()
+            if not work.wait(0)
+        }
         entries += [
-            IndexEntry(name, version, "UNAVAILABLE", "unloaded")
+            IndexEntry(name, version, "UNLOADING", ending[name, version])
+            if (name, version) in ending
+            else IndexEntry(name, version, "UNAVAILABLE", "unloaded")
             for name, versions in dict(self._unloaded).items()
             for version in versions
         ]
+        served = {entry.name for entry in entries}
+        running = self._operations.running()
+        entries += [IndexEntry(name, "", "LOADING", why) for name, why in running.items() if name not in served]
         known = {entry.name for entry in entries}
         entries += [IndexEntry(name, "", "") for name in repository.model_names(self._root) if name not in known]
         return sorted(entries, key=lambda entry: (entry.name, entry.version))
@@ -281,11 +402,17 @@ class Engine:
         """Why models could not be loaded, one message each."""
         return list(self._failures.values())
 
+    def unfinished(self) -> list[str]:
+        """What is still being done to models, and those that have not ended."""
+        drains = [str(work) for work in dict(self._drains).values() if not work.wait(0)]
+        return [*self._operations.running().values(), *drains]
+
     def close(self) -> None:
         """Drain and close every model, ensembles before what they use. What comes later is refused."""
         self._is_closed = True
-        for model in sorted(self.models(), key=lambda model: not model.config.is_ensemble):
-            model.close()
+        models = self.models()
+        self._drain([model for model in models if model.config.is_ensemble], DRAIN_S)
+        self._drain([model for model in models if not model.config.is_ensemble], DRAIN_S)
         for name in list(self._scratch):
             self._keep_scratch(name, None)
 
@@ -314,6 +441,7 @@ class Engine:
                 made[str(version)] = self._make(folder, version)
             except TuttiError as error:
                 self._record_failure(folder.config.name, str(version), error)
+        self._failures.pop((folder.config.name, ""), None)  # that it was still being loaded
         if made:
             self._replace(folder.config.name, made)
 
@@ -324,7 +452,7 @@ class Engine:
             served = self._loader(folder, version, statistics)
         except TuttiError:
             raise
-        except Exception as error:  # of a library, that has read a file which is not whole
+        except BaseException as error:  # of a library, that has read a file which is not whole, or has had enough
             _log.debug("model '%s' version %d cannot be loaded", folder.config.name, version, exc_info=True)
             what = f"{type(error).__name__}: {shown(error)}"
             raise ConfigError(f"model '{folder.config.name}' version {version}: {what}") from error
@@ -348,10 +476,28 @@ class Engine:
         self._failures[name, version] = str(error)
 
 
-def _close(models: Iterable[Model]) -> None:
-    for model in models:
+def _end(model: Model) -> None:
+    try:
         model.close()
-        _log.info("unloaded model '%s' version %d", model.config.name, model.version)
+    except Exception:
+        _log.exception("model '%s' version %d could not be ended", model.config.name, model.version)
+    _log.info("unloaded model '%s' version %d", model.config.name, model.version)
+
+
+class _Tries:
+    """When a poll is to try again what failed: after one poll, two, four, and so on."""
+
+    def __init__(self) -> None:
+        self.wait = 0
+        self._next = 1
+
+    def failed(self) -> None:
+        self.wait = self._next - 1
+        self._next = min(2 * self._next, _MOST_POLLS)
+
+    def is_due(self) -> bool:
+        self.wait -= 1
+        return self.wait < 0
 
 
 def _in_order_of_use(ensembles: list[ModelFolder]) -> list[ModelFolder]:

@@ -18,7 +18,7 @@ from tutti.cost import Costs
 from tutti.device_instance import DeviceInstance, PipelinedBackend
 from tutti.devices import health
 from tutti.devices.health import DeviceHealth
-from tutti.engine import Engine
+from tutti.engine import CONTROL_TIMEOUT_S, Engine
 from tutti.errors import ConfigError, DeviceLost, InferError
 from tutti.model import Model, Served
 from tutti.rate_limiting import NO_LIMIT
@@ -50,6 +50,7 @@ def make_engine(
     cache_bytes: int = DEFAULT_CACHE_BYTES,
     limits: RateLimits | None = None,
     devices: DeviceHealth | None = None,
+    control_timeout_s: float = CONTROL_TIMEOUT_S,
 ) -> Engine:
     """An engine over `root` that has loaded nothing yet. `cache_bytes` bounds the response cache of all its models.
 
@@ -73,7 +74,7 @@ def make_engine(
             served = replace(served, infer=Cached(served.infer, cache, version, statistics))
         return served
 
-    engine = Engine(root, load, is_controllable, devices=watched)
+    engine = Engine(root, load, is_controllable, devices=watched, control_timeout_s=control_timeout_s)
     return engine
 
 
@@ -115,9 +116,15 @@ def _serve_batches(
         InOrder(scheduler) if is_ordered else scheduler,
         scheduler.close,
         pending=scheduler.queued_calls,
+        executing=lambda: _named(config.name, scheduler.executing_s(now_ns())),
         device=_device_of([backend for backend, _ in loaded]),
     )
     return _while_devices_work(config.name, served, loaded, statistics, devices, scheduler.refuse_waiting)
+
+
+def _named(name: str, seconds: Sequence[float]) -> list[tuple[str, float]]:
+    """With the names of instances."""
+    return [(f"{name}_{index}", one) for index, one in enumerate(seconds)]
 
 
 def _device_of(loaded: Sequence[Backend]) -> str:
@@ -145,7 +152,12 @@ def _serve_sequences(
         name = f"{config.name}_{index}"
         scheduler = batcher.add(lambda waiting: Scheduler(config.name, waiting, statistics, timer))
         scheduler.add(_instance(name, backend, scheduler, statistics, None, turn))
-    served = Served(batcher, batcher.close, pending=batcher.queued_calls)
+    served = Served(
+        batcher,
+        batcher.close,
+        pending=batcher.queued_calls,
+        executing=lambda: _named(config.name, batcher.executing_s(now_ns())),
+    )
     return _while_devices_work(config.name, served, loaded, statistics, devices, batcher.refuse_waiting)
 
 

@@ -38,6 +38,7 @@ _COUNTERS: tuple[tuple[str, str, Callable[[Counts], float]], ...] = (
 )
 _GAUGES: tuple[tuple[str, str, Callable[[Model], float]], ...] = (
     ("nv_inference_pending_request_count", "Requests waiting for execution", lambda m: m.pending()),
+    ("tutti_stuck_instances", "Instances that have executed one batch for over a minute", lambda m: m.stuck()),
     ("tutti_model_ready", "1 while the model answers", lambda m: float(m.is_ready())),
 )
 # Of the same buckets everywhere: sums over models, processes and machines are right.

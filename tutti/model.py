@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from tutti.config import ModelConfig, TensorSpec
 from tutti.errors import InferError, InvalidArgument, Unavailable, Unsupported
+from tutti.scheduler import HANG_S
 from tutti.statistics import ModelStatistics
 from tutti.types import Call, Infer, InferRequest, Shape, Tensor, now_ns, settle, settle_all
 
@@ -33,6 +34,8 @@ class Served:
     reason: Callable[[], str] = lambda: ""
     config: ModelConfig | None = None
     device: str = "cpu"
+    # Of each instance, its name and for how many seconds it has executed a batch: 0 where it does not.
+    executing: Callable[[], Sequence[tuple[str, float]]] = lambda: ()
 
 
 class Model:
@@ -113,6 +116,24 @@ class Model:
         """Why the model is not ready; "" when it is."""
         return self._served.reason()
 
+    def executing(self, only_stuck: bool = False) -> list[str]:
+        """Which instances execute a batch, and for how long; `only_stuck`: for longer than HANG_S."""
+        least_s = HANG_S if only_stuck else 0.0
+        return [
+            f"instance '{name}' has been executing a batch for {seconds:.0f} s"
+            for name, seconds in self._served.executing()
+            if seconds > least_s
+        ]
+
+    def stuck(self) -> int:
+        """How many instances have executed one batch for longer than HANG_S."""
+        return len(self.executing(only_stuck=True))
+
+    def is_stuck(self) -> bool:
+        """Whether all of them have."""
+        instances = self._served.executing()
+        return bool(instances) and all(seconds > HANG_S for _, seconds in instances)
+
     def pending(self) -> int:
         """Requests that wait in its queue."""
         return self._served.pending()
@@ -121,7 +142,7 @@ class Model:
         """Take no more calls, let those inside end, and release what executes them. Blocks."""
         with self._gate:
             self._is_closed = True
-            self._gate.wait_for(lambda: not self._entering)
+            self._gate.wait_for(lambda: not self._entering, HANG_S)
         self._served.close()
 
     def _check(self, request: InferRequest) -> tuple[int, Hashable]:

@@ -30,6 +30,11 @@ Timer = Callable[[float, Callable[[], None]], None]
 # An execution that is known to take no more of the processor than this runs in the thread that brings the calls: a
 # hand-over between threads, and their quarrel over the interpreter's lock, would cost more.
 INLINE_NS = 250_000
+# A batch that has been executed for so long is taken to be stuck.
+HANG_S = 60.0
+# How long what waits may take when its model is closed.
+CLOSE_S = 30.0
+_MOMENT_S = 1.0
 MAX_INLINE_NS = 4_000_000
 # Steps of an ensemble that run so call each other: not without end.
 MAX_INLINE_DEPTH = 4
@@ -246,6 +251,12 @@ class Scheduler:
             self._dispatch()
         return True
 
+    def executing_s(self, at_ns: int) -> list[float]:
+        """For how long each instance has executed its batch; 0 where it has none."""
+        with self._lock:
+            begun = [self._busy.get(id(instance), (at_ns,))[0] for instance in self._instances]
+        return [max(0, at_ns - since_ns) / 1e9 for since_ns in begun]
+
     def queued_rows(self) -> int:
         return self._queue.rows
 
@@ -353,8 +364,15 @@ class Scheduler:
             with self._lock:
                 self._queue.limit.succeeded(sum([call.rows for call in batch]), self._queue.configured_rows)
 
-    def close(self, timeout_s: float = 30.0) -> None:
-        """Refuse new calls, execute the waiting ones, close the instances. Past the timeout what waits is refused."""
+    def close(self, timeout_s: float | None = None) -> None:
+        """Refuse new calls, execute the waiting ones, close the instances.
+
+        Past the timeout, CLOSE_S or a moment where all instances are stuck, what waits is refused.
+        """
+        if timeout_s is None:
+            executing_s = self.executing_s(now_ns())
+            is_stuck = bool(executing_s) and all(seconds > HANG_S for seconds in executing_s)
+            timeout_s = _MOMENT_S if is_stuck else CLOSE_S
         with self._lock:
             self._is_closing = True
             self._condition.wait_for(lambda: self._queue.rows == 0 and not self._busy, timeout_s)
@@ -547,6 +565,9 @@ class ThreadInstance:
         self._quick: dict[tuple[Hashable, int], int] = {}
         self._inbox: queue.SimpleQueue[list[Call] | None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[tuple[list[Call], Executed, BatchTimes] | None] = queue.SimpleQueue()
+        # Batches that are in its threads, and since when: whoever takes one out settles its calls.
+        self._held: dict[int, tuple[list[Call], int]] = {}
+        self._is_abandoned = False
         self._deliverer: threading.Thread | None = None
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -567,14 +588,40 @@ class ThreadInstance:
             self._inbox.put(batch)
 
     def close(self) -> None:
+        """Let it end. One that has executed a batch for longer than HANG_S is abandoned."""
         self._inbox.put(None)
-        self._thread.join()
+        now = now_ns()
+        begun_ns = min((since_ns for _, since_ns in list(self._held.values())), default=now)
+        self._thread.join(max(_MOMENT_S, HANG_S - (now - begun_ns) / 1e9))
+        if self._thread.is_alive():
+            self._abandon()
+            return
         if self._deliverer is not None:
             self._done.put(None)
-            self._deliverer.join()
+            self._deliverer.join(HANG_S)
         if self._turn is not None:
             self._turn.close()
         self._backend.close()
+
+    def _abandon(self) -> None:
+        """Answer the callers of what is stuck. Its thread cannot be ended: should it come back, it closes the backend.
+
+        A backend that can give up what it waits for, as a process of its own, does.
+        """
+        self._is_abandoned = True
+        _log.error("instance %s: its batch does not end, and it is abandoned", self._name)
+        error = Internal(f"{self._name} had executed the request for {HANG_S:g} s or more, and was abandoned")
+        for key in list(self._held):
+            held = self._held.pop(key, None)
+            if held is not None:
+                settle_all(held[0], error)
+                for call in held[0]:  # the backend may settle some itself, should it come back
+                    call.is_cancelled, call.sink = True, _NOBODY
+        if self._turn is not None:
+            self._turn.close()
+        give_up = getattr(self._backend, "give_up", None)
+        if give_up is not None:
+            give_up()
 
     def _may_run_here(self, batch: list[Call]) -> bool:
         if not self._backend.runs_inline or self._turn is not None or getattr(_here, "depth", 0) >= MAX_INLINE_DEPTH:
@@ -597,7 +644,10 @@ class ThreadInstance:
     def _run(self) -> None:
         while (batch := self._inbox.get()) is not None:
             while batch:
+                self._held[id(batch)] = batch, now_ns()
                 batch = self._execute_and_go_on(batch)
+        if self._is_abandoned:
+            self._backend.close()
 
     def _execute_and_go_on(self, batch: list[Call]) -> list[Call]:
         if self._turn is not None:
@@ -610,13 +660,15 @@ class ThreadInstance:
                 break
             self._scheduler.wait_for_more(until_ns - now)
         answers, times = self._execute(batch)
+        if self._is_abandoned:
+            return []
         if times.end_ns - times.start_ns < PIPELINE_NS:
-            self._deliver(batch, answers, times)
+            self._hand_over(batch, answers, times)
             return self._next_batch()
         self._scheduler.answers(sum([call.rows for call in batch]), times.end_ns - times.start_ns)
         following = self._next_batch()
         if not following:
-            self._deliver(batch, answers, times)
+            self._hand_over(batch, answers, times)
             return []
         if self._deliverer is None:
             self._deliverer = threading.Thread(target=self._deliver_forever, name=f"{self._name} answers", daemon=True)
@@ -632,7 +684,7 @@ class ThreadInstance:
 
     def _deliver_forever(self) -> None:
         while (done := self._done.get()) is not None:
-            self._deliver(*done)
+            self._hand_over(*done)
             del done  # its memory may be another process's
 
     def _execute(self, batch: list[Call]) -> tuple[Executed, BatchTimes]:
@@ -666,6 +718,11 @@ class ThreadInstance:
         self._scheduler.executed(batch)
         return answers
 
+    def _hand_over(self, batch: list[Call], executed: Executed, times: BatchTimes) -> None:
+        """Deliver, unless its callers have been told that it was abandoned."""
+        if self._held.pop(id(batch), None) is not None:
+            self._deliver(batch, executed, times)
+
     def _deliver(self, batch: list[Call], executed: Executed, times: BatchTimes) -> None:
         try:
             answers = executed() if callable(executed) else executed
@@ -674,6 +731,15 @@ class ThreadInstance:
             answers = [as_infer_error(self._name, error)] * len(batch)
         deliver(self._name, batch, answers, times, self._statistics)
 
+
+class _Nobody:
+    """The sink of calls that have been answered already."""
+
+    def settle(self, calls: Sequence[Call]) -> None:
+        pass
+
+
+_NOBODY = _Nobody()
 
 # How many executions the current thread is within.
 _here = threading.local()

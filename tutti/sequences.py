@@ -246,6 +246,10 @@ class SequenceBatcher:
         for lane in self._lanes:
             lane.scheduler.refuse_waiting(error)
 
+    def executing_s(self, at_ns: int) -> list[float]:
+        """As a scheduler's, of all lanes."""
+        return [seconds for lane in self._lanes for seconds in lane.scheduler.executing_s(at_ns)]
+
     def queued_calls(self) -> int:
         return self._queued + sum(lane.scheduler.queued_calls() for lane in self._lanes)
 

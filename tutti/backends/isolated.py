@@ -106,6 +106,12 @@ class IsolatedBackend:
             _log.warning("model '%s': its process did not end by itself", self._name)
         self._end()
 
+    def give_up(self) -> None:
+        """Nobody waits for what its process executes. From any thread."""
+        process = self._process
+        if process is not None:
+            process.kill()
+
     def _error(self, kind: type[InferError], what: str) -> InferError:
         error = kind(f"model '{self._name}': {what} and is started anew")
         _log.warning("%s", error)

@@ -4,13 +4,15 @@ A front-end turns its messages into these calls, and infer requests into `Call`s
 the server is here: limits, gates, shared memory, traces.
 """
 
+import asyncio
 import base64
 import binascii
 import logging
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from tutti import SERVER_NAME, __version__
 from tutti.classification import classify
@@ -33,6 +35,8 @@ _EXTENSIONS = [
     "model_configuration", "binary_tensor_data", "parameters", "statistics", "trace", "logging",
 ]  # fmt: skip
 _FILE_PREFIX = "file:"
+_MOST_CONTROL_CALLS = 64
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +86,12 @@ class Api:
         self.shared_memory = shared_memory or SharedMemory()
         self.tracer = tracer or Tracer()
         self.logs = logs or Logs()
+        # What may wait for long, as a load, has threads of its own: it must not use up others'.
+        self.control = ThreadPoolExecutor(_MOST_CONTROL_CALLS, thread_name_prefix="control")
+
+    async def in_thread(self, do: Callable[..., T], *given: Any) -> T:
+        """Call what may wait for long in one of the threads for that."""
+        return await asyncio.get_running_loop().run_in_executor(self.control, do, *given)
 
     def close(self) -> None:
         """Write what is left of the traces, and let go of clients' memory."""
@@ -163,7 +173,8 @@ class Api:
     def is_model_ready(self, name: str, version: str) -> bool:
         """Whether the version answers now; false for a model that is not there."""
         try:
-            return self.engine.model(name, version).is_ready()
+            model = self.engine.model(name, version)
+            return model.is_ready() and not model.is_stuck()
         except InferError:
             return False
 
@@ -248,7 +259,7 @@ class Api:
         return self.tracer.update(model, changes)
 
     def _check_known(self, model: str) -> None:
-        if model and all(model != entry.name for entry in self.engine.index()):
+        if model and not self.engine.is_known(model):
             raise InvalidArgument(f"Request for unknown model : {model}")
 
 

@@ -274,7 +274,7 @@ class EngineEnd(End):
 
     def _ask(self, number: int, method: Method, payload: bytes) -> None:
         if method.blocks:
-            self._loop.run_in_executor(None, self._answer, number, method, payload)
+            self._loop.run_in_executor(self._api.control, self._answer, number, method, payload)
         else:
             self._answer(number, method, payload)
 

@@ -10,7 +10,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -71,7 +70,6 @@ class GrpcFront:
         )
         if fallback is not None:
             self._front.set_fallback(fallback)
-        self._workers = ThreadPoolExecutor(2, thread_name_prefix="grpc-control")
         self._templates = grpc_codec.TemplateCache()
         self._open: dict[int, Call] = {}
         self._thread = threading.Thread(target=self._receive, name="grpc", daemon=True)
@@ -105,7 +103,6 @@ class GrpcFront:
     def stop(self) -> None:
         self._front.close()
         self._thread.join(timeout=5.0)
-        self._workers.shutdown(wait=False)
 
     def settle(self, calls: Sequence[Call]) -> None:
         for call in calls:
@@ -218,7 +215,7 @@ class GrpcFront:
         if self._raw is not None:
             self._raw(self._paths[index], payload, 0, partial(self._answer_raw, call_id))
         elif method.blocks:  # it must not hold up the receiving thread
-            self._workers.submit(self._answer, call_id, method, payload)
+            self._api.control.submit(self._answer, call_id, method, payload)
         else:
             self._answer(call_id, method, payload)
 

@@ -97,7 +97,7 @@ class GrpcioFront:
             await self._check(method.category, context)
             try:
                 if method.blocks:
-                    return await asyncio.to_thread(method.answer, payload)
+                    return await self._api.in_thread(method.answer, payload)
                 return method.answer(payload)
             except InferError as error:
                 await context.abort(_STATUS[code_of(error)], error.message)

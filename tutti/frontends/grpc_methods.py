@@ -82,7 +82,7 @@ def methods(api: Api) -> dict[str, Method]:
         "CudaSharedMemoryUnregister": ("shared-memory", pb.CudaSharedMemoryUnregisterRequest, own.unregister_cuda),
     }  # fmt: skip
     slow = (
-        "RepositoryModelLoad", "RepositoryModelUnload", "TraceSetting", "LogSettings",
+        "RepositoryIndex", "RepositoryModelLoad", "RepositoryModelUnload", "TraceSetting", "LogSettings",
         "SystemSharedMemoryUnregister", "CudaSharedMemoryRegister", "CudaSharedMemoryUnregister",
     )  # fmt: skip
     made = {

@@ -171,15 +171,15 @@ class _Routes:
 
     async def index(self, request: Request) -> Response:
         only_ready = bool((await _json_object(request)).get("ready", False))
-        entries = self._api.index(only_ready)
+        entries = await self._api.in_thread(self._api.index, only_ready)  # it looks at every folder
         return json_response([{key: value for key, value in entry.items() if value} for entry in entries])
 
     async def load(self, request: Request) -> Response:
-        await asyncio.to_thread(self._api.load, _model(request)[0], await _parameters(request))
+        await self._api.in_thread(self._api.load, _model(request)[0], await _parameters(request))
         return Response()
 
     async def unload(self, request: Request) -> Response:
-        await asyncio.to_thread(self._api.unload, _model(request)[0], await _parameters(request))
+        await self._api.in_thread(self._api.unload, _model(request)[0], await _parameters(request))
         return Response()
 
     async def trace(self, request: Request) -> Response:
