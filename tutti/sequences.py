@@ -16,7 +16,7 @@ from tutti import dtypes
 from tutti.batching import BatchLimit, BatchQueue, Decision
 from tutti.config import ModelConfig, SequenceControl, SequencePolicy, SequenceState
 from tutti.cost import Costs
-from tutti.errors import Cancelled, InferError, InvalidArgument, Unavailable
+from tutti.errors import Cancelled, DeadlineExceeded, InferError, InvalidArgument, Unavailable
 from tutti.scheduler import Scheduler, Timer
 from tutti.statistics import ModelStatistics
 from tutti.types import RAW_TYPES, Call, InferRequest, InferResponse, Tensor, now_ns, settle, settle_all
@@ -175,6 +175,9 @@ class SequenceBatcher:
         self._active: dict[SequenceId, _Sequence] = {}
         self._backlog: deque[_Sequence] = deque()
         self._queued = 0
+        # When to look for those that have waited until their deadlines; and whether to find that out.
+        self._look_ns = 0
+        self._is_to_look = False
         self._is_sweeping = False
         self._is_closing = False
 
@@ -203,6 +206,9 @@ class SequenceBatcher:
             self._statistics.record_failures(failed, now_ns())
             settle(failed)
         self._go_on(touched)
+        if self._is_to_look:
+            self._is_to_look = False
+            self._expire()
 
     def settle(self, calls: Sequence[Call]) -> None:
         """A lane's calls come back: keep their states, hand the answers over, and go on."""
@@ -272,6 +278,9 @@ class SequenceBatcher:
                 self._backlog.append(sequence)
         sequence.waiting.append(call)
         self._queued += 1
+        is_held_up = sequence.lane is None or sequence.is_busy
+        if is_held_up and call.deadline_ns and not 0 < self._look_ns <= call.deadline_ns:
+            self._is_to_look = True
         return sequence
 
     def _check_id(self, key: SequenceId) -> None:
@@ -348,6 +357,42 @@ class SequenceBatcher:
             control.name: control_tensor(control, is_on[control.kind], sequence, self._config.is_batched)
             for control in self._policy.controls
         }
+
+    def _expire(self) -> None:
+        """Answer those that have waited here for as long as their callers do, and look again when others will have.
+
+        A sequence whose first request has expired before it had a slot is gone, with what waits behind that.
+        """
+        gone: list[Call] = []
+        with self._lock:
+            now = now_ns()
+            self._look_ns = 0
+            for sequence in list(self._active.values()):
+                gone += self._expired(sequence, now)
+            waiting = [call.deadline_ns for one in self._active.values() for call in one.waiting if call.deadline_ns]
+            if waiting:
+                self._look_ns = min(waiting)
+                self._timer((self._look_ns - now) / 1e9, self._expire)
+        if gone:
+            error = DeadlineExceeded(f"model '{self._config.name}': the request's deadline passed while it waited")
+            for call in gone:
+                call.answer = error
+            self._statistics.record_failures(gone, now_ns())
+            settle(gone)
+
+    def _expired(self, sequence: _Sequence, at_ns: int) -> list[Call]:
+        """What of a sequence's waiting calls is to be answered now; under the lock."""
+        late = [call for call in sequence.waiting if call.deadline_ns and call.deadline_ns <= at_ns]
+        if not late:
+            return []
+        if sequence.lane is None and sequence.waiting[0] in late:
+            late = list(sequence.waiting)
+            self._backlog.remove(sequence)
+            del self._active[sequence.id]
+        for call in late:
+            sequence.waiting.remove(call)
+        self._queued -= len(late)
+        return late
 
     def _filler(self, call: Call) -> Call:
         """A row that nobody waits for, for a slot without a request."""

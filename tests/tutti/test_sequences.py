@@ -8,8 +8,8 @@ import pytest
 from tests.models import Repository
 from tests.serving import Gather, engine_over, infer, wait_until
 from tutti.engine import Engine
-from tutti.errors import InferError, InvalidArgument
-from tutti.types import Call, InferRequest, InferResponse, Tensor
+from tutti.errors import DeadlineExceeded, InferError, InvalidArgument
+from tutti.types import Call, InferRequest, InferResponse, Tensor, now_ns
 
 CONTROLS = """
     control_input { name: "START" control { kind: CONTROL_SEQUENCE_START int32_false_true: [ 0, 1 ] } }
@@ -239,3 +239,25 @@ def test_a_sequence_whose_first_request_was_cancelled_gives_its_slot_back(reposi
         gather.wait()
         assert isinstance(gone.answer, InferError)
         assert value(infer(engine, [request(2, 5, start=True)])[0]) == 5
+
+
+@pytest.mark.parametrize("strategy", ["direct {}", "oldest { max_candidate_sequences: 1 }"])
+def test_who_waits_for_a_slot_is_answered_at_the_deadline(repository: Repository, strategy: str) -> None:
+    """With what waits behind it, which has no START any more; the sequence that has the slot goes on."""
+    add(repository, strategy, rows=1, count=1)
+    with engine_over(repository.root) as engine:
+        assert value(infer(engine, [request(1, 5, start=True)])[0]) == 5
+        gather = Gather(3)
+        first, behind, later = (
+            Call(one, gather) for one in (request(2, 1, start=True), request(2, 2), request(3, 4, start=True))
+        )
+        first.deadline_ns = now_ns() + 50_000_000
+        later.deadline_ns = now_ns() + 100_000_000
+        engine([first, behind, later])
+        gather.wait()
+        assert all(isinstance(call.answer, DeadlineExceeded) for call in (first, behind, later))
+        assert engine.model("sums").pending() == 0
+        (lost,) = infer(engine, [request(2, 3)])
+        assert isinstance(lost, InvalidArgument)
+        assert value(infer(engine, [request(1, 2, end=True)])[0]) == 7
+        assert value(infer(engine, [request(4, 9, start=True)])[0]) == 9, "the slot is free for others"
