@@ -81,6 +81,20 @@ def make_parser() -> argparse.ArgumentParser:
         help="exit when a model cannot be loaded (default: true)",
     )
     serve.add_argument(
+        "--exit-timeout-secs",
+        type=float,
+        default=30.0,
+        metavar="SECONDS",
+        help="asked to stop, end after this whatever has not (default: %(default)g); asked again, end at once",
+    )
+    serve.add_argument(
+        "--control-timeout-secs",
+        type=float,
+        default=120.0,
+        metavar="SECONDS",
+        help="answer a load or unload after this, saying what is waited for; it goes on (default: %(default)g)",
+    )
+    serve.add_argument(
         "--cache-config",
         default="local,size=1048576",
         metavar="local,size=BYTES",

@@ -10,8 +10,11 @@ import contextlib
 import logging
 import os
 import signal
+import threading
+import time
 from collections.abc import Awaitable
 from dataclasses import replace
+from typing import Any, NoReturn
 
 import uvloop
 
@@ -49,7 +52,7 @@ async def _serve(options: argparse.Namespace, logs: Logs, supervised: Supervised
     loop = asyncio.get_running_loop()
     stop, lost = asyncio.Event(), asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(number, _ask_to_stop, stop, options.exit_timeout_secs)
 
     def failed(device: str, reason: str) -> None:
         if supervised is not None:
@@ -69,6 +72,7 @@ async def _serve(options: argparse.Namespace, logs: Logs, supervised: Supervised
         limits=RateLimits(parse_supply(options.rate_limit_resource))
         if options.rate_limit == "execution_count"
         else None,
+        control_timeout_s=options.control_timeout_secs,
     )
     addresses = setup.addresses(options)
     if supervised is not None:
@@ -80,8 +84,14 @@ async def _serve(options: argparse.Namespace, logs: Logs, supervised: Supervised
     names = (options.load_model or []) if is_explicit and "*" not in (options.load_model or []) else None
     if options.model_control_mode == "poll":
         await asyncio.to_thread(engine.remember)
-    if await _first(asyncio.to_thread(engine.load_all, names), lost):
+    # A model that hangs as it is loaded must not keep the others from being served, unless all must be.
+    patience_s = None if options.exit_on_error else engine.control_timeout_s
+    loading = asyncio.ensure_future(asyncio.to_thread(engine.load_all, names, patience_s))
+    if await _first(_either(loading, stop), lost):
         await _leave(server)
+    if stop.is_set() and not loading.done():
+        _log.info("stopping, though models are still being loaded")
+        _end_now(0)
     if engine.failures() and options.exit_on_error:
         _log.error("%d models could not be loaded (--exit-on-error=false serves the others)", len(engine.failures()))
         await asyncio.to_thread(engine.close)
@@ -109,7 +119,42 @@ async def _serve(options: argparse.Namespace, logs: Logs, supervised: Supervised
         if await _first(asyncio.to_thread(engine.close), lost):
             await _leave(server)
         await asyncio.to_thread(end_watch)
+    if left := engine.unfinished():  # their threads would keep the process
+        _log.error("this process ends, though not all has: %s", "; ".join(left))
+        _end_now(1)
     return 0
+
+
+def _ask_to_stop(stop: asyncio.Event, exit_timeout_s: float) -> None:
+    """Stop, within a time; asked again, at once."""
+    if stop.is_set():
+        _log.error("asked to stop again: this process ends at once")
+        _end_now(1)
+    stop.set()
+    # A thread, since the event loop, too, may be held up.
+    threading.Thread(target=_end_after, args=(exit_timeout_s,), name="exit", daemon=True).start()
+
+
+def _end_after(exit_timeout_s: float) -> None:
+    time.sleep(exit_timeout_s)
+    _log.error("not all has ended within %g s (--exit-timeout-secs): this process ends", exit_timeout_s)
+    _end_now(1)
+
+
+def _end_now(status: int) -> NoReturn:
+    """Without waiting for threads, which may never end."""
+    logging.shutdown()
+    os._exit(status)
+
+
+async def _either(work: "asyncio.Future[None]", stop: asyncio.Event) -> None:
+    """Until the work has ended, or the process is asked to stop. Raises what the work does."""
+    stopping = asyncio.ensure_future(stop.wait())
+    both: set[asyncio.Future[Any]] = {work, stopping}
+    await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if work.done():
+        work.result()
 
 
 def _told(device: str, xid: int) -> None:

@@ -1,0 +1,73 @@
+"""Stopping a server in which something hangs: a grace, and then an end."""
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+from threading import Thread
+
+import pytest
+
+from loadtest.process import free_ports
+from tests.models import Repository
+from tests.serving import wait_until
+
+CONFIG = 'backend: "python" max_batch_size: 0 input { name: "x" data_type: TYPE_FP32 dims: 1 } output { name: "y" '
+CONFIG += "data_type: TYPE_FP32 dims: 1 }"
+HANG = 'import pathlib, time; pathlib.Path("{}").touch(); time.sleep(600)'
+LIMIT_S = 60
+
+
+def start(root: Path, *flags: str) -> tuple["subprocess.Popen[bytes]", int]:
+    ports = free_ports(3)
+    named = [f"--{name}-port={port}" for name, port in zip(("http", "grpc", "metrics"), ports, strict=True)]
+    return subprocess.Popen([sys.executable, "-m", "tutti.cli", "serve", str(root), *named, *flags]), ports[0]
+
+
+def ask(port: int) -> None:
+    tensor = {"name": "x", "datatype": "FP32", "shape": [1], "data": [1]}
+    body = json.dumps({"inputs": [tensor]}).encode()
+    with contextlib.suppress(OSError):  # the server ends with it
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/v2/models/stuck/infer", body, timeout=LIMIT_S).close()
+
+
+def is_live(port: int) -> bool:
+    try:
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/v2/health/live", timeout=5).close()
+        return True
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_stuck_execution_does_not_hold_the_server(repository: Repository, tmp_path: Path, again: bool) -> None:
+    entered = tmp_path / "entered"
+    hangs = HANG.format(entered)
+    repository.add_python("stuck", CONFIG, hangs)
+    process, port = start(repository.root, f"--exit-timeout-secs={600 if again else 1}")
+    try:
+        wait_until(lambda: is_live(port), LIMIT_S)
+        Thread(target=ask, args=[port], daemon=True).start()
+        wait_until(entered.exists)
+        process.send_signal(signal.SIGTERM)
+        if again:
+            wait_until(lambda: not is_live(port))  # it has heard
+            process.send_signal(signal.SIGTERM)
+        assert process.wait(LIMIT_S) == 1
+    finally:
+        process.kill()
+
+
+def test_a_model_that_hangs_as_it_is_loaded_does_not_hold_the_server(repository: Repository, tmp_path: Path) -> None:
+    entered = tmp_path / "entered"
+    repository.add_python("stuck", CONFIG, "pass", HANG.format(entered))
+    process, _ = start(repository.root)
+    try:
+        wait_until(entered.exists, LIMIT_S)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(LIMIT_S) == 0
+    finally:
+        process.kill()
