@@ -78,7 +78,7 @@ class Gateway:
             setup.cache_size(options.cache_config), specs, self._router, local.loop_timer(loop), carrier,
         )  # fmt: skip
         if options.model_control_mode == "poll":
-            self._engine.remember()
+            await asyncio.to_thread(self._engine.remember)
         await asyncio.to_thread(self._engine.load_all, options.start_models())
         if self._engine.failures() and options.exit_on_error:
             raise ConfigError("; ".join(self._engine.failures()))

@@ -614,7 +614,10 @@ class ThreadInstance:
         for key in list(self._held):
             held = self._held.pop(key, None)
             if held is not None:
-                settle_all(held[0], error)
+                try:
+                    settle_all(held[0], error)
+                except Exception:
+                    _log.exception("instance %s: could not deliver errors", self._name)
                 for call in held[0]:  # the backend may settle some itself, should it come back
                     call.is_cancelled, call.sink = True, _NOBODY
         if self._turn is not None:
