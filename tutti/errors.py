@@ -19,6 +19,15 @@ TuttiError
 Knows nothing of HTTP or gRPC: each front-end maps these classes to its status codes in one table.
 """
 
+MAX_MESSAGE = 6000
+
+
+def shown(text: str) -> str:
+    """A message as callers may see it: half of a surrogate pair is escaped, and of a long one the middle left out."""
+    if len(text) > MAX_MESSAGE:
+        text = f"{text[: MAX_MESSAGE // 2]} ... {text[-MAX_MESSAGE // 2 :]}"
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
+
 
 class TuttiError(Exception):
     """Root of all errors raised on purpose."""
@@ -33,7 +42,8 @@ class InferError(TuttiError):
 
     @property
     def message(self) -> str:
-        return str(self.args[0]) if self.args else type(self).__name__
+        """What callers are told: text that every encoding can carry, and no longer than gRPC's trailers allow."""
+        return shown(str(self.args[0]) if self.args else type(self).__name__)
 
 
 class InvalidArgument(InferError):

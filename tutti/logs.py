@@ -70,7 +70,7 @@ class Logs:
             is_fine = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**32
             expected = "a whole number of 0 or more"
         elif key == "log_format":
-            is_fine, expected = value in _FORMATS, f"one of {', '.join(_FORMATS)}"
+            is_fine, expected = isinstance(value, str) and value in _FORMATS, f"one of {', '.join(_FORMATS)}"
         else:
             raise InvalidArgument(f"log setting {key[:100]!r}: expected one of {', '.join(self._settings)}")
         if not is_fine:

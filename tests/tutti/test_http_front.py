@@ -359,3 +359,88 @@ def test_a_head_that_ends_oddly_is_not_kept(server: Running, end: bytes) -> None
 def test_the_pool_that_answered_is_a_header_if_it_can_be(pool: object, header: bytes) -> None:
     head = front._binary_head(10, 20, {"tutti_pool": pool})
     assert head == front._binary_head(10, 20, {})[:-2] + header + b"\r\n"
+
+
+def raw_infer(body: bytes) -> bytes:
+    return b"POST /v2/models/add_one/infer HTTP/1.1\r\nhost: t\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)
+
+
+def ask(server: Running, *requests: bytes) -> list[tuple[int, bytes]]:
+    """Statuses and bodies of the answers to requests that are sent together."""
+    with server.connect() as connection:
+        buffer = bytearray()
+        connection.sendall(b"".join(requests))
+        answers = [read_response(connection, buffer) for _ in requests]
+        return [(status, body) for status, _, body in answers]
+
+
+def one_input(name: str, data: str = "[1, 2, 3, 4]", parameters: str = "{}") -> bytes:
+    tensor = f'{{"name": "{name}", "shape": [1, 4], "datatype": "FP32", "data": {data}}}'
+    return f'{{"parameters": {parameters}, "inputs": [{tensor}]}}'.encode()
+
+
+def test_a_text_that_no_encoding_carries_is_its_own_requests_error(server: Running) -> None:
+    bad = raw_infer(one_input("\\ud800", "[NaN, 2, 3, 4]"))
+    # Both are of one turn of the loop: the second one's answer must not be lost with the first one's.
+    (status, body), (other, _) = ask(server, bad, raw_infer(one_input("x")))
+    assert status == 400 and "surrogate" in json.loads(body)["error"]
+    assert other == 200
+
+
+def test_whatever_one_request_meets_the_others_of_its_turn_are_answered(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode = front.http_codec.decode
+
+    def fails_once(*args: object) -> object:
+        monkeypatch.setattr(front.http_codec, "decode", decode)
+        raise MemoryError
+
+    monkeypatch.setattr(front.http_codec, "decode", fails_once)
+    good = raw_infer(one_input("x"))
+    assert [status for status, _ in ask(server, good, good)] == [500, 200]
+
+
+@pytest.mark.parametrize("value", ["NaN", "-Infinity", str(2**70), str(-(2**70)), "[]", "null"])
+@pytest.mark.parametrize("name", ["priority", "timeout", "x", "sequence_id"])
+def test_a_parameter_that_is_no_number_of_64_bits_is_refused(server: Running, name: str, value: str) -> None:
+    [(status, body)] = ask(server, raw_infer(one_input("x", parameters=f'{{"{name}": {value}}}')))
+    assert status == 400 and name in json.loads(body)["error"]
+
+
+def test_large_floats_are_parameters(server: Running) -> None:
+    assert ask(server, raw_infer(one_input("x", parameters='{"scale": 1e30}')))[0][0] == 200
+
+
+WRONG = ("[]", "{}", "null", "NaN", "1.5", "true", "false", '"\\ud800"', '"x"', str(2**70), "[[]]", '[{"a": NaN}]')
+
+
+@pytest.mark.parametrize(
+    ("path", "member"),
+    [
+        ("/v2/logging", "log_format"),
+        ("/v2/logging", "log_info"),
+        ("/v2/logging", "log_verbose_level"),
+        ("/v2/logging", "nope"),
+        ("/v2/trace/setting", "trace_level"),
+        ("/v2/trace/setting", "trace_rate"),
+        ("/v2/trace/setting", "trace_count"),
+        ("/v2/trace/setting", "log_frequency"),
+        ("/v2/trace/setting", "nope"),
+        ("/v2/repository/index", "ready"),
+        ("/v2/repository/models/add_one/unload", "parameters"),
+        ("/v2/repository/models/add_one/load", "parameters"),
+        ("/v2/models/add_one/generate", "x"),
+        ("/v2/models/add_one/generate", "parameters"),
+        ("/v2/models/add_one/generate", "id"),
+        ("/v2/systemsharedmemory/region/r/register", "key"),
+        ("/v2/systemsharedmemory/region/r/register", "byte_size"),
+        ("/v2/cudasharedmemory/region/r/register", "raw_handle"),
+    ],
+)
+def test_settings_of_wrong_types_are_the_clients_errors(server: Running, path: str, member: str) -> None:
+    head = b"POST %b HTTP/1.1\r\nhost: t\r\ncontent-length: %d\r\n\r\n"
+    bodies = [f'{{"{member}": {value}}}'.encode() for value in WRONG]
+    answers = ask(server, *[head % (path.encode(), len(body)) + body for body in bodies])
+    for value, (status, answer) in zip(WRONG, answers, strict=True):
+        assert status != 500, (value, answer)

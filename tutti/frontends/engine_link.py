@@ -12,7 +12,7 @@ from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tutti.errors import InferError
+from tutti.errors import InferError, Internal
 from tutti.frontends import grpc_codec
 from tutti.frontends.api import Api
 from tutti.frontends.bursts import Entry, Joined, Unpacking, pack_answers
@@ -225,10 +225,24 @@ class EngineEnd(End):
                 self.open.pop(token.first, None)
                 plain.append(call)
         if plain and self._transport is not None:
-            pieces: list[Raw] = []
-            self.send(("answers", list(map(tuple, pack_answers(plain, self.lend, pieces)))), pieces)
+            self._send_answers(plain)
         if again:
             self._api.submit(again)
+
+    def _send_answers(self, calls: Sequence[Call]) -> None:
+        """One that cannot be packed is an error of its own, not of those that were settled with it."""
+        pieces: list[Raw] = []
+        try:
+            packed = list(map(tuple, pack_answers(calls, self.lend, pieces)))
+        except Exception as error:
+            if len(calls) > 1:
+                for call in calls:
+                    self._send_answers([call])
+                return
+            _log.exception("a response of model '%s' could not be encoded", calls[0].request.model_name)
+            calls[0].answer = Internal(f"internal error: {type(error).__name__}")
+            pieces, packed = [], list(map(tuple, pack_answers(calls, self.lend, [])))
+        self.send(("answers", packed), pieces)
 
     def _cancel(self, number: int) -> None:
         call = self.open.get(number)

@@ -35,7 +35,7 @@ def decode(config: ModelConfig, version: str, body: bytes) -> InferRequest:
             parameters.update(value)
         else:
             parameters[key] = value
-    http_codec.check_parameters(name, parameters)
+    http_codec.check_parameters(name, parameters, body)
     request_id = given.get("id", "")
     if not isinstance(request_id, str):
         raise InvalidArgument(f"model '{name}': 'id': expected a string")

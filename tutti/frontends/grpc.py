@@ -129,14 +129,18 @@ class GrpcFront:
         calls = []
         for kind, call_id, method, payload, timeout, *rest in events:
             details = rest[0] if rest else None
-            if kind != EVENT_CALL:
-                self._cancel(call_id)
-            elif method == 0:
-                call = self._accept(call_id, payload or b"", timeout, details)
-                if call is not None:
-                    calls.append(call)
-            else:
-                self._ask(call_id, method, payload or b"", details)
+            try:
+                if kind != EVENT_CALL:
+                    self._cancel(call_id)
+                elif method == 0:
+                    call = self._accept(call_id, payload or b"", timeout, details)
+                    if call is not None:
+                        calls.append(call)
+                else:
+                    self._ask(call_id, method, payload or b"", details)
+            except Exception as error:  # whatever it is, those that came together with it are answered
+                _log.exception("a gRPC call was not taken")
+                self._front.fail(call_id, INTERNAL, f"internal error: {type(error).__name__}")
         if calls:
             self._api.submit(calls)
 

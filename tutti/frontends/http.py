@@ -158,28 +158,31 @@ class HttpFront:
         calls = []
         for exchange in arrived:
             try:
-                request, exchange.reply = self._decode(exchange)
+                calls.append(self._call(exchange))
             except InferError as error:
                 exchange.connection.respond(exchange, status_of(error), error.message)
-                continue
             except Elsewhere:
                 self._start_app(exchange)
-                continue
-            except Exception as error:
+            except Exception as error:  # whatever it is, those that came together with it are answered
                 _log.exception("an infer request could not be decoded")
                 exchange.connection.respond(exchange, 500, f"internal error: {type(error).__name__}")
-                continue
-            exchange.call = call = Call(request, self, exchange)
-            exchange.body = b""
-            if exchange.timeout_ns:
-                call.deadline_ns = now_ns() + exchange.timeout_ns
-            if self._api.http.forward is not None:
-                self._api.http.forward_headers(http_headers(exchange.headers).items(), request)
-            if self._api.tracer.is_on:
-                self._api.tracer.begin(call, http_headers(exchange.headers).get("traceparent", ""))
-            calls.append(call)
         if calls:
             self._api.submit(calls)
+
+    def _call(self, exchange: Exchange) -> Call:
+        """The exchange's request as a call."""
+        assert self._api is not None
+        request, exchange.reply = self._decode(exchange)
+        call = Call(request, self, exchange)
+        if exchange.timeout_ns:
+            call.deadline_ns = now_ns() + exchange.timeout_ns
+        if self._api.http.forward is not None:
+            self._api.http.forward_headers(http_headers(exchange.headers).items(), request)
+        if self._api.tracer.is_on:
+            self._api.tracer.begin(call, http_headers(exchange.headers).get("traceparent", ""))
+        exchange.call = call
+        exchange.body = b""
+        return call
 
     def _decode(self, exchange: Exchange) -> tuple[InferRequest, ReplyFormat]:
         route = self._route(exchange.url)
@@ -402,4 +405,8 @@ def _pool(parameters: Parameters) -> bytes:
 
 def _deliver(answered: Sequence[tuple[Exchange, Response]]) -> None:
     for exchange, response in answered:
-        exchange.connection.deliver(exchange, response)
+        try:
+            exchange.connection.deliver(exchange, response)
+        except Exception:  # the others' answers are not lost with it
+            _log.exception("an answer could not be written")
+            exchange.connection.abort()

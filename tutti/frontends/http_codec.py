@@ -5,6 +5,7 @@ Sizes and positions are bytes. Rules follow Triton's binary tensor data extensio
 
 import json
 import math
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -22,6 +23,9 @@ MAX_DIMENSIONS = 32
 MAX_ELEMENTS = 2**40
 MAX_OUTPUTS = 1024
 _BOM = b"\xef\xbb\xbf"
+_ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+# Numbers of so many digits may not fit 64 bits: orjson reads those that do not as floats.
+_LONG_NUMBER = re.compile(rb"[:\s](-?[0-9]{19,})\s*[,}]")
 
 
 class Regions(Protocol):
@@ -165,7 +169,7 @@ def _decode(
         raise _bad(name, f"{len(data) - used} bytes of binary data are left over after the last input")
     parameters = _object(name, header, "parameters")
     outputs, classes, shared, reply = _outputs(name, header, parameters, regions)
-    check_parameters(name, parameters)
+    check_parameters(name, parameters, text)
     request_id = header.get("id", "")
     if not isinstance(request_id, str):
         raise _bad(name, "'id': expected a string")
@@ -179,13 +183,24 @@ def parse_json(text: Raw) -> Any:
     except orjson.JSONDecodeError:
         plain = bytes(text).removeprefix(_BOM)
         if b"NaN" in plain or b"Infinity" in plain:
-            try:
-                return json.loads(plain)
-            except RecursionError:
-                raise ValueError("it is nested too deep") from None
+            return _parse_not_finite(plain)
         if len(plain) == len(text):
             raise
         return orjson.loads(plain)
+
+
+def _parse_not_finite(text: bytes) -> Any:
+    """By Python's parser, which is laxer: its text may hold halves of surrogate pairs, which no encoding carries."""
+    try:
+        value = json.loads(text.decode())
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    if _ESCAPED_SURROGATE.search(text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("a text has half of a surrogate pair") from None
+    return value
 
 
 def decode_raw(config: ModelConfig, version: str, body: Raw) -> InferRequest:
@@ -342,10 +357,11 @@ def _list(model: str, parent: Mapping[str, Any], key: str) -> list[dict[str, Any
     return value
 
 
-def check_parameters(model: str, parameters: Mapping[str, Any]) -> None:
+def check_parameters(model: str, parameters: Mapping[str, Any], text: Raw = b"") -> None:
     """A request's parameters are numbers, text or booleans, under names that are not the server's own.
 
-    Raises InvalidArgument.
+    `text` is the JSON that they come from, which tells a whole number of more than 64 bits from a large float. Raises
+    InvalidArgument.
     """
     for key, value in parameters.items():
         if key.startswith("triton_") and key != "triton_enable_empty_final_response":
@@ -354,6 +370,15 @@ def check_parameters(model: str, parameters: Mapping[str, Any]) -> None:
             raise _bad(model, f"parameter '{key}': expected a number, text or a boolean")
         if type(value) is int and not -(2**63) <= value < 2**64:
             raise _bad(model, f"parameter '{key}': {value} does not fit 64 bits")
+        if type(value) is float:
+            _check_float(model, key, value, text)
+
+
+def _check_float(model: str, key: str, value: float, text: Raw) -> None:
+    if not math.isfinite(value):
+        raise _bad(model, f"parameter '{key}': expected a finite number, got {value}")
+    if abs(value) >= 2**63 and any(float(number) == value for number in _LONG_NUMBER.findall(text)):
+        raise _bad(model, f"parameter '{key}': {int(value)} does not fit 64 bits")
 
 
 def shared_region(model: str, what: str, parameters: Mapping[str, Any]) -> SharedRegion | None:

@@ -14,6 +14,7 @@ from typing import Protocol, cast
 import httptools
 import orjson
 
+from tutti.errors import shown
 from tutti.frontends.http_codec import JSON_REPLY, ReplyFormat
 from tutti.frontends.limits import Limits
 from tutti.types import Call, Raw
@@ -80,7 +81,7 @@ def response_head(status: int, headers: Sequence[tuple[bytes, bytes]], length: i
 
 
 def error_response(status: int, message: str, keep_alive: bool) -> bytes:
-    body = orjson.dumps({"error": message})
+    body = orjson.dumps({"error": shown(message)})
     headers = [(b"content-type", b"application/json")]
     if status == 503:
         headers.append((b"retry-after", b"1"))
