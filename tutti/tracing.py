@@ -22,6 +22,11 @@ LEVELS = ("OFF", "TIMESTAMPS", "TENSORS")
 _OLD_LEVELS = {"MIN": "TIMESTAMPS", "MAX": "TIMESTAMPS"}
 _NUMBERS = {"trace_rate": 1, "trace_count": -1, "log_frequency": 0}  # name -> the least allowed
 _MAX_HELD = 1000
+_MAX_HELD_BYTES = 8 * 1024 * 1024
+# Of a larger tensor a trace has only so many elements: their text takes 20 bytes each.
+MAX_ELEMENTS = 64 * 1024
+_LEAST_DELAY_S, _GREATEST_DELAY_S = 1.0, 60.0
+_PIECE_BYTES = 1024 * 1024
 _SETTINGS = ("trace_level", "trace_rate", "trace_count", "log_frequency", "trace_file", "trace_mode")
 
 
@@ -191,8 +196,9 @@ class Tracer:
         if value is None:
             return None
         if key == "trace_level":
-            levels = [_OLD_LEVELS.get(level, level) for level in value] if isinstance(value, list) else [None]
-            if not all(isinstance(level, str) and level in LEVELS for level in levels):
+            named = value if isinstance(value, list) else [None]
+            levels = [_OLD_LEVELS.get(level, level) if isinstance(level, str) else "" for level in named]
+            if not all(level in LEVELS for level in levels):
                 raise InvalidArgument(f"trace setting 'trace_level': expected a list of {', '.join(LEVELS)}")
             if "OFF" in levels or not levels:
                 return ["OFF"]
@@ -252,14 +258,18 @@ class Tracer:
 class JsonWriter:
     """Triton's trace files: all in `file`; or with a log frequency every so many traces in `file.0`, `file.1`, ...
 
-    Without a frequency they are written at the end, when settings change, and whenever _MAX_HELD wait.
+    Without a frequency they are written at the end, when settings change, and whenever _MAX_HELD, or _MAX_HELD_BYTES of
+    their text, wait. A full disk costs the traces, and no more.
     """
 
     def __init__(self, tracer: Tracer) -> None:
         self._tracer = tracer
         self._lock = threading.Lock()
-        self._entries: list[dict[str, Any]] = []
+        self._texts: list[bytes] = []
+        self._held = 0
         self._waiting = 0
+        # After a failure nothing is tried for so long, each time twice as long.
+        self._delay_s = self._waits_until_s = 0.0
         self._files = 0
         self._is_begun = False
 
@@ -273,9 +283,14 @@ class JsonWriter:
             entries[0]["request_id"] = record.request.id
         entries += [{"id": record.id, "activity": what, "tensor": _shown(tensor)} for what, tensor in record.tensors]
         with self._lock:
-            self._entries += entries
+            if self._waits_until_s > time.monotonic():
+                return
+            self._texts += [json.dumps(entry).encode() for entry in entries]
+            self._held += sum(map(len, self._texts[-len(entries) :]))
             self._waiting += 1
-            if self._waiting >= (self._tracer.log_frequency() or _MAX_HELD):
+            is_full = self._waiting >= (self._tracer.log_frequency() or _MAX_HELD)
+            # With a frequency a file has so many traces, unless they are too large to wait for each other.
+            if is_full or self._held >= _MAX_HELD_BYTES:
                 self._put()
 
     def flush(self) -> None:
@@ -284,32 +299,54 @@ class JsonWriter:
                 self._put()
 
     def _put(self) -> None:
-        if self._tracer.log_frequency():
-            Path(f"{self._tracer.file}.{self._files}").write_text(json.dumps(self._entries))
-            self._files += 1
+        """Write what is held; where that fails it is dropped, and so is what comes before the next try."""
+        texts, self._texts, self._held, self._waiting = self._texts, [], 0, 0
+        try:
+            if self._tracer.log_frequency():
+                Path(f"{self._tracer.file}.{self._files}").write_bytes(b"[%b]" % b", ".join(texts))
+                self._files += 1
+            else:
+                self._append(Path(self._tracer.file), b", ".join(texts))
+        except OSError as error:
+            self._delay_s = min(max(2 * self._delay_s, _LEAST_DELAY_S), _GREATEST_DELAY_S)
+            self._waits_until_s = time.monotonic() + self._delay_s
+            _log.error("traces are dropped for %g s, they cannot be written: %s", self._delay_s, error)
         else:
-            self._append(Path(self._tracer.file), json.dumps(self._entries)[1:-1].encode())
-        self._entries.clear()
-        self._waiting = 0
+            self._delay_s = 0.0
 
     def _append(self, path: Path, entries: bytes) -> None:
-        """Put entries before the bracket that ends the file's array."""
+        """Put entries before the bracket that ends the file's array. It ends with one even where this fails."""
         if not self._is_begun:
             path.write_bytes(b"[%b]" % entries)
             self._is_begun = True
             return
-        with path.open("r+b") as file:
-            file.seek(-1, os.SEEK_END)
-            file.write(b", %b]" % entries)
+        with path.open("r+b", buffering=0) as file:
+            end = file.seek(-1, os.SEEK_END)
+            try:
+                _write_all(file, b", %b]" % entries)
+            except OSError:
+                file.truncate(end)
+                file.seek(end)
+                file.write(b"]")
+                raise
+
+
+def _write_all(file: Any, data: bytes) -> None:
+    at = 0
+    while at < len(data):
+        at += file.write(data[at : at + _PIECE_BYTES])
 
 
 def sorted_by_time(record: Record) -> list[tuple[str, int]]:
     return sorted(record.timestamps, key=lambda one: one[1])
 
 
-def _shown(tensor: Tensor) -> dict[str, str]:
-    values = ",".join(_text(value) for value in tensor.array().reshape(-1).tolist())
+def _shown(tensor: Tensor) -> dict[str, Any]:
+    elements = tensor.array().reshape(-1)
+    values = ",".join(_text(value) for value in elements[:MAX_ELEMENTS].tolist())
+    cut = {"elements_left_out": len(elements) - MAX_ELEMENTS} if len(elements) > MAX_ELEMENTS else {}
     return {
+        **cut,
         "name": tensor.name,
         "data": values,
         "shape": ",".join(map(str, tensor.shape)),
@@ -318,7 +355,8 @@ def _shown(tensor: Tensor) -> dict[str, str]:
 
 
 def _text(value: object) -> str:
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+    """An element; of a long text the beginning, as of a long tensor."""
+    return value[:MAX_ELEMENTS].decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
 
 class OpenTelemetryWriter:

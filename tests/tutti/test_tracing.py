@@ -1,5 +1,6 @@
 """Which requests are traced, and what Triton's trace files look like."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from tutti import tracing
 from tutti.engine import Engine
 from tutti.errors import ConfigError, InvalidArgument
 from tutti.tracing import TraceConfig, Tracer, parse_config
-from tutti.types import Call, InferRequest, Tensor
+from tutti.types import Call, InferRequest, InferResponse, Tensor
 
 
 def send(engine: Engine, tracer: Tracer, count: int, model: str = "add_one") -> None:
@@ -134,3 +135,53 @@ def test_flags() -> None:
     for wrong in ("rate", "rate=x", "level=LOUD", "mode=x", "nonsense=1"):
         with pytest.raises(ConfigError):
             parse_config([wrong])
+
+
+def traced_call(size: int) -> Call:
+    x = Tensor.of("x", np.zeros((1, size), np.float32))
+    call = Call(InferRequest("m", {"x": x}, id="r"), Gather(1))
+    call.answer = InferResponse("m", "1", [x])
+    return call
+
+
+def trace(tracer: Tracer, size: int, count: int = 1) -> None:
+    for _ in range(count):
+        call = traced_call(size)
+        tracer.begin(call)
+        tracer.end(call)
+
+
+def test_traces_of_large_tensors_are_written_soon_and_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracing, "_MAX_HELD_BYTES", 1000)
+    monkeypatch.setattr(tracing, "MAX_ELEMENTS", 300)
+    tracer = make(tmp_path / "trace", levels=("TENSORS",))
+    trace(tracer, 400)
+    entries = json.loads((tmp_path / "trace").read_text())
+    shown = next(entry["tensor"] for entry in entries if entry.get("activity") == "TENSOR_QUEUE_INPUT")
+    assert len(shown["data"].split(",")) == 300 and shown["elements_left_out"] == 100
+
+
+def test_a_full_disk_costs_the_traces_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    now_s = 1000.0
+    monkeypatch.setattr(tracing.time, "monotonic", lambda: now_s)
+    monkeypatch.setattr(tracing, "_MAX_HELD", 2)
+    tracer = make(tmp_path / "trace")
+    trace(tracer, 4, 2)
+    whole = tracing._write_all
+
+    def fails(file: object, data: bytes) -> None:
+        whole(file, data[:5])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tracing, "_write_all", fails)
+    trace(tracer, 4, 100)
+    assert len(traced(tmp_path / "trace")) == 2, "the file is still an array"
+    assert sum("dropped" in record.message for record in caplog.records) == 1
+    monkeypatch.setattr(tracing, "_write_all", whole)
+    trace(tracer, 4, 2)
+    assert len(traced(tmp_path / "trace")) == 2, "it is not tried again at once"
+    now_s += 1.0
+    trace(tracer, 4, 2)
+    assert len(traced(tmp_path / "trace")) == 4
