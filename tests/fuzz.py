@@ -22,6 +22,7 @@ from tutti import config
 from tutti.dtypes import NUMPY
 from tutti.errors import ConfigError, InferError
 from tutti.frontends import compression, generate, grpc_codec, grpc_methods, http_codec, http_connection
+from tutti.frontends.holding import Holding
 from tutti.frontends.http import new_memory
 from tutti.frontends.http_connection import Connection, Exchange
 from tutti.frontends.limits import Limits
@@ -336,8 +337,13 @@ class _Front:
 
     def __init__(self, heads: dict[bytes, Any]) -> None:
         self.connections: set[Connection] = set()
+        self.stalled: set[Connection] = set()
+        self.holding = Holding(self.limits.max_inflight_bytes)
         self.heads = heads
         self.seen: list[Any] = []
+
+    def make_room(self, size: int) -> None:
+        """Nobody is stalled."""
 
     def handle(self, exchange: Exchange) -> None:
         self.seen.append((exchange.method, exchange.url, list(exchange.headers), exchange.body, exchange.keep_alive))

@@ -65,6 +65,14 @@ def make_parser() -> argparse.ArgumentParser:
     serve.add_argument("--http-max-input-size", type=int, default=Limits().max_input_size, metavar="BYTES")
     serve.add_argument("--grpc-max-message-size", type=int, default=Limits().max_grpc_message_size, metavar="BYTES")
     serve.add_argument(
+        "--max-inflight-bytes",
+        type=int,
+        default=Limits().max_inflight_bytes,
+        metavar="BYTES",
+        help="of all large requests and answers that a front-end's process holds; what is beyond is refused with 503 "
+        "(default: %(default)s)",
+    )
+    serve.add_argument(
         "--model-control-mode",
         choices=("none", "poll", "explicit"),
         default="none",

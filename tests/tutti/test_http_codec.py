@@ -206,3 +206,13 @@ def test_a_part_of_a_batch_reads_as_one_that_came_alone(parameters: dict[str, bo
     assert made is not None
     header_length, pieces = http_codec.encode(InferResponse("m", "1", part.outputs, parameters), "", BINARY_REPLY)
     assert b"".join(made) == b"%d %d;" % (header_length or 0, len(b"".join(pieces))) + b"".join(pieces)
+
+
+def test_json_of_more_values_than_memory_is_for_is_not_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_codec, "_COUNTED_AT_ONCE", 1000)
+    monkeypatch.setattr(http_codec, "MAX_CONTAINERS", 50_000)
+    monkeypatch.setattr(http_codec, "MAX_VALUES", 60_000)
+    for bomb in (b"[" + b"[]," * 50_000 + b"0]", b"[" + b"{}," * 50_000 + b"0]", b"[" + b"1," * 60_001 + b"0]"):
+        with pytest.raises(ValueError, match="binary data"):
+            http_codec.parse_json(memoryview(bomb))
+    assert len(http_codec.parse_json(memoryview(b"[" + b"1," * 60_000 + b"0]"))) == 60_001

@@ -4,6 +4,7 @@ import asyncio
 import json
 import socket
 import threading
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -444,3 +445,56 @@ def test_settings_of_wrong_types_are_the_clients_errors(server: Running, path: s
     answers = ask(server, *[head % (path.encode(), len(body)) + body for body in bodies])
     for value, (status, answer) in zip(WRONG, answers, strict=True):
         assert status != 500, (value, answer)
+
+
+def test_bodies_beyond_what_all_may_hold_are_refused_while_they_come(server: Running) -> None:
+    server.front.limits = Limits(max_input_size=64 * 2**20)
+    server.front.holding.limit = 2**20
+    head = b"POST /v2/models/add_one/infer HTTP/1.1\r\nhost: t\r\n%b\r\n\r\n"
+    length = 900_000
+    with server.connect() as first, server.connect() as second, server.connect() as third:
+        first.sendall(head % b"content-length: %d" % length + bytes(length - 1))
+        wait_until(lambda: server.front.holding.held == length - 1)
+        second.sendall(head % b"content-length: %d" % length + bytes(length))
+        status, headers, body = read_response(second, bytearray())
+        assert status == 503 and "at most 1048576" in json.loads(body)["error"] and headers["retry-after"]
+        third.sendall(head % b"transfer-encoding: chunked" + b"dbba0\r\n" + bytes(length))
+        assert read_response(third, bytearray())[0] == 503
+        assert server.front.holding.held == length - 1
+        assert ask(server, raw_infer(one_input("x")))[0][0] == 200, "small requests go on"
+        first.sendall(b"x")
+        assert read_response(first, bytearray())[0] == 400
+    wait_until(lambda: server.front.holding.held == 0)
+    [(status, body)] = ask(server, head % b"content-length: 1048577")
+    assert status == 413 and "1048577" in json.loads(body)["error"]
+
+
+def test_answers_that_nobody_reads_make_room_for_those_that_somebody_does(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(front, "STALLED_S", -1.0)
+    server.front.holding.limit = 60 * 2**20
+    answer = b"HTTP/1.1 200 OK\r\ncontent-length: 33554432\r\n\r\n", bytes(32 * 2**20)
+    monkeypatch.setattr(server.front, "_encode", lambda call: list(answer))
+    with server.connect() as silent:
+        silent.sendall(raw_infer(one_input("x")))
+        wait_until(lambda: server.front.holding.held)
+        assert ask(server, raw_infer(one_input("x")))[0][0] == 200
+        wait_until(lambda: not server.front.stalled)
+    wait_until(lambda: server.front.holding.held == 0)
+
+
+def test_an_idle_connection_keeps_nothing_of_its_last_large_request(server: Running) -> None:
+    server.front.limits = Limits(max_input_size=64 * 2**20)
+    bodies: list[weakref.ref[object]] = []
+
+    def memory(size: int) -> memoryview:
+        array = np.empty(size, np.uint8)
+        bodies.append(weakref.ref(array))
+        return memoryview(array)  # type: ignore[arg-type]
+
+    server.front.memory = memory
+    with server.connect() as connection:
+        connection.sendall(raw_infer(one_input("x") + b" " * 200_000))
+        assert read_response(connection, bytearray())[0] == 200
+        wait_until(lambda: bodies and bodies[0]() is None)

@@ -20,6 +20,7 @@ from tutti.config import ModelConfig, as_json
 from tutti.engine import Engine, Override
 from tutti.errors import InferError, Internal, InvalidArgument, NotFound
 from tutti.frontends.gate import Gate
+from tutti.frontends.holding import Holding
 from tutti.frontends.limits import Limits
 from tutti.logs import Logs
 from tutti.model import Model
@@ -81,6 +82,7 @@ class Api:
         self.engine = engine
         self.is_front_end = is_front_end
         self.limits = limits or Limits()
+        self.holding = Holding(self.limits.max_inflight_bytes)
         self.http = http or Access()
         self.grpc = grpc or Access()
         self.shared_memory = shared_memory or SharedMemory()

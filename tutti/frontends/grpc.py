@@ -20,6 +20,7 @@ from tutti.frontends import grpc_codec, grpc_methods, http_codec
 from tutti.frontends.api import Api, Elsewhere
 from tutti.frontends.gate import Category
 from tutti.frontends.grpc_methods import INTERNAL, MODEL_INFER, REFUSED, RESOURCE_EXHAUSTED, code_of, metadata_headers
+from tutti.frontends.holding import COUNTED_BYTES
 from tutti.types import Call, now_ns
 
 _log = logging.getLogger(__name__)
@@ -72,6 +73,8 @@ class GrpcFront:
             self._front.set_fallback(fallback)
         self._templates = grpc_codec.TemplateCache()
         self._open: dict[int, Call] = {}
+        # The sizes of the large ones among their requests.
+        self._held: dict[int, int] = {}
         self._thread = threading.Thread(target=self._receive, name="grpc", daemon=True)
 
     def start(self) -> int:
@@ -107,6 +110,8 @@ class GrpcFront:
     def settle(self, calls: Sequence[Call]) -> None:
         for call in calls:
             self._open.pop(call.token, None)
+            if self._held:
+                self._api.holding.give(self._held.pop(call.token, 0))
             try:
                 response, shared = self._api.complete(call)
                 self._front.respond(call.token, grpc_codec.encode(response, call.request.id, shared))
@@ -159,6 +164,16 @@ class GrpcFront:
             call_id, "inference", payload, details
         ):
             return None
+        if len(payload) >= COUNTED_BYTES and not api.holding.take(len(payload)):
+            self._front.fail(call_id, code_of(Unavailable("")), api.holding.refusal)
+            return None
+        call = self._decode(call_id, payload, timeout, details)
+        if call is None and len(payload) >= COUNTED_BYTES:
+            api.holding.give(len(payload))
+        return call
+
+    def _decode(self, call_id: int, payload: bytes, timeout: bytes | str | None, details: Any) -> Call | None:
+        api = self._api
         left_ns = 0
         try:
             if isinstance(timeout, bytes):
@@ -186,6 +201,8 @@ class GrpcFront:
             headers = metadata_headers(details[0]) if details is not None else {}
             api.tracer.begin(call, headers.get("traceparent", ""))
         self._open[call_id] = call
+        if len(payload) >= COUNTED_BYTES:
+            self._held[call_id] = len(payload)
         return call
 
     def _answer_raw(self, call_id: int, code: int, message: bytes, details: str) -> None:

@@ -10,7 +10,9 @@ import re
 import ssl
 import threading
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote_to_bytes
@@ -21,9 +23,12 @@ from tutti.errors import InferError, InvalidArgument
 from tutti.frontends import compression, http_codec
 from tutti.frontends.api import Api, Elsewhere
 from tutti.frontends.gate import Gate
+from tutti.frontends.holding import Holding
 from tutti.frontends.http_codec import ReplyFormat
 from tutti.frontends.http_connection import (
     LARGE_RESPONSE_BYTES,
+    STALLED_S,
+    WRITE_TIMEOUT_S,
     Connection,
     Exchange,
     Head,
@@ -42,7 +47,15 @@ _INFER = re.compile(rb"/v2/models/([^/?]+)(?:/versions/([0-9]{1,19}))?/infer")
 _MAX_ROUTES = 1024
 _MAX_ROUTE_BYTES = 512
 
+# JSON from here on, and what is compressed, may take long to decode; a thousand times as much may be inflated.
+_LONG_JSON_BYTES = 256 * 1024
+_LONG_CODED_BYTES = 1024
+
 AsgiApp = Callable[[Any, Any, Any], Awaitable[None]]
+
+
+class _TakesLong(Exception):
+    """Decoding it would hold up the loop."""
 
 
 class HttpFront:
@@ -51,6 +64,11 @@ class HttpFront:
     def __init__(self, app: AsgiApp, api: Api | None = None, memory: Callable[[int], memoryview] | None = None) -> None:
         """With an Api, infer routes are served; `app` answers all else. Large bodies are received in `memory(size)`."""
         self.limits = api.limits if api is not None else Limits()
+        self.holding = api.holding if api is not None else Holding(self.limits.max_inflight_bytes)
+        # Connections whose clients leave answers unread.
+        self.stalled: set[Connection] = set()
+        # What takes long to decode does so beside the loop, one after the other.
+        self._decoder = ThreadPoolExecutor(1, thread_name_prefix="http-decode")
         self.memory = memory or new_memory
         self._app = app
         self._api = api
@@ -102,6 +120,7 @@ class HttpFront:
             connection.end()
         for task in self._tasks:
             task.cancel()
+        self._decoder.shutdown(wait=False, cancel_futures=True)
 
     def handle(self, exchange: Exchange) -> None:
         """A complete request. Infer requests wait for the end of this turn of the loop."""
@@ -163,16 +182,34 @@ class HttpFront:
                 exchange.connection.respond(exchange, status_of(error), error.message)
             except Elsewhere:
                 self._start_app(exchange)
+            except _TakesLong:
+                self._decoder.submit(self._take_long, exchange)
             except Exception as error:  # whatever it is, those that came together with it are answered
                 _log.exception("an infer request could not be decoded")
                 exchange.connection.respond(exchange, 500, f"internal error: {type(error).__name__}")
         if calls:
             self._api.submit(calls)
 
-    def _call(self, exchange: Exchange) -> Call:
-        """The exchange's request as a call."""
+    def _take_long(self, exchange: Exchange) -> None:
+        """In the decoder's thread: a request that would hold up the loop."""
         assert self._api is not None
-        request, exchange.reply = self._decode(exchange)
+        answer: Callable[[], None]
+        try:
+            self._api.submit([self._call(exchange, may_take_long=True)])
+            return
+        except InferError as error:
+            answer = partial(exchange.connection.respond, exchange, status_of(error), error.message)
+        except Elsewhere:
+            answer = partial(self._start_app, exchange)
+        except Exception as error:
+            _log.exception("an infer request could not be decoded")
+            answer = partial(exchange.connection.respond, exchange, 500, f"internal error: {type(error).__name__}")
+        self._loop.call_soon_threadsafe(answer)
+
+    def _call(self, exchange: Exchange, may_take_long: bool = False) -> Call:
+        """The exchange's request as a call. Raises _TakesLong where that is not for this thread."""
+        assert self._api is not None
+        request, exchange.reply = self._decode(exchange, may_take_long)
         call = Call(request, self, exchange)
         if exchange.timeout_ns:
             call.deadline_ns = now_ns() + exchange.timeout_ns
@@ -184,7 +221,7 @@ class HttpFront:
         exchange.body = b""
         return call
 
-    def _decode(self, exchange: Exchange) -> tuple[InferRequest, ReplyFormat]:
+    def _decode(self, exchange: Exchange, may_take_long: bool) -> tuple[InferRequest, ReplyFormat]:
         route = self._route(exchange.url)
         assert route is not None and self._api is not None
         name, version = route
@@ -198,6 +235,9 @@ class HttpFront:
         exchange.timeout_ns = head.timeout_ns
         if head.coding and self._api.is_front_end:
             raise Elsewhere
+        size = len(exchange.body) if header_length is None else header_length
+        if (size > _LONG_JSON_BYTES or (head.coding and size > _LONG_CODED_BYTES)) and not may_take_long:
+            raise _TakesLong
         if head.coding:
             exchange.body = compression.decompress(exchange.body, head.coding, self.limits.max_input_size)
         if header_length == 0:
@@ -250,11 +290,22 @@ class HttpFront:
                 exchange.connection.abort()  # half a response is out: only a broken connection tells the client
         finally:
             exchange.task = None
+            exchange.release()
+
+    def make_room(self, size: int) -> None:
+        """Break with clients that read nothing of their answers, until there is room, if they are enough."""
+        now = self._loop.time()
+        for connection in sorted(self.stalled, key=lambda stalled: stalled.read_at):
+            if self.holding.held + size <= self.holding.limit:
+                return
+            connection.close_if_unread(now, STALLED_S)
 
     def _close_idle(self) -> None:
         now = self._loop.time()
         for connection in list(self.connections):
             connection.close_if_idle(now)
+        for connection in list(self.stalled):
+            connection.close_if_unread(now, WRITE_TIMEOUT_S)
         self._sweep = self._loop.call_later(_SWEEP_S, self._close_idle)
 
 

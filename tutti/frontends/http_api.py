@@ -13,16 +13,18 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
+from tutti.config import ModelConfig
 from tutti.errors import InferError, InvalidArgument
 from tutti.frontends import compression, generate, http_codec
 from tutti.frontends.answers import Answers
 from tutti.frontends.api import Api
 from tutti.frontends.gate import Category, Gate
 from tutti.frontends.http_status import REFUSED, status_of
-from tutti.types import Call, InferResponse, now_ns
+from tutti.types import Call, InferRequest, InferResponse, now_ns
 
 Handler = Callable[[Request], Awaitable[Response]]
 
+_LONG_BODY_BYTES = 256 * 1024
 _ONE_ANSWER = (
     "generate expects model to produce exactly 1 response, use generate stream for model that generates various number "
     "of responses"
@@ -141,6 +143,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
 class _Routes:
     def __init__(self, api: Api) -> None:
         self._api = api
+        self._decoding = asyncio.Lock()
 
     async def live(self, _: Request) -> Response:
         return Response()
@@ -279,10 +282,25 @@ class _Routes:
 
         return StreamingResponse(events(), media_type="text/event-stream")
 
+    async def _decode(self, config: ModelConfig, version: str, body: bytes, encoding: str) -> InferRequest:
+        """What may take long is decoded beside the loop, one after the other: so little is inflated at a time."""
+
+        def decode() -> InferRequest:
+            inflated = compression.decompress(body, encoding.lower(), self._api.limits.max_input_size)
+            return generate.decode(config, version, inflated)
+
+        if encoding.lower() not in ("", "identity"):
+            async with self._decoding:
+                return await asyncio.to_thread(decode)
+        if len(body) < _LONG_BODY_BYTES:
+            return generate.decode(config, version, body)
+        async with self._decoding:
+            return await asyncio.to_thread(generate.decode, config, version, body)
+
     async def _submit(self, request: Request) -> tuple[Call, Answers]:
         name, version = _model(request)
-        body = await _body(request, self._api.limits.max_input_size)
-        sent = generate.decode(self._api.engine.model(name, version).config, version, body)
+        config = self._api.engine.model(name, version).config
+        sent = await self._decode(config, version, await request.body(), request.headers.get("content-encoding", ""))
         self._api.http.forward_headers(request.headers.items(), sent)
         answers = Answers()
         call = answers.call(sent)
@@ -301,19 +319,12 @@ def _model(request: Request) -> tuple[str, str]:
     return request.path_params.get("model", ""), str(request.path_params.get("version", ""))
 
 
-async def _body(request: Request, limit: int) -> bytes:
-    """The body, decompressed where it is not."""
-    body = await request.body()
-    encoding = request.headers.get("content-encoding", "identity").lower()
-    return body if encoding == "identity" else compression.decompress(body, encoding, limit)
-
-
 async def _json_object(request: Request) -> dict[str, Any]:
     """The request's body, {} for none. Raises InvalidArgument for anything but a JSON object."""
     body = await request.body()
     try:
-        value = orjson.loads(body or b"{}")
-    except orjson.JSONDecodeError as error:
+        value = http_codec.parse_json(body or b"{}")
+    except ValueError as error:
         raise InvalidArgument(f"{request.url.path}: the request's JSON does not parse: {error}") from None
     if not isinstance(value, dict):
         raise InvalidArgument(f"{request.url.path}: expected a JSON object")

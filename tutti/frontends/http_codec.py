@@ -22,6 +22,11 @@ from tutti.types import InferRequest, InferResponse, Parameters, Raw, Shape, Sha
 MAX_DIMENSIONS = 32
 MAX_ELEMENTS = 2**40
 MAX_OUTPUTS = 1024
+# Of one request's JSON.
+MAX_CONTAINERS = 2**20
+MAX_VALUES = 2**22
+_UNCOUNTED_JSON_BYTES = 64 * 1024
+_COUNTED_AT_ONCE = 1024 * 1024
 _BOM = b"\xef\xbb\xbf"
 _ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 # Numbers of so many digits may not fit 64 bits: orjson reads those that do not as floats.
@@ -178,6 +183,8 @@ def _decode(
 
 def parse_json(text: Raw) -> Any:
     """JSON, with NaN, Infinity and -Infinity for numbers, which Triton and its clients write. Raises ValueError."""
+    if len(text) > _UNCOUNTED_JSON_BYTES:
+        _check_values(text)
     try:
         return orjson.loads(text)
     except orjson.JSONDecodeError:
@@ -187,6 +194,18 @@ def parse_json(text: Raw) -> Any:
         if len(plain) == len(text):
             raise
         return orjson.loads(plain)
+
+
+def _check_values(text: Raw) -> None:
+    """Before it is parsed: each value takes up to forty times its text. Raises ValueError."""
+    containers = values = 0
+    for at in range(0, len(text), _COUNTED_AT_ONCE):
+        piece = bytes(text[at : at + _COUNTED_AT_ONCE])
+        containers += piece.count(b"[") + piece.count(b"{")
+        values += piece.count(b",")
+    if containers > MAX_CONTAINERS or values > MAX_VALUES:
+        limits = f"{MAX_CONTAINERS} arrays and objects, or {MAX_VALUES} values"
+        raise ValueError(f"it has more than {limits}: send tensors as binary data")
 
 
 def _parse_not_finite(text: bytes) -> Any:
@@ -479,8 +498,8 @@ def from_json(model: str, name: str, datatype: str, shape: Shape, data: Any) -> 
     if datatype == "BYTES":
         return _text_array(model, name, flat).reshape(shape)
     allowed = {"b": (bool,), "i": (int,), "u": (int,), "f": (int, float)}[dtypes.NUMPY[datatype].kind]
-    for element in flat:
-        if not isinstance(element, allowed) or (isinstance(element, bool) and datatype != "BOOL"):
+    if not set(map(type, flat)) <= set(allowed):
+        for element in [element for element in flat if type(element) not in allowed][:1]:
             raise _bad(model, f"input '{name}': expected {datatype} elements, got {str(element)[:40]!r}")
     try:
         with np.errstate(over="ignore"):  # what is too large for a float is infinite

@@ -15,6 +15,7 @@ import httptools
 import orjson
 
 from tutti.errors import shown
+from tutti.frontends.holding import COUNTED_BYTES, Holding
 from tutti.frontends.http_codec import JSON_REPLY, ReplyFormat
 from tutti.frontends.limits import Limits
 from tutti.types import Call, Raw
@@ -38,6 +39,11 @@ LARGE_BODY_BYTES = 64 * 1024
 LARGE_RESPONSE_BYTES = 64 * 1024
 IDLE_TIMEOUT_S = 75.0
 READ_TIMEOUT_S = 60.0
+# A client that reads nothing of its answers for so long has gone; where room is needed, this is enough.
+WRITE_TIMEOUT_S = 30.0
+STALLED_S = 1.0
+# A body may take so long, and longer by its size.
+LEAST_RATE_BYTES_S = 16 * 1024
 
 
 class Head:
@@ -58,12 +64,17 @@ class Front(Protocol):
     """What a connection belongs to. `heads` are the heads its connections have read, by their bytes."""
 
     limits: Limits
+    holding: Holding
     connections: set["Connection"]
+    stalled: set["Connection"]
     heads: dict[bytes, Head]
     is_draining: bool
 
     def memory(self, size: int) -> memoryview:
         """Where a large body is received. Raises MemoryError."""
+
+    def make_room(self, size: int) -> None:
+        """Break with clients that do not read, for `size` bytes more."""
 
     def handle(self, exchange: "Exchange") -> None:
         """A complete request; `exchange.connection.deliver` answers it, now or later."""
@@ -102,6 +113,7 @@ class Exchange:
         "encoding",
         "head",
         "headers",
+        "held",
         "is_http_1_0",
         "keep_alive",
         "method",
@@ -129,6 +141,21 @@ class Exchange:
         self.encoding = ""
         self.timeout_ns = 0
         self.response: Response | None = None
+        # Of its body, then of its answer until that is written.
+        self.held = 0
+
+    def release(self) -> None:
+        held, self.held = self.held, 0
+        self.connection.holding.give(held)
+
+
+class _NoConnection:
+    """Of no exchange at all."""
+
+    holding = Holding(0)
+
+
+_NO_EXCHANGE = Exchange(cast("Connection", _NoConnection()), b"", b"", False)
 
 
 class _LargeBody(asyncio.BufferedProtocol):
@@ -146,6 +173,8 @@ class _LargeBody(asyncio.BufferedProtocol):
             self._size += len(piece)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._exchange.release()
+        self._body = memoryview(b"")
         self._connection.connection_lost(exc)
 
     def pause_writing(self) -> None:
@@ -159,11 +188,16 @@ class _LargeBody(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         self._size += nbytes
+        if not self._connection.hold(self._exchange, nbytes):
+            self._body = memoryview(bytearray(COUNTED_BYTES))  # what is still sent is taken and forgotten
+            self._size = 0
+            return
         self._connection.last_read = asyncio.get_running_loop().time()
         if self._size == len(self._body):
-            self._exchange.body = self._body
+            exchange, self._exchange = self._exchange, _NO_EXCHANGE
+            exchange.body = self._body
             self._body = memoryview(b"")  # a transport keeps the protocols that it has had
-            self._connection.end_large_body(self._exchange)
+            self._connection.end_large_body(exchange)
 
 
 class Connection(asyncio.Protocol):
@@ -171,6 +205,11 @@ class Connection(asyncio.Protocol):
 
     def __init__(self, front: Front) -> None:
         self._front = front
+        self.holding = front.holding
+        # What its client has not read, and since when it reads nothing.
+        self._unread = 0
+        self.read_at = 0.0
+        self._begun_at = 0.0
         self._loop = asyncio.get_running_loop()
         self._parser = httptools.HttpRequestParser(self)
         self._transport: asyncio.Transport | None = None
@@ -186,6 +225,7 @@ class Connection(asyncio.Protocol):
         self._is_read_paused = False
         self._new_head = b""
         self._body: list[bytes] = []
+        self._counting: Exchange | None = None
         self._start_message()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -196,13 +236,18 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
         self._front.connections.discard(self)
+        self._end_stall()
         for exchange in self.pending:
             if exchange.call is not None:
                 exchange.call.is_cancelled = True
             if exchange.task is not None:
                 exchange.task.cancel()
+            if exchange.call is None and exchange.task is None and exchange.response is not None:
+                exchange.release()  # the others are released with their answers
         self.pending.clear()
         self._can_write.set()
+        if self._counting is not None:
+            self._counting.release()
 
     def eof_received(self) -> bool:
         """The client sends no more. Most have gone, some wait for their answers: what is being executed is answered.
@@ -300,18 +345,57 @@ class Connection(asyncio.Protocol):
     def pause_writing(self) -> None:
         self._is_write_paused = True
         self._can_write.clear()
+        self._front.stalled.add(self)
+        self.read_at = self._loop.time()
+        self._count_unread()
         self._update_reading()
 
     def resume_writing(self) -> None:
         self._is_write_paused = False
         self._can_write.set()
+        self._end_stall()
         self._update_reading()
+
+    def _count_unread(self) -> None:
+        if self._transport is not None:
+            size = self._transport.get_write_buffer_size()
+            self.holding.change(size - self._unread)
+            self._unread = size
+
+    def _end_stall(self) -> None:
+        self._front.stalled.discard(self)
+        self.holding.give(self._unread)
+        self._unread = 0
+
+    def close_if_unread(self, now: float, after_s: float) -> None:
+        """Break with a client that has read nothing for so long: its answers are held for nobody."""
+        before = self._unread
+        self._count_unread()
+        if self._unread < before:
+            self.read_at = now
+        elif now - self.read_at > after_s:
+            self._is_closing = True
+            self.abort()
+            self._end_stall()
+
+    def hold(self, exchange: Exchange, size: int) -> bool:
+        """Count what has come of a body; where it is too much the request is refused, and what it has is let go."""
+        if not self._is_closing and not self.holding.take(size):
+            self._front.make_room(size)
+            if not self.holding.take(size):
+                exchange.release()
+                self._refuse(503, self.holding.refusal)
+        if self._is_closing:
+            return False
+        exchange.held += size
+        return True
 
     # llhttp's callbacks
 
     def on_message_begin(self) -> None:
         self._start_message()
         self._is_reading = True
+        self._begun_at = self._loop.time()
 
     def on_url(self, url: bytes) -> None:
         self._url += url
@@ -339,8 +423,21 @@ class Connection(asyncio.Protocol):
         self._body_size += len(body)
         if self._body_size > self._front.limits.max_input_size:
             self._refuse(413, self._too_large(self._body_size))
-        elif not self._is_closing:
+        elif not self._is_closing and (self._is_uncounted() or self._hold_body(len(body))):
             self._body.append(body)
+
+    def _is_uncounted(self) -> bool:
+        """Whether a body is small so far, or will be counted as a large one."""
+        return self._large_length > 0 or self._body_size < COUNTED_BYTES
+
+    def _hold_body(self, size: int) -> bool:
+        """Count a piece of a large body whose length was not known. The exchange that it is for is made later."""
+        if self._counting is None:
+            self._counting = Exchange(self, b"", b"", keep_alive=False)
+        is_held = self.hold(self._counting, size)
+        if not is_held:
+            self._body = []
+        return is_held
 
     def on_message_complete(self) -> None:
         self._is_reading = False
@@ -352,6 +449,8 @@ class Connection(asyncio.Protocol):
         exchange = self._read_exchange()
         exchange.body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
         self._body = []
+        if self._counting is not None:
+            exchange.held, self._counting.held, self._counting = self._counting.held, 0, None
         self._remember(exchange)
         self._accept(exchange)
 
@@ -366,9 +465,16 @@ class Connection(asyncio.Protocol):
         """Receive what is missing of a body without a copy."""
         assert self._transport is not None
         self._is_reading = True
+        self._begun_at = self._loop.time()
+        if length > self.holding.limit:
+            self._refuse(413, f"the request body has {length} bytes, all in flight have at most {self.holding.limit}")
+            return
+        if not self.hold(exchange, sum(map(len, begun))):
+            return
         try:
             self._switch(_LargeBody(self, exchange, self._front.memory(length), begun))
         except MemoryError:
+            exchange.release()
             self._refuse(503, f"no memory for a body of {length} bytes")
 
     def end_large_body(self, exchange: Exchange) -> None:
@@ -409,10 +515,28 @@ class Connection(asyncio.Protocol):
         self.deliver(exchange, error_response(status, message, exchange.keep_alive))
 
     def deliver(self, exchange: Exchange, response: Response) -> None:
-        """Write the response now, or when those before it have been written."""
+        """Write the response now, or when those before it have been written.
+
+        A large one for which there is no room, since clients do not read theirs, is refused.
+        """
+        if exchange.held:
+            exchange.release()
+        if type(response) is list or len(response) >= COUNTED_BYTES:
+            response = self._with_room(exchange, response)
         exchange.response = response
         exchange.call = None  # the two refer to each other: left to the garbage collector, they cost milliseconds
         self._flush()
+
+    def _with_room(self, exchange: Exchange, response: Response) -> Response:
+        if exchange.parts is not None or exchange not in self.pending:  # its head is out, or nobody waits
+            return response
+        size = sum(map(len, response)) if isinstance(response, list) else len(response)
+        if not self.holding.take(size):
+            self._front.make_room(size)
+            if not self.holding.take(size):
+                return error_response(503, self.holding.refusal, exchange.keep_alive)
+        exchange.held = size
+        return response
 
     async def send_part(self, exchange: Exchange, data: bytes) -> None:
         """Write a part of a response that `deliver` ends, when those before it have been written.
@@ -435,6 +559,8 @@ class Connection(asyncio.Protocol):
                 break
             self.pending.popleft()
             self._write(done.response)
+            if done.held:
+                done.release()
             if not done.keep_alive:
                 if done.method:
                     self._close()
@@ -471,8 +597,13 @@ class Connection(asyncio.Protocol):
             return
         if self._is_reading and now - self.last_read > READ_TIMEOUT_S:
             self._refuse(408, f"no data for {READ_TIMEOUT_S:.0f} s within a request")
+        elif self._is_reading and now - self._begun_at > self._longest_s():
+            self._refuse(408, f"a request comes with at least {LEAST_RATE_BYTES_S} bytes a second")
         elif not self._is_reading and now - self.last_read > IDLE_TIMEOUT_S:
             self._close()
+
+    def _longest_s(self) -> float:
+        return 2 * READ_TIMEOUT_S + self._front.limits.max_input_size / LEAST_RATE_BYTES_S
 
     def _start_message(self) -> None:
         self._url = b""
@@ -504,6 +635,8 @@ class Connection(asyncio.Protocol):
                 self._transport.writelines(data)
             else:
                 self._transport.write(data)
+            if self._is_write_paused:
+                self._count_unread()
 
     def _close(self) -> None:
         self._is_closing = True

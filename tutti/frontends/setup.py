@@ -27,6 +27,7 @@ class Options(Protocol):
     metrics_port: int
     http_max_input_size: int
     grpc_max_message_size: int
+    max_inflight_bytes: int
     allow_client_shm: bool
     allow_client_cuda_shm: bool
     http_restricted_api: list[str]
@@ -45,7 +46,7 @@ def make_api(engine: Engine, options: Options, logs: Logs) -> Api:
     grpc_gate = Gate(gate.parse_restricted(options.grpc_restricted_protocol, gate.GRPC_HEADER_PREFIX), keys)
     return Api(
         engine,
-        Limits(options.http_max_input_size, options.grpc_max_message_size),
+        Limits(options.http_max_input_size, options.grpc_max_message_size, options.max_inflight_bytes),
         Access(http_gate, _pattern(options.http_header_forward_pattern)),
         Access(grpc_gate, _pattern(options.grpc_header_forward_pattern)),
         SharedMemory(options.allow_client_shm, CudaIpc() if options.allow_client_cuda_shm else None),
