@@ -7,6 +7,7 @@ bidirectional streams, goes to the grpcio server of grpc_aio.py behind it.
 import asyncio
 import hashlib
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from tutti.errors import InferError, Unavailable
 from tutti.frontends import grpc_codec, grpc_methods, http_codec
 from tutti.frontends.api import Api, Elsewhere
 from tutti.frontends.gate import Category
+from tutti.frontends.grpc_guard import Guard
 from tutti.frontends.grpc_methods import INTERNAL, MODEL_INFER, REFUSED, RESOURCE_EXHAUSTED, code_of, metadata_headers
 from tutti.frontends.holding import COUNTED_BYTES
 from tutti.types import Call, now_ns
@@ -49,7 +51,8 @@ class GrpcFront:
         self._api = api
         self._is_open = api.grpc.gate.is_open
         self._is_ending = False
-        self._max_message_size = api.limits.max_grpc_message_size
+        self._max_message_size = min(api.limits.max_grpc_message_size, api.limits.max_inflight_bytes)
+        self._guard = Guard(self._max_message_size, lambda: api.holding.held) if sys.platform == "linux" else None
         self._raw = raw
         table = grpc_methods.methods(api)
         self._methods = [None, *table.values()]
@@ -81,6 +84,8 @@ class GrpcFront:
         """Listen; returns the port, chosen by the system for 0."""
         self._front.start()
         self._thread.start()
+        if self._guard is not None:
+            self._guard.start(int(self._front.bound_port))
         return int(self._front.bound_port)
 
     async def drain(self, drain_s: float) -> None:
@@ -104,6 +109,8 @@ class GrpcFront:
                 self._front.fail(call_id, code_of(error), error.message)
 
     def stop(self) -> None:
+        if self._guard is not None:
+            self._guard.stop()
         self._front.close()
         self._thread.join(timeout=5.0)
 
@@ -126,7 +133,16 @@ class GrpcFront:
         receive: Callable[[int], Any] = self._front.recv_batch
         if self._api.grpc.needs_headers or self._api.tracer.needs_headers:
             receive = self._front.recv_batch_details
+        usual = receive
+        guard = self._guard
+        # Who a call is from, the guard has to know only while it watches connections.
         while (events := receive(_BURST)) is not None:
+            if guard is not None:
+                if guard.is_watching:
+                    receive = self._front.recv_batch_details
+                    _tell(guard, events)
+                elif receive is not usual:
+                    receive = usual
             self._take(events)
             del events  # what they carry does not wait for the next ones
 
@@ -248,3 +264,13 @@ class GrpcFront:
         except Exception as error:
             _log.exception("a gRPC call failed")
             self._front.fail(call_id, INTERNAL, f"internal error: {type(error).__name__}")
+
+
+def _tell(guard: Guard, events: Sequence[Any]) -> None:
+    for kind, _, _, payload, key, *rest in events:
+        if kind == EVENT_CALL:
+            peer = rest[0][1] if rest and rest[0] is not None else key
+            if isinstance(peer, str):
+                guard.took(peer, len(payload or b""))
+            elif payload and len(payload) >= COUNTED_BYTES:
+                guard.took_unknown()

@@ -52,7 +52,7 @@ class GrpcioFront:
         """`address` is HOST:PORT or unix:PATH."""
         self._api = api
         self._open: set[Answers] = set()
-        limit = min(api.limits.max_grpc_message_size, 2**31 - 1)
+        limit = min(api.limits.max_grpc_message_size, api.limits.max_inflight_bytes, 2**31 - 1)
         self._server = grpc.aio.server(
             options=[
                 ("grpc.max_receive_message_length", limit),
