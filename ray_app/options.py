@@ -39,7 +39,7 @@ class Options(BaseModel):
     metrics_port: int = 8002
     http_max_input_size: int = 64 * 1024 * 1024
     grpc_max_message_size: int = 2**31 - 1
-    max_inflight_bytes: int = 512 * 1024 * 1024
+    max_inflight_bytes: int = 384 * 1024 * 1024
     model_control_mode: Literal["none", "poll", "explicit"] = "none"
     load_model: list[str] | None = None
     repository_poll_secs: float = 15.0

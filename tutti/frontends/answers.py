@@ -1,15 +1,19 @@
 """Answers on their way to a coroutine: for streams, and for servers that await each call."""
 
 import asyncio
+import threading
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from tutti.errors import InferError, Unavailable
-from tutti.types import Answer, Call, InferRequest, InferResponse
+from tutti.types import RAW_TYPES, Answer, Call, InferRequest, InferResponse, Tensor
 
 MAX_UNREAD = 10_000
+MAX_UNREAD_BYTES = 64 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,12 +23,15 @@ class Item:
     call: Call
     answer: Answer
     is_final: bool
+    # Bytes, of one that the reader has to keep up with.
+    size: int = 0
 
 
 class Answers:
     """A queue of the answers to any number of calls, in the order they come. `get` on one event loop; a sink.
 
-    A reader that falls behind by MAX_UNREAD answers loses the call: a model must not fill the memory.
+    A reader that falls behind by MAX_UNREAD answers, or by several of MAX_UNREAD_BYTES, loses the call: a model must
+    not fill the memory.
     """
 
     def __init__(self) -> None:
@@ -33,6 +40,8 @@ class Answers:
         self._ready = asyncio.Event()
         self._has_ended = False
         self._failure: InferError | None = None
+        self._lock = threading.Lock()
+        self._unread_bytes = 0
         self.open: set[Call] = set()
 
     def call(self, request: InferRequest, token: Any = None) -> Call:
@@ -67,6 +76,9 @@ class Answers:
             self._ready.clear()
             await self._ready.wait()
         item = self._items.popleft()
+        if item.size:
+            with self._lock:
+                self._unread_bytes -= item.size
         if item.is_final:
             self.open.discard(item.call)
         return item
@@ -88,10 +100,14 @@ class Answers:
             call.is_cancelled = True
 
     def _emit(self, call: Call, response: InferResponse) -> None:
-        if len(self._items) >= MAX_UNREAD:
+        size = _size(response)
+        with self._lock:
+            is_too_much = bool(self._unread_bytes) and self._unread_bytes + size > MAX_UNREAD_BYTES
+            self._unread_bytes += 0 if is_too_much else size
+        if is_too_much or len(self._items) >= MAX_UNREAD:
             call.is_cancelled = True
             raise Unavailable(f"model '{call.request.model_name}': the client does not take its answers")
-        self._items.append(Item(call, response, False))
+        self._items.append(Item(call, response, False, size))
         self._wake()
 
     def _wake(self) -> None:
@@ -99,3 +115,17 @@ class Answers:
             self._loop.call_soon_threadsafe(self._ready.set)
         except RuntimeError:  # the loop is closed: nobody waits
             return
+
+
+def _size(response: InferResponse) -> int:
+    """Bytes of its tensors."""
+    return sum(map(_tensor_size, response.outputs))
+
+
+def _tensor_size(tensor: Tensor) -> int:
+    data: Any = tensor.data
+    if isinstance(data, RAW_TYPES):
+        return len(data)
+    if isinstance(data, np.ndarray) and data.dtype.hasobject:
+        return sum(len(element) for element in data.reshape(-1) if isinstance(element, bytes | str))
+    return int(data.nbytes)
