@@ -74,7 +74,7 @@ _EMPTY_IS_FINE = frozenset(
         "model_transaction_policy", "optimization", "optimization.graph", "optimization.input_pinned_memory",
         "optimization.output_pinned_memory", "sequence_batching", "sequence_batching.direct",
         "sequence_batching.oldest", "ensemble_scheduling", "optimization.cuda", "optimization.execution_accelerators",
-        "instance_group",
+        "instance_group", "input.reshape", "output.reshape",
     }
 )  # fmt: skip
 _DEFAULT_SEQUENCE_IDLE_US = 1_000_000

@@ -116,7 +116,7 @@ def _complete(path: Path, proto: Any) -> None:
     if not versions:
         return
     proto.backend = backend
-    file = path / str(versions[-1]) / filename
+    file = file_of(path / str(versions[-1]) / filename)
     if backend == "onnxruntime" and (not proto.input or not proto.output):
         from tutti.backends import onnxruntime
 
@@ -125,6 +125,11 @@ def _complete(path: Path, proto: Any) -> None:
         from tutti.backends import python
 
         python.complete(proto, file)
+
+
+def file_of(path: Path) -> Path:
+    """The file of what is configured as a model: a folder is an ONNX model whose weights are in files of their own."""
+    return path / "model.onnx" if path.is_dir() else path
 
 
 def _leaves(folder: Path, filename: str) -> bool:

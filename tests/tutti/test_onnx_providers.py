@@ -163,6 +163,12 @@ class FakeSession:
     def __init__(self) -> None:
         self.ways: list[str] = []
 
+    def get_inputs(self) -> list[Any]:
+        return []
+
+    def get_outputs(self) -> list[Any]:
+        return []
+
     def run(self, names: list[str], feed: dict[str, Any]) -> list[Any]:
         self.ways.append("unbound")
         return [feed["x"]]

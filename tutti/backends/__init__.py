@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from tutti import rows
+from tutti import repository, rows
 from tutti.config import JOINING, InstanceGroup, ModelConfig
 from tutti.devices.nvml import gpu_count
 from tutti.errors import ConfigError, InferError
@@ -219,7 +219,7 @@ def model_file(folder: ModelFolder, version: int, default: str) -> Path:
 
 def version_file(folder: ModelFolder, version: int, name: str) -> Path:
     """A file in the version's folder. Raises ConfigError if it is not there."""
-    path = (folder.version_path(version) / name).resolve()
+    path = repository.file_of(folder.version_path(version) / name).resolve()
     if not path.is_relative_to(folder.path.resolve()) or not path.is_file():
         raise ConfigError(f"model '{folder.config.name}': version {version} has no file '{name}'")
     return path

@@ -14,14 +14,13 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-from tritonclient.grpc import model_config_pb2 as pb
 
 from tutti import backends
-from tutti.backends import joined, onnx_providers
+from tutti.backends import joined, onnx_graph, onnx_providers
 from tutti.backends.joined import JoinedBackend
 from tutti.config import InstanceGroup, ModelConfig
 from tutti.devices.nvml import nvml
-from tutti.dtypes import NUMPY, Array, to_config
+from tutti.dtypes import NUMPY, Array
 from tutti.errors import ConfigError, InvalidArgument, OutOfMemory
 from tutti.repository import ModelFolder
 from tutti.scheduler import Backend
@@ -29,16 +28,9 @@ from tutti.types import Infer
 
 _log = logging.getLogger(__name__)
 
-_COMPLETED_BATCH_SIZE = 4
 _CPU_TOLERANCE = 0.05
 # The size of variable dimensions where a variant is compared.
 _VARIABLE = 8
-_ORT_TYPES = {
-    "tensor(bool)": "BOOL", "tensor(uint8)": "UINT8", "tensor(uint16)": "UINT16", "tensor(uint32)": "UINT32",
-    "tensor(uint64)": "UINT64", "tensor(int8)": "INT8", "tensor(int16)": "INT16", "tensor(int32)": "INT32",
-    "tensor(int64)": "INT64", "tensor(float16)": "FP16", "tensor(float)": "FP32", "tensor(double)": "FP64",
-    "tensor(bfloat16)": "BF16", "tensor(string)": "BYTES",
-}  # fmt: skip
 
 
 def load(folder: ModelFolder, version: int, infer: Infer) -> list[Backend]:
@@ -68,7 +60,8 @@ def _session(config: ModelConfig, path: Path, device: str) -> Any:
     except Exception as error:
         raise ConfigError(f"model '{config.name}': onnxruntime cannot load {path.name}: {error}") from None
     _check_providers(config, session, device, onnx_providers.names(providers))
-    _check_tensors(config, session)
+    given = (session.get_inputs(), session.get_overridable_initializers(), session.get_outputs())
+    onnx_graph.check(config, *map(onnx_graph.nodes, given))
     return session
 
 
@@ -117,35 +110,13 @@ def _check_variant(config: ModelConfig, original: Any, variant: Any) -> None:
 
 
 def complete(proto: Any, path: Path) -> None:
-    """Fill in inputs, outputs and batching of a ModelConfig message from the graph, as Triton does.
-
-    A graph whose tensors all have a variable first axis is batched: max_batch_size, where not given, becomes 4, with
-    dynamic batching. Raises ConfigError when the graph cannot be read.
-    """
+    """Fill in inputs, outputs and batching of a ModelConfig message from the graph. Raises ConfigError."""
     try:
         session = ort.InferenceSession(path, _quiet(), providers=["CPUExecutionProvider"])
     except Exception as error:
         raise ConfigError(f"model '{proto.name}': onnxruntime cannot load {path.name}: {error}") from None
-    nodes = session.get_inputs() + session.get_outputs()
-    is_batched = all(node.shape and not isinstance(node.shape[0], int) for node in nodes)
-    if not proto.max_batch_size and not proto.input and not proto.output and is_batched:
-        proto.max_batch_size = _COMPLETED_BATCH_SIZE
-        proto.dynamic_batching.SetInParent()
-    sequences = proto.sequence_batching
-    own = {control.name for control in sequences.control_input}  # the server feeds and reads these itself
-    own.update(name for state in sequences.state for name in (state.input_name, state.output_name))
-    for field, given in ((proto.input, session.get_inputs()), (proto.output, session.get_outputs())):
-        if field:
-            continue
-        for node in given:
-            if node.name in own:
-                continue
-            datatype = _ORT_TYPES.get(node.type)
-            if datatype is None:
-                raise ConfigError(f"model '{proto.name}': tensor '{node.name}' has type {node.type}")
-            dims = node.shape[1:] if proto.max_batch_size else node.shape
-            data_type = pb.DataType.Value(to_config(datatype))
-            field.add(name=node.name, data_type=data_type, dims=[n if isinstance(n, int) else -1 for n in dims])
+    inputs, outputs = onnx_graph.nodes(session.get_inputs()), onnx_graph.nodes(session.get_outputs())
+    onnx_graph.complete(proto, list(inputs.values()), list(outputs.values()))
 
 
 def _quiet() -> Any:
@@ -181,22 +152,6 @@ def _is_gpu(config: ModelConfig, group: InstanceGroup, has_cuda: bool) -> bool:
     return group.kind != "cpu" and has_cuda
 
 
-def _check_tensors(config: ModelConfig, session: Any) -> None:
-    for kind, specs, nodes in (
-        ("input", config.inputs, session.get_inputs()),
-        ("output", config.outputs, session.get_outputs()),
-    ):
-        in_graph = {node.name: _ORT_TYPES.get(node.type, node.type) for node in nodes}
-        for spec in specs:
-            if spec.name not in in_graph:
-                raise ConfigError(f"model '{config.name}': {kind} '{spec.name}': the graph has {sorted(in_graph)}")
-            if in_graph[spec.name] != spec.datatype:
-                raise ConfigError(
-                    f"model '{config.name}': {kind} '{spec.name}': configured as {spec.datatype}, "
-                    f"the graph has {in_graph[spec.name]}"
-                )
-
-
 class OnnxBackend(JoinedBackend):
     """One instance over a session."""
 
@@ -209,16 +164,27 @@ class OnnxBackend(JoinedBackend):
         # Text can be bound to no memory: such a model's tensors are passed as they are.
         has_text = bool(self._text_inputs) or "BYTES" in self._datatypes.values()
         self._is_bound = device != "cpu" and not has_text
+        inputs, outputs = (onnx_graph.nodes(given) for given in (session.get_inputs(), session.get_outputs()))
+        self._scalar_inputs = onnx_graph.scalars(inputs.values(), config.inputs)
+        self._scalar_outputs = onnx_graph.scalars(outputs.values(), config.outputs)
 
     def run(self, names: Sequence[str], feed: Mapping[str, Array]) -> Sequence[Array]:
         if self._text_inputs:  # the string tensors of ONNX Runtime are text
             feed = {name: _as_text(name, x) if name in self._text_inputs else x for name, x in feed.items()}
+        if self._scalar_inputs:
+            feed = {name: x.reshape(()) if name in self._scalar_inputs else x for name, x in feed.items()}
         try:
             arrays: Sequence[Array] = self._run_bound(names, feed) if self._is_bound else self._session.run(names, feed)
         except Exception as error:
             if _is_out_of_memory(error):
                 raise OutOfMemory(f"onnxruntime has no memory left on {self.device}: {error}") from None
             raise
+        if self._scalar_outputs:
+            shapes = self._scalar_outputs
+            return [
+                np.asarray(array).reshape(shapes.get(name, np.shape(array)))
+                for name, array in zip(names, arrays, strict=True)
+            ]
         return arrays
 
     def _run_bound(self, names: Sequence[str], feed: Mapping[str, Array]) -> Sequence[Array]:
