@@ -234,6 +234,8 @@ class ModelConfig:
     bounds: Bounds = UNBOUNDED
     max_dims: MaxDims = ANY_SIZE
     max_inflight_requests: int = 0
+    # False where requests of several callers must not reach the model as one: their rows could not be told apart.
+    makes_rows: bool = True
 
     @property
     def is_ensemble(self) -> bool:
@@ -249,7 +251,7 @@ class ModelConfig:
         """Whether requests of equal shapes may reach the model as one: its backend joins them anyway."""
         is_plain = self.sequences is None and not (self.is_decoupled or self.is_cached)
         is_joined = self.backend in JOINING and self.batching is not None and self.max_batch_size > 1
-        return is_plain and is_joined and not self.padding.inputs and not self.ragged
+        return self.makes_rows and is_plain and is_joined and not self.padding.inputs and not self.ragged
 
     @property
     def cpu_filename(self) -> str:

@@ -118,6 +118,7 @@ def _serve_batches(
         pending=scheduler.queued_calls,
         executing=lambda: _named(config.name, scheduler.executing_s(now_ns())),
         device=_device_of([backend for backend, _ in loaded]),
+        config=None if all(getattr(backend, "joins", True) for backend, _ in loaded) else _unmerged(config),
     )
     return _while_devices_work(config.name, served, loaded, statistics, devices, scheduler.refuse_waiting)
 
@@ -125,6 +126,11 @@ def _serve_batches(
 def _named(name: str, seconds: Sequence[float]) -> list[tuple[str, float]]:
     """With the names of instances."""
     return [(f"{name}_{index}", one) for index, one in enumerate(seconds)]
+
+
+def _unmerged(config: ModelConfig) -> ModelConfig:
+    """The configuration of a model whose requests an ensemble must not make one of."""
+    return replace(config, makes_rows=False)
 
 
 def _device_of(loaded: Sequence[Backend]) -> str:

@@ -60,6 +60,7 @@ class _Wrapped:
         self.runs_inline = backend.runs_inline
         self.kind = backend.kind
         self.device = getattr(backend, "device", "cpu")
+        self.joins = getattr(backend, "joins", True)
 
     def close(self) -> None:
         self._backend.close()

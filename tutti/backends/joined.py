@@ -1,5 +1,6 @@
 """What backends share that execute a batch as one: inputs are joined, executed once, and outputs split again."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
@@ -15,11 +16,18 @@ from tutti.devices.pipeline import Pipeline
 from tutti.dtypes import NUMPY, Array
 from tutti.errors import ConfigError, DeviceLost, InferError, Internal, InvalidArgument, OutOfMemory
 from tutti.scheduler import Answers
-from tutti.types import RAW_TYPES, Call, InferRequest, InferResponse, Tensor, now_ns
+from tutti.types import RAW_TYPES, Call, InferRequest, InferResponse, Shape, Tensor, now_ns
+
+_log = logging.getLogger(__name__)
 
 _MAX_ASKED = 256
+# Rows of a trial, which no count of things in nothing is likely to be, and the size of variable dimensions in it.
+_TRIAL_ROWS = 3
+_TRIAL_SIZE = 8
 _ON_HOST = (*RAW_TYPES, np.ndarray)
 Item = TypeVar("Item")
+Run = Callable[[Sequence[str], Mapping[str, Array]], Sequence[Array]]
+"""The outputs named, for joined inputs."""
 
 
 class JoinedModel:
@@ -34,6 +42,11 @@ class JoinedModel:
         for state in config.sequences.states if config.sequences is not None else ():
             self._datatypes[state.output_name] = state.datatype
         self._all = tuple(self._datatypes)
+        self._dims = {spec.name: spec.model_dims for spec in config.outputs}
+        for state in config.sequences.states if config.sequences is not None else ():
+            self._dims.setdefault(state.output_name, state.dims)
+        # Of each output, the last shape without the batch's axis that was found to fit.
+        self._fitting: dict[str, Shape] = {}
         # The outputs to make, by those asked for.
         self._names: dict[tuple[str, ...], list[str]] = {}
 
@@ -56,6 +69,35 @@ class JoinedModel:
     def response(self, outputs: list[Tensor]) -> InferResponse:
         """An answer of this model."""
         return InferResponse(self.config.name, self._version, outputs)
+
+    def check_outputs(self, requests: Sequence[InferRequest], outputs: Sequence[Tensor]) -> None:
+        """Raises Internal for outputs that have not a row for each of the batch, or not their configured sizes.
+
+        Rows that belong to nobody, or to whom cannot be told, must not reach anybody.
+        """
+        is_batched = self.config.is_batched and bool(requests[0].inputs)
+        wanted: Shape = ()
+        if is_batched:
+            first = next(iter(requests[0].inputs))
+            wanted = (sum([request.inputs[first].shape[0] for request in requests]),)
+        for tensor in outputs:
+            shape = tensor.shape
+            body = shape[1:] if is_batched else shape
+            if shape[: len(wanted)] != wanted or body != self._fitting.get(tensor.name):
+                self._check_output(tensor, wanted)
+                self._fitting[tensor.name] = body
+
+    def _check_output(self, tensor: Tensor, rows_wanted: Shape) -> None:
+        if tensor.name in self.config.ragged.scattered:
+            return
+        dims = self._dims[tensor.name]
+        shape, body = list(tensor.shape), tensor.shape[len(rows_wanted) :]
+        if tensor.shape[: len(rows_wanted)] != rows_wanted:
+            what = f"expected {rows_wanted[0]} rows, as many as the batch, got shape {shape}"
+            hint = "max_batch_size: 0 serves a model whose first axis is another one"
+            raise Internal(f"output '{tensor.name}': {what}: {hint}")
+        if len(body) != len(dims) or any(dim not in (-1, size) for dim, size in zip(dims, body, strict=True)):
+            raise Internal(f"output '{tensor.name}': configured with dims {list(dims)}, the model made {shape}")
 
     def answers(
         self, requests: Sequence[InferRequest], outputs: list[Tensor], is_alike: bool
@@ -136,6 +178,8 @@ class JoinedBackend(JoinedModel):
             share, hang_ns = device_options.weight(config), device_options.hang_ns(config)
             self._engine = engine_of(device)
             self._pipeline = self._engine.pipeline(config.name, share, hang_ns=hang_ns)
+        # Whether requests are executed together. False where their rows could not be told apart afterwards.
+        self.joins = True
         self._scratch = rows.Scratch()
         self._ways: dict[int, Alternatives] = {}
 
@@ -154,6 +198,8 @@ class JoinedBackend(JoinedModel):
         Large inputs, which would have to be copied to be joined, run one by one where that has proved to be quicker.
         """
         requests = [call.request for call in calls]
+        if not self.joins:
+            return [answer for request in requests for answer in self._execute([request])]
         if len(requests) == 1 or not self.runs_inline or not rows.is_large(requests):
             return self._execute(requests)
         known = self._ways.setdefault(len(requests), Alternatives())
@@ -196,6 +242,10 @@ class JoinedBackend(JoinedModel):
         except Exception as error:
             raise self._meant(first, error) from None
         outputs = [self._output(name, array) for name, array in zip(names, arrays, strict=True)]
+        try:
+            self.check_outputs(requests, outputs)
+        except InferError as error:
+            raise type(error)(f"model '{self.config.name}': {error.message}") from None
         return self.answers(requests, outputs, is_alike)
 
     def _meant(self, request: InferRequest, error: Exception) -> InferError:
@@ -229,6 +279,46 @@ def apart(
         return [error] if len(items) == 1 else [answer for item in items for answer in execute([item])]
     answers = iter(execute(left) if left else ())
     return [next(answers) if refusal is None else refusal for refusal in refusals]
+
+
+def may_join(config: ModelConfig) -> bool:
+    """Whether several requests may be executed as one whose rows are told apart afterwards."""
+    is_queued = config.batching is not None or config.sequences is not None
+    return config.max_batch_size > 1 and is_queued and not config.ragged
+
+
+def makes_rows(config: ModelConfig, run: Run) -> bool | None:
+    """Whether a model makes a row of each output for each row of a batch, as a trial of zeros shows.
+
+    A detector's rows, say, are as many as there are things in the pictures. None where the trial fails.
+    """
+    count = min(_TRIAL_ROWS, config.max_batch_size)
+    names = [spec.name for spec in config.outputs]
+    try:
+        made = run(names, trial_inputs(config, count))
+    except Exception:
+        _log.debug("model '%s': the trial of its rows failed", config.name, exc_info=True)
+        return None
+    return all(array.shape[:1] == (count,) for array in made)
+
+
+def trial_inputs(config: ModelConfig, count: int) -> dict[str, Array]:
+    """`count` rows of zeros, or of what the model takes that is nearest to them; "" for text."""
+    feed: dict[str, Array] = {}
+    for spec in config.inputs:
+        padded, limit = config.padding.inputs.get(spec.name), config.bounds.ranges.get(spec.name)
+        size = padded.buckets[0] if padded is not None else _TRIAL_SIZE
+        shape = (count, *(dim if dim > 0 else size for dim in spec.model_dims))
+        fill: str | int = "" if spec.datatype == "BYTES" else max(0, limit.low) if limit is not None else 0
+        feed[spec.name] = np.full(shape, fill, NUMPY[spec.datatype])
+    if config.sequences is not None:
+        for control in config.sequences.controls:
+            fill = "" if control.datatype == "BYTES" else 0
+            feed[control.name] = np.full((count, 1), fill, NUMPY[control.datatype])
+        for state in config.sequences.states:
+            fill = "" if state.datatype == "BYTES" else 0
+            feed[state.input_name] = np.full((count, *state.initial_dims), fill, NUMPY[state.datatype])
+    return feed
 
 
 def whole_number(config: ModelConfig, key: str) -> int:

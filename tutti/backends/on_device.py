@@ -176,6 +176,7 @@ class DeviceBatch:
     def answers(self, outputs: Sequence[Made]) -> Sequence[InferResponse]:
         """The calls' answers, in order."""
         tensors = [self._output(name, made) for name, made in zip(self._names, outputs, strict=True)]
+        self._backend.check_outputs(self._requests, tensors)
         if not self._staying or len(self._requests) == 1:
             return self._backend.answers(self._requests, tensors, self._is_alike)
         return self._split(tensors)

@@ -152,6 +152,13 @@ def _check_surplus(config: ModelConfig, inputs: dict[str, Node]) -> None:
         raise ConfigError(f"model '{config.name}': input: the graph also needs {surplus}, which are not configured")
 
 
+def names_rows(config: ModelConfig, inputs: dict[str, Node], outputs: dict[str, Node]) -> bool:
+    """Whether the graph calls the first axes of all configured outputs what it calls those of the inputs."""
+    names = {inputs[spec.name].first_axis for spec in config.inputs if spec.name in inputs}
+    names |= {outputs[spec.name].first_axis for spec in config.outputs if spec.name in outputs}
+    return len(names) == 1 and "" not in names
+
+
 def scalars(given: Iterable[Node], specs: Sequence[TensorSpec]) -> dict[str, Shape]:
     """Tensors without axes in the graph that are configured with some, of size 1: their configured shapes."""
     dims = {spec.name: spec.model_dims for spec in specs}

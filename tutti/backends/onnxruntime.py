@@ -38,7 +38,7 @@ def load(folder: ModelFolder, version: int, infer: Infer) -> list[Backend]:
     config = folder.config
     path = backends.model_file(folder, version, "model.onnx")
     sessions: dict[str, Any] = {}
-    loaded: list[Backend] = []
+    loaded: list[OnnxBackend] = []
     has_cuda = _has_cuda()
     for group, number in backends.instances(config, has_cuda):
         device = f"cuda:{number}" if _is_gpu(config, group, has_cuda) else "cpu"
@@ -49,7 +49,24 @@ def load(folder: ModelFolder, version: int, infer: Infer) -> list[Backend]:
             if variant and device == "cpu":
                 _check_variant(config, _session(config, path, device), sessions[device])
         loaded.append(OnnxBackend(config, str(version), sessions[device], device))
-    return loaded
+    _try_rows(config, loaded)
+    return list(loaded)
+
+
+def _try_rows(config: ModelConfig, loaded: Sequence["OnnxBackend"]) -> None:
+    """Let requests be executed one by one where a batch's outputs may not have a row for each of its rows.
+
+    An axis can have any name: what the graph does with zeros counts for more.
+    """
+    if not joined.may_join(config):
+        return
+    first = loaded[0]
+    makes = joined.makes_rows(config, first.run)
+    if makes is False or (makes is None and not first.names_rows):
+        what = "makes other rows than the batch's" if makes is False else "could not be tried with zeros"
+        _log.warning("model '%s': its graph %s: its requests are executed one by one", config.name, what)
+        for backend in loaded:
+            backend.joins = False
 
 
 def _session(config: ModelConfig, path: Path, device: str) -> Any:
@@ -165,6 +182,7 @@ class OnnxBackend(JoinedBackend):
         has_text = bool(self._text_inputs) or "BYTES" in self._datatypes.values()
         self._is_bound = device != "cpu" and not has_text
         inputs, outputs = (onnx_graph.nodes(given) for given in (session.get_inputs(), session.get_outputs()))
+        self.names_rows = onnx_graph.names_rows(config, inputs, outputs)
         self._scalar_inputs = onnx_graph.scalars(inputs.values(), config.inputs)
         self._scalar_outputs = onnx_graph.scalars(outputs.values(), config.outputs)
 

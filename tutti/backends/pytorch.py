@@ -66,7 +66,13 @@ def load(folder: ModelFolder, version: int, infer: Infer) -> list[Backend]:
                 graphs.try_on(device)
             modules[device] = _module(config, path, device, compilation, devices.count(device))
         if device == "cpu":
-            loaded.append(TorchBackend(config, str(version), modules[device]))
+            on_host = TorchBackend(config, str(version), modules[device])
+            on_host.joins = not joined.may_join(config) or joined.makes_rows(config, on_host.run) is not False
+            if not on_host.joins:
+                _log.warning(
+                    "model '%s' makes other rows than the batch's: its requests are executed one by one", config.name
+                )
+            loaded.append(on_host)
         else:
             backend = DeviceBackend(config, str(version), device, _program(config, modules[device]))
             backend.holds(modules[device], modules[device].nbytes)
