@@ -94,7 +94,7 @@ def _module(config: ModelConfig, path: Path, device: str, compilation: Compilati
     """The model's callable on a device, for so many instances."""
     place = _place(device)
     forward = _forward(config, path, place, compilation, runners)
-    module = Module(config, *forward, place)
+    module = Module(config, *forward[:2], place, writes_inputs=forward[2])
     if place != "cpu":
         with loading:  # no graph may be captured there meanwhile
             torch.cuda.synchronize(device)  # it loads on this thread's stream, and executes on another
@@ -143,13 +143,16 @@ def _set_threads(config: ModelConfig) -> None:
 
 def _forward(
     config: ModelConfig, path: Path, device: str, compilation: Compilation | None, runners: int
-) -> tuple[Callable[..., Any], list[str]]:
-    """The model's callable on the device, and the names of its arguments. `runners` instances execute it."""
+) -> tuple[Callable[..., Any], list[str], bool]:
+    """The model's callable on the device, the names of its arguments, and whether it may write to them.
+
+    `runners` instances execute it.
+    """
     if path.suffix != ".pt2":
         module = _loaded(config, path, lambda: _scripted(path, device))
-        return module, [argument.name for argument in module.forward.schema.arguments[1:]]
+        return module, [argument.name for argument in module.forward.schema.arguments[1:]], _writes_inputs(module)
     if compiled.is_package(path):
-        return compiled.package(config, path, device, runners)
+        return *compiled.package(config, path, device, runners), True  # it does not tell
     # Without the lock: it may take minutes.
     folder = compiled.entry(config, compilation, path, device) if compilation is not None else None
     program = _loaded(config, path, lambda: compiled.exported(path, device))
@@ -158,7 +161,25 @@ def _forward(
         own_fills = fills(config, program)
         forward = compiled.verified(config, compilation, folder, program, device, own_fills, runners)
     # The guards are of the shapes that it was traced with: narrower than what it can do.
-    return forward or program.module(check_guards=False), _arguments(program)
+    return forward or program.module(check_guards=False), _arguments(program), _writes_anywhere(program)
+
+
+def _writes_inputs(module: Any) -> bool:
+    """Whether a TorchScript module may write to its arguments; true where that cannot be told."""
+    try:
+        graph = module.inlined_graph
+        aliases = graph.alias_db()
+        return any(aliases.has_writers(value) for value in list(graph.inputs())[1:])
+    except Exception:
+        return True
+
+
+def _writes_anywhere(program: Any) -> bool:
+    """Whether an exported program has operators that write in place: to its inputs, maybe."""
+    graphs = [part.graph for part in program.graph_module.modules() if isinstance(part, torch.fx.GraphModule)]
+    schemas = [getattr(node.target, "_schema", None) for graph in graphs for node in graph.nodes]
+    is_written = bool(program.graph_signature.user_inputs_to_mutate)
+    return is_written or any(schema is not None and schema.is_mutable for schema in schemas)
 
 
 def _scripted(path: Path, device: str) -> Any:
@@ -225,9 +246,16 @@ class Module:
     """A model's callable, whose inputs and outputs have names. Instances share it: each begins to use it and ends."""
 
     def __init__(
-        self, config: ModelConfig, forward: Callable[..., Any], arguments: Sequence[str], device: str = "cpu"
+        self,
+        config: ModelConfig,
+        forward: Callable[..., Any],
+        arguments: Sequence[str],
+        device: str = "cpu",
+        writes_inputs: bool = False,
     ) -> None:
+        """What `writes_inputs` gets copies: others read the same memory."""
         self._forward = forward
+        self._writes_inputs = writes_inputs
         self._device = torch.device(device)
         # Of its weights; activations are the allocator's, which all models share.
         self.nbytes = _held_bytes(forward)
@@ -257,7 +285,10 @@ class Module:
     def __call__(self, inputs: Mapping[str, Any], names: Sequence[str]) -> list[Any]:
         """The outputs `names` on the module's device, in their configured datatypes and without gaps."""
         with self._mode():
-            made = self._named(self._forward(*[inputs[name] for name in self.order if name in inputs]))
+            given = [inputs[name] for name in self.order if name in inputs]
+            if self._writes_inputs:
+                given = [tensor.clone() for tensor in given]
+            made = self._named(self._forward(*given))
             return [made[name].detach().to(self._device, self._outputs[name]).contiguous() for name in names]
 
     def _named(self, made: Any) -> Mapping[str, Any]:

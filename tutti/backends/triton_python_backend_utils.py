@@ -122,13 +122,16 @@ class Tensor:
 
     @classmethod
     def _received(cls, tensor: _Tensor, is_on_host: bool) -> "Tensor":
-        """A tensor that came to a model; its elements are there."""
+        """A tensor that came to a model; its elements are there.
+
+        In host memory they are a copy: the model may write to what it gets, which others read, or are sent again.
+        """
         if not is_on_host:
             data = tensor.data
             if not isinstance(data, np.ndarray) and not isinstance(data, RAW_TYPES):
                 data.wait()
                 return cls._over(tensor.name, data, tensor.datatype)
-        made = cls(tensor.name, tensor.array())
+        made = cls(tensor.name, tensor.array().copy())
         if tensor.datatype == "BF16":
             made._datatype = "BF16"
         return made
@@ -348,7 +351,9 @@ class InferenceRequest:
     Of the latter, outputs stay on the device where they are made, unless `preferred_memory` says otherwise.
     """
 
-    __slots__ = ("_call", "_held", "_is_on_host", "_output_names", "_preferred_memory", "_request", "_sender")
+    __slots__ = (
+        "_call", "_held", "_is_on_host", "_output_names", "_preferred_memory", "_request", "_sender", "_tensors",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -381,6 +386,7 @@ class InferenceRequest:
         # Another thread may send it, and the execution that made it wait for that.
         self._held = turns.held_here()
         self._is_on_host = False
+        self._tensors: dict[str, Tensor] = {}
         self._output_names: Sequence[str] = names
         self._call: Call | None = None
         self._sender: Callable[[Call], InferenceResponseSender] | None = None
@@ -399,13 +405,24 @@ class InferenceRequest:
         made._preferred_memory = None
         made._held = turns.held_here()
         made._is_on_host = is_on_host
+        made._tensors = {}
         made._output_names = output_names
         made._call = call
         made._sender = sender
         return made
 
     def inputs(self) -> list[Tensor]:
-        return [Tensor._received(tensor, self._is_on_host) for tensor in self._request.inputs.values()]
+        return [tensor for name in self._request.inputs if (tensor := self._input(name)) is not None]
+
+    def _input(self, name: str) -> Tensor | None:
+        """The same tensor each time: what a model has written to it is there."""
+        made = self._tensors.get(name)
+        if made is None:
+            given = self._request.inputs.get(name)
+            if given is None:
+                return None
+            made = self._tensors[name] = Tensor._received(given, self._is_on_host)
+        return made
 
     def request_id(self) -> str:
         return self._request.id
@@ -677,8 +694,7 @@ class Logger:
 
 
 def get_input_tensor_by_name(request: InferenceRequest, name: str) -> Tensor | None:
-    tensor = request._request.inputs.get(name)
-    return None if tensor is None else Tensor._received(tensor, request._is_on_host)
+    return request._input(name)
 
 
 def get_output_tensor_by_name(response: InferenceResponse, name: str) -> Tensor | None:
