@@ -56,7 +56,7 @@ def make_engine(
             else _serve_cut(config, checked, version, statistics)
         )
         if config.is_cached and cache_bytes:
-            served = replace(served, infer=Cached(served.infer, cache, version, statistics))
+            served = replace(served, infer=Cached(served.infer, cache, statistics, engine.changes))
         return served
 
     def _serve_cut(config: ModelConfig, checked: graph.Plan, version: int, statistics: ModelStatistics) -> Served:

@@ -4,24 +4,32 @@ Holds the responses of one process, within a size in bytes; `Cached` puts it in 
 """
 
 import hashlib
+import itertools
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from tutti.statistics import ModelStatistics
 from tutti.types import Call, Infer, InferRequest, InferResponse, Sink, Tensor, now_ns, settle
 
 _ENTRY_OVERHEAD = 512
+# What of a request's parameters is for queues, and decides no answer.
+_OF_QUEUES = ("priority", "timeout")
+_loads = itertools.count()
 
 
-def key_of(request: InferRequest, version: int) -> bytes:
-    """A digest of all that decides the answer: model, version, inputs and outputs asked for."""
+def key_of(request: InferRequest, load: object) -> bytes:
+    """A digest of all that decides the answer: inputs, parameters, among them forwarded headers, outputs asked for.
+
+    `load` tells the model, as it was loaded, from all others.
+    """
+    given = sorted((key, value) for key, value in request.parameters.items() if key not in _OF_QUEUES)
     digest = hashlib.blake2b(digest_size=20)
-    digest.update(repr((request.model_name, version, request.outputs)).encode())
+    digest.update(repr((request.model_name, load, request.outputs, given)).encode("utf-8", "surrogatepass"))
     for name in sorted(request.inputs):
         tensor = request.inputs[name]
         raw = tensor.raw()
-        digest.update(repr((name, tensor.datatype, tensor.shape, len(raw))).encode())
+        digest.update(repr((name, tensor.datatype, tensor.shape, len(raw))).encode("utf-8", "surrogatepass"))
         digest.update(raw)
     return digest.digest()
 
@@ -69,20 +77,28 @@ class ResponseCache:
 
 
 class Cached:
-    """An `Infer` that asks the cache first. Errors are not kept."""
+    """An `Infer` that asks the cache first. Errors are not kept.
 
-    def __init__(self, infer: Infer, cache: ResponseCache, version: int, statistics: ModelStatistics) -> None:
+    It knows the answers of one load of a model only: what was loaded before under its name and version was another one.
+    """
+
+    def __init__(
+        self, infer: Infer, cache: ResponseCache, statistics: ModelStatistics, changes: Callable[[], int] = lambda: 0
+    ) -> None:
+        """`changes` counts the loads of all that the model may ask: its answers may differ after each."""
         self._infer = infer
         self._cache = cache
-        self._version = version
+        self._load = next(_loads)
+        self._changes = changes
         self._statistics = statistics
 
     def __call__(self, calls: Sequence[Call]) -> None:
         hits: list[Call] = []
         misses: list[Call] = []
         started_ns = now_ns()
+        load = (self._load, self._changes())
         for call in calls:
-            key = key_of(call.request, self._version)
+            key = key_of(call.request, load)
             found = self._cache.get(key)
             if found is None:
                 call.sink = _Keep(self, call.sink, key)

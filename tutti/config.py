@@ -625,6 +625,8 @@ def _queue_policy(proto: Any) -> QueuePolicy:
 def _cached(proto: Any) -> bool:
     if proto.response_cache.enable and proto.model_transaction_policy.decoupled:
         raise _fail(proto.name, "response_cache.enable", "the answers of a decoupled model cannot be cached")
+    if proto.response_cache.enable and proto.HasField("sequence_batching"):
+        raise _fail(proto.name, "response_cache.enable", "an answer depends on its sequence, and cannot be cached")
     return bool(proto.response_cache.enable)
 
 
@@ -632,6 +634,8 @@ def _sequences(proto: Any) -> SequencePolicy | None:
     if not proto.HasField("sequence_batching"):
         return None
     batching = proto.sequence_batching
+    if batching.state and proto.model_transaction_policy.decoupled:
+        raise _fail(proto.name, "sequence_batching.state", "is not supported for a decoupled model")
     if proto.HasField("dynamic_batching") or proto.HasField("ensemble_scheduling"):
         raise _fail(proto.name, "sequence_batching", "a model has one of it, dynamic_batching and ensemble_scheduling")
     is_oldest = batching.WhichOneof("strategy_choice") == "oldest"
@@ -716,8 +720,9 @@ def _warmup(proto: Any, index: int) -> Warmup:
 def _group(proto: Any, index: int) -> InstanceGroup:
     group = proto.instance_group[index]
     kind = pb.ModelInstanceGroup.Kind.Name(group.kind).removeprefix("KIND_").lower()
-    if kind == "model":
-        raise _fail(proto.name, f"instance_group[{index}].kind", "KIND_MODEL is not supported")
+    if kind == "model" and (proto.backend != "python" or group.gpus):
+        what = "names no GPUs" if proto.backend == "python" else "is supported for python models only"
+        raise _fail(proto.name, f"instance_group[{index}].kind", f"KIND_MODEL {what}")
     if group.count < 0:
         raise _fail(proto.name, f"instance_group[{index}].count", f"expected 1 or more, got {group.count}")
     limit = _rate_limit(proto.name, f"instance_group[{index}].rate_limiter", group.rate_limiter)

@@ -98,6 +98,11 @@ class Engine:
         self._newest: dict[str, Model] = {}
         self._failures: dict[tuple[str, str], str] = {}
         self._lock = threading.Lock()
+        self._changes = 0
+
+    def changes(self) -> int:
+        """How often a model has come, gone or been loaded anew."""
+        return self._changes
 
     def load_all(self, names: Iterable[str] | None = None, timeout_s: float | None = None) -> None:
         """Load the named models (all, by default): plain ones side by side, then ensembles after what they use.
@@ -469,6 +474,7 @@ class Engine:
                 self._unloaded.pop(name, None)
             else:
                 del self._models[name], self._newest[name]
+            self._changes += 1
         return old
 
     def _record_failure(self, name: str, version: str, error: TuttiError) -> None:

@@ -71,7 +71,7 @@ def make_engine(
         else:
             served = _serve_batches(folder, version, statistics, timer, engine, limits, watched)
         if config.is_cached and cache_bytes:
-            served = replace(served, infer=Cached(served.infer, cache, version, statistics))
+            served = replace(served, infer=Cached(served.infer, cache, statistics, engine.changes))
         return served
 
     engine = Engine(root, load, is_controllable, devices=watched, control_timeout_s=control_timeout_s)
@@ -254,7 +254,7 @@ def _check_unlimited(config: ModelConfig) -> None:
 
 def _turns(config: ModelConfig, loaded: Sequence[Backend], limits: RateLimits) -> list[Turn | None]:
     """One for each instance; those without limits take none."""
-    placed = backends.instances(config, any(backend.kind not in ("cpu", "auto") for backend in loaded))
+    placed = backends.instances(config, any(backend.kind not in ("cpu", "auto", "model") for backend in loaded))
     turns: list[Turn | None] = []
     try:
         for (group, device), _ in zip(placed, loaded, strict=True):

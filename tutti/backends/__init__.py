@@ -196,7 +196,7 @@ def instances(
     placed: list[tuple[InstanceGroup, int]] = []
     for index, group in enumerate(config.instance_groups):
         numbers: Sequence[int] = group.gpus or (0,)
-        if group.kind == "cpu":
+        if group.kind in ("cpu", "model"):
             numbers = (0,)
         elif can_use_gpus and there_are:
             _check_gpus(config.name, index, group, there_are)

@@ -149,13 +149,13 @@ def _turn_taker(config: ModelConfig, group: InstanceGroup, number: int, path: Pa
 
 
 def instance_kind(group: InstanceGroup, gpus: int) -> str:
-    """ "GPU" or "CPU" for an instance group. KIND_AUTO is a GPU where there are any, and all that it lists.
+    """ "GPU", "CPU" or "MODEL" for an instance group. KIND_AUTO is a GPU where there are any, and all that it lists.
 
     As Triton's core resolves it (NormalizeInstanceGroup in model_config_utils.cc), whose python backend prefers GPUs.
     """
     if group.kind == "auto":
         return "GPU" if gpus and all(device < gpus for device in group.gpus) else "CPU"
-    return "GPU" if group.kind == "gpu" else "CPU"
+    return "MODEL" if group.kind == "model" else "GPU" if group.kind == "gpu" else "CPU"
 
 
 def _takes_inputs_on_host(model: ModelConfig) -> bool:
@@ -209,8 +209,10 @@ class PythonBackend:
         self._model = model
         self._number = number
         self._takes_inputs_on_host = _takes_inputs_on_host(folder.config)
-        self._output_names = tuple(spec.name for spec in folder.config.outputs)
         self._datatypes = {spec.name: spec.datatype for spec in folder.config.outputs}
+        for state in folder.config.sequences.states if folder.config.sequences is not None else ():
+            self._datatypes[state.output_name] = state.datatype  # the server keeps it for the next request
+        self._output_names = tuple(self._datatypes)
         self._has_text = any(spec.datatype == "BYTES" for spec in folder.config.inputs)
         self._null = InferResponse(self._config.name, self._version, [], is_null=True)
         self._owed = 0
