@@ -356,9 +356,11 @@ class _Planner:
             raise _fail(
                 self._config, f"{self._path(index)} tutti.when", "the model has no batch axis to take rows from"
             )
+        # An ensemble without a batch of its own hands tensors on as they are: a first axis is its models' affair.
+        max_rows = model.max_batch_size if self._config.is_batched else 0
         made_step = Step(
             index, step.model_name, step.version, tuple(step.input_map.items()), tuple(step.output_map.items()),
-            frozenset(), tuple(dict.fromkeys(required)), model.max_batch_size, is_merged, when, None, each,
+            frozenset(), tuple(dict.fromkeys(required)), max_rows, is_merged, when, None, each,
             tuple(self._extra.gather.get(tensor, "concat") for tensor in made) if each is not None else (),
             any(tensor in self._extra.optional for tensor in made), model.is_decoupled,
         )  # fmt: skip

@@ -1,0 +1,71 @@
+"""Ensembles without a batch of their own over models with one: as in Triton, a first axis is the models' affair."""
+
+import numpy as np
+
+from tests.models import Repository
+from tests.serving import engine_over, infer
+from tutti.errors import InferError
+from tutti.types import InferRequest, InferResponse, Tensor
+
+MODEL = """
+    backend: "python" max_batch_size: %d
+    input { name: "x" data_type: TYPE_FP32 dims: %s } output { name: "y" data_type: TYPE_FP32 dims: %s }
+"""
+GRAPH = """
+    platform: "ensemble"
+    input { name: "x" data_type: TYPE_FP32 dims: %s } output { name: "y" data_type: TYPE_FP32 dims: %s }
+    ensemble_scheduling { step [ %s ] }
+"""
+
+
+def add(repository: Repository, name: str, size: int, dims: str, made: str, value: str) -> None:
+    body = f"""
+    x = pb_utils.get_input_tensor_by_name(request, "x").as_numpy()
+    return pb_utils.InferenceResponse([pb_utils.Tensor("y", {value})])
+    """
+    repository.add_python(name, MODEL % (size, dims, made), body)
+
+
+def add_graph(repository: Repository, name: str, dims: str, made: str, *models: str) -> None:
+    tensors = ["x", *(f"t{at}" for at in range(len(models) - 1)), "y"]
+    steps = ", ".join(
+        f'{{ model_name: "{model}" model_version: -1 input_map {{ key: "x" value: "{tensors[at]}" }} '
+        f'output_map {{ key: "y" value: "{tensors[at + 1]}" }} }}'
+        for at, model in enumerate(models)
+    )
+    repository.add(name, GRAPH % (dims, made, steps), {})
+
+
+def request(name: str, *rows: object) -> InferRequest:
+    return InferRequest(name, {"x": Tensor.of("x", np.array(rows, np.float32))})
+
+
+def made(answer: object) -> list[object]:
+    assert isinstance(answer, InferResponse), answer
+    values: list[object] = answer.tensor("y").array().tolist()
+    return values
+
+
+def test_a_step_takes_as_many_rows_as_the_one_before_made(repository: Repository) -> None:
+    """A detector's crops, classified as one batch; together with other requests, too."""
+    crops = "np.stack([np.full(2, k, np.float32) for k in range(int(x[0]))])"
+    add(repository, "detector", 0, "1", "[ -1, 2 ]", crops)
+    add(repository, "classifier", 4, "2", "1", "x.sum(1, keepdims=True)")
+    add_graph(repository, "crops", "1", "[ -1, 1 ]", "detector", "classifier")
+    with engine_over(repository.root) as engine:
+        assert made(infer(engine, [request("crops", 3)])[0]) == [[0], [2], [4]]
+        answers = infer(engine, [request("crops", n) for n in (1, 2, 4)])
+        assert [len(made(answer)) for answer in answers] == [1, 2, 4]
+        (too_many,) = infer(engine, [request("crops", 5)])
+    assert isinstance(too_many, InferError)
+    assert "expected a batch of 1 to 4, got 5" in str(too_many)
+
+
+def test_steps_with_and_without_a_batch_take_turns(repository: Repository) -> None:
+    add(repository, "widen", 16, "1", "3", "np.repeat(x, 3, axis=1)")
+    add(repository, "whole", 0, "[ -1, 3 ]", "[ -1, 3 ]", "x + 1")
+    add(repository, "twice", 16, "3", "3", "x * 2")
+    add_graph(repository, "chain", "[ -1, 1 ]", "[ -1, 3 ]", "widen", "whole", "twice")
+    with engine_over(repository.root) as engine:
+        answers = infer(engine, [request("chain", [1], [2]), request("chain", [5])])
+    assert [made(answer) for answer in answers] == [[[4, 4, 4], [6, 6, 6]], [[12, 12, 12]]]
