@@ -48,7 +48,7 @@ def parse(parameters: Mapping[str, str]) -> Extensions:
     decided, deadline_ns = "", 0
     for key, text in parameters.items():
         if not key.startswith(PREFIX):
-            continue
+            raise ExtensionError(f"parameters.{key}: an ensemble reads those of tutti only, as tutti.when.TENSOR")
         kind, _, tensor = key.removeprefix(PREFIX).partition(".")
         if key == "tutti.exit":
             decided = text

@@ -3,6 +3,8 @@
 Layout, as Triton's: `<repository>/<model>/config.pbtxt` and `<repository>/<model>/<version>/...`.
 """
 
+import contextlib
+import logging
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -15,10 +17,10 @@ from tutti import config, files
 from tutti.config import ModelConfig
 from tutti.errors import ConfigError, TuttiError
 
-_MODEL_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
 _VERSION = re.compile(r"[1-9][0-9]{0,17}")
 _OVERRIDE_FILE = re.compile(r"[1-9][0-9]{0,17}(/[A-Za-z0-9_][A-Za-z0-9_.+-]*)+")
 _MAX_NAME = 255
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,14 +76,14 @@ def model_names(root: Path) -> list[str]:
     try:
         if not root.is_dir():
             raise ConfigError(f"model repository '{root}' is not a folder")
-        return sorted(path.name for path in root.iterdir() if _MODEL_NAME.fullmatch(path.name) and _is_model(path))
+        return sorted(path.name for path in root.iterdir() if _is_name(path.name) and _is_model(path))
     except OSError as error:
         raise ConfigError(f"model repository '{root}' cannot be read: {files.shown(error)}") from None
 
 
 def is_model(root: Path, name: str) -> bool:
     """Whether `model_names` has the name, without a look at the other folders."""
-    return len(name) <= _MAX_NAME and _MODEL_NAME.fullmatch(name) is not None and _is_model(root / name)
+    return _is_name(name) and _is_model(root / name)
 
 
 def _is_model(path: Path) -> bool:
@@ -93,6 +95,20 @@ def _is_model(path: Path) -> bool:
         return is_configured or bool(_versions(path, "model.onnx") or _versions(path, "model.py"))
     except OSError:
         return os.path.lexists(path)
+
+
+def _is_name(name: str) -> bool:
+    """Whether a folder's name can be a model's: any that can be shown, in one piece of a path and of a log's line."""
+    is_plain = name.isprintable() and name == name.strip() and not name.startswith((".", "-"))
+    return 0 < len(name) <= _MAX_NAME and is_plain and not set(name) & set("/\\")
+
+
+def _name_strangers(root: Path) -> None:
+    """Say which folders look like models, and are called what none can be."""
+    for path in sorted(root.iterdir()):
+        with contextlib.suppress(OSError):
+            if not _is_name(path.name) and not path.name.startswith(".") and path.is_dir() and _versions(path):
+                _log.warning("folder %r is not served: that is no valid model name", path.name)
 
 
 def _versions(path: Path, filename: str = "") -> list[int]:
@@ -175,6 +191,8 @@ def _open(path: Path, name: str, override: str | None) -> ModelFolder:
 def open_models(root: Path, names: Iterable[str] | None = None) -> tuple[list[ModelFolder], dict[str, ConfigError]]:
     """The named models (all, by default) and those that their ensembles use; and why others cannot be read."""
     present = model_names(root)
+    if names is None:
+        _name_strangers(root)
     waiting, known = list(present if names is None else names), set(present)
     folders: dict[str, ModelFolder] = {}
     failures: dict[str, ConfigError] = {}
@@ -193,7 +211,7 @@ def open_models(root: Path, names: Iterable[str] | None = None) -> tuple[list[Mo
 
 def check_name(name: str) -> None:
     """Raises ConfigError for a name that cannot be a model's folder."""
-    if not _MODEL_NAME.fullmatch(name) or len(name) > _MAX_NAME:
+    if not _is_name(name):
         raise ConfigError(f"model {name[:100]!r}: not a valid model name")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from tutti import repository, rows
+from tutti.backends import parameters
 from tutti.config import JOINING, InstanceGroup, ModelConfig
 from tutti.devices.nvml import gpu_count
 from tutti.errors import ConfigError, InferError
@@ -39,8 +40,9 @@ def load(folder: ModelFolder, version: int, infer: Infer) -> list[Backend]:
     except ModuleNotFoundError as error:
         needed = _NEEDS.get((error.name or "").partition(".")[0], f"'{error.name}'")
         raise ConfigError(f"model '{folder.config.name}': backend: '{name}' needs {needed}") from None
-    loaded = module.load(folder, version, infer)
     config = folder.config
+    parameters.check(config)
+    loaded = module.load(folder, version, infer)
     if any(spec.reshape is not None for spec in (*config.inputs, *config.outputs)):
         loaded = [_around(Reshaped(config, backend), backend) for backend in loaded]
     if config.padding.inputs:

@@ -1,7 +1,8 @@
 """ONNX Runtime: requests of a batch are joined, executed once and split again.
 
-Honours the parameters of Triton's onnxruntime backend: `intra_op_thread_count`, `inter_op_thread_count`, and those of
-its CUDA provider (onnx_providers.py). And, for
+Honours the parameters of Triton's onnxruntime backend: `intra_op_thread_count`, `inter_op_thread_count`,
+`execution_mode`, `enable_mem_arena`, `enable_mem_pattern`, `session.*`, and those of its CUDA provider
+(onnx_providers.py). And, for
 machines without a GPU, `tutti.cpu_model_filename`: a variant of the model for CPUs, as one with 8-bit integers, whose
 outputs differ by no more than `tutti.cpu_tolerance` (0.05) of their range. That is checked at load. And for GPUs
 `tutti.gpu_model_filename`, as one with 16 bits.
@@ -16,7 +17,7 @@ import numpy as np
 import onnxruntime as ort
 
 from tutti import backends
-from tutti.backends import joined, onnx_graph, onnx_providers
+from tutti.backends import joined, onnx_graph, onnx_providers, parameters
 from tutti.backends.joined import JoinedBackend
 from tutti.config import InstanceGroup, ModelConfig
 from tutti.devices.nvml import nvml
@@ -152,6 +153,17 @@ def _options(config: ModelConfig) -> Any:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     for key in ("intra_op_thread_count", "inter_op_thread_count"):
         setattr(options, key.replace("thread_count", "num_threads"), joined.whole_number(config, key))
+    mode = config.parameters.get("execution_mode", "0")
+    if mode not in ("0", "1"):
+        raise ConfigError(f"model '{config.name}': parameters.execution_mode: expected '0' or '1', got '{mode}'")
+    options.execution_mode = ort.ExecutionMode.ORT_PARALLEL if mode == "1" else ort.ExecutionMode.ORT_SEQUENTIAL
+    for key, attribute in (("enable_mem_arena", "enable_cpu_mem_arena"), ("enable_mem_pattern", "enable_mem_pattern")):
+        is_on = parameters.flag(config, key)
+        if is_on is not None:
+            setattr(options, attribute, is_on)
+    for key, text in config.parameters.items():
+        if key.startswith("session."):
+            options.add_session_config_entry(key, text)
     return options
 
 

@@ -1,0 +1,46 @@
+"""Which parameters of a config.pbtxt are read for a backend: one that nobody reads is refused, as a field is.
+
+Python models read their own, so theirs may be any; an ensemble's are the ensembles package's.
+"""
+
+from tutti.config import ModelConfig
+from tutti.errors import ConfigError
+
+# Of every backend that joins a batch. Those that end in "." are followed by the name of a tensor, or of an option.
+_COMMON = (
+    "tutti.bounds", "tutti.max_dims", "tutti.latency_ms", "tutti.cpu_model_filename", "tutti.gpu_model_filename",
+    "tutti.cpu_tolerance", "tutti.hang_timeout_s", "tutti.device_turn", "tutti.fallback", "tutti.memory_mb",
+    "tutti.buckets.", "tutti.pad_value.", "tutti.lengths.", "tutti.mask.", "tutti.unpad.", "tutti.compile",
+    "tutti.compile.", "tutti.graphs.batch_sizes", "tutti.graphs.max_count",
+)  # fmt: skip
+_OWN = {
+    "onnxruntime": (
+        "intra_op_thread_count", "inter_op_thread_count", "execution_mode", "enable_mem_arena", "enable_mem_pattern",
+        "session.", "cudnn_conv_algo_search", "gpu_mem_limit", "arena_extend_strategy", "do_copy_in_default_stream",
+    ),
+    "pytorch": ("INTRA_OP_THREAD_COUNT", "INTER_OP_THREAD_COUNT", "INFERENCE_MODE"),
+    "tensorrt": (),
+}  # fmt: skip
+_YES, _NO = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
+
+
+def check(config: ModelConfig) -> None:
+    """Raises ConfigError naming a parameter that the model's backend does not read."""
+    own = _OWN.get(config.backend)
+    if own is None:
+        return
+    known = (*own, *_COMMON)
+    for key in config.parameters:
+        if not any(key == one or (one.endswith(".") and key.startswith(one) and key != one) for one in known):
+            what = f"the {config.backend} backend does not read it; it reads {', '.join(own) or 'none of its own'}"
+            raise ConfigError(f"model '{config.name}': parameters.{key}: {what}, and tutti's")
+
+
+def flag(config: ModelConfig, key: str) -> bool | None:
+    """A parameter that is on or off; None where it is not given. Raises ConfigError."""
+    text = config.parameters.get(key)
+    if text is None:
+        return None
+    if text.lower() not in (*_YES, *_NO):
+        raise ConfigError(f"model '{config.name}': parameters.{key}: expected true or false, got '{text}'")
+    return text.lower() in _YES
