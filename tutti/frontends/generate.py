@@ -76,5 +76,5 @@ def _values(model: str, tensor: Tensor) -> Any:
         raise InvalidArgument(f"model '{model}': output '{tensor.name}': {tensor.datatype} cannot be shown as JSON")
     values = tensor.array().reshape(-1).tolist()
     if tensor.datatype == "BYTES":
-        values = [value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value) for value in values]
+        values = http_codec.texts(model, tensor.name, values)
     return values[0] if len(values) == 1 else values

@@ -6,7 +6,7 @@ Sizes and positions are bytes. Rules follow Triton's binary tensor data extensio
 import json
 import math
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Protocol
@@ -593,5 +593,17 @@ def _json_data(model: str, tensor: Tensor) -> Any:
         raise _bad(model, f"output '{tensor.name}': {tensor.datatype} needs binary output, JSON cannot carry it")
     array = tensor.array().reshape(-1)
     if tensor.datatype == "BYTES":
-        return [element.decode("utf-8", "replace") if isinstance(element, bytes) else str(element) for element in array]
+        return texts(model, tensor.name, array.tolist())
     return np.ascontiguousarray(array)
+
+
+def texts(model: str, name: str, elements: Iterable[Any]) -> list[str]:
+    """BYTES elements as JSON has them. Raises InvalidArgument for what is no UTF-8: other bytes would come out."""
+    found = []
+    for element in elements:
+        try:
+            found.append(element.decode() if isinstance(element, bytes) else str(element))
+        except UnicodeDecodeError as error:
+            what = f"element {len(found)} is no UTF-8, and JSON cannot carry it: ask for binary data ({error})"
+            raise _bad(model, f"output '{name}': {what}") from None
+    return found
