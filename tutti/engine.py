@@ -346,10 +346,12 @@ class Engine:
         plain = str(int(version)) if version else ""
         if plain != version:
             return self.model(name, plain)
-        what = f"model '{name}'" + (f" version '{version}'" if version else "")
+        unknown = f"Request for unknown model: '{name}'"  # Triton's words, which its clients look for
+        if name in self._models:
+            raise NotFound(f"{unknown} version {version} is not found")
         if name in self._unloaded or any(failed == name for failed, _ in self._failures):
-            raise NotFound(f"{what} has no available versions: it is not ready")
-        raise NotFound(f"unknown {what}: not found in the repository")
+            raise NotFound(f"{unknown} has no available versions: it is not ready")
+        raise NotFound(f"{unknown} is not found")
 
     def models(self) -> list[Model]:
         """Every served version, by name and version."""
@@ -397,11 +399,10 @@ class Engine:
         return sorted(entries, key=lambda entry: (entry.name, entry.version))
 
     def is_ready(self) -> bool:
-        """Whether every model of the repository is loaded and ready, and no device has failed; false with none."""
-        models = self.models()
+        """Whether all that was asked for is loaded and ready, which may be nothing, and no device has failed."""
         if self._failures or self._devices.failures():
             return False
-        return bool(models) and all(model.is_ready() for model in models)
+        return all(model.is_ready() for model in self.models())
 
     def failures(self) -> list[str]:
         """Why models could not be loaded, one message each."""
@@ -436,7 +437,10 @@ class Engine:
 
     def _check_controllable(self) -> None:
         if not self._is_controllable:
-            raise Unavailable("explicit model load and unload is not allowed: see --model-control-mode")
+            raise Unavailable(
+                "explicit model load / unload is not allowed if polling is enabled, nor without "
+                "--model-control-mode explicit"
+            )
 
     def _load(self, folder: ModelFolder) -> None:
         """Load what can be loaded of a folder; record why the rest cannot."""

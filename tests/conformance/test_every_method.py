@@ -172,7 +172,7 @@ def test_metadata_and_configuration(client: AnyClient) -> None:
     config = client.as_json("get_model_config", "add_one", "1")
     config = config.get("config", config)
     assert config["max_batch_size"] == 8
-    with pytest.raises(InferenceServerException, match="unknown model 'nowhere'"):
+    with pytest.raises(InferenceServerException, match="unknown model: 'nowhere'"):
         client.get_model_metadata("nowhere")
 
 

@@ -43,12 +43,13 @@ def test_a_model_comes_and_goes(repository: Repository) -> None:
     repository.add_onnx()
     engine = controllable(repository.root, [])
     assert states(engine) == {"add_one": ("", "")}
-    assert not engine.is_ready()
+    assert engine.is_ready()  # nothing has been asked for
     assert isinstance(infer(engine, [ask()])[0], NotFound)
     engine.load("add_one")
     assert engine.is_ready()
     assert isinstance(infer(engine, [ask()])[0], InferResponse)
     engine.unload("add_one")
+    assert engine.is_ready()
     assert states(engine) == {"add_one": ("UNAVAILABLE", "unloaded")}
     (answer,) = infer(engine, [ask()])
     assert isinstance(answer, NotFound)
@@ -222,7 +223,7 @@ def test_an_ensemble_is_not_ready_without_its_models(repository: Repository) -> 
     engine.unload("add_one")
     assert not engine.model("one").is_ready()
     assert states(engine)["one"][0] == "UNAVAILABLE"
-    assert "model 'add_one' has no available versions" in states(engine)["one"][1]
+    assert "'add_one' has no available versions" in states(engine)["one"][1]
     engine.close()
 
 

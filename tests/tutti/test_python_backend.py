@@ -201,7 +201,7 @@ def test_an_error_of_another_model_is_a_value(repository: Repository) -> None:
     with engine_over(repository.root) as engine:
         (answer,) = infer(engine, [request("asks", 3)])
         assert isinstance(answer, InferError)
-        assert "inner: unknown model 'mode'" in answer.message
+        assert "inner: unknown model: 'mode'" in answer.message
 
 
 def test_a_model_iterates_over_a_decoupled_one(repository: Repository) -> None:
