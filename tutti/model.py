@@ -4,7 +4,7 @@ What executes is any `Infer`: a scheduler over local instances, an ensemble's ex
 """
 
 import threading
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tutti.config import ModelConfig, TensorSpec
@@ -175,23 +175,44 @@ def check_request(config: ModelConfig, output_names: frozenset[str], request: In
     """
     specs = {spec.name: spec for spec in config.inputs}
     given = request.inputs
-    missing = [spec.name for spec in config.inputs if not spec.is_optional and spec.name not in given]
-    if missing:
-        raise InvalidArgument(
-            f"model '{config.name}': missing input {_names(missing)}; expected {_names(specs)}, got {_names(given)}"
-        )
+    _check_names(config, specs, given)
     for name, tensor in given.items():
-        if name not in specs:
-            raise InvalidArgument(f"model '{config.name}': unexpected input '{name}'; expected {_names(specs)}")
         _check_tensor(config, specs[name], tensor)
     for name in request.outputs:
         if name not in output_names:
             outputs = [spec.name for spec in config.outputs]
-            raise InvalidArgument(f"model '{config.name}': unexpected output '{name}'; expected {_names(outputs)}")
+            raise InvalidArgument(
+                f"unexpected inference output '{name}' for model '{config.name}'; expected {_names(outputs)}"
+            )
     key_of, ragged = config.padding.key_of, config.ragged.inputs
     return _rows(config, given), tuple(
         (name, () if name in ragged else key_of(name, given[name].shape[config.is_batched :])) for name in sorted(given)
     )
+
+
+# Errors here begin in Triton's words, which programs written for it look for.
+
+
+def _check_names(config: ModelConfig, specs: Mapping[str, TensorSpec], given: Mapping[str, Tensor]) -> None:
+    required = [spec.name for spec in config.inputs if not spec.is_optional]
+    missing = [name for name in required if name not in given]
+    least, most = len(required), len(specs)
+    if not least <= len(given) <= most or missing:
+        wanted = f"{most} inputs" if least == most else f"number of inputs between {least} and {most}"
+        lacking = f", but missing required input(s) {_listed(missing)}. Please provide all required input(s)"
+        raise InvalidArgument(
+            f"expected {wanted} but got {len(given)} inputs for model '{config.name}'. Got input(s) {_listed(given)}"
+            f"{lacking if missing else ''}. Its inputs are {_names(specs)}"
+        )
+    for name in given:
+        if name not in specs:
+            raise InvalidArgument(
+                f"unexpected inference input '{name}' for model '{config.name}'; expected {_names(specs)}"
+            )
+
+
+def _listed(names: Iterable[str]) -> str:
+    return f"[{','.join([repr(name) for name in names])}]"
 
 
 def _names(names: Sequence[str] | Mapping[str, object]) -> str:
@@ -201,13 +222,15 @@ def _names(names: Sequence[str] | Mapping[str, object]) -> str:
 def _check_tensor(config: ModelConfig, spec: TensorSpec, tensor: Tensor) -> None:
     if tensor.datatype != spec.datatype:
         raise InvalidArgument(
-            f"model '{config.name}': input '{spec.name}': expected datatype {spec.datatype}, got {tensor.datatype}"
+            f"inference input '{spec.name}' data-type is '{tensor.datatype}', but model '{config.name}' expects "
+            f"'{spec.datatype}'"
         )
     body: Shape = tensor.shape[1:] if config.is_batched else tensor.shape
     if (config.is_batched and not tensor.shape) or not spec.accepts(body):
+        note = ", with the batch dimension, which max_batch_size adds, in front" if config.is_batched else ""
         raise InvalidArgument(
-            f"model '{config.name}': input '{spec.name}': expected shape {list(config.wire_shape(spec))}, "
-            f"got {list(tensor.shape)}"
+            f"unexpected shape for input '{spec.name}' for model '{config.name}'. Expected "
+            f"{_shape(config.wire_shape(spec))}, got {_shape(tensor.shape)}{note}"
         )
     excess = config.max_dims.excess(spec.name, body)
     if excess is not None:
@@ -218,13 +241,19 @@ def _check_tensor(config: ModelConfig, spec: TensorSpec, tensor: Tensor) -> None
         )
 
 
+def _shape(shape: Shape) -> str:
+    return f"[{','.join(map(str, shape))}]"
+
+
 def _rows(config: ModelConfig, inputs: Mapping[str, Tensor]) -> int:
     if not config.is_batched:
         return 1
     sizes = {name: tensor.shape[0] for name, tensor in inputs.items()}
     rows = next(iter(sizes.values()), 1)
     if any(size != rows for size in sizes.values()):
-        raise InvalidArgument(f"model '{config.name}': inputs disagree on the batch size: {sizes}")
+        other = next(name for name, size in sizes.items() if size != rows)
+        raise InvalidArgument(f"input '{other}' batch size does not match other inputs for '{config.name}': {sizes}")
     if not 1 <= rows <= config.max_batch_size:
-        raise InvalidArgument(f"model '{config.name}': expected a batch of 1 to {config.max_batch_size}, got {rows}")
+        limit = f"must be <= {config.max_batch_size} for '{config.name}'"
+        raise InvalidArgument(f"inference request batch-size {limit}, and at least 1, got {rows}")
     return rows

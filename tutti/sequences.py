@@ -266,7 +266,10 @@ class SequenceBatcher:
         if self._is_closing:
             raise Unavailable(f"model '{name}' is being unloaded")
         if call.rows != 1:
-            raise InvalidArgument(f"model '{name}': expected a batch of 1 for the sequence batcher, got {call.rows}")
+            why = "due to requirements of sequence batcher"
+            raise InvalidArgument(
+                f"inference request to model '{name}' must specify batch-size 1 {why}, got {call.rows}"
+            )
         if self._queued >= self._config.max_queued_rows:
             raise Unavailable(f"model '{name}' has a full queue ({self._queued} requests): try again later")
         sequence = self._active.get(key)

@@ -65,7 +65,7 @@ def test_control_calls(served: Served, protocol: str) -> None:
     assert client.get_inference_statistics("text_encoder", **as_json)["model_stats"]
     assert not client.is_model_ready("nope")
     assert not client.is_model_ready("text_encoder", "9")
-    with pytest.raises(InferenceServerException, match="unknown model 'nope'"):
+    with pytest.raises(InferenceServerException, match="unknown model: 'nope'"):
         client.get_model_metadata("nope")
 
 
@@ -153,12 +153,15 @@ def test_classification(served: Served, protocol: str) -> None:
 
 GOOD = load_items()[1].inputs()
 BAD = {
-    "wrong dtype": ({**GOOD, "AUDIO": GOOD["AUDIO"].astype(np.float64)}, "expected datatype FP32, got FP64"),
+    "wrong dtype": (
+        {**GOOD, "AUDIO": GOOD["AUDIO"].astype(np.float64)},
+        "data-type is 'FP64', but model '.*' expects 'FP32'",
+    ),
     "wrong shape": (
         {**GOOD, "TEXT": np.array([[b"a", b"b"]], dtype=object)},
-        r"expected shape \[-1, 1\], got \[1, 2\]",
+        r"Expected \[-1,1\], got \[1,2\]",
     ),
-    "unknown tensor": ({**GOOD, "VIDEO": GOOD["TEXT"]}, "unexpected input 'VIDEO'"),
+    "unknown tensor": ({**GOOD, "VIDEO": GOOD["TEXT"]}, r"(unexpected inference input 'VIDEO'|got 4 inputs)"),
     "undecodable image": (
         {**GOOD, "IMAGE": as_bytes([b"not a picture"])},
         "step 'image_decoder'.*expected JPEG or PNG",
@@ -189,9 +192,9 @@ def test_bad_input_is_told_what_is_wrong_and_its_neighbours_succeed(
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_unknown_model_and_version(served: Served, protocol: str) -> None:
-    with pytest.raises(InferenceServerException, match="unknown model 'nope'"):
+    with pytest.raises(InferenceServerException, match="unknown model: 'nope'"):
         send(served, protocol, "nope", GOOD)
-    with pytest.raises(InferenceServerException, match="model 'text_classifier': missing input 'EMBEDDING'"):
+    with pytest.raises(InferenceServerException, match=r"missing required input\(s\) \['EMBEDDING'\]"):
         send(served, protocol, "text_classifier", {})
     with pytest.raises(InferenceServerException, match="version '9'"):
         send(served, protocol, "content_intelligence", GOOD, model_version="9")

@@ -109,7 +109,7 @@ def test_the_commands(built: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         (["explain", "gated", "X=one"], "expected numbers in JSON"),
         (["explain", "gated", "X=@nothing.npy"], "no file"),
         (["explain", "gated", f"X=@{__file__}"], "is no .npy file of FP32"),
-        (["explain", "gated"], "missing input 'X'"),
+        (["explain", "gated"], "missing required input(s) ['X'"),
         (["build", "nothing.py"], "expected a Python file"),
     ],
 )

@@ -95,7 +95,7 @@ def test_mistakes_are_refused(repository: Repository, strategy: str) -> None:
         for sent, says in (
             (request(0, 1, start=True), "non-zero or non-empty correlation ID"),
             (request(5, 1), "must specify the START flag"),
-            (wide, "expected a batch of 1"),
+            (wide, "must specify batch-size 1 due to requirements of sequence batcher, got 2"),
         ):
             (answer,) = infer(engine, [sent])
             assert isinstance(answer, InvalidArgument)
