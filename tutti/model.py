@@ -96,8 +96,9 @@ class Model:
                 call.rows, call.key = self._check(call.request)
                 if self.config.is_decoupled and call.emit is None:
                     raise Unsupported(
-                        f"model '{self.config.name}': doesn't support a single answer: it is decoupled, use "
-                        "ModelStreamInfer, generate or generate_stream"
+                        f"model '{self.config.name}': a call for one answer doesn't support models with decoupled "
+                        "transaction policy, use ModelStreamInfer, generate or generate_stream, or in a python model "
+                        "'decoupled=True' with exec and async_exec"
                     )
                 passed.append(call)
             except InferError as error:

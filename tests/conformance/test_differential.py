@@ -61,8 +61,6 @@ INTENDED = (
     Intended("grpc strict stream *", "NOT_FOUND", ("OK",), "triton_grpc_error came after tritonserver 2.51"),
     Intended("http FP64* json *", 200, (200,), "numbers in JSON are read exactly; Triton's reader may be off by a bit"),
     Intended("http controls of * name", 400, (200,), "a text is no number: Triton gives the model its first bytes"),
-    Intended("http python bls 7", 500, (200,), "an output of another type than configured is the model's mistake"),
-    Intended("http python bls 10", 500, (200,), "a response that lacks an output is the model's mistake"),
     Intended("http twice *", 200, (200,), "an ensemble's answer has no sequence parameters that nobody gave"),
     Intended("grpc twice *", "OK", ("OK",), "an ensemble's answer has no sequence parameters that nobody gave"),
 )

@@ -13,6 +13,7 @@ from tests.serving import Gather, engine_over, infer, wait_until
 from tutti import repository as folders
 from tutti.backends import python
 from tutti.errors import ConfigError, InferError, Internal, InvalidArgument, Unsupported
+from tutti.frontends import http_codec
 from tutti.types import Call, InferRequest, InferResponse, Tensor
 
 ONE_TO_ONE = """
@@ -91,7 +92,7 @@ def test_a_decoupled_model_needs_a_caller_that_takes_several_answers(repository:
     [
         ("def execute(self, requests): pass", "dropped the request"),
         ("def execute(self, requests): raise ValueError('no')", "ValueError: no"),
-        ("def execute(self, requests): return []", "returns None"),
+        ("def execute(self, requests): return []", "the execute function must return None"),
         (
             "def execute(self, requests):\n"
             "    requests[0].get_response_sender().send(pb_utils.InferenceResponse(error=pb_utils.TritonError('bad')))",
@@ -201,7 +202,7 @@ def test_an_error_of_another_model_is_a_value(repository: Repository) -> None:
     with engine_over(repository.root) as engine:
         (answer,) = infer(engine, [request("asks", 3)])
         assert isinstance(answer, InferError)
-        assert "inner: unknown model: 'mode'" in answer.message
+        assert "inner: Request for unknown model: 'mode' is not found" in answer.message
 
 
 def test_a_model_iterates_over_a_decoupled_one(repository: Repository) -> None:
@@ -212,14 +213,154 @@ def test_a_model_iterates_over_a_decoupled_one(repository: Repository) -> None:
         """
         def execute(self, requests):
             inner = pb_utils.InferenceRequest(model_name="count", inputs=[pb_utils.Tensor("x", value(requests[0]))])
-            total = sum(int(a.output_tensors()[0].as_numpy()[0]) for a in inner.exec(decoupled=True))
-            return [response([total])]
+            answers = [answer.output_tensors() for answer in inner.exec(decoupled=True)]
+            assert answers.pop() == []
+            return [response([sum(int(outputs[0].as_numpy()[0]) for outputs in answers)])]
         """,
     )
     with engine_over(repository.root) as engine:
         (answer,) = infer(engine, [request("sums", 5)])
         assert isinstance(answer, InferResponse)
         assert answer.tensor("y").array().tolist() == [10]
+
+
+def test_a_model_that_asks_for_one_answer_of_a_decoupled_one_is_told_what_to_do(repository: Repository) -> None:
+    add(repository, "mode", COUNT_DOWN, DECOUPLED)
+    add(repository, "asks", BLS)
+    with engine_over(repository.root) as engine:
+        (answer,) = infer(engine, [request("asks", 3)])
+        assert isinstance(answer, InferError)
+        assert "doesn't support models with decoupled transaction policy" in answer.message
+        assert "decoupled=True" in answer.message
+
+
+def test_names_may_be_bytes_as_in_triton(repository: Repository) -> None:
+    add(
+        repository,
+        "asks",
+        """
+        def execute(self, requests):
+            x = pb_utils.get_input_tensor_by_name(requests[0], b"x")
+            inner = pb_utils.InferenceRequest(
+                model_name=b"mode", request_id=b"7", inputs=[pb_utils.Tensor(b"x", x.as_numpy())],
+                requested_output_names=[b"y"],
+            ).exec()
+            assert not inner.has_error(), inner.error().message()
+            return [response(pb_utils.get_output_tensor_by_name(inner, b"y").as_numpy())]
+        """,
+    )
+    add(repository, "mode", ADD_ONE)
+    with engine_over(repository.root) as engine:
+        (answer,) = infer(engine, [request("asks", 3)])
+        assert isinstance(answer, InferResponse), answer
+        assert answer.tensor("y").array().tolist() == [4]
+
+
+@pytest.mark.parametrize(
+    ("made", "datatype", "shape", "values"),
+    [
+        ("np.array([3, 4], np.int64)", "INT64", (2,), [3, 4]),
+        ("np.array([])", "FP64", (0,), []),
+        ("np.zeros((0, 7), np.int32)", "INT32", (0, 7), []),
+        ("np.int32(5)", "INT32", (), 5),
+    ],
+)
+def test_outputs_are_what_the_model_made(
+    repository: Repository, made: str, datatype: str, shape: tuple[int, ...], values: object
+) -> None:
+    body = f"""
+    def execute(self, requests):
+        return [pb_utils.InferenceResponse([pb_utils.Tensor("y", {made})]) for _ in requests]
+    """
+    add(repository, "makes", body)
+    with engine_over(repository.root) as engine:
+        (answer,) = infer(engine, [request("makes", 1)])
+        assert isinstance(answer, InferResponse), answer
+        (output,) = answer.outputs
+        assert (output.datatype, output.shape, output.array().tolist()) == (datatype, shape, values)
+        (shown,) = json.loads(b"".join(http_codec.encode(answer, "", http_codec.JSON_REPLY)[1]))["outputs"]
+        assert (shown["datatype"], shown["shape"]) == (datatype, list(shape))
+
+
+def test_a_response_may_lack_outputs(repository: Repository) -> None:
+    two = ONE_TO_ONE.format(rows=0, extra='output { name: "z" data_type: TYPE_INT32 dims: 1 }')
+    add(repository, "lacks", "def execute(self, requests): return [response(value(r)) for r in requests]", two)
+    with engine_over(repository.root) as engine:
+        asked = request("lacks", 1)
+        asked.outputs = ("z",)
+        both, one = infer(engine, [request("lacks", 1), asked])
+        assert isinstance(both, InferResponse) and [tensor.name for tensor in both.outputs] == ["y"]
+        assert isinstance(one, InferResponse) and one.outputs == []
+
+
+FINAL = "flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL"
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [
+        ("sender.send(response([1])); return [None]", 1),
+        ("sender.send(response([1])); return None", 1),
+        (f"sender.send(response([1])); sender.send({FINAL}); return [None]", 1),
+        (f"sender.send(response([1]), {FINAL}); return [response([2])]", 1),
+        ("sender.send(response([1])); sender.send(response([2])); return [None]", 1),
+        (f"return [response([2])] if not sender.send(response([1]), {FINAL}) else None", 1),
+        ("self.kept = sender; return [response([2])]", 2),
+        (f"sender.send({FINAL}); return [None]", "Non-decoupled model cannot send complete final before sending"),
+        ("sender.send(); return [None]", "must be provided when the response flags is set to zero"),
+        ("sender.send(response([1]), flags=8); return [None]", "Unsupported flag provided"),
+        ("return [response([1]), response([2])]", "and InferenceResponse(s) size is:2"),
+        ("return [7]", "Expected an 'InferenceResponse' object in the execute function return list, found type 'int'"),
+        ("return 7", "expected 1 responses in a list, got a int"),
+    ],
+)
+def test_a_plain_model_answers_once_whichever_way_it_does(
+    repository: Repository, steps: str, expected: int | str
+) -> None:
+    body = f"""
+    def execute(self, requests):
+        sender = requests[0].get_response_sender()
+        {steps}
+    """
+    add(repository, "sends", body)
+    with engine_over(repository.root) as engine:
+        (answer,) = infer(engine, [request("sends", 1)])
+        if isinstance(expected, str):
+            assert isinstance(answer, Internal)
+            assert expected in answer.message
+        else:
+            assert isinstance(answer, InferResponse), answer
+            assert answer.tensor("y").array().tolist() == [expected]
+
+
+def test_a_sender_that_was_taken_sends_nothing_after_its_model_has_returned_a_response(repository: Repository) -> None:
+    add(
+        repository,
+        "late",
+        """
+        kept = None
+
+        def execute(self, requests):
+            if self.kept is None:
+                TritonPythonModel.kept = requests[0].get_response_sender()
+                return [response([1])]
+            try:
+                self.kept.send(response([2]))
+            except pb_utils.TritonModelException as error:
+                return [response([3 if "has been closed" in str(error) else 4])]
+        """,
+    )
+    with engine_over(repository.root) as engine:
+        values = [infer(engine, [request("late", 1)])[0].tensor("y").array().tolist() for _ in range(2)]  # type: ignore[union-attr]
+        assert values == [[1], [3]]
+
+
+def test_a_request_that_gets_neither_a_response_nor_a_sender_is_an_error(repository: Repository) -> None:
+    add(repository, "silent", "def execute(self, requests): return None")
+    with engine_over(repository.root) as engine:
+        (answer,) = infer(engine, [request("silent", 1)])
+        assert isinstance(answer, Internal)
+        assert "model 'silent': execute returned no response" in answer.message
 
 
 def test_a_model_sees_that_its_caller_has_gone(repository: Repository) -> None:

@@ -296,8 +296,8 @@ class PythonBackend:
                 )
                 if inspect.isawaitable(responses):
                     responses = asyncio.run(_awaited(responses))
-                self._check(responses, len(calls))
-                pb_utils.detach(responses or (), calls)  # waits for what is still under way on the device
+                responses = self._checked(responses, len(calls))
+                pb_utils.detach(responses, calls)  # waits for what is still under way on the device
         except Exception as error:
             _log.debug("model '%s': execute failed", self._config.name, exc_info=True)
             failure = self._failure("execute", error)
@@ -306,10 +306,20 @@ class PythonBackend:
             return [None if id(call) in senders else failure for call in calls]
         if senders:
             return [
-                None if response is None and id(call) in senders else self._answer(call, response)
-                for call, response in zip(calls, responses or [None] * len(calls), strict=True)
+                self._returned(call, response, senders.get(id(call)))
+                for call, response in zip(calls, responses, strict=True)
             ]
         return lambda: self._joined(calls, responses) or list(map(self._answer, calls, responses))
+
+    def _returned(
+        self, call: Call, response: Any, sender: pb_utils.InferenceResponseSender | None
+    ) -> InferResponse | InferError | None:
+        """What execute returned for a call; None where its sender has answered, or is to."""
+        if sender is None:
+            return self._answer(call, response)
+        if response is None or not sender.give_up():
+            return None
+        return self._answer(call, response)
 
     def _paid(self) -> None:
         with self._settled:
@@ -327,13 +337,23 @@ class PythonBackend:
         kind = OutOfMemory if is_out_of_memory(error) else Internal
         return kind(f"model '{self._config.name}': {what} raised {type(error).__name__}: {error}")
 
-    def _check(self, responses: Any, count: int) -> None:
+    def _checked(self, responses: Any, count: int) -> list[Any]:
+        """What execute returned, one for each request; None for those that are answered through response senders."""
+        if responses is None:
+            return [None] * count
         if self._config.is_decoupled:
-            if responses is not None:
-                raise TypeError("a decoupled model's execute returns None and answers through response senders")
-        elif not isinstance(responses, list) or len(responses) != count:
-            got = f"{len(responses)} responses" if isinstance(responses, list) else f"a {type(responses).__name__}"
-            raise TypeError(f"expected {count} responses, got {got}")
+            raise TypeError(
+                f"Python model '{self._config.name}' is using the decoupled mode and the execute function must return "
+                "None: it answers through response senders"
+            )
+        if not isinstance(responses, list):
+            raise TypeError(f"expected {count} responses in a list, got a {type(responses).__name__}")
+        if len(responses) != count:
+            raise TypeError(
+                "Number of InferenceResponse objects do not match the number of InferenceRequest objects. "
+                f"InferenceRequest(s) size is:{count}, and InferenceResponse(s) size is:{len(responses)}"
+            )
+        return responses
 
     def _joined(self, calls: Sequence[Call], responses: Any) -> list[InferResponse] | None:
         """The answers as parts of joined arrays, which are quick to encode, where all are alike, plain and small."""
@@ -357,15 +377,26 @@ class PythonBackend:
         return self._answer(call, response)
 
     def _answer(self, call: Call, response: Any) -> InferResponse | InferError:
+        if response is None:
+            return Internal(
+                f"model '{self._config.name}': execute returned no response to a request, and took no response sender"
+            )
         if not isinstance(response, pb_utils.InferenceResponse):
-            return Internal(f"model '{self._config.name}': execute returned a {type(response).__name__}, no response")
+            return Internal(
+                f"model '{self._config.name}': Expected an 'InferenceResponse' object in the execute function return "
+                f"list, found type '{type(response).__name__}'"
+            )
         error = response.error()
         if error is not None:
             return error.as_infer_error()
         asked = call.request.outputs
         try:
             outputs = pb_utils.outputs_of(response)
-            chosen = [self._output(outputs, name) for name in self._output_names if not asked or name in asked]
+            chosen = [
+                self._output(outputs[name])
+                for name in self._output_names
+                if name in outputs and (not asked or name in asked)
+            ]
         except InferError as bad_output:
             return Internal(bad_output.message)
         parameters = pb_utils.parameters_of(response)
@@ -373,18 +404,15 @@ class PythonBackend:
             return Internal(f"model '{self._config.name}': response parameters: expected numbers, text and booleans")
         return InferResponse(self._config.name, self._version, chosen, parameters)
 
-    def _output(self, outputs: dict[str, pb_utils.Tensor], name: str) -> Tensor:
-        if name not in outputs:
-            raise Internal(f"model '{self._config.name}': its response lacks output '{name}'")
-        output = pb_utils.sent(outputs[name])
-        made, datatype = output.datatype, self._datatypes[name]
-        if made != datatype:
-            if (made, datatype) != ("UINT16", "BF16"):
-                raise Internal(
-                    f"model '{self._config.name}': output '{name}': expected {datatype}, model.py made {made}"
-                )
+    def _output(self, tensor: pb_utils.Tensor) -> Tensor:
+        """An output as the model made it: as in Triton its datatype is its own, whatever is configured.
+
+        But for BF16, for which numpy has no name.
+        """
+        output = pb_utils.sent(tensor)
+        if output.datatype == "UINT16" and self._datatypes[output.name] == "BF16":
             output.array()  # on a device they would still be called UINT16
-            output.datatype = datatype
+            output.datatype = "BF16"
         return output
 
 

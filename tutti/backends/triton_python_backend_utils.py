@@ -91,9 +91,7 @@ class Tensor:
     __slots__ = ("_data", "_datatype", "_name")
 
     def __init__(self, name: str, array: Array) -> None:
-        if not name:
-            raise TritonModelException("Tensor name cannot be an empty string.")
-        self._name = name
+        self._name = _tensor_name(name)
         self._data: Array | OnDevice = array if type(array) is np.ndarray else np.asarray(array)
         self._datatype = ""
 
@@ -104,8 +102,7 @@ class Tensor:
         Elements are in row-major order. Work on a GPU that this thread has begun is waited for before anyone reads
         them; a capsule's maker has to see to work that other threads or streams do.
         """
-        if not name:
-            raise TritonModelException("Tensor name cannot be an empty string.")
+        name = _tensor_name(name)
         try:
             data, datatype = _of_dlpack(tensor)
         except ValueError as error:
@@ -198,6 +195,22 @@ class Tensor:
         return isinstance(self._data, np.ndarray)
 
 
+def _text(name: Any) -> str:
+    """A name that a model gives: text or, as in Triton, its bytes. Raises TypeError."""
+    if isinstance(name, bytes):
+        return name.decode()
+    if not isinstance(name, str):
+        raise TypeError(f"expected a name as text, got a {type(name).__name__}")
+    return name
+
+
+def _tensor_name(name: Any) -> str:
+    text = name if type(name) is str else _text(name)
+    if not text:
+        raise TritonModelException("Tensor name cannot be an empty string.")
+    return text
+
+
 def _of_dlpack(tensor: Any) -> tuple[Array | OnDevice, str]:
     """(the elements, "BF16" or that of a tensor on a device). Raises ValueError."""
     if dlpack.is_capsule(tensor):
@@ -277,6 +290,9 @@ class InferenceResponse:
         return json.dumps(self._parameters)
 
 
+_CLOSED = "Response sender has been closed."
+
+
 class InferenceResponseSender:
     """Sends the answers to one request: any number for a decoupled model, one for others."""
 
@@ -295,20 +311,33 @@ class InferenceResponseSender:
         self._done = done
         self._lock = threading.Lock()
         self._is_closed = False
+        # The one answer of a model that is not decoupled is sent, the final flag may still come.
+        self._is_answered = False
 
     def send(self, response: InferenceResponse | None = None, flags: int = 0) -> None:
         """Send a response, or with TRITONSERVER_RESPONSE_COMPLETE_FINAL the last one, or none. Raises when closed."""
         if response is not None and not isinstance(response, InferenceResponse):
             raise TritonModelException(f"send: expected an InferenceResponse, got a {type(response).__name__}")
-        is_final = bool(flags & TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        if flags not in (0, TRITONSERVER_RESPONSE_COMPLETE_FINAL):
+            raise TritonModelException(f"Unable to send response. Unsupported flag provided: {flags}")
+        is_final = bool(flags)
         if response is None and not is_final:
-            raise TritonModelException("send: expected a response, or the final flag")
+            raise TritonModelException(
+                "Inference Response object must be provided when the response flags is set to zero."
+            )
         with self._lock:
             if self._is_closed:
-                if response is None and not self._is_decoupled:
+                if response is None and self._is_answered:
+                    self._is_answered = False
                     return  # its one answer was the final one
-                raise TritonModelException("Unable to send response. Response sender has been closed.")
+                what = "Non-decoupled model cannot send more than one response." if self._is_answered else _CLOSED
+                raise TritonModelException(f"Unable to send response. {what}")
+            if response is None and not self._is_decoupled:
+                raise TritonModelException(
+                    "Unable to send response. Non-decoupled model cannot send complete final before sending a response."
+                )
             self._is_closed = is_final
+            self._is_answered = not self._is_decoupled and not is_final
             answer = self._null if response is None else self._answer_of(self._call, response)
             emit = self._call.emit if self._is_decoupled and not is_final else None
             if emit is not None and not isinstance(answer, errors.InferError):
@@ -323,6 +352,15 @@ class InferenceResponseSender:
 
     def is_cancelled(self) -> bool:
         return self._call.is_cancelled
+
+    def give_up(self) -> bool:
+        """Not for models: send nothing any more, another answers; False where it has ended by itself."""
+        with self._lock:
+            if self._is_closed:
+                return False
+            self._is_closed = True
+        self._done()
+        return True
 
     def fail(self, error: errors.InferError) -> None:
         """Not for models: end the answers with an error, unless they have ended."""
@@ -377,9 +415,9 @@ class InferenceRequest:
         if timeout:
             given["timeout"] = timeout
         version = str(model_version) if model_version > 0 else ""
-        names = tuple(requested_output_names)
+        names = tuple(map(_text, requested_output_names))
         tensors = {tensor.name(): tensor._sent() for tensor in inputs}
-        self._request = InferRequest(model_name, tensors, version, request_id, names, given)
+        self._request = InferRequest(_text(model_name), tensors, version, _text(request_id), names, given)
         if preferred_memory is None or preferred_memory.preferred_memory_type == TRITONSERVER_MEMORY_GPU:
             self._request.device_outputs = frozenset(names)
         self._preferred_memory = preferred_memory
@@ -479,9 +517,11 @@ class InferenceRequest:
     ) -> "InferenceResponse | Iterator[InferenceResponse]":
         """Have another model answer, and wait. `decoupled` gives an iterator over its answers.
 
+        The last of a decoupled model's answers has no outputs where it ended without one.
+
         `execution_timeout` is nanoseconds in all.
         """
-        answers = self._submit(execution_timeout)
+        answers = self._submit(execution_timeout, decoupled)
         if decoupled:
             return iter(answers)
         last = InferenceResponse()
@@ -491,7 +531,7 @@ class InferenceRequest:
 
     async def async_exec(self, decoupled: bool = False, execution_timeout: int | None = None) -> Any:
         """As exec, awaited."""
-        answers = self._submit(execution_timeout)
+        answers = self._submit(execution_timeout, decoupled)
         if decoupled:
             return iter(answers)
         if not answers.ended.done():
@@ -502,12 +542,12 @@ class InferenceRequest:
             last = response
         return last
 
-    def _submit(self, timeout_ns: int | None) -> "_Answers":
+    def _submit(self, timeout_ns: int | None, takes_several: bool) -> "_Answers":
         if _infer is None:
             raise TritonModelException("no server answers requests in this process")
         timeout_s = None if timeout_ns is None else timeout_ns / 1e9
         answers = _Answers(timeout_s, self._preferred_memory, self._held)
-        call = Call(self._request, answers, None, answers.emit)
+        call = Call(self._request, answers, None, answers.emit if takes_several else None)
         answers.call = call
         _infer([call])
         return answers
@@ -531,9 +571,8 @@ class _Answers:
         self._queue.put(response)
 
     def settle(self, calls: Sequence[Call]) -> None:
-        answer = calls[0].answer
-        if isinstance(answer, errors.InferError) or (answer is not None and not answer.is_null):
-            self._queue.put(answer)
+        """The last answer of a decoupled model may be an empty one, which the asking model sees, as in Triton."""
+        self._queue.put(calls[0].answer)
         self._queue.put(None)
         self.ended.set_result(None)
 
@@ -694,11 +733,12 @@ class Logger:
 
 
 def get_input_tensor_by_name(request: InferenceRequest, name: str) -> Tensor | None:
-    return request._input(name)
+    return request._input(_text(name))
 
 
 def get_output_tensor_by_name(response: InferenceResponse, name: str) -> Tensor | None:
-    return next((tensor for tensor in response.output_tensors() if tensor.name() == name), None)
+    text = _text(name)
+    return next((tensor for tensor in response.output_tensors() if tensor.name() == text), None)
 
 
 def get_input_config_by_name(model_config: dict[str, Any], name: str) -> dict[str, Any] | None:
