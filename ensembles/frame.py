@@ -6,7 +6,7 @@ back in their places; the others have the tensor's default, or are marked as not
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
@@ -50,7 +50,9 @@ class Column:
             first = parts[0] if parts else None
             if first is None or len(parts) < len(self._parts):
                 return None
-            if not self._is_alike and any(part.shape[1:] != first.shape[1:] for part in parts):
+            if not self._is_alike and any(
+                part.shape[1:] != first.shape[1:] or part.datatype != first.datatype for part in parts
+            ):
                 return None
             if len(parts) == 1:
                 self._whole = first
@@ -91,7 +93,7 @@ class Group:
     inputs: dict[str, Tensor]
     rows: int
     owners: Array | None = None
-    outputs: list[list[Tensor] | None] = field(default_factory=list)
+    outputs: list[Sequence[Tensor | None] | None] = field(default_factory=list)
 
 
 class Frame:
@@ -298,7 +300,7 @@ class Frame:
             key: Any = index
             if step.is_merged:
                 parts = [(name, column.part(self, index)) for name, column in inputs]
-                key = tuple([(name, part.shape[1:]) for name, part in parts if part is not None])
+                key = tuple([(name, part.shape[1:], part.datatype) for name, part in parts if part is not None])
             alike.setdefault(key, []).append(index)
         made = [self._group(members, mask, inputs) for members in alike.values()]
         return [group for group in made if group is not None]
@@ -398,7 +400,10 @@ class Frame:
         only = groups[0] if len(groups) == 1 else None
         if only is not None and only.at is None and len(only.outputs) == 1 and only.outputs[0] is not None:
             for (_, name), tensor in zip(step.outputs, only.outputs[0], strict=True):
-                self.columns[name] = Column(_named(name, tensor))
+                if tensor is not None:
+                    self.columns[name] = Column(_named(name, tensor))
+                elif self.plan.tensors[name].default is not None:
+                    self.columns[name] = self._nothing(name, self.plan.tensors[name])
             return
         for position, (_, name) in enumerate(step.outputs):
             column = self._scattered(step, groups, position, name)
@@ -406,7 +411,10 @@ class Frame:
                 self.columns[name] = column
 
     def _scattered(self, step: Step, groups: Sequence[Group], position: int, name: str) -> Column | None:
-        spec = self.plan.tensors[name]
+        datatypes = _datatypes(groups, position)
+        if len(datatypes) > 1:
+            return self._of_several_datatypes(groups, position, name)
+        spec = self._as_made(name, datatypes)
         done = [(group, array) for group in groups if (array := _output(group, position)) is not None]
         if not done:
             return self._nothing(name, spec) if spec.default is not None else None
@@ -455,12 +463,34 @@ class Frame:
             parts[index] = Tensor(name, spec.datatype, filled.shape, filled)
         return self._with_default(name, spec, parts, None if is_all else valid)
 
+    def _as_made(self, name: str, datatypes: set[str]) -> TensorType:
+        """A tensor's type with the datatype that its step has given it. Raises ValueError where it gave several."""
+        spec = self.plan.tensors[name]
+        if len(datatypes) > 1:
+            raise ValueError(f"output '{name}' has several datatypes in one request: {', '.join(sorted(datatypes))}")
+        return replace(spec, datatype=min(datatypes)) if datatypes and spec.datatype not in datatypes else spec
+
+    def _of_several_datatypes(self, groups: Sequence[Group], position: int, name: str) -> Column:
+        """An output that has one datatype in one call and another in another, as a part for each call."""
+        parts: list[Tensor | None] = [None] * len(self.calls)
+        valid = np.zeros(self.rows, bool)
+        for group in groups:
+            datatypes, array = _datatypes([group], position), _output(group, position)
+            if array is None:
+                continue
+            spec, index = self._as_made(name, datatypes), group.calls[0]
+            if len(group.calls) > 1 or group.rows != self.sizes[index]:
+                raise ValueError(f"output '{name}' has several datatypes in one batch, of which this is a part")
+            parts[index] = Tensor(name, spec.datatype, array.shape, array)
+            valid[self.starts[index] : self._stop(index)] = True
+        return self._with_default(name, self.plan.tensors[name], parts, None if valid.all() else valid)
+
     def _gathered(self, groups: Sequence[Group], position: int, name: str, how: str, chosen: Array) -> Column:
         """An output of all items, a row's brought together again.
 
         All of no items is nothing, their sum is 0; the largest, the least and the mean of none are not there.
         """
-        spec = self.plan.tensors[name]
+        spec = self._as_made(name, _datatypes(groups, position))
         found: list[Array | None] = [None] * self.rows
         for group in groups:
             array = _output(group, position)
@@ -546,11 +576,20 @@ def _joined(name: str, parts: Sequence[Tensor]) -> Tensor:
     return Tensor(name, parts[0].datatype, array.shape, array)
 
 
+def _datatypes(groups: Sequence[Group], position: int) -> set[str]:
+    """The datatypes that an output has; nearly always one."""
+    pieces = [piece[position] for group in groups for piece in group.outputs if piece is not None]
+    return {tensor.datatype for tensor in pieces if tensor is not None}
+
+
 def _output(group: Group, position: int) -> Array | None:
     """One output of all pieces of a group; None where it has failed or was shed."""
     if not group.outputs or any(piece is None for piece in group.outputs):
         return None
-    arrays = [piece[position].array() for piece in group.outputs if piece is not None]
+    given = [piece[position] for piece in group.outputs if piece is not None]
+    arrays = [tensor.array() for tensor in given if tensor is not None]
+    if len(arrays) < len(given):
+        return None  # the answer lacks it
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 

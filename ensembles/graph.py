@@ -56,7 +56,8 @@ class Step:
     model's largest batch, 0 where it has no batch axis; with `is_merged` requests of equal shapes reach it as one. Of a
     decoupled step at most `max_inflight` answers to a request are on their way at a time, any number where it is 0.
     A segment stands for several steps that are executed elsewhere (segments.py). The outputs `staying`, of the model,
-    are left on the device where they are made: all that reads them is there.
+    are left on the device where they are made: all that reads them is there. An answer may lack the outputs that are
+    `dispensable`, of the model: no step requires them.
     """
 
     index: int
@@ -77,6 +78,7 @@ class Step:
     max_inflight: int = 0
     is_segment: bool = False
     staying: frozenset[str] = frozenset()
+    dispensable: frozenset[str] = frozenset()
 
     @cached_property
     def wanted(self) -> tuple[str, ...]:
@@ -89,11 +91,16 @@ class Step:
         return self.when is None and self.unless is None and self.each is None
 
     @cached_property
+    def decides(self) -> tuple[str, ...]:
+        """The ensemble tensors that its conditions look at."""
+        conditions = [condition for condition in (self.when, self.unless) if condition is not None]
+        return tuple(name for condition in conditions for name in condition.names)
+
+    @cached_property
     def read(self) -> tuple[str, ...]:
         """All ensemble tensors that it looks at."""
         names = [name for _, name in self.inputs]
-        for condition in (self.when, self.unless):
-            names += condition.names if condition is not None else ()
+        names += self.decides
         if self.each is not None and self.each.count:
             names.append(self.each.count)
         return tuple(dict.fromkeys(names))
@@ -173,6 +180,15 @@ def _stays(plan: Plan, devices: Sequence[str], step: Step, name: str) -> bool:
     return bool(readers) and all(reader.is_plain and devices[reader.index] == own for reader in readers)
 
 
+def _with_dispensable(steps: list[Step]) -> list[Step]:
+    """The steps, told which of their outputs no step requires."""
+    required = {name for step in steps for name in (*step.required, *step.decides)}
+    return [
+        replace(step, dispensable=frozenset(model_name for model_name, name in step.outputs if name not in required))
+        for step in steps
+    ]
+
+
 def _readers(steps: Iterable[Step]) -> dict[str, tuple[int, ...]]:
     read = dict.fromkeys(name for step in steps for name in step.read)
     return {name: tuple(step.index for step in steps if name in step.read) for name in read}
@@ -222,7 +238,7 @@ class _Planner:
         steps = [self._step(index) for index in range(len(config.steps))]
         steps = self._with_exit(steps)
         order = self._order(steps)
-        steps = self._with_limits(steps, order)
+        steps = _with_dispensable(self._with_limits(steps, order))
         tensors = self._tensors(steps, order)
         return Plan(
             config.name, tuple(steps), tuple(spec.name for spec in config.outputs), self._producer, _readers(steps),

@@ -132,6 +132,9 @@ def _joined(plan: Plan, members: list[Step]) -> tuple[Step, Plan] | None:
         tuple((name, name) for name in inputs), tuple((name, name) for name in outputs), frozenset(), required,
         max(one.max_rows for one in members), all(one.is_merged for one in members), when, members[0].unless,
         is_segment=True,
+        dispensable=frozenset(
+            name for one in members for model_name, name in one.outputs if model_name in one.dispensable
+        ),
     )  # fmt: skip
     return step, part
 

@@ -32,25 +32,27 @@ def in_turn(submit: Callable[[Any], None], ready: Any) -> None:
         _here.waiting = None
 
 
-def output_fault(step: Step, given: Sequence[Tensor], rows: int) -> InferError | None:
+def output_fault(step: Step, given: Sequence[Tensor | None], rows: int) -> InferError | None:
     """Why the graph cannot go on with a step's outputs, which are those it wants."""
     for tensor in given if step.max_rows else ():
+        if tensor is None:
+            continue
         if not tensor.shape or tensor.shape[0] != rows:
             what = f"expected {rows} rows, the model's answer has shape {list(tensor.shape)}"
             return Internal(f"output '{tensor.name}': {what}")
     return None
 
 
-def wanted_outputs(step: Step, answer: InferResponse) -> list[Tensor] | InferError:
-    """A step's outputs in its order, or why they cannot be had."""
+def wanted_outputs(step: Step, answer: InferResponse) -> Sequence[Tensor | None] | InferError:
+    """A step's outputs in its order, None for those that the answer may lack, and does; or why they cannot be had."""
     given = answer.outputs
     if tuple([tensor.name for tensor in given]) == step.wanted:
         return given
     by_name = {tensor.name: tensor for tensor in given}
-    missing = [name for name in step.wanted if name not in by_name]
+    missing = [name for name in step.wanted if name not in by_name and name not in step.dispensable]
     if missing:
         return Internal(f"output '{missing[0]}': the model's answer lacks it")
-    return [by_name[name] for name in step.wanted]
+    return [by_name.get(name) for name in step.wanted]
 
 
 class _Program:
@@ -78,7 +80,7 @@ class _Program:
 class _Solo:
     """One request on its way."""
 
-    __slots__ = ("call", "is_over", "left", "lock", "program", "shared", "tensors", "waits")
+    __slots__ = ("call", "is_odd", "is_over", "left", "lock", "program", "shared", "tensors", "waits")
 
     def __init__(self, call: Call, program: _Program) -> None:
         self.call = call
@@ -88,6 +90,8 @@ class _Solo:
         self.shared = program.shared.copy() if program.shared else None
         self.left = program.count
         self.is_over = False
+        # A step has given other outputs, or other datatypes, than it is configured to.
+        self.is_odd = False
         self.lock = threading.Lock()
 
 
@@ -108,6 +112,7 @@ class SoloExecutor:
         self._is_plain = all(step.is_plain and not step.is_optional for step in plan.steps) and all(
             plan.tensors[name].made == "always" for step in plan.steps for name in step.read
         )
+        self._datatypes = [[plan.tensors[name].datatype for _, name in step.outputs] for step in plan.steps]
         # Of each step, part of its requests' signatures.
         self._marks = [object() for _ in plan.steps]
 
@@ -154,12 +159,13 @@ class SoloExecutor:
                 if solo.is_over:  # a step that was started with this one has failed meanwhile
                     continue
                 for model_name, name in step.inputs:
-                    tensor = tensors[name]
-                    inputs[model_name] = Tensor(model_name, tensor.datatype, tensor.shape, tensor.data)
-                    shapes.append(tensor.shape)
+                    tensor = tensors.get(name)
+                    if tensor is not None:
+                        inputs[model_name] = Tensor(model_name, tensor.datatype, tensor.shape, tensor.data)
+                        shapes.append(tensor.shape)
             request = InferRequest(
                 step.model_name, inputs, step.version, parent.id, step.wanted, parent.parameters, {}, {},
-                (self._marks[step.index], *shapes), step.staying,
+                None if solo.is_odd else (self._marks[step.index], *shapes), step.staying,
             )  # fmt: skip
             inner = Call(request, self, (solo, step))
             inner.deadline_ns = call.deadline_ns
@@ -188,15 +194,18 @@ class SoloExecutor:
             self._fail(solo, step, fault)
             return
         program, tensors = solo.program, solo.tensors
+        if not solo.is_odd and [tensor and tensor.datatype for tensor in given] != self._datatypes[step.index]:
+            solo.is_odd = True
         for (_, name), tensor in zip(step.outputs, given, strict=True):
-            tensors[name] = Tensor(name, tensor.datatype, tensor.shape, tensor.data)
+            if tensor is not None:
+                tensors[name] = Tensor(name, tensor.datatype, tensor.shape, tensor.data)
         for name in program.drops[step.index]:
-            del tensors[name]
+            tensors.pop(name, None)
         if solo.shared is not None:
             self._release(solo, step)
         solo.left -= 1
         if not solo.left:
-            made = [tensors[name] for name in program.asked]
+            made = [tensors[name] for name in program.asked if name in tensors]
             solo.call.answer = InferResponse(self._plan.name, self._version, made)
             solo.is_over = True
             return
@@ -211,7 +220,7 @@ class SoloExecutor:
             if name in solo.shared:
                 solo.shared[name] -= 1
                 if not solo.shared[name]:
-                    del solo.tensors[name]
+                    solo.tensors.pop(name, None)
 
     def _fail(self, solo: _Solo, step: Step, error: InferError) -> None:
         if not step.is_segment:  # which has said so itself

@@ -203,7 +203,7 @@ class _Run(Sink):
         if not self._enter(step, place, own):
             return
         tensors = {name: by_name[model_name] for model_name, name in step.outputs if model_name in by_name}
-        missing = [model_name for model_name, name in step.outputs if name not in tensors]
+        missing = [name for name in step.wanted if name not in by_name and name not in step.dispensable]
         if missing:
             what = Internal(f"output '{missing[0]}': the model's answer lacks it")
             self._put(own, self._told(step, what), is_end=True)
