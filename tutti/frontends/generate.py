@@ -26,13 +26,14 @@ def decode(config: ModelConfig, version: str, body: bytes) -> InferRequest:
     if not isinstance(given, dict):
         raise InvalidArgument(f"model '{name}': the request's JSON: expected an object")
     specs = {spec.name: spec for spec in config.inputs}
+    _check_members(name, given, specs, body)
     inputs: dict[str, Tensor] = {}
     parameters: Parameters = {}
     for key, value in given.items():
         if key in specs:
             inputs[key] = _tensor(config, specs[key], value)
-        elif key == "parameters" and isinstance(value, dict):
-            parameters.update(value)
+        elif key == "parameters":
+            parameters.update(_parameters(name, value))
         else:
             parameters[key] = value
     http_codec.check_parameters(name, parameters, body)
@@ -40,6 +41,33 @@ def decode(config: ModelConfig, version: str, body: bytes) -> InferRequest:
     if not isinstance(request_id, str):
         raise InvalidArgument(f"model '{name}': 'id': expected a string")
     return InferRequest(name, inputs, version, request_id, (), parameters)
+
+
+def _check_members(name: str, given: dict[str, Any], specs: dict[str, TensorSpec], body: bytes) -> None:
+    """Raises InvalidArgument for an input that the JSON object has more than once, where the reader keeps the last."""
+    if all(body.count(b'"%s"' % key.encode()) < 2 for key in specs if key in given):
+        return
+    seen: set[str] = set()
+    try:
+        pairs = json.loads(body, object_pairs_hook=list)
+    except RecursionError:
+        raise InvalidArgument(f"model '{name}': the request's JSON is nested too deep") from None
+    for key, _ in pairs:
+        if key in specs and key in seen:
+            raise InvalidArgument(f"model '{name}': input '{key}' already exists in request")
+        seen.add(key)
+
+
+def _parameters(name: str, value: Any) -> dict[str, Any]:
+    keyword = "keyword: 'parameters'"
+    if not isinstance(value, dict):
+        raise InvalidArgument(f"model '{name}': Expected JSON object for {keyword}, got {str(value)[:40]}")
+    try:
+        http_codec.check_parameters(name, value)
+    except InvalidArgument as error:
+        told = error.message.removeprefix(f"model '{name}': ")
+        raise InvalidArgument(f"model '{name}': Converting {keyword}: {told}") from None
+    return value
 
 
 def encode(response: InferResponse, request_id: str) -> bytes:

@@ -47,7 +47,7 @@ def decode(payload: bytes, regions: Regions = NO_REGIONS) -> InferRequest:
         name, datatype = item.name, item.datatype
         shape = tuple(item.shape)
         if name in inputs:
-            raise _bad(model, f"input '{name}' is given more than once")
+            raise _bad(model, f"input '{name}' already exists in request: it is given more than once")
         if datatype not in dtypes.NUMPY:
             raise _bad(model, f"input '{name}': expected a datatype of {', '.join(dtypes.NUMPY)}, got '{datatype}'")
         http_codec.check_shape(model, name, shape)

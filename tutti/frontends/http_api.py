@@ -14,7 +14,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from tutti.config import ModelConfig
-from tutti.errors import InferError, InvalidArgument
+from tutti.errors import DeadlineExceeded, InferError, InvalidArgument, Unavailable
 from tutti.frontends import compression, generate, http_codec
 from tutti.frontends.answers import Answers
 from tutti.frontends.api import Api
@@ -259,11 +259,14 @@ class _Routes:
 
     async def generate_stream(self, request: Request) -> Response:
         call, answers = await self._submit(request)
-        # An error before the first answer is the response's status; later ones are events of the stream.
+        # A request that is refused has a plain answer. What a model says is an event, and an error that comes first is
+        # the response's status, too.
         first = await answers.get()
-        if isinstance(first.answer, InferError):
+        is_refused = call.key is None or isinstance(first.answer, Unavailable | DeadlineExceeded)
+        if isinstance(first.answer, InferError) and is_refused:
             self._api.tracer.end(call)
             raise first.answer
+        status = status_of(first.answer) if isinstance(first.answer, InferError) else 200
 
         async def events() -> AsyncIterator[bytes]:
             item = first
@@ -280,7 +283,7 @@ class _Routes:
                 answers.cancel()
                 self._api.tracer.end(call)
 
-        return StreamingResponse(events(), media_type="text/event-stream")
+        return StreamingResponse(events(), status, media_type="text/event-stream")
 
     async def _decode(self, config: ModelConfig, version: str, body: bytes, encoding: str) -> InferRequest:
         """What may take long is decoded beside the loop, one after the other: so little is inflated at a time."""

@@ -15,12 +15,14 @@ import numpy as np
 import orjson
 
 from tutti import dtypes
-from tutti.config import ModelConfig
+from tutti.config import ModelConfig, TensorSpec
 from tutti.errors import InvalidArgument, Unsupported
 from tutti.types import InferRequest, InferResponse, Parameters, Raw, Shape, SharedRegion, Tensor
 
 MAX_DIMENSIONS = 32
 MAX_ELEMENTS = 2**40
+# Of arrays in 'data', whatever the tensor's rank: Triton reads as many.
+MAX_NESTING = 100
 MAX_OUTPUTS = 1024
 # Of one request's JSON.
 MAX_CONTAINERS = 2**20
@@ -171,7 +173,11 @@ def _decode(
         raise _bad(name, "the request's JSON: expected an object")
     inputs, used = _inputs(name, header, data, regions)
     if used != len(data):
-        raise _bad(name, f"{len(data) - used} bytes of binary data are left over after the last input")
+        raise _bad(
+            name,
+            f"unexpected additional input data for model '{name}': {len(data) - used} bytes of binary data are left "
+            "over after the last input",
+        )
     parameters = _object(name, header, "parameters")
     outputs, classes, shared, reply = _outputs(name, header, parameters, regions)
     check_parameters(name, parameters, text)
@@ -225,17 +231,23 @@ def _parse_not_finite(text: bytes) -> Any:
 def decode_raw(config: ModelConfig, version: str, body: Raw) -> InferRequest:
     """A whole body that is the model's one input. Its one variable dimension, if any, follows from the size."""
     if len(config.inputs) != 1:
-        raise _bad(config.name, f"a raw request needs a model with one input, this one has {len(config.inputs)}")
+        raise InvalidArgument(
+            "Raw request must only have 1 input (found 1) to be deduced but got "
+            f"{len(config.inputs)} inputs in '{config.name}' model configuration"
+        )
     spec = config.inputs[0]
     if spec.datatype == "BYTES":
         if spec.dims != (1,):
-            raise _bad(config.name, f"a raw request of text needs input dims [1], the input has {list(spec.dims)}")
+            raise InvalidArgument(
+                f"For BYTE datatype raw input '{spec.name}', the model must have input shape [1]: model "
+                f"'{config.name}' has {list(spec.dims)}"
+            )
         shape: Shape = (1,)
         element = np.empty(shape, dtype=object)
         element[0] = bytes(body)
         tensor = Tensor(spec.name, "BYTES", shape, element)
     else:
-        shape = _raw_shape(config, spec.dims, len(body), dtypes.NUMPY[spec.datatype].itemsize)
+        shape = _raw_shape(config, spec, len(body), dtypes.NUMPY[spec.datatype].itemsize)
         tensor = Tensor(spec.name, spec.datatype, shape, body)
     if config.is_batched:
         tensor = Tensor(spec.name, spec.datatype, (1, *tensor.shape), _with_row(tensor))
@@ -384,9 +396,17 @@ def check_parameters(model: str, parameters: Mapping[str, Any], text: Raw = b"")
     """
     for key, value in parameters.items():
         if key.startswith("triton_") and key != "triton_enable_empty_final_response":
-            raise _bad(model, f"parameter '{key}': names that begin with triton_ are reserved")
+            raise _bad(
+                model,
+                "parameter keys starting with 'triton_' are reserved for Triton usage and should not be specified. "
+                "Only the following keys starting with 'triton_' are allowed: triton_enable_empty_final_response; "
+                f"got '{key}'",
+            )
         if not isinstance(value, bool | int | float | str):
-            raise _bad(model, f"parameter '{key}': expected a number, text or a boolean")
+            raise _bad(
+                model,
+                f"parameter '{key}' has invalid type. It should be either 'int', 'bool', or 'string', or a number",
+            )
         if type(value) is int and not -(2**63) <= value < 2**64:
             raise _bad(model, f"parameter '{key}': {value} does not fit 64 bits")
         if type(value) is float:
@@ -426,11 +446,13 @@ def _inputs(
         if not isinstance(name, str):
             raise _bad(model, "an input has no 'name'")
         if name in inputs:
-            raise _bad(model, f"input '{name}' is given more than once")
+            raise _bad(model, f"input '{name}' already exists in request: it is given more than once")
         datatype = item.get("datatype")
         if not isinstance(datatype, str) or datatype not in dtypes.NUMPY:
             raise _bad(
-                model, f"input '{name}': 'datatype': expected one of {', '.join(dtypes.NUMPY)}, got {datatype!r}"
+                model,
+                f"invalid datatype for input {name}: 'datatype': expected one of {', '.join(dtypes.NUMPY)}, "
+                f"got {datatype!r}",
             )
         shape = _shape(model, name, item.get("shape"))
         given = _object(model, item, "parameters")
@@ -450,7 +472,11 @@ def _inputs(
         if not isinstance(size, int) or isinstance(size, bool) or size < 0:
             raise _bad(model, f"input '{name}': 'binary_data_size': expected a whole number, got {size!r}")
         if at + size > len(binary):
-            raise _bad(model, f"input '{name}': expected {size} bytes of binary data, only {len(binary) - at} are left")
+            more = f"unexpected size for input '{name}', expecting {at + size - len(binary)} additional bytes"
+            raise _bad(
+                model,
+                f"{more}: input '{name}': expected {size} bytes of binary data, only {len(binary) - at} are left",
+            )
         inputs[name] = Tensor(name, datatype, shape, binary[at : at + size])
         check_size(model, inputs[name], size)
         at += size
@@ -464,13 +490,19 @@ def check_size(model: str, tensor: Tensor, size: int) -> None:
     expected = math.prod(tensor.shape) * dtypes.NUMPY[tensor.datatype].itemsize
     if size != expected:
         shape = f"{tensor.datatype}{list(tensor.shape)}"
-        raise _bad(model, f"input '{tensor.name}': expected {expected} bytes for {shape}, got {size}")
+        raise InvalidArgument(
+            f"input byte size mismatch for input '{tensor.name}' for model '{model}'. Expected {expected}, got {size}: "
+            f"expected {expected} bytes for {shape}"
+        )
 
 
 def check_shape(model: str, name: str, shape: Shape) -> None:
     """Raise InvalidArgument for negative, too many or too large dimensions."""
     # Zeros do not count: numpy multiplies the others.
     product = math.prod(shape) if 0 not in shape else math.prod(size or 1 for size in shape)
+    if product > MAX_ELEMENTS and min(shape) >= 0:
+        most = f"causes total element count to exceed maximum size of {MAX_ELEMENTS}"
+        raise _bad(model, f"input '{name}': 'shape' {list(shape)[:40]} {most}")
     if len(shape) > MAX_DIMENSIONS or min(shape, default=0) < 0 or product > MAX_ELEMENTS:
         limits = f"at most {MAX_DIMENSIONS} sizes of 0 or more with a product of at most {MAX_ELEMENTS}"
         raise _bad(model, f"input '{name}': 'shape': expected {limits}, got {list(shape)[:40]}")
@@ -480,6 +512,9 @@ def _shape(model: str, name: str, value: Any) -> Shape:
     if not isinstance(value, list) or not all(isinstance(n, int) and not isinstance(n, bool) for n in value):
         raise _bad(model, f"input '{name}': 'shape': expected an array of whole numbers, got {str(value)[:100]}")
     shape = tuple(value)
+    if min(shape, default=0) < 0:
+        what = "Unable to parse 'shape': attempt to access JSON non-unsigned-integer as unsigned-integer"
+        raise _bad(model, f"input '{name}': {what}: expected sizes of 0 or more, got {value[:40]}")
     check_shape(model, name, shape)
     return shape
 
@@ -487,25 +522,44 @@ def _shape(model: str, name: str, value: Any) -> Shape:
 def from_json(model: str, name: str, datatype: str, shape: Shape, data: Any) -> Any:
     """The numpy array of a JSON value. Raises InvalidArgument."""
     flat: list[Any] = []
-    if not _flatten(data if isinstance(data, list) else [data], flat, MAX_DIMENSIONS):
-        raise _bad(model, f"input '{name}': 'data' is nested more than {MAX_DIMENSIONS} deep")
+    if not _flatten(data if isinstance(data, list) else [data], flat, MAX_NESTING):
+        what = f"JSON nesting depth exceeds maximum allowed limit ({MAX_NESTING})"
+        raise _bad(model, f"input '{name}': {what}: 'data' is nested more than that")
     if len(flat) != math.prod(shape):
         raise _bad(
-            model, f"input '{name}': expected {math.prod(shape)} elements for shape {list(shape)}, got {len(flat)}"
+            model,
+            f"input '{name}': Unable to parse 'data': Shape does not match true shape of 'data' field: expected "
+            f"{math.prod(shape)} elements for shape {list(shape)}, got {len(flat)}",
         )
     if datatype in ("FP16", "BF16") and flat:
-        raise _bad(model, f"input '{name}': {datatype} data must be binary, JSON cannot carry it")
+        what = (
+            f"receiving {datatype} data via JSON is not supported. Please use the binary data format for input {name}"
+        )
+        raise _bad(model, f"{what}: its data must be binary")
     if datatype == "BYTES":
         return _text_array(model, name, flat).reshape(shape)
     allowed = {"b": (bool,), "i": (int,), "u": (int,), "f": (int, float)}[dtypes.NUMPY[datatype].kind]
     if not set(map(type, flat)) <= set(allowed):
         for element in [element for element in flat if type(element) not in allowed][:1]:
-            raise _bad(model, f"input '{name}': expected {datatype} elements, got {str(element)[:40]!r}")
+            raise _bad(
+                model,
+                f"input '{name}': Unable to parse 'data': attempt to access JSON {_accessed(datatype)}: expected "
+                f"{datatype} elements, got {str(element)[:40]!r}",
+            )
     try:
         with np.errstate(over="ignore"):  # what is too large for a float is infinite
             return np.array(flat, dtype=dtypes.NUMPY[datatype]).reshape(shape)
     except OverflowError:
         raise _bad(model, f"input '{name}': an element does not fit {datatype}") from None
+
+
+def _accessed(datatype: str) -> str:
+    """What Triton's reader calls an element that is of another type than a datatype's."""
+    kinds = {
+        "b": "non-boolean as boolean", "i": "non-signed-integer as signed-integer",
+        "u": "non-unsigned-integer as unsigned-integer", "f": "non-number as double", "O": "non-string as string",
+    }  # fmt: skip
+    return kinds[dtypes.NUMPY[datatype].kind]
 
 
 def _flatten(value: list[Any], flat: list[Any], depth: int) -> bool:
@@ -520,7 +574,11 @@ def _flatten(value: list[Any], flat: list[Any], depth: int) -> bool:
 
 def _text_array(model: str, name: str, flat: list[Any]) -> Any:
     if not all(isinstance(element, str) for element in flat):
-        raise _bad(model, f"input '{name}': expected BYTES elements as strings")
+        raise _bad(
+            model,
+            f"input '{name}': Unable to parse JSON bytes array: attempt to access JSON {_accessed('BYTES')}: expected "
+            "BYTES elements as strings",
+        )
     array = np.empty(len(flat), dtype=object)
     array[:] = [element.encode() for element in flat]
     return array
@@ -529,7 +587,7 @@ def _text_array(model: str, name: str, flat: list[Any]) -> Any:
 def _outputs(
     model: str, header: Mapping[str, Any], parameters: dict[str, Any], regions: Regions
 ) -> tuple[tuple[str, ...], dict[str, int], dict[str, SharedRegion], ReplyFormat]:
-    """Names asked for, classes wanted of them, where they go in shared memory, and their form.
+    """Names asked for, once each, classes wanted of them, where they go in shared memory, and their form.
 
     Takes the wire-only `binary_data_output` out of the parameters.
     """
@@ -574,11 +632,15 @@ def check_classes(model: str, name: str, value: Any) -> int:
     return value
 
 
-def _raw_shape(config: ModelConfig, dims: Shape, size: int, item_size: int) -> Shape:
+def _raw_shape(config: ModelConfig, spec: TensorSpec, size: int, item_size: int) -> Shape:
+    dims = spec.dims
     known = math.prod(dim for dim in dims if dim != -1) * item_size
     variable = dims.count(-1)
     if variable > 1:
-        raise _bad(config.name, f"a raw request needs at most one variable dimension, the input has {list(dims)}")
+        raise InvalidArgument(
+            f"The shape of the raw input '{spec.name}' can not be deduced because there are more than one "
+            f"variable-sized dimension: model '{config.name}' has {list(dims)}"
+        )
     if size % known or (not variable and size != known):
         raise _bad(config.name, f"a raw request of {size} bytes does not fit input dims {list(dims)}")
     return tuple(size // known if dim == -1 else dim for dim in dims)
@@ -590,7 +652,8 @@ def _with_row(tensor: Tensor) -> Any:
 
 def _json_data(model: str, tensor: Tensor) -> Any:
     if tensor.datatype in ("FP16", "BF16"):
-        raise _bad(model, f"output '{tensor.name}': {tensor.datatype} needs binary output, JSON cannot carry it")
+        what = f"sending {tensor.datatype} data via JSON is not supported. Please use the binary data format for output"
+        raise _bad(model, f"{what} '{tensor.name}'")
     array = tensor.array().reshape(-1)
     if tensor.datatype == "BYTES":
         return texts(model, tensor.name, array.tolist())
