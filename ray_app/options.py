@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ray_app.placement import PoolSpec, check_pools, plan_pools
+from tutti import SERVER_NAME
 
 
 class PoolOptions(BaseModel):
@@ -37,6 +38,7 @@ class Options(BaseModel):
     http_port: int = 8000
     grpc_port: int = 8001
     metrics_port: int = 8002
+    server_name: str = SERVER_NAME
     http_max_input_size: int = 64 * 1024 * 1024
     grpc_max_message_size: int = 2**31 - 1
     max_inflight_bytes: int = 384 * 1024 * 1024

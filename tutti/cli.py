@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tutti import __version__
+from tutti import SERVER_NAME, __version__
 from tutti.devices import present
 from tutti.errors import ConfigError, TuttiError
 from tutti.frontends.gate import CATEGORIES
@@ -18,6 +18,13 @@ from tutti.reports import Supervised
 
 # Of one machine's cores, front-ends that are processes of their own get a quarter, and no more than this.
 _MAX_FRONT_ENDS = 4
+# Flags of `serve` that need no value, and may have one.
+_SWITCHES = frozenset(
+    [
+        "--allow-client-shm", "--allow-client-cuda-shm", "--supervise", "--ray",
+        "--http-use-ssl", "--http-use-ssl-mutual", "--grpc-use-ssl", "--grpc-use-ssl-mutual",
+    ]
+)  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,12 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == ["loadtest"]:  # what follows -- is Locust's, which argparse would take away
         return _loadtest(given[1:])
-    parser = make_parser()
-    options, rest = parser.parse_known_args(given)
-    if rest and options.command not in ("export", "ensemble", "cluster"):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if options.command == "serve":
-        _check(parser, options)
+    options, rest = parse(given)
     try:
         if options.command == "export":
             from export.cli import main as export
@@ -51,19 +53,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
+def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options of a command, and what is another parser's to read. Ends the process where they make no sense."""
+    parser = make_parser()
+    options, rest = parser.parse_known_args(_with_plain_switches(parser, arguments))
+    if rest and options.command not in ("export", "ensemble", "cluster"):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if options.command == "serve":
+        _check(parser, options)
+    return options, rest
+
+
 def make_parser() -> argparse.ArgumentParser:
     """Flags carry tritonserver's names and defaults where they mean the same, but for the host."""
     parser = argparse.ArgumentParser(prog="tutti", description="Serve a Triton model repository.")
     parser.add_argument("--version", action="version", version=f"tutti {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     serve = commands.add_parser("serve", help="serve a model repository over HTTP and gRPC")
-    serve.add_argument("model_repository", type=Path)
+    serve.add_argument("model_repository", type=Path, nargs="?")
+    serve.add_argument(
+        "--model-repository",
+        "--model-store",
+        type=Path,
+        metavar="PATH",
+        dest="repository",
+        help="the same, as Triton has it",
+    )
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     serve.add_argument("--http-port", type=int, default=8000)
     serve.add_argument("--grpc-port", type=int, default=8001)
     serve.add_argument("--metrics-port", type=int, default=8002)
-    serve.add_argument("--http-max-input-size", type=int, default=Limits().max_input_size, metavar="BYTES")
-    serve.add_argument("--grpc-max-message-size", type=int, default=Limits().max_grpc_message_size, metavar="BYTES")
+    serve.add_argument(
+        "--server-name",
+        default=SERVER_NAME,
+        metavar="NAME",
+        help="the name that clients are told, for those that look for 'triton' (default: %(default)s)",
+    )
+    serve.add_argument("--http-max-input-size", type=_size, default=Limits().max_input_size, metavar="BYTES")
+    serve.add_argument("--grpc-max-message-size", type=_size, default=Limits().max_grpc_message_size, metavar="BYTES")
     serve.add_argument(
         "--max-inflight-bytes",
         type=int,
@@ -215,7 +242,27 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _with_plain_switches(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> list[str]:
+    """The arguments of `serve` with switches that have a value, as `--allow-client-shm=true`, given or left out."""
+    if arguments[:1] != ["serve"]:
+        return list(arguments)
+    plain = []
+    for argument in arguments:
+        name, has_value, value = argument.partition("=")
+        if has_value and name in _SWITCHES:
+            try:
+                plain += [name] if _boolean(value) else []
+            except argparse.ArgumentTypeError as error:
+                parser.error(f"argument {name}: {error}")
+        else:
+            plain.append(argument)
+    return plain
+
+
 def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    if (options.model_repository is None) == (options.repository is None):
+        parser.error("expected one model repository: MODEL_REPOSITORY or --model-repository PATH")
+    options.model_repository = options.model_repository or options.repository
     if options.ray and ((options.front_end_processes or 1) > 1 or options.supervise):
         parser.error("--front-end-processes and --supervise do not go with --ray")
     if options.allow_client_cuda_shm and options.ray:
@@ -241,6 +288,13 @@ def _pattern(text: str) -> str:
         return text
     except re.error as error:
         raise argparse.ArgumentTypeError(f"not a regular expression: {error}") from None
+
+
+def _size(text: str) -> int:
+    """Bytes, 1 or more."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"must be greater than 0, got '{text}'")
+    return int(text)
 
 
 def _boolean(text: str) -> bool:

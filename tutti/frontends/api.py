@@ -77,9 +77,11 @@ class Api:
         tracer: Tracer | None = None,
         logs: Logs | None = None,
         is_front_end: bool = False,
+        server_name: str = SERVER_NAME,
     ) -> None:
         """`is_front_end`: the engine is in another process, and only infer is known here."""
         self.engine = engine
+        self._server_name = server_name
         self.is_front_end = is_front_end
         self.limits = limits or Limits()
         self.holding = Holding(self.limits.max_inflight_bytes)
@@ -183,7 +185,7 @@ class Api:
     def server_metadata(self) -> dict[str, Any]:
         shared = ["system_shared_memory"] if self.shared_memory.is_allowed else []
         shared += ["cuda_shared_memory"] if self.shared_memory.is_cuda_allowed else []
-        return {"name": SERVER_NAME, "version": __version__, "extensions": _EXTENSIONS + shared}
+        return {"name": self._server_name, "version": __version__, "extensions": _EXTENSIONS + shared}
 
     def model_metadata(self, name: str, version: str = "") -> dict[str, Any]:
         config = self.engine.model(name, version).config

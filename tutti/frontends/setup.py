@@ -25,6 +25,7 @@ class Options(Protocol):
     http_port: int
     grpc_port: int
     metrics_port: int
+    server_name: str
     http_max_input_size: int
     grpc_max_message_size: int
     max_inflight_bytes: int
@@ -52,6 +53,7 @@ def make_api(engine: Engine, options: Options, logs: Logs) -> Api:
         SharedMemory(options.allow_client_shm, CudaIpc() if options.allow_client_cuda_shm else None),
         Tracer(tracing.parse_config(options.trace_config)),
         logs,
+        server_name=options.server_name,
     )
 
 
