@@ -73,6 +73,7 @@ def test_behind_a_slow_request_it_is_refused_at_once(server: Served, way: str) -
     with pytest.raises(InferenceServerException, match="cannot finish in time") as refused:
         WAYS[way](server)(0.0)
     assert refused.value.status() in ("503", "StatusCode.UNAVAILABLE")
+    assert ("Deadline Exceeded" in refused.value.message()) == way.startswith("gRPC")
     assert busy.is_alive(), "the refusal did not wait for the one before"
     busy.join()
     assert executions(server) == before + 1

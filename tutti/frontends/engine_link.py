@@ -16,7 +16,7 @@ from tutti.errors import InferError, Internal
 from tutti.frontends import grpc_codec
 from tutti.frontends.api import Api
 from tutti.frontends.bursts import Entry, Joined, Unpacking, pack_answers
-from tutti.frontends.grpc_methods import INTERNAL, MODEL_INFER, Method, code_of, methods
+from tutti.frontends.grpc_methods import INTERNAL, MODEL_INFER, Method, code_of, details_of, methods
 from tutti.frontends.link_end import End
 from tutti.types import Call, Raw, now_ns
 
@@ -265,7 +265,7 @@ class EngineEnd(End):
         try:
             call = Call(grpc_codec.decode(payload, self._api.shared_memory), self, (number,))
         except InferError as error:
-            self._send_raw(number, code_of(error), details=error.message)
+            self._send_raw(number, code_of(error), details=details_of(error))
             return
         call.deadline_ns = now_ns() + left_ns if left_ns else 0
         self.open[number] = call
@@ -278,7 +278,7 @@ class EngineEnd(End):
             response, shared = self._api.complete(call)
             self._send_raw(number, 0, grpc_codec.encode(response, call.request.id, shared))
         except InferError as error:
-            self._send_raw(number, code_of(error), details=error.message)
+            self._send_raw(number, code_of(error), details=details_of(error))
         except Exception as error:
             _log.exception("a response of model '%s' could not be encoded", call.request.model_name)
             self._send_raw(number, INTERNAL, details=f"internal error: {type(error).__name__}")
@@ -296,7 +296,7 @@ class EngineEnd(End):
         try:
             self._send_raw(number, 0, method.answer(payload))
         except InferError as error:
-            self._send_raw(number, code_of(error), details=error.message)
+            self._send_raw(number, code_of(error), details=details_of(error))
         except Exception as error:
             _log.exception("a gRPC call failed")
             self._send_raw(number, INTERNAL, details=f"internal error: {type(error).__name__}")

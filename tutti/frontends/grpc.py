@@ -21,7 +21,15 @@ from tutti.frontends import grpc_codec, grpc_methods, http_codec
 from tutti.frontends.api import Api, Elsewhere
 from tutti.frontends.gate import Category
 from tutti.frontends.grpc_guard import Guard
-from tutti.frontends.grpc_methods import INTERNAL, MODEL_INFER, REFUSED, RESOURCE_EXHAUSTED, code_of, metadata_headers
+from tutti.frontends.grpc_methods import (
+    INTERNAL,
+    MODEL_INFER,
+    REFUSED,
+    RESOURCE_EXHAUSTED,
+    code_of,
+    details_of,
+    metadata_headers,
+)
 from tutti.frontends.holding import COUNTED_BYTES
 from tutti.types import Call, now_ns
 
@@ -106,7 +114,7 @@ class GrpcFront:
         """Answer the calls that are inside with an error."""
         for call_id in list(self._open):
             if self._open.pop(call_id, None) is not None:
-                self._front.fail(call_id, code_of(error), error.message)
+                self._front.fail(call_id, code_of(error), details_of(error))
 
     def stop(self) -> None:
         if self._guard is not None:
@@ -124,7 +132,7 @@ class GrpcFront:
                 self._front.respond(call.token, grpc_codec.encode(response, call.request.id, shared))
             except InferError as error:
                 error.__traceback__ = None  # it leads to the call, which has the error: a cycle that keeps the tensors
-                self._front.fail(call.token, code_of(error), error.message)
+                self._front.fail(call.token, code_of(error), details_of(error))
             except Exception as error:
                 _log.exception("a response of model '%s' could not be encoded", call.request.model_name)
                 self._front.fail(call.token, INTERNAL, f"internal error: {type(error).__name__}")
@@ -203,7 +211,7 @@ class GrpcFront:
             self._raw(MODEL_INFER, payload, left_ns, partial(self._answer_raw, call_id))
             return None
         except InferError as error:
-            self._front.fail(call_id, code_of(error), error.message)
+            self._front.fail(call_id, code_of(error), details_of(error))
             return None
         except Exception as error:
             _log.exception("a ModelInfer message could not be decoded")
@@ -260,7 +268,7 @@ class GrpcFront:
         try:
             self._front.respond(call_id, method.answer(payload))
         except InferError as error:
-            self._front.fail(call_id, code_of(error), error.message)
+            self._front.fail(call_id, code_of(error), details_of(error))
         except Exception as error:
             _log.exception("a gRPC call failed")
             self._front.fail(call_id, INTERNAL, f"internal error: {type(error).__name__}")

@@ -24,6 +24,7 @@ from tutti.frontends.grpc_methods import (
     MODEL_STREAM_INFER,
     REFUSED,
     code_of,
+    details_of,
     metadata_headers,
 )
 from tutti.types import Call, InferRequest, InferResponse, now_ns
@@ -100,7 +101,7 @@ class GrpcioFront:
                     return await self._api.in_thread(method.answer, payload)
                 return method.answer(payload)
             except InferError as error:
-                await context.abort(_STATUS[code_of(error)], error.message)
+                await context.abort(_STATUS[code_of(error)], details_of(error))
             except Exception as error:
                 _log.exception("a gRPC call failed")
                 await context.abort(_STATUS[INTERNAL], f"internal error: {type(error).__name__}")
@@ -130,7 +131,7 @@ class GrpcioFront:
             response, shared = self._api.complete(call)
             return grpc_codec.encode(response, call.request.id, shared)
         except InferError as error:
-            await context.abort(_STATUS[code_of(error)], error.message)
+            await context.abort(_STATUS[code_of(error)], details_of(error))
         except Exception as error:
             _log.exception("a ModelInfer call failed")
             await context.abort(_STATUS[INTERNAL], f"internal error: {type(error).__name__}")
@@ -166,11 +167,11 @@ class GrpcioFront:
                 except InferError as error:
                     if ends_on_error:
                         raise
-                    message = grpc_codec.encode_stream_error(error.message, item.call.request.id)
+                    message = grpc_codec.encode_stream_error(details_of(error), item.call.request.id)
                 if message:
                     yield message
         except InferError as error:
-            await context.abort(_STATUS[code_of(error)], error.message)
+            await context.abort(_STATUS[code_of(error)], details_of(error))
         finally:
             self._open.discard(answers)
             answers.cancel()

@@ -47,6 +47,12 @@ def code_of(error: InferError) -> int:
     return next((_CODES[kind] for kind in type(error).__mro__ if kind in _CODES), INTERNAL)
 
 
+def details_of(error: InferError) -> str:
+    """What the caller is told; of a deadline in gRPC's own words, as when its own clock ends the call."""
+    is_late = isinstance(error, errors.DeadlineExceeded | errors.TooLate)
+    return f"Deadline Exceeded: {error.message}" if is_late else error.message
+
+
 @dataclass(frozen=True, slots=True)
 class Method:
     """Serialized request -> serialized response; raises InferErrors. `blocks` says that it may take long."""
