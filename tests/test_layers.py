@@ -17,6 +17,7 @@ LAYERS = {
     "ensembles.graph": 1, "ensembles.conditions": 1, "ensembles.extensions": 1, "ensembles.explain": 1,
     "ensembles.show": 1, "ensembles.frame": 1, "ensembles.builder": 2, "ensembles.cli": 4,
     "tutti.statistics": 1, "tutti.devices": 1, "tutti.collector": 1, "tutti.custom_metrics": 1,
+    "tutti.host_metrics": 1,
     "tutti.frontends.http_codec": 1, "tutti.frontends.grpc_codec": 1, "tutti.frontends.http_status": 1,
     "tutti.frontends.compression": 1, "tutti.frontends.generate": 1, "tutti.frontends.gate": 1,
     "tutti.classification": 1, "tutti.frontends.answers": 2, "tutti.shared_memory": 2, "tutti.logs": 2,

@@ -102,6 +102,12 @@ def family(name: str, description: str, kind: int) -> Family:
     return known
 
 
+def counters() -> list[str]:
+    """The names of the counters, but for those that end as the metrics library would have them."""
+    with _lock:
+        return [one.name for one in _families.values() if one.kind == COUNTER and not one.name.endswith("_total")]
+
+
 def collect() -> Iterator[Metric]:
     """Every family, for the metrics page."""
     with _lock:

@@ -1,5 +1,6 @@
 """Prometheus metrics on Triton's names, read from the statistics at scrape time: nothing is counted per request."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate
 from typing import Any
@@ -16,13 +17,13 @@ from prometheus_client.metrics_core import (
 from tutti import custom_metrics
 from tutti.devices import engine_metrics, gpu_metrics
 from tutti.engine import Engine
+from tutti.host_metrics import HostMetrics
 from tutti.model import Model
 from tutti.statistics import BUCKETS_NS, Counts, Histogram, StepCounts
 
 # name, help, value of one model version's counts
 _COUNTERS: tuple[tuple[str, str, Callable[[Counts], float]], ...] = (
     ("nv_inference_request_success", "Number of successful inference requests", lambda c: c.success.count),
-    ("nv_inference_request_failure", "Number of failed inference requests", lambda c: c.fail.count),
     ("nv_inference_count", "Number of inferences performed (rows)", lambda c: c.inferences),
     ("nv_inference_exec_count", "Number of model executions performed (batches)", lambda c: c.executions),
     ("nv_inference_request_duration_us", "Cumulative request time", lambda c: c.success.ns / 1000),
@@ -53,6 +54,10 @@ _OF_STEPS: tuple[tuple[str, str, Callable[[StepCounts], int]], ...] = (
     ("tutti_ensemble_items", "Items for which a step ran, of all its rows", lambda c: c.items),
 )
 
+_FAILURE = "nv_inference_request_failure"
+# A counter's name where the library has put its `_total` behind it.
+_TOTAL = re.compile(rb"^((?:# (?:HELP|TYPE) )?)([a-zA-Z_:][a-zA-Z0-9_:]*?)_total(?=[ {])", re.MULTILINE)
+
 Collect = Callable[[], Iterable[Metric]]
 
 
@@ -62,17 +67,19 @@ class Metrics:
     def __init__(self, engine: Engine, extra: Collect | None = None) -> None:
         self._engine = engine
         self._extra = extra
+        self._host = HostMetrics()
         self._registry = CollectorRegistry()
         self._registry.register(self)  # type: ignore[arg-type]
 
     def render(self) -> tuple[bytes, str]:
         """The page in Prometheus's text format, and its content type.
 
-        Triton's counters are named without the library's `_total`, and its dashboards ask for those names.
+        Triton's counters are named without the library's `_total`, and its dashboards ask for those names; those of
+        models are named as the models say.
         """
-        page = generate_latest(self._registry)
-        for name in [*(name for name, _, _ in _COUNTERS if name.startswith("nv_")), gpu_metrics.ENERGY]:
-            page = page.replace(f"{name}_total".encode(), name.encode())
+        own = {*(name for name, _, _ in _COUNTERS if name.startswith("nv_")), _FAILURE, gpu_metrics.ENERGY}
+        names = {name.encode() for name in own | set(custom_metrics.counters())}
+        page = _TOTAL.sub(lambda m: m[1] + m[2] if m[2] in names else m[0], generate_latest(self._registry))
         return page, CONTENT_TYPE_LATEST
 
     def collect(self) -> Iterator[Any]:
@@ -89,6 +96,11 @@ class Metrics:
             for model in models:
                 counter.add_metric(labels(model), count(model.statistics.counts))
             yield counter
+        failures = CounterMetricFamily(_FAILURE, "Number of failed inference requests", labels=[*names, "reason"])
+        for model in models:
+            for reason, failed in model.statistics.counts.fail_reasons.items():
+                failures.add_metric([*labels(model), reason], failed)
+        yield failures
         for name, text, value in _GAUGES:
             gauge = GaugeMetricFamily(name, text, labels=names)
             for model in models:
@@ -106,6 +118,7 @@ class Metrics:
                 for step, counts in dict(model.statistics.counts.steps).items():
                     counter.add_metric([*labels(model), step], of_step(counts))
             yield counter
+        yield from self._host.collect()
         yield from engine_metrics.collect()
         yield from custom_metrics.collect()
         if self._extra is not None:

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from tutti.errors import DeadlineExceeded, InferError, TooLate
+from tutti.errors import Cancelled, DeadlineExceeded, InferError, TooLate, Unavailable
 from tutti.types import Call
 
 # How many batches of one request wait to be counted together.
@@ -68,6 +68,10 @@ class StepCounts:
     items: int = 0
 
 
+# Why requests fail, in Triton's words: by their models, by their callers, by queues and limits, or otherwise.
+REASONS = ("BACKEND", "CANCELED", "OTHER", "REJECTED")
+
+
 @dataclass(slots=True)
 class Counts:
     """The statistics of one model version. `inferences` are rows, `executions` batches."""
@@ -79,6 +83,7 @@ class Counts:
     last_inference_ms: int = 0
     success: Duration = field(default_factory=Duration)
     fail: Duration = field(default_factory=Duration)
+    fail_reasons: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REASONS, 0))
     queue: Duration = field(default_factory=Duration)
     compute_input: Duration = field(default_factory=Duration)
     compute_infer: Duration = field(default_factory=Duration)
@@ -135,7 +140,7 @@ class ModelStatistics:
             counts.executions += 1
             if len(answered) != len(calls):
                 failed = [call for call in calls if call.rows and isinstance(call.answer, InferError)]
-                _add_failures(counts, failed, times.end_ns)
+                _add_failures(counts, failed, times.end_ns, is_executed=True)
             if not answered:
                 return
             counts.inferences += rows
@@ -250,10 +255,20 @@ class ModelStatistics:
                     counts.request_time.add(end_ns - call.arrived_ns)
 
 
-def _add_failures(counts: Counts, calls: Sequence[Call], now_ns: int) -> None:
+def _reason(error: object, is_executed: bool) -> str:
+    if isinstance(error, Cancelled):
+        return "CANCELED"
+    if is_executed:
+        return "BACKEND"
+    return "REJECTED" if isinstance(error, Unavailable | DeadlineExceeded) else "OTHER"
+
+
+def _add_failures(counts: Counts, calls: Sequence[Call], now_ns: int, is_executed: bool = False) -> None:
     calls = [call for call in calls if not call.is_trial]
     if not calls:
         return
     waited_ns = sum([max(0, now_ns - (call.arrived_ns or now_ns)) * call.requests for call in calls])
     counts.late += sum([call.requests for call in calls if isinstance(call.answer, DeadlineExceeded | TooLate)])
     counts.fail.add(waited_ns, sum([call.requests for call in calls]))
+    for call in calls:
+        counts.fail_reasons[_reason(call.answer, is_executed)] += call.requests

@@ -512,12 +512,14 @@ def test_a_models_own_metrics_are_on_the_metrics_page(repository: Repository) ->
         def initialize(self, args):
             family = pb_utils.MetricFamily
             self.seen = family("own_seen", "Seen", family.COUNTER).Metric({"model": "counts"})
+            self.ended = family("own_ended_total", "Ended", family.COUNTER).Metric({"model": "counts"})
             self.last = family("own_last", "Last", family.GAUGE).Metric({"model": "counts"})
             self.sizes = family("own_sizes", "Sizes", family.HISTOGRAM).Metric({"model": "counts"}, [1, 10])
 
         def execute(self, requests):
             for request in requests:
                 self.seen.increment(1)
+                self.ended.increment(1)
                 self.last.set(float(value(request)[0]))
                 self.sizes.observe(float(value(request)[0]))
             return [response(value(r)) for r in requests]
@@ -526,7 +528,9 @@ def test_a_models_own_metrics_are_on_the_metrics_page(repository: Repository) ->
     with engine_over(repository.root) as engine:
         infer(engine, [request("counts", 5), request("counts", 50)])
         page = Metrics(engine).render()[0].decode()
-    assert 'own_seen_total{model="counts"} 2.0' in page
+    assert 'own_seen{model="counts"} 2.0' in page and "own_seen_total" not in page
+    assert "# TYPE own_seen counter" in page
+    assert 'own_ended_total{model="counts"} 2.0' in page
     assert 'own_last{model="counts"} 50.0' in page
     assert 'own_sizes_bucket{le="10.0",model="counts"} 1.0' in page
     assert 'own_sizes_sum{model="counts"} 55.0' in page
