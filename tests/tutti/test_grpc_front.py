@@ -46,6 +46,12 @@ def request(value: float = 1.0, width: int = 4, model: str = "add_one", name: st
     return pb.ModelInferRequest(model_name=model, inputs=[tensor], raw_input_contents=[raw])
 
 
+def wrong_size(model: str) -> Any:
+    sent = request(model=model)
+    sent.raw_input_contents[0] = b"\0" * 4
+    return sent
+
+
 def test_many_calls_in_flight_each_get_their_own_answer(server: Running) -> None:
     futures = [server.stub.ModelInfer.future(request(n), timeout=20) for n in range(300)]
     for n, future in enumerate(futures):
@@ -59,6 +65,8 @@ def test_many_calls_in_flight_each_get_their_own_answer(server: Running) -> None
     ("sent", "code", "says"),
     [
         (request(model="nope"), grpc.StatusCode.NOT_FOUND, "nope"),
+        (wrong_size("nope"), grpc.StatusCode.NOT_FOUND, "Request for unknown model: 'nope' is not found"),
+        (wrong_size("add_one"), grpc.StatusCode.INVALID_ARGUMENT, "Expected 16, got 4"),
         (request(width=5), grpc.StatusCode.INVALID_ARGUMENT, "Expected [-1,4], got [1,5]"),
         (request(width=LIMIT // 4 + 1), grpc.StatusCode.RESOURCE_EXHAUSTED, f"at most {LIMIT} pass"),
     ],

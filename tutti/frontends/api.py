@@ -113,6 +113,18 @@ class Api:
             failed = [call for call in calls if call.answer is None]
             settle_all(failed, Internal(f"internal error: {type(error).__name__}"))
 
+    def blamed(self, name: str, version: str, error: InferError) -> InferError:
+        """The error of a request that did not decode; that there is no such model comes first, as in Triton."""
+        if self.is_front_end or not name:
+            return error
+        try:
+            self.engine.model(name, version)
+        except NotFound as unknown:
+            return unknown
+        except InferError:
+            pass
+        return error
+
     def complete(self, call: Call) -> tuple[InferResponse, Collection[str]]:
         """A settled call's response as its request asks for it, and the outputs that are now in shared memory."""
         answer, request = call.answer, call.request

@@ -31,7 +31,7 @@ from tutti.frontends.grpc_methods import (
     metadata_headers,
 )
 from tutti.frontends.holding import COUNTED_BYTES
-from tutti.types import Call, now_ns
+from tutti.types import Call, InferRequest, now_ns
 
 _log = logging.getLogger(__name__)
 
@@ -178,6 +178,12 @@ class GrpcFront:
         if call is not None:
             call.is_cancelled = True
 
+    def _decoded(self, payload: bytes) -> InferRequest:
+        try:
+            return self._templates.decode(payload, self._api.shared_memory)
+        except InferError as error:
+            raise self._api.blamed(*grpc_codec.target(payload), error) from None
+
     def _accept(self, call_id: int, payload: bytes, timeout: bytes | str | None, details: Any) -> Call | None:
         """An infer request, decoded; None when it has been answered with an error.
 
@@ -202,7 +208,7 @@ class GrpcFront:
         try:
             if isinstance(timeout, bytes):
                 left_ns = http_codec.timeout_ns(b"grpc-timeout", timeout)
-            request = self._templates.decode(payload, api.shared_memory)
+            request = self._decoded(payload)
             if request.classes and api.is_front_end:
                 raise Elsewhere
             call = Call(request, self, call_id)

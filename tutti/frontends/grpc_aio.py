@@ -118,12 +118,18 @@ class GrpcioFront:
             code, message = REFUSED[refusal]
             await context.abort(_STATUS[code], message)
 
+    def _decoded(self, payload: bytes) -> InferRequest:
+        try:
+            return grpc_codec.decode(payload, self._api.shared_memory)
+        except InferError as error:
+            raise self._api.blamed(*grpc_codec.target(payload), error) from None
+
     async def _infer(self, payload: bytes, context: Any) -> bytes:
         await self._check("inference", context)
         answers = Answers()
         self._open.add(answers)
         try:
-            call = answers.call(grpc_codec.decode(payload, self._api.shared_memory))
+            call = answers.call(self._decoded(payload))
             call.emit = None  # one answer only
             self._begin(call, context)
             self._api.submit([call])

@@ -71,6 +71,15 @@ def decode(payload: bytes, regions: Regions = NO_REGIONS) -> InferRequest:
     return InferRequest(model, inputs, message.model_version, message.id, outputs, parameters, classes, shared_outputs)
 
 
+def target(payload: bytes) -> tuple[str, str]:
+    """(model, version) of a request that may not decode; nothing where it does not say."""
+    try:
+        message = pb.ModelInferRequest.FromString(payload)
+    except Exception:
+        return "", ""
+    return message.model_name, message.model_version
+
+
 def _take_raw_inputs(payload: bytes) -> tuple[bytes, list[memoryview] | None]:
     """The message without its raw inputs, and these as views of it; (payload, None) when it cannot be told apart."""
     view = memoryview(payload)

@@ -179,7 +179,7 @@ class HttpFront:
             try:
                 calls.append(self._call(exchange))
             except InferError as error:
-                exchange.connection.respond(exchange, status_of(error), error.message)
+                self._refuse(exchange, error)
             except Elsewhere:
                 self._start_app(exchange)
             except _TakesLong:
@@ -198,13 +198,20 @@ class HttpFront:
             self._api.submit([self._call(exchange, may_take_long=True)])
             return
         except InferError as error:
-            answer = partial(exchange.connection.respond, exchange, status_of(error), error.message)
+            answer = partial(self._refuse, exchange, error)
         except Elsewhere:
             answer = partial(self._start_app, exchange)
         except Exception as error:
             _log.exception("an infer request could not be decoded")
             answer = partial(exchange.connection.respond, exchange, 500, f"internal error: {type(error).__name__}")
         self._loop.call_soon_threadsafe(answer)
+
+    def _refuse(self, exchange: Exchange, error: InferError) -> None:
+        """Answer a request that did not decode."""
+        assert self._api is not None
+        route = self._route(exchange.url)
+        blamed = self._api.blamed(*route, error) if route is not None else error
+        exchange.connection.respond(exchange, status_of(blamed), blamed.message)
 
     def _call(self, exchange: Exchange, may_take_long: bool = False) -> Call:
         """The exchange's request as a call. Raises _TakesLong where that is not for this thread."""
