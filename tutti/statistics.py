@@ -211,27 +211,19 @@ class ModelStatistics:
             _add_failures(self._counts, calls, now_ns)
 
     def record_successes(self, calls: Sequence[Call], now_ns: int) -> None:
-        """Count calls that succeeded without an execution of their own, as an ensemble's do."""
-        if len(calls) == 1:
-            self._add_success(calls[0], now_ns)
-            return
-        with self._lock:
-            counts = self._counts
-            counts.inferences += sum([call.rows for call in calls])
-            counts.last_inference_ms = time.time_ns() // 1_000_000
-            for arrived_ns in {call.arrived_ns for call in calls}:  # what arrived together falls into one bucket
-                count = sum([call.requests for call in calls if call.arrived_ns == arrived_ns])
-                counts.success.add((now_ns - arrived_ns) * count, count)
-                counts.request_time.add(now_ns - arrived_ns, count)
+        """Count calls that succeeded without an execution of their own, as an ensemble's do.
 
-    def _add_success(self, call: Call, at_ns: int) -> None:
-        took_ns, n = at_ns - call.arrived_ns, call.requests
+        As in Triton each is an execution; the time that its steps took, queues and all, counts as computing.
+        """
+        alike: dict[tuple[int, int, int], int] = {}
+        for call in calls:  # what arrived together falls into one bucket
+            key = (call.arrived_ns, call.rows, call.requests)
+            alike[key] = alike.get(key, 0) + 1
         with self._lock:
             counts = self._counts
-            counts.inferences += call.rows
             counts.last_inference_ms = time.time_ns() // 1_000_000
-            counts.success.add(took_ns * n, n)
-            counts.request_time.add(took_ns, n)
+            for (arrived_ns, rows, requests), count in alike.items():
+                _add_successes(counts, rows, count, requests, now_ns - arrived_ns)
 
     def record_step(self, step: str, skipped: int, shed: int, items: int) -> None:
         """Count what a graph did not do, or did more than once, for a step: rows skipped or shed, items executed."""
@@ -253,6 +245,25 @@ class ModelStatistics:
                 counts.success.add(sum(end_ns - call.arrived_ns for call in hits), len(hits))
                 for call in hits:
                     counts.request_time.add(end_ns - call.arrived_ns)
+
+
+def _add_successes(counts: Counts, rows: int, count: int, requests: int, took_ns: int) -> None:
+    """`count` calls of `rows` rows and `requests` requests each that took as long."""
+    in_all, total_ns = requests * count, took_ns * count
+    counts.inferences += rows * count
+    counts.executions += count
+    counts.success.add(took_ns * in_all, in_all)
+    counts.request_time.add(took_ns, in_all)
+    counts.queue.count += in_all
+    counts.compute_input.count += in_all
+    counts.compute_infer.add(took_ns * in_all, in_all)
+    counts.compute_output.count += in_all
+    of_size = counts.batches.get(rows)
+    if of_size is None:
+        of_size = counts.batches[rows] = [Duration(), Duration(), Duration()]
+    of_size[0].count += count
+    of_size[1].add(total_ns, count)
+    of_size[2].count += count
 
 
 def _reason(error: object, is_executed: bool) -> str:

@@ -83,6 +83,23 @@ def test_what_a_step_requires_may_not_be_lacking(repository: Repository) -> None
         assert shown(whole) == {"p": int32(1), "q": int32(2)}
 
 
+def test_an_ensembles_requests_are_its_executions(repository: Repository) -> None:
+    fill(repository)
+    with engine_over(repository.root) as engine:
+        infer(engine, [ask(a=1, b=1)])
+        infer(engine, [ask(a=1, b=1)] * 3)
+        two = ask()
+        two.inputs = {name: Tensor.of(name, np.ones((2, 1), np.int32)) for name in "ab"}
+        infer(engine, [two, ask(a=1)])
+        counts = engine.model("chain").statistics.counts
+    assert (counts.executions, counts.inferences, counts.success.count) == (6, 7, 6)
+    assert {size: [times.count for times in stages] for size, stages in counts.batches.items()} == {
+        1: [5, 5, 5], 2: [1, 1, 1],
+    }  # fmt: skip
+    assert counts.queue.count == counts.compute_infer.count == counts.compute_output.count == 6
+    assert 0 < counts.compute_infer.ns == counts.success.ns
+
+
 @pytest.mark.parametrize("together", [1, 3])
 def test_another_datatype_is_the_next_steps_to_refuse_each_time(repository: Repository, together: int) -> None:
     fill(repository)
