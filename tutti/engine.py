@@ -237,6 +237,7 @@ class Engine:
         closing: list[Model] = []
         made: dict[str, Model] = {}
         scratch: tempfile.TemporaryDirectory[str] | None = None
+        stage = "failed to poll from model repository"  # Triton's words, as those of the next one
         try:
             root = self._root
             if override.files:
@@ -246,6 +247,7 @@ class Engine:
                 root = Path(scratch.name)
                 repository.write_files(root, name, override.files)
             folder = repository.open_model(root, name, override.config)
+            stage = f"load failed for model '{name}'"
             for step in folder.config.steps:
                 if step.model_name not in self._models and step.model_name not in (*above, name):
                     closing += self._load_step(step.model_name, (*above, name), tells)
@@ -260,7 +262,7 @@ class Engine:
                 scratch.cleanup()
             if not isinstance(error, TuttiError):
                 _log.debug("model '%s' cannot be loaded", name, exc_info=True)
-            raise Internal(f"failed to load '{name}': {shown(error)}") from None
+            raise Internal(f"failed to load '{name}', {stage}: {shown(error)}") from None
         closing += self._replace(name, made).values()
         self._keep_scratch(name, scratch)
         self._failures = {key: why for key, why in dict(self._failures).items() if key[0] != name}
@@ -342,7 +344,10 @@ class Engine:
         if found is not None:
             return found
         if version and not (version.isdecimal() and version.isascii() and 0 < len(version) < 20 and int(version)):
-            raise InvalidArgument(f"model '{name}': version {version[:50]!r} should be an integral value > 0")
+            raise InvalidArgument(
+                f"failed to get model version from specified version string {version[:50]!r}: model '{name}': version "
+                "should be an integral value > 0"
+            )
         plain = str(int(version)) if version else ""
         if plain != version:
             return self.model(name, plain)

@@ -361,7 +361,9 @@ def test_repository_control(client: AnyClient) -> None:
     assert index(client)["add_one", "2"] == "READY"
     for _ in range(6):  # whichever replica answers
         assert y(client.ask("add_one", {"x": X})) == (X + 1).tolist()
-    with pytest.raises(InferenceServerException, match="failed to load 'nowhere'"):
+    with pytest.raises(
+        InferenceServerException, match="failed to load 'nowhere', failed to poll from model repository"
+    ):
         client.load_model("nowhere")
 
 
