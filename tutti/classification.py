@@ -17,7 +17,8 @@ def classify(model: str, tensor: Tensor, count: int, labels: Sequence[str], is_b
     """
     array = tensor.array()
     if tensor.datatype in ("BYTES", "BF16"):
-        raise InvalidArgument(f"model '{model}': output '{tensor.name}': {tensor.datatype} cannot be classified")
+        why = f"class result not available for output due to unsupported type '{tensor.datatype}'"
+        raise InvalidArgument(f"model '{model}': output '{tensor.name}': {why}: it cannot be classified")
     rows = array.reshape(array.shape[0] if is_batched else 1, -1)
     k = min(count, rows.shape[1])
     order = np.argsort(-rows.astype(np.float64), axis=1, kind="stable")[:, :k]

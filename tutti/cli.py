@@ -12,7 +12,7 @@ from tutti import SERVER_NAME, __version__
 from tutti.devices import present
 from tutti.errors import ConfigError, TuttiError
 from tutti.frontends.gate import CATEGORIES
-from tutti.frontends.limits import Limits
+from tutti.frontends.limits import CASE_MATTERS, Limits
 from tutti.logs import Logs
 from tutti.reports import Supervised
 
@@ -284,7 +284,7 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
 
 def _pattern(text: str) -> str:
     try:
-        re.compile(text)
+        re.compile(text.removeprefix(CASE_MATTERS))
         return text
     except re.error as error:
         raise argparse.ArgumentTypeError(f"not a regular expression: {error}") from None

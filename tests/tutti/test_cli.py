@@ -103,3 +103,16 @@ def test_the_server_has_the_name_that_it_is_given(repository: Repository) -> Non
     with engine_over(repository.root) as engine:
         assert setup.make_api(engine, given, Logs()).server_metadata()["name"] == "triton"
         assert Api(engine).server_metadata()["name"] == "tutti"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "matches"), [("MY_.*", ["my_x", "MY_x"]), ("(?-i)MY_.*", ["MY_x"]), ("(?-i)my_.*", ["my_x"])]
+)
+def test_a_pattern_of_headers_has_no_case_unless_it_says_so(
+    repository: Repository, pattern: str, matches: list[str]
+) -> None:
+    given = options(["serve", str(repository.root), f"--http-header-forward-pattern={pattern}"])
+    with engine_over(repository.root) as engine:
+        forward = setup.make_api(engine, given, Logs()).http.forward
+    assert forward is not None
+    assert [name for name in ("my_x", "MY_x") if forward.fullmatch(name)] == matches

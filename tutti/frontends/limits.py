@@ -1,6 +1,12 @@
-"""How large requests may be. Known to the command, which shows the defaults, and to every front-end."""
+"""How large requests may be, and what a pattern of headers may begin with.
+
+Known to the command, which shows the defaults, and to every front-end.
+"""
 
 from dataclasses import dataclass
+
+# Before a pattern of headers, as Triton's library of regular expressions has it.
+CASE_MATTERS = "(?-i)"
 
 
 @dataclass(frozen=True, slots=True)

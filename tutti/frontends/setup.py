@@ -11,7 +11,7 @@ from tutti.errors import ConfigError
 from tutti.frontends import gate
 from tutti.frontends.api import Access, Api
 from tutti.frontends.gate import Gate
-from tutti.frontends.limits import Limits
+from tutti.frontends.limits import CASE_MATTERS, Limits
 from tutti.frontends.server import Addresses, GrpcServer, Tls
 from tutti.logs import Logs
 from tutti.shared_memory import SharedMemory
@@ -87,7 +87,11 @@ def _api_keys(path: Path | None) -> tuple[str, ...]:
 
 
 def _pattern(text: str | None) -> re.Pattern[str] | None:
-    return re.compile(text, re.IGNORECASE) if text else None  # the names of headers have no case
+    if not text:
+        return None
+    # The names of headers have no case, unless the pattern says so.
+    flags = re.NOFLAG if text.startswith(CASE_MATTERS) else re.IGNORECASE
+    return re.compile(text.removeprefix(CASE_MATTERS), flags)
 
 
 def _tls(options: Options, protocol: str) -> Tls | None:
