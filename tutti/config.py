@@ -418,7 +418,8 @@ def _check(proto: Any, folder: str) -> None:
         if step.model_namespace:
             raise _fail(folder, "ensemble_scheduling.step.model_namespace", "this server does not support the field")
     for kind, specs in (("input", proto.input), ("output", proto.output)):
-        _check_tensors(folder, kind, specs)
+        # A python model may make its outputs of nothing.
+        _check_tensors(folder, kind, specs, may_be_none=kind == "input" and proto.backend == "python")
     _check_batching(proto)
 
 
@@ -440,8 +441,8 @@ def _check_enums(message: Message, folder: str, prefix: str = "") -> None:
                     )
 
 
-def _check_tensors(folder: str, kind: str, specs: Any) -> None:
-    if not specs:
+def _check_tensors(folder: str, kind: str, specs: Any, may_be_none: bool = False) -> None:
+    if not specs and not may_be_none:
         raise _fail(folder, kind, "expected at least one")
     names = [spec.name for spec in specs]
     for index, spec in enumerate(specs):

@@ -363,6 +363,39 @@ def test_a_request_that_gets_neither_a_response_nor_a_sender_is_an_error(reposit
         assert "model 'silent': execute returned no response" in answer.message
 
 
+@pytest.mark.parametrize("rows", [0, 4])
+def test_a_model_may_have_no_inputs(repository: Repository, rows: int) -> None:
+    config = f'backend: "python" max_batch_size: {rows} output {{ name: "y" data_type: TYPE_INT32 dims: 1 }}'
+    made = "[[7]]" if rows else "[7]"
+    add(repository, "makes", f"def execute(self, requests): return [response({made}) for _ in requests]", config)
+    with engine_over(repository.root) as engine:
+        sent, _ = http_codec.decode("makes", "", b'{"inputs": []}', None)
+        for answer in infer(engine, [sent, InferRequest("makes", {})]):
+            assert isinstance(answer, InferResponse), answer
+            assert answer.tensor("y").array().reshape(-1).tolist() == [7]
+        (refused,) = infer(engine, [request("makes", 1)])
+        assert isinstance(refused, InvalidArgument)
+        assert "expected 0 inputs but got 1 inputs for model 'makes'. Got input(s) ['x']" in refused.message
+
+
+def test_instances_are_named_as_in_triton(repository: Repository) -> None:
+    groups = 'instance_group [{ count: 2 kind: KIND_CPU }, { kind: KIND_CPU name: "own" }, { kind: KIND_CPU }]'
+    body = """
+    names = []
+
+    def initialize(self, args):
+        self.names.append(args["model_instance_name"])
+
+    def execute(self, requests):
+        return [response([0], parameters={"names": ",".join(sorted(self.names))}) for _ in requests]
+    """
+    add(repository, "told", body, ONE_TO_ONE.format(rows=0, extra=groups))
+    with engine_over(repository.root) as engine:
+        (answer,) = infer(engine, [request("told", 1)])
+        assert isinstance(answer, InferResponse)
+        assert answer.parameters["names"] == "own_0,told_0_0,told_0_1,told_2_0"
+
+
 def test_a_model_sees_that_its_caller_has_gone(repository: Repository) -> None:
     add(
         repository,
@@ -478,7 +511,7 @@ def test_arguments_of_initialize(repository: Repository, monkeypatch: pytest.Mon
         assert json.loads(str(answer.parameters["args"])) == {
             "model_instance_device_id": "0",
             "model_instance_kind": "CPU",
-            "model_instance_name": "told_0",
+            "model_instance_name": "told_0_0",
             "model_name": "told",
             "model_repository": str(repository.root / "told"),
             "model_version": "1",

@@ -148,6 +148,16 @@ def _turn_taker(config: ModelConfig, group: InstanceGroup, number: int, path: Pa
     return TurnTaker(engine, pipeline, str(path.parent))
 
 
+def _instance_name(config: ModelConfig, index: int) -> str:
+    """As Triton names it: the group's name, which without one is the model's and the group's number, and its own."""
+    for number, group in enumerate(config.instance_groups):
+        count = len(backends.instances(dataclasses.replace(config, instance_groups=(group,))))
+        if index < count:
+            return f"{group.name or f'{config.name}_{number}'}_{index % group.count}"
+        index -= count
+    raise IndexError(f"model '{config.name}' has no such instance")
+
+
 def instance_kind(group: InstanceGroup, gpus: int) -> str:
     """ "GPU", "CPU" or "MODEL" for an instance group. KIND_AUTO is a GPU where there are any, and all that it lists.
 
@@ -232,7 +242,7 @@ class PythonBackend:
         return {
             "model_config": json.dumps(config.as_json(self._config.proto)),
             "model_instance_kind": kind,
-            "model_instance_name": f"{group.name or name}_{index}",
+            "model_instance_name": _instance_name(self._config, index),
             "model_instance_device_id": str(self._number if kind == "GPU" else 0),
             "model_repository": str(folder.path),
             "model_version": self._version,
