@@ -1,10 +1,10 @@
 """Stopping a server in which something hangs: a grace, and then an end."""
 
-import contextlib
 import json
 import signal
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from pathlib import Path
 from threading import Thread
@@ -27,11 +27,15 @@ def start(root: Path, *flags: str) -> tuple["subprocess.Popen[bytes]", int]:
     return subprocess.Popen([sys.executable, "-m", "tutti.cli", "serve", str(root), *named, *flags]), ports[0]
 
 
-def ask(port: int) -> None:
+def ask(port: int, answers: list[int]) -> None:
     tensor = {"name": "x", "datatype": "FP32", "shape": [1], "data": [1]}
     body = json.dumps({"inputs": [tensor]}).encode()
-    with contextlib.suppress(OSError):  # the server ends with it
+    try:
         urllib.request.urlopen(f"http://127.0.0.1:{port}/v2/models/stuck/infer", body, timeout=LIMIT_S).close()
+    except urllib.error.HTTPError as error:
+        answers.append(error.code)
+    except OSError:
+        answers.append(0)  # the server ended with it
 
 
 def is_live(port: int) -> bool:
@@ -47,16 +51,20 @@ def test_a_stuck_execution_does_not_hold_the_server(repository: Repository, tmp_
     entered = tmp_path / "entered"
     hangs = HANG.format(entered)
     repository.add_python("stuck", CONFIG, hangs)
-    process, port = start(repository.root, f"--exit-timeout-secs={600 if again else 1}")
+    process, port = start(repository.root, f"--exit-timeout-secs={600 if again else 7}")
+    answers: list[int] = []
     try:
         wait_until(lambda: is_live(port), LIMIT_S)
-        Thread(target=ask, args=[port], daemon=True).start()
+        asking = Thread(target=ask, args=[port, answers], daemon=True)
+        asking.start()
         wait_until(entered.exists)
         process.send_signal(signal.SIGTERM)
         if again:
             wait_until(lambda: not is_live(port))  # it has heard
             process.send_signal(signal.SIGTERM)
         assert process.wait(LIMIT_S) == 1
+        asking.join(LIMIT_S)
+        assert answers == [0 if again else 503]
     finally:
         process.kill()
 

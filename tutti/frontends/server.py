@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tutti.errors import ConfigError, InferError
+from tutti.errors import ConfigError, InferError, Unavailable
 from tutti.frontends import http_api
 from tutti.frontends.api import Api
 from tutti.frontends.engine_link import EngineSide
@@ -194,11 +194,13 @@ class Server:
         """
         if self._link is not None:
             self._link.close()
-        waiting = [front.stop(drain_s, _GRACE_S) for front in self._http]
+        late = Unavailable(f"the server stops, and the request had not ended within {_GRACE_S:g} s")
+        waiting = [front.stop(drain_s, _GRACE_S, late) for front in self._http]
         if self._grpc is not None:
             waiting.append(self._grpc.finish(drain_s, _GRACE_S))
         await asyncio.gather(*waiting)
         if self._grpc is not None:
+            self._grpc.refuse_open(late)
             self._grpc.stop()
         if self._grpcio is not None:
             await self._grpcio.stop(max(0.5, drain_s))
