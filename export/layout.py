@@ -93,7 +93,9 @@ class Entry:
                 batching.default_queue_policy.max_queue_size = _MAX_QUEUED
         for number, warmup in enumerate(self.warmups):
             self._add_warmup(proto.model_warmup.add(), number, warmup)
-        for key, value in sorted(self.parameters.items()):
+        # The steps that come with the export are known to be well-behaved: a process of their own would only cost time.
+        own = {"tutti.isolate": "no"} if self.backend == "python" else {}
+        for key, value in sorted({**own, **self.parameters}.items()):
             proto.parameters[key].string_value = value
         text: str = _HEADER + text_format.MessageToString(proto)
         config.parse(text, self.name)

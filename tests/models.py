@@ -38,6 +38,10 @@ def _serialized(graph: onnx.GraphProto) -> bytes:
     return bytes(model.SerializeToString())
 
 
+# For python models that share objects with their test, or need no process of their own.
+IN_PROCESS = 'parameters { key: "tutti.isolate" value { string_value: "no" } }'
+
+
 class Repository:
     """A model repository being filled."""
 
@@ -86,7 +90,8 @@ class Repository:
             backend: "python" max_batch_size: 1
             input { name: "s" data_type: TYPE_FP32 dims: 1 }
             output { name: "n" data_type: TYPE_FP32 dims: 1 }
-            """,
+            """
+            + IN_PROCESS,
             """
             import threading
             threading.Event().wait(float(pb_utils.get_input_tensor_by_name(request, "s").as_numpy()[0, 0]))

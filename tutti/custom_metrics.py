@@ -5,7 +5,7 @@ One set per process: families are made by name, and a model that is loaded anew 
 
 import threading
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -15,6 +15,8 @@ _KINDS = ("COUNTER", "GAUGE", "HISTOGRAM")
 
 _lock = threading.Lock()
 _families: dict[str, "Family"] = {}
+# Where the families are, should it not be in this process.
+_elsewhere: "Callable[[str, str, int], Family] | None" = None
 
 
 class Value:
@@ -93,8 +95,16 @@ class Family:
         return made
 
 
+def keep_in(elsewhere: Callable[[str, str, int], Family]) -> None:
+    """Let another process have this one's families: `elsewhere` does what `family` does."""
+    global _elsewhere
+    _elsewhere = elsewhere
+
+
 def family(name: str, description: str, kind: int) -> Family:
     """The family of a name, made at the first call. Raises ValueError when it is of another kind."""
+    if _elsewhere is not None:
+        return _elsewhere(name, description, kind)
     with _lock:
         known = _families.setdefault(name, Family(name, description, kind))
     if known.kind != kind:

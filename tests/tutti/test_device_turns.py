@@ -9,7 +9,7 @@ import pytest
 
 from tests.devices.probe import Probe
 from tests.devices.probe import probe as the_probe
-from tests.models import Repository
+from tests.models import IN_PROCESS, Repository
 from tests.serving import Gather, engine_over, infer, wait_until
 from tests.tutti.test_pytorch_backend import load_error, scripted
 from tutti.devices import engines, health
@@ -105,6 +105,8 @@ def probe() -> Iterator[Probe]:
 def add(
     repository: Repository, name: str, execute: str, count: int = 1, kind: str = "KIND_GPU", extra: str = LIMIT
 ) -> None:
+    if kind != "KIND_GPU" and "tutti.isolate" not in extra:
+        extra += IN_PROCESS  # the probe is there
     repository.add_python(name, CONFIG.format(kind=kind, count=count, extra=extra), execute)
 
 
@@ -219,10 +221,10 @@ def test_a_wrong_choice_is_refused(repository: Repository) -> None:
     ],
 )
 def test_a_limit_that_nothing_would_keep_is_refused(repository: Repository, kind: str, extra: str) -> None:
-    add(repository, "m", ALONE, kind=kind, extra=LIMIT + extra)
-    assert "model 'm': parameters.tutti.hang_timeout_s: is for KIND_GPU, whose instances take turns" in load_error(
-        repository
-    )
+    add(repository, "m", ALONE, kind=kind, extra=LIMIT + extra + IN_PROCESS)
+    error = load_error(repository)
+    assert "model 'm': parameters.tutti.hang_timeout_s: is for models in processes of their own" in error
+    assert "and for KIND_GPU, whose instances take turns" in error
 
 
 @pytest.mark.parametrize("extra", [NO_TURNS, ISOLATED])

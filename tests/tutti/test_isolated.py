@@ -154,9 +154,9 @@ def test_a_wrong_limit_is_refused(repository: Repository, seconds: str) -> None:
 
 
 def test_a_limit_for_what_cannot_be_ended_is_refused(repository: Repository) -> None:
-    repository.add_python("m", limited("1").replace("tutti.isolate", "other"), MODEL)
+    repository.add_python("m", limited("1").replace('"process"', '"no"'), MODEL)
     error = load_error(repository)
-    assert "model 'm': parameters.tutti.hang_timeout_s: is for KIND_GPU" in error
+    assert "model 'm': parameters.tutti.hang_timeout_s: is for models in processes of their own" in error
     assert "parameters.tutti.isolate" in error
 
 

@@ -5,7 +5,7 @@ import threading
 import numpy as np
 import pytest
 
-from tests.models import Repository
+from tests.models import IN_PROCESS, Repository
 from tests.serving import Gather, engine_over, infer, wait_until
 from tutti.engine import Engine
 from tutti.errors import ConfigError, InferError, Unavailable
@@ -158,7 +158,7 @@ class Busy:
             backend: "python" max_batch_size: 1
             input {{ name: "x" data_type: TYPE_FP32 dims: 1 }}
             output {{ name: "y" data_type: TYPE_FP32 dims: 1 }}
-            {extra}
+            {extra} {IN_PROCESS}
             """,
             """
             import sys

@@ -25,6 +25,7 @@ backend: "python" max_batch_size: {rows}
 input {{ name: "x" data_type: TYPE_FP32 dims: 2 }}
 output {{ name: "y" data_type: TYPE_FP32 dims: 2 }}
 instance_group {{ kind: KIND_CPU }}
+parameters {{ key: "tutti.isolate" value {{ string_value: "no" }} }}
 {extra}
 """
 ON_DEVICE = 'parameters { key: "FORCE_CPU_ONLY_INPUT_TENSORS" value { string_value: "no" } }'

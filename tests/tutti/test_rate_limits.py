@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import ensembles
-from tests.models import Repository, onnx_add_one
+from tests.models import IN_PROCESS, Repository, onnx_add_one
 from tests.serving import Gather, engine_over, infer, timer, wait_until
 from tutti import config, local
 from tutti.cli import main
@@ -132,8 +132,8 @@ def waiting(limits: RateLimits) -> int:
 def test_models_that_share_a_resource_execute_one_after_the_other(repository: Repository, board: Board) -> None:
     for name in ("a", "b"):
         groups = limited('resources { name: "R" count: 2 global: true }')
-        repository.add(name, f'backend: "python" {TENSORS} {groups}', {"model.py": MODEL})
-    repository.add("free", f'backend: "python" {TENSORS}', {"model.py": MODEL})
+        repository.add(name, f'backend: "python" {TENSORS} {groups} {IN_PROCESS}', {"model.py": MODEL})
+    repository.add("free", f'backend: "python" {TENSORS} {IN_PROCESS}', {"model.py": MODEL})
     limits = RateLimits()
     engine = local.make_engine(repository.root, timer, ensembles.load, limits=limits)
     engine.load_all()
@@ -156,7 +156,7 @@ def test_models_that_share_a_resource_execute_one_after_the_other(repository: Re
 def test_priorities_hold_between_models_that_always_have_work(repository: Repository, board: Board) -> None:
     for name, priority in (("often", 1), ("seldom", 2)):
         groups = limited('resources { name: "R" count: 1 }', f"priority: {priority}")
-        repository.add(name, f'backend: "python" {TENSORS} {groups}', {"model.py": MODEL})
+        repository.add(name, f'backend: "python" {TENSORS} {groups} {IN_PROCESS}', {"model.py": MODEL})
     limits = RateLimits()
     engine = local.make_engine(repository.root, timer, ensembles.load, limits=limits)
     engine.load_all()

@@ -1,4 +1,4 @@
-"""Triton's python backend, in process: `model.py` with a TritonPythonModel, unchanged.
+"""Triton's python backend: `model.py` with a TritonPythonModel, unchanged; in a process of its own or in the server's.
 
 Each instance has its own TritonPythonModel. execute gets the batch as a list of requests, as in Triton: nothing is
 joined, so each request may have tensors of its own shape. Tensors may be in a GPU's memory: outputs wherever the model
@@ -6,23 +6,22 @@ puts them, inputs where `FORCE_CPU_ONLY_INPUT_TENSORS` is "no". Instances of KIN
 GPU.
 """
 
-import asyncio
 import contextlib
 import dataclasses
-import importlib.util
 import inspect
 import json
 import logging
-import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from tutti import backends, config, rows
-from tutti.backends import device_options, isolated
+from tutti.backends import device_options, execution_env, imports, isolated
 from tutti.backends import triton_python_backend_utils as pb_utils
+from tutti.backends.coroutines import Coroutines
 from tutti.config import InstanceGroup, ModelConfig
 from tutti.devices import health, tensors, turns
 from tutti.devices.engines import engine_of
@@ -40,63 +39,120 @@ _log = logging.getLogger(__name__)
 # How long an unload waits for answers that a model still owes.
 FINALIZE_TIMEOUT_S = 30.0
 ON_HOST_PARAMETER = "FORCE_CPU_ONLY_INPUT_TENSORS"
-_import_lock = threading.Lock()
+# Instances of one model that start at once.
+_MOST_STARTING = 8
 
 
 def load(folder: ModelFolder, version: int, infer: Infer) -> list[Backend]:
-    """Import model.py once, and initialize one TritonPythonModel per instance. Models may send requests to `infer`."""
+    """One TritonPythonModel per instance, each in its process or all in this one. They may send requests to `infer`."""
     path = backends.model_file(folder, version, "model.py")
     _takes_inputs_on_host(folder.config)
-    pb_utils.serve_with(infer)
-    is_isolated = isolated.is_wanted(folder)
+    placed = backends.instances(folder.config)
+    is_isolated = _is_isolated(folder.config, [group for group, _ in placed])
     _check_options(folder.config, is_isolated)
-    placed = list(enumerate(backends.instances(folder.config)))
+    if is_isolated:
+        return _load_isolated(folder, version, placed, infer)
+    return _load_here(folder, version, placed, infer, path)
+
+
+def _is_isolated(config: ModelConfig, groups: Sequence[InstanceGroup]) -> bool:
+    """Whether instances are processes: unless they share a device, and maybe tensors on it, with the server.
+
+    Raises ConfigError.
+    """
+    choice = isolated.choice(config)
+    if choice == "no" and config.parameters.get(execution_env.PARAMETER):
+        what = f"'no' does not go with parameters.{execution_env.PARAMETER}, which needs a process"
+        raise ConfigError(f"model '{config.name}': parameters.{isolated.PARAMETER}: {what}")
+    if choice or config.parameters.get(execution_env.PARAMETER):
+        return choice != "no"
+    has_gpus = gpu_count() > 0
+    is_on_gpu = any(group.kind == "gpu" for group in config.instance_groups) or not _takes_inputs_on_host(config)
+    is_on_gpu = is_on_gpu or bool(device_options.says_turns(config))
+    return not (has_gpus and is_on_gpu and any(group.kind == "gpu" for group in groups))
+
+
+def _load_isolated(
+    folder: ModelFolder, version: int, placed: Sequence[tuple[InstanceGroup, int]], infer: Infer
+) -> list[Backend]:
+    """Side by side, as Triton does."""
+
+    def start(index: int, group: InstanceGroup, device: int) -> Backend:
+        return isolated.IsolatedBackend(folder, version, index, group, device, _device(group, device), infer)
+
+    with ThreadPoolExecutor(max(1, min(_MOST_STARTING, len(placed)))) as threads:
+        starting = [threads.submit(start, index, *where) for index, where in enumerate(placed)]
+    failures = [failure for each in starting if (failure := each.exception()) is not None]
+    if failures:
+        for each in starting:
+            if each.exception() is None:
+                each.result().close()
+        raise failures[0]
+    return [each.result() for each in starting]
+
+
+def _load_here(
+    folder: ModelFolder, version: int, placed: Sequence[tuple[InstanceGroup, int]], infer: Infer, path: Path
+) -> list[Backend]:
+    pb_utils.serve_with(infer)
+    turns.know(str(path.parent))
     loaded: list[Backend] = []
+    module: ModuleType | None = None
     try:
-        if is_isolated:
-            for index, (group, device) in placed:
-                on = _device(group, device)
-                loaded.append(isolated.IsolatedBackend(folder, version, index, group, device, on))
-            return loaded
-        turns.know(str(path.parent))
-        module = _import(path, f"tutti_model_{folder.config.name}_{version}")
-        for index, (group, device) in placed:
+        module = imports.import_beside(path, f"tutti_model_{folder.config.name}_{version}")
+        for index, (group, device) in enumerate(placed):
             model = module.TritonPythonModel()
             taker = _turn_taker(folder.config, group, device, path)
-            loaded.append(PythonBackend(folder, version, model, index, group, device, taker))
-    except Exception as error:
+            loaded.append(PythonBackend(folder, version, model, index, group, device, taker, module))
+    except BaseException as error:  # a model may do whatever it likes, as ending its process: it is only not served
         for backend in loaded:
             backend.close()
-        if is_isolated and isinstance(error, ConfigError):
-            raise
-        reason = f"{type(error).__name__}: {error}"
-        raise ConfigError(f"model '{folder.config.name}': {path.name} failed to load: {reason}") from error
+        if module is not None:
+            imports.forget(module)
+        what = f"{path.name} failed to load: {pb_utils.told(error)}"
+        raise ConfigError(f"model '{folder.config.name}': {what}") from error
     return loaded
 
 
-def load_one(folder: ModelFolder, version: int, index: int, group: InstanceGroup, device: int) -> Backend:
-    """One instance, in a process that has no others."""
-    path = backends.model_file(folder, version, "model.py")
+def load_one(folder: ModelFolder, version: int, index: int, group: InstanceGroup, device: int) -> "PythonBackend":
+    """One instance, in a process that has no others. Raises ConfigError."""
+    filename = folder.config.model_filename or "model.py"
     try:
-        module = _import(path, f"tutti_model_{folder.config.name}_{version}")
+        module = imports.import_alone(folder.path, version, filename)
         return PythonBackend(folder, version, module.TritonPythonModel(), index, group, device)
-    except Exception as error:
-        raise ConfigError(f"{path.name} failed to load: {type(error).__name__}: {error}") from error
+    except BaseException as error:
+        raise ConfigError(f"{filename} failed to load: {pb_utils.told(error)}") from error
 
 
 def complete(proto: Any, path: Path) -> None:
     """Let model.py complete the configuration, where it has `auto_complete_config`. Raises ConfigError."""
+    parameters = proto.parameters
+    is_here = isolated.PARAMETER in parameters and parameters[isolated.PARAMETER].string_value == "no"
     try:
-        module = _import(path, f"tutti_model_{proto.name}_config")
-        if hasattr(module.TritonPythonModel, "auto_complete_config"):
-            completed = module.TritonPythonModel.auto_complete_config(pb_utils.ModelConfig(proto))
-            if not isinstance(completed, pb_utils.ModelConfig):
-                raise TypeError(f"auto_complete_config returned a {type(completed).__name__}, no ModelConfig")
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
+        if is_here:
+            module = imports.import_beside(path, f"tutti_model_{proto.name}_config")
+            imports.forget(module)
+            _complete_with(module, proto)
+        else:
+            isolated.complete(proto, path)
+    except BaseException as error:
+        reason = str(error) if isinstance(error, ConfigError) else pb_utils.told(error)
         raise ConfigError(
             f"model '{proto.name}': {path.name} could not complete its configuration: {reason}"
         ) from error
+
+
+def complete_alone(proto: Any, path: Path) -> None:
+    """The same in a process that has no other model. Raises whatever model.py raises."""
+    _complete_with(imports.import_alone(path.parents[1], int(path.parent.name), path.name), proto)
+
+
+def _complete_with(module: ModuleType, proto: Any) -> None:
+    if not hasattr(module.TritonPythonModel, "auto_complete_config"):
+        return
+    completed = module.TritonPythonModel.auto_complete_config(pb_utils.ModelConfig(proto))
+    if not isinstance(completed, pb_utils.ModelConfig):
+        raise TypeError(f"auto_complete_config returned a {type(completed).__name__}, no ModelConfig")
 
 
 def _device(group: InstanceGroup, number: int) -> str:
@@ -123,11 +179,9 @@ def _check_options(config: ModelConfig, is_isolated: bool) -> None:
     if is_isolated or not config.parameters.get(device_options.HANG_PARAMETER):
         return
     if not any(_may_take_turns(config, group) for group in config.instance_groups):
-        what = f"is for KIND_GPU, whose instances take turns, and for parameters.{isolated.PARAMETER}"
-        raise ConfigError(
-            f"model '{config.name}': parameters.{device_options.HANG_PARAMETER}: {what}: nothing else is noticed "
-            "when it hangs"
-        )
+        name = f"model '{config.name}': parameters.{device_options.HANG_PARAMETER}"
+        what = f"is for models in processes of their own (no parameters.{isolated.PARAMETER} 'no')"
+        raise ConfigError(f"{name}: {what}, and for KIND_GPU, whose instances take turns: nothing else is noticed")
 
 
 def _turn_taker(config: ModelConfig, group: InstanceGroup, number: int, path: Path) -> TurnTaker | None:
@@ -176,26 +230,6 @@ def _takes_inputs_on_host(model: ModelConfig) -> bool:
     return text == "yes"
 
 
-def _import(path: Path, name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with _import_lock, _beside(path.parent):
-        spec.loader.exec_module(module)
-    return module
-
-
-@contextlib.contextmanager
-def _beside(folder: Path) -> Iterator[None]:
-    """Let the file import what lies beside it, and Triton's module under its own name."""
-    sys.modules.setdefault("triton_python_backend_utils", pb_utils)
-    sys.path.insert(0, str(folder))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(folder))
-
-
 class PythonBackend:
     """One instance: a TritonPythonModel."""
 
@@ -208,12 +242,15 @@ class PythonBackend:
         group: InstanceGroup,
         number: int,
         taker: TurnTaker | None = None,
+        module: ModuleType | None = None,
     ) -> None:
-        """`number` is the GPU's. With `taker` each execution has a turn on it."""
+        """`number` is the GPU's. With `taker` each execution has a turn on it. `module` is forgotten at the end."""
         self.runs_inline = False  # a model may wait for whatever it likes
         self.kind = f"{group.kind}"
         self.device = _device(group, number)
         self._taker = taker
+        self._module = module
+        self._coroutines = Coroutines(folder.config.name)
         self._config: ModelConfig = folder.config
         self._version = str(version)
         self._model = model
@@ -230,7 +267,7 @@ class PythonBackend:
         if hasattr(model, "initialize"):
             try:
                 model.initialize(self._arguments(folder, index, group))
-            except Exception as error:
+            except BaseException as error:
                 self._failure("initialize", error)
                 if taker is not None:
                     taker.close()
@@ -273,10 +310,13 @@ class PythonBackend:
         if hasattr(self._model, "finalize"):
             try:
                 self._model.finalize()
-            except Exception:
+            except BaseException:
                 _log.exception("model '%s': finalize failed", self._config.name)
+        self._coroutines.close()
         if self._taker is not None:
             self._taker.close()
+        if self._module is not None:
+            imports.forget(self._module)
 
     def _turn(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self._taker is None else self._taker.turn()
@@ -304,15 +344,17 @@ class PythonBackend:
                 responses = self._model.execute(
                     [pb_utils.InferenceRequest.received(call, self._output_names, sender_of, on_host) for call in calls]
                 )
-                if inspect.isawaitable(responses):
-                    responses = asyncio.run(_awaited(responses))
+                if inspect.iscoroutine(responses):
+                    if is_decoupled:  # others may be executed meanwhile
+                        self._coroutines.go(responses).add_done_callback(lambda done: self._went(done, senders))
+                        return [None] * len(calls)
+                    # A turn on a device is its thread's.
+                    wait = self._coroutines.result if self._taker is None else self._coroutines.result_here
+                    responses = wait(responses)
                 responses = self._checked(responses, len(calls))
                 pb_utils.detach(responses, calls)  # waits for what is still under way on the device
-        except Exception as error:
-            _log.debug("model '%s': execute failed", self._config.name, exc_info=True)
-            failure = self._failure("execute", error)
-            for sender in senders.values():
-                sender.fail(failure)
+        except BaseException as error:  # whatever it is, it is this batch's only
+            failure = self._failed(error, senders)
             return [None if id(call) in senders else failure for call in calls]
         if senders:
             return [
@@ -331,21 +373,45 @@ class PythonBackend:
             return None
         return self._answer(call, response)
 
+    def _went(
+        self,
+        done: "Future[tuple[Any, BaseException | None]]",
+        senders: dict[int, pb_utils.InferenceResponseSender],
+    ) -> None:
+        """A coroutine of a decoupled model has ended."""
+        try:
+            responses, error = done.result()
+            if error is not None:
+                raise error
+            self._checked(responses, 0)
+        except BaseException as error:
+            self._failed(error, senders)
+
+    def _failed(self, error: BaseException, senders: dict[int, pb_utils.InferenceResponseSender]) -> InferError:
+        _log.debug("model '%s': execute failed", self._config.name, exc_info=True)
+        failure = self._failure("execute", error)
+        for sender in senders.values():
+            sender.fail(failure)
+        return failure
+
     def _paid(self) -> None:
         with self._settled:
             self._owed -= 1
             self._settled.notify_all()
 
-    def _failure(self, what: str, error: Exception) -> InferError:
+    def _failure(self, what: str, error: BaseException) -> InferError:
         """What callers are told of an error of the model's. One that ends a device's use is reported to its health."""
         if isinstance(error, DeviceLost):  # while it waited for its turn
             return error
+        says = f"model '{self._config.name}': {what} raised {pb_utils.told(error)}"
+        if not pb_utils.has_text(error):
+            return Internal(says)
         reason = sticky(error) or (tensors.failure(self._number) if is_unclear(error) else "")
         if reason:
             health.health.fail(f"cuda:{self._number}", f"model '{self._config.name}': {reason}")
             return DeviceLost(f"model '{self._config.name}': device cuda:{self._number} has failed: {reason}")
         kind = OutOfMemory if is_out_of_memory(error) else Internal
-        return kind(f"model '{self._config.name}': {what} raised {type(error).__name__}: {error}")
+        return kind(says)
 
     def _checked(self, responses: Any, count: int) -> list[Any]:
         """What execute returned, one for each request; None for those that are answered through response senders."""
@@ -382,7 +448,7 @@ class PythonBackend:
         """The answer that a response sender was given."""
         try:
             pb_utils.detach([response], [call])
-        except Exception as error:
+        except BaseException as error:
             return self._failure("a response", error)
         return self._answer(call, response)
 
@@ -424,7 +490,3 @@ class PythonBackend:
             output.array()  # on a device they would still be called UINT16
             output.datatype = "BF16"
         return output
-
-
-async def _awaited(work: Any) -> Any:
-    return await work

@@ -36,12 +36,38 @@ TRITONSERVER_MEMORY_GPU = 1
 
 # Where exec and async_exec send their requests: the server this process runs.
 _infer: Infer | None = None
+# What is told of requests that a model does not wait for any longer.
+_given_up: Callable[[Call], None] = lambda call: None  # noqa: E731
 
 
-def serve_with(infer: Infer) -> None:
+def serve_with(infer: Infer, given_up: Callable[[Call], None] = lambda call: None) -> None:
     """Not for models: the server says what answers their requests to other models."""
-    global _infer
+    global _infer, _given_up
     _infer = infer
+    _given_up = given_up
+
+
+def told(error: BaseException) -> str:
+    """Not for models: an exception of a model's, in one sentence. Its own text may fail to be made."""
+    kind = type(error).__name__
+    try:
+        return f"{kind}: {error}"
+    except BaseException:
+        return f"{kind}, whose text cannot be made"
+
+
+def has_text(error: BaseException) -> bool:
+    """Not for models: whether an exception, and those behind it, have a text."""
+    seen: set[int] = set()
+    link: BaseException | None = error
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        try:
+            str(link)
+        except BaseException:
+            return False
+        link = link.__cause__ or link.__context__
+    return True
 
 
 class TritonModelException(Exception):
@@ -583,6 +609,7 @@ class _Answers:
             except queue.Empty:
                 assert self.call is not None
                 self.call.is_cancelled = True
+                _given_up(self.call)
                 yield InferenceResponse(error=TritonError("the request ran out of its execution_timeout"))
                 return
             if answer is None:

@@ -1,0 +1,415 @@
+"""What a model.py may do in a process of its own, and what its ends and errors cost: nothing but itself."""
+
+import logging
+import subprocess
+import sys
+import tarfile
+import textwrap
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.models import IN_PROCESS, Repository
+from tests.serving import Gather, engine_over, infer, timer, wait_until
+from tests.tutti.test_python_backend import Answers
+from tutti import custom_metrics, local
+from tutti.engine import Engine
+from tutti.errors import Internal, Unavailable
+from tutti.types import Call, InferRequest, InferResponse, Tensor
+
+CONFIG = """
+backend: "python"
+input { name: "x" data_type: TYPE_FP32 dims: -1 }
+output { name: "y" data_type: TYPE_FP32 dims: -1 }
+"""
+DECOUPLED = CONFIG + "model_transaction_policy { decoupled: true }"
+HEAD = """
+import asyncio, os, signal, sys, threading
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+def x_of(request):
+    return pb_utils.get_input_tensor_by_name(request, "x").as_numpy()
+
+def response(*values):
+    return pb_utils.InferenceResponse([pb_utils.Tensor("y", np.array(values, np.float32))])
+
+class TritonPythonModel:
+"""
+ECHO = "def execute(self, requests): return [response(*x_of(r)) for r in requests]"
+
+
+def source(body: str) -> str:
+    return HEAD + textwrap.indent(textwrap.dedent(body), "    ")
+
+
+def add(repository: Repository, name: str, body: str, config: str = CONFIG, **files: str) -> None:
+    """A model from the body of its class, with other files beside it: `helper` is helper.py."""
+    repository.add(name, config, {"model.py": source(body), **{f"{stem}.py": text for stem, text in files.items()}})
+
+
+def request(name: str, *values: float) -> InferRequest:
+    return InferRequest(name, {"x": Tensor.of("x", np.array(values or (1.0,), np.float32))})
+
+
+def ask(engine: Engine, name: str, *values: float) -> object:
+    (answer,) = infer(engine, [request(name, *values)])
+    return answer
+
+
+def y(answer: object) -> list[float]:
+    assert isinstance(answer, InferResponse), answer
+    values: list[float] = answer.tensor("y").array().tolist()
+    return values
+
+
+def reasons(engine: Engine) -> dict[str, str]:
+    """By the name of the model."""
+    return {failure.split("'")[1]: failure for failure in engine.failures()}
+
+
+@pytest.fixture
+def engine(repository: Repository) -> Iterator[Engine]:
+    """Over whatever the test has added; it loads the models itself."""
+    engine = local.make_engine(repository.root, timer, lambda *_: None, is_controllable=True)  # type: ignore[arg-type]
+    yield engine
+    engine.close()
+
+
+@pytest.mark.parametrize("extra", ["", IN_PROCESS])
+def test_helpers_of_one_name_are_each_models_own(repository: Repository, engine: Engine, extra: str) -> None:
+    body = "from helper import K\n" + "def execute(self, requests): return [response(self.K) for r in requests]"
+    for name, number in (("a", 100), ("b", 200)):
+        add(repository, name, body, CONFIG + extra, helper=f"K = {number}")
+    engine.load_all()
+    assert (y(ask(engine, "a")), y(ask(engine, "b"))) == ([100], [200])
+    (repository.root / "a" / "1" / "helper.py").write_text("K = 300")
+    engine.load("a")
+    assert (y(ask(engine, "a")), y(ask(engine, "b"))) == ([300], [200])
+
+
+def test_imports_work_late_relative_and_from_the_models_folder(repository: Repository, engine: Engine) -> None:
+    body = """
+    def execute(self, requests):
+        import late
+        from . import near
+        from .package import inner
+        import at_model
+        from sub.thing import T
+        return [response(late.K, near.K, inner.K, at_model.K, T) for r in requests]
+    """
+    add(repository, "m", body, late="K = 1", near="K = 2")
+    folder = repository.root / "m"
+    for path, text in {"1/package/__init__.py": "", "1/package/inner.py": "K = 3", "at_model.py": "K = 4"}.items():
+        (folder / path).parent.mkdir(exist_ok=True)
+        (folder / path).write_text(text)
+    (folder / "sub").mkdir()
+    (folder / "sub" / "thing.py").write_text("from at_model import K\nT = K + 1")
+    engine.load_all()
+    assert y(ask(engine, "m")) == [1, 2, 3, 4, 5]
+    assert not list(folder.rglob("__pycache__"))
+
+
+def test_event_loops_signals_and_pickles_work_as_in_a_main_thread(repository: Repository, engine: Engine) -> None:
+    add(
+        repository,
+        "m",
+        """
+        def initialize(self, args):
+            self.seen = 0
+            signal.signal(signal.SIGUSR1, self.on_signal)
+
+        def on_signal(self, *_):
+            self.seen += 1
+
+        def execute(self, requests):
+            import pickle
+            async def seven():
+                return 7
+            os.kill(os.getpid(), signal.SIGUSR1)
+            seven = asyncio.get_event_loop().run_until_complete(seven())
+            same = pickle.loads(pickle.dumps(x_of)) is x_of
+            x = x_of(requests[0])
+            x += 1
+            return [response(seven, self.seen, same, x[0]) for r in requests]
+        """,
+    )
+    engine.load_all()
+    assert [y(ask(engine, "m", 5)) for _ in range(2)] == [[7, 1, 1, 6], [7, 2, 1, 6]]
+
+
+KEEPS = """
+started = None
+async def execute(self, requests):
+    if self.started is None:
+        self.started = asyncio.Event()
+        self.go = asyncio.Event()
+        self.task = asyncio.create_task(self.work())
+        return [response(0) for r in requests]
+    self.go.set()
+    await self.task
+    return [response(1) for r in requests]
+
+async def work(self):
+    await self.go.wait()
+"""
+
+
+@pytest.mark.parametrize("extra", ["", IN_PROCESS])
+def test_a_task_lives_from_one_execution_to_the_next(repository: Repository, engine: Engine, extra: str) -> None:
+    add(repository, "m", KEEPS, CONFIG + extra)
+    engine.load_all()
+    assert [y(ask(engine, "m")) for _ in range(2)] == [[0], [1]]
+
+
+MEET = """
+waiting = None
+async def execute(self, requests):
+    if self.waiting is None:
+        self.waiting = asyncio.Event()
+    for request in requests:
+        sender = request.get_response_sender()
+        if x_of(request)[0] == 1:
+            await self.waiting.wait()
+        self.waiting.set()
+        sender.send(response(*x_of(request)))
+        sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+"""
+
+
+@pytest.mark.parametrize("extra", ["", IN_PROCESS])
+def test_coroutines_of_a_decoupled_model_run_side_by_side(repository: Repository, engine: Engine, extra: str) -> None:
+    add(repository, "m", MEET, DECOUPLED + extra)
+    engine.load_all()
+    first, second = Answers(), Answers()
+    engine([first.call(request("m", 1))])  # waits for the second
+    engine([second.call(request("m", 2))])
+    first.gather.wait()
+    second.gather.wait()
+    assert [len(each.emitted) for each in (first, second)] == [1, 1]
+
+
+ENDS = ["sys.exit(3)", "raise KeyboardInterrupt", "raise asyncio.CancelledError", "raise GeneratorExit", "raise Silent"]
+SILENT = """
+class Silent(BaseException):
+    def __str__(self): raise ValueError
+"""
+RAISES = """
+ways = {ways}
+def execute(self, requests):
+    way = int(x_of(requests[0])[0])
+    if way < 0:
+        return [response(*x_of(r)) for r in requests]
+    exec(self.ways[way], globals())
+async def nothing(self): pass
+"""
+
+
+@pytest.mark.parametrize("extra", ["", IN_PROCESS])
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_whatever_execute_raises_is_an_error_of_its_batch(
+    repository: Repository, engine: Engine, extra: str, asynchronous: bool
+) -> None:
+    body = RAISES.format(ways=ENDS)
+    body = body.replace("def execute", "async def execute") if asynchronous else body
+    repository.add("m", CONFIG + extra, {"model.py": SILENT + source(body)})
+    engine.load_all()
+    says = ["SystemExit: 3", "KeyboardInterrupt: ", "CancelledError: ", "GeneratorExit: ", "Silent, whose text cannot"]
+    for way, text in enumerate(says):
+        answer = ask(engine, "m", way)
+        assert isinstance(answer, Internal)
+        assert f"model 'm': execute raised {text}" in answer.message
+    assert y(ask(engine, "m", -1)) == [-1]
+
+
+@pytest.mark.parametrize("extra", ["", IN_PROCESS])
+@pytest.mark.parametrize("body", ["def initialize(self, args): sys.exit(4)\n" + ECHO, "sys.exit(4)"])
+def test_an_exit_in_a_load_is_that_models_failure(
+    repository: Repository, engine: Engine, extra: str, body: str
+) -> None:
+    add(repository, "good", ECHO)
+    add(repository, "bad", body, CONFIG + extra)
+    engine.load_all()
+    (failure,) = reasons(engine).values()
+    assert failure == "model 'bad': model.py failed to load: SystemExit: 4"
+    assert y(ask(engine, "good", 2)) == [2]
+
+
+def test_the_end_of_a_process_is_told_with_its_status(repository: Repository, engine: Engine) -> None:
+    add(repository, "m", "def initialize(self, args): os._exit(5)\n" + ECHO)
+    engine.load_all()
+    (failure,) = reasons(engine).values()
+    assert failure == "model 'm': its process ended while it started (status 5)"
+
+
+def test_an_exit_in_finalize_ends_nothing_else(repository: Repository) -> None:
+    for name, extra in (("a", ""), ("b", IN_PROCESS)):
+        add(repository, name, ECHO + "\ndef finalize(self): sys.exit(1)", CONFIG + extra)
+    with engine_over(repository.root) as engine:
+        assert y(ask(engine, "a", 1)) == y(ask(engine, "b", 1)) == [1]
+
+
+FORKS = """
+def execute(self, requests):
+    way = x_of(requests[0])[0]
+    if way == 1:  # both return
+        os.fork()
+    if way == 2:  # a helper that has all that this has, and outlives it
+        reading, writing = os.pipe()
+        if os.fork() == 0:
+            signal.pause()
+        os._exit(7)
+    return [response(os.getpid()) for r in requests]
+"""
+
+
+def test_what_a_model_forks_neither_answers_nor_hides_its_death(repository: Repository, engine: Engine) -> None:
+    add(repository, "m", FORKS)
+    engine.load_all()
+    (before,) = y(ask(engine, "m", 0))
+    assert [y(ask(engine, "m", 1)) for _ in range(3)] == [[before]] * 3
+    dead = ask(engine, "m", 2)
+    assert isinstance(dead, Unavailable)
+    assert "model 'm': its process ended while it executed (status 7) and is started anew" in dead.message
+    assert y(ask(engine, "m", 0)) != [before]
+
+
+SIDE = """
+def initialize(self, args):
+    family = pb_utils.MetricFamily("of_processes", "For a test.", pb_utils.MetricFamily.COUNTER)
+    self.metric = family.Metric({"model": "m"})
+
+def execute(self, requests):
+    pb_utils.Logger.log_warn("told by a model")
+    self.metric.increment(2)
+    inner = pb_utils.InferenceRequest(
+        model_name="inner", inputs=[pb_utils.Tensor("x", x_of(requests[0]) * 2)], requested_output_names=["y"])
+    answer = inner.exec()
+    y = pb_utils.get_output_tensor_by_name(answer, "y").as_numpy()
+    return [response(*y, self.metric.value()) for r in requests]
+"""
+
+
+def test_metrics_logs_and_other_models_are_the_servers(
+    repository: Repository, engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    add(repository, "m", SIDE)
+    add(repository, "inner", ECHO, CONFIG + IN_PROCESS)
+    engine.load_all()
+    large = list(range(50_000))
+    with caplog.at_level(logging.WARNING):
+        answers = [y(ask(engine, "m", *large)) for _ in range(2)]
+    assert [answer[-1] for answer in answers] == [2, 4]
+    assert answers[0][:-1] == [2.0 * each for each in large]
+    assert caplog.messages.count("told by a model") == 2
+    (family,) = [each for each in custom_metrics.collect() if each.name == "of_processes"]
+    assert [(sample.labels, sample.value) for sample in family.samples] == [({"model": "m"}, 4)]
+
+
+GOES_ON = """
+def execute(self, requests):
+    for request in requests:
+        threading.Thread(target=self.answer, args=(request, request.get_response_sender())).start()
+
+def answer(self, request, sender):
+    while not request.is_cancelled():
+        sender.send(response(1))
+    sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+"""
+
+
+def test_a_model_sees_that_its_caller_has_gone_and_its_death_ends_its_streams(
+    repository: Repository, engine: Engine
+) -> None:
+    ends = GOES_ON.replace("sender.send(response(1))\n", "sender.send(response(1))\n        os._exit(9)\n")
+    add(repository, "goes_on", GOES_ON, DECOUPLED)
+    add(repository, "ends", ends, DECOUPLED)
+    engine.load_all()
+    gather, first = Gather(1), threading.Event()
+    call = Call(request("goes_on"), gather, None, lambda _: first.set())
+    engine([call])
+    assert first.wait(30)
+    call.is_cancelled = True
+    gather.wait()
+    assert isinstance(call.answer, InferResponse) and call.answer.is_null
+    answers = Answers()
+    dying = answers.call(request("ends"))
+    engine([dying])
+    answers.gather.wait()
+    assert isinstance(dying.answer, Unavailable) and "status 9" in dying.answer.message
+
+
+def environment(folder: Path, version: str = "") -> Path:
+    """A virtual environment with a package that only it has."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    (packages / "only_here.py").write_text("K = 42")
+    if version:
+        (folder / "bin" / "python").unlink()
+        (folder / "bin" / "python").write_text(f"#!/bin/sh\necho {version}\n")
+        (folder / "bin" / "python").chmod(0o755)
+    return folder
+
+
+def with_environment(path: str) -> str:
+    return CONFIG + f'parameters {{ key: "EXECUTION_ENV_PATH" value {{ string_value: "{path}" }} }}'
+
+
+NEEDS = """
+def execute(self, requests):
+    import only_here
+    return [response(only_here.K) for r in requests]
+"""
+
+
+def test_an_environment_of_its_own_is_honoured(repository: Repository, engine: Engine, tmp_path: Path) -> None:
+    folder = environment(tmp_path / "environment")
+    add(repository, "folder", NEEDS, with_environment(str(folder)))
+    add(repository, "archive", NEEDS, with_environment("$$TRITON_MODEL_DIRECTORY/environment.tar.gz"))
+    with tarfile.open(repository.root / "archive" / "environment.tar.gz", "w:gz") as archive:
+        archive.add(folder, ".")
+    engine.load_all()
+    assert not engine.failures()
+    assert y(ask(engine, "folder")) == y(ask(engine, "archive")) == [42]
+
+
+def test_an_environment_that_cannot_be_used_is_refused(repository: Repository, engine: Engine, tmp_path: Path) -> None:
+    (tmp_path / "no.tar.gz").write_bytes(b"no archive")
+    add(repository, "absent", NEEDS, with_environment("/no/such/environment.tar.gz"))
+    add(repository, "broken", NEEDS, with_environment(str(tmp_path / "no.tar.gz")))
+    add(repository, "older", NEEDS, with_environment(str(environment(tmp_path / "older", "3.8"))))
+    add(repository, "here", NEEDS, with_environment("/no/such/environment.tar.gz") + IN_PROCESS)
+    engine.load_all()
+    said = reasons(engine)
+    assert "model 'absent': parameters.EXECUTION_ENV_PATH: '/no/such/environment.tar.gz': no such" in said["absent"]
+    assert "model 'broken': parameters.EXECUTION_ENV_PATH" in said["broken"]
+    assert f"expected Python 3.{sys.version_info.minor}, as the server's, got 3.8" in said["older"]
+    assert "does not go with parameters.EXECUTION_ENV_PATH" in said["here"]
+
+
+def test_a_configuration_is_completed_in_a_process(repository: Repository, engine: Engine) -> None:
+    body = "@staticmethod\ndef auto_complete_config(config):\n    {}\n    return config\n" + ECHO
+    fills = (
+        "config.add_input({'name': 'x', 'data_type': 'TYPE_FP32', 'dims': [-1]});"
+        "config.add_output({'name': 'y', 'data_type': 'TYPE_FP32', 'dims': [-1]})"
+    )
+    add(repository, "good", body.format(fills), 'backend: "python"')
+    add(repository, "exits", body.format("sys.exit(3)"), 'backend: "python"')
+    add(repository, "ends", body.format("os._exit(3)"), 'backend: "python"')
+    engine.load_all()
+    assert y(ask(engine, "good", 3)) == [3]
+    said = reasons(engine)
+    assert "model.py could not complete its configuration: SystemExit: 3" in said["exits"]
+    assert "model.py could not complete its configuration: its process ended (status 3)" in said["ends"]
+
+
+def test_one_that_dies_while_idle_is_replaced_by_the_next_request(repository: Repository, engine: Engine) -> None:
+    ends = "def execute(self, requests):\n    threading.Timer(0.01, os._exit, [3]).start()\n"
+    add(repository, "m", ends + "    return [response(os.getpid())]")
+    engine.load_all()
+    (first,) = y(ask(engine, "m"))
+    wait_until(lambda: not Path(f"/proc/{int(first)}").exists())
+    assert y(ask(engine, "m")) != [first]
