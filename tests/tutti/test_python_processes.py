@@ -413,3 +413,22 @@ def test_one_that_dies_while_idle_is_replaced_by_the_next_request(repository: Re
     (first,) = y(ask(engine, "m"))
     wait_until(lambda: not Path(f"/proc/{int(first)}").exists())
     assert y(ask(engine, "m")) != [first]
+
+
+KEEPS_INPUTS = """
+def initialize(self, args): self.kept = []
+def execute(self, requests):
+    self.kept.append(x_of(requests[0]))
+    return [response(*np.concatenate(self.kept)[::10_000])]
+"""
+
+
+def test_what_a_model_or_a_caller_keeps_stays_what_it_was(repository: Repository, engine: Engine) -> None:
+    add(repository, "m", KEEPS_INPUTS)
+    add(repository, "echo", "def execute(self, requests): return [response(*(x_of(r) + 1)) for r in requests]")
+    engine.load_all()
+    for count in range(1, 4):
+        expected = [float(each) for each in range(1, count + 1) for _ in range(2)]
+        assert y(ask(engine, "m", *[count] * 20_000)) == expected
+    answers = [ask(engine, "echo", *[count] * 20_000) for count in range(4)]
+    assert [set(y(answer)) for answer in answers] == [{1}, {2}, {3}, {4}]

@@ -33,7 +33,7 @@ from tutti.backends.isolated_wire import Arena
 from tutti.devices.health import health
 from tutti.errors import ConfigError, InferError, Internal
 from tutti.repository import ModelFolder
-from tutti.types import Answer, Call, InferRequest, InferResponse, now_ns
+from tutti.types import Answer, Call, Emit, InferRequest, InferResponse, now_ns
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -91,14 +91,16 @@ def _execute_all(
 ) -> None:
     own = os.getpid()
     while message := channel.recv_bytes():
-        model, version, heads, payload = pickle.loads(message)
+        (model, version, heads, payload), begin = pickle.loads(message)
         view = wire.unpacked(payload, inputs)
         calls = [server.received(head, wire.request_of(model, version, head, view)) for head in heads]
         del view
         answers = _answers(backend, calls)
         if os.getpid() != own:  # the model has forked, and this is the other process
             os._exit(0)
-        channel.send_bytes(pickle.dumps((_packed(model, answers, outputs), bool(health.failures())), protocol=5))
+        packed = _packed(model, answers, outputs, begin)
+        del calls, answers
+        channel.send_bytes(pickle.dumps((packed, bool(health.failures()), inputs.begin()), protocol=5))
 
 
 def _answers(backend: "python.PythonBackend", calls: Sequence[Call]) -> list[Answer | None]:
@@ -110,12 +112,12 @@ def _answers(backend: "python.PythonBackend", calls: Sequence[Call]) -> list[Ans
     ]
 
 
-def _packed(model: str, answers: Sequence[Answer | None], outputs: Arena) -> wire.Answers:
+def _packed(model: str, answers: Sequence[Answer | None], outputs: Arena, begin: int) -> wire.Answers:
     """The answers; one that cannot be sent is an error of its own."""
     try:
-        return wire.pack_answers(answers, outputs)
+        return wire.pack_answers(answers, outputs, begin)
     except Exception:
-        return wire.pack_answers([_sendable(model, answer) for answer in answers], outputs)
+        return wire.pack_answers([_sendable(model, answer) for answer in answers], outputs, begin)
 
 
 def _sendable(model: str, answer: Answer | None) -> Answer | None:
@@ -281,7 +283,16 @@ class _ServedCall(Call):
         self.number = number
         self.server = server
         self.refusal: InferError | None = None
-        super().__init__(request, _SETTLED, None, self._emit)
+        super().__init__(request, _SETTLED)
+
+    @property
+    def emit(self) -> Emit:  # type: ignore[override]
+        """Made anew each time: one that was kept would refer back, and keep the inputs."""
+        return self._emit
+
+    @emit.setter
+    def emit(self, value: Emit | None) -> None:
+        """It is always the server's."""
 
     @property
     def is_cancelled(self) -> bool:  # type: ignore[override]

@@ -97,6 +97,7 @@ class ModelProcess:
         self._writer: threading.Thread | None = None
         self._status: int | None = None
         self._inputs, self._outputs = Arena.new(), Arena.new()
+        self._inputs_begin = 0
         self._why: InferError | None = None
         self._reaping = threading.Lock()
         self._calls, self._side = self._started(command)
@@ -143,12 +144,13 @@ class ModelProcess:
         """
         first_id = self._next_id
         self._next_id += len(calls)
-        data = pickle.dumps(wire.pack_batch(calls, first_id, now_ns(), self._inputs), protocol=5)
+        batch = wire.pack_batch(calls, first_id, now_ns(), self._inputs, self._inputs_begin)
+        data = pickle.dumps((batch, self._outputs.begin()), protocol=5)
         with self._lock:
             self._open.update(zip(range(first_id, first_id + len(calls)), calls, strict=True))
         try:
             self._calls_channel.send_bytes(data)
-            packed, is_lost = pickle.loads(self._calls_channel.recv_bytes())
+            packed, is_lost, self._inputs_begin = pickle.loads(self._calls_channel.recv_bytes())
         except BlockingIOError:
             raise Hangs from None
         except (EOFError, OSError):

@@ -4,65 +4,87 @@ A message is a pickle. The tensors of a batch lie in one stretch, each aligned: 
 bytes, else in an arena. Knows neither end.
 """
 
+import fcntl
 import mmap
 import os
+import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
+
+import numpy as np
 
 from tutti import rows
 from tutti.types import Answer, Call, Columns, InferRequest, InferResponse, Parameters, Raw, Shape, Tensor
 
 # (name, datatype, shape, where it begins, bytes)
 TensorHead = tuple[str, str, Shape, int, int]
-# The bytes of a message's tensors, or how many of them are in the arena.
-Payload = bytes | int
+# The bytes of a message's tensors, or where in the arena they begin, and how many there are.
+Payload = bytes | tuple[int, int]
 
 # Up to here a message is quicker than the arena.
 INLINE_BYTES = 32 * 1024
 _ALIGNMENT = 64
-_SEALS = ("F_ADD_SEALS", "F_SEAL_SHRINK")
+# Beyond it what is read is copied: a model may keep its inputs for as long as it likes.
+_MOST_LENT_BYTES = 64 << 20
 
 
 class Arena:
-    """Memory of two processes: one of them writes to it while the other does not read. It never shrinks."""
+    """Memory of two processes: one writes to it, the other reads, in place. It never shrinks.
+
+    Its reader tells the writer, with what it says anyway, where the next stretch may begin: behind those that somebody
+    still looks at, and at the beginning where there are none.
+    """
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
         self._map: mmap.mmap | None = None
+        # The reader's: what it has lent, and where that ends.
+        self._lent: list[tuple[weakref.ref[_Stretch], int]] = []
 
     @classmethod
     def new(cls) -> "Arena":
         """An empty one; that no process shrinks it is sealed, since who reads beyond its end is killed."""
-        import fcntl
-
         fd = os.memfd_create("tutti-model", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        if all(hasattr(fcntl, name) for name in _SEALS):
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
         return cls(fd)
 
-    def write(self, parts: Sequence[tuple[int, Raw]], size: int) -> None:
-        """Put each part to its place."""
-        view = self._mapped(size)
+    def write(self, parts: Sequence[tuple[int, Raw]], begin: int, size: int) -> None:
+        """Put each part to its place in the stretch that begins there."""
+        view = memoryview(self._mapped(begin + size))[begin:]
         for at, raw in parts:
-            view[at : at + len(raw)] = bytes(raw) if isinstance(raw, memoryview) and raw.format != "B" else raw
+            view[at : at + len(raw)] = raw
 
-    def read(self, size: int) -> bytearray:
-        """A copy of the first bytes, which the reader may write to."""
-        return bytearray(self._mapped(size)[:size])
+    def read(self, begin: int, size: int) -> memoryview:
+        """A stretch, which its reader may write to; nothing else is put there while any view of it is left."""
+        memory: Any = np.frombuffer(self._mapped(begin + size), np.uint8, size, begin)
+        if begin > _MOST_LENT_BYTES:  # somebody keeps what was read before
+            return memoryview(memory.copy())
+        stretch: Any = memory.view(_Stretch)
+        self._lent.append((weakref.ref(stretch), begin + size))
+        return memoryview(stretch)
+
+    def begin(self) -> int:
+        """The reader's: where the next stretch may begin."""
+        self._lent = [(lent, end) for lent, end in self._lent if lent() is not None]
+        end = max((end for _, end in self._lent), default=0)
+        return end + -end % mmap.PAGESIZE
 
     def close(self) -> None:
-        if self._map is not None:
-            self._map.close()
-            self._map = None
+        """What was lent stays."""
+        self._map = None
         os.close(self.fd)
 
-    def _mapped(self, size: int) -> memoryview:
+    def _mapped(self, size: int) -> mmap.mmap:
         if self._map is None or len(self._map) < size:
             there_are = os.fstat(self.fd).st_size
             if there_are < size:
                 os.ftruncate(self.fd, there_are := 1 << (size - 1).bit_length())
             self._map = mmap.mmap(self.fd, there_are)
-        return memoryview(self._map)
+        return self._map
+
+
+class _Stretch(np.ndarray[Any, Any]):
+    """Who looks at its memory refers to it: views do not look through a subclass."""
 
 
 class Packing:
@@ -83,11 +105,11 @@ class Packing:
             self._size += len(raw)
         return tuple(heads)
 
-    def payload(self, arena: Arena | None = None) -> Payload:
-        """All of them, as bytes or in the arena."""
+    def payload(self, arena: Arena | None = None, begin: int = 0) -> Payload:
+        """All of them, as bytes or in the arena's stretch that begins there."""
         if arena is not None and self._size > INLINE_BYTES:
-            arena.write(self._parts, self._size)
-            return self._size
+            arena.write(self._parts, begin, self._size)
+            return begin, self._size
         joined = bytearray(self._size)
         for at, raw in self._parts:
             joined[at : at + len(raw)] = raw
@@ -95,10 +117,10 @@ class Packing:
 
 
 def unpacked(payload: Payload, arena: Arena | None = None) -> memoryview:
-    """The stretch, a copy of its reader's own that may be written to."""
-    if isinstance(payload, int):
+    """The stretch, of its reader's own: it may be written to."""
+    if isinstance(payload, tuple):
         assert arena is not None
-        return memoryview(arena.read(payload))
+        return arena.read(*payload)
     return memoryview(bytearray(payload))
 
 
@@ -112,7 +134,7 @@ CallHead = tuple[int, str, tuple[str, ...], Parameters, tuple[TensorHead, ...], 
 Batch = tuple[str, str, list[CallHead], Payload]
 
 
-def pack_batch(calls: Sequence[Call], first_id: int, now_ns: int, arena: Arena | None) -> Batch:
+def pack_batch(calls: Sequence[Call], first_id: int, now_ns: int, arena: Arena | None, begin: int = 0) -> Batch:
     """Calls of one model and version; their ids count from the first."""
     packing = Packing()
     heads: list[CallHead] = []
@@ -123,7 +145,7 @@ def pack_batch(calls: Sequence[Call], first_id: int, now_ns: int, arena: Arena |
         inputs = packing.add(r.inputs.values())
         heads.append((number, r.id, r.outputs, r.parameters, inputs, left_ns, context, call.rows))
     first = calls[0].request
-    return first.model_name, first.model_version, heads, packing.payload(arena)
+    return first.model_name, first.model_version, heads, packing.payload(arena, begin)
 
 
 def request_of(model: str, version: str, head: CallHead, view: memoryview) -> InferRequest:
@@ -138,7 +160,7 @@ _ResponseHead = tuple[str, str, Parameters, tuple[TensorHead, ...], bool]
 Answers = tuple[str, Any, Payload]
 
 
-def pack_answers(answers: Sequence[Answer | None], arena: Arena | None = None) -> Answers:
+def pack_answers(answers: Sequence[Answer | None], arena: Arena | None = None, begin: int = 0) -> Answers:
     """Answers in the order of their calls; None stays None. One that has no wire form raises."""
     packing = Packing()
     columns = _columns(answers)
@@ -147,9 +169,9 @@ def pack_answers(answers: Sequence[Answer | None], arena: Arena | None = None) -
         assert isinstance(first, InferResponse)
         sizes = [answer.stop - answer.start for answer in answers if isinstance(answer, InferResponse)]
         heads = packing.add(columns.outputs)
-        return "columns", (first.model_name, first.model_version, heads, sizes), packing.payload(arena)
+        return "columns", (first.model_name, first.model_version, heads, sizes), packing.payload(arena, begin)
     packed = [_head(answer, packing) if isinstance(answer, InferResponse) else answer for answer in answers]
-    return "each", packed, packing.payload(arena)
+    return "each", packed, packing.payload(arena, begin)
 
 
 def unpack_answers(message: Answers, arena: Arena | None = None) -> list[Answer | None]:
