@@ -1,4 +1,4 @@
-"""The python backend's API as models use it: senders, BLS, auto-completion, cancellation, finalisation."""
+"""The python backend's API as models use it, in a process and in the server's: senders, BLS, cancellation, ends."""
 
 import json
 import textwrap
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.models import Repository
+from tests.models import IN_PROCESS, Repository
 from tests.serving import Gather, engine_over, infer, wait_until
 from tutti import repository as folders
 from tutti.backends import python
@@ -25,8 +25,19 @@ ONE_TO_ONE = """
 DECOUPLED = ONE_TO_ONE.format(rows=0, extra="model_transaction_policy { decoupled: true }")
 
 
+_modes = [""]
+
+
+@pytest.fixture(autouse=True, params=["", IN_PROCESS], ids=["process", "server"])
+def mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the test's models are."""
+    monkeypatch.setattr(f"{__name__}._modes", [request.param])
+    monkeypatch.setattr("tutti.custom_metrics._families", {})  # they are the process's, and outlive a server
+
+
 def add(repository: Repository, name: str, body: str, config: str = ONE_TO_ONE.format(rows=0, extra="")) -> None:
     """A model from the body of its class."""
+    config += _modes[0]
     source = "import json, threading\nimport numpy as np\nimport triton_python_backend_utils as pb_utils\n\n"
     source += "def value(request):\n    return pb_utils.get_input_tensor_by_name(request, 'x').as_numpy()\n\n"
     source += "def response(array, **more):\n"

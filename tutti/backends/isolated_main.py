@@ -104,8 +104,12 @@ def _execute_all(
 
 
 def _answers(backend: "python.PythonBackend", calls: Sequence[Call]) -> list[Answer | None]:
-    executed = backend.execute(calls)
-    answers = executed() if callable(executed) else executed
+    try:
+        executed = backend.execute(calls)
+        answers = executed() if callable(executed) else executed
+    except BaseException as error:
+        what = f"model '{calls[0].request.model_name}': its answers cannot be made: {pb_utils.told(error)}"
+        answers = [Internal(what)] * len(calls)
     return [
         InferError(str(answer)) if isinstance(answer, Exception) and not isinstance(answer, InferError) else answer
         for answer in answers

@@ -464,6 +464,9 @@ class PythonBackend:
             )
         error = response.error()
         if error is not None:
+            if not isinstance(error, pb_utils.TritonError):
+                got = type(error).__name__
+                return Internal(f"model '{self._config.name}': a response's error: expected a TritonError, got a {got}")
             return error.as_infer_error()
         asked = call.request.outputs
         try:
