@@ -102,6 +102,7 @@ _ANSWERS = (
     "return [pb_utils.InferenceResponse([pb_utils.Tensor('Z', x_of(requests[0]))])]",
     "return [pb_utils.InferenceResponse(error=pb_utils.TritonError('\\ud800'))]",
     "return [pb_utils.InferenceResponse(error=7)]",
+    "return [pb_utils.InferenceResponse([pb_utils.Tensor('Y', x_of(requests[0]))], parameters={chr(0xD800): 1})]",
     "requests[0].get_response_sender(); return None",
     "s = requests[0].get_response_sender(); s.send(answer(x_of(requests[0])), 1); s.send(answer(x_of(requests[0])), 1)",
 )

@@ -432,3 +432,30 @@ def test_what_a_model_or_a_caller_keeps_stays_what_it_was(repository: Repository
         assert y(ask(engine, "m", *[count] * 20_000)) == expected
     answers = [ask(engine, "echo", *[count] * 20_000) for count in range(4)]
     assert [set(y(answer)) for answer in answers] == [{1}, {2}, {3}, {4}]
+
+
+UNSAYABLE = """
+def execute(self, requests):
+    way, lone = int(x_of(requests[0])[0]), chr(0xD800)
+    if way == 0:
+        raise ValueError(lone)
+    error = [None, pb_utils.TritonError(lone), 7, None, None][way]
+    parameters = {lone: lone} if way == 3 else {}
+    y = np.ones(1, np.complex64 if way == 4 else np.float32)
+    return [pb_utils.InferenceResponse([pb_utils.Tensor("y", y)], error=error, parameters=parameters)]
+"""
+
+
+@pytest.mark.parametrize("extra", ["", IN_PROCESS])
+def test_what_no_protocol_can_say_is_said_otherwise(repository: Repository, engine: Engine, extra: str) -> None:
+    add(repository, "m", UNSAYABLE, CONFIG + extra)
+    engine.load_all()
+    answers = [ask(engine, "m", way) for way in range(5)]
+    messages = [answer.message for answer in answers if isinstance(answer, Internal)]
+    assert messages == [
+        "model 'm': execute raised ValueError: \\ud800",
+        "\\ud800",
+        "model 'm': a response's error: expected a TritonError, got a int",
+        "model 'm': response parameters: expected numbers, text and booleans",
+        "model 'm': numpy dtype complex64 has no Triton datatype",
+    ]

@@ -477,9 +477,10 @@ class PythonBackend:
                 if name in outputs and (not asked or name in asked)
             ]
         except InferError as bad_output:
-            return Internal(bad_output.message)
+            named = f"model '{self._config.name}'"
+            return Internal(bad_output.message if named in bad_output.message else f"{named}: {bad_output.message}")
         parameters = pb_utils.parameters_of(response)
-        if parameters and not all(isinstance(value, bool | int | float | str) for value in parameters.values()):
+        if parameters and not pb_utils.are_parameters(parameters):
             return Internal(f"model '{self._config.name}': response parameters: expected numbers, text and booleans")
         return InferResponse(self._config.name, self._version, chosen, parameters)
 

@@ -51,9 +51,24 @@ def told(error: BaseException) -> str:
     """Not for models: an exception of a model's, in one sentence. Its own text may fail to be made."""
     kind = type(error).__name__
     try:
-        return f"{kind}: {error}"
+        return sayable(f"{kind}: {error}")
     except BaseException:
         return f"{kind}, whose text cannot be made"
+
+
+def sayable(text: object) -> str:
+    """Not for models: a text of theirs in characters that every protocol can carry."""
+    return str(text).encode("utf-8", "backslashreplace").decode()
+
+
+def are_parameters(given: Mapping[Any, Any]) -> bool:
+    """Not for models: whether every protocol can carry these parameters of a response."""
+    texts = [each for pair in given.items() for each in pair if isinstance(each, str)]
+    return (
+        all(isinstance(name, str) for name in given)
+        and all(isinstance(value, bool | int | float | str) for value in given.values())
+        and all(sayable(text) == text for text in texts)
+    )
 
 
 def has_text(error: BaseException) -> bool:
@@ -99,7 +114,7 @@ class TritonError:
         return self._code
 
     def as_infer_error(self) -> errors.InferError:
-        return self._CLASSES.get(self._code, errors.Internal)(self._message)
+        return self._CLASSES.get(self._code, errors.Internal)(sayable(self._message))
 
     @classmethod
     def of(cls, error: errors.InferError) -> "TritonError":
