@@ -1,10 +1,13 @@
-"""Audio: which family a source is of, and the classifiers and embeddings over whole clips.
+"""Audio: which family a source is of; classifiers, embeddings and CTC transcription over whole clips.
 
 Features are in the graph, so that it takes samples: log-mel spectrograms as a convolution (AST, CLAP), zero mean and
 unit variance (wav2vec 2.0, WavLM, HuBERT). They are compared with the checkpoint's own feature extractor.
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +15,18 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from export import onnx, silero, whisper
+from export import checkpoint, onnx, silero, whisper
+from export.checkpoint import Loaded
 from export.ensemble import chain, labels_step
 from export.errors import ExportError
 from export.features import LogMel, kernel
-from export.graphs import Arrays, Graph, Limits, Product
-from export.sound import AUDIO_FILE, decoder_step, in_int16, read
+from export.graphs import Arrays, Check, Graph, Limits, Product, Trial
+from export.layout import Entry, step_file
+from export.sound import AUDIO_FILE, as_wav, decoder_step, in_int16, read
 from export.sources import Source
+from tutti.config import TensorSpec
 
 MAX_BATCH_SIZE = 16
-SEED = 0
 _WAVEFORM = ("wav2vec2", "wavlm", "hubert", "unispeech", "unispeech-sat", "wav2vec2-conformer")
 _AST_FLOOR = 1.192092955078125e-07
 # The extractors work in float64, and cast what they make: mels of near silence differ by more than a graph does.
@@ -32,11 +37,12 @@ _WIDE = frozenset({"AUDIO"})
 
 
 class SpectrogramClassifier(torch.nn.Module):
-    """AUDIO [batch, samples] FP32, 16 kHz -> SCORES [batch, classes] FP32, softmax: AST over its filter bank."""
+    """AUDIO [batch, samples] FP32, 16 kHz -> SCORES [batch, classes] FP32: AST over its filter bank."""
 
-    def __init__(self, model: Any, extractor: Any) -> None:
+    def __init__(self, model: Any, extractor: Any, function: str) -> None:
         super().__init__()
         self.model = model
+        self._function = function
         window = np.hanning(400)
         filters = _ast_filters(extractor)
         weight = kernel(window, 512, preemphasis=0.97, removes_offset=True)
@@ -49,15 +55,17 @@ class SpectrogramClassifier(torch.nn.Module):
         mel = F.pad(self.mel(AUDIO), (0, 0, 0, self._frames))[:, : self._frames]
         if self._is_normalized:
             mel = (mel - self._mean) / self._scale
-        return self.model(input_values=mel.to(self.model.dtype)).logits.softmax(-1)  # type: ignore[no-any-return]
+        logits = self.model(input_values=mel.to(self.model.dtype)).logits
+        return checkpoint.scores(logits, self._function)
 
 
-class WaveformClassifier(torch.nn.Module):
-    """AUDIO [batch, samples] FP32, 16 kHz -> SCORES [batch, classes] FP32, softmax."""
+class Waveform(torch.nn.Module):
+    """AUDIO [batch, samples] FP32, 16 kHz -> SCORES [batch, classes] FP32, or LOGITS of each frame: function "none"."""
 
-    def __init__(self, model: Any, extractor: Any) -> None:
+    def __init__(self, model: Any, extractor: Any, function: str) -> None:
         super().__init__()
         self.model = model
+        self._function = function
         self._is_normalized = bool(extractor.do_normalize)
 
     def forward(self, AUDIO: torch.Tensor) -> torch.Tensor:  # noqa: N803 - the tensor's name in the repository
@@ -65,7 +73,7 @@ class WaveformClassifier(torch.nn.Module):
         if self._is_normalized:
             variance = audio.var(dim=1, keepdim=True, correction=0)
             audio = (audio - audio.mean(dim=1, keepdim=True)) / (variance + 1e-7).sqrt()
-        return self.model(input_values=audio.to(self.model.dtype)).logits.softmax(-1)  # type: ignore[no-any-return]
+        return checkpoint.scores(self.model(input_values=audio.to(self.model.dtype)).logits, self._function)
 
 
 class AudioEncoder(torch.nn.Module):
@@ -110,85 +118,149 @@ def product(
 
     `datatype` is that of samples, FP32 or INT16.
     """
-    from transformers import AutoConfig
-
     if samples is not None and not samples.is_dir():
         raise ExportError(f"--samples {samples}: expected a folder of WAV files")
     if source.is_local and source.path.is_file():
         return silero.product(source, name, ensemble, samples, datatype)
-    if source.location is None:
-        return _classifier(source, source.config_type, name, ensemble, work, samples, datatype)
-    try:
-        kind = AutoConfig.from_pretrained(source.location).model_type
-    except (OSError, ValueError) as error:
-        raise ExportError(f"transformers cannot load '{source.location}': {error}") from None
-    if kind == "whisper":
-        return whisper.product(source.location, source.provenance, name, ensemble, work, language, task, datatype)
-    if kind == "clap":
-        return _embedding(source, name, ensemble, samples, datatype)
-    return _classifier(source, kind, name, ensemble, work, samples, datatype)
+    config = checkpoint.configuration(source)
+    kind, head = config.model_type, checkpoint.task_of(config)
+    if source.location is not None:
+        if kind == "whisper" and head in ("", "ConditionalGeneration"):
+            return whisper.product(source.location, source.provenance, name, ensemble, work, language, task, datatype)
+        if kind == "clap" and not head:
+            return _embedding(source, config, name, ensemble, samples, datatype)
+        if kind in _WAVEFORM and head == "CTC":
+            return _transcription(source, config, name, ensemble, work, samples, datatype)
+        if head not in ("SequenceClassification", "AudioClassification") or kind == "whisper":
+            raise ExportError(
+                f"'{source.given}' is a {checkpoint.architecture(config) or kind}: `tutti export audio` covers Whisper "
+                "(WhisperForConditionalGeneration), sound classifiers (as Wav2Vec2ForSequenceClassification), CTC "
+                "transcription (as Wav2Vec2ForCTC), CLAP's embeddings and Silero's file"
+            )
+    return _classifier(source, config, name, ensemble, work, samples, datatype)
 
 
-def _load(source: Source, kind: str, family: str) -> tuple[Any, Any]:
+def _load(source: Source, config: Any, family: str) -> tuple[Loaded, Any]:
     """(model, its feature extractor); random weights and a plain extractor for a configuration."""
     import transformers
 
-    torch.manual_seed(SEED)
-    maker = getattr(transformers, family)
-    try:
-        if source.location is not None:
-            model = maker.from_pretrained(source.location, dtype=torch.float32)
-            return model.eval(), transformers.AutoFeatureExtractor.from_pretrained(source.location)
-        config = transformers.AutoConfig.for_model(source.config_type, **dict(source.options))
-        model = maker.from_config(config).eval()
-        if kind == "audio-spectrogram-transformer":
-            frames, bins = int(config.max_length), int(config.num_mel_bins)
-            return model, transformers.ASTFeatureExtractor(max_length=frames, num_mel_bins=bins)
-        return model, transformers.Wav2Vec2FeatureExtractor()
-    except (OSError, ValueError, KeyError) as error:
-        raise ExportError(f"transformers cannot load the audio model: {error}") from None
+    loaded = checkpoint.load(getattr(transformers, family), source, config)
+    if source.location is not None:
+        with checkpoint.told(source):
+            return loaded, transformers.AutoFeatureExtractor.from_pretrained(source.location)
+    if config.model_type == "audio-spectrogram-transformer":
+        frames, bins = int(config.max_length), int(config.num_mel_bins)
+        return loaded, transformers.ASTFeatureExtractor(max_length=frames, num_mel_bins=bins)
+    return loaded, transformers.Wav2Vec2FeatureExtractor()
 
 
 def _classifier(
-    source: Source, kind: str, name: str, ensemble: str, work: Path, samples: Path | None, datatype: str
+    source: Source, config: Any, name: str, ensemble: str, work: Path, samples: Path | None, datatype: str
 ) -> Product:
     """NAME_classifier, from samples to scores; and the ensemble from a file's bytes to labels."""
-    known = ("audio-spectrogram-transformer", *_WAVEFORM)
+    known, kind = ("audio-spectrogram-transformer", *_WAVEFORM), config.model_type
     if kind not in known:
         raise ExportError(f"expected whisper, clap, {', '.join(known)} or Silero's file, got '{kind}'")
-    model, extractor = _load(source, kind, "AutoModelForAudioClassification")
-    is_spectrogram = kind == "audio-spectrogram-transformer"
-    module = (SpectrogramClassifier if is_spectrogram else WaveformClassifier)(model, extractor).eval()
+    loaded, extractor = _load(source, config, "AutoModelForAudioClassification")
+    function = checkpoint.function_of(loaded.model.config, is_one_sigmoid=False)
+    labels = checkpoint.labels(loaded.model.config)
+    graph, seen = _over_samples(loaded, extractor, f"{name}_classifier", "SCORES", function, samples, source)
+    graph = replace(graph, labels=labels)
+    last = [labels_step(name, labels, work)]
+    rate = int(extractor.sampling_rate)
+    return _with_ensemble(graph, source, name, ensemble, rate, 0, last, datatype, seen, _sounds(graph, rate))
+
+
+def _over_samples(
+    loaded: Loaded, extractor: Any, name: str, output: str, function: str, samples: Path | None, source: Source
+) -> tuple[Graph, Check]:
+    """The graph of a network from samples to what it makes of them, and what was seen of its weights."""
+    model = loaded.model
+    is_spectrogram = model.config.model_type == "audio-spectrogram-transformer"
+    module = (SpectrogramClassifier if is_spectrogram else Waveform)(model, extractor, function).eval()
 
     def reference(case: Arrays) -> Arrays:
         features = extractor(list(case["AUDIO"]), sampling_rate=extractor.sampling_rate, return_tensors="pt")
         with torch.inference_mode():
-            return {"SCORES": model(input_values=features["input_values"]).logits.softmax(-1).numpy()}
+            logits = model(input_values=features["input_values"]).logits
+            return {output: checkpoint.scores(logits, function).numpy()}
 
-    rate, names = int(extractor.sampling_rate), model.config.id2label
-    labels = [str(names[number]) for number in range(len(names))]
+    rate = int(extractor.sampling_rate)
     longest = 160 * (int(extractor.max_length) + 2) if is_spectrogram else 10 * rate
     graph = Graph(
-        f"{name}_classifier",
+        name,
         module,
         {"AUDIO": torch.from_numpy(_noise(2, rate, 3))},
-        ("SCORES",),
+        (output,),
         {"AUDIO": {0: onnx.BATCH, 1: "samples"}},
         _cases((rate // 2, rate, 2 * rate + 123, min(longest + 5000, 4 * rate)), samples, rate),
         {"AUDIO": ((1, rate // 2), (4, 2 * rate), (MAX_BATCH_SIZE, max(longest, 4 * rate)))},
         reference=reference,
         max_batch_size=MAX_BATCH_SIZE,
-        labels=labels,
-        decision="SCORES",
+        decision=output,
         limits={"fp32": _FEATURES, "torch": _FEATURES},
         wide=_WIDE,
     )
-    return _with_ensemble(graph, source, name, ensemble, rate, 0, labels, work, datatype)
+    return graph, checkpoint.check_weights(loaded, module, {"AUDIO": graph.example["AUDIO"]}, source)
 
 
-def _embedding(source: Source, name: str, ensemble: str, samples: Path | None, datatype: str) -> Product:
+def _transcription(
+    source: Source, config: Any, name: str, ensemble: str, work: Path, samples: Path | None, datatype: str
+) -> Product:
+    """NAME_frames, from samples to the logits of each frame; and the ensemble from a file's bytes to its text."""
+    from transformers import AutoTokenizer
+
+    loaded, extractor = _load(source, config, "AutoModelForCTC")
+    with checkpoint.told(source):
+        tokenizer = AutoTokenizer.from_pretrained(source.location)
+    graph, seen = _over_samples(loaded, extractor, f"{name}_frames", "LOGITS", "none", samples, source)
+    rate = int(extractor.sampling_rate)
+    trials = _sounds(graph, rate, lambda logits: tokenizer.decode(logits[0].argmax(-1)))
+    last = [_transcript_step(name, tokenizer, config, work)]
+    return _with_ensemble(graph, source, name, ensemble, rate, 0, last, datatype, seen, trials)
+
+
+def _transcript_step(name: str, tokenizer: Any, config: Any, work: Path) -> Entry:
+    """NAME_transcript: LOGITS -> TEXT, by the checkpoint's own vocabulary."""
+    size = int(config.vocab_size)
+    if len(tokenizer) > size:
+        raise ExportError(f"its tokenizer has {len(tokenizer)} tokens, its network {size}: it is another's")
+    tokens = [str(tokenizer.convert_ids_to_tokens(number)) for number in range(size)]
+    told = {
+        "tokens": tokens,
+        "blank": int(tokenizer.pad_token_id),
+        "delimiter": str(tokenizer.word_delimiter_token),
+        "is_lower": bool(getattr(tokenizer, "do_lower_case", False)),
+    }
+    file = work / "vocabulary.json"
+    file.write_text(json.dumps(told, ensure_ascii=False), encoding="utf-8")
+    given, made = TensorSpec("LOGITS", "FP32", (-1, size)), TensorSpec("TEXT", "BYTES", (1,))
+    files = {"model.py": step_file("transcript"), "vocabulary.json": file}
+    return Entry(f"{name}_transcript", "python", [given], [made], files, MAX_BATCH_SIZE)
+
+
+def _sounds(graph: Graph, rate: int, text_of: Callable[[Any], str] | None = None) -> list[Trial]:
+    """Short, usual and long files, by the graph's own reference: the checkpoint's extractor and transformers' model."""
+    reference = graph.reference
+    assert reference is not None
+
+    def original(samples: Any) -> Arrays:
+        found = reference({"AUDIO": samples.astype(np.float32)[np.newaxis] / 32768})
+        if text_of is None:
+            return found
+        return {"TEXT": np.array([[text_of(found["LOGITS"]).encode()]], dtype=object)}
+
+    made = []
+    for what, seconds in (("half a second", 0.5), ("two seconds", 2), ("twelve seconds", 12)):
+        samples = (_noise(1, int(seconds * rate), 7)[0].clip(-1, 1) * 32767).astype("<i2")
+        made.append(Trial(what, {AUDIO_FILE.name: as_wav(samples, rate)}, partial(original, samples)))
+    return made
+
+
+def _embedding(source: Source, config: Any, name: str, ensemble: str, samples: Path | None, datatype: str) -> Product:
     """NAME_encoder, from ten seconds of samples to an embedding; and the ensemble from a file's bytes."""
-    model, extractor = _load(source, "clap", "AutoModel")
+    loaded, extractor = _load(source, config, "AutoModel")
+    model = loaded.model
     if model.config.audio_config.enable_fusion:
         raise ExportError(
             "CLAP with fusion draws the pieces of a clip at random, so that it has no one answer: expected a "
@@ -205,9 +277,11 @@ def _embedding(source: Source, name: str, ensemble: str, samples: Path | None, d
         found = found if isinstance(found, torch.Tensor) else found.pooler_output
         return {"EMBEDDING": F.normalize(found, dim=-1).numpy()}
 
+    module = AudioEncoder(model, extractor).eval()
+    seen = checkpoint.check_weights(loaded, module, {"AUDIO": torch.from_numpy(_noise(1, size, 3))}, source)
     graph = Graph(
         f"{name}_encoder",
-        AudioEncoder(model, extractor).eval(),
+        module,
         {"AUDIO": torch.from_numpy(_noise(2, size, 3))},
         ("EMBEDDING",),
         {"AUDIO": {0: onnx.BATCH}},
@@ -218,7 +292,7 @@ def _embedding(source: Source, name: str, ensemble: str, samples: Path | None, d
         limits={"fp32": _FEATURES, "torch": _FEATURES},
         wide=_WIDE,
     )
-    return _with_ensemble(graph, source, name, ensemble, rate, size, [], Path(), datatype)
+    return _with_ensemble(graph, source, name, ensemble, rate, size, [], datatype, seen)
 
 
 def _with_ensemble(
@@ -228,19 +302,24 @@ def _with_ensemble(
     ensemble: str,
     rate: int,
     size: int,
-    labels: Sequence[str],
-    work: Path,
+    last: Sequence[Entry],
     datatype: str,
+    seen: Check,
+    trials: Sequence[Trial] = (),
 ) -> Product:
+    """`last` are the steps behind the graph."""
     graph = in_int16(graph) if datatype == "INT16" else graph
     steps = [decoder_step(name, rate, size, "repeat", datatype)]
+    checks = [lambda _: seen]
     if not ensemble:
-        return Product([graph], steps, None, source.provenance)
-    steps += [labels_step(name, labels, work)] if labels else []
+        return Product([graph], steps, None, source.provenance, checks)
+    steps += last
     names = [f"{name}_decoder", graph.name, *(step.name for step in steps[1:])]
-    return Product(
-        [graph], steps, lambda entries: chain(ensemble, AUDIO_FILE, [entries[one] for one in names]), source.provenance
-    )
+
+    def make(entries: Mapping[str, Entry]) -> Entry:
+        return chain(ensemble, AUDIO_FILE, [entries[one] for one in names])
+
+    return Product([graph], steps, make, source.provenance, checks, trials=trials)
 
 
 def _noise(batch: int, samples: int, seed: int) -> np.ndarray[Any, Any]:

@@ -1,6 +1,7 @@
 """`tutti export audio|text|vision SOURCE`: export one model into a repository, or say why not and exit non-zero."""
 
 import argparse
+import logging
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from export.graphs import Product
     from export.pipeline import Options, Outcome
     from export.sources import Source
+
+_log = logging.getLogger(__name__)
 
 _SOURCE = "hub id, local folder or file, package:NAME/PATH, or config:TYPE[,key=value] (random weights)"
 _VARIANTS = ("fp32", "fp16", "int8", "torch", "torch-fp16", "torch-bf16", "tensorrt")
@@ -30,12 +33,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with tempfile.TemporaryDirectory(prefix="tutti-export-") as work:
             return _export(options, Path(work))
-    except TuttiError as error:
-        print(f"tutti export: nothing was published: {error}", file=sys.stderr)
-        return 1
     except ModuleNotFoundError as error:
         print(f"tutti export: '{error.name}' is not installed: pip install 'tutti[export]'", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("tutti export: nothing was published: it was interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:  # what libraries raise on models that nobody here has seen
+        return _refused(options, error)
+
+
+def _refused(options: argparse.Namespace, error: Exception) -> int:
+    """Say in a sentence why nothing was published, and on the page; where it went wrong is for who works on this."""
+    from export.errors import ParityError
+
+    _log.debug("the export failed", exc_info=error)
+    why = str(error)
+    if not isinstance(error, TuttiError):
+        why = f"{options.source!r} is not covered, or something is wrong with it: {_short(error)}"
+    if not isinstance(error, ParityError):
+        _page_of(options, why)
+    print(f"tutti export: nothing was published: {why}", file=sys.stderr)
+    return 1
+
+
+def _short(error: Exception) -> str:
+    """The exception's class and the first line that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+
+
+def _page_of(options: argparse.Namespace, why: str) -> None:
+    """The page of an export that was refused before anything was built."""
+    from export import sources
+    from export.graphs import Check
+    from export.pipeline import Outcome
+
+    try:
+        source = sources.resolve(options.source)
+        outcome = Outcome(options.name, source, _options(options), checks=[Check("source", False, why)])
+        outcome.provenance = source.provenance
+        print(f"tutti export: report: {_report(outcome, options)}", file=sys.stderr)
+    except (TuttiError, OSError) as error:
+        print(f"tutti export: no report: {error}", file=sys.stderr)
 
 
 def _wrong(options: argparse.Namespace) -> str:
@@ -93,7 +133,11 @@ def make_parser() -> argparse.ArgumentParser:
         command.add_argument("--dry-run", action="store_true", help="show what would be done")
         command.add_argument("--force", action="store_true", help="also where nothing has changed since the last time")
         if kind == "text":
-            command.add_argument("--task", choices=("auto", "embedding", "classification"), default="auto")
+            command.add_argument(
+                "--task", choices=("auto", "embedding", "classification", "ranking", "token-classification"),
+                default="auto", help="ranking: of pairs of texts (default: what the checkpoint's architecture says)",
+            )  # fmt: skip
+            command.add_argument("--prompt", help="of the checkpoint's, by name; '' for none (default: its own)")
             command.add_argument("--labelled", type=Path, help="tab-separated label, split, text: train a classifier")
         if kind == "audio":
             command.add_argument("--language", default="", help="Whisper: of the speech (default: told by the model)")
@@ -194,7 +238,9 @@ def _product(options: argparse.Namespace, source: "Source", work: Path) -> "Prod
     if options.kind == "text":
         from export import text
 
-        return text.product(source, options.name, ensemble, work, options.task, options.labelled, options.samples)
+        return text.product(
+            source, options.name, ensemble, work, options.task, options.labelled, options.samples, options.prompt
+        )
     from export import pixels, vision
 
     return vision.product(

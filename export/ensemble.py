@@ -19,17 +19,39 @@ def labels_step(name: str, labels: Sequence[str], work: Path) -> Entry:
     return Entry(f"{name}_labels", "python", [scores], made, files, MAX_BATCH_SIZE)
 
 
-def chain(name: str, given: TensorSpec, steps: Sequence[Entry]) -> Entry:
-    """Steps of which each takes what the one before it makes: tensors of its inputs' names, or else in their order.
+def entities_step(name: str, labels: Sequence[str], work: Path) -> Entry:
+    """NAME_entities: a text, the class scores and places of its tokens -> its entities, and each token's label."""
+    file = work / f"{name}.labels.txt"
+    file.write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
+    given = [
+        TensorSpec("TEXT", "BYTES", (1,)),
+        TensorSpec("TOKEN_SCORES", "FP32", (-1, len(labels))),
+        TensorSpec("OFFSETS", "INT64", (-1, 2)),
+    ]
+    made = [
+        TensorSpec("ENTITIES", "BYTES", (1,)),
+        TensorSpec("TOKEN_LABELS", "BYTES", (-1,)),
+        TensorSpec("TOKEN_OFFSETS", "INT64", (-1, 2)),
+    ]
+    files = {"model.py": step_file("entities"), "labels.txt": file}
+    return Entry(f"{name}_entities", "python", given, made, files, MAX_BATCH_SIZE)
+
+
+def chain(name: str, given: TensorSpec | Sequence[TensorSpec], steps: Sequence[Entry]) -> Entry:
+    """Steps of which each takes what those before it make: tensors of its inputs' names, or the last in order.
 
     Its outputs are the last step's, and the scores of those before it.
     """
-    before = {given.name: given.name}
+    inputs = [given] if isinstance(given, TensorSpec) else list(given)
+    before = {one.name: one.name for one in inputs}
+    known = dict(before)
     links, outputs = [], []
     for number, step in enumerate(steps):
         names = [spec.name for spec in step.inputs]
         if set(names) <= set(before):
             taken = {one: before[one] for one in names}
+        elif set(names) <= set(known):
+            taken = {one: known[one] for one in names}
         else:
             taken = dict(zip(names, before.values(), strict=True))
         is_last = number == len(steps) - 1
@@ -37,5 +59,5 @@ def chain(name: str, given: TensorSpec, steps: Sequence[Entry]) -> Entry:
         made = {spec.name: spec.name if spec in shown else f"{step.name}.{spec.name}" for spec in step.outputs}
         outputs += shown
         links.append(Link(step.name, taken, made))
-        before = made
-    return Entry(name, "", [given], outputs, {}, MAX_BATCH_SIZE, links=links)
+        before, known = made, {**known, **made}
+    return Entry(name, "", inputs, outputs, {}, MAX_BATCH_SIZE, links=links)

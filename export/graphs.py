@@ -109,10 +109,25 @@ class Check:
 
 
 @dataclass(frozen=True, slots=True)
+class Trial:
+    """A request of one row to the ensemble, `what` it is of, and what the checkpoint's own pipeline answers.
+
+    `inputs` are the bytes of each input of shape [1]; `expected` makes outputs by name, the batch of one first.
+    `read` makes of the ensemble's outputs what is compared with it.
+    """
+
+    what: str
+    inputs: Mapping[str, bytes]
+    expected: Callable[[], Arrays]
+    read: Callable[[Arrays], Arrays] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Product:
     """All of one export. `steps` are models of other backends; `ensemble` makes the last entry of all the others.
 
-    `provenance` says where the weights come from. `checks` look at the whole, given each graph's result by name.
+    `provenance` says where the weights come from. `checks` look at the whole, given each graph's result by name;
+    `trials` are asked of the ensemble before it is published.
     """
 
     graphs: Sequence[Graph]
@@ -121,3 +136,4 @@ class Product:
     provenance: str = ""
     checks: Sequence[Callable[[Mapping[str, Any]], Check]] = ()
     accuracy: float | None = None
+    trials: Sequence[Trial] = ()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from export import layout, manifest, onnx
+from export import layout, manifest, onnx, served
 from export.errors import ParityError
 from export.graphs import Check, Graph, Product
 from export.layout import Entry, Staging
@@ -123,9 +123,22 @@ def run(
         _stage(staging, entries, outcome, work)
         outcome.checks += _look_at(staging.folder, entries, outcome)
         _stop_if(outcome)
+        outcome.checks += _serve(staging.folder, product, outcome, entries)
+        _stop_if(outcome)
         outcome.published = staging.publish()
     outcome.seconds = time.monotonic() - started
     return outcome
+
+
+def _serve(folder: Path, product: Product, outcome: Outcome, entries: Mapping[str, Entry]) -> list[Check]:
+    """Ask what would be published. A plan runs on the GPU that it was built for, and is not asked."""
+    options = outcome.options
+    names = [entry.name for entry in entries.values() if entry.links]
+    if not names or not product.trials or options.backend == "tensorrt":
+        return []
+    variant = options.cpu if options.backend == "onnxruntime" else "torch"
+    limits = [graph.limits_of(variant) for graph in product.graphs]
+    return [served.check(folder, names[0], product.trials, max(limits, key=lambda one: one.max_error))]
 
 
 def _stop_if(outcome: Outcome) -> None:

@@ -4,6 +4,7 @@ As bytes, rescaled and normalised in the graph, they are a quarter of what they 
 """
 
 import importlib.util
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -175,6 +176,26 @@ def check_levels(source: Source, how: Preprocessing, form: Form) -> Check:
     limit = _ROUNDING / min(how.std)
     why = f"each level is the checkpoint's but for {worst:.1e} (of {limit:.1e})"
     return Check("image levels", worst <= limit, why)
+
+
+def processed(source: Source, data: bytes) -> torch.Tensor:
+    """What the checkpoint's own processor makes of a file's bytes, [1, 3, height, width] FP32."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(data)) as picture:
+        found: torch.Tensor = _processor(source)(picture.convert("RGB"), return_tensors="pt")["pixel_values"]
+    return found
+
+
+def encoded(size: tuple[int, int]) -> bytes:
+    """A PNG of this width and height, of soft spots of colour."""
+    from PIL import Image
+
+    rng = np.random.default_rng(SEED)
+    spots = Image.fromarray(rng.integers(0, 256, (6, 5, 3), dtype=np.uint8))
+    file = io.BytesIO()
+    spots.resize(size, Image.Resampling.BICUBIC).save(file, "PNG")
+    return file.getvalue()
 
 
 def _processor(source: Source) -> Any:

@@ -4,7 +4,9 @@ Samples as files have them, INT16 and scaled in the graph, are half of what they
 """
 
 import importlib.util
+import io
 import sys
+import wave
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -91,6 +93,17 @@ def in_int16(graph: Graph) -> Graph:
         cases=[given(case) for case in graph.cases],
         reference=None if reference is None else lambda case: reference(in_fp32(case)),
     )
+
+
+def as_wav(samples: Any, rate: int) -> bytes:
+    """A mono file of INT16 samples."""
+    file = io.BytesIO()
+    with wave.open(file, "wb") as out:
+        out.setnchannels(1)
+        out.setsampwidth(2)
+        out.setframerate(rate)
+        out.writeframes(samples.tobytes())
+    return file.getvalue()
 
 
 def published(step: str) -> ModuleType:

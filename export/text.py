@@ -1,14 +1,13 @@
-"""Text: embeddings and classifiers of BERT's kind with their own tokenizers, a classifier head over embeddings, a gate.
+"""Text: embeddings, classifiers, rerankers, labels of tokens, with their tokenizers; a head over embeddings, a gate.
 
-An encoder's graph ends in the pooling and normalisation that its sentence-transformers files ask for (by default the
-mean over the attention mask, and length 1); the tokenizer is a python step of its own.
+Which of these a checkpoint is, its architecture says. An encoder's graph ends in what its sentence-transformers files
+ask for (by default the mean over the attention mask, and length 1); the tokenizer is a python step of its own.
 """
 
 import csv
 import importlib.util
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,11 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from export import layout, lengths, onnx
-from export.ensemble import chain, labels_step
+from export import checkpoint, layout, lengths, onnx, sentences, text_trials
+from export.ensemble import chain, entities_step, labels_step
 from export.errors import ExportError
 from export.graphs import Arrays, Check, Claim, Graph, Product
+from export.sentences import Pooling, Recipe
 from export.sources import Source
 from export.variants import Result
 from tutti.config import TensorSpec
@@ -37,58 +37,72 @@ _MOST_TOKENS = 512
 _SPARE_ROWS = 512
 # Of the head's accuracy with another variant of the encoder.
 _MAX_ACCURACY_COST = 0.05
+# What tokenizers say that know no limit.
+_NO_LENGTH = 1 << 20
 _TEXT = TensorSpec("TEXT", "BYTES", (1,))
-_SENTENCES = (
-    "Act now and win a free phone.", "The meeting is at ten.", "x", "¿Dónde está la biblioteca?",
-    "A long sentence says little, and goes on and on about it, until everybody who has begun to read it has left. " * 3,
-)  # fmt: skip
+_TEXT_PAIR = TensorSpec("TEXT_PAIR", "BYTES", (1,))
 
 
 class SentenceEncoder(torch.nn.Module):
     """input_ids, attention_mask [batch, length] INT64 -> EMBEDDING [batch, width] FP32."""
 
-    def __init__(self, model: Any, pooling: str = "mean", is_normalized: bool = True) -> None:
+    def __init__(self, model: Any, pooling: Pooling, stages: Sequence[torch.nn.Module]) -> None:
         super().__init__()
         self.model = model
-        self._pooling = pooling
-        self._is_normalized = is_normalized
+        self.pooling = pooling
+        self.stages = torch.nn.Sequential(*stages)
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        weights = attention_mask.unsqueeze(-1).to(hidden.dtype)
-        if self._pooling == "cls":
-            pooled = hidden[:, 0]
-        elif self._pooling == "max":
-            pooled = hidden.masked_fill(weights == 0, torch.finfo(hidden.dtype).min).amax(1)
-        else:
-            pooled = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1e-9)
-        return F.normalize(pooled, p=2.0, dim=1) if self._is_normalized else pooled
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        found = self.model(**_given(input_ids, attention_mask, token_type_ids))
+        return self.stages(self.pooling(found.last_hidden_state, attention_mask))  # type: ignore[no-any-return]
 
 
-class SequenceClassifier(torch.nn.Module):
-    """input_ids, attention_mask [batch, length] INT64 -> SCORES [batch, classes] FP32.
+class Classifier(torch.nn.Module):
+    """input_ids, attention_mask [batch, length] INT64 -> SCORES [batch, classes] FP32, or of each token."""
 
-    Softmax; each class by itself where the checkpoint's problem is multi_label_classification; raw for a regression.
-    """
+    def __init__(self, model: Any, function: str) -> None:
+        super().__init__()
+        self.model = model
+        self.function = function
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        found = self.model(**_given(input_ids, attention_mask, token_type_ids))
+        return checkpoint.scores(found.logits, self.function)
+
+
+class ContrastiveText(torch.nn.Module):
+    """input_ids, attention_mask [batch, length] INT64 -> EMBEDDING [batch, width] FP32 of length 1: CLIP."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
-        kind = model.config.problem_type
-        self._kind = "raw" if kind == "regression" or model.config.num_labels == 1 else kind or "single"
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
-        if self._kind == "raw":
-            return logits
-        return logits.sigmoid() if self._kind.startswith("multi") else logits.softmax(-1)
+        given = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if hasattr(self.model, "get_text_features"):
+            found = self.model.get_text_features(**given)
+            found = found if isinstance(found, torch.Tensor) else found.pooler_output
+        else:
+            found = self.model(**given).text_embeds
+        return F.normalize(found, dim=-1)
+
+
+def _given(ids: torch.Tensor, mask: torch.Tensor, types: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """What a network is called with: types only where the checkpoint's tokenizer makes some that are not 0."""
+    return {"input_ids": ids, "attention_mask": mask} | ({} if types is None else {"token_type_ids": types})
 
 
 @dataclass(frozen=True, slots=True)
 class Encoder:
     """A loaded model with its tokenizer; None for random weights.
 
-    It has `places` for so many tokens, None for any number; its tokenizer makes at most `max_length` of a text.
+    `kind` is embedding, classification, ranking (classes of a pair of texts) or tokens (classes of each token). It has
+    `places` for so many tokens, None for any number; its tokenizer makes at most `max_length` of a text. `inputs` are
+    the graph's; `prompt` stands before each text. `weights` is what was seen of the checkpoint's.
     """
 
     module: torch.nn.Module
@@ -97,17 +111,35 @@ class Encoder:
     vocabulary: int
     places: int | None = None
     labels: tuple[str, ...] = ()
+    kind: str = "embedding"
+    inputs: tuple[str, ...] = ("input_ids", "attention_mask")
+    prompt: str = ""
+    checks: tuple[Check, ...] = ()
+    is_fixed: bool = False
 
     @property
     def output(self) -> str:
-        return "SCORES" if self.labels else "EMBEDDING"
+        return {"embedding": "EMBEDDING", "tokens": "TOKEN_SCORES"}.get(self.kind, "SCORES")
 
-    def tokens(self, texts: Sequence[str]) -> Arrays:
-        """As the tokenizer step makes them, but for the buckets."""
+    @property
+    def model(self) -> str:
+        """The last part of its graph's name."""
+        named = {"embedding": "encoder", "tokens": "tagger", "ranking": "ranker"}
+        return named.get(self.kind, "classifier")
+
+    @property
+    def texts(self) -> tuple[TensorSpec, ...]:
+        return (_TEXT, _TEXT_PAIR) if self.kind == "ranking" else (_TEXT,)
+
+    def tokens(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Arrays:
+        """As the tokenizer step makes them, but for the buckets. Of pairs, each with itself where none are given."""
+        second = list(pairs or texts) if self.kind == "ranking" else None
         found = self.tokenizer(
-            list(texts), padding=True, truncation=True, max_length=self.max_length, return_tensors="np"
-        )
-        return {name: found[name].astype(np.int64) for name in ("input_ids", "attention_mask")}
+            [self.prompt + text for text in texts], second, padding="max_length" if self.is_fixed else True,
+            truncation=True, max_length=self.max_length, return_tensors="np", padding_side="right",
+            return_attention_mask=True, return_token_type_ids="token_type_ids" in self.inputs,
+        )  # fmt: skip
+        return {name: found[name].astype(np.int64) for name in self.inputs}
 
     def embed(self, texts: list[str], run: Callable[[Arrays], Any] | None = None) -> np.ndarray[Any, Any]:
         """[len(texts), width], in PyTorch or as `run` does it."""
@@ -122,69 +154,189 @@ class Encoder:
         return np.concatenate(parts)
 
 
-def load(source: Source, task: str = "auto") -> Encoder:
-    """A model from a hub id, a local folder, or a configuration, which has no tokenizer."""
-    from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
-    from transformers.utils import logging as transformers_logging
+# What the architecture's name says behind "For", and what is made of it.
+_KINDS = {"SequenceClassification": "classification", "TokenClassification": "tokens"}
+_PLAIN = ("", "MaskedLM", "PreTraining", "CausalLM")
+_CONTRASTIVE = ("clip", "siglip", "siglip2")
+_COVERED = "embeddings, classifiers, rerankers (pairs of texts) and labels of tokens"
 
-    transformers_logging.disable_progress_bar()
-    torch.manual_seed(SEED)
-    try:
-        if source.location is None:
-            config = AutoConfig.for_model(source.config_type, **dict(source.options))
-        else:
-            config = AutoConfig.from_pretrained(source.location)
-        if task == "auto":
-            named = " ".join(config.architectures or [])
-            task = "classification" if "ForSequenceClassification" in named else "embedding"
-        family = AutoModelForSequenceClassification if task == "classification" else AutoModel
-        if source.location is None:
-            model, tokenizer = family.from_config(config), None
-        else:
-            model = family.from_pretrained(source.location, dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(source.location)
-    except (OSError, ValueError, KeyError) as error:
-        raise ExportError(f"transformers cannot load '{source.given}': {error}") from None
-    if tokenizer is not None and not hasattr(tokenizer, "backend_tokenizer"):
-        raise ExportError(f"'{source.given}' has a tokenizer without a tokenizer.json: expected a fast one")
-    vocabulary = model.get_input_embeddings().num_embeddings
+
+def load(source: Source, task: str = "auto", prompt: str | None = None) -> Encoder:
+    """A model from a hub id, a local folder, or a configuration, which has no tokenizer.
+
+    `task` auto is what its architecture says. Raises ExportError for what is not covered, or not the checkpoint's.
+    """
+    recipe = sentences.read(source, prompt)
+    config = checkpoint.configuration(recipe.source)
+    kind = _kind(config, source) if task == "auto" else {"token-classification": "tokens"}.get(task, task)
+    if task == "auto" and recipe.is_told and kind != "embedding":
+        kind = "embedding"
+    tokenizer = _tokenizer(recipe)
+    if config.model_type in _CONTRASTIVE or config.model_type.endswith("_text_model"):
+        return _contrastive(source, config, tokenizer, kind)
+    loaded = checkpoint.load(_family(config, kind), recipe.source, config)
+    if kind == "embedding" and not checkpoint.architecture(config) and source.location and loaded.unread:
+        raise ExportError(
+            f"config.json does not say what '{source.given}' is, and its {checkpoint.named(loaded.unread)} are no "
+            "encoder's: give --task embedding, classification, ranking or token-classification"
+        )
+    model = loaded.model
+    labels = checkpoint.labels(model.config) if kind != "embedding" else ()
+    module: torch.nn.Module
+    if kind == "embedding":
+        module = SentenceEncoder(model, recipe.pooling, recipe.stages).eval()
+    else:
+        module = Classifier(model, "softmax" if kind == "tokens" else _function(config, kind)).eval()
     places = lengths.places(model.config)
-    limit = _MOST_TOKENS if places is None else places
-    limit = min(limit, int(tokenizer.model_max_length)) if tokenizer is not None else limit
-    if task == "classification":
-        names = model.config.id2label
-        labels = tuple(str(names[number]) for number in range(len(names)))
-        return Encoder(SequenceClassifier(model).eval(), tokenizer, limit, vocabulary, places, labels)
-    pooling, is_normalized, most = _pooling(source)
-    limit = min(limit, most)
-    return Encoder(SentenceEncoder(model, pooling, is_normalized).eval(), tokenizer, limit, vocabulary, places)
+    limit = _limit(places, tokenizer, recipe.most if kind == "embedding" else None)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    encoder = Encoder(module, tokenizer, limit, vocabulary, places, labels, kind, prompt=recipe.prompt)
+    encoder = replace(encoder, inputs=_inputs(encoder))
+    example = {name: one.clamp(max=1) for name, one in _example(encoder).items()}
+    hint = "--task embedding publishes the embeddings of its encoder" if kind != "embedding" else ""
+    seen = checkpoint.check_weights(loaded, module, example, source, hint)
+    return replace(encoder, checks=(seen, *_told(recipe, kind)))
 
 
-def _pooling(source: Source) -> tuple[str, bool, int]:
-    """(mean, cls or max; whether it is normalised; the most tokens), as sentence-transformers' files say."""
-    folder = Path(source.location) if source.is_local and source.location else None
-    if folder is None or not (folder / "modules.json").is_file():
-        return "mean", True, 1 << 20
-    modules = json.loads((folder / "modules.json").read_text())
-    kinds = [module["type"].rpartition(".")[2] for module in modules]
-    unknown = set(kinds) - {"Transformer", "Pooling", "Normalize"}
-    if unknown:
-        raise ExportError(f"modules.json: expected Transformer, Pooling and Normalize, got {sorted(unknown)[0]}")
-    pooling = "mean"
-    for module in modules:
-        path = folder / module["path"] / "config.json"
-        if module["type"].endswith("Pooling") and path.is_file():
-            given = json.loads(path.read_text())
-            chosen = [key for key, value in given.items() if key.startswith("pooling_mode_") and value is True]
-            chosen = chosen or [f"pooling_mode_{given.get('pooling_mode', 'mean')}_tokens"]
-            known = {"mean_tokens": "mean", "cls_token": "cls", "cls_tokens": "cls", "max_tokens": "max"}
-            kind = chosen[0].removeprefix("pooling_mode_")
-            if len(chosen) != 1 or kind not in known:
-                raise ExportError(f"1_Pooling/config.json: expected mean, cls or max pooling, got {chosen}")
-            pooling = known[kind]
-    settings = folder / "sentence_bert_config.json"
-    most = int(json.loads(settings.read_text()).get("max_seq_length") or 1 << 20) if settings.is_file() else 1 << 20
-    return pooling, "Normalize" in kinds, most
+def _kind(config: Any, source: Source) -> str:
+    """What the checkpoint's architecture makes of texts. Raises ExportError for what is not covered."""
+    name, task = checkpoint.architecture(config), checkpoint.task_of(config)
+    if config.model_type in ("clip", "siglip", "siglip2"):
+        return "embedding"
+    if config.is_encoder_decoder and not name.endswith("EncoderModel") and config.model_type not in _WITH_ENCODERS:
+        raise ExportError(
+            f"'{source.given}' is a {name or config.model_type}, an encoder with a decoder: `tutti export text` covers "
+            f"{_COVERED} of encoders alone, as BertForSequenceClassification"
+        )
+    if task not in (*_KINDS, *_PLAIN):
+        raise ExportError(
+            f"'{source.given}' is a {name}: `tutti export text` covers {_COVERED}; --task embedding publishes the "
+            "embeddings of its encoder, without the head"
+        )
+    if task == "CausalLM" and checkpoint.read_json(source, "modules.json") is None:
+        raise ExportError(
+            f"'{source.given}' is a {name}, which writes texts: `tutti export text` covers {_COVERED}; serve it with "
+            "a language model's engine"
+        )
+    kind = _KINDS.get(task, "embedding")
+    return "ranking" if kind == "classification" and _is_of_pairs(config) else kind
+
+
+# Of whose encoders transformers has a class of their own.
+_WITH_ENCODERS = ("t5", "mt5", "umt5")
+
+
+def _is_of_pairs(config: Any) -> bool:
+    """Cross-encoders say so; a single score without a problem is a reranker's; entailment is between two texts."""
+    if config.model_type == "bert" and checkpoint.architecture(config).endswith("NextSentencePrediction"):
+        return True
+    if getattr(config, "sentence_transformers", None) or getattr(config, "sbert_ce_default_activation_function", None):
+        return True
+    names = [str(name).lower() for name in config.id2label.values()]
+    return "entailment" in names or (config.num_labels == 1 and config.problem_type is None)
+
+
+def _function(config: Any, kind: str) -> str:
+    """As transformers' pipeline; of a reranker's single score, as the cross-encoder says."""
+    told = (getattr(config, "sentence_transformers", None) or {}).get("activation_fn")
+    told = str(told or getattr(config, "sbert_ce_default_activation_function", None) or "")
+    if kind == "ranking" and config.num_labels == 1 and told:
+        last = told.rpartition(".")[2]
+        if last not in ("Identity", "Sigmoid"):
+            raise ExportError(f"config.json: the cross-encoder's activation: expected Identity or Sigmoid, got {told}")
+        return "none" if last == "Identity" else "sigmoid"
+    return checkpoint.function_of(config)
+
+
+def _family(config: Any, kind: str) -> Any:
+    import transformers
+
+    if kind == "tokens":
+        return transformers.AutoModelForTokenClassification
+    if kind in ("classification", "ranking"):
+        return transformers.AutoModelForSequenceClassification
+    if config.model_type in _WITH_ENCODERS:
+        return transformers.AutoModelForTextEncoding
+    return transformers.AutoModel
+
+
+def _tokenizer(recipe: Recipe) -> Any:
+    """The checkpoint's own; None for random weights. Raises ExportError for one that is not in a tokenizer.json."""
+    from transformers import AutoTokenizer
+
+    source = recipe.source
+    if source.location is None:
+        return None
+    with checkpoint.told(source):
+        tokenizer = AutoTokenizer.from_pretrained(source.location)
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise ExportError(f"'{source.given}' has a tokenizer without a tokenizer.json: expected a fast one")
+    if tokenizer.pad_token_id is None:
+        raise ExportError(
+            f"'{source.given}' has a tokenizer without a padding token, so that texts of several lengths cannot share "
+            "a batch: add pad_token to its tokenizer_config.json"
+        )
+    if recipe.is_lowered:
+        _lower(tokenizer.backend_tokenizer)
+    return tokenizer
+
+
+def _lower(own: Any) -> None:
+    """Texts in small letters before all else, as sentence-transformers does for do_lower_case."""
+    from tokenizers import normalizers
+
+    before = [own.normalizer] if own.normalizer is not None else []
+    own.normalizer = normalizers.Sequence([normalizers.Lowercase(), *before])
+
+
+def _limit(places: int | None, tokenizer: Any, most: int | None) -> int:
+    """The most tokens of a text: the least of what the model, its tokenizer and sentence-transformers' files say."""
+    told = [one for one in (places, most) if one is not None]
+    if tokenizer is not None and tokenizer.model_max_length < _NO_LENGTH:
+        told.append(int(tokenizer.model_max_length))
+    return min(told, default=_MOST_TOKENS)
+
+
+def _inputs(encoder: Encoder) -> tuple[str, ...]:
+    """With token_type_ids where the checkpoint's tokenizer makes some that are not 0: those are what is left out."""
+    plain = ("input_ids", "attention_mask")
+    tokenizer = encoder.tokenizer
+    if tokenizer is None or "token_type_ids" not in tokenizer.model_input_names:
+        return plain
+    pair = ("a", "b") if encoder.kind == "ranking" else ("a",)
+    return (*plain, "token_type_ids") if any(tokenizer(*pair)["token_type_ids"]) else plain
+
+
+def _told(recipe: Recipe, kind: str) -> list[Check]:
+    """What a person may not expect: the prompt that is applied, and those that are not."""
+    if kind != "embedding" or not recipe.prompts:
+        return []
+    others = ", ".join(f"'{name}'" for name, text in recipe.prompts.items() if text != recipe.prompt)
+    own = f"{recipe.prompt!r} stands before each text" if recipe.prompt else "none is put before texts"
+    return [Check("prompt", True, own + (f"; --prompt takes another of its own: {others}" if others else ""))]
+
+
+def _contrastive(source: Source, config: Any, tokenizer: Any, kind: str) -> Encoder:
+    """CLIP's and SigLIP's text side; its pictures' side is what `tutti export vision` makes."""
+    import transformers
+
+    if kind != "embedding":
+        raise ExportError(f"'{source.given}' is a {checkpoint.architecture(config)}: only its embeddings are covered")
+    if not config.model_type.startswith("clip"):
+        raise ExportError(
+            f"'{source.given}' is a {checkpoint.architecture(config)}: of texts CLIP's side is covered; its pictures' "
+            "is with `tutti export vision`, where --labels compares them with texts"
+        )
+    family = transformers.CLIPTextModelWithProjection if config.model_type != "clip" else transformers.CLIPModel
+    loaded = checkpoint.load(family, source, config)
+    module = ContrastiveText(loaded.model).eval()
+    text = getattr(config, "text_config", config)
+    places = lengths.places(text)
+    limit = _limit(places, tokenizer, None)
+    encoder = Encoder(module, tokenizer, limit, int(text.vocab_size), places)
+    example = _example(encoder)
+    example["input_ids"][:, -1] = int(text.eos_token_id)
+    return replace(encoder, checks=(checkpoint.check_weights(loaded, module, example, source),))
 
 
 def check_tokenizer(encoder: Encoder, config: Any) -> Check:
@@ -210,8 +362,8 @@ def check_step(encoder: Encoder, file: Path) -> Check:
 
     own = Tokenizer.from_file(str(file))
     own.no_padding()
-    own.enable_truncation(encoder.max_length)
-    texts = (*_SENTENCES, _SENTENCES[-1] * 100)  # one that is longer than any model takes
+    own.enable_truncation(encoder.max_length, direction=encoder.tokenizer.truncation_side)
+    texts = (*text_trials.SENTENCES, text_trials.SENTENCES[-1] * 100)  # one that is longer than any model takes
     for text in texts:
         expected = encoder.tokenizer(text, truncation=True, max_length=encoder.max_length)["input_ids"]
         got = own.encode(text).ids
@@ -225,14 +377,17 @@ def _cases(encoder: Encoder, samples: Sequence[str]) -> list[Arrays]:
     rng = np.random.default_rng(0)
     cases: list[Arrays] = []
     # Not of more tokens than its tokenizer makes: 8 bits are fitted to what the cases have.
-    for batch, length in ((1, 2), (1, 16), (2, 32), (5, 33), (3, encoder.max_length)):
+    longest = (3, encoder.max_length) if encoder.max_length <= lengths.LONGEST_PROVEN // 2 else (1, 1024)
+    for batch, most in ((1, 2), (1, 16), (2, 32), (5, 33), longest):
+        length = min(most, encoder.max_length)
         mask = np.ones((batch, length), dtype=np.int64)
         mask[-1, max(1, length // 2) :] = 0
-        cases.append(
-            {"input_ids": rng.integers(0, encoder.vocabulary, size=(batch, length)) * mask, "attention_mask": mask}
-        )
+        ids = rng.integers(0, encoder.vocabulary, size=(batch, length)) * mask
+        types = np.arange(length) // max(1, length // 3) % 2 * mask
+        case = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
+        cases.append({name: case[name] for name in encoder.inputs})
     if encoder.tokenizer is not None:
-        cases += [encoder.tokens(_SENTENCES), encoder.tokens(_SENTENCES[:1])]
+        cases += [encoder.tokens(text_trials.SENTENCES), encoder.tokens(text_trials.SENTENCES[:1])]
         cases += [encoder.tokens(samples[at : at + 32]) for at in range(0, len(samples), 32)]
     return cases
 
@@ -241,36 +396,44 @@ def _claim(encoder: Encoder) -> Claim | None:
     """Of how many tokens there may be, by rows without padding, which some models give no places of its own."""
     if encoder.places is None:
         return None
-    token = next(one for one in (2, 3) if one != encoder.module.model.config.pad_token_id)
+    token = next(one for one in (2, 3) if one != getattr(encoder.module.model.config, "pad_token_id", None))
     return Claim(
         encoder.places,
         lambda length: {
-            "input_ids": np.full((1, length), token, np.int64),
-            "attention_mask": np.ones((1, length), np.int64),
+            name: np.full((1, length), {"input_ids": token, "attention_mask": 1}.get(name, 0), np.int64)
+            for name in encoder.inputs
         },
     )
 
 
-def graph(encoder: Encoder, name: str, samples: Sequence[str] = ()) -> Graph:
-    """NAME_encoder or NAME_classifier."""
-    axes = {0: onnx.BATCH, 1: "length"}
+def _example(encoder: Encoder) -> dict[str, torch.Tensor]:
+    """A batch of 2, of random ids."""
+    length = min(24, encoder.max_length)
     example = {
-        "input_ids": torch.randint(0, encoder.vocabulary, (2, 24)),
-        "attention_mask": torch.ones(2, 24, dtype=torch.int64),
+        "input_ids": torch.randint(0, encoder.vocabulary, (2, length)),
+        "attention_mask": torch.ones(2, length, dtype=torch.int64),
+        "token_type_ids": torch.zeros(2, length, dtype=torch.int64),
     }
+    return {name: example[name] for name in encoder.inputs}
+
+
+def graph(encoder: Encoder, name: str, samples: Sequence[str] = ()) -> Graph:
+    """NAME_encoder, NAME_classifier, NAME_ranker or NAME_tagger."""
+    example = _example(encoder)
     usual = min(64, encoder.max_length)
     shapes = ((1, min(16, usual)), (8, usual), (MAX_BATCH_SIZE, encoder.max_length))
+    is_of_rows = encoder.kind in ("classification", "ranking")
     return Graph(
-        f"{name}_{'classifier' if encoder.labels else 'encoder'}",
+        f"{name}_{encoder.model}",
         encoder.module,
         example,
         (encoder.output,),
-        dict.fromkeys(example, axes),
+        {one: {0: onnx.BATCH, 1: "length"} for one in example},
         _cases(encoder, samples),
         dict.fromkeys(example, shapes),
         max_batch_size=MAX_BATCH_SIZE,
-        labels=encoder.labels,
-        decision="SCORES" if encoder.labels else "",
+        labels=encoder.labels if is_of_rows else (),
+        decision=encoder.output if encoder.labels else "",
         lengths=_claim(encoder),
     )
 
@@ -279,10 +442,13 @@ def tokenizer_step(encoder: Encoder, name: str, work: Path) -> layout.Entry:
     """NAME_tokenizer."""
     file = work / "tokenizer.json"
     encoder.tokenizer.backend_tokenizer.save(str(file))
-    ids = [TensorSpec(one, "INT64", (-1,)) for one in ("input_ids", "attention_mask")]
+    made = [TensorSpec(one, "INT64", (-1,)) for one in encoder.inputs]
+    made += [TensorSpec("OFFSETS", "INT64", (-1, 2))] if encoder.kind == "tokens" else []
     files = {"model.py": layout.step_file("tokenizer"), "tokenizer.json": file}
     parameters = {"max_length": str(encoder.max_length), "pad_id": str(encoder.tokenizer.pad_token_id or 0)}
-    return layout.Entry(f"{name}_tokenizer", "python", [_TEXT], ids, files, MAX_BATCH_SIZE, parameters)
+    parameters |= {"prompt": encoder.prompt} if encoder.prompt else {}
+    parameters |= {"truncation_side": "left"} if encoder.tokenizer.truncation_side == "left" else {}
+    return layout.Entry(f"{name}_tokenizer", "python", list(encoder.texts), made, files, MAX_BATCH_SIZE, parameters)
 
 
 @dataclass(frozen=True, slots=True)
@@ -421,13 +587,20 @@ def _samples(path: Path | None) -> list[str]:
 
 
 def product(
-    source: Source, name: str, ensemble: str, work: Path, task: str, labelled: Path | None, samples: Path | None
+    source: Source,
+    name: str,
+    ensemble: str,
+    work: Path,
+    task: str,
+    labelled: Path | None,
+    samples: Path | None,
+    prompt: str | None = None,
 ) -> Product:
-    """NAME_tokenizer with NAME_encoder or NAME_classifier; given a labelled file, a head and a gate, too."""
-    encoder = load(source, task)
+    """NAME_tokenizer with the graph over its ids; given a labelled file, a head and a gate, too."""
+    encoder = load(source, task, prompt)
     graphs = [graph(encoder, name, _samples(samples))]
     steps: list[layout.Entry] = []
-    checks: list[Callable[[Mapping[str, Result]], Check]] = []
+    checks: list[Callable[[Mapping[str, Result]], Check]] = [lambda _, one=one: one for one in encoder.checks]  # type: ignore[misc]
     accuracy = None
     if encoder.tokenizer is not None:
         steps.append(tokenizer_step(encoder, name, work))
@@ -450,8 +623,11 @@ def product(
         steps.append(gate)
     make = None
     if ensemble and encoder.tokenizer is not None:
+        last: list[layout.Entry] = []
         if labels:
-            steps.append(labels_step(name, labels, work))
-        names = [f"{name}_tokenizer", *(one.name for one in graphs), *([f"{name}_labels"] if labels else [])]
-        make = lambda entries: chain(ensemble, _TEXT, [entries[one] for one in names])  # noqa: E731
-    return Product(graphs, steps, make, source.provenance, checks, accuracy)
+            last = [(entities_step if encoder.kind == "tokens" else labels_step)(name, labels, work)]
+        steps += last
+        names = [f"{name}_tokenizer", *(one.name for one in graphs), *(one.name for one in last)]
+        make = lambda entries: chain(ensemble, encoder.texts, [entries[one] for one in names])  # noqa: E731
+    asked = text_trials.trials(encoder, source) if make is not None and labelled is None else []
+    return Product(graphs, steps, make, source.provenance, checks, accuracy, asked)

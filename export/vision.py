@@ -1,4 +1,4 @@
-"""Vision through transformers: image classifiers, image embeddings (CLIP, SigLIP) and zero-shot classification.
+"""Vision through transformers: image classifiers, image embeddings and zero-shot classification.
 
 Rescaling and normalisation are in the graph, unless it takes FP32. Decoding, resizing and cropping are a python step:
 pictures come in any size, and only those of one size share a batch.
@@ -6,6 +6,7 @@ pictures come in any size, and only those of one size share a batch.
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from export import digits, onnx, pixels
+from export import checkpoint, digits, onnx, pixels
+from export.checkpoint import Loaded
 from export.ensemble import chain, labels_step
 from export.errors import ExportError
-from export.graphs import Arrays, Graph, Product
-from export.pixels import IMAGE, MAX_BATCH_SIZE, SEED, Form, Normalize, Preprocessing
+from export.graphs import Arrays, Check, Graph, Product, Trial
+from export.pixels import IMAGE, MAX_BATCH_SIZE, Form, Normalize, Preprocessing
 from export.sources import Source
 
 _log = logging.getLogger(__name__)
@@ -27,15 +29,19 @@ _CONTRASTIVE = ("clip", "siglip", "siglip2")
 
 
 class ImageClassifier(torch.nn.Module):
-    """PIXELS [batch, 3, height, width] UINT8, or another form -> IMAGE_SCORES [batch, classes] FP32, softmax."""
+    """PIXELS [batch, 3, height, width] UINT8, or another form -> IMAGE_SCORES [batch, classes] FP32.
+
+    Softmax, or as the checkpoint's problem is.
+    """
 
     def __init__(self, model: Any, how: Preprocessing) -> None:
         super().__init__()
         self.model = model
         self.normalize = Normalize(how)
+        self._function = checkpoint.function_of(model.config)
 
     def forward(self, PIXELS: torch.Tensor) -> torch.Tensor:  # noqa: N803 - the tensor's name in the repository
-        return self.logits(PIXELS).softmax(-1)
+        return checkpoint.scores(self.logits(PIXELS), self._function)
 
     def logits(self, pixels: torch.Tensor) -> torch.Tensor:
         return self.model(pixel_values=self.normalize(pixels).to(self.model.dtype)).logits  # type: ignore[no-any-return]
@@ -52,6 +58,24 @@ class ImageEncoder(torch.nn.Module):
     def forward(self, PIXELS: torch.Tensor) -> torch.Tensor:  # noqa: N803 - the tensor's name in the repository
         found = self.model.get_image_features(pixel_values=self.normalize(PIXELS).to(self.model.dtype))
         return F.normalize(found if isinstance(found, torch.Tensor) else found.pooler_output, dim=-1)
+
+
+class Backbone(torch.nn.Module):
+    """PIXELS -> EMBEDDING [batch, width] FP32 of a network without a head: what it pools, or else its first place.
+
+    Not made of length 1: nothing in such a checkpoint asks for it.
+    """
+
+    def __init__(self, model: Any, how: Preprocessing, is_pooled: bool = True) -> None:
+        super().__init__()
+        self.model = model
+        self.normalize = Normalize(how)
+        self._is_pooled = is_pooled
+
+    def forward(self, PIXELS: torch.Tensor) -> torch.Tensor:  # noqa: N803 - the tensor's name in the repository
+        found = self.model(pixel_values=self.normalize(PIXELS).to(self.model.dtype))
+        pooled = getattr(found, "pooler_output", None) if self._is_pooled else None
+        return found.last_hidden_state[:, 0] if pooled is None else pooled.flatten(1)
 
 
 class ZeroShot(torch.nn.Module):
@@ -74,30 +98,46 @@ class ZeroShot(torch.nn.Module):
         return logits.sigmoid() if self._is_apart else logits.softmax(-1)
 
 
-def load(source: Source, image_size: int | None, task: str) -> tuple[Any, Preprocessing, str]:
-    """(model, its preprocessing, "classification" or "embedding") of a hub id, a local folder or a configuration."""
-    from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
+def load(source: Source, image_size: int | None, task: str) -> tuple[Loaded, Preprocessing, str]:
+    """(model, its preprocessing, "classification" or "embedding") of a hub id, a local folder or a configuration.
 
-    torch.manual_seed(SEED)
-    try:
-        if source.location is None:
-            config = AutoConfig.for_model(source.config_type, **dict(source.options))
-        else:
-            config = AutoConfig.from_pretrained(source.location)
-        if task == "auto":
-            named = " ".join(config.architectures or [])
-            is_plain = config.model_type not in _CONTRASTIVE or "ForImageClassification" in named
-            task = "classification" if is_plain else "embedding"
-        if task == "embedding" and config.model_type not in _CONTRASTIVE:
-            raise ExportError(f"image embeddings: expected {', '.join(_CONTRASTIVE)}, got a {config.model_type}")
-        family = AutoModelForImageClassification if task == "classification" else AutoModel
-        if source.location is None:
-            model = family.from_config(config)
-        else:
-            model = family.from_pretrained(source.location, dtype=torch.float32)
-    except (OSError, ValueError, KeyError) as error:
-        raise ExportError(f"transformers cannot load the image model: {error}") from None
-    return model.eval(), _preprocessing(source, model.config, image_size), task
+    `task` auto is what the checkpoint's architecture says. Raises ExportError for what is not covered.
+    """
+    from transformers import AutoModel, AutoModelForImageClassification
+
+    config = checkpoint.configuration(source)
+    kind = _kind(config, source) if task == "auto" else task
+    family = AutoModelForImageClassification if kind == "classification" else AutoModel
+    loaded = checkpoint.load(family, source, config)
+    return loaded, _preprocessing(source, loaded.model.config, image_size), kind
+
+
+def _kind(config: Any, source: Source) -> str:
+    name, task = checkpoint.architecture(config), checkpoint.task_of(config)
+    if task.startswith("ImageClassification") or (source.location is None and config.model_type not in _CONTRASTIVE):
+        return "classification"
+    if not task and (name.endswith("Model") or not name or config.model_type in _CONTRASTIVE):
+        return "embedding"
+    raise ExportError(
+        f"'{source.given}' is a {name}: `tutti export vision` covers image classifiers, image embeddings and "
+        "zero-shot classification; --task embedding publishes the embeddings of its backbone, without the head"
+    )
+
+
+def _module(loaded: Loaded, how: Preprocessing, kind: str, source: Source) -> tuple[Any, Check]:
+    """The network with its preparation, and what was seen of its weights."""
+    example = {"PIXELS": torch.randint(0, 256, (1, 3, how.height, how.width), dtype=torch.uint8)}
+    if kind == "classification":
+        hint = "--task embedding publishes its embeddings"
+        classifier = ImageClassifier(loaded.model, how).eval()
+        return classifier, checkpoint.check_weights(loaded, classifier, example, source, hint)
+    if loaded.model.config.model_type in _CONTRASTIVE:
+        encoder = ImageEncoder(loaded.model, how).eval()
+        return encoder, checkpoint.check_weights(loaded, encoder, example, source)
+    # A pooler that is not in the checkpoint is none of its own.
+    is_pooled = not any("pooler" in name for name in loaded.missing)
+    backbone = Backbone(loaded.model, how, is_pooled).eval()
+    return backbone, checkpoint.check_weights(loaded, backbone, example, source)
 
 
 def _preprocessing(source: Source, config: Any, image_size: int | None) -> Preprocessing:
@@ -147,7 +187,7 @@ def _of_processor(processor: Any, height: int, width: int, image_size: int | Non
 
 def train_on_digits(classifier: ImageClassifier, size: tuple[int, int]) -> float:
     """Train on scikit-learn's digits, on pictures as the decoder step makes them; returns held-out accuracy."""
-    torch.manual_seed(SEED)
+    torch.manual_seed(pixels.SEED)
     pictures, labels, held_out, held_out_labels = digits.load()
     inputs = torch.from_numpy(np.stack([digits.to_input(picture, *size) for picture in pictures]))
     targets = torch.tensor(labels)
@@ -230,27 +270,34 @@ def product(
     """NAME_decoder with NAME_classifier or NAME_encoder, and the ensemble over both; PIXELS go between them."""
     if samples is not None and not samples.is_dir():
         raise ExportError(f"--samples {samples}: expected a folder of pictures")
-    model, how, kind = load(source, image_size, task)
+    loaded, how, kind = load(source, image_size, task)
+    model = loaded.model
+    whole, seen = _module(loaded, how, kind, source)
     classes: list[str] = []
     accuracy = None
     module: torch.nn.Module
     if kind == "embedding":
-        module = encoder = ImageEncoder(model, how).eval()
+        module = encoder = whole
         encoder.normalize = form.entrance(how)
-        if labels:
+        if labels and isinstance(encoder, ImageEncoder):
+            if loaded.missing:
+                raise ExportError(
+                    f"'{source.given}' lacks {checkpoint.named(loaded.missing)}: --labels needs all of it"
+                )
             classes = [one.strip() for one in labels.split(",") if one.strip()]
             module = ZeroShot(encoder, text_embeddings(source, model, classes, template)).eval()
+        elif labels:
+            raise ExportError(f"--labels: zero-shot needs {', '.join(_CONTRASTIVE)}, got a {model.config.model_type}")
     else:
         if labels:
             raise ExportError(f"--labels: zero-shot needs {', '.join(_CONTRASTIVE)}, got a {model.config.model_type}")
-        module = classifier = ImageClassifier(model, how).eval()
+        module = classifier = whole
         accuracy = train_on_digits(classifier, (how.height, how.width)) if train == "digits" else None
         classifier.normalize = form.entrance(how)
-        names = model.config.id2label
-        classes = list(map(str, range(10))) if train == "digits" else [str(names[i]) for i in range(len(names))]
+        classes = list(map(str, range(10))) if train == "digits" else list(checkpoint.labels(model.config))
     own = graph(module, how, name, classes, samples, form)
     decoder = pixels.decoder_step(name, how, form)
-    checks = []
+    checks = [lambda _: seen]
     if source.location is not None and _has_processor(source):
         checks.append(lambda _: pixels.check_levels(source, how, form))
         if not image_size:
@@ -260,7 +307,31 @@ def product(
         steps += [labels_step(name, classes, work)] if classes else []
         names = [decoder.name, own.name, *(step.name for step in steps[1:])]
         make = lambda entries: chain(ensemble, IMAGE, [entries[one] for one in names])  # noqa: E731
-    return Product([own], steps, make, source.provenance, checks, accuracy)
+    asked = _trials(whole, how, kind, source, form) if make is not None and not (labels or train or image_size) else []
+    return Product([own], steps, make, source.provenance, checks, accuracy, asked)
+
+
+def _trials(module: Any, how: Preprocessing, kind: str, source: Source, form: Form) -> list[Trial]:
+    """Pictures of several sizes, as the checkpoint's own processor and transformers' own model answer them."""
+    if source.location is None or not _has_processor(source):
+        return []
+    model = module.model
+    output = "IMAGE_SCORES" if kind == "classification" else "EMBEDDING"
+
+    def original(data: bytes) -> Arrays:
+        given = pixels.processed(source, data)
+        with torch.inference_mode():
+            if kind == "classification":
+                found = checkpoint.scores(model(pixel_values=given).logits, checkpoint.function_of(model.config))
+            else:
+                entrance, module.normalize = module.normalize, torch.nn.Identity()
+                found = module(given)
+                module.normalize = entrance
+        return {output: found.numpy()}
+
+    sizes = (("a small picture", (40, 30)), ("a wide one", (320, 200)), ("a high one", (150, 400)))
+    pictures = [(what, pixels.encoded(size)) for what, size in sizes]
+    return [Trial(what, {"IMAGE": data}, partial(original, data)) for what, data in pictures]
 
 
 def _has_processor(source: Source) -> bool:

@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from export import layout
+from export.checkpoint import first_line, named
 from export.errors import ExportError
 from export.features import LogMel, kernel
 from export.graphs import Arrays, Check, Graph, Product, with_arguments
@@ -121,14 +122,17 @@ def load(location: str) -> Speech:
     from transformers import AutoTokenizer, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
     try:
-        model = WhisperForConditionalGeneration.from_pretrained(
-            location, dtype=torch.float32, attn_implementation="eager"
+        model, seen = WhisperForConditionalGeneration.from_pretrained(
+            location, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
         )
+        if seen["missing_keys"]:
+            lacking = named(sorted(seen["missing_keys"]))
+            raise ExportError(f"'{location}': its files lack {lacking}, and random numbers would stand there")
         return Speech(
             model.eval(), WhisperFeatureExtractor.from_pretrained(location), AutoTokenizer.from_pretrained(location)
         )
-    except (OSError, ValueError) as error:
-        raise ExportError(f"transformers cannot load '{location}': {error}") from None
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ExportError(f"transformers cannot load '{location}': {first_line(error)}") from None
 
 
 def rules(speech: Speech, language: str, task: str) -> dict[str, Any]:

@@ -191,9 +191,9 @@ def test_a_published_model_serves_32_bits_on_processors_and_16_on_gpus(
     assert set(said["variants"]) == {"fp32", "torch", "torch-bf16"}
     assert said["variants"]["torch-bf16"]["limits"] == {"max_error": 0.1, "cosine": 0.99, "top1": 0.95}
     pixels = np.random.default_rng(0).integers(0, 256, (5, 3, 16, 16), np.uint8)
-    model, how, _ = vision.load(sources.resolve(RESNET), 16, "auto")
+    loaded, how, _ = vision.load(sources.resolve(RESNET), 16, "auto")
     with torch.inference_mode():
-        right = vision.ImageClassifier(model, how).eval()(torch.from_numpy(pixels)).numpy()
+        right = vision.ImageClassifier(loaded.model, how).eval()(torch.from_numpy(pixels)).numpy()
     np.testing.assert_allclose(answered(repository, "m_classifier", {"PIXELS": pixels}), right, atol=1e-5)
     path.write_text(path.read_text().replace('"model.pt2"', '"model.bf16.pt2"'))
     coarse = answered(repository, "m_classifier", {"PIXELS": pixels})

@@ -1,0 +1,208 @@
+"""What a checkpoint says that it is, and the proof that a graph is made of its weights and of no others.
+
+transformers fills what a file lacks with random numbers, and drops what it has no place for. So each weight is looked
+at: one that the answers depend on must come from the checkpoint, and one that they do not depend on is named. Which
+those are is seen in the gradients of an answer. Knows nothing of families.
+"""
+
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from export.errors import ExportError
+from export.graphs import Check
+from export.sources import Source
+
+_NAMED = 4
+# Counts of training steps: nothing that answers depend on.
+_COUNTERS = "num_batches_tracked"
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model of transformers, which weights it has that no file has, and which the files have that it has not."""
+
+    model: Any
+    missing: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
+
+
+@contextmanager
+def told(source: Source) -> Iterator[None]:
+    """Whatever transformers raises on reading a checkpoint -> ExportError, in a sentence."""
+    try:
+        yield
+    except ExportError:
+        raise
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:
+        raise ExportError(f"transformers cannot load '{source.given}': {first_line(error)}") from None
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, in at most 300 characters of one line; its class where it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
+
+
+def configuration(source: Source) -> Any:
+    """The checkpoint's, or one made of `config:TYPE`."""
+    from transformers import AutoConfig
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    # What it says of missing weights is looked at here, and told.
+    logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
+    logging.getLogger("transformers.utils.loading_report").setLevel(logging.ERROR)
+    with told(source):
+        if source.location is None:
+            return AutoConfig.for_model(source.config_type, **dict(source.options))
+        return AutoConfig.from_pretrained(source.location)
+
+
+def architecture(config: Any) -> str:
+    """The class whose weights the checkpoint holds, as BertForTokenClassification; "" where it does not say."""
+    return str(next(iter(config.architectures or ()), ""))
+
+
+def task_of(config: Any) -> str:
+    """What of the architecture's name stands behind "For", as TokenClassification; "" for a model without a head."""
+    return architecture(config).partition("For")[2]
+
+
+def load(family: Any, source: Source, config: Any, **more: Any) -> Loaded:
+    """A model in float32; of random weights, of which none is missing, for `config:TYPE`."""
+    torch.manual_seed(0)
+    with told(source):
+        if source.location is None:
+            make = getattr(family, "from_config", None) or family._from_config
+            return Loaded(make(config).eval())
+        model, seen = family.from_pretrained(source.location, dtype=torch.float32, output_loading_info=True, **more)
+    if seen.get("mismatched_keys"):
+        name = str(next(iter(seen["mismatched_keys"])))
+        raise ExportError(f"'{source.given}': weight {name} has another shape in its file than its config.json says")
+    return Loaded(model.eval(), tuple(sorted(seen["missing_keys"])), tuple(sorted(seen["unexpected_keys"])))
+
+
+def check_weights(
+    loaded: Loaded, module: torch.nn.Module, example: Mapping[str, torch.Tensor], source: Source, hint: str = ""
+) -> Check:
+    """That what `module` answers is made of the checkpoint's weights alone; what of these it does not need is named.
+
+    `module` holds `loaded.model`. Raises ExportError, with `hint` for what would work, where a weight that is needed
+    is in no file of the checkpoint, or where answers change from run to run.
+    """
+    needed = _needed(module, loaded.model, example, source)
+    invented = [name for name in loaded.missing if name in needed]
+    if invented:
+        kind = architecture(loaded.model.config) or loaded.model.config.model_type
+        raise ExportError(
+            f"'{source.given}' is no {type(loaded.model).__name__}: it holds a {kind}, whose files lack "
+            f"{named(invented)}, and random numbers would stand there{hint and '; ' + hint}"
+        )
+    weights = [name for name, _ in loaded.model.named_parameters(remove_duplicate=False)]
+    own = [name for name in weights if name not in loaded.missing]
+    spare = [*(name for name in own if name not in needed), *loaded.unread]
+    used = len(own) + len(loaded.unread) - len(spare)
+    if source.location is None:
+        return Check("weights", True, "random ones")
+    told_spare = f"; not used: {named(spare)}" if spare else ""
+    return Check("weights", True, f"{used} of the checkpoint's {used + len(spare)} are in the answers{told_spare}")
+
+
+def _needed(module: torch.nn.Module, model: Any, example: Mapping[str, torch.Tensor], source: Source) -> set[str]:
+    """The names in `model` of the parameters that answers depend on, and of all buffers."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    before = {name: one.requires_grad for name, one in parameters.items()}
+    for one in parameters.values():
+        one.requires_grad_(True)
+    try:
+        answers = _floats(module(**example))
+        again = _floats(module(**example))
+        total = sum((one.sum() for one in answers), torch.zeros(()))
+        gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+        kind = architecture(model.config) or model.config.model_type
+        raise ExportError(f"'{source.given}', a {kind}, cannot be run as this family: {first_line(error)}") from None
+    finally:
+        for name, one in parameters.items():
+            one.requires_grad_(before[name])
+    if any(not torch.equal(one, other) for one, other in zip(answers, again, strict=True)):
+        raise ExportError(f"'{source.given}' answers otherwise each time that it is asked: it draws at random")
+    used = {id(one) for one, gradient in zip(parameters.values(), gradients, strict=True) if gradient is not None}
+    buffers = {name for name, _ in model.named_buffers() if not name.endswith(_COUNTERS)}
+    return {name for name, one in parameters.items() if id(one) in used} | buffers
+
+
+def _floats(found: Any) -> list[torch.Tensor]:
+    found = (found,) if isinstance(found, torch.Tensor) else found
+    return [one for one in found if one.is_floating_point()]
+
+
+def named(names: Sequence[str]) -> str:
+    """The first few, and how many there are."""
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def file(source: Source, name: str) -> Path | None:
+    """A file of the checkpoint, from its folder or from the hub; None where it has no such file."""
+    if source.location is None:
+        return None
+    if source.is_local:
+        path = source.path / name
+        return path if path.is_file() else None
+    from transformers.utils import cached_file
+
+    with told(source):
+        found = cached_file(
+            source.location, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_gated_repo=False
+        )
+    return Path(found) if found else None
+
+
+def read_json(source: Source, name: str) -> Any:
+    """The content of a JSON file of the checkpoint; None where it has no such file."""
+    path = file(source, name)
+    if path is None:
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ExportError(f"'{source.given}': {name} is no JSON: {first_line(error)}") from None
+
+
+def function_of(config: Any, is_one_sigmoid: bool = True) -> str:
+    """What turns logits into scores, as transformers' pipelines do it: "none", "sigmoid" or "softmax".
+
+    Of a single class they make a sigmoid, but for sounds.
+    """
+    kind = getattr(config, "problem_type", None)
+    if kind == "regression":
+        return "none"
+    if kind == "multi_label_classification" or (config.num_labels == 1 and is_one_sigmoid):
+        return "sigmoid"
+    return "softmax"
+
+
+def scores(logits: torch.Tensor, function: str) -> torch.Tensor:
+    """[..., classes] of logits, by `function_of`."""
+    if function == "sigmoid":
+        return logits.sigmoid()
+    return logits.softmax(-1) if function == "softmax" else logits
+
+
+def labels(config: Any) -> tuple[str, ...]:
+    """The classes' names, in their order. Raises ExportError where a class has none."""
+    names = config.id2label
+    try:
+        return tuple(str(names[number]) for number in range(len(names)))
+    except KeyError as error:
+        raise ExportError(f"config.json: id2label has {len(names)} names, and none for class {error}") from None
