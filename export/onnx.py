@@ -4,6 +4,7 @@ Opset 20: from 23 on, attention becomes one operator whose ONNX Runtime CPU kern
 """
 
 import logging
+import re
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -60,7 +61,14 @@ def save(
                 verbose=False,
             )
         except torch.onnx.OnnxExporterError as error:
-            raise ExportError(f"PyTorch cannot export {path.stem}: {str(error).strip().splitlines()[0]}") from error
+            raise ExportError(f"PyTorch cannot export {path.stem}: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what the exporter says, without colours, and of what made it say so."""
+    cause = error.__cause__ or error
+    said = [re.sub(r"\x1b\[[0-9;]*m", "", str(one)).strip().splitlines() for one in (error, cause)]
+    return ": ".join(dict.fromkeys(lines[0] for lines in said if lines))[:400]
 
 
 def tensor_specs(path: Path) -> tuple[list[TensorSpec], list[TensorSpec]]:

@@ -5,7 +5,7 @@ attention mask, of length 1.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,9 @@ class Recipe:
     prompt: str = ""
     prompts: Mapping[str, str] = field(default_factory=dict)
     is_told: bool = False
+    # Of a model that gives pairs of texts a score, and what it says its logits go through; "" where it does not.
+    is_cross_encoder: bool = False
+    activation: str = ""
 
 
 def read(source: Source, prompt: str | None = None) -> Recipe:
@@ -108,7 +111,14 @@ def read(source: Source, prompt: str | None = None) -> Recipe:
     text = _prompt(prompts, settings.get("default_prompt_name"), prompt)
     if modules is None:
         return Recipe(source, prompt=text, prompts=prompts, **_lengths(source))
+    of = str(settings.get("model_type") or "SentenceTransformer")
+    if of not in ("SentenceTransformer", "CrossEncoder"):
+        raise ExportError(f"'{source.given}' is a {of}: covered are a SentenceTransformer's and a CrossEncoder's files")
     kinds = [(str(one["type"]).rpartition(".")[2], str(one.get("path") or "")) for one in modules]
+    if of == "CrossEncoder" and [kind for kind, _ in kinds] == ["Transformer"]:
+        inner, activation = _inner(source, kinds[0][1]), str(settings.get("activation_fn") or "")
+        found = Recipe(inner, prompt=text, prompts=prompts, **_lengths(inner))
+        return replace(found, is_cross_encoder=True, activation=activation)
     if [kind for kind, _ in kinds[:2]] != ["Transformer", "Pooling"]:
         raise ExportError(
             f"modules.json: expected a Transformer and a Pooling first, got {', '.join(kind for kind, _ in kinds)}"

@@ -171,6 +171,10 @@ def load(source: Source, task: str = "auto", prompt: str | None = None) -> Encod
     kind = _kind(config, source) if task == "auto" else {"token-classification": "tokens"}.get(task, task)
     if task == "auto" and recipe.is_told and kind != "embedding":
         kind = "embedding"
+    if task == "auto" and recipe.is_cross_encoder:
+        kind = "ranking"
+    if recipe.prompt and kind != "embedding":
+        raise ExportError("its prompt stands before texts to embed, and is not covered here: --prompt '' leaves it out")
     tokenizer = _tokenizer(recipe)
     if config.model_type in _CONTRASTIVE or config.model_type.endswith("_text_model"):
         return _contrastive(source, config, tokenizer, kind)
@@ -186,9 +190,9 @@ def load(source: Source, task: str = "auto", prompt: str | None = None) -> Encod
     if kind == "embedding":
         module = SentenceEncoder(model, recipe.pooling, recipe.stages).eval()
     else:
-        module = Classifier(model, "softmax" if kind == "tokens" else _function(config, kind)).eval()
+        module = Classifier(model, "softmax" if kind == "tokens" else _function(config, kind, recipe)).eval()
     places = lengths.places(model.config)
-    limit = _limit(places, tokenizer, recipe.most if kind == "embedding" else None)
+    limit = _limit(places, tokenizer, recipe.most)
     vocabulary = model.get_input_embeddings().num_embeddings
     encoder = Encoder(module, tokenizer, limit, vocabulary, places, labels, kind, prompt=recipe.prompt)
     encoder = replace(encoder, inputs=_inputs(encoder))
@@ -236,10 +240,10 @@ def _is_of_pairs(config: Any) -> bool:
     return "entailment" in names or (config.num_labels == 1 and config.problem_type is None)
 
 
-def _function(config: Any, kind: str) -> str:
+def _function(config: Any, kind: str, recipe: Recipe) -> str:
     """As transformers' pipeline; of a reranker's single score, as the cross-encoder says."""
     told = (getattr(config, "sentence_transformers", None) or {}).get("activation_fn")
-    told = str(told or getattr(config, "sbert_ce_default_activation_function", None) or "")
+    told = str(recipe.activation or told or getattr(config, "sbert_ce_default_activation_function", None) or "")
     if kind == "ranking" and config.num_labels == 1 and told:
         last = told.rpartition(".")[2]
         if last not in ("Identity", "Sigmoid"):

@@ -167,6 +167,21 @@ def test_a_cross_encoder_takes_pairs_and_scores_as_it_says(tmp_path: Path, run: 
     assert abs(float(got[0, 0] - alike[0, 0])) > 1e-3
 
 
+def test_a_cross_encoder_saved_by_sentence_transformers_is_told(tmp_path: Path) -> None:
+    """Its files say that it takes pairs, how long they may be, and that scores are the logits."""
+    library = pytest.importorskip("sentence_transformers")
+    bert(tmp_path / "c", "BertForSequenceClassification", num_labels=1)
+    made = library.CrossEncoder(str(tmp_path / "c"), device="cpu", activation_fn=torch.nn.Identity(), max_length=20)
+    made.save_pretrained(str(tmp_path / "saved"))
+    encoder = text.load(sources.resolve(str(tmp_path / "saved")))
+    assert (encoder.kind, encoder.module.function, encoder.max_length) == ("ranking", "none", 20)
+    with torch.inference_mode():
+        given = encoder.tokens(["act now"], ["the meeting is at ten"])
+        ours = encoder.module(**{name: torch.from_numpy(array) for name, array in given.items()})
+    theirs = made.predict([("act now", "the meeting is at ten")])
+    np.testing.assert_allclose(ours.numpy().reshape(-1), theirs, atol=1e-5)
+
+
 def test_the_text_side_of_clip(tmp_path: Path, run: Run) -> None:
     folder = checkpoints.contrastive(tmp_path / "c", "clip")
     status, said = run("text", folder)
