@@ -67,6 +67,7 @@ def test_looking_at_connections_leaves_no_files_open(monkeypatch: pytest.MonkeyP
     before = os.listdir("/proc/self/fd")
     guard._look(1.0)
     assert os.listdir("/proc/self/fd") == before
+    guard.stop()
 
 
 def request(width: int) -> pb.ModelInferRequest:

@@ -90,7 +90,8 @@ class Guard:
         self._port = 0
         self._has_ended = threading.Event()
         self._lock = threading.Lock()
-        self._base = _resident_bytes()
+        self._memory = open("/proc/self/statm", "rb", buffering=0)  # noqa: SIM115 as long as the guard lives
+        self._base = self._resident_bytes()
         self._calm_since = 0.0
         self._thread = threading.Thread(target=self._run, name="grpc-guard", daemon=True)
 
@@ -105,6 +106,9 @@ class Guard:
 
     def stop(self) -> None:
         self._has_ended.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        self._memory.close()
 
     def took(self, peer: str, size: int) -> None:
         with self._lock:
@@ -127,19 +131,17 @@ class Guard:
             pause_s = max(least_s, 4 * (time.monotonic() - begin))
 
     def _look(self, now: float) -> None:
-        resident = _resident_bytes()
+        resident = self._resident_bytes()
         self._base = min(self._base, resident)
         if not self._watch and resident < self._base + GROWTH_BYTES:
             return
-        with contextlib.ExitStack() as stack:
-            sockets = dict(_connections(self._port, stack))
-            with self._lock:
-                peer = self._watch.saw({name: received(one) for name, one in sockets.items()}, self._held())
-                is_calm = self._watch.is_calm
-            if peer:
-                _log.warning("%s: its gRPC messages are larger than what is left of --max-inflight-bytes", peer)
-                with contextlib.suppress(OSError):
-                    sockets[peer].shutdown(socket.SHUT_RDWR)
+        come = {peer: received(one) for peer, one in _connections(self._port)}
+        with self._lock:
+            largest = self._watch.saw(come, self._held())
+            is_calm = self._watch.is_calm
+        if largest:
+            _log.warning("%s: its gRPC messages are larger than what is left of --max-inflight-bytes", largest)
+            self._break_with(largest)
         if not is_calm or not self._calm_since:
             self._calm_since = now
         elif now - self._calm_since > _CALM_S:
@@ -148,24 +150,36 @@ class Guard:
             with self._lock:
                 self._watch.end()
 
+    def _resident_bytes(self) -> int:
+        return int(os.pread(self._memory.fileno(), 256, 0).split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
-def _resident_bytes() -> int:
-    with open("/proc/self/statm", "rb", buffering=0) as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    def _break_with(self, peer: str) -> None:
+        for name, one in _connections(self._port):
+            if name == peer:
+                with contextlib.suppress(OSError):
+                    one.shutdown(socket.SHUT_RDWR)
 
 
-def _connections(port: int, stack: contextlib.ExitStack) -> Iterator[tuple[str, socket.socket]]:
-    """This process's connections on a port of its own, by their peers as the native server names them."""
+def _connections(port: int) -> Iterator[tuple[str, socket.socket]]:
+    """This process's connections on a port of its own, by their peers as the native server names them.
+
+    Each is to be used before the next one is asked for: they are the server's own, no copies, for which there may be
+    no descriptors left.
+    """
     for name in os.listdir("/proc/self/fd"):
+        one: socket.socket | None = None
         try:
             if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
                 continue
-            one = stack.enter_context(socket.fromfd(int(name), socket.AF_INET, socket.SOCK_STREAM))
+            one = socket.socket(socket.AF_INET, socket.SOCK_STREAM, fileno=int(name))
             own = one.getsockname()  # text, for a Unix socket
             if isinstance(own, tuple) and own[1] == port:
                 yield peer_name(one.getpeername()), one
         except OSError:  # without a peer, or gone
             continue
+        finally:
+            if one is not None:
+                one.detach()
 
 
 def peer_name(address: tuple[str, int]) -> str:
