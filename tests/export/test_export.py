@@ -377,7 +377,7 @@ def export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Export:
         (["vision", "config:no_such_type"], "transformers cannot load"),
         (["audio", "package:export/cli.py"], "is no TorchScript file"),
         (["vision", RESNET, "--labels", "cat,dog"], "zero-shot needs clip"),
-        (["vision", RESNET, "--task", "embedding"], "image embeddings: expected clip"),
+        (["text", "config:bart"], "is a bart, an encoder with a decoder"),
         (["vision", RESNET, "--samples", "/nowhere"], "--samples /nowhere: expected a folder of pictures"),
         (["text", BERT, "--labelled", LABELLED], "expected a checkpoint with a tokenizer"),
     ],
