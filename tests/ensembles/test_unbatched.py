@@ -58,7 +58,7 @@ def test_a_step_takes_as_many_rows_as_the_one_before_made(repository: Repository
         assert [len(made(answer)) for answer in answers] == [1, 2, 4]
         (too_many,) = infer(engine, [request("crops", 5)])
     assert isinstance(too_many, InferError)
-    assert "expected a batch of 1 to 4, got 5" in str(too_many)
+    assert "inference request batch-size must be <= 4 for 'classifier', and at least 1, got 5" in str(too_many)
 
 
 def test_steps_with_and_without_a_batch_take_turns(repository: Repository) -> None:

@@ -49,13 +49,13 @@ class IsolatedBackend:
         self,
         folder: ModelFolder,
         version: int,
-        index: int,
+        name: str,
         group: InstanceGroup,
         device: int,
         on: str,
         infer: Infer,
     ) -> None:
-        """`device` is the number that the model is told, `on` where the instance is: "cpu", or as "cuda:0"."""
+        """`name` is the instance's, `device` the number that it is told, `on` where it is: "cpu", or as "cuda:0"."""
         self.runs_inline = False
         self.kind = group.kind
         self.device = on
@@ -67,7 +67,7 @@ class IsolatedBackend:
             "config": text_format.MessageToString(folder.config.proto),
             "versions": folder.versions,
             "version": version,
-            "index": index,
+            "name": name,
             "group": group,
             "device": device,
         }

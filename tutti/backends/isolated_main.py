@@ -83,7 +83,7 @@ def complete(arguments: Sequence[str]) -> None:
 def _load(start: Mapping[str, Any]) -> "python.PythonBackend":
     path = Path(start["path"])
     folder = ModelFolder(path, config.parse(start["config"], path.name), start["versions"])
-    return python.load_one(folder, start["version"], start["index"], start["group"], start["device"])
+    return python.load_one(folder, start["version"], start["name"], start["group"], start["device"])
 
 
 def _execute_all(

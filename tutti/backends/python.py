@@ -78,7 +78,9 @@ def _load_isolated(
     """Side by side, as Triton does."""
 
     def start(index: int, group: InstanceGroup, device: int) -> Backend:
-        return isolated.IsolatedBackend(folder, version, index, group, device, _device(group, device), infer)
+        return isolated.IsolatedBackend(
+            folder, version, _instance_name(folder.config, index), group, device, _device(group, device), infer
+        )
 
     with ThreadPoolExecutor(max(1, min(_MOST_STARTING, len(placed)))) as threads:
         starting = [threads.submit(start, index, *where) for index, where in enumerate(placed)]
@@ -103,7 +105,11 @@ def _load_here(
         for index, (group, device) in enumerate(placed):
             model = module.TritonPythonModel()
             taker = _turn_taker(folder.config, group, device, path)
-            loaded.append(PythonBackend(folder, version, model, index, group, device, taker, module))
+            loaded.append(
+                PythonBackend(
+                    folder, version, model, _instance_name(folder.config, index), group, device, taker, module
+                )
+            )
     except BaseException as error:  # a model may do whatever it likes, as ending its process: it is only not served
         for backend in loaded:
             backend.close()
@@ -114,12 +120,12 @@ def _load_here(
     return loaded
 
 
-def load_one(folder: ModelFolder, version: int, index: int, group: InstanceGroup, device: int) -> "PythonBackend":
+def load_one(folder: ModelFolder, version: int, name: str, group: InstanceGroup, device: int) -> "PythonBackend":
     """One instance, in a process that has no others. Raises ConfigError."""
     filename = folder.config.model_filename or "model.py"
     try:
         module = imports.import_alone(folder.path, version, filename)
-        return PythonBackend(folder, version, module.TritonPythonModel(), index, group, device)
+        return PythonBackend(folder, version, module.TritonPythonModel(), name, group, device)
     except BaseException as error:
         raise ConfigError(f"{filename} failed to load: {pb_utils.told(error)}") from error
 
@@ -238,7 +244,7 @@ class PythonBackend:
         folder: ModelFolder,
         version: int,
         model: Any,
-        index: int,
+        name: str,
         group: InstanceGroup,
         number: int,
         taker: TurnTaker | None = None,
@@ -266,20 +272,20 @@ class PythonBackend:
         self._settled = threading.Condition()
         if hasattr(model, "initialize"):
             try:
-                model.initialize(self._arguments(folder, index, group))
+                model.initialize(self._arguments(folder, name, group))
             except BaseException as error:
                 self._failure("initialize", error)
                 if taker is not None:
                     taker.close()
                 raise
 
-    def _arguments(self, folder: ModelFolder, index: int, group: InstanceGroup) -> dict[str, str]:
+    def _arguments(self, folder: ModelFolder, instance: str, group: InstanceGroup) -> dict[str, str]:
         name = self._config.name
         kind = instance_kind(group, gpu_count())
         return {
             "model_config": json.dumps(config.as_json(self._config.proto)),
             "model_instance_kind": kind,
-            "model_instance_name": _instance_name(self._config, index),
+            "model_instance_name": instance,
             "model_instance_device_id": str(self._number if kind == "GPU" else 0),
             "model_repository": str(folder.path),
             "model_version": self._version,
