@@ -30,6 +30,9 @@ _log = logging.getLogger(__name__)
 # Whoever asks for a load, or an unload, is answered after this; slow loads go on.
 CONTROL_TIMEOUT_S = 120.0
 # How long what is inside a model may take before whoever waits for its end is told so.
+Ending = tuple[Model, Work[None]]
+"""A model that is served no longer, and its end, which is under way."""
+
 DRAIN_S = 30.0
 _POLL_DRAIN_S = 5.0
 _LOADS_AT_ONCE = 4
@@ -144,7 +147,7 @@ class Engine:
         """
         self._check_controllable()
         closing = self._operations.run(name, LOADING, lambda: self._load_anew(name, override or Override(), ()))
-        self._drain(closing, DRAIN_S)
+        self._await(closing, DRAIN_S)
 
     def unload(self, name: str, with_dependents: bool = False) -> None:
         """Serve a model no longer: new requests are refused, those inside end. Blocks until they have.
@@ -155,11 +158,11 @@ class Engine:
         self._check_controllable()
         closing = self._unload_alone(name)
         if with_dependents:
-            for step in [step for model in closing for step in model.config.steps]:
+            for step in [step for model, _ in closing for step in model.config.steps]:
                 used = {other.model_name for model in self.models() for other in model.config.steps}
                 if step.model_name not in used:
                     closing += self._unload_alone(step.model_name)
-        waiting = self._drain(closing, DRAIN_S)
+        waiting = self._await(closing, DRAIN_S)
         if waiting:
             raise Unavailable(f"model '{name}' is served no longer, but not all has ended: {'; '.join(waiting)}")
 
@@ -173,7 +176,7 @@ class Engine:
             closing = self._unload_alone(name, tells=False)
         else:
             closing = self._operations.run(name, LOADING, lambda: self._load_anew(name, override, (), tells=False))
-        self._drain(closing, DRAIN_S)
+        self._await(closing, DRAIN_S)
 
     def poll(self) -> None:
         """Load what is new or has changed in the repository, unload what has gone. Blocks. Failures are logged.
@@ -197,7 +200,7 @@ class Engine:
         if seen == self._seen.get(name) and not self._is_due(name):
             return
         try:
-            self._drain(self._follow_folder(name, is_there), _POLL_DRAIN_S)
+            self._await(self._follow_folder(name, is_there), _POLL_DRAIN_S)
         except Exception as error:
             _log.error("%s", error)
             self._tries.setdefault(name, _Tries()).failed()
@@ -212,7 +215,7 @@ class Engine:
         elif name not in self._tries:
             self._seen.pop(name, None)
 
-    def _follow_folder(self, name: str, is_there: bool) -> list[Model]:
+    def _follow_folder(self, name: str, is_there: bool) -> list[Ending]:
         if is_there:
             return self._operations.run(name, LOADING, lambda: self._load_anew(name, Override(), ()))
         closing = self._unload_alone(name)
@@ -232,9 +235,9 @@ class Engine:
         """Take what is loaded now as what poll compares with."""
         self._seen = {name: repository.fingerprint(self._root, name) for name in repository.model_names(self._root)}
 
-    def _load_anew(self, name: str, override: Override, above: tuple[str, ...], tells: bool = True) -> list[Model]:
-        """Load one model, and what it needs; returns the models to close."""
-        closing: list[Model] = []
+    def _load_anew(self, name: str, override: Override, above: tuple[str, ...], tells: bool = True) -> list[Ending]:
+        """Load one model, and what it needs; returns what ends therefore."""
+        closing: list[Ending] = []
         made: dict[str, Model] = {}
         scratch: tempfile.TemporaryDirectory[str] | None = None
         stage = "failed to poll from model repository"  # Triton's words, as those of the next one
@@ -263,15 +266,15 @@ class Engine:
             if not isinstance(error, TuttiError):
                 _log.debug("model '%s' cannot be loaded", name, exc_info=True)
             raise Internal(f"failed to load '{name}', {stage}: {shown(error)}") from None
-        closing += self._replace(name, made).values()
+        closing += self._end_all(self._replace(name, made).values())
         self._keep_scratch(name, scratch)
         self._failures = {key: why for key, why in dict(self._failures).items() if key[0] != name}
         return closing
 
-    def _load_step(self, name: str, above: tuple[str, ...], tells: bool) -> list[Model]:
+    def _load_step(self, name: str, above: tuple[str, ...], tells: bool) -> list[Ending]:
         """Load a model for an ensemble that needs it, unless another has just done so."""
 
-        def load() -> list[Model]:
+        def load() -> list[Ending]:
             return [] if name in self._models else self._load_anew(name, Override(), above, tells)
 
         return self._operations.run(name, LOADING, load)
@@ -284,16 +287,20 @@ class Engine:
         finally:
             self._telling.release()
 
-    def _drain(self, models: Iterable[Model], timeout_s: float) -> list[str]:
-        """End models, and wait for that, though not for ever; returns what has not ended."""
-        works = []
+    def _end_all(self, models: Iterable[Model]) -> list[Ending]:
+        """Have models end: at once, since whoever had them replaced may not wait for that any more."""
+        endings = []
         for model in models:
             work = Work(f"model '{model.config.name}' version {model.version} has been draining", partial(_end, model))
             self._drains[model] = work
-            works.append((model, work))
+            endings.append((model, work))
+        return endings
+
+    def _await(self, endings: Iterable[Ending], timeout_s: float) -> list[str]:
+        """Wait for ends, though not for ever; returns what has not ended."""
         until_s = time.monotonic() + timeout_s
         waiting = []
-        for model, work in works:
+        for model, work in endings:
             if not work.wait(max(0.0, until_s - time.monotonic())):
                 waiting.append("; ".join([str(work), *model.executing()]))
         for model, work in list(self._drains.items()):
@@ -303,16 +310,16 @@ class Engine:
             _log.warning("%s", what)
         return waiting
 
-    def _unload_alone(self, name: str, tells: bool = True) -> list[Model]:
+    def _unload_alone(self, name: str, tells: bool = True) -> list[Ending]:
         return self._operations.run(name, UNLOADING, lambda: self._unload(name, tells) if name in self._models else [])
 
-    def _unload(self, name: str, tells: bool = True) -> list[Model]:
+    def _unload(self, name: str, tells: bool = True) -> list[Ending]:
         if tells:
             self._tell(name, None, None)
         old = self._replace(name, {})
         self._unloaded[name] = tuple(old)
         self._keep_scratch(name, None)
-        return list(old.values())
+        return self._end_all(old.values())
 
     def _keep_scratch(self, name: str, scratch: "tempfile.TemporaryDirectory[str] | None") -> None:
         old = self._scratch.pop(name, None)
@@ -354,7 +361,7 @@ class Engine:
         unknown = f"Request for unknown model: '{name}'"  # Triton's words, which its clients look for
         if name in self._models:
             raise NotFound(f"{unknown} version {version} is not found")
-        if name in self._unloaded or any(failed == name for failed, _ in self._failures):
+        if name in self._unloaded or any(failed == name for failed, _ in dict(self._failures)):
             raise NotFound(f"{unknown} has no available versions: it is not ready")
         raise NotFound(f"{unknown} is not found")
 
@@ -422,8 +429,8 @@ class Engine:
         """Drain and close every model, ensembles before what they use. What comes later is refused."""
         self._is_closed = True
         models = self.models()
-        self._drain([model for model in models if model.config.is_ensemble], DRAIN_S)
-        self._drain([model for model in models if not model.config.is_ensemble], DRAIN_S)
+        for is_ensemble in (True, False):
+            self._await(self._end_all(m for m in models if m.config.is_ensemble is is_ensemble), DRAIN_S)
         for name in list(self._scratch):
             self._keep_scratch(name, None)
 
@@ -457,7 +464,7 @@ class Engine:
                 self._record_failure(folder.config.name, str(version), error)
         self._failures.pop((folder.config.name, ""), None)  # that it was still being loaded
         if made:
-            self._replace(folder.config.name, made)
+            self._end_all(self._replace(folder.config.name, made).values())  # another may have loaded it meanwhile
 
     def _make(self, folder: ModelFolder, version: int) -> Model:
         statistics = ModelStatistics()

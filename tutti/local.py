@@ -116,16 +116,16 @@ def _serve_batches(
         InOrder(scheduler) if is_ordered else scheduler,
         scheduler.close,
         pending=scheduler.queued_calls,
-        executing=lambda: _named(config.name, scheduler.executing_s(now_ns())),
+        executing=lambda: _named(config.name, scheduler.executing(now_ns())),
         device=_device_of([backend for backend, _ in loaded]),
         config=None if all(getattr(backend, "joins", True) for backend, _ in loaded) else _unmerged(config),
     )
     return _while_devices_work(config.name, served, loaded, statistics, devices, scheduler.refuse_waiting)
 
 
-def _named(name: str, seconds: Sequence[float]) -> list[tuple[str, float]]:
+def _named(name: str, batches: Sequence[tuple[float, bool]]) -> list[tuple[str, float, bool]]:
     """With the names of instances."""
-    return [(f"{name}_{index}", one) for index, one in enumerate(seconds)]
+    return [(f"{name}_{index}", *batch) for index, batch in enumerate(batches)]
 
 
 def _unmerged(config: ModelConfig) -> ModelConfig:
@@ -162,7 +162,7 @@ def _serve_sequences(
         batcher,
         batcher.close,
         pending=batcher.queued_calls,
-        executing=lambda: _named(config.name, batcher.executing_s(now_ns())),
+        executing=lambda: _named(config.name, batcher.executing(now_ns())),
     )
     return _while_devices_work(config.name, served, loaded, statistics, devices, batcher.refuse_waiting)
 

@@ -35,7 +35,7 @@ class Served:
     config: ModelConfig | None = None
     device: str = "cpu"
     # Of each instance, its name and for how many seconds it has executed a batch: 0 where it does not.
-    executing: Callable[[], Sequence[tuple[str, float]]] = lambda: ()
+    executing: Callable[[], Sequence[tuple[str, float, bool]]] = lambda: ()
 
 
 class Model:
@@ -118,22 +118,21 @@ class Model:
         return self._served.reason()
 
     def executing(self, only_stuck: bool = False) -> list[str]:
-        """Which instances execute a batch, and for how long; `only_stuck`: for longer than HANG_S."""
-        least_s = HANG_S if only_stuck else 0.0
+        """Which instances execute a batch, and for how long; `only_stuck`: for longer than they may."""
         return [
             f"instance '{name}' has been executing a batch for {seconds:.0f} s"
-            for name, seconds in self._served.executing()
-            if seconds > least_s
+            for name, seconds, is_stuck in self._served.executing()
+            if (is_stuck if only_stuck else seconds > 0)
         ]
 
     def stuck(self) -> int:
-        """How many instances have executed one batch for longer than HANG_S."""
+        """How many instances have executed one batch for longer than they may."""
         return len(self.executing(only_stuck=True))
 
     def is_stuck(self) -> bool:
         """Whether all of them have."""
         instances = self._served.executing()
-        return bool(instances) and all(seconds > HANG_S for _, seconds in instances)
+        return bool(instances) and all(is_stuck for _, _, is_stuck in instances)
 
     def pending(self) -> int:
         """Requests that wait in its queue."""

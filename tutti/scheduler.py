@@ -7,6 +7,7 @@ and whether it is worth a thread.
 """
 
 import logging
+import math
 import queue
 import random
 import threading
@@ -251,11 +252,16 @@ class Scheduler:
             self._dispatch()
         return True
 
-    def executing_s(self, at_ns: int) -> list[float]:
-        """For how long each instance has executed its batch; 0 where it has none."""
+    def executing(self, at_ns: int) -> list[tuple[float, bool]]:
+        """For how long each instance has executed its batch, 0 where it has none; and whether it is stuck with it."""
         with self._lock:
-            begun = [self._busy.get(id(instance), (at_ns,))[0] for instance in self._instances]
-        return [max(0, at_ns - since_ns) / 1e9 for since_ns in begun]
+            instances = list(self._instances)
+            begun = [self._busy.get(id(instance), (at_ns,))[0] for instance in instances]
+        taken_s = [max(0, at_ns - since_ns) / 1e9 for since_ns in begun]
+        return [
+            (seconds, seconds > (getattr(instance, "hang_s", None) or HANG_S))
+            for instance, seconds in zip(instances, taken_s, strict=True)
+        ]
 
     def queued_rows(self) -> int:
         return self._queue.rows
@@ -370,8 +376,8 @@ class Scheduler:
         Past the timeout, CLOSE_S or a moment where all instances are stuck, what waits is refused.
         """
         if timeout_s is None:
-            executing_s = self.executing_s(now_ns())
-            is_stuck = bool(executing_s) and all(seconds > HANG_S for seconds in executing_s)
+            executing = self.executing(now_ns())
+            is_stuck = bool(executing) and all(is_stuck for _, is_stuck in executing)
             timeout_s = _MOMENT_S if is_stuck else CLOSE_S
         with self._lock:
             self._is_closing = True
@@ -379,7 +385,10 @@ class Scheduler:
             left = self._queue.drain()
         settle_all(left, Unavailable(f"model '{self._name}' is being unloaded"))
         for instance in self._instances:
-            instance.close()
+            try:
+                instance.close()
+            except Exception:  # the others are to be closed, too
+                _log.exception("model '%s': an instance could not be closed", self._name)
         # They refer to this: without the garbage collector, which comes late, the model's memory would stay.
         self._instances.clear()
         self._free.clear()
@@ -563,6 +572,8 @@ class ThreadInstance:
         self._cpu = Costs()
         # What was quick the last time one looked, and how many executions until one looks, and learns, again.
         self._quick: dict[tuple[Hashable, int], int] = {}
+        # What a batch may take before it counts as stuck, seconds; None: HANG_S.
+        self.hang_s: float | None = getattr(backend, "hang_s", None)
         self._inbox: queue.SimpleQueue[list[Call] | None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[tuple[list[Call], Executed, BatchTimes] | None] = queue.SimpleQueue()
         # Batches that are in its threads, and since when: whoever takes one out settles its calls.
@@ -588,11 +599,13 @@ class ThreadInstance:
             self._inbox.put(batch)
 
     def close(self) -> None:
-        """Let it end. One that has executed a batch for longer than HANG_S is abandoned."""
+        """Let it end. One that has executed a batch for longer than it may is abandoned."""
         self._inbox.put(None)
         now = now_ns()
         begun_ns = min((since_ns for _, since_ns in list(self._held.values())), default=now)
-        self._thread.join(max(_MOMENT_S, HANG_S - (now - begun_ns) / 1e9))
+        limit_s = self.hang_s or HANG_S
+        left_s = max(_MOMENT_S, limit_s - (now - begun_ns) / 1e9)
+        self._thread.join(None if limit_s == math.inf else left_s)
         if self._thread.is_alive():
             self._abandon()
             return
@@ -610,7 +623,8 @@ class ThreadInstance:
         """
         self._is_abandoned = True
         _log.error("instance %s: its batch does not end, and it is abandoned", self._name)
-        error = Internal(f"{self._name} had executed the request for {HANG_S:g} s or more, and was abandoned")
+        limit_s = self.hang_s or HANG_S
+        error = Internal(f"{self._name} had executed the request for {limit_s:g} s or more, and was abandoned")
         for key in list(self._held):
             held = self._held.pop(key, None)
             if held is not None:
@@ -620,6 +634,8 @@ class ThreadInstance:
                     _log.exception("instance %s: could not deliver errors", self._name)
                 for call in held[0]:  # the backend may settle some itself, should it come back
                     call.is_cancelled, call.sink = True, _NOBODY
+                    if call.emit is not None:
+                        call.emit = _emit_to_nobody
         if self._turn is not None:
             self._turn.close()
         give_up = getattr(self._backend, "give_up", None)
@@ -743,6 +759,10 @@ class _Nobody:
 
 
 _NOBODY = _Nobody()
+
+
+def _emit_to_nobody(response: InferResponse) -> None: ...
+
 
 # How many executions the current thread is within.
 _here = threading.local()

@@ -252,9 +252,9 @@ class SequenceBatcher:
         for lane in self._lanes:
             lane.scheduler.refuse_waiting(error)
 
-    def executing_s(self, at_ns: int) -> list[float]:
+    def executing(self, at_ns: int) -> list[tuple[float, bool]]:
         """As a scheduler's, of all lanes."""
-        return [seconds for lane in self._lanes for seconds in lane.scheduler.executing_s(at_ns)]
+        return [batch for lane in self._lanes for batch in lane.scheduler.executing(at_ns)]
 
     def queued_calls(self) -> int:
         return self._queued + sum(lane.scheduler.queued_calls() for lane in self._lanes)

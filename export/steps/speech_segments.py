@@ -14,13 +14,11 @@ HYSTERESIS = 0.15
 
 class TritonPythonModel:
     def initialize(self, args):
-        parameters = {
-            key: float(value["string_value"]) for key, value in json.loads(args["model_config"])["parameters"].items()
-        }
-        self._frame_s = parameters["frame_s"]
-        self._threshold = parameters["threshold"]
-        self._min_speech_s = parameters["min_speech_s"]
-        self._min_silence_s = parameters["min_silence_s"]
+        parameters = json.loads(args["model_config"])["parameters"]
+        names = ("frame_s", "threshold", "min_speech_s", "min_silence_s")
+        self._frame_s, self._threshold, self._min_speech_s, self._min_silence_s = (
+            float(parameters[name]["string_value"]) for name in names
+        )
 
     def execute(self, requests):
         return [self._answer(request) for request in requests]

@@ -196,7 +196,7 @@ def test_unknown_model_and_version(served: Served, protocol: str) -> None:
         send(served, protocol, "nope", GOOD)
     with pytest.raises(InferenceServerException, match=r"missing required input\(s\) \['EMBEDDING'\]"):
         send(served, protocol, "text_classifier", {})
-    with pytest.raises(InferenceServerException, match="version '9'"):
+    with pytest.raises(InferenceServerException, match="version 9 is not found"):
         send(served, protocol, "content_intelligence", GOOD, model_version="9")
 
 

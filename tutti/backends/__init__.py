@@ -63,9 +63,15 @@ class _Wrapped:
         self.kind = backend.kind
         self.device = getattr(backend, "device", "cpu")
         self.joins = getattr(backend, "joins", True)
+        self.hang_s = getattr(backend, "hang_s", None)
 
     def close(self) -> None:
         self._backend.close()
+
+    def give_up(self) -> None:
+        give_up = getattr(self._backend, "give_up", None)
+        if give_up is not None:
+            give_up()
 
     def execute(self, calls: Sequence[Call]) -> Executed:
         given = [call.request for call in calls]

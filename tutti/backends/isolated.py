@@ -8,6 +8,7 @@ is known to be well-behaved in the server's process.
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,6 +74,10 @@ class IsolatedBackend:
         }
         self._hang_timeout_s = hang_timeout_s(folder.config, OWN_CODE_HANG_TIMEOUT_S)
         self._process: ModelProcess | None = None
+        self._is_given_up = False
+        # What a batch may take before the instance counts as stuck, seconds, where the model says so itself.
+        says = HANG_PARAMETER in folder.config.parameters
+        self.hang_s: float | None = (self._hang_timeout_s or math.inf) if says else None
         began = time.monotonic()
         self._start(0)
         self._started_in_s = time.monotonic() - began
@@ -105,7 +110,8 @@ class IsolatedBackend:
             _log.warning("model '%s': its process did not end by itself", self._name)
 
     def give_up(self) -> None:
-        """Nobody waits for what its process executes. From any thread."""
+        """Nobody waits for what its process executes, nor for another process. From any thread."""
+        self._is_given_up = True
         process = self._process
         if process is not None:
             process.kill()
@@ -118,6 +124,8 @@ class IsolatedBackend:
 
     def _start_again(self) -> ModelProcess:
         """Raises Unavailable."""
+        if self._is_given_up:
+            raise Unavailable(f"model '{self._name}': its process was given up")
         if self._process is not None:
             self._process.kill()
             self._process = None
@@ -133,7 +141,7 @@ class IsolatedBackend:
         begin = {**self._begin, "log_level": logging.getLogger().level}
         try:
             process = ModelProcess(self._name, self._command, begin, self._infer, limit_s)
-        except ConfigError as error:
+        except (ConfigError, OSError, RuntimeError) as error:
             raise ConfigError(f"model '{self._name}': {error}") from None
         process.limit(self._hang_timeout_s)
         self._process = process

@@ -35,6 +35,8 @@ from tutti.errors import ConfigError, InferError, Internal
 from tutti.repository import ModelFolder
 from tutti.types import Answer, Call, Emit, InferRequest, InferResponse, now_ns
 
+_log = logging.getLogger(__name__)
+
 
 def main(arguments: Sequence[str]) -> None:
     """Start the model, execute a batch at a time, and end when told to, or with the server.
@@ -241,13 +243,19 @@ class _Server:
     def _listen(self) -> None:
         with contextlib.suppress(EOFError, OSError):
             while True:
-                kind, number, *rest = pickle.loads(self._channel.recv_bytes())
-                if kind == "reply":
-                    self._questions.pop(number).set_result(rest)
-                elif kind == "refused":
-                    self._refused(number, *rest)
-                else:
-                    self._answered(number, *rest)
+                data = self._channel.recv_bytes()
+                try:
+                    self._follow(*pickle.loads(data))
+                except Exception:  # others wait for what comes after it
+                    _log.exception("what the server says cannot be followed")
+
+    def _follow(self, kind: str, number: int, *rest: Any) -> None:
+        if kind == "reply":
+            self._questions.pop(number).set_result(rest)
+        elif kind == "refused":
+            self._refused(number, *rest)
+        else:
+            self._answered(number, *rest)
 
     def _refused(self, number: int, error: InferError) -> None:
         call = self._open.get(number)
@@ -258,7 +266,9 @@ class _Server:
         """Another model has answered."""
         (answer,) = wire.unpack_answers(answers)
         assert answer is not None
-        call = self._asked.pop(number) if is_final else self._asked[number]
+        call = self._asked.pop(number, None) if is_final else self._asked.get(number)
+        if call is None:  # it has had its last answer
+            return
         if is_final:
             call.finish(answer)
         elif call.emit is not None and isinstance(answer, InferResponse):

@@ -101,10 +101,19 @@ class ModelProcess:
         self._why: InferError | None = None
         self._reaping = threading.Lock()
         self._calls, self._side = self._started(command)
-        _limit(self._side, _HALF_A_MESSAGE_S, [socket.SO_RCVTIMEO])
-        self._calls_channel, self._side_channel = (Connection(os.dup(s.fileno())) for s in (self._calls, self._side))
-        self._listener = threading.Thread(target=self._listen, name=f"{name} process", daemon=True)
-        self._listener.start()
+        try:
+            self._pidfd = os.pidfd_open(self._process.pid)
+            _limit(self._side, _HALF_A_MESSAGE_S, [socket.SO_RCVTIMEO])
+            self._calls_channel, self._side_channel = (
+                Connection(os.dup(s.fileno())) for s in (self._calls, self._side)
+            )
+            self._listener = threading.Thread(target=self._listen, name=f"{name} process", daemon=True)
+            self._listener.start()
+        except BaseException:  # as where there are no more descriptors: nobody else would end it
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            os.close(self._lifeline)
+            raise
         self._begin(start, limit_s)
 
     def _started(self, command: Command) -> tuple[socket.socket, socket.socket]:
@@ -113,7 +122,6 @@ class ModelProcess:
         given = [their_calls.fileno(), their_side.fileno(), their_lifeline, self._inputs.fd, self._outputs.fd]
         try:
             self._process = command.start("main", given)
-            self._pidfd = os.pidfd_open(self._process.pid)
         finally:
             their_calls.close()
             their_side.close()
@@ -155,7 +163,14 @@ class ModelProcess:
             raise Hangs from None
         except (EOFError, OSError):
             self.how_ended()
+            self._fail_open()  # those that came after it had ended
             raise Ended from None
+        except Exception as error:  # of a class that is known to the model only
+            with self._lock:
+                for number in range(first_id, first_id + len(calls)):
+                    self._open.pop(number, None)
+            what = f"its answers cannot be read: {type(error).__name__}: {error}"
+            raise Internal(f"model '{self._name}': {what}") from None
         answers = wire.unpack_answers(packed, self._outputs)
         with self._lock:
             for number, answer in enumerate(answers, first_id):
@@ -180,13 +195,15 @@ class ModelProcess:
             if self._status is None:
                 os.killpg(self._process.pid, signal.SIGKILL)
         self._listener.join(_KILL_TIMEOUT_S)
-        if not self._listener.is_alive():  # else a driver holds it
+        if self._listener.is_alive():  # a driver holds it
+            self._fail_open()
+        else:
             self._release()
 
     def close(self) -> bool:
         """Have it finalize and end; returns whether it did by itself."""
-        _limit(self._calls, END_TIMEOUT_S)
         try:
+            _limit(self._calls, END_TIMEOUT_S)
             self._calls_channel.send_bytes(b"")
             self._calls_channel.recv_bytes()  # it has finalized
             is_fine = True
@@ -198,11 +215,12 @@ class ModelProcess:
         return is_fine
 
     def _release(self) -> None:
-        if self._lifeline < 0:
+        with self._lock:  # two threads may have waited for its end
+            (lifeline, self._lifeline), (pidfd, self._pidfd) = (self._lifeline, -1), (self._pidfd, -1)
+        if lifeline < 0:
             return
-        os.close(self._lifeline)
-        os.close(self._pidfd)
-        self._lifeline = self._pidfd = -1
+        os.close(lifeline)
+        os.close(pidfd)
         self._outbox.put(None)
         if self._writer is not None:
             self._writer.join()
@@ -232,10 +250,12 @@ class ModelProcess:
     def _take(self) -> bool:
         """One message; returns False when no more will come."""
         try:
-            kind, *rest = pickle.loads(self._side_channel.recv_bytes())
+            data = self._side_channel.recv_bytes()
         except (EOFError, OSError):
             return False
+        kind = "something"
         try:
+            kind, *rest = pickle.loads(data)
             getattr(self, f"_on_{kind}")(*rest)
         except Exception:
             _log.exception("model '%s': what its process says (%s) cannot be followed", self._name, kind)
@@ -248,15 +268,19 @@ class ModelProcess:
             self._status = self._process.wait()
         for call in list(self._asked.values()):
             call.is_cancelled = True
+        self._fail_open()
+        for channel in (self._calls, self._side):
+            with contextlib.suppress(OSError):
+                channel.shutdown(socket.SHUT_RDWR)  # whoever executes, or writes, waits no longer
+
+    def _fail_open(self) -> None:
+        """What it owes answers to gets an error."""
         with self._lock:
             left = list(self._open.values())
             self._open.clear()
         if left:
             what = f"its process ended while it executed (status {self._status}) and is started anew"
             self._fail(left, self._why or Unavailable(f"model '{self._name}': {what}"))
-        for channel in (self._calls, self._side):
-            with contextlib.suppress(OSError):
-                channel.shutdown(socket.SHUT_RDWR)  # whoever executes, or writes, waits no longer
 
     def _fail(self, calls: Sequence[Call], error: InferError) -> None:
         _log.warning("%s", error)

@@ -197,9 +197,12 @@ class GrpcFront:
         if len(payload) >= COUNTED_BYTES and not api.holding.take(len(payload)):
             self._front.fail(call_id, code_of(Unavailable("")), api.holding.refusal)
             return None
-        call = self._decode(call_id, payload, timeout, details)
-        if call is None and len(payload) >= COUNTED_BYTES:
-            api.holding.give(len(payload))
+        call: Call | None = None
+        try:
+            call = self._decode(call_id, payload, timeout, details)
+        finally:
+            if call is None and len(payload) >= COUNTED_BYTES:
+                api.holding.give(len(payload))
         return call
 
     def _decode(self, call_id: int, payload: bytes, timeout: bytes | str | None, details: Any) -> Call | None:

@@ -135,7 +135,10 @@ class Guard:
         self._base = min(self._base, resident)
         if not self._watch and resident < self._base + GROWTH_BYTES:
             return
-        come = {peer: received(one) for peer, one in _connections(self._port)}
+        come: dict[str, int] = {}
+        for peer, one in _connections(self._port):
+            with contextlib.suppress(OSError):  # it is gone
+                come[peer] = received(one)
         with self._lock:
             largest = self._watch.saw(come, self._held())
             is_calm = self._watch.is_calm
@@ -171,7 +174,7 @@ def _connections(port: int) -> Iterator[tuple[str, socket.socket]]:
         try:
             if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
                 continue
-            one = socket.socket(socket.AF_INET, socket.SOCK_STREAM, fileno=int(name))
+            one = socket.socket(fileno=int(name))
             own = one.getsockname()  # text, for a Unix socket
             if isinstance(own, tuple) and own[1] == port:
                 yield peer_name(one.getpeername()), one
