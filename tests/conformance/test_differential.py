@@ -49,6 +49,7 @@ INTENDED = (
     Intended("grpc mistake: no message", "INVALID_ARGUMENT", ("INTERNAL",), CALLERS_MISTAKE),
     Intended("grpc shared output too small", "INVALID_ARGUMENT", ("INTERNAL",), CALLERS_MISTAKE),
     Intended("http BYTES edge * read", 400, (200,), "JSON is UTF-8"),
+    Intended("http BYTES edge * shown", 400, (200,), "JSON is UTF-8: other characters would be another's text"),
     Intended(
         "http JSON edge: doubled member", 200, (200,), "of a doubled member the last counts, as most readers have it"
     ),

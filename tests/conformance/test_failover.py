@@ -23,7 +23,7 @@ import tritonclient.http as httpclient
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.utils import InferenceServerException
 
-from tests.models import Repository
+from tests.models import IN_PROCESS, Repository
 from tests.serving import Served, serving, wait_until
 from tutti.devices.simulated import SIMULATED
 
@@ -82,8 +82,10 @@ STREAM = """
 def repository(tmp_path: Path) -> Repository:
     made = Repository(tmp_path / "repository")
     made.add_onnx()
-    made.add_python("fragile", f'backend: "python" max_batch_size: 1 {FOUR}', FRAGILE, ON_GPU)
-    made.add_python("streams", f'backend: "python" {FOUR} model_transaction_policy {{ decoupled: true }}', STREAM)
+    # What they do is to befall the process that has all models.
+    made.add_python("fragile", f'backend: "python" max_batch_size: 1 {FOUR} {IN_PROCESS}', FRAGILE, ON_GPU)
+    decoupled = "model_transaction_policy { decoupled: true }"
+    made.add_python("streams", f'backend: "python" {FOUR} {decoupled} {IN_PROCESS}', STREAM)
     source = made.root / "streams/1/model.py"
     source.write_text(
         source.read_text().replace(

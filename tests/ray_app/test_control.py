@@ -79,7 +79,7 @@ def test_every_replica_follows(tmp_path: Path) -> None:
         key = request.correlation_id()
         self.sum[key] = self.sum.get(key, 0) + int(pb_utils.get_input_tensor_by_name(request, "x").as_numpy().item())
         y = np.full((1, 1), self.sum[key], np.int32)
-        return pb_utils.InferenceResponse([pb_utils.Tensor("y", y)], parameters={"pid": os.getpid()})
+        return pb_utils.InferenceResponse([pb_utils.Tensor("y", y)], parameters={"pid": os.getppid()})
         """,
     )
     flags = ["--ray", "--cpu-replicas", "2", "--model-control-mode", "explicit"]

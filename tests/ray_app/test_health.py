@@ -10,7 +10,7 @@ from tritonclient.utils import InferenceServerException
 
 from demo.client import Client
 from ray_app.health import IDLE_S, Prober, Pulse, request_for
-from tests.models import Repository
+from tests.models import IN_PROCESS, Repository
 from tests.ray_app.test_cluster import replicas
 from tests.serving import engine_over, infer, serving, wait_until
 from tutti import config
@@ -170,7 +170,7 @@ LOSES_ITS_DEVICE = """
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_a_replica_whose_device_fails_ends_and_no_request_to_others_is_lost(tmp_path: Path) -> None:
     repository = Repository(tmp_path / "models")
-    repository.add_python("fragile", f'backend: "python" max_batch_size: 8 {FLOATS}', LOSES_ITS_DEVICE)
+    repository.add_python("fragile", f'backend: "python" max_batch_size: 8 {FLOATS} {IN_PROCESS}', LOSES_ITS_DEVICE)
     repository.add_onnx("good")
     with serving(repository.root, tmp_path / "log", "--ray", "--cpu-replicas", "2") as served:
         client = Client("grpc", served.grpc)

@@ -15,10 +15,11 @@ import pytest
 from tests.models import IN_PROCESS, Repository
 from tests.serving import Gather, engine_over, infer, timer, wait_until
 from tests.tutti.test_python_backend import Answers
-from tutti import custom_metrics, local
+from tutti import custom_metrics, local, rows
+from tutti.backends import isolated_wire
 from tutti.engine import Engine
 from tutti.errors import Internal, Unavailable
-from tutti.types import Call, InferRequest, InferResponse, Tensor
+from tutti.types import Call, Columns, InferRequest, InferResponse, Tensor
 
 CONFIG = """
 backend: "python"
@@ -459,3 +460,14 @@ def test_what_no_protocol_can_say_is_said_otherwise(repository: Repository, engi
         "model 'm': response parameters: expected numbers, text and booleans",
         "model 'm': numpy dtype complex64 has no Triton datatype",
     ]
+
+
+def test_a_part_of_a_batch_travels_as_its_own_rows() -> None:
+    """Another's answer, made in one batch with others', comes by itself to who has asked for it."""
+    columns = Columns([Tensor.of("y", np.arange(6, dtype=np.float32).reshape(3, 2))])
+    answers = rows.parts("m", "1", columns, [1, 2])
+    for sent in ([answers[0]], [answers[1]], answers, answers[::-1]):
+        got = isolated_wire.unpack_answers(isolated_wire.pack_answers(sent))
+        for a, b in zip(sent, got, strict=True):
+            assert isinstance(b, InferResponse)
+            assert b.tensor("y").array().tolist() == a.tensor("y").array().tolist()

@@ -195,12 +195,19 @@ def _response(head: _ResponseHead, view: memoryview) -> InferResponse:
 
 
 def _columns(answers: Sequence[Answer | None]) -> Columns | None:
-    """What all answers are consecutive rows of; None where they are not."""
+    """What the answers are all rows of, in order; None where they are not, as one that others share a batch with."""
     first = answers[0] if answers else None
     columns = first.columns if isinstance(first, InferResponse) else None
-    if columns is None or any(not isinstance(a, InferResponse) or a.columns is not columns for a in answers):
+    if columns is None:
         return None
-    return columns
+    row = 0
+    for answer in answers:
+        if not isinstance(answer, InferResponse) or answer.columns is not columns or answer.parameters:
+            return None
+        if answer.start != row:
+            return None
+        row = answer.stop
+    return columns if all(output.shape[0] == row for output in columns.outputs) else None
 
 
 def _as_array(tensor: Tensor) -> Tensor:
