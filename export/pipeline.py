@@ -161,8 +161,10 @@ def _entry(result: Result, options: Options, measured: Sequence[Measured]) -> En
     inputs, outputs = onnx.tensor_specs(built["fp32"].path)
     if options.backend == "pytorch":  # a program takes all of them, in this order; ONNX may do without some
         inputs = [_spec(graph, name) for name in graph.example]
-    parameters = dict(graph.parameters)
     backend, filename = options.backend, FILES["fp32"]
+    # Others are ONNX Runtime's, and no other backend's.
+    is_read = {key: backend == "onnxruntime" or key.startswith("tutti.") for key in graph.parameters}
+    parameters = {key: value for key, value in graph.parameters.items() if is_read[key]}
     if backend == "tensorrt":
         filename = FILES["tensorrt"]
     elif backend == "pytorch":
