@@ -47,9 +47,11 @@ def _threads(count: int) -> str:
 
 
 MLP = BenchModel("mlp", (384,), 10, 64, "onnxruntime", _threads(1))
-ACCELERATOR = BenchModel("accelerator", (384,), 10, 64, "python")
+# A stand-in for a device: with it its process ends, as with a device that fails.
+_IN_SERVER = 'parameters { key: "tutti.isolate" value { string_value: "no" } }\n'
+ACCELERATOR = BenchModel("accelerator", (384,), 10, 64, "python", _IN_SERVER)
 # The accelerator, ten times slower: two cores can offer it twice what it can do.
-SLOW_ACCELERATOR = BenchModel("slow_accelerator", (384,), 10, 64, "python")
+SLOW_ACCELERATOR = BenchModel("slow_accelerator", (384,), 10, 64, "python", _IN_SERVER)
 CNN = BenchModel("cnn", (3, 64, 64), 10, 4, "onnxruntime", _threads(1) + "instance_group { count: 2 kind: KIND_CPU }\n")
 IMAGE = BenchModel("image", (3, 224, 224), 3, 8, "onnxruntime", _threads(1))
 AUDIO = BenchModel("audio", (500_000,), 1, 8, "onnxruntime", _threads(1))
