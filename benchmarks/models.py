@@ -47,7 +47,7 @@ def _threads(count: int) -> str:
 
 
 MLP = BenchModel("mlp", (384,), 10, 64, "onnxruntime", _threads(1))
-# A stand-in for a device: with it its process ends, as with a device that fails.
+# A stand-in for a device, in the server's process as that would be.
 _IN_SERVER = 'parameters { key: "tutti.isolate" value { string_value: "no" } }\n'
 ACCELERATOR = BenchModel("accelerator", (384,), 10, 64, "python", _IN_SERVER)
 # The accelerator, ten times slower: two cores can offer it twice what it can do.

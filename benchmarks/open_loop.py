@@ -25,7 +25,7 @@ DEADLINE_S = 10.0
 POISON = 13.0
 # Connections over gRPC: several gateways share them out.
 CONNECTIONS = 8
-# y = 2x + the version. A request with POISON in it ends its replica.
+# y = 2x + the version. A request with POISON in it ends its replica, in whose process the model is.
 MODEL = """
     import os
     import time
@@ -56,6 +56,7 @@ FIXED_S, ROW_S = 0.016, 0.003
 CONFIG = f"""
     backend: "python" max_batch_size: 16 dynamic_batching {{}}
     input {{ name: "x" data_type: TYPE_FP32 dims: {WIDTH} }} output {{ name: "y" data_type: TYPE_FP32 dims: {WIDTH} }}
+    parameters {{ key: "tutti.isolate" value {{ string_value: "no" }} }}
 """
 
 
