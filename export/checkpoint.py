@@ -6,7 +6,6 @@ those are is seen in the gradients of an answer. Knows nothing of families.
 """
 
 import json
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,9 +57,8 @@ def configuration(source: Source) -> Any:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    # What it says of missing weights is looked at here, and told.
-    logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
-    logging.getLogger("transformers.utils.loading_report").setLevel(logging.ERROR)
+    # What it says of missing weights is looked at here, and told; what it says of training and sharding is of no use.
+    transformers_logging.set_verbosity_error()
     with told(source):
         if source.location is None:
             return AutoConfig.for_model(source.config_type, **dict(source.options))

@@ -1,5 +1,6 @@
 """Fixtures every test may use: small model repositories in a temporary folder, and the built sample repository."""
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,16 @@ from tutti.devices.health import DeviceHealth
 from tutti.devices.simulated import SIMULATED
 
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def process_logging() -> Iterator[None]:
+    """Logging ends as it began: a server run in this process takes it over, with a stream that ends with its test."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 @pytest.fixture

@@ -146,7 +146,7 @@ def test_replicas_follow_load_from_none_and_back(tmp_path: Path) -> None:
     with serving(repository.root, tmp_path / "log", "--ray", "--placement", str(file)) as served:
         assert gauge(served, "tutti_pool_replicas") == 0
         assert asyncio.run(load(served, 15, 10)) == [], "the first wait for a replica to start"
-        assert gauge(served, "tutti_pool_replicas") == 1
+        assert gauge(served, "tutti_pool_replicas") >= 1, "one, or more where it took long to start and many waited"
         assert asyncio.run(load(served, 110, 12)) == []
         assert gauge(served, "tutti_pool_replicas") >= 3
         wait_until(lambda: gauge(served, "tutti_pool_replicas") == 0, timeout_s=90)
