@@ -49,6 +49,13 @@ def serve(options: argparse.Namespace, logs: Logs) -> int:
 
 
 async def _serve(options: argparse.Namespace, logs: Logs, supervised: Supervised | None) -> int:
+    addresses = setup.addresses(options)
+    if supervised is not None:
+        addresses = replace(addresses, behind=supervised.folder)
+    try:
+        addresses.check_free()
+    except OSError as error:
+        return _cannot_listen(error)
     loop = asyncio.get_running_loop()
     stop, lost = asyncio.Event(), asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -74,9 +81,6 @@ async def _serve(options: argparse.Namespace, logs: Logs, supervised: Supervised
         else None,
         control_timeout_s=options.control_timeout_secs,
     )
-    addresses = setup.addresses(options)
-    if supervised is not None:
-        addresses = replace(addresses, behind=supervised.folder)
     gpus = GpuMetrics()
     server = Server(setup.make_api(engine, options, logs), addresses, gpus.collect, gpus.sample)
     if supervised is not None:
@@ -96,7 +100,7 @@ async def _serve(options: argparse.Namespace, logs: Logs, supervised: Supervised
         _log.error("%d models could not be loaded (--exit-on-error=false serves the others)", len(engine.failures()))
         await asyncio.to_thread(engine.close)
         await asyncio.to_thread(end_watch)
-        return 1
+        return restarts.UNUSABLE
     poller: asyncio.Task[None] | None = None
     try:
         await server.start()
@@ -110,8 +114,7 @@ async def _serve(options: argparse.Namespace, logs: Logs, supervised: Supervised
             await _leave(server)
         _log.info("stopping: open requests may end")
     except OSError as error:
-        _log.error("cannot listen: %s", error)
-        return 1
+        return _cannot_listen(error)
     finally:
         if poller is not None:
             poller.cancel()
@@ -123,6 +126,11 @@ async def _serve(options: argparse.Namespace, logs: Logs, supervised: Supervised
         _log.error("this process ends, though not all has: %s", "; ".join(left))
         _end_now(1)
     return 0
+
+
+def _cannot_listen(error: OSError) -> int:
+    _log.error("cannot listen: %s", error)
+    return restarts.UNUSABLE
 
 
 def _ask_to_stop(stop: asyncio.Event, exit_timeout_s: float) -> None:

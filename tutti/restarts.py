@@ -7,6 +7,8 @@ Whatever ends a server that has served is replaced, and so is, at any time, a pr
 import signal
 from dataclasses import dataclass
 
+# The status of a server that cannot begin: a flag, a file or a port is not as it must be.
+UNUSABLE = 2
 # The status of a process that ends since its device has failed (sysexits' EX_TEMPFAIL).
 DEVICE_FAILED = 75
 FIRST_DELAY_S = 1.0

@@ -17,7 +17,7 @@ from typing import Any
 
 from tutti.frontends.front_ends import FrontEnds
 from tutti.reports import Supervised
-from tutti.restarts import End, Ended, Restarts
+from tutti.restarts import UNUSABLE, End, Ended, Restarts
 
 _log = logging.getLogger("tutti")
 
@@ -101,7 +101,7 @@ class Supervisor:
             ports = [self._front_ends.reserve(host, port) for port in (http_port, grpc_port)]
         except OSError as error:
             _log.error("cannot listen: %s", error)
-            return 1
+            return UNUSABLE
         command = [*self._command, "--http-port", str(ports[0]), "--grpc-port", str(ports[1])]
         with tempfile.TemporaryDirectory(prefix="tutti-", ignore_cleanup_errors=True) as folder:
             try:
@@ -112,7 +112,7 @@ class Supervisor:
                     await self._engine.stop()
         if self._broken:
             _log.error("cannot listen: %s", self._broken)
-            return 1
+            return UNUSABLE
         if self._engine is not None and self._stop.is_set():  # it ended as it was asked to, or was killed
             return max(0, self._engine.process.returncode or 0)
         return status

@@ -22,6 +22,7 @@ from tritonclient.utils import InferenceServerException
 from tests.models import Repository
 from tests.serving import serving, wait_until
 from tutti.cli import main
+from tutti.restarts import UNUSABLE
 
 pytestmark = [
     pytest.mark.slow,
@@ -205,7 +206,10 @@ def test_api_keys(small: Repository, tmp_path: Path, grpc_server: str) -> None:
 def test_flags_that_make_no_sense(
     small: Repository, flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["serve", str(small.root), "--http-port", "0", "--grpc-port", "0", "--metrics-port", "0", *flags]) == 1
+    assert (
+        main(["serve", str(small.root), "--http-port", "0", "--grpc-port", "0", "--metrics-port", "0", *flags])
+        == UNUSABLE
+    )
     assert capsys.readouterr().err.startswith("tutti: ")
 
 

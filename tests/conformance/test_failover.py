@@ -26,6 +26,7 @@ from tritonclient.utils import InferenceServerException
 from tests.models import IN_PROCESS, Repository
 from tests.serving import Served, serving, wait_until
 from tutti.devices.simulated import SIMULATED
+from tutti.restarts import UNUSABLE
 
 REASON = "test: device-side assert"
 FOUR = 'input { name: "x" data_type: TYPE_FP32 dims: 4 } output { name: "y" data_type: TYPE_FP32 dims: 4 }'
@@ -593,5 +594,5 @@ def test_ports_in_use_are_told(repository: Repository, tmp_path: Path) -> None:
         port = server.served.http.split(":")[1]
         command = [*server.served.process.args[:3], "serve", str(repository.root), "--supervise", "--http-port", port]  # type: ignore[index]
         second = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-        assert second.returncode == 1
+        assert second.returncode == UNUSABLE
         assert "cannot listen" in second.stderr

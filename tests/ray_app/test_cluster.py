@@ -22,6 +22,7 @@ from demo.client import Client, load_items
 from loadtest.process import free_ports, stop
 from tests.models import Repository
 from tests.serving import Served, serving, wait_until
+from tutti.restarts import UNUSABLE
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(280)]
 
@@ -157,7 +158,7 @@ def test_a_repository_that_cannot_be_served_says_why(small: Repository, tmp_path
     command = [sys.executable, "-m", "tutti.cli", "serve", str(small.root), "--ray", "--http-port", "0"]
     command += ["--grpc-port", "0", "--metrics-port", "0"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 1
+    assert done.returncode == UNUSABLE
     assert "onnxruntime cannot load model.onnx" in done.stderr
 
 

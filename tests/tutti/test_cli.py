@@ -1,24 +1,28 @@
 """Which processes `tutti serve` starts, by its flags and the machine."""
 
 import argparse
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from tests.models import Repository
 from tests.serving import engine_over
-from tutti import cli
+from tutti import cli, serve_options
 from tutti.frontends import setup
 from tutti.frontends.api import Api
 from tutti.logs import Logs
+from tutti.restarts import UNUSABLE
 
 
 def count(*flags: str, has_gpu: bool = False, cores: int = 16) -> int:
-    options = cli.make_parser().parse_args(["serve", "models", *flags])
-    return cli.front_ends(options, has_gpu, cores)
+    return cli.front_ends(serve_options.make_parser().parse_args(["models", *flags]), has_gpu, cores)
 
 
 def options(arguments: list[str]) -> argparse.Namespace:
-    return cli.parse(arguments)[0]
+    return serve_options.parse(arguments)
 
 
 def test_without_a_gpu_all_is_one_process() -> None:
@@ -56,19 +60,19 @@ def test_what_is_no_count_is_refused(flags: list[str], capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["serve", "models"],
-        ["serve", "--http-port", "1", "models"],
-        ["serve", "--model-repository", "models"],
-        ["serve", "--http-port=1", "--model-repository=models"],
-        ["serve", "--model-store=models"],
-        ["serve", "--allow-client-shm", "models", "--http-port", "1"],
+        ["models"],
+        ["--http-port", "1", "models"],
+        ["--model-repository", "models"],
+        ["--http-port=1", "--model-repository=models"],
+        ["--model-store=models"],
+        ["--allow-client-shm", "models", "--http-port", "1"],
     ],
 )
 def test_the_repository_is_named_in_either_way(arguments: list[str]) -> None:
     assert str(options(arguments).model_repository) == "models"
 
 
-@pytest.mark.parametrize("arguments", [["serve"], ["serve", "models", "--model-repository", "others"]])
+@pytest.mark.parametrize("arguments", [[], ["models", "--model-repository", "others"]])
 def test_there_is_one_repository(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         options(arguments)
@@ -80,26 +84,92 @@ def test_there_is_one_repository(arguments: list[str], capsys: pytest.CaptureFix
     [("", False), ("--allow-client-shm", True), ("--allow-client-shm=true", True), ("--allow-client-shm=False", False)],
 )
 def test_switches_may_have_a_value(flag: str, is_on: bool) -> None:
-    assert options(["serve", "models", *filter(None, [flag])]).allow_client_shm == is_on
+    assert options(["models", *filter(None, [flag])]).allow_client_shm == is_on
 
 
 @pytest.mark.parametrize(
     ("flag", "says"),
     [
         ("--allow-client-shm=perhaps", "argument --allow-client-shm: expected true or false, got 'perhaps'"),
-        ("--http-max-input-size=0", "argument --http-max-input-size: must be greater than 0, got '0'"),
+        ("--http-max-input-size=0", "--http-max-input-size: expected bytes, which must be greater than 0, got '0'"),
         ("--http-max-input-size=-1", "must be greater than 0, got '-1'"),
         ("--grpc-max-message-size=x", "must be greater than 0, got 'x'"),
+        ("--max-inflight-bytes=-1", "must be greater than 0, got '-1'"),
+        ("--http-port=99999", "--http-port: expected a port from 0 (any that is free) to 65535, got '99999'"),
+        ("--grpc-port=-1", "--grpc-port: expected a port from 0 (any that is free) to 65535, got '-1'"),
+        ("--metrics-port=80a", "got '80a'"),
+        ("--http-port=\u0661", "got '\u0661'"),
+        ("--exit-timeout-secs=nan", "--exit-timeout-secs: expected seconds, more than 0, got 'nan'"),
+        ("--control-timeout-secs=0", "expected seconds, more than 0, got '0'"),
+        ("--repository-poll-secs=-1", "expected seconds, more than 0, got '-1'"),
+        ("--hang-timeout-secs=inf", "expected seconds, more than 0, got 'inf'"),
+        ("--gateways=0", "--gateways: expected 1 or more, got '0'"),
+        ("--cpu-replicas=-1", "--cpu-replicas: expected 0 or more, got '-1'"),
+        ("--log-verbose=x", "--log-verbose: expected 0 or more, got 'x'"),
+        ("--http-prot=1", "unknown: '--http-prot=1' (did you mean --http-port?)"),
+        ("others", "unknown: 'others'"),
     ],
 )
 def test_values_that_make_no_sense_are_refused(flag: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        options(["serve", "models", flag])
+    with pytest.raises(SystemExit) as ended:
+        options(["models", flag])
+    assert ended.value.code == UNUSABLE
+    told = capsys.readouterr().err
+    assert told.startswith("usage: tutti serve MODEL_REPOSITORY")
+    assert says in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["srve", "models"], "no command 'srve'; did you mean serve?"),
+        (["xyz"], "no command 'xyz'; there are serve, export, ensemble, cluster, loadtest"),
+        (["--http-port"], "no command '--http-port'"),
+        (["cluster", "plan"], "usage: tutti cluster plan"),
+        (["ensemble", "chek"], "usage: tutti ensemble"),
+        (["export", "adio"], "usage: tutti export"),
+    ],
+)
+def test_a_wrong_command_shows_its_own_usage(
+    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert ended.value.code == UNUSABLE
     assert says in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["", "serve", *cli.COMMANDS])
+def test_help_needs_no_extra(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*filter(None, [command]), "--help"])
+    assert ended.value.code == 0
+    assert "usage: tutti" in capsys.readouterr().out
+
+
+def test_what_an_extra_brings_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    assert cli.main(["cluster", "plan", "models", "--gpus", "1"]) == 1
+    assert "cluster needs ray and psutil and yaml and pydantic: pip install 'tutti[ray]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--http-port", "--grpc-port", "--metrics-port"])
+def test_a_port_in_use_is_told_before_models_are_loaded(flag: str, repository: Repository, tmp_path: Path) -> None:
+    repository.add_onnx()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        ports = {"--http-port": 0, "--grpc-port": 0, "--metrics-port": 0, flag: port}
+        flags = [f"{name}={number}" for name, number in ports.items()]
+        command = [sys.executable, "-m", "tutti", "serve", str(repository.root), *flags]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path)
+    assert done.returncode == UNUSABLE
+    assert f"cannot listen: [Errno 98] 127.0.0.1:{port}: Address already in use" in done.stderr
+    assert "loaded model" not in done.stderr
+
+
 def test_the_server_has_the_name_that_it_is_given(repository: Repository) -> None:
-    given = options(["serve", str(repository.root), "--server-name", "triton"])
+    given = options([str(repository.root), "--server-name", "triton"])
     with engine_over(repository.root) as engine:
         assert setup.make_api(engine, given, Logs()).server_metadata()["name"] == "triton"
         assert Api(engine).server_metadata()["name"] == "tutti"
@@ -111,7 +181,7 @@ def test_the_server_has_the_name_that_it_is_given(repository: Repository) -> Non
 def test_a_pattern_of_headers_has_no_case_unless_it_says_so(
     repository: Repository, pattern: str, matches: list[str]
 ) -> None:
-    given = options(["serve", str(repository.root), f"--http-header-forward-pattern={pattern}"])
+    given = options([str(repository.root), f"--http-header-forward-pattern={pattern}"])
     with engine_over(repository.root) as engine:
         forward = setup.make_api(engine, given, Logs()).http.forward
     assert forward is not None

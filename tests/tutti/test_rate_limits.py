@@ -18,6 +18,7 @@ from tutti.cli import main
 from tutti.errors import ConfigError
 from tutti.rate_limiting import NO_LIMIT, RateLimit, Resource, parse_supply
 from tutti.rate_limits import RateLimits
+from tutti.restarts import UNUSABLE
 from tutti.types import Call, InferRequest, InferResponse, Tensor
 
 TENSORS = 'input { name: "x" data_type: TYPE_FP32 dims: 1 } output { name: "y" data_type: TYPE_FP32 dims: 1 }'
@@ -240,5 +241,5 @@ def test_flags_that_do_not_fit_are_refused(
 
 def test_a_resource_that_does_not_parse_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--rate-limit", "EXECUTION_COUNT", "--rate-limit-resource", "R"]
-    assert main(["serve", str(tmp_path), *flags]) == 1
+    assert main(["serve", str(tmp_path), *flags]) == UNUSABLE
     assert "--rate-limit-resource: expected NAME:COUNT or NAME:COUNT:DEVICE, got 'R'" in capsys.readouterr().err

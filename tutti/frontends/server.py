@@ -77,8 +77,10 @@ class Addresses:
     metrics_ports: int = 1
 
     def check_free(self) -> None:
-        """Raises OSError when somebody else listens on a port that is to be shared."""
-        for port in (self.http_port, self.grpc_port):
+        """Raises OSError when somebody else listens on a port, or it cannot be had: told before anything is loaded."""
+        is_behind = self.behind is not None
+        doors = () if is_behind else (self.http_port, self.grpc_port)
+        for port in (*doors, self.metrics_port if self.metrics_ports == 1 else None):
             if port:
                 try:
                     check_free(self.host, port, socket.AF_INET6 if ":" in self.host else socket.AF_INET)

@@ -1,0 +1,7 @@
+"""`python -m tutti`, which is `tutti`."""
+
+import sys
+
+from tutti.cli import main
+
+sys.exit(main())
