@@ -109,7 +109,7 @@ def _serve(arguments: Sequence[str]) -> int:
         options.front_end_processes = 1
         return serve_on_ray(options)
     count = front_ends(options, present.has_gpu(), _cores())
-    if count and options.engine_of is None:
+    if count and options.engine_of is None and not options.check:
         if _needs_grpcio(options):
             raise ConfigError("front-end processes need the native gRPC server, without TLS")
         from tutti import supervisor

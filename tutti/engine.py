@@ -468,6 +468,7 @@ class Engine:
 
     def _make(self, folder: ModelFolder, version: int) -> Model:
         statistics = ModelStatistics()
+        start = time.monotonic()
         try:
             labels = folder.labels()
             served = self._loader(folder, version, statistics)
@@ -477,8 +478,9 @@ class Engine:
             _log.debug("model '%s' version %d cannot be loaded", folder.config.name, version, exc_info=True)
             what = f"{type(error).__name__}: {shown(error)}"
             raise ConfigError(f"model '{folder.config.name}' version {version}: {what}") from error
-        _log.info("loaded model '%s' version %d", folder.config.name, version)
-        return Model(folder.config, version, labels, served, statistics)
+        load_s = time.monotonic() - start
+        _log.info("loaded model '%s' version %d in %.2f s", folder.config.name, version, load_s)
+        return Model(folder.config, version, labels, served, statistics, load_s)
 
     def _replace(self, name: str, made: dict[str, Model]) -> dict[str, Model]:
         """Serve `made` under the name from now on; returns what was served before."""

@@ -5,6 +5,7 @@ import ctypes
 import logging
 import math
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -118,9 +119,16 @@ def _serve_batches(
         pending=scheduler.queued_calls,
         executing=lambda: _named(config.name, scheduler.executing(now_ns())),
         device=_device_of([backend for backend, _ in loaded]),
+        instances=_instances(loaded),
         config=None if all(getattr(backend, "joins", True) for backend, _ in loaded) else _unmerged(config),
     )
     return _while_devices_work(config.name, served, loaded, statistics, devices, scheduler.refuse_waiting)
+
+
+def _instances(loaded: Sequence[tuple[Backend, Turn | None]]) -> str:
+    """How many are where, as "2 on cpu"."""
+    counts = Counter(getattr(backend, "device", "cpu") for backend, _ in loaded)
+    return ", ".join(f"{count} on {device}" for device, count in sorted(counts.items()))
 
 
 def _named(name: str, batches: Sequence[tuple[float, bool]]) -> list[tuple[str, float, bool]]:
@@ -163,6 +171,7 @@ def _serve_sequences(
         batcher.close,
         pending=batcher.queued_calls,
         executing=lambda: _named(config.name, batcher.executing(now_ns())),
+        instances=_instances(loaded),
     )
     return _while_devices_work(config.name, served, loaded, statistics, devices, batcher.refuse_waiting)
 

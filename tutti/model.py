@@ -34,6 +34,8 @@ class Served:
     reason: Callable[[], str] = lambda: ""
     config: ModelConfig | None = None
     device: str = "cpu"
+    # How many instances are where, for people: "2 on cpu".
+    instances: str = ""
     # Of each instance, its name and for how many seconds it has executed a batch: 0 where it does not.
     executing: Callable[[], Sequence[tuple[str, float, bool]]] = lambda: ()
 
@@ -48,12 +50,15 @@ class Model:
         labels: Mapping[str, tuple[str, ...]],
         served: Served,
         statistics: ModelStatistics,
+        load_s: float = 0.0,
     ) -> None:
         self.config = config = served.config or config
         self.version = version
         self.labels = labels
         self.statistics = statistics
         self.device = served.device
+        self.instances = served.instances
+        self.load_s = load_s
         self._served = served
         # Where the queue policy lets requests have timeouts, the `timeout` parameter is for the queue alone.
         policy = config.batching

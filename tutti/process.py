@@ -19,11 +19,12 @@ from typing import Any, NoReturn
 import uvloop
 
 import ensembles
-from tutti import collector, local, restarts
+from tutti import collector, hints, local, overview, repository, restarts
 from tutti.devices import allocator
 from tutti.devices.gpu_metrics import GpuMetrics
 from tutti.devices.health import health
 from tutti.devices.xid import is_of_device, watch_xid
+from tutti.engine import Engine
 from tutti.errors import DeviceLost
 from tutti.frontends import setup
 from tutti.frontends.server import Server
@@ -36,6 +37,8 @@ _log = logging.getLogger("tutti")
 
 # How long callers in flight may take for their answers once a device has failed.
 LEAVE_S = 2.0
+# How often a server that loads models says how far it is.
+PROGRESS_S = 2.0
 
 
 def serve(options: argparse.Namespace, logs: Logs) -> int:
@@ -53,7 +56,8 @@ async def _serve(options: argparse.Namespace, logs: Logs, supervised: Supervised
     if supervised is not None:
         addresses = replace(addresses, behind=supervised.folder)
     try:
-        addresses.check_free()
+        if not options.check:
+            addresses.check_free()
     except OSError as error:
         return _cannot_listen(error)
     loop = asyncio.get_running_loop()
@@ -91,11 +95,19 @@ async def _serve(options: argparse.Namespace, logs: Logs, supervised: Supervised
     # A model that hangs as it is loaded must not keep the others from being served, unless all must be.
     patience_s = None if options.exit_on_error else engine.control_timeout_s
     loading = asyncio.ensure_future(asyncio.to_thread(engine.load_all, names, patience_s))
+    total = len(names) if names is not None else len(repository.model_names(options.model_repository))
+    telling = asyncio.create_task(_tell_progress(engine, total))
     if await _first(_either(loading, stop), lost):
         await _leave(server)
+    telling.cancel()
     if stop.is_set() and not loading.done():
         _log.info("stopping, though models are still being loaded")
         _end_now(0)
+    if options.check or (engine.failures() and options.exit_on_error):
+        _show(engine, options)
+    if options.check:
+        await asyncio.to_thread(engine.close)
+        return 1 if engine.failures() else 0
     if engine.failures() and options.exit_on_error:
         _log.error("%d models could not be loaded (--exit-on-error=false serves the others)", len(engine.failures()))
         await asyncio.to_thread(engine.close)
@@ -103,9 +115,12 @@ async def _serve(options: argparse.Namespace, logs: Logs, supervised: Supervised
         return restarts.UNUSABLE
     poller: asyncio.Task[None] | None = None
     try:
-        await server.start()
+        taken = await server.start()
         collector.settle()
+        _show(engine, options)
         _log.info("ready: %d models from %s", len(engine.models()), options.model_repository)
+        if command := overview.example(engine.models(), replace(taken, http_tls=addresses.http_tls).url):
+            _log.info("try: %s", command)
         if supervised is not None:
             supervised.report(ready=True)
         if options.model_control_mode == "poll":
@@ -126,6 +141,27 @@ async def _serve(options: argparse.Namespace, logs: Logs, supervised: Supervised
         _log.error("this process ends, though not all has: %s", "; ".join(left))
         _end_now(1)
     return 0
+
+
+def _show(engine: Engine, options: argparse.Namespace) -> None:
+    """What is served, and what is not and why, a line each."""
+    for line in overview.table(engine.models()):
+        _log.info("%s", line)
+    for failure in engine.failures():
+        _log.error("not served: %s", failure)
+    if options.model_control_mode != "explicit":
+        for sentence in hints.unserved(options.model_repository):
+            _log.warning("%s", sentence)
+
+
+async def _tell_progress(engine: Engine, total: int) -> None:
+    """While models load: how many have, and how long the others may take."""
+    start = time.monotonic()
+    while True:
+        await asyncio.sleep(PROGRESS_S)
+        done, passed_s = len(engine.models()) + len(engine.failures()), time.monotonic() - start
+        left = f", about {passed_s / done * (total - done):.0f} s left" if 0 < done < total else ""
+        _log.info("loading: %d of %d models after %.0f s%s", done, total, passed_s, left)
 
 
 def _cannot_listen(error: OSError) -> int:

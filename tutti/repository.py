@@ -3,7 +3,6 @@
 Layout, as Triton's: `<repository>/<model>/config.pbtxt` and `<repository>/<model>/<version>/...`.
 """
 
-import contextlib
 import logging
 import os
 import re
@@ -76,14 +75,14 @@ def model_names(root: Path) -> list[str]:
     try:
         if not root.is_dir():
             raise ConfigError(f"model repository '{root}' is not a folder")
-        return sorted(path.name for path in root.iterdir() if _is_name(path.name) and _is_model(path))
+        return sorted(path.name for path in root.iterdir() if is_name(path.name) and _is_model(path))
     except OSError as error:
         raise ConfigError(f"model repository '{root}' cannot be read: {files.shown(error)}") from None
 
 
 def is_model(root: Path, name: str) -> bool:
     """Whether `model_names` has the name, without a look at the other folders."""
-    return _is_name(name) and _is_model(root / name)
+    return is_name(name) and _is_model(root / name)
 
 
 def _is_model(path: Path) -> bool:
@@ -92,26 +91,18 @@ def _is_model(path: Path) -> bool:
         if not path.is_dir():
             return False
         is_configured = os.path.lexists(path / "config.pbtxt")
-        return is_configured or bool(_versions(path, "model.onnx") or _versions(path, "model.py"))
+        return is_configured or bool(versions(path, "model.onnx") or versions(path, "model.py"))
     except OSError:
         return os.path.lexists(path)
 
 
-def _is_name(name: str) -> bool:
+def is_name(name: str) -> bool:
     """Whether a folder's name can be a model's: any that can be shown, in one piece of a path and of a log's line."""
     is_plain = name.isprintable() and name == name.strip() and not name.startswith((".", "-"))
     return 0 < len(name) <= _MAX_NAME and is_plain and not set(name) & set("/\\")
 
 
-def _name_strangers(root: Path) -> None:
-    """Say which folders look like models, and are called what none can be."""
-    for path in sorted(root.iterdir()):
-        with contextlib.suppress(OSError):
-            if not _is_name(path.name) and not path.name.startswith(".") and path.is_dir() and _versions(path):
-                _log.warning("folder %r is not served: that is no valid model name", path.name)
-
-
-def _versions(path: Path, filename: str = "") -> list[int]:
+def versions(path: Path, filename: str = "") -> list[int]:
     """The version folders of a model, ascending; only those that have the file."""
     if not path.is_dir():
         return []
@@ -124,15 +115,15 @@ def _complete(path: Path, proto: Any) -> None:
     backend = proto.backend or {"onnxruntime_onnx": "onnxruntime"}.get(proto.platform, "")
     if not backend and not proto.platform and not proto.HasField("ensemble_scheduling"):
         filenames = {"model.onnx": "onnxruntime", "model.py": "python"}
-        backend = next((filenames[name] for name in filenames if _versions(path, name)), "")
+        backend = next((filenames[name] for name in filenames if versions(path, name)), "")
     filename = proto.default_model_filename or {"onnxruntime": "model.onnx", "python": "model.py"}.get(backend, "")
     if not filename or _leaves(path, filename):
         return
-    versions = _versions(path, filename)
-    if not versions:
+    present = versions(path, filename)
+    if not present:
         return
     proto.backend = backend
-    file = file_of(path / str(versions[-1]) / filename)
+    file = file_of(path / str(present[-1]) / filename)
     if backend == "onnxruntime" and (not proto.input or not proto.output):
         from tutti.backends import onnxruntime
 
@@ -181,18 +172,16 @@ def _open(path: Path, name: str, override: str | None) -> ModelFolder:
         model_config = config.load(path / "config.pbtxt", complete)
     else:
         model_config = config.parse_json(override, name, complete)
-    present = _versions(path)
-    versions = model_config.version_policy.select(present)
-    if not versions:
+    present = versions(path)
+    selected = model_config.version_policy.select(present)
+    if not selected:
         raise ConfigError(f"model '{name}': no version folder that its version_policy selects; found {sorted(present)}")
-    return ModelFolder(path, model_config, tuple(versions))
+    return ModelFolder(path, model_config, tuple(selected))
 
 
 def open_models(root: Path, names: Iterable[str] | None = None) -> tuple[list[ModelFolder], dict[str, ConfigError]]:
     """The named models (all, by default) and those that their ensembles use; and why others cannot be read."""
     present = model_names(root)
-    if names is None:
-        _name_strangers(root)
     waiting, known = list(present if names is None else names), set(present)
     folders: dict[str, ModelFolder] = {}
     failures: dict[str, ConfigError] = {}
@@ -211,7 +200,7 @@ def open_models(root: Path, names: Iterable[str] | None = None) -> tuple[list[Mo
 
 def check_name(name: str) -> None:
     """Raises ConfigError for a name that cannot be a model's folder."""
-    if not _is_name(name):
+    if not is_name(name):
         raise ConfigError(f"model {name[:100]!r}: not a valid model name")
 
 

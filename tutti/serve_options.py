@@ -20,7 +20,7 @@ MAX_FRONT_ENDS = 4
 # Flags that need no value, and may have one.
 _SWITCHES = frozenset(
     [
-        "--allow-client-shm", "--allow-client-cuda-shm", "--supervise", "--ray",
+        "--allow-client-shm", "--allow-client-cuda-shm", "--supervise", "--ray", "--check",
         "--http-use-ssl", "--http-use-ssl-mutual", "--grpc-use-ssl", "--grpc-use-ssl-mutual",
     ]
 )  # fmt: skip
@@ -57,6 +57,11 @@ def _add_repository(serve: argparse.ArgumentParser) -> None:
         metavar="PATH",
         dest="repository",
         help="the same, as Triton has it",
+    )
+    models.add_argument(
+        "--check",
+        action="store_true",
+        help="load all models, say what is served and what is not and why, and end: with 0 where all could be, else 1",
     )
     models.add_argument(
         "--model-control-mode",
@@ -254,6 +259,8 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
     options.model_repository = options.model_repository or options.repository
     if options.ray and ((options.front_end_processes or 1) > 1 or options.supervise):
         parser.error("--front-end-processes and --supervise do not go with --ray")
+    if options.check and options.ray:
+        parser.error("--check does not go with --ray: it loads the models on this machine")
     if options.allow_client_cuda_shm and options.ray:
         parser.error("--allow-client-cuda-shm does not go with --ray: the gateway has no GPU")
     if options.rate_limit != "off" and options.ray:

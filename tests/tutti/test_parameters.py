@@ -1,6 +1,5 @@
 """Parameters that nobody reads are refused, as fields are; and folders with names that need a second look."""
 
-import logging
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ import tritonclient.http
 from tests.models import Repository
 from tests.serving import engine_over, infer, serving
 from tests.tutti.test_model_config import x, y
+from tutti import hints
 from tutti.errors import ConfigError
 from tutti.repository import check_name, model_names
 
@@ -75,12 +75,11 @@ def test_a_name_may_have_spaces_and_letters_of_any_language(repository: Reposito
             client.close()
 
 
-def test_a_folder_that_cannot_be_a_model_is_named(repository: Repository, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_folder_that_cannot_be_a_model_is_named(repository: Repository) -> None:
     repository.add_onnx("m")
     (repository.root / "m").rename(repository.root / "two\nlines")
-    with caplog.at_level(logging.WARNING), engine_over(repository.root):
-        assert model_names(repository.root) == []
-    assert r"folder 'two\nlines' is not served: that is no valid model name" in caplog.text
+    assert model_names(repository.root) == []
+    assert hints.unserved(repository.root) == [r"folder 'two\nlines' is not served: that is no valid model name"]
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\\b", " a", "a\n", "\x00", ".git", "\ud800", "a" * 256])

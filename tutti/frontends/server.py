@@ -76,6 +76,14 @@ class Addresses:
     shares_ports: bool = False
     metrics_ports: int = 1
 
+    @property
+    def url(self) -> str:
+        """Where a client on this machine asks over HTTP."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(
+            self.host, f"[{self.host}]" if ":" in self.host else self.host
+        )
+        return f"http{'s' if self.http_tls is not None else ''}://{host}:{self.http_port}"
+
     def check_free(self) -> None:
         """Raises OSError when somebody else listens on a port, or it cannot be had: told before anything is loaded."""
         is_behind = self.behind is not None

@@ -1,0 +1,60 @@
+"""What a person is told of a server that has started: its models, where it listens, and a line to try. Pure."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+from tutti.config import ModelConfig, TensorSpec
+from tutti.model import Model
+
+_COLUMNS = ("model", "version", "backend", "instances", "batch", "loaded in")
+# An example's tensors have so many elements at most: it is one line.
+_MAX_ELEMENTS = 16
+_WHOLE = frozenset(["INT8", "INT16", "INT32", "INT64", "UINT8", "UINT16", "UINT32", "UINT64"])
+_VALUES: Mapping[str, object] = {"BOOL": False, "BYTES": "text", "FP32": 0.0, "FP64": 0.0, **dict.fromkeys(_WHOLE, 0)}
+
+
+def table(models: Iterable[Model]) -> list[str]:
+    """The models as aligned lines, the names of the columns first."""
+    rows = [_COLUMNS, *(_row(model) for model in models)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _row(model: Model) -> tuple[str, ...]:
+    config = model.config
+    batch = f"up to {config.max_batch_size}" if config.max_batch_size > 1 else "none"
+    instances = "its steps'" if config.is_ensemble else model.instances
+    return config.name, str(model.version), config.backend, instances, batch, f"{model.load_s:.2f} s"
+
+
+def example(models: Sequence[Model], url: str) -> str:
+    """A command for a shell that asks a model, or for its metadata where no request is short; "" without models.
+
+    The model with the fewest input elements is asked, a step of an ensemble only where no other is.
+    """
+    inside = {step.model_name for model in models for step in model.config.steps}
+    possible = [(model.config.name in inside, _elements(model.config), model.config) for model in models]
+    asked = [one for one in possible if one[1] <= _MAX_ELEMENTS and not one[2].is_decoupled and not one[2].sequences]
+    if asked:
+        config = min(asked, key=lambda one: one[:2])[2]
+        body = json.dumps({"inputs": [_tensor(spec, config) for spec in config.inputs]})
+        return f"curl -s {url}/v2/models/{config.name}/infer -d '{body}'"
+    return f"curl -s {url}/v2/models/{models[0].config.name}" if models else ""
+
+
+def _tensor(spec: TensorSpec, config: ModelConfig) -> dict[str, object]:
+    shape = _shape(spec, config)
+    data = [_VALUES[spec.datatype]] * math.prod(shape)
+    return {"name": spec.name, "shape": shape, "datatype": spec.datatype, "data": data}
+
+
+def _elements(config: ModelConfig) -> float:
+    """Of all inputs of the shortest request; infinite where JSON does not carry one of them."""
+    if not config.inputs or any(spec.datatype not in _VALUES for spec in config.inputs):
+        return math.inf
+    return sum(math.prod(_shape(spec, config)) for spec in config.inputs)
+
+
+def _shape(spec: TensorSpec, config: ModelConfig) -> list[int]:
+    return [1 if size < 0 else size for size in config.wire_shape(spec)]
