@@ -31,16 +31,21 @@ def _row(model: Model) -> tuple[str, ...]:
 def example(models: Sequence[Model], url: str) -> str:
     """A command for a shell that asks a model, or for its metadata where no request is short; "" without models.
 
-    The model with the fewest input elements is asked, a step of an ensemble only where no other is.
+    The model with the fewest input elements is asked. Zeros are numbers to any model, where a text may be no picture:
+    one that takes bytes is asked only where no other is, as is a step of an ensemble.
     """
-    inside = {step.model_name for model in models for step in model.config.steps}
-    possible = [(model.config.name in inside, _elements(model.config), model.config) for model in models]
-    asked = [one for one in possible if one[1] <= _MAX_ELEMENTS and not one[2].is_decoupled and not one[2].sequences]
-    if asked:
-        config = min(asked, key=lambda one: one[:2])[2]
+    steps = {step.model_name for model in models for step in model.config.steps}
+    configs = [model.config for model in models if not model.config.is_decoupled and not model.config.sequences]
+    short = [config for config in configs if _elements(config) <= _MAX_ELEMENTS]
+    if short:
+        config = min(short, key=lambda config: (_takes_bytes(config), config.name in steps, _elements(config)))
         body = json.dumps({"inputs": [_tensor(spec, config) for spec in config.inputs]})
         return f"curl -s {url}/v2/models/{config.name}/infer -d '{body}'"
     return f"curl -s {url}/v2/models/{models[0].config.name}" if models else ""
+
+
+def _takes_bytes(config: ModelConfig) -> bool:
+    return any(spec.datatype == "BYTES" for spec in config.inputs)
 
 
 def _tensor(spec: TensorSpec, config: ModelConfig) -> dict[str, object]:

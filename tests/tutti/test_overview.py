@@ -45,7 +45,7 @@ def test_the_table_has_a_line_for_each_model(repository: Repository) -> None:
 )
 def test_the_line_to_try_is_answered(repository: Repository, tmp_path: Path, inputs: list[str], body: str) -> None:
     add(repository, "m", *inputs)
-    add(repository, "larger", TENSOR % ("x", "FP32", 15))
+    add(repository, "bytes", *[TENSOR % (f"x{index}", "STRING", 2) for index in range(4)])
     log = tmp_path / "log"
     with serving(repository.root, log) as served:
         (line,) = [line for line in log.read_text().splitlines() if "try: " in line]
