@@ -5,6 +5,7 @@ import difflib
 import importlib
 import importlib.util
 import os
+import resource
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from tutti.devices import present
 from tutti.errors import ConfigError, TuttiError
 from tutti.logs import Logs
 from tutti.restarts import UNUSABLE
+
+MAX_FILES = 65536
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,7 @@ class Command:
 
 
 COMMANDS = {
+    "doctor": Command("what this machine has, and what it lacks", "tutti.doctor"),
     "export": Command("export a model into a repository", "export.cli"),
     "ensemble": Command("check, show, draw, explain and build ensembles", "ensembles.cli"),
     "cluster": Command(
@@ -79,6 +83,14 @@ def _summary() -> list[tuple[str, str]]:
     return [serve, *((name, command.help) for name, command in COMMANDS.items())]
 
 
+def allow_files() -> None:
+    """Let this process open as many files as it may, up to MAX_FILES: a connection is one, and 1,024 are usual."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
 def front_ends(options: argparse.Namespace, has_gpu: bool, cores: int) -> int:
     """How many front-ends are processes of their own; 0 where they are in the engine's."""
     count: int | None = options.front_end_processes
@@ -100,6 +112,7 @@ def _serve(arguments: Sequence[str]) -> int:
     options = serve_options.parse(arguments)
     # Processes are started with exec: gRPC need not prepare for a fork, nor say that it has not.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+    allow_files()
     logs = Logs(options.log_verbose, options.log_file, options.log_format)
     logs.install()
     if options.ray:

@@ -1,6 +1,7 @@
 """Which processes `tutti serve` starts, by its flags and the machine."""
 
 import argparse
+import resource
 import socket
 import subprocess
 import sys
@@ -123,7 +124,7 @@ def test_values_that_make_no_sense_are_refused(flag: str, says: str, capsys: pyt
     ("arguments", "says"),
     [
         (["srve", "models"], "no command 'srve'; did you mean serve?"),
-        (["xyz"], "no command 'xyz'; there are serve, export, ensemble, cluster, loadtest"),
+        (["xyz"], "no command 'xyz'; there are serve, doctor, export, ensemble, cluster, loadtest"),
         (["--http-port"], "no command '--http-port'"),
         (["cluster", "plan"], "usage: tutti cluster plan"),
         (["ensemble", "chek"], "usage: tutti ensemble"),
@@ -186,3 +187,23 @@ def test_a_pattern_of_headers_has_no_case_unless_it_says_so(
         forward = setup.make_api(engine, given, Logs()).http.forward
     assert forward is not None
     assert [name for name in ("my_x", "MY_x") if forward.fullmatch(name)] == matches
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "expected"),
+    [
+        (1024, 4096, 4096),
+        (1024, 1 << 20, 65536),
+        (1024, resource.RLIM_INFINITY, 65536),
+        (100_000, 1 << 20, None),
+        (resource.RLIM_INFINITY, resource.RLIM_INFINITY, None),
+    ],
+)
+def test_a_server_may_open_as_many_files_as_it_can(
+    soft: int, hard: int, expected: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = [(soft, hard)]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda _, both: limits.append(both))
+    cli.allow_files()
+    assert limits == [(soft, hard)] + ([] if expected is None else [(expected, hard)])
