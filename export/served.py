@@ -4,7 +4,8 @@ From raw text, pictures or sounds to answers, each compared with what the checkp
 """
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from export.checkpoint import first_line
 from export.errors import ExportError
 from export.graphs import Check, Limits, Trial
 from tutti import local
+from tutti.dtypes import Array, from_numpy
 from tutti.engine import Engine
+from tutti.model import Model
 from tutti.types import Call, InferRequest, InferResponse, Tensor
 
 _WAIT_S = 300
@@ -32,27 +35,39 @@ class _Asked:
         self.is_settled.set()
 
 
-def check(folder: Path, ensemble: str, trials: Sequence[Trial], limits: Limits) -> Check:
-    """Whether the ensemble over `folder` answers each trial as it expects. Sizes of errors are shares of the range."""
+class Staged:
+    """The models of a folder, served in this process."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def ask(self, model: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Its outputs by name. Raises ExportError where there is no answer."""
+        given = {name: Tensor(name, from_numpy(array.dtype), array.shape, array) for name, array in inputs.items()}
+        asked = _Asked(threading.Event())
+        call = Call(InferRequest(model, given), asked)
+        self._engine([call])
+        if not asked.is_settled.wait(_WAIT_S):
+            raise ExportError(f"'{model}' gave no answer within {_WAIT_S} s")
+        if not isinstance(call.answer, InferResponse):
+            raise ExportError(f"'{model}' answered with an error: {first_line(call.answer or ExportError(''))}")
+        return {tensor.name: tensor.array() for tensor in call.answer.outputs}
+
+    def models(self) -> list[Model]:
+        return self._engine.models()
+
+
+@contextmanager
+def staged(folder: Path) -> Iterator[Staged]:
+    """Serve a folder of models. Raises ExportError where one of them cannot be loaded."""
     engine = local.make_engine(folder, _timer, ensembles.load)
     try:
         engine.load_all()
-        failures = engine.failures()
-        if failures:
-            return Check("served", False, f"it does not load: {failures[0]}")
-        worst = 0.0
-        for trial in trials:
-            expected, got = trial.expected(), _answer(engine, ensemble, trial.inputs)
-            fault, error = _compare(expected, trial.read(got) if trial.read else got, limits)
-            if fault:
-                return Check("served", False, f"{trial.what}: {fault}")
-            worst = max(worst, error)
-    except ExportError as error:
-        return Check("served", False, str(error))
+        if failures := engine.failures():
+            raise ExportError(f"it does not load: {failures[0]}")
+        yield Staged(engine)
     finally:
         engine.close()
-    what = ", ".join(trial.what for trial in trials)
-    return Check("served", True, f"'{ensemble}' answers as the checkpoint's own pipeline, but for {worst:.1e}: {what}")
 
 
 def _timer(delay_s: float, callback: Callable[[], None]) -> None:
@@ -61,17 +76,22 @@ def _timer(delay_s: float, callback: Callable[[], None]) -> None:
     later.start()
 
 
-def _answer(engine: Engine, ensemble: str, inputs: Mapping[str, bytes]) -> dict[str, Any]:
-    """Its outputs of one row. Raises ExportError where there is no answer."""
-    given = {name: Tensor(name, "BYTES", (1, 1), np.array([[data]], dtype=object)) for name, data in inputs.items()}
-    asked = _Asked(threading.Event())
-    call = Call(InferRequest(ensemble, given), asked)
-    engine([call])
-    if not asked.is_settled.wait(_WAIT_S):
-        raise ExportError(f"'{ensemble}' gave no answer within {_WAIT_S} s")
-    if not isinstance(call.answer, InferResponse):
-        raise ExportError(f"'{ensemble}' answered with an error: {first_line(call.answer or ExportError(''))}")
-    return {tensor.name: tensor.array() for tensor in call.answer.outputs}
+def check(folder: Path, ensemble: str, trials: Sequence[Trial], limits: Limits) -> Check:
+    """Whether the ensemble over `folder` answers each trial as it expects. Sizes of errors are shares of the range."""
+    worst = 0.0
+    try:
+        with staged(folder) as models:
+            for trial in trials:
+                row = {name: np.array([[data]], dtype=object) for name, data in trial.inputs.items()}
+                expected, got = trial.expected(), models.ask(ensemble, row)
+                fault, error = _compare(expected, trial.read(got) if trial.read else got, limits)
+                if fault:
+                    return Check("served", False, f"{trial.what}: {fault}")
+                worst = max(worst, error)
+    except ExportError as error:
+        return Check("served", False, str(error))
+    what = ", ".join(trial.what for trial in trials)
+    return Check("served", True, f"'{ensemble}' answers as the checkpoint's own pipeline, but for {worst:.1e}: {what}")
 
 
 def _compare(expected: Mapping[str, Any], got: Mapping[str, Any], limits: Limits) -> tuple[str, float]:

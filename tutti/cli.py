@@ -38,6 +38,7 @@ class Command:
 
 COMMANDS = {
     "doctor": Command("what this machine has, and what it lacks", "tutti.doctor"),
+    "init": Command("make a repository of a model's file, and prove that it is served", "export.init"),
     "export": Command("export a model into a repository", "export.cli"),
     "ensemble": Command("check, show, draw, explain and build ensembles", "ensembles.cli"),
     "cluster": Command(

@@ -48,6 +48,16 @@ def unserved(root: Path) -> list[str]:
     return [sentence for sentence in told if sentence]
 
 
+def near(path: Path) -> str:
+    """The path of a file beside one that is not there, and of almost its name; "" for none."""
+    try:
+        names = _names(path.parent)
+    except OSError:
+        return ""
+    found = difflib.get_close_matches(path.name, names, 1)
+    return str(path.parent / found[0]) if found else ""
+
+
 def _of(path: Path) -> str:
     try:
         return next(_reasons(path), "")

@@ -9,7 +9,7 @@ from tutti.model import Model
 
 _COLUMNS = ("model", "version", "backend", "instances", "batch", "loaded in")
 # An example's tensors have so many elements at most: it is one line.
-_MAX_ELEMENTS = 16
+MAX_ELEMENTS = 16
 _WHOLE = frozenset(["INT8", "INT16", "INT32", "INT64", "UINT8", "UINT16", "UINT32", "UINT64"])
 _VALUES: Mapping[str, object] = {"BOOL": False, "BYTES": "text", "FP32": 0.0, "FP64": 0.0, **dict.fromkeys(_WHOLE, 0)}
 
@@ -36,7 +36,7 @@ def example(models: Sequence[Model], url: str) -> str:
     """
     steps = {step.model_name for model in models for step in model.config.steps}
     configs = [model.config for model in models if not model.config.is_decoupled and not model.config.sequences]
-    short = [config for config in configs if _elements(config) <= _MAX_ELEMENTS]
+    short = [config for config in configs if _elements(config) <= MAX_ELEMENTS]
     if short:
         config = min(short, key=lambda config: (_takes_bytes(config), config.name in steps, _elements(config)))
         body = json.dumps({"inputs": [_tensor(spec, config) for spec in config.inputs]})

@@ -66,7 +66,11 @@ def complete(proto: Any, inputs: Sequence[Node], outputs: Sequence[Node]) -> Non
 
 def _complete_tensor(proto: Any, field: Any, node: Node) -> None:
     if node.datatype not in _ORT_TYPES.values():
-        raise ConfigError(f"model '{proto.name}': tensor '{node.name}' has type {node.datatype}")
+        advice = ""
+        if node.datatype.startswith("seq(map"):
+            advice = ": convert it with skl2onnx's option zipmap=False (`tutti init` does, from the pickle)"
+        what = f"has type {node.datatype}, which is no tensor of Triton's{advice}"
+        raise ConfigError(f"model '{proto.name}': tensor '{node.name}' {what}")
     dims = node.shape[1:] if proto.max_batch_size else node.shape
     spec = field.add(name=node.name, data_type=pb.DataType.Value(to_config(node.datatype)), dims=dims or [1])
     if not dims and proto.max_batch_size:

@@ -1,0 +1,204 @@
+"""`tutti init`: from one model's file to a repository that serves it, proved by asking it.
+
+The configuration is written for people: it says what each field does, and what was inferred. A checkpoint of Hugging
+Face's is `tutti export`'s, which knows its tokenizer and verifies it; here it is only passed on.
+"""
+
+import argparse
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from export import initial, served
+from export.errors import ExportError
+from export.initial import Draft
+from export.served import Staged
+from tutti import files, hints, overview
+from tutti.errors import TuttiError
+
+# A model that is asked with zeros of these sizes where its dims are free; the first that works proves it.
+_FREE_SIZES = (1, 8, 32, 224)
+# Rows of a batch, to see that they are joined and taken apart.
+_ROWS = 3
+# Where `tutti serve` listens.
+_URL = "http://127.0.0.1:8000"
+_EXTRAS = {"torch": "pytorch", "sklearn": "sklearn", "skl2onnx": "sklearn", "joblib": "sklearn", "onnx": "export"}
+# Names of files that say nothing of the model in them.
+_NAMELESS = frozenset(["model", "best", "last", "checkpoint", "pytorch_model", "net", "network", "export", "exported"])
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What a model was asked and answered, and a command for a shell that asks it."""
+
+    told: str
+    command: str
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Make the repository, or say why not; returns the exit status: 0 only where the model has answered."""
+    options = make_parser().parse_args(arguments)
+    try:
+        return _init(options)
+    except (TuttiError, ExportError) as error:
+        print(f"tutti init: {error}", file=sys.stderr)
+    except ModuleNotFoundError as error:
+        extra = _EXTRAS.get((error.name or "").partition(".")[0])
+        advice = f"pip install 'tutti[{extra}]'" if extra else "the pickle is of it"
+        print(f"tutti init: '{error.name}' is not installed: {advice}", file=sys.stderr)
+    except OSError as error:
+        where = f"'{error.filename}': " if error.filename else ""
+        print(f"tutti init: {where}{files.shown(error)}", file=sys.stderr)
+    except Exception as error:  # what libraries raise on models that nobody here has seen
+        what = f"'{options.source}' is not covered, or something is wrong with it"
+        print(f"tutti init: {what}: {type(error).__name__}: {initial.first_line(error)}", file=sys.stderr)
+    return 1
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tutti init",
+        description="Make a repository of a model: write its configuration, load it, and ask it. A pickle executes "
+        "what is in it: give your own only.",
+    )
+    parser.add_argument("repository", type=Path, help="the folder of models; made where there is none")
+    parser.add_argument(
+        "source",
+        type=Path,
+        help="an ONNX file, PyTorch's .pt2 or .pt, a pickle of scikit-learn's, or a checkpoint",
+    )
+    parser.add_argument("--name", help="of the model (default: the file's)")
+    parser.add_argument("--version", type=int, default=1, help="of the model (default: %(default)s)")
+    parser.add_argument(
+        "--max-batch-size", type=int, help="rows that are joined; 0 for none (default: 8 where a batch works)"
+    )
+    parser.add_argument(
+        "--input",
+        action="append",
+        default=[],
+        metavar="NAME:TYPE:DIMS",
+        help="of TorchScript, which does not tell, as x:FP32:3,224,224, without the batch; repeat for more",
+    )
+    parser.add_argument("--force", action="store_true", help="write over a model of that name")
+    return parser
+
+
+def _init(options: argparse.Namespace) -> int:
+    source: Path = options.source
+    if not source.exists():
+        near = hints.near(source)
+        raise ExportError(f"no file '{source}'" + (f"; did you mean '{near}'?" if near else ""))
+    name = options.name or _name_of(source)
+    if options.version < 1:
+        raise ExportError(f"--version: expected 1 or more, got {options.version}")
+    target = options.repository / name
+    if target.exists() and not options.force:
+        raise ExportError(f"'{target}' exists; --force writes over it, --name gives another")
+    if source.is_dir() and (source / "config.json").is_file():
+        return _export(source, name, options)
+    with tempfile.TemporaryDirectory(prefix="tutti-init-") as work:
+        draft, proof = _proved(source, name, Path(work), options)
+        _publish(Path(work) / "models" / name, target)
+    _tell(draft, proof, target, options)
+    return 0
+
+
+def _name_of(source: Path) -> str:
+    stem = source.stem if source.is_file() else source.name
+    if stem.lower() in _NAMELESS:
+        stem = source.resolve().parent.name
+    return re.sub(r"[^\w.+-]", "_", stem).strip("._-") or "model"
+
+
+def _export(source: Path, name: str, options: argparse.Namespace) -> int:
+    """Let `tutti export` do it, which verifies the whole pipeline."""
+    from export import cli
+
+    kind = initial.checkpoint_kind(source)
+    print(f"'{source}' is a checkpoint: tutti export {kind} {source} --name {name} --repository {options.repository}")
+    given = [
+        kind,
+        str(source),
+        "--name",
+        name,
+        "--repository",
+        str(options.repository),
+        "--version",
+        str(options.version),
+    ]
+    return cli.main(given)
+
+
+def _proved(source: Path, name: str, work: Path, options: argparse.Namespace) -> tuple[Draft, Proof]:
+    """What is to be published, and how it was proved; without a batch where it fails with one."""
+    draft = initial.read(source, name, work, options.input, options.max_batch_size)
+    try:
+        return draft, _prove(draft, name, work, options.version)
+    except ExportError as error:
+        if not draft.max_batch_size or options.max_batch_size is not None:
+            raise
+        alone = draft.unbatched(f"with {_ROWS} rows at a time it fails: {error}")
+        return alone, _prove(alone, name, work, options.version)
+
+
+def _prove(draft: Draft, name: str, work: Path, version: int) -> Proof:
+    """Write the model into work/models, load it and ask it. Raises ExportError."""
+    folder = work / "models" / name
+    shutil.rmtree(folder, ignore_errors=True)
+    draft.write(folder, version)
+    with served.staged(work / "models") as models:
+        failures = []
+        for size in _FREE_SIZES if draft.has_free_sizes else _FREE_SIZES[:1]:
+            try:
+                return Proof(_asked(models, draft, name, size), overview.example(models.models(), _URL))
+            except ExportError as error:
+                failures.append(error)
+        raise failures[0]
+
+
+def _asked(models: Staged, draft: Draft, name: str, size: int) -> str:
+    models.ask(name, draft.example(size, 1))  # the first request pays for what is made at the first
+    start = time.monotonic()
+    answer = models.ask(name, draft.example(size, 1))
+    took_ms = 1e3 * (time.monotonic() - start)
+    shapes = ", ".join(f"{output} {list(array.shape)}" for output, array in answer.items())
+    told = [f"asked with zeros, it answered in {took_ms:.1f} ms: {shapes}"]
+    if draft.max_batch_size >= _ROWS:
+        models.ask(name, draft.example(size, _ROWS))
+        told.append(f"and with {_ROWS} rows")
+    if draft.check is not None:
+        told.append(draft.check(partial(models.ask, name)))
+    return "; ".join(told)
+
+
+def _publish(made: Path, target: Path) -> None:
+    """Put the model where it belongs in one step: a server that polls never sees half of it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staged = target.parent / f".{target.name}.tutti-init"
+    shutil.rmtree(staged, ignore_errors=True)
+    shutil.copytree(made, staged)
+    if target.exists():
+        for version in staged.iterdir():  # other versions stay
+            old = target / version.name
+            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+            version.rename(old)
+        staged.rmdir()
+    else:
+        staged.rename(target)
+
+
+def _tell(draft: Draft, proof: Proof, target: Path, options: argparse.Namespace) -> None:
+    print(f"{options.source} -> {target}/{options.version}/{draft.filename} ({draft.backend})")
+    for label, fields in (("input", draft.inputs), ("output", draft.outputs)):
+        for field in fields:
+            print(f"  {label:6} {field.name}  {field.datatype}  {list(field.dims) or [1]}")
+    print(f"  batch  {f'up to {draft.max_batch_size} rows' if draft.max_batch_size else 'none'}")
+    for note in draft.notes:
+        print(f"  note: {note}")
+    print(f"{proof.told}\n\nserve it:  tutti serve {options.repository}\nask it:    {proof.command}")

@@ -1,0 +1,416 @@
+"""What a model's file tells of how it is to be served: its tensors, whether rows can be joined, and what to ask it.
+
+Reads ONNX, torch.export's and TorchScript's files, and pickles of scikit-learn's, which become ONNX. A pickle executes
+what is in it: it is to be one's own.
+"""
+
+import json
+import re
+import shutil
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tritonclient.grpc import model_config_pb2 as pb
+
+from export.errors import ExportError
+from tutti.dtypes import NUMPY, Array, from_config, to_config
+
+Ask = Callable[[Mapping[str, Array]], Mapping[str, Array]]
+Shape = tuple[int, ...]
+
+_MAX_BATCH_SIZE = 8
+_KINDS = {".onnx": "onnx", ".pt2": "exported", ".pt": "scripted", ".pth": "scripted", ".ts": "scripted"}
+_PICKLES = frozenset([".pkl", ".pickle", ".joblib"])
+_CHECKED_ROWS = 100
+# What torch.export.save puts into its archive, now and before.
+_OF_EXPORTED = ("models/model.json", "serialized_exported_program.json")
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """A tensor of the model: `dims` as in config.pbtxt, without the batch, -1 for any size."""
+
+    name: str
+    datatype: str
+    dims: Shape
+    # The model itself has no axis but the batch's.
+    is_scalar: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A model that is to be published: its file, and what its configuration says."""
+
+    backend: str
+    file: Path
+    filename: str
+    inputs: tuple[Field, ...]
+    outputs: tuple[Field, ...]
+    max_batch_size: int
+    origin: str
+    notes: tuple[str, ...] = ()
+    # Files that it needs beside it.
+    beside: tuple[Path, ...] = ()
+    # Says that the answers are right, or raises ExportError; None where nobody knows.
+    check: Callable[[Ask], str] | None = field(default=None, compare=False)
+
+    @property
+    def has_free_sizes(self) -> bool:
+        return any(size < 0 for one in self.inputs for size in one.dims)
+
+    def unbatched(self, why: str) -> "Draft":
+        """The same, whose requests are not joined: the first axis of each tensor is one of its own."""
+
+        def alone(fields: Sequence[Field]) -> tuple[Field, ...]:
+            return tuple(
+                replace(one, dims=(-1,) if one.is_scalar else (-1, *one.dims), is_scalar=False) for one in fields
+            )
+
+        notes = (*self.notes, f"requests are not joined: {why}")
+        return replace(self, max_batch_size=0, inputs=alone(self.inputs), outputs=alone(self.outputs), notes=notes)
+
+    def example(self, size: int, rows: int) -> dict[str, Array]:
+        """Inputs of zeros, and of the text "text"; free dims are of this size."""
+        made = {}
+        for one in self.inputs:
+            dims = [size if dim < 0 else dim for dim in one.dims]
+            shape = (rows, *dims) if self.max_batch_size else tuple(dims)
+            is_text = one.datatype == "BYTES"
+            made[one.name] = np.full(shape, b"text", object) if is_text else np.zeros(shape, NUMPY[one.datatype])
+        return made
+
+    def write(self, folder: Path, version: int) -> None:
+        """The model's folder."""
+        (folder / str(version)).mkdir(parents=True)
+        shutil.copyfile(self.file, folder / str(version) / self.filename)
+        for path in self.beside:
+            shutil.copyfile(path, folder / str(version) / path.name)
+        (folder / "config.pbtxt").write_text(self.config(folder.name), encoding="utf-8")
+
+    def config(self, name: str) -> str:
+        """The text of config.pbtxt, with a word on each field."""
+        batch = "several requests at a time are not joined: 0"
+        if self.max_batch_size:
+            batch = "requests are joined along a first axis, which dims leave out, up to so many rows"
+        parts = [
+            f"# Written by `tutti init` from {self.origin}. A stock Triton reads it, too.",
+            *(f"# {note}" for note in self.notes),
+            f"name: {_quoted(name)}",
+            f"# What executes it, and the file in each version's folder.\nbackend: {_quoted(self.backend)}",
+            f"default_model_filename: {_quoted(self.filename)}",
+            f"# Batches: {batch}.\nmax_batch_size: {self.max_batch_size}",
+            "# Names and types are the model's own; a size of -1 is free.",
+            *(_tensor("input", one) for one in self.inputs),
+            *(_tensor("output", one) for one in self.outputs),
+            "# How many execute side by side, on each GPU, or on the processor where there is none.",
+            "instance_group { count: 1 }",
+        ]
+        if self.max_batch_size:
+            what = "A batch is made of what waits when the last one has ended; to wait for more, add"
+            parts += [f"# {what}\n# max_queue_delay_microseconds: 500 in the braces.", "dynamic_batching { }"]
+        return "\n".join(parts) + "\n"
+
+
+def _tensor(kind: str, one: Field) -> str:
+    dims = ", ".join(map(str, one.dims)) or "1"
+    reshape = " reshape { shape: [ ] }" if one.is_scalar else ""
+    datatype = to_config(one.datatype)
+    return f"{kind} {{ name: {_quoted(one.name)} data_type: {datatype} dims: [ {dims} ]{reshape} }}"
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def read(source: Path, name: str, work: Path, inputs: Sequence[str], max_batch_size: int | None) -> Draft:
+    """What the file is, as a draft. Raises ExportError for what cannot be served, with what would help."""
+    if source.is_dir():
+        raise ExportError(
+            f"'{source}' is a folder without config.json: expected a model's file (.onnx, .pt2, .pt, a pickle), or a "
+            f"checkpoint's folder{_candidates(source)}"
+        )
+    kind = _kind(source)
+    readers = {"onnx": _onnx, "exported": _exported, "pickle": _pickled}
+    if kind == "scripted":
+        draft = _scripted(source, inputs)
+    else:
+        if inputs:
+            raise ExportError(f"--input is for TorchScript: '{source.name}' tells its own inputs")
+        draft = readers[kind](source, name, work)
+    if max_batch_size == 0 and draft.max_batch_size:
+        return draft.unbatched("--max-batch-size 0")
+    if max_batch_size and not draft.max_batch_size:
+        raise ExportError(
+            f"--max-batch-size {max_batch_size}: not all tensors have a free first axis to join rows along"
+        )
+    return replace(draft, max_batch_size=max_batch_size or draft.max_batch_size)
+
+
+def _candidates(folder: Path) -> str:
+    known = sorted(path.name for path in folder.iterdir() if path.suffix in (*_KINDS, *_PICKLES))
+    return f"; there are {', '.join(known[:5])} in it" if known else ""
+
+
+def _kind(source: Path) -> str:
+    """By the suffix, and by the first bytes where it may be of two kinds."""
+    suffix = source.suffix.lower()
+    if suffix in _PICKLES:
+        return "pickle"
+    if suffix not in _KINDS:
+        known = ", ".join([*_KINDS, *sorted(_PICKLES)])
+        raise ExportError(f"'{source.name}': expected a file that ends with one of {known}")
+    kind = _KINDS[suffix]
+    if kind in ("exported", "scripted"):
+        names = _zipped(source)
+        if any(name.endswith(_OF_EXPORTED) for name in names):
+            return "exported"
+        if not any(name.endswith("constants.pkl") for name in names):
+            raise ExportError(
+                f"'{source.name}' holds weights without a program, as torch.save makes it: load it into its module in "
+                "Python, and save what torch.export.export(module, example) gives with torch.export.save as .pt2"
+            )
+    return kind
+
+
+def _zipped(source: Path) -> list[str]:
+    try:
+        with zipfile.ZipFile(source) as archive:
+            return archive.namelist()
+    except (zipfile.BadZipFile, OSError):
+        return []
+
+
+def _onnx(source: Path, name: str, work: Path, origin: str = "") -> Draft:
+    from tutti.backends import onnxruntime
+
+    proto = pb.ModelConfig(name=name)
+    onnxruntime.complete(proto, source)
+    beside = tuple(path for path in sorted(source.parent.glob(f"{source.name}*")) if path != source and path.is_file())
+    inputs, outputs = _fields(proto.input), _fields(proto.output)
+    size = _MAX_BATCH_SIZE if proto.max_batch_size else 0
+    notes = () if size else ("requests are not joined: not all tensors have a free first axis",)
+    return Draft("onnxruntime", source, "model.onnx", inputs, outputs, size, origin or source.name, notes, beside)
+
+
+def _fields(side: Any) -> tuple[Field, ...]:
+    """Of a configuration's message."""
+    return tuple(
+        Field(one.name, from_config(pb.DataType.Name(one.data_type)), _dims(one), one.HasField("reshape"))
+        for one in side
+    )
+
+
+def _dims(one: Any) -> Shape:
+    return () if one.HasField("reshape") else tuple(one.dims)
+
+
+def _exported(source: Path, name: str, work: Path) -> Draft:
+    import torch
+
+    try:
+        program = torch.export.load(source)
+    except Exception as error:
+        raise ExportError(f"'{source.name}': PyTorch cannot load it: {first_line(error)}") from None
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes}
+    given = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"]
+    made = [spec.arg.name for spec in program.graph_signature.output_specs if spec.kind.name == "USER_OUTPUT"]
+    inputs = [(one, values[one]) for one in given]
+    outputs = [(f"OUTPUT__{index}", values[one]) for index, one in enumerate(made)]
+    return _torch("model.pt2", source, inputs, outputs)
+
+
+def _scripted(source: Path, inputs: Sequence[str]) -> Draft:
+    import torch
+
+    try:
+        module = torch.jit.load(str(source), map_location="cpu").eval()
+    except Exception as error:
+        raise ExportError(f"'{source.name}': PyTorch cannot load it: {first_line(error)}") from None
+    names = [argument.name for argument in module.forward.schema.arguments[1:]]
+    if not inputs:
+        example = " ".join(f"--input {one}:FP32:3,224,224" for one in names)
+        raise ExportError(f"TorchScript does not tell its inputs' types and sizes: say them, as in {example}")
+    fields = [_field(text) for text in inputs]
+    strangers = [one.name for one in fields if one.name not in names]
+    if strangers:
+        raise ExportError(f"--input {strangers[0]}: forward takes {', '.join(names)}")
+    given = [torch.zeros((2, *(8 if dim < 0 else dim for dim in one.dims)), dtype=_torch_type(one)) for one in fields]
+    try:
+        with torch.inference_mode():
+            answer = module(*given)
+    except Exception as error:
+        raise ExportError(f"asked with 2 rows of zeros, forward fails: {first_line(error)}") from None
+    tensors = list(answer.items()) if isinstance(answer, dict) else []
+    if not tensors:
+        several = answer if isinstance(answer, tuple | list) else [answer]
+        tensors = [(f"OUTPUT__{index}", tensor) for index, tensor in enumerate(several)]
+    outputs = [Field(key, _datatype(value), tuple(value.shape[1:]), value.dim() == 1) for key, value in tensors]
+    return Draft("pytorch", source, "model.pt", tuple(fields), tuple(outputs), _MAX_BATCH_SIZE, source.name)
+
+
+def _field(text: str) -> Field:
+    """Of NAME:TYPE:DIMS. Raises ExportError."""
+    match = re.fullmatch(r"([^:]+):([A-Za-z0-9]+):(-?\d+(?:,-?\d+)*)", text)
+    datatype = match[2].upper().removeprefix("TYPE_") if match else ""
+    datatype = {"STRING": "BYTES"}.get(datatype, datatype)
+    if match is None or datatype not in NUMPY or datatype == "BYTES":
+        raise ExportError(f"--input: expected NAME:TYPE:DIMS, as x:FP32:3,224,224, got '{text}'")
+    dims = tuple(int(size) for size in match[3].split(","))
+    if any(size < -1 or size == 0 for size in dims):
+        raise ExportError(f"--input {text}: expected sizes of 1 and more, or -1 for free ones")
+    return Field(match[1], datatype, dims)
+
+
+def _torch(filename: str, source: Path, inputs: Sequence[tuple[str, Any]], outputs: Sequence[tuple[str, Any]]) -> Draft:
+    """Of a program whose tensors have shapes, of numbers or of symbols."""
+    for key, value in (*inputs, *outputs):
+        if not hasattr(value, "shape"):
+            raise ExportError(f"'{source.name}': '{key}' is no tensor: expected forward to take and return tensors")
+    is_batched = all(len(value.shape) and not isinstance(value.shape[0], int) for _, value in (*inputs, *outputs))
+
+    def fields(given: Sequence[tuple[str, Any]]) -> tuple[Field, ...]:
+        made = []
+        for key, value in given:
+            shape = tuple(size if isinstance(size, int) else -1 for size in value.shape)
+            dims = shape[1:] if is_batched else shape
+            made.append(Field(key, _datatype(value), dims, is_batched and not dims))
+        return tuple(made)
+
+    size = _MAX_BATCH_SIZE if is_batched else 0
+    notes = (
+        ()
+        if size
+        else ("requests are not joined: not all first axes are free (torch.export's dynamic_shapes frees them)",)
+    )
+    return Draft("pytorch", source, filename, fields(inputs), fields(outputs), size, source.name, notes)
+
+
+def _datatype(tensor: Any) -> str:
+    """Triton's name for the elements of a tensor of PyTorch's. Raises ExportError."""
+    name = str(getattr(tensor, "dtype", type(tensor).__name__)).removeprefix("torch.")
+    known = {dtype.name: datatype for datatype, dtype in NUMPY.items() if datatype != "BYTES"}
+    if name not in known:
+        raise ExportError(f"expected tensors of Triton's types, got {name}")
+    return known[name]
+
+
+def _torch_type(one: Field) -> Any:
+    import torch
+
+    return getattr(torch, NUMPY[one.datatype].name)
+
+
+def _pickled(source: Path, name: str, work: Path) -> Draft:
+    """A fitted scikit-learn model, as ONNX, whose answers are compared with its own."""
+    import joblib
+    import skl2onnx
+    from skl2onnx.common.data_types import FloatTensorType, StringTensorType
+
+    try:
+        model = joblib.load(source)
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:
+        raise ExportError(f"'{source.name}': expected a pickle of scikit-learn's: {first_line(error)}") from None
+    if not hasattr(model, "predict") and not hasattr(model, "transform"):
+        raise ExportError(f"'{source.name}' holds a {type(model).__name__}: expected a fitted model of scikit-learn's")
+    width: int | None = getattr(model, "n_features_in_", None)
+    tensor = StringTensorType([None, 1]) if width is None else FloatTensorType([None, width])
+    try:
+        made = skl2onnx.to_onnx(model, initial_types=[("X", tensor)], options=_conversion(model))
+    except Exception as error:
+        raise ExportError(
+            f"'{source.name}', a {type(model).__name__}: skl2onnx does not convert it: {first_line(error)}"
+        ) from None
+    path = work / "model.onnx"
+    path.write_bytes(made.SerializeToString())
+    draft = _onnx(path, name, work, f"{source.name}, a {type(model).__name__} of scikit-learn's")
+    return replace(draft, check=partial(_compared, model, _rows(model, width), draft))
+
+
+def _conversion(model: Any) -> dict[int, dict[str, object]]:
+    """skl2onnx's options: probabilities as a tensor, and a locale that every Linux has."""
+    options: dict[int, dict[str, object]] = {}
+    for step in _steps(model):
+        if hasattr(step, "vocabulary_"):
+            options[id(step)] = {"locale": "C.UTF-8"}
+    if hasattr(model, "predict_proba"):
+        options[id(model)] = {"zipmap": False}
+    return options
+
+
+def _steps(model: Any) -> list[Any]:
+    """Of a pipeline; else the model itself."""
+    return [step for _, step in model.steps] if hasattr(model, "steps") else [model]
+
+
+def _rows(model: Any, width: int | None) -> Array:
+    """Random inputs: numbers, or texts of words that the model knows."""
+    rng = np.random.default_rng(0)
+    if width is not None:
+        return rng.standard_normal((_CHECKED_ROWS, width)).astype(np.float32)
+    words = sorted(next((step.vocabulary_ for step in _steps(model) if hasattr(step, "vocabulary_")), {"text": 0}))
+    texts = [" ".join(rng.choice(words, 1 + index % 8)) for index in range(_CHECKED_ROWS)]
+    return np.array([[text.encode()] for text in texts], dtype=object)
+
+
+def _compared(model: Any, rows: Array, draft: Draft, ask: Ask) -> str:
+    """That the answers to these rows are the model's own: numbers within 1e-4, and one row in 100 may differ."""
+    given = [value.decode() for value in rows[:, 0]] if rows.dtype == object else rows
+    own = _own_answers(model, given)
+    parts: list[list[Array]] = [[] for _ in draft.outputs]
+    step = max(1, draft.max_batch_size)
+    for start in range(0, _CHECKED_ROWS, step):
+        answers = ask({draft.inputs[0].name: rows[start : start + step]})
+        for part, one in zip(parts, draft.outputs, strict=True):
+            part.append(answers[one.name])
+    for one, part, expected in zip(draft.outputs, parts, own, strict=False):
+        got = np.concatenate([array.reshape(len(array), -1) for array in part])
+        wanted = expected.reshape(_CHECKED_ROWS, -1)
+        differing = _differing(got, wanted)
+        if differing > 1:
+            raise ExportError(f"output '{one.name}' differs from scikit-learn's in {differing} of {_CHECKED_ROWS} rows")
+    return f"its answers to {_CHECKED_ROWS} random rows are scikit-learn's"
+
+
+def _own_answers(model: Any, rows: Any) -> list[Array]:
+    answers = [model.predict(rows)] if hasattr(model, "predict") else [model.transform(rows)]
+    answers += [model.predict_proba(rows)] if hasattr(model, "predict_proba") else []
+    return [np.asarray(answer.toarray() if hasattr(answer, "toarray") else answer) for answer in answers]
+
+
+def _differing(got: Array, wanted: Array) -> int:
+    """Rows."""
+    if got.dtype == object:
+        texts = np.array([[value.decode() if isinstance(value, bytes) else value for value in row] for row in got])
+        return int((texts != wanted.astype(str)).any(axis=1).sum())
+    return int((~np.isclose(got, wanted, rtol=1e-3, atol=1e-4)).any(axis=1).sum())
+
+
+def checkpoint_kind(folder: Path) -> str:
+    """text, vision or audio: by what prepares its inputs. Raises ExportError where that is not told."""
+    names = {path.name for path in folder.iterdir()}
+    preparing = "preprocessor_config.json"
+    told = {}
+    if preparing in names:
+        told = json.loads((folder / preparing).read_text(encoding="utf-8"))
+    if "sampling_rate" in told or "feature_size" in told:
+        return "audio"
+    if "image_mean" in told or "image_processor_type" in told or "crop_size" in told:
+        return "vision"
+    if names & {"tokenizer.json", "tokenizer_config.json", "vocab.txt"}:
+        return "text"
+    raise ExportError(
+        f"'{folder}' has no tokenizer and no {preparing}: say what it is with tutti export audio, text or vision"
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in a line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__

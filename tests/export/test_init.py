@@ -1,0 +1,252 @@
+"""From a model's file to a repository that serves it: five kinds of files, and what is none."""
+
+import pickle
+import shlex
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import joblib
+import numpy as np
+import onnx
+import pytest
+import skl2onnx
+import torch
+from onnx import TensorProto, helper
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from export import init, initial
+from tests.export import checkpoints
+from tests.models import onnx_add_one
+from tests.serving import serving
+from tutti import cli, config
+
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(180)]
+
+
+class Convolution(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = torch.nn.Conv2d(3, 4, 3)
+        self.linear = torch.nn.Linear(4, 5)
+
+    def forward(self, picture: torch.Tensor) -> torch.Tensor:
+        return self.linear(self.convolution(picture).mean((2, 3)))
+
+
+def iris(path: Path) -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((60, 4))
+    joblib.dump(make_pipeline(StandardScaler(), LogisticRegression()).fit(rows, (rows[:, 0] > 0) + 1), path)
+
+
+def texts(path: Path) -> None:
+    said = ["a good day", "what a good night", "one bad day", "a bad, bad night"]
+    with path.open("wb") as file:
+        pickle.dump(make_pipeline(TfidfVectorizer(), LogisticRegression()).fit(said, ["+", "+", "-", "-"]), file)
+
+
+def scaler(path: Path) -> None:
+    joblib.dump(StandardScaler().fit(np.arange(12.0).reshape(4, 3)), path)
+
+
+def exported(path: Path) -> None:
+    batch = torch.export.Dim("batch", min=1, max=64)
+    example = (torch.zeros(2, 3, 16, 16),)
+    program = torch.export.export(Convolution().eval(), example, dynamic_shapes={"picture": {0: batch}})
+    torch.export.save(program, path)
+
+
+def fixed(path: Path) -> None:
+    torch.export.save(torch.export.export(Convolution().eval(), (torch.zeros(2, 3, 16, 16),)), path)
+
+
+def scripted(path: Path) -> None:
+    torch.jit.trace(Convolution().eval(), torch.zeros(2, 3, 16, 16)).save(str(path))  # type: ignore[no-untyped-call]
+
+
+def write(path: Path, graph: onnx.GraphProto) -> None:
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+    path.write_bytes(model.SerializeToString())
+
+
+def odd(path: Path) -> None:
+    """Somebody else's, with names that are no words."""
+    x = helper.make_tensor_value_info("in/x:0", TensorProto.FLOAT, ["N", 4])
+    y = helper.make_tensor_value_info("Ident ity:0", TensorProto.FLOAT, ["N", 4])
+    graph = helper.make_graph([helper.make_node("Relu", ["in/x:0"], ["Ident ity:0"])], "g", [x], [y])
+    path.write_bytes(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9).SerializeToString()
+    )
+
+
+def rows_made_one(path: Path) -> None:
+    """Its first axis is free, and no batch: rows that are alike become one."""
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 4])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["M", 4])
+    write(path, helper.make_graph([helper.make_node("Unique", ["x"], ["y"], axis=0)], "g", [x], [y]))
+
+
+def with_weights_beside(path: Path) -> None:
+    model = onnx.load_from_string(onnx_add_one())
+    onnx.save(model, str(path), save_as_external_data=True, location=f"{path.name}.data", size_threshold=0)
+
+
+# file, how it is made, more flags, what is said, the largest batch
+COVERED: dict[str, tuple[str, Any, list[str], str, int]] = {
+    "scikit-learn": ("iris.pkl", iris, [], "its answers to 100 random rows are scikit-learn's", 8),
+    "scikit-learn, texts": ("texts.pickle", texts, [], "its answers to 100 random rows are scikit-learn's", 8),
+    "scikit-learn, no classifier": ("scaler.joblib", scaler, [], "rows are scikit-learn's", 8),
+    "torch.export": ("picture.pt2", exported, [], "input  picture  FP32  [3, 16, 16]", 8),
+    "torch.export, fixed": ("picture.pt2", fixed, [], "(torch.export's dynamic_shapes frees them)", 0),
+    "torch.export, misnamed": ("picture.pt", exported, [], "OUTPUT__0 [1, 5]; and with 3 rows", 8),
+    "TorchScript": ("picture.pt", scripted, ["--input", "picture:FP32:3,16,16"], "OUTPUT__0 [1, 5]", 8),
+    "odd names": ("odd.onnx", odd, [], "Ident ity:0 [1, 4]; and with 3 rows", 8),
+    "no batch": ("odd.onnx", odd, ["--max-batch-size", "0"], "input  in/x:0  FP32  [-1, 4]", 0),
+    "a batch of ones own": ("odd.onnx", odd, ["--max-batch-size", "64"], "batch  up to 64 rows", 64),
+    "rows become one": ("sum.onnx", rows_made_one, [], "requests are not joined: with 3 rows at a time it fails", 0),
+    "weights beside": ("large.onnx", with_weights_beside, [], "y [1, 4]; and with 3 rows", 8),
+}
+
+
+@pytest.mark.parametrize("case", COVERED)
+def test_a_file_becomes_a_model_that_answers(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name, make, flags, says, batch = COVERED[case]
+    make(tmp_path / name)
+    status = cli.main(["init", str(tmp_path / "models"), str(tmp_path / name), *flags])
+    told = capsys.readouterr()
+    assert (status, told.err) == (0, "")
+    assert says in told.out
+    assert f"tutti serve {tmp_path / 'models'}" in told.out
+    (folder,) = (tmp_path / "models").iterdir()
+    assert config.load(folder / "config.pbtxt").max_batch_size == batch
+
+
+def test_what_was_made_is_served_and_the_line_to_ask_works(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    iris(tmp_path / "iris.pkl")
+    assert cli.main(["init", str(tmp_path / "models"), str(tmp_path / "iris.pkl")]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("ask it:")]
+    _, _, _, url, _, body = shlex.split(line.partition("ask it:")[2].strip().replace("curl", "a b curl", 1))[-6:]
+    with serving(tmp_path / "models", tmp_path / "log") as served:
+        request = urllib.request.Request(url.replace("127.0.0.1:8000", served.http), body.encode())
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            assert b'"name":"probabilities"' in answer.read()
+
+
+def test_a_checkpoint_is_exported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    checkpoints.text(tmp_path / "sentiment", "bert", is_classifier=True)
+    assert cli.main(["init", "models", "sentiment"]) == 0
+    assert "'sentiment' is a checkpoint: tutti export text sentiment --name sentiment" in capsys.readouterr().out
+    assert any(path.name.startswith("sentiment") for path in (tmp_path / "models").iterdir())
+
+
+def weights(path: Path) -> None:
+    torch.save(Convolution().state_dict(), path)
+
+
+def with_maps(path: Path) -> None:
+    iris(path)
+    path.write_bytes(skl2onnx.to_onnx(joblib.load(path), np.zeros((1, 4), np.float32)).SerializeToString())
+
+
+def nonsense(path: Path) -> None:
+    path.write_bytes(b"nonsense")
+
+
+def pickled_list(path: Path) -> None:
+    joblib.dump([1, 2], path)
+
+
+def folder(path: Path) -> None:
+    path.mkdir()
+    odd(path / "odd.onnx")
+
+
+REFUSED: dict[str, tuple[str, Any, list[str], str]] = {
+    "weights alone": ("w.pt", weights, [], "'w.pt' holds weights without a program, as torch.save makes it"),
+    "maps": ("iris.onnx", with_maps, [], "convert it with skl2onnx's option zipmap=False"),
+    "no graph": ("x.onnx", nonsense, [], "model 'x': onnxruntime cannot load x.onnx"),
+    "no program": ("x.pt2", nonsense, [], "'x.pt2' holds weights without a program"),
+    "no pickle": ("x.pkl", nonsense, [], "'x.pkl': expected a pickle of scikit-learn's"),
+    "another pickle": ("x.pkl", pickled_list, [], "'x.pkl' holds a list: expected a fitted model"),
+    "another file": ("x.csv", nonsense, [], "'x.csv': expected a file that ends with one of .onnx, .pt2"),
+    "a folder": ("net", folder, [], "is a folder without config.json"),
+    "inputs not told": ("p.pt", scripted, [], "say them, as in --input picture:FP32:3,224,224"),
+    "another input": ("p.pt", scripted, ["--input", "x:FP32:3,16,16"], "--input x: forward takes picture"),
+    "no input": ("p.pt", scripted, ["--input", "picture"], "--input: expected NAME:TYPE:DIMS, as x:FP32:3,224,224"),
+    "another type": ("p.pt", scripted, ["--input", "picture:FLOAT:3"], "got 'picture:FLOAT:3'"),
+    "a wrong size": ("p.pt", scripted, ["--input", "picture:FP32:4,16,16"], "with 2 rows of zeros, forward fails"),
+    "inputs told twice": ("o.onnx", odd, ["--input", "x:FP32:4"], "--input is for TorchScript"),
+    "a batch where none is": ("p.pt2", fixed, ["--max-batch-size", "4"], "not all tensors have a free first axis"),
+    "a batch that fails": ("s.onnx", rows_made_one, ["--max-batch-size", "4"], "model 's'"),
+    "no version": ("o.onnx", odd, ["--version", "0"], "--version: expected 1 or more, got 0"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_no_model_is_refused_in_a_sentence(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, make, flags, says = REFUSED[case]
+    make(tmp_path / name)
+    assert cli.main(["init", str(tmp_path / "models"), str(tmp_path / name), *flags]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("tutti init: ")
+    assert says in told
+    assert "Traceback" not in told
+    assert not (tmp_path / "models").exists()
+
+
+def test_a_near_name_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    odd(tmp_path / "model.onnx")
+    assert init.main([str(tmp_path / "models"), str(tmp_path / "modle.onnx")]) == 1
+    assert f"did you mean '{tmp_path / 'model.onnx'}'?" in capsys.readouterr().err
+
+
+def test_what_is_there_is_written_over_only_when_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    odd(tmp_path / "m.onnx")
+    command = [str(tmp_path / "models"), str(tmp_path / "m.onnx")]
+    assert init.main(command) == 0
+    assert init.main(command) == 1
+    assert "--force writes over it" in capsys.readouterr().err
+    assert init.main([*command, "--version", "2", "--force"]) == 0
+    assert sorted(path.name for path in (tmp_path / "models" / "m").iterdir()) == ["1", "2", "config.pbtxt"]
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("resnet.onnx", "resnet"),
+        ("net.onnx", "models"),
+        ("bert/model.onnx", "bert"),
+        ("my net (2).onnx", "my_net__2"),
+        ("ü.onnx", "ü"),
+        ("-x.pt", "x"),
+    ],
+)
+def test_a_model_is_called_as_its_file(path: str, name: str, tmp_path: Path) -> None:
+    file = tmp_path / "models" / path
+    file.parent.mkdir(parents=True)
+    file.touch()
+    assert init._name_of(file) == name
+
+
+@pytest.mark.parametrize(
+    ("files", "kind"),
+    [
+        ({"preprocessor_config.json": '{"sampling_rate": 16000}', "vocab.txt": ""}, "audio"),
+        ({"preprocessor_config.json": '{"image_mean": [0.5]}'}, "vision"),
+        ({"tokenizer.json": "{}"}, "text"),
+    ],
+)
+def test_a_checkpoint_is_of_what_prepares_its_inputs(files: dict[str, str], kind: str, tmp_path: Path) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    assert initial.checkpoint_kind(tmp_path) == kind
