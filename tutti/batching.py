@@ -5,7 +5,7 @@ while the instances are busy and nothing waits while one is idle, but for `max_q
 """
 
 from collections import deque
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -96,6 +96,10 @@ class Decision:
     dropped: list[Call] = field(default_factory=list)
     wake_ns: int | None = None
     expired: list[Call] = field(default_factory=list)
+
+
+Cut = Callable[[Iterable[Call], int], int]
+"""How many rows of calls that could go together do so best, in their order: at most so many."""
 
 
 class BatchLimit:
@@ -272,11 +276,12 @@ class BatchQueue:
             return 0
         return self._note_end(call)
 
-    def take(self, now_ns: int, costs: Costs | None = None) -> Decision:
+    def take(self, now_ns: int, costs: Costs | None = None, cut: Cut | None = None) -> Decision:
         """The next batch: from the first lane in order of service that need not wait.
 
         With `costs` no call is taken that would end after its deadline, and no batch is made larger than the
-        deadlines in it allow.
+        deadlines in it allow. With `cut` a batch may be smaller than it could be, but for deadlines, priorities and
+        preferred sizes.
         """
         decision = Decision([], [], None, self.expire(now_ns) if self.soonest_ns else [])
         self._drop_cancelled_heads(decision)
@@ -285,7 +290,7 @@ class BatchQueue:
         for lane in sorted(lanes, key=_Lane.order) if len(lanes) > 1 else lanes:
             if not lane.calls:  # it went with another of its key
                 continue
-            lane_wake_ns = self._take_lane(lane, now_ns, costs, decision)
+            lane_wake_ns = self._take_lane(lane, now_ns, costs, cut, decision)
             if decision.batch:
                 return decision
             if lane_wake_ns is not None:
@@ -364,7 +369,9 @@ class BatchQueue:
                 decision.dropped.append(self._pop(lane))
             self._forget_if_empty(lane)
 
-    def _take_lane(self, lane: _Lane, now_ns: int, costs: Costs | None, decision: Decision) -> int | None:
+    def _take_lane(
+        self, lane: _Lane, now_ns: int, costs: Costs | None, cut: Cut | None, decision: Decision
+    ) -> int | None:
         """Take a batch out of the lane, or return when to look again."""
         if self.policy is None:
             self._fill([lane], 1, now_ns, costs, decision)
@@ -378,6 +385,8 @@ class BatchQueue:
             return head_ns + self.policy.max_queue_delay_ns
         if self.limit.rows is not None:
             limit = min(limit, self.limit.rows)
+        if cut is not None and self._is_plain and not self.soonest_ns and not self.policy.preferred_batch_sizes:
+            limit = cut(lane.calls, limit)
         if waiting <= limit and not self.soonest_ns:
             self._take_all(lanes, decision)
         else:

@@ -6,7 +6,7 @@ those of its requests that are known to be at fault; else alone, request by requ
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from tutti.backends.on_device import DeviceWork
@@ -67,6 +67,13 @@ class DeviceInstance:
     def ahead_ns(self, at_ns: int) -> int:
         return self._backend.pipeline.ahead_ns(at_ns)
 
+    def cut(self, calls: Iterable[Call], limit: int) -> int:
+        """As batching.Cut."""
+        captured = self._backend.pipeline.captured.get(next(iter(calls)).key)
+        if captured is None:
+            return limit
+        return captured.cut((call.rows for call in calls), limit, self.ahead_ns(now_ns()) > 0)
+
     def start(self, batch: list[Call]) -> None:
         with self._lock:
             self._inside += sum([call.rows for call in batch])
@@ -109,6 +116,9 @@ class DeviceInstance:
         began_ns = max(times.start_ns, self._ended_ns)
         self._ended_ns = ended_ns
         self._leaving_ns = ended_ns - times.execution_end_ns
+        captured = self._backend.pipeline.captured.get(batch[0].key)
+        if captured is not None:
+            captured.record(rows, max(1, times.execution_end_ns - times.execution_start_ns))
         self.costs.record(batch[0].key, rows, max(1, ended_ns - began_ns))
 
     def submit_again(self, batch: Sequence[Call], is_last: bool = False) -> None:

@@ -4,6 +4,7 @@ Clients wait for their answers and ask again at once, as those of most benchmark
 engine: it is the engine. What is estimated are the costs: of copies, of executions by rows, of the host.
 """
 
+import random
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ import numpy as np
 
 from tutti import types
 from tutti.batching import BatchingPolicy, BatchQueue
+from tutti.captured_sizes import CapturedSizes
 from tutti.device_instance import DeviceInstance
 from tutti.devices.engine import DeviceEngine
 from tutti.devices.health import DeviceHealth
@@ -26,14 +28,16 @@ from tutti.types import Call, InferRequest, InferResponse
 
 _SECOND = 1_000_000_000
 _SIMULATION = threading.Lock()
+_KEY = "simulated"
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
     """Clients of one model on one device; nanoseconds and bytes.
 
-    An execution takes `execution_ns` and `row_ns` for each row; the host `host_ns` for each batch, `request_ns` for
-    each request of it (decoding, encoding and the way there and back).
+    An execution takes `execution_ns` and `row_ns` for each row; with `captured` sizes, for each of the next of them.
+    The host takes `host_ns` for each batch and `host_row_ns` for each row of it. A request is on its way for
+    `request_ns` (decoding, encoding, the way there and back), give or take a share of `spread`.
     """
 
     clients: int
@@ -44,9 +48,17 @@ class Workload:
     bytes_in: int
     bytes_out: int
     host_ns: int = 100_000
+    host_row_ns: float = 0.0
     request_ns: int = 0
+    spread: float = 0.0
+    captured: tuple[int, ...] = ()
     costs: Costs = field(default_factory=Costs)
     seconds: float = 2.0
+
+    def takes_ns(self, rows: int) -> int:
+        """What the execution of a batch takes."""
+        executed = next((size for size in self.captured if size >= rows), rows)
+        return int(self.execution_ns + executed * self.row_ns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +89,14 @@ class _Simulation:
         self.device = SimulatedDevice(self.timeline, workload.costs)
         self.engine = DeviceEngine(self.device, DeviceHealth(), hang_ns=0)
         self.pipeline = self.engine.pipeline("simulated")
+        if workload.captured:
+            times = {size: workload.takes_ns(size) for size in workload.captured}
+            self.pipeline.captured = {_KEY: CapturedSizes(workload.captured, times)}
         self.workload = workload
         self.latencies: list[tuple[int, int]] = []
         self.batches: list[int] = []
         self._asked: dict[int, int] = {}
+        self._random = random.Random(0)
         statistics = ModelStatistics()
         policy = BatchingPolicy(workload.max_batch_size)
         queue = BatchQueue(policy, workload.max_batch_size * 64 + workload.clients * workload.rows)
@@ -118,12 +134,15 @@ class _Simulation:
         for call in calls:
             assert isinstance(call.answer, InferResponse), call.answer
             self.latencies.append((now, now - self._asked[call.token]))
-            self.timeline.after(self.workload.request_ns, lambda client=call.token: self._ask(client))  # type: ignore[misc]
+            self.timeline.after(self._way_ns(), lambda client=call.token: self._ask(client))  # type: ignore[misc]
+
+    def _way_ns(self) -> int:
+        return int(self.workload.request_ns * (1 + self.workload.spread * self._random.uniform(-1, 1)))
 
     def _ask(self, client: int) -> None:
         self._asked[client] = self.timeline.now_ns
         call = Call(InferRequest("simulated", {}), self, client)
-        call.rows, call.arrived_ns = self.workload.rows, self.timeline.now_ns
+        call.rows, call.key, call.arrived_ns = self.workload.rows, _KEY, self.timeline.now_ns
         self.scheduler([call])
 
     def _timer(self, delay_s: float, callback: Any) -> None:
@@ -143,12 +162,12 @@ class _Work:
         return [Part("UINT8", (size,), size, self._write)]
 
     def _write(self, host: Array) -> None:
-        self._simulation.device.spend(self._simulation.workload.host_ns)
+        workload = self._simulation.workload
+        self._simulation.device.spend(workload.host_ns + self._rows * workload.host_row_ns)
 
     def launch(self, arrays: Sequence[Any], stream: Any) -> list[Any]:
         workload = self._simulation.workload
-        takes_ns = int(workload.execution_ns + self._rows * workload.row_ns)
-        self._simulation.device.kernel(stream, takes_ns, lambda: None)
+        self._simulation.device.kernel(stream, workload.takes_ns(self._rows), lambda: None)
         return [np.empty(max(1, self._rows * workload.bytes_out), np.uint8)]
 
     def stays(self, index: int) -> bool:

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from typing import Protocol
 
-from tutti.batching import BatchLimit, Decision, Returns
+from tutti.batching import BatchLimit, Cut, Decision, Returns
 from tutti.cost import Costs, LatencyModel
 from tutti.errors import Cancelled, DeadlineExceeded, InferError, Internal, OutOfMemory, TooLate, Unavailable
 from tutti.statistics import BatchTimes, ModelStatistics
@@ -84,7 +84,7 @@ class Instance(Protocol):
     """Executes one batch at a time: settles every call of it, then tells the scheduler `release`.
 
     Instances that take the same time share their `costs`, and record in it what they execute. Those of the lowest
-    `rank` are preferred: others help out.
+    `rank` are preferred: others help out. One may have a `cut` (batching.py), which says where its batches end.
     """
 
     costs: Costs
@@ -128,7 +128,7 @@ class Waiting(Protocol):
     def may_grow(self) -> bool: ...
     def more(self, key: Hashable, rows: int) -> Decision: ...
     def push(self, call: Call) -> int: ...
-    def take(self, now_ns: int, costs: Costs | None = None) -> Decision: ...
+    def take(self, now_ns: int, costs: Costs | None = None, cut: Cut | None = None) -> Decision: ...
     def expire(self, now_ns: int) -> list[Call]: ...
     def drain(self) -> list[Call]: ...
 
@@ -469,7 +469,7 @@ class Scheduler:
 
     def _take(self, instance: Instance) -> Decision:
         now = now_ns()
-        decision = self._queue.take(now, instance.costs)
+        decision = self._queue.take(now, instance.costs, getattr(instance, "cut", None))
         if decision.batch:
             begin_ns = now + instance.ahead_ns(now)
             self._busy[id(instance)] = begin_ns, decision.batch[0].key, sum([call.rows for call in decision.batch])

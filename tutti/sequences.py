@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from tutti import dtypes
-from tutti.batching import BatchLimit, BatchQueue, Decision
+from tutti.batching import BatchLimit, BatchQueue, Cut, Decision
 from tutti.config import ModelConfig, SequenceControl, SequencePolicy, SequenceState
 from tutti.cost import Costs
 from tutti.errors import Cancelled, DeadlineExceeded, InferError, InvalidArgument, Unavailable
@@ -95,7 +95,7 @@ class SlotQueue:
         self.calls += 1
         return 0
 
-    def take(self, now_ns: int, costs: Costs | None = None) -> Decision:
+    def take(self, now_ns: int, costs: Costs | None = None, cut: Cut | None = None) -> Decision:
         if not self._by_slot:
             return Decision([], [])
         oldest = min(self._by_slot.values(), key=lambda call: call.arrived_ns)

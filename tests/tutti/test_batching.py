@@ -1,6 +1,7 @@
 """Which calls make a batch: tables for the rules, and seeded random runs against a slow, obvious oracle."""
 
 import random
+from collections.abc import Iterable
 
 import pytest
 
@@ -62,6 +63,29 @@ def test_a_call_is_never_split() -> None:
     waiting = queue(BatchingPolicy(8), small, large)
     assert waiting.take(0).batch == [small]
     assert waiting.take(0).batch == [large]
+
+
+def test_a_batch_ends_where_its_instance_says() -> None:
+    calls = [call(rows=2) for _ in range(5)]
+    asked: list[tuple[int, int]] = []
+
+    def cut(offered: Iterable[Call], limit: int) -> int:
+        asked.append((len(list(offered)), limit))
+        return 5
+
+    waiting = queue(BatchingPolicy(8), *calls)
+    assert [waiting.take(0, None, cut).batch for _ in range(3)] == [calls[:2], calls[2:4], calls[4:]]
+    assert asked == [(5, 8), (3, 6), (1, 2)]
+
+
+def test_a_batch_ends_elsewhere_for_preferred_sizes_and_deadlines() -> None:
+    def cut(calls: Iterable[Call], limit: int) -> int:
+        return 1
+
+    calls = [call() for _ in range(4)]
+    assert queue(BatchingPolicy(8, (4,)), *calls).take(0, None, cut).batch == calls
+    calls[2].deadline_ns = MS
+    assert queue(BatchingPolicy(8), *calls).take(0, None, cut).batch == calls
 
 
 def test_a_full_lane_does_not_wait_behind_one_that_may() -> None:

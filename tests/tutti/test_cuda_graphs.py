@@ -117,6 +117,20 @@ def test_random_batches_are_answered_as_without_graphs(repository: Repository, r
 
 
 @pytest.mark.usefixtures("no_trial")
+def test_batches_know_the_captured_sizes_and_learn_what_they_take(repository: Repository) -> None:
+    repository.add("m", X + GRAPHS, {"model.pt": scripted(Polynomial())})
+    with engine_over(repository.root) as engine:
+        (pipeline,) = engines.engine_of("cuda:0").pipelines()
+        (captured,) = pipeline.captured.values()
+        assert list(pipeline.captured) == [(("x", (3,)),)]
+        assert captured.sizes == [1, 2, 4, 8, 16]
+        recorded: list[int] = []
+        captured.record = lambda rows, ns: recorded.append(rows)  # type: ignore[method-assign]
+        infer(engine, [x_request(np.zeros((3, 3), np.float32))])
+    assert recorded == [3]
+
+
+@pytest.mark.usefixtures("no_trial")
 def test_lengths_have_graphs_of_their_own(repository: Repository, replays: list[Any]) -> None:
     rng = np.random.default_rng(1)
     lists = [rng.integers(0, 100, rng.integers(1, 9)).tolist() for _ in range(200)]

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 
 from tutti import config
-from tutti.backends.graph_buckets import are_wanted, plan
+from tutti.backends.graph_buckets import Bucket, are_all_filled_up, are_wanted, plan
 from tutti.errors import ConfigError
 
 FIXED = """backend: "pytorch" max_batch_size: {most}
@@ -160,3 +160,17 @@ def test_smaller_shapes_than_specified_have_no_graph_but_fewer_rows_have() -> No
 def test_what_cannot_be_is_refused_by_its_path(made: config.ModelConfig, why: str) -> None:
     with pytest.raises(ConfigError, match=why):
         plan(made)
+
+
+@pytest.mark.parametrize(
+    ("intervals", "is_so"),
+    [
+        ([(1, 1), (2, 4)], True),
+        ([(2, 4), (1, 1)], True),
+        ([(1, 1), (4, 4)], False),
+        ([(2, 4)], False),
+        ([(0, 0)], False),
+    ],
+)
+def test_whether_every_batch_is_filled_up(intervals: list[tuple[int, int]], is_so: bool) -> None:
+    assert are_all_filled_up([Bucket(rows, least, {}) for least, rows in intervals]) is is_so

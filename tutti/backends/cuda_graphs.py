@@ -10,16 +10,17 @@ import logging
 import re
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 from tutti.backends import cuda_graphs_trial, graph_buckets
 from tutti.backends.capturing import Capturing, CudaCapturing, Graph, Run, SimulatedCapturing, no_collections
-from tutti.backends.graph_buckets import Bucket, GraphPlan
+from tutti.backends.graph_buckets import Bucket, GraphPlan, are_all_filled_up
 from tutti.backends.on_device import DeviceBackend, Program
+from tutti.captured_sizes import CapturedSizes
 from tutti.config import ModelConfig
 from tutti.devices import cuda
 from tutti.devices.engine import DeviceEngine
-from tutti.devices.interface import Device, DeviceArray
+from tutti.devices.interface import Device, DeviceArray, Stream
 from tutti.devices.pipeline import Pipeline
 from tutti.devices.simulated import simulated_gpus
 from tutti.devices.threads import run_and_wait
@@ -30,6 +31,8 @@ _log = logging.getLogger(__name__)
 
 # Libraries choose and compile kernels in a shape's first executions.
 _WARM_UPS = 3
+# How often a graph is executed to know what it takes.
+_REPLAYS = 3
 # After so many executions of a shape that has no graph this is told.
 _OFTEN = 1000
 _MOST_COUNTED = 256
@@ -161,6 +164,18 @@ class GraphedProgram:
                 self._graphs.setdefault(key, []).insert(0, captured)
         return left_out
 
+    def measured(self, device: Device, stream: Stream) -> dict[Hashable, CapturedSizes]:
+        """The sizes that there are for batches of each key (Call.key), and what they take on the device.
+
+        In the submitting thread, the stream its current one, with nothing else under way.
+        """
+        found: dict[Hashable, CapturedSizes] = {}
+        for graphs in self._graphs.values():
+            if are_all_filled_up([captured.bucket for captured in graphs]):
+                times = {captured.bucket.rows: _execution_ns(captured, device, stream) for captured in graphs}
+                found[tuple(sorted(graphs[0].bucket.shapes.items()))] = CapturedSizes(list(times), times)
+        return found
+
     def _filled(self, bucket: Bucket) -> dict[str, DeviceArray]:
         assert self._capturing is not None
         datatypes = {spec.name: spec.datatype for spec in self._config.inputs}
@@ -197,6 +212,19 @@ class GraphedProgram:
             to_capture()
         device.synchronize()
         return to_capture
+
+
+def _execution_ns(captured: Captured, device: Device, stream: Stream) -> int:
+    """The least of some replays: others can only have added to it."""
+    took = []
+    for _ in range(_REPLAYS):
+        begins, ends = device.event(), device.event()
+        device.record(begins, stream)
+        captured.graph.replay()
+        device.record(ends, stream)
+        device.synchronize()
+        took.append(device.elapsed_ns(begins, ends))
+    return min(took)
 
 
 def _first_rows(inputs: Mapping[str, DeviceArray], bucket: Bucket) -> Mapping[str, DeviceArray]:
@@ -240,6 +268,18 @@ def capture(
     return left_out
 
 
+def measure(engine: DeviceEngine, pipeline: Pipeline, program: GraphedProgram) -> dict[Hashable, CapturedSizes]:
+    """As GraphedProgram.measured, when the device has nothing else to do. Blocks until then."""
+    found: dict[Hashable, CapturedSizes] = {}
+
+    def work() -> None:
+        stream, device = engine.stream_of(pipeline), engine.device
+        found.update(device.forward(lambda: program.measured(device, stream), stream))
+
+    run_and_wait(engine.alone, work)
+    return found
+
+
 class ModelGraphs:
     """The graphs of one model's instances: none where it does not ask for any."""
 
@@ -281,6 +321,7 @@ class ModelGraphs:
         name, device = backend.config.name, backend.device
         try:
             left_out = capture(backend.engine, backend.pipeline, program, buckets)
+            backend.pipeline.captured = measure(backend.engine, backend.pipeline, program)
         except Exception as error:
             if not backend.engine.report(error):
                 what = "model '%s': it runs on %s without CUDA graphs, a capture has failed; start the server anew: %s"

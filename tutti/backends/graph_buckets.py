@@ -61,6 +61,13 @@ class GraphPlan:
     notes: Sequence[str] = ()
 
 
+def are_all_filled_up(buckets: Sequence[Bucket]) -> bool:
+    """Whether every batch of as many rows as the largest has, or fewer, is filled up to one of these."""
+    ordered = sorted(buckets, key=lambda bucket: bucket.rows)
+    befores = [0, *[bucket.rows for bucket in ordered]]
+    return all(0 < bucket.least <= before + 1 for bucket, before in zip(ordered, befores, strict=False))
+
+
 def are_wanted(config: ModelConfig) -> bool:
     return bool(config.proto.optimization.cuda.graphs)
 

@@ -2,9 +2,10 @@
 
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Protocol
 
+from tutti.captured_sizes import CapturedSizes
 from tutti.cost import LatencyModel
 from tutti.devices import pacing
 from tutti.devices.interface import DeviceArray, DeviceBlock, Event, HostBlock, Stream
@@ -115,6 +116,8 @@ class Pipeline:
         self.host = LatencyModel()
         self.copy = LatencyModel()
         self.execution = LatencyModel()
+        # Of batches with such a key, where they are executed in some sizes only.
+        self.captured: Mapping[Hashable, CapturedSizes] = {}
         self._owner = owner
 
     def submit(self, job: Job, is_again: bool = False) -> None:
