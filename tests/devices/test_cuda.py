@@ -222,3 +222,73 @@ def test_a_lost_device_answers_everybody(engine: DeviceEngine, gpu: Gpu) -> None
     for job in (first, second):
         assert isinstance(job.error, DeviceLost) and "device-side assert" in job.error.message
     gpu.fault = None
+
+
+class Pending:
+    """An event that is reached after so many looks, and tells who has waited for it."""
+
+    def __init__(self, looks: float, on_look: Callable[[], None] = lambda: None) -> None:
+        self.reached_ns = 1
+        self._looks = looks
+        self._on_look = on_look
+
+    def query(self) -> bool:
+        self._on_look()
+        self._looks -= 1
+        return self._looks < 0
+
+    def synchronize(self) -> None: ...
+
+
+class Told:
+    """A notice that keeps who has called it, and with what."""
+
+    def __init__(self) -> None:
+        self.by: list[str] = []
+        self.error: Exception | None = None
+        self.called = threading.Event()
+
+    def __call__(self, error: Exception | None) -> None:
+        self.by.append(threading.current_thread().name)
+        self.error = error
+        self.called.set()
+
+
+HOUR_NS = 3_600_000_000_000
+
+
+def lingered(device: cuda.CudaDevice, event: Any, most_ns: int = HOUR_NS) -> Told:
+    told = Told()
+    stream = device.stream()
+    device.call(lambda: device.linger(event, stream, most_ns, told))
+    assert told.called.wait(timeout=30)
+    return told
+
+
+@pytest.fixture
+def device(gpu: Gpu) -> Iterator[cuda.CudaDevice]:
+    gpu.set_device(NUMBER)
+    device = cuda.CudaDevice(NUMBER)
+    yield device
+    device.close()
+
+
+def test_what_is_under_way_alone_is_waited_for_by_who_submitted_it(device: cuda.CudaDevice) -> None:
+    assert lingered(device, Pending(looks=5)).by == [f"cuda:{NUMBER} submits"]
+
+
+def test_another_thread_waits_where_more_is_posted_or_it_takes_long(device: cuda.CudaDevice) -> None:
+    posted: list[int] = []
+    looks = iter(range(1000))
+    event = Pending(float("inf"), lambda: device.post(lambda: posted.append(1)) if next(looks) == 3 else None)
+    for told in (lingered(device, event), lingered(device, Pending(float("inf")), most_ns=0)):
+        assert len(told.by) == 1 and "waits" in told.by[0] and told.error is None
+    device.call(lambda: None)
+    assert posted == [1]
+
+
+def test_an_event_that_fails_meanwhile_is_told(device: cuda.CudaDevice) -> None:
+    def fail() -> None:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    assert "launch failure" in str(lingered(device, Pending(0, fail)).error)

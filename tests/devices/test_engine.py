@@ -9,6 +9,7 @@ import pytest
 from tests.devices.driving import BYTES, COSTS, MS, ROWS, WIDTH, Feeder, NumberJob, batch_job, simulated
 from tutti.devices.engine import DEPTH
 from tutti.devices.jobs import Resident
+from tutti.devices.pipeline import Pipeline
 from tutti.devices.simulated import Costs, SimulatedDevice, Timeline
 
 
@@ -450,3 +451,30 @@ def test_the_device_does_not_wait_until_the_host_has_noticed() -> None:
     device.timeline.run()
     ended = [job.ended_ns for job in feeder.jobs if 100 * MS < job.ended_ns < 450 * MS]
     assert (ended[-1] - ended[0]) / (len(ended) - 1) <= 2 * MS / 0.97
+
+
+def test_only_who_is_quick_and_alone_is_waited_for_by_the_submitting_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, engine, _ = simulated(dataclasses.replace(COSTS, wake_ns=MS // 10))
+    lingered: list[int] = []
+    linger = SimulatedDevice.linger
+    monkeypatch.setattr(SimulatedDevice, "linger", lambda *given: (lingered.append(device.now_ns()), linger(*given))[1])
+    quick, slow = engine.pipeline("quick"), engine.pipeline("slow")
+
+    def together(*pairs: tuple[Pipeline, int]) -> int:
+        """How many of such executions, under way together, were."""
+        lingered.clear()
+        jobs = [batch_job(device, execution_ns=execution_ns) for _, execution_ns in pairs]
+        for (pipeline, _), job in zip(pairs, jobs, strict=True):
+            pipeline.submit(job, is_again=True)
+        device.timeline.run()
+        assert all(job.is_right() and len(job.answers) == 1 for job in jobs)
+        return len(lingered)
+
+    assert together((quick, MS // 2)) == 0  # it is not known to be quick yet
+    assert together((quick, MS // 2)) == 1
+    assert together((quick, MS // 2), (quick, MS // 2)) == 0
+    assert together((slow, 2 * MS)) == together((slow, 2 * MS)) == 0
+    assert together((quick, MS // 2), (slow, 2 * MS)) == 0
+    assert together((quick, MS // 2)) == 1
+    for pipeline in (quick, slow):
+        pipeline.close()

@@ -7,6 +7,7 @@ stream that somebody waits for sleeps until the device reaches an event; the int
 import contextlib
 import logging
 import queue
+import select
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -181,6 +182,20 @@ class CudaDevice:
         if waiter is None:
             waiter = self._waiters[stream] = _Waiter(f"{self.name} waits {len(self._waiters)}", self._enter)
         waiter.queue.put((event, notice))
+
+    def linger(self, event: Any, stream: Any, most_ns: int, notice: Notice) -> None:
+        until_ns = time.monotonic_ns() + most_ns
+        while self._posted.empty() and time.monotonic_ns() < until_ns:
+            try:
+                is_reached = event.query()
+            except Exception as error:
+                notice(error)
+                return
+            if is_reached:
+                notice(None)
+                return
+            select.select((), (), (), 0)  # others have the interpreter's lock meanwhile; a sleep of 0 may take 60 us
+        self.notify(event, stream, notice)
 
     def forward(self, launch: Callable[[], Any], stream: Any) -> Any:
         with torch.cuda.stream(stream):

@@ -34,6 +34,8 @@ HANG_NS = 60_000_000_000
 _LOOK_FOR_HANGS_NS = 1_000_000_000
 # So long a core is spent on waiting for a batch that nothing else is under way beside.
 _QUICK_NS = 1_500_000
+# So long the submitting thread itself looks whether such a batch is done, before it leaves that to another.
+_LINGER_NS = 3_000_000
 
 
 class DeviceEngine:
@@ -221,7 +223,8 @@ class DeviceEngine:
             if self._lost:
                 return
             self._staged(batch)
-        self._grant()
+        if not self._grant_turns():
+            self._offer_all()  # else those that are launched do, later: somebody waits for them
 
     def _staged(self, batch: Batch) -> None:
         """Learn from a batch's staging, and let it wait for its turn."""
@@ -242,16 +245,23 @@ class DeviceEngine:
         pipeline, device = batch.pipeline, self.device
         assert pipeline.stream is not None
         try:
-            batch.is_urgent = pipeline.is_urgent or self._is_lone(batch)
+            is_lone = self._is_lone(batch)
+            batch.is_urgent = pipeline.is_urgent or is_lone
             batch.begins, batch.ends = self._staging.event(), self._staging.event(batch.is_urgent)
             batch.error = self._forward(batch)
             # What was submitted before it failed uses the batch's memory until this is reached.
             device.record(batch.ends, pipeline.stream)
-            if batch.error is None:
-                self._copy_out(batch)
-            device.notify(batch.ends, pipeline.stream, lambda error: self._executed(batch, error))
+            left = self._copy_out(batch) if batch.error is None else None
+            if not is_lone or left is None:
+                if left is not None:
+                    device.notify(left, pipeline.out_stream, lambda error: self._left(batch, left, error))
+                device.notify(batch.ends, pipeline.stream, lambda error: self._executed(batch, error))
         except Exception as error:
             self._lose_by(error)
+            return
+        self._offer_all()
+        if is_lone and left is not None:
+            device.linger(left, pipeline.out_stream, _LINGER_NS, lambda error: self._done(batch, left, error))
 
     def _is_lone(self, batch: Batch) -> bool:
         """Whether it is quick and all there is: waking a thread for its end would add to what its caller waits."""
@@ -282,19 +292,19 @@ class DeviceEngine:
             for index, output in enumerate(outputs)
         ]
 
-    def _copy_out(self, batch: Batch) -> None:
-        """Have the outputs that leave copied into pinned memory, and notice given of it."""
+    def _copy_out(self, batch: Batch) -> Event | None:
+        """Have the outputs that leave copied into pinned memory; returns what is reached then, if any do."""
         device, pipeline = self.device, batch.pipeline
         leaving = [output for index, output in enumerate(batch.outputs) if not batch.job.stays(index)]
         if not leaving:
-            return
+            return None
         assert batch.ends is not None and pipeline.out_stream is not None
         try:
             begins, size = offsets([device.nbytes(output) for output in leaving])
             batch.out_block = self._staging.arena.take(size)
         except Exception as error:
             batch.error = self._meant(error, pipeline)
-            return
+            return None
         batch.out_bytes = size
         device.wait(pipeline.out_stream, batch.ends)
         try:
@@ -306,9 +316,9 @@ class DeviceEngine:
         device.record(left, pipeline.out_stream)
         with self._lock:
             if self._lost:  # it has failed with all others
-                return
+                return None
             self._leaving.add(batch)
-        device.notify(left, pipeline.out_stream, lambda error: self._left(batch, left, error))
+        return left
 
     # What the device gives notice of, in threads of its streams.
 
@@ -340,6 +350,23 @@ class DeviceEngine:
             is_over = batch not in self._executions.granted  # its execution's notice comes from another thread
         if is_over:
             self._end(batch)
+        self._grant()
+
+    def _done(self, batch: Batch, left: Event, error: Exception | None) -> None:
+        """A batch that is by itself has executed, and its outputs have left: its caller comes first."""
+        try:
+            if error is not None:
+                raise error
+            with self._lock:
+                if self._lost:
+                    return
+                self._account(batch)
+                self._staging.recycle(left, is_urgent=batch.is_urgent)
+                self._leaving.discard(batch)
+        except Exception as failure:
+            self._lose_by(failure)
+            return
+        self._end(batch)
         self._grant()
 
     def _account(self, batch: Batch) -> None:
@@ -400,6 +427,12 @@ class DeviceEngine:
 
     def _grant(self) -> None:
         """Launch what may be launched, and let pipelines take other batches."""
+        self._grant_turns()
+        self._offer_all()
+
+    def _grant_turns(self) -> int:
+        """Returns how many batches are launched next."""
+        batches = 0
         try:
             with self._lock:
                 while (execution := self._next()) is not None:
@@ -407,10 +440,14 @@ class DeviceEngine:
                     if isinstance(execution, Turn):
                         execution.granted.set()
                     elif isinstance(execution, Batch):
+                        batches += 1
                         self.device.post(lambda batch=execution: self._launch(batch))  # type: ignore[misc]
         except Exception as error:  # events of a device that is lost say so
             self._lose_by(error)
         self._watch()
+        return batches
+
+    def _offer_all(self) -> None:
         for pipeline in self.pipelines():
             self._offer(pipeline)
 

@@ -114,6 +114,12 @@ class Device(Protocol):
         Notices of one stream come in order. None waits for another stream.
         """
 
+    def linger(self, event: Event, stream: Stream, most_ns: int, notice: Notice) -> None:
+        """As `notify`, where nothing else is under way: the submitting thread itself waits for the event.
+
+        That saves a thread's waking. Another one waits for it where something is posted meanwhile, or after `most_ns`.
+        """
+
     def forward(self, launch: Callable[[], Any], stream: Stream) -> Any:
         """What `launch` returns, called so that the work it submits goes to the stream."""
 

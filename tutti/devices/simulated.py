@@ -404,6 +404,9 @@ class SimulatedDevice:
         else:
             event.waiting.append(reached)
 
+    def linger(self, event: Any, stream: Any, most_ns: int, notice: Notice) -> None:
+        self.notify(event, stream, notice)
+
     def forward(self, launch: Callable[[], Any], stream: Any) -> Any:
         self.spend(self.costs.submit_ns)
         outputs = launch()
