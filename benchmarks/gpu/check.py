@@ -26,6 +26,8 @@ _WIDTH = 1 << 20
 
 def lines(is_short: bool) -> list[Line]:
     return [
+        Line("load and unload", f"{_MEMORY}:load_unload", 120, least_s=20),
+        Line("AOTInductor", "benchmarks.gpu.check_compiled:aot_inductor", 330, needs_gpu=True, least_s=60),
         Line("backends against float64", f"{_HERE}:backends", 120, least_s=20),
         Line("an id out of range", f"{_FAULTS}:bad_id", 120, least_s=20),
         Line("an id out of range, with bounds", f"{_FAULTS}:bounded_id", 60, least_s=20),
@@ -33,7 +35,6 @@ def lines(is_short: bool) -> list[Line]:
         Line("CUDA graphs", f"{_HERE}:graphs", 60, needs_gpu=True, least_s=20),
         Line("a kernel that does not end", f"{_FAULTS}:hang", 90, least_s=30),
         Line("out of memory halves the batch", f"{_MEMORY}:halving", 60, needs_gpu=True, least_s=20),
-        Line("load and unload", f"{_MEMORY}:load_unload", 120, least_s=20),
         Line("CUDA shared memory", f"{_MEMORY}:cuda_shared_memory", 60, needs_gpu=True, least_s=15),
         Line("tests marked gpu", f"{_HERE}:run_tests", 240, {"are_of_compiled": False}, least_s=10),
         Line(

@@ -1,6 +1,7 @@
 """Makes the folder that goes to a GPU machine without network: `python -m benchmarks.gpu.kit FOLDER` (`make gpu-kit`).
 
-    base/           sources, the packages that the machine lacks, MiniLM's weights in 16 bits, and run.sh: one transfer
+    base/           sources, the packages that the machine lacks, MiniLM's weights in 16 bits, run.sh, and calls/, which
+                    say what to run in which order where a machine is lent for half an hour: one transfer
     triton/         NVIDIA's tritonserver, and the libpython that its python backend may need: one transfer
     onnxruntime-N/  onnxruntime-gpu in pieces, a transfer each, put together there and checked
 
@@ -54,6 +55,7 @@ def make(
         _download(base / "fallback", _FALLBACK, python)
         _write_weights(base / "models" / "minilm.safetensors.xz")
     shutil.copy(_TEXTS / "run.sh", base)
+    shutil.copytree(_TEXTS / "calls", base / "calls")
     shutil.copy(_TEXTS / "README.md", folder)
     if "triton" in sets:
         _download(folder / "triton", [_TRITON], python)

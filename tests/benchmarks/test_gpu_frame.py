@@ -1,8 +1,10 @@
 """What keeps a GPU part together: lines that raise, die, hang or have no time, records that survive, the report."""
 
 import hashlib
+import itertools
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -12,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.gpu import frame, kept_programs, kit, load, report
+from benchmarks.gpu import __main__ as command
+from benchmarks.gpu import check_compiled, frame, kept_programs, kit, load, report
 from benchmarks.gpu.context import Context, NotThereYetError
 from benchmarks.gpu.frame import Line, Settings
 
@@ -217,3 +220,28 @@ def test_lines_of_several_runs_come_together_and_say_what_they_were_measured_at(
     page = report.render(report.read([tmp_path / "old", tmp_path / "new"]))
     assert "| first | row | value 3 |" in page and "value 1 " not in page
     assert "| second | | at commit a1b2c3d |\n| second | row | value 2 |" in page
+
+
+CALLS = sorted((Path(kit.__file__).parent / "kit_texts" / "calls").iterdir())
+
+
+@pytest.mark.parametrize("path", CALLS, ids=lambda path: path.name)
+def test_the_kits_calls_ask_for_lines_that_there_are_within_ten_minutes(path: Path) -> None:
+    assert os.access(path, os.X_OK)
+    runs = [shlex.split(line)[1:] for line in path.read_text().splitlines() if line.startswith('"$run"')]
+    assert runs and sum(float(words[words.index("--minutes") + 1]) for words in runs) <= 9.5
+    for part, *words in runs:
+        names = [line.name for line in command.PARTS[part](False)]
+        for text in [after for word, after in itertools.pairwise(words) if word == "--only"]:
+            assert any(text in name for name in names), text
+
+
+def test_what_a_crash_has_left_is_one_line() -> None:
+    log = "\n".join(
+        [*map(str, range(100)), "Fatal Python error: Segmentation fault", "", '  File "a.py", line 3 in run']
+    )
+    assert check_compiled.crash(log) == (
+        '95 / 96 / 97 / 98 / 99 / Fatal Python error: Segmentation fault / File "a.py", line 3 in run'
+    )
+    assert check_compiled.crash("\n".join(map(str, range(100)))).startswith("40 / 41 / ")
+    assert check_compiled.crash("") == ""

@@ -33,7 +33,14 @@ _RESULT = "result.json"
 
 
 class Uncompilable(Exception):
-    """The model cannot be compiled here: the message says what is missing, or went wrong, in one line."""
+    """The model cannot be compiled here: the message says what is missing, or went wrong, in one line.
+
+    `log` is what the compiling process has written, with the stack where it has crashed.
+    """
+
+    def __init__(self, message: str, log: str = "") -> None:
+        super().__init__(message)
+        self.log = log
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +86,10 @@ def compile_apart(job: Job, folder: Path) -> None:
             process.wait()
             os.close(theirs)
         log.seek(0)
-        failure = _failure(folder, process.returncode, log.read().decode(errors="replace"))
+        said = log.read().decode(errors="replace")
+    failure = _failure(folder, process.returncode, said)
     if failure:
-        raise Uncompilable(failure)
+        raise Uncompilable(failure, said)
     (folder / _RESULT).unlink()
 
 
