@@ -22,10 +22,8 @@ _HERE = "benchmarks.gpu.served"
 # As close as 16 bits come to float64 with these models.
 NEAR = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 1e-1}
 _TINY_CLIENTS = 256
-# The best first. The log tells what a model does without, although it asks for it. Compiled for batches of any size, a
-# ViT takes longer than as it is.
+# The best first. The log tells what a model does without, although it asks for it.
 _WAYS = (f"{repository.GRAPHS} {repository.COMPILED}", repository.GRAPHS, "")
-_BEST = {"vit": 1}
 _WITHOUT = {"compiled": "is served uncompiled", "graphs": "without CUDA graphs"}
 MOST_ROWS = 256
 
@@ -54,7 +52,7 @@ def _tiny(front_ends: list[int]) -> Line:
 def _model(name: str, precision: str, clients: list[int], front_ends: int) -> Line:
     arguments = {"name": name, "precision": precision, "clients": clients, "front_ends": front_ends}
     shown = f"{front_ends} front-end{'s' if front_ends > 1 else ''}"
-    return Line(f"{name} {precision}, {shown}, {clients} clients", f"{_HERE}:model", 180, arguments, least_s=30)
+    return Line(f"{name} {precision}, {shown}, {clients} clients", f"{_HERE}:model", 300, arguments, least_s=30)
 
 
 def bare(context: Context, name: str, precision: str) -> list[Figures]:
@@ -103,8 +101,7 @@ def serving(
         repository.add_spec(root, spec, precision, context.device, context.work, context.is_short, most, wish)
         return root
 
-    ways = _WAYS[_BEST.get(spec.name, 0) :]
-    wishes = [f"dynamic_batching {{}} {way}" for way in ways] if context.is_gpu else [""]
+    wishes = [f"dynamic_batching {{}} {way}" for way in _WAYS] if context.is_gpu else [""]
     with server.tutti_with(make, wishes, folder / "tutti.log", f"--front-end-processes={front_ends}") as (tutti, wish):
         said = tutti.said()
         found = [

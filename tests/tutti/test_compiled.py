@@ -1,5 +1,6 @@
 """Compiled models: asked for by parameters, made once, compared with the model, and done without where that fails."""
 
+import io
 import json
 import logging
 import os
@@ -27,7 +28,7 @@ from tutti.types import InferRequest, InferResponse, Tensor
 
 torch = pytest.importorskip("torch")
 
-from tutti.backends import artefacts, compiled, compiler, pytorch, verification  # noqa: E402
+from tutti.backends import artefacts, compiled, compiler, largest_batch, pytorch, verification  # noqa: E402
 from tutti.backends.compiler import AOT, JIT, Job, Uncompilable  # noqa: E402
 from tutti.backends.cuda_graphs import ModelGraphs  # noqa: E402
 from tutti.devices import cuda  # noqa: E402
@@ -773,6 +774,100 @@ def test_kernels_are_made_for_batches_as_they_come(encoder: bytes, tmp_path: Pat
         assert all(torch.equal(expected[name], made[name]) for name in expected)
 
 
+def test_kernels_are_made_for_the_largest_batch_only(encoder: bytes, tmp_path: Path) -> None:
+    (tmp_path / "model.pt2").write_bytes(encoder)
+    program = compiled.exported(tmp_path / "model.pt2", "cpu")
+    assert sizes(compiler.with_rows(program, 64, "cpu", is_fixed=True)) == [[64, -3]] * 2
+    for inputs, expected in compiled.expectations(program, (), "cpu", rows=7):
+        assert [len(tensor) for tensor in inputs] == [7, 7]
+        again = program.module(check_guards=False)(*inputs)
+        assert all(torch.allclose(expected[name], again[name], equal_nan=True) for name in expected)
+
+
+def squares(config_text: str = "") -> tuple[str, bytes]:
+    """Of a model whose rows alone vary."""
+    text = f"""backend: "pytorch" max_batch_size: 8 dynamic_batching {{ }}
+    input {{ name: "x" data_type: TYPE_FP32 dims: 3 }} output {{ name: "y" data_type: TYPE_FP32 dims: 3 }}
+    parameters {{ key: "tutti.compile" value {{ string_value: "{JIT}" }} }} {config_text}"""
+    program = export(Squares(), torch.zeros(2, 3), dims=({0: torch.export.Dim("batch", min=1, max=8)},))
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    return text, buffer.getvalue()
+
+
+class Squares(torch.nn.Module):
+    def forward(self, x: Any) -> Any:
+        return x * x
+
+
+def check_squares(root: Path) -> None:
+    with engine_over(root) as engine:
+        for rows in (3, 8, 1):
+            x = np.arange(rows * 3, dtype=np.float32).reshape(rows, 3)
+            (answer,) = infer(engine, [InferRequest("m", {"x": Tensor.of("x", x)})])
+            assert isinstance(answer, InferResponse), answer
+            assert np.array_equal(answer.tensor("y").array(), x * x)
+
+
+@pytest.mark.parametrize("failure", ["", "compiling", "values"])
+def test_the_largest_batch_is_compiled_apart(
+    repository: Repository,
+    cache: Path,
+    fake: FakeCompiler,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    failure: str,
+) -> None:
+    monkeypatch.setattr(largest_batch, "rows_of", lambda config, how, device: config.max_batch_size)
+    executed: list[tuple[str, int]] = []
+    opened, compile_apart = fake.open, compiler.compile_apart
+
+    def open_one(folder: Path, *others: Any) -> Callable[..., Any]:
+        forward = opened(folder, *others)
+
+        def execute(x: Any) -> Any:
+            executed.append((folder.name, len(x)))
+            return forward(x) + (failure == "values" and folder.name == "largest")
+
+        return execute
+
+    def compile_one(job: Job, folder: Path) -> None:
+        if job.rows and failure == "compiling":
+            raise Uncompilable("no memory")
+        compile_apart(job, folder)
+
+    monkeypatch.setattr(compiled, "opened", open_one)
+    monkeypatch.setattr(compiler, "compile_apart", compile_one)
+    caplog.set_level(logging.INFO)
+    text, program = squares()
+    repository.add("m", text, {"model.pt2": program})
+    check_squares(repository.root)
+    assert [job.rows for job in fake.jobs] == ([0] if failure == "compiling" else [0, 8])
+    served = executed[-3:]
+    assert [rows for _, rows in served] == [3, 8, 1]
+    assert [name == "largest" for name, _ in served] == [False, not failure, False]
+    said = "\n".join([record.getMessage() for record in caplog.records])
+    assert ("batches of 8 execute what was compiled for any size" in said) is (failure == "values")
+    assert ("is not compiled for batches of 8 apart: no memory" in said) is (failure == "compiling")
+    check_squares(repository.root)
+    assert len(fake.jobs) == (1 if failure == "compiling" else 2), "it is kept"
+
+
+@pytest.mark.parametrize(
+    ("device", "how", "dims", "most", "rows"),
+    [
+        ("cuda:0", JIT, 3, 8, 8),
+        ("cpu", JIT, 3, 8, 0),
+        ("cuda:0", AOT, 3, 8, 0),
+        ("cuda:0", JIT, -1, 8, 0),
+        ("cuda:0", JIT, 3, 1, 0),
+    ],
+)
+def test_for_which_batches_is_compiled_apart(device: str, how: str, dims: int, most: int, rows: int) -> None:
+    text = squares()[0].replace("dims: 3", f"dims: {dims}").replace("max_batch_size: 8", f"max_batch_size: {most}")
+    assert largest_batch.rows_of(config.parse(text, "m"), how, device) == rows
+
+
 def test_a_program_of_one_size_is_compiled_as_it_is() -> None:
     fixed = export(Encoder(), torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3, dtype=torch.long))
     assert compiler.with_rows(fixed, 64, "cpu") is fixed
@@ -821,3 +916,18 @@ def test_on_a_gpu_it_is_compiled_and_answers_the_same(
     for _ in range(2):
         check_answers(repository.root, tolerance=1e-3)
     assert not warnings_in(caplog)
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(1200)
+def test_on_a_gpu_the_largest_batch_is_compiled_apart(
+    repository: Repository, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    text, program = squares("instance_group { kind: KIND_GPU }")
+    repository.add("m", text, {"model.pt2": program})
+    for _ in range(2):
+        check_squares(repository.root)
+    assert not warnings_in(caplog)
+    assert list(cache.glob("*/largest"))

@@ -8,6 +8,8 @@ A model asks for it with parameters of its config.pbtxt, which a stock Triton ig
     tutti.compile.tolerance  how far outputs may differ, as a share of their range; by default by datatype
     tutti.compile.timeout_s  how long compiling may take, 1800 by default
 
+On a GPU a model whose only variable dimension is the batch is compiled for its largest batch, too (largest_batch.py).
+
 A model that cannot be compiled, or does something else once it is, is served uncompiled with a warning that says why.
 A `model.pt2` that is an AOTInductor package already is loaded as it is.
 """
@@ -21,7 +23,7 @@ import platform
 import time
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -30,9 +32,9 @@ import torch
 from google.protobuf import text_format
 from torch.utils import _pytree as pytree
 
-from tutti.backends import artefacts, compiler, verification
+from tutti.backends import artefacts, compiler, largest_batch, verification
 from tutti.backends.artefacts import CacheError
-from tutti.backends.compiler import AOT, JIT, KEPT, MODES, PACKAGE, Job, Uncompilable
+from tutti.backends.compiler import AOT, JIT, KEPT, LARGEST, MODES, PACKAGE, Job, Uncompilable
 from tutti.config import ModelConfig
 from tutti.devices.cuda import loading
 from tutti.errors import ConfigError
@@ -125,6 +127,9 @@ def entry(config: ModelConfig, compilation: Compilation, path: Path, device: str
 
 def _entry(config: ModelConfig, compilation: Compilation, path: Path, device: str) -> Path | None:
     key = _key(compilation, path, device)
+    rows = largest_batch.rows_of(config, compilation.how, device)
+    if rows:
+        key["rows"] = str(rows)
     if key["device"] in compilation.failures:
         return None
     text = text_format.MessageToString(config.proto)
@@ -134,7 +139,7 @@ def _entry(config: ModelConfig, compilation: Compilation, path: Path, device: st
         root, name = artefacts.default_root(), _name(key)
         if not compilation.makes:
             return root / name if artefacts.is_whole(root / name, key) else None
-        return artefacts.entry(root, name, key, lambda folder: _make(job, folder), timeout_s)
+        return artefacts.entry(root, name, key, lambda folder: _make(job, folder, rows), timeout_s)
     except (CacheError, Uncompilable) as error:
         compilation.failures.add(key["device"])
         refuse(config, device, str(error))
@@ -146,10 +151,12 @@ def refuse(config: ModelConfig, device: str, why: str) -> None:
     _log.warning("model '%s': is served uncompiled on %s: %s", config.name, device, why)
 
 
-def _make(job: Job, folder: Path) -> None:
+def _make(job: Job, folder: Path, rows: int) -> None:
     _log.info("compiling model '%s' for %s with %s: takes minutes the first time", job.model, job.device, job.how)
     began = time.monotonic()
     compiler.compile_apart(job, folder)
+    if rows:
+        largest_batch.make(replace(job, rows=rows), folder / LARGEST)
     size_mb = artefacts.size(folder) / 1e6
     took_s = time.monotonic() - began
     _log.info("compiled model '%s' for %s in %.0f s: %.1f MB", job.model, job.device, took_s, size_mb)
@@ -365,15 +372,18 @@ def _metadata(path: Path) -> list[dict[str, str]]:
     return [metadata for metadata in told if isinstance(metadata, dict)]
 
 
-def expectations(program: Any, fills: Sequence[verification.Fill], device: str) -> list[tuple[list[Any], Any]]:
+def expectations(
+    program: Any, fills: Sequence[verification.Fill], device: str, rows: int = 0
+) -> list[tuple[list[Any], Any]]:
     """Small inputs, and what the program makes of them as it is; without those that it does not take.
 
-    Raises what the program raises when it takes none of them.
+    With `rows` they are repeated until there are so many. Raises what the program raises when it takes none of them.
     """
     forward = program.module(check_guards=False)
     pairs: list[tuple[list[Any], Any]] = []
     failure: Exception | None = None
-    for inputs in verification.samples(program, fills, device):
+    for sample in verification.samples(program, fills, device):
+        inputs = [_repeated(tensor, rows) for tensor in sample] if rows else sample
         try:
             with torch.inference_mode():
                 pairs.append((inputs, forward(*inputs)))
@@ -382,6 +392,11 @@ def expectations(program: Any, fills: Sequence[verification.Fill], device: str) 
     if failure is not None and not pairs:
         raise failure
     return pairs
+
+
+def _repeated(tensor: Any, rows: int) -> Any:
+    """The tensor's rows, one after the other and again, until there are so many."""
+    return tensor[torch.arange(rows, device=tensor.device) % tensor.shape[0]]
 
 
 def first_difference(forward: Forward, pairs: Sequence[tuple[list[Any], Any]], allowed: float) -> str:
@@ -420,4 +435,31 @@ def verified(
         refuse(config, device, f"{found} (compiled in {folder})")
         return None
     _log.info("model '%s': executes what was compiled for %s, from %s", config.name, device, folder)
+    rows = largest_batch.rows_of(config, compilation.how, device)
+    if not rows or not (folder / LARGEST).is_dir():
+        return forward
+    largest = _verified_largest(config, folder / LARGEST, program, device, fills, rows, allowed)
+    return largest_batch.BySize(forward, largest, rows) if largest is not None else forward
+
+
+def _verified_largest(
+    config: ModelConfig,
+    folder: Path,
+    program: Any,
+    device: str,
+    fills: Sequence[verification.Fill],
+    rows: int,
+    allowed: float,
+) -> Forward | None:
+    """What is compiled for batches of `rows`; None, and a warning, where it does something else."""
+    try:
+        with loading:
+            forward = opened(folder, JIT, program, device, 1)
+            found = first_difference(forward, expectations(program, fills, device, rows), allowed)
+    except Exception as error:
+        found = compiler.one_line(error)
+    if found:
+        what = "model '%s': batches of %d execute what was compiled for any size on %s: %s (compiled in %s)"
+        _log.warning(what, config.name, rows, device, found, folder)
+        return None
     return forward

@@ -26,9 +26,11 @@ from tutti import config
 AOT = "aot_inductor"
 JIT = "torch_compile"
 MODES = ("default", "max-autotune-no-cudagraphs")
-# In the folder of what was compiled: AOTInductor's package, or what Inductor keeps for itself.
+# In the folder of what was compiled: AOTInductor's package, or what Inductor keeps for itself; and the same for the
+# largest batch only.
 PACKAGE = "model.pt2"
 KEPT = "inductor"
+LARGEST = "largest"
 _RESULT = "result.json"
 
 
@@ -46,7 +48,7 @@ class Uncompilable(Exception):
 @dataclass(frozen=True, slots=True)
 class Job:
     """`config` is the model's, as text, `path` an exported program's, `how` AOT or JIT, and `device` as PyTorch names
-    it; a `tolerance` below 0 is the datatype's own."""
+    it; a `tolerance` below 0 is the datatype's own. What is compiled is for batches of any size, or of `rows` only."""
 
     model: str
     config: str
@@ -56,6 +58,7 @@ class Job:
     device: str
     tolerance: float
     timeout_s: float
+    rows: int = 0
 
 
 def compile_apart(job: Job, folder: Path) -> None:
@@ -195,8 +198,10 @@ def _compile(job: Job, folder: Path) -> str:
     allowed = verification.tolerance(exported) if job.tolerance < 0 else job.tolerance
     parsed = config.parse(job.config, job.model)
     fills = pytorch.fills(parsed, exported)
-    pairs = compiled.expectations(exported, fills, device)
-    typical = with_rows(exported, parsed.max_batch_size, device)
+    pairs = compiled.expectations(exported, fills, device, job.rows)
+    typical = with_rows(exported, job.rows or parsed.max_batch_size, device, is_fixed=job.rows > 0)
+    if job.rows and typical is exported:
+        return f"it cannot be exported with {job.rows} rows"
     if job.how == AOT:
         torch._inductor.aoti_compile_and_package(typical, package_path=str(folder / PACKAGE), inductor_configs=options)
         shutil.rmtree(folder / KEPT, ignore_errors=True)
@@ -205,8 +210,9 @@ def _compile(job: Job, folder: Path) -> str:
     return compiled.first_difference(compiled.opened(folder, job.how, exported, device, 1), pairs, allowed)
 
 
-def with_rows(program: Any, rows: int, device: str) -> Any:
-    """The program as if exported with so many rows; itself where that cannot be. Dynamic dimensions stay so.
+def with_rows(program: Any, rows: int, device: str, is_fixed: bool = False) -> Any:
+    """The program as if exported with so many rows; itself where that cannot be. Dynamic dimensions stay so, but for
+    that of rows where it `is_fixed`.
 
     How a kernel divides its work is chosen by the sizes that the program was exported with, which are small: MiniLM
     took a tenth longer for 256 rows on an H200.
@@ -227,7 +233,7 @@ def with_rows(program: Any, rows: int, device: str) -> Any:
             program.module(check_guards=False),
             tuple([torch.zeros(shape, dtype=value.dtype, device=device)
                    for shape, value in zip(shapes, inputs, strict=True)]),
-            dynamic_shapes=tuple([dict.fromkeys(axes, Dim.DYNAMIC) for axes in dynamic]),
+            dynamic_shapes=tuple([dict.fromkeys(axes - {0} if is_fixed else axes, Dim.DYNAMIC) for axes in dynamic]),
             strict=False,
         )  # fmt: skip
     except Exception as error:
