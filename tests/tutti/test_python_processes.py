@@ -1,6 +1,12 @@
 """What a model.py may do in a process of its own, and what its ends and errors cost: nothing but itself."""
 
+import errno
 import logging
+import os
+import random
+import signal
+import socket
+import struct
 import subprocess
 import sys
 import tarfile
@@ -8,15 +14,17 @@ import textwrap
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.models import IN_PROCESS, Repository
 from tests.serving import Gather, engine_over, infer, timer, wait_until
+from tests.tutti.test_isolated import has_ended
 from tests.tutti.test_python_backend import Answers
 from tutti import custom_metrics, local, rows
-from tutti.backends import isolated_wire
+from tutti.backends import isolated, isolated_process, isolated_wire
 from tutti.engine import Engine
 from tutti.errors import Internal, Unavailable
 from tutti.types import Call, Columns, InferRequest, InferResponse, Tensor
@@ -400,11 +408,97 @@ def test_a_configuration_is_completed_in_a_process(repository: Repository, engin
     add(repository, "good", body.format(fills), 'backend: "python"')
     add(repository, "exits", body.format("sys.exit(3)"), 'backend: "python"')
     add(repository, "ends", body.format("os._exit(3)"), 'backend: "python"')
+    # A helper has all that the process has, and outlives it.
+    add(repository, "forks", body.format("os.fork() or signal.pause(); os._exit(4)"), 'backend: "python"')
     engine.load_all()
     assert y(ask(engine, "good", 3)) == [3]
     said = reasons(engine)
     assert "model.py could not complete its configuration: SystemExit: 3" in said["exits"]
     assert "model.py could not complete its configuration: its process ended (status 3)" in said["ends"]
+    assert "model.py could not complete its configuration: its process ended (status 4)" in said["forks"]
+
+
+PAUSES = """
+@staticmethod
+def auto_complete_config(config):
+    open(os.path.join(os.path.dirname(__file__), "pid"), "w").write(f"{os.getpid()} ")
+    signal.pause()
+"""
+
+
+def test_a_configuration_that_is_never_completed_is_not_waited_for(
+    repository: Repository, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(isolated, "OWN_CODE_HANG_TIMEOUT_S", 0.5)
+    add(repository, "m", PAUSES, 'backend: "python"')
+    engine.load_all()
+    assert "its configuration: it did not end within 0.5 s" in reasons(engine)["m"]
+
+
+def test_a_process_that_completes_a_configuration_ends_with_the_server(repository: Repository) -> None:
+    add(repository, "m", PAUSES, 'backend: "python"')
+    told = repository.root / "m" / "1" / "pid"
+    code = "import sys, pathlib; from tutti import repository; repository.open_model(pathlib.Path(sys.argv[1]), 'm')"
+    command = [sys.executable, "-c", code, str(repository.root)]
+    with subprocess.Popen(command, cwd=Path(__file__).parents[2]) as server:
+        wait_until(lambda: told.exists() and told.read_text().endswith(" "), 60)
+        server.kill()
+    pid = int(told.read_text())
+    try:
+        wait_until(lambda: has_ended(pid))
+    except AssertionError:
+        os.kill(pid, signal.SIGKILL)
+        raise
+
+
+LOSES_ITS_CHANNEL = """
+def execute(self, requests):
+    import logging, socket
+    self.senders = [each.get_response_sender() for each in requests]
+    number = logging.getLogger().handlers[0]._server._channel.fileno()
+    {}
+"""
+SHUTS = "socket.socket(fileno=os.dup(number)).shutdown(socket.SHUT_RDWR)"
+CLOSES = "os.close(number); threading.Thread(target=self.senders[0].send, args=[response(1)]).start()"
+
+
+@pytest.mark.parametrize("way", [SHUTS, CLOSES])
+def test_one_that_can_say_nothing_any_more_is_ended(
+    repository: Repository, engine: Engine, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    monkeypatch.setattr(isolated_process, "_LEAVE_TIMEOUT_S", 0.1)
+    add(repository, "m", LOSES_ITS_CHANNEL.format(way), DECOUPLED)
+    engine.load_all()
+    answers = Answers()
+    call = answers.call(request("m"))
+    engine([call])
+    answers.gather.wait()
+    assert isinstance(call.answer, Unavailable) and "its process ended" in call.answer.message
+
+
+def test_what_cannot_be_started_whole_leaves_nothing(
+    repository: Repository, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where there are no more descriptors."""
+    started: list[subprocess.Popen[bytes]] = []
+    start = isolated_process.Command.start
+
+    def noted(command: isolated_process.Command, *given: Any) -> Any:
+        process, lifeline = start(command, *given)
+        started.append(process)
+        return process, lifeline
+
+    def fails(_: int) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(isolated_process.Command, "start", noted)
+    monkeypatch.setattr(os, "pidfd_open", fails)
+    add(repository, "m", ECHO)
+    before = set(os.listdir("/proc/self/fd"))
+    engine.load_all()
+    assert "Too many open files" in reasons(engine)["m"]
+    assert [process.returncode for process in started] == [-signal.SIGKILL]
+    assert set(os.listdir("/proc/self/fd")) == before
 
 
 def test_one_that_dies_while_idle_is_replaced_by_the_next_request(repository: Repository, engine: Engine) -> None:
@@ -471,3 +565,29 @@ def test_a_part_of_a_batch_travels_as_its_own_rows() -> None:
         for a, b in zip(sent, got, strict=True):
             assert isinstance(b, InferResponse)
             assert b.tensor("y").array().tolist() == a.tensor("y").array().tolist()
+
+
+def test_messages_are_put_together_as_their_bytes_come() -> None:
+    chosen = random.Random(7)
+    sent = [chosen.randbytes(chosen.choice([0, 1, 5, 300, 20_000, 70_000])) for _ in range(60)]
+    frames = [
+        struct.pack("!iQ", -1, len(each)) + each if chosen.random() < 0.2 else struct.pack("!i", len(each)) + each
+        for each in sent
+    ]
+    stream, ours, theirs = b"".join(frames), *socket.socketpair()
+    with ours, theirs:
+        incoming, got = isolated_wire.Incoming(ours), []
+        assert incoming.read() == []
+        while stream:
+            size = chosen.choice([1, 3, 4, 13, 5000, 50_000])
+            theirs.sendall(stream[:size])
+            stream = stream[size:]
+            got += incoming.read()
+        while len(got) < len(sent):
+            got += incoming.read()
+        assert got == sent
+        theirs.sendall(struct.pack("!i", 10) + b"half")
+        assert incoming.read() == [], "who stops in the midst of a message has not gone"
+        theirs.close()
+        with pytest.raises(EOFError):
+            incoming.read()

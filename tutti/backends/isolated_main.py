@@ -41,10 +41,10 @@ _log = logging.getLogger(__name__)
 def main(arguments: Sequence[str]) -> None:
     """Start the model, execute a batch at a time, and end when told to, or with the server.
 
-    The arguments are file descriptors: of both channels, of a pipe that closes when the server ends, and of the arenas
+    The arguments are file descriptors: of a pipe that closes when the server ends, of both channels, and of the arenas
     of inputs and of outputs.
     """
-    calls, side, lifeline, inputs, outputs = map(int, arguments)
+    lifeline, calls, side, inputs, outputs = map(int, arguments)
     _end_with(lifeline)
     for descriptor in (calls, side, lifeline, inputs, outputs):
         os.set_inheritable(descriptor, False)
@@ -71,11 +71,18 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def complete(arguments: Sequence[str]) -> None:
-    """Complete a model's configuration: a process of its own for one call. The argument is its channel."""
-    channel = Connection(int(arguments[0]))
+    """Complete a model's configuration: a process of its own for one call.
+
+    The arguments are file descriptors: of a pipe that closes when the server ends, and of its channel.
+    """
+    lifeline, number = map(int, arguments)
+    _end_with(lifeline)
+    for descriptor in (lifeline, number):
+        os.set_inheritable(descriptor, False)
+    channel = Connection(number)
     text, path = pickle.loads(channel.recv_bytes())
-    proto = text_format.Parse(text, model_config_pb2.ModelConfig())
     try:
+        proto = text_format.Parse(text, model_config_pb2.ModelConfig())
         python.complete_alone(proto, Path(path))
         channel.send_bytes(pickle.dumps((text_format.MessageToString(proto), "")))
     except BaseException as error:
@@ -193,12 +200,16 @@ class _Server:
         return call
 
     def tell(self, *message: Any) -> None:
-        """Raises OSError when the server has gone."""
+        """Raises OSError in a process that the model has forked; ends this one when the server cannot be told."""
         if self._has_left:
             raise OSError("a process that a model has forked does not speak for it")
         data = pickle.dumps(message, protocol=5)
         with self._sending:
-            self._channel.send_bytes(data)
+            try:
+                self._channel.send_bytes(data)
+            except OSError as error:  # the model has closed the channel: callers would wait for ever
+                print(f"this process cannot answer any more: {error}", file=sys.stderr, flush=True)
+                os._exit(1)
 
     def ask(self, *question: Any) -> Any:
         """Wait for the answer. Raises ValueError with what the server says against it."""

@@ -27,6 +27,7 @@ from tutti import custom_metrics
 from tutti.backends import isolated_wire as wire
 from tutti.backends.isolated_wire import Arena
 from tutti.errors import ConfigError, InferError, Internal, Unavailable
+from tutti.operations import Work
 from tutti.types import Answer, Call, Infer, InferRequest, InferResponse, now_ns, settle_all
 
 _log = logging.getLogger(__name__)
@@ -37,8 +38,6 @@ END_TIMEOUT_S = 35.0
 _LEAVE_TIMEOUT_S = 3.0
 # The kernel ends a process at once, unless a driver holds it.
 _KILL_TIMEOUT_S = 30.0
-# How long the rest of a message may take: a process that has ended sends no more, though its helpers keep the channel.
-_HALF_A_MESSAGE_S = 10.0
 _ROOT = str(Path(__file__).parents[2])
 _BEGIN = """
 import json, sys
@@ -62,16 +61,29 @@ class Command:
         self._head: list[str] = own if environment is None else []
         self._tail = [_ROOT] if environment is None else [_ROOT, *own]
 
-    def start(self, entry: str, descriptors: Sequence[int]) -> "subprocess.Popen[bytes]":
-        """In a session of its own: it is ended with what it has started, and a terminal's signals are the server's."""
-        arguments = [json.dumps(each) for each in (self._head, self._tail, entry, *descriptors)]
-        return subprocess.Popen(
-            [self._executable, "-c", _BEGIN, *arguments],
-            pass_fds=descriptors,
-            env=None if self._environment is None else {**os.environ, **self._environment},
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+    def start(self, entry: str, descriptors: Sequence[int]) -> tuple["subprocess.Popen[bytes]", int]:
+        """In a session of its own: it is ended with what it has started, and a terminal's signals are the server's.
+
+        With it comes its lifeline, a descriptor: it ends when that is closed, as it is at the latest by this process's
+        end.
+        """
+        theirs, lifeline = os.pipe()  # nothing is written to it
+        given = [theirs, *descriptors]
+        arguments = [json.dumps(each) for each in (self._head, self._tail, entry, *given)]
+        try:
+            process = subprocess.Popen(
+                [self._executable, "-c", _BEGIN, *arguments],
+                pass_fds=given,
+                env=None if self._environment is None else {**os.environ, **self._environment},
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        except BaseException:
+            os.close(lifeline)
+            raise
+        finally:
+            os.close(theirs)
+        return process, lifeline
 
 
 class Ended(Exception):
@@ -100,33 +112,33 @@ class ModelProcess:
         self._inputs_begin = 0
         self._why: InferError | None = None
         self._reaping = threading.Lock()
-        self._calls, self._side = self._started(command)
-        try:
-            self._pidfd = os.pidfd_open(self._process.pid)
-            _limit(self._side, _HALF_A_MESSAGE_S, [socket.SO_RCVTIMEO])
-            self._calls_channel, self._side_channel = (
-                Connection(os.dup(s.fileno())) for s in (self._calls, self._side)
-            )
-            self._listener = threading.Thread(target=self._listen, name=f"{name} process", daemon=True)
-            self._listener.start()
-        except BaseException:  # as where there are no more descriptors: nobody else would end it
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            os.close(self._lifeline)
-            raise
+        # Held while its channel of calls is in use, which is not to be closed then.
+        self._talking = threading.Lock()
+        with contextlib.ExitStack() as failing:  # as where there are no more descriptors
+            failing.callback(self._inputs.close)
+            failing.callback(self._outputs.close)
+            self._start(command, failing)
+            failing.pop_all()
         self._begin(start, limit_s)
 
-    def _started(self, command: Command) -> tuple[socket.socket, socket.socket]:
-        (calls, their_calls), (side, their_side) = socket.socketpair(), socket.socketpair()
-        their_lifeline, self._lifeline = os.pipe()  # nothing is written to it: it closes when this process ends
-        given = [their_calls.fileno(), their_side.fileno(), their_lifeline, self._inputs.fd, self._outputs.fd]
-        try:
-            self._process = command.start("main", given)
-        finally:
-            their_calls.close()
-            their_side.close()
-            os.close(their_lifeline)
-        return calls, side
+    def _start(self, command: Command, failing: contextlib.ExitStack) -> None:
+        (self._calls, their_calls), (self._side, their_side) = socket.socketpair(), socket.socketpair()
+        with their_calls, their_side:
+            for end in (self._calls, self._side):
+                failing.callback(end.close)
+            given = [their_calls.fileno(), their_side.fileno(), self._inputs.fd, self._outputs.fd]
+            self._process, self._lifeline = command.start("main", given)
+        failing.callback(os.close, self._lifeline)
+        failing.callback(_end, self._process)
+        self._pidfd = os.pidfd_open(self._process.pid)
+        failing.callback(os.close, self._pidfd)
+        self._calls_channel = Connection(os.dup(self._calls.fileno()))
+        failing.callback(self._calls_channel.close)
+        self._side_channel = Connection(os.dup(self._side.fileno()))
+        failing.callback(self._side_channel.close)
+        self._incoming = wire.Incoming(self._side)
+        self._listener = threading.Thread(target=self._listen, name=f"{self._name} process", daemon=True)
+        self._listener.start()
 
     def _begin(self, start: Mapping[str, Any], limit_s: float) -> None:
         _limit(self._calls, limit_s)
@@ -137,6 +149,8 @@ class ModelProcess:
             failure = f"its process did not start within {limit_s:g} s"
         except (EOFError, OSError):
             failure = f"its process ended while it started ({self.how_ended()})"
+        except Exception as error:
+            failure = f"what its process says cannot be read: {type(error).__name__}: {error}"
         if failure:
             self.kill()
             raise ConfigError(failure)
@@ -157,8 +171,8 @@ class ModelProcess:
         with self._lock:
             self._open.update(zip(range(first_id, first_id + len(calls)), calls, strict=True))
         try:
-            self._calls_channel.send_bytes(data)
-            packed, is_lost, self._inputs_begin = pickle.loads(self._calls_channel.recv_bytes())
+            packed, is_lost, self._inputs_begin = pickle.loads(self._asked_for(data))
+            answers = wire.unpack_answers(packed, self._outputs)
         except BlockingIOError:
             raise Hangs from None
         except (EOFError, OSError):
@@ -171,12 +185,17 @@ class ModelProcess:
                     self._open.pop(number, None)
             what = f"its answers cannot be read: {type(error).__name__}: {error}"
             raise Internal(f"model '{self._name}': {what}") from None
-        answers = wire.unpack_answers(packed, self._outputs)
         with self._lock:
             for number, answer in enumerate(answers, first_id):
                 if answer is not None:
                     self._open.pop(number, None)
         return answers, is_lost
+
+    def _asked_for(self, data: bytes) -> bytes:
+        """What it says to a message."""
+        with self._talking:
+            self._calls_channel.send_bytes(data)
+            return self._calls_channel.recv_bytes()
 
     def has_ended(self) -> bool:
         return self._status is not None
@@ -204,8 +223,7 @@ class ModelProcess:
         """Have it finalize and end; returns whether it did by itself."""
         try:
             _limit(self._calls, END_TIMEOUT_S)
-            self._calls_channel.send_bytes(b"")
-            self._calls_channel.recv_bytes()  # it has finalized
+            self._asked_for(b"")  # it has finalized
             is_fine = True
         except (EOFError, OSError):
             is_fine = False
@@ -224,7 +242,8 @@ class ModelProcess:
         self._outbox.put(None)
         if self._writer is not None:
             self._writer.join()
-        self._calls_channel.close()
+        with self._talking:  # its number may be another's as soon as it is closed
+            self._calls_channel.close()
         self._side_channel.close()
         self._calls.close()
         self._side.close()
@@ -235,31 +254,34 @@ class ModelProcess:
 
     def _listen(self) -> None:
         poll = select.poll()
-        poll.register(self._side_channel.fileno(), select.POLLIN)
+        poll.register(self._side, select.POLLIN)
         poll.register(self._pidfd, select.POLLIN)
-        is_there = True
-        while is_there:
-            ready = dict(poll.poll())
-            if self._side_channel.fileno() in ready:
-                if not self._take():
-                    poll.unregister(self._side_channel.fileno())
-                continue
-            is_there = False
+        wait_ms: float | None = None
+        while ready := dict(poll.poll(wait_ms)):
+            if self._side.fileno() not in ready:
+                break
+            if not self._take_all():
+                poll.unregister(self._side)
+                wait_ms = _LEAVE_TIMEOUT_S * 1000  # it ends, or cannot answer any more
         self._has_gone()
 
-    def _take(self) -> bool:
-        """One message; returns False when no more will come."""
+    def _take_all(self) -> bool:
+        """What has come; returns False when no more will."""
         try:
-            data = self._side_channel.recv_bytes()
+            messages = self._incoming.read()
         except (EOFError, OSError):
             return False
+        for data in messages:
+            self._take(data)
+        return True
+
+    def _take(self, data: bytes) -> None:
         kind = "something"
         try:
             kind, *rest = pickle.loads(data)
             getattr(self, f"_on_{kind}")(*rest)
         except Exception:
             _log.exception("model '%s': what its process says (%s) cannot be followed", self._name, kind)
-        return True
 
     def _has_gone(self) -> None:
         with self._reaping:  # its number may be another's afterwards
@@ -387,24 +409,53 @@ class _Asked:
 def completed(command: Command, text: str, path: Path, limit_s: float) -> str:
     """The configuration as the model's `auto_complete_config` completes it, in a process. Raises ConfigError."""
     ours, theirs = socket.socketpair()
-    process = command.start("complete", [theirs.fileno()])
-    theirs.close()
-    try:
-        _limit(ours, limit_s)
-        with Connection(ours.detach()) as channel:
-            channel.send_bytes(pickle.dumps((text, str(path))))
-            made, failure = pickle.loads(channel.recv_bytes())
-    except BlockingIOError:
-        made, failure = "", f"it did not end within {limit_s:g} s"
-    except (EOFError, OSError):
-        made, failure = "", f"its process ended (status {process.wait()})"
-    finally:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    with ours:
+        with theirs:
+            process, lifeline = command.start("complete", [theirs.fileno()])
+        failure = ""
+        try:
+            watch = Work("a process completes a configuration", lambda: _has_ended_in_time(process, ours, limit_s))
+            try:
+                with Connection(os.dup(ours.fileno())) as channel:
+                    channel.send_bytes(pickle.dumps((text, str(path))))
+                    made, failure = pickle.loads(channel.recv_bytes())
+            except (EOFError, OSError):
+                is_late = watch.wait(_LEAVE_TIMEOUT_S) and not watch.result()
+                status = _end(process)
+                failure = f"it did not end within {limit_s:g} s" if is_late else f"its process ended (status {status})"
+            except Exception as error:
+                failure = f"what its process says cannot be read: {type(error).__name__}: {error}"
+        finally:
+            _end(process)
+            os.close(lifeline)
     if failure:
         raise ConfigError(failure)
     return str(made)
+
+
+def _has_ended_in_time(process: "subprocess.Popen[bytes]", channel: socket.socket, limit_s: float) -> bool:
+    """Wait for a process to end; whoever waits for its channel waits no longer then, or when the time is over.
+
+    The channel's end would not tell: something that the process has started may have it.
+    """
+    pidfd = os.pidfd_open(process.pid)
+    try:
+        has_ended = _is_readable(pidfd, limit_s)
+    finally:
+        os.close(pidfd)
+    with contextlib.suppress(OSError):
+        channel.shutdown(socket.SHUT_RDWR)
+    return has_ended
+
+
+def _end(process: "subprocess.Popen[bytes]") -> int | None:
+    """End a process, and all that it has started, at once; returns its status, None where a driver holds it."""
+    if process.returncode is None:  # its number may be another's afterwards
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_KILL_TIMEOUT_S)
+    return process.returncode
 
 
 def _metric(name: str, description: str, kind: int, labels: Any, buckets: Any) -> custom_metrics.Value:

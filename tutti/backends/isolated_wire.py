@@ -7,6 +7,8 @@ bytes, else in an arena. Knows neither end.
 import fcntl
 import mmap
 import os
+import socket
+import struct
 import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -24,6 +26,12 @@ Payload = bytes | tuple[int, int]
 # Up to here a message is quicker than the arena.
 INLINE_BYTES = 32 * 1024
 _ALIGNMENT = 64
+# Of a message, so much is read at once.
+_MOST_READ_BYTES = 1 << 20
+_LEAST_READ_BYTES = 64 * 1024
+# How `multiprocessing.connection` begins a message: with its size, or that it is large, and then its size.
+_HEAD, _LARGE_SIZE = struct.Struct("!i"), struct.Struct("!Q")
+_LARGE = _HEAD.pack(-1)
 # Beyond it what is read is copied: a model may keep its inputs for as long as it likes.
 _MOST_LENT_BYTES = 64 << 20
 
@@ -213,3 +221,54 @@ def _columns(answers: Sequence[Answer | None]) -> Columns | None:
 def _as_array(tensor: Tensor) -> Tensor:
     tensor.array()
     return tensor
+
+
+class Incoming:
+    """Messages of a channel, put together as their bytes come: whoever sends one may stop in the midst of it."""
+
+    def __init__(self, channel: socket.socket) -> None:
+        self._channel = channel
+        self._parts: list[bytes] = []
+        self._size = 0
+        # How many bytes the first message takes, as far as that is known.
+        self._wanted = _HEAD.size
+
+    def read(self) -> list[bytes]:
+        """The messages that are whole now, without waiting. Raises EOFError and OSError when no more will come."""
+        most = max(_LEAST_READ_BYTES, min(_MOST_READ_BYTES, self._wanted - self._size))
+        try:
+            part = self._channel.recv(most, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return []
+        if not part:
+            raise EOFError
+        self._parts.append(part)
+        self._size += len(part)
+        return self._whole() if self._size >= self._wanted else []
+
+    def _whole(self) -> list[bytes]:
+        data = b"".join(self._parts)
+        begin, messages = 0, []
+        while (end := _end_of(data, begin)) <= len(data):
+            messages.append(data[begin + _head_size(data, begin) : end])
+            begin = end
+        self._parts, self._size, self._wanted = [data[begin:]], len(data) - begin, end - begin
+        return messages
+
+
+def _head_size(data: bytes, begin: int) -> int:
+    """Of a message as `multiprocessing.connection` writes it: of a large one the size has a place of its own."""
+    is_large = data[begin : begin + _HEAD.size] == _LARGE
+    return _HEAD.size + (_LARGE_SIZE.size if is_large else 0)
+
+
+def _end_of(data: bytes, begin: int) -> int:
+    """Where the message ends that begins there, or at least the part of it that says so."""
+    head = begin + _head_size(data, begin)
+    if len(data) < head:
+        return head
+    is_large = head - begin > _HEAD.size
+    (size,) = _LARGE_SIZE.unpack_from(data, begin + _HEAD.size) if is_large else _HEAD.unpack_from(data, begin)
+    if size < 0:
+        raise OSError(f"expected the size of a message, got {size}")
+    return head + int(size)
