@@ -3,12 +3,12 @@
 import argparse
 import logging
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tutti.errors import TuttiError
+from tutti.scratch import Folder
 
 if TYPE_CHECKING:
     from export.graphs import Product
@@ -31,8 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"tutti export: {wrong}", file=sys.stderr)
         return 2
     try:
-        with tempfile.TemporaryDirectory(prefix="tutti-export-") as work:
-            return _export(options, Path(work))
+        with Folder("export") as work:
+            return _export(options, work)
     except ModuleNotFoundError as error:
         print(f"tutti export: '{error.name}' is not installed: pip install 'tutti[export]'", file=sys.stderr)
         return 1

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from tutti import __version__, serve_options
+from tutti import __version__, scratch, serve_options
 from tutti.devices import present
 from tutti.errors import ConfigError, TuttiError
 from tutti.logs import Logs
@@ -116,6 +116,7 @@ def _serve(arguments: Sequence[str]) -> int:
     allow_files()
     logs = Logs(options.log_verbose, options.log_file, options.log_format)
     logs.install()
+    scratch.clear_soon()
     if options.ray:
         _needs("--ray", "ray", "psutil", extra="ray")
         from ray_app.run import serve_on_ray

@@ -5,7 +5,6 @@ what an ensemble is.
 """
 
 import logging
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,6 +21,7 @@ from tutti.files import shown
 from tutti.model import Model, Served
 from tutti.operations import Operations, Work, side_by_side
 from tutti.repository import ModelFolder
+from tutti.scratch import Folder
 from tutti.statistics import ModelStatistics
 from tutti.types import Call, settle_all
 
@@ -84,7 +84,7 @@ class Engine:
         self._devices = devices
         self._root = root
         self._propagate = propagate
-        self._scratch: dict[str, tempfile.TemporaryDirectory[str]] = {}
+        self._scratch: dict[str, Folder] = {}
         self._seen: dict[str, object] = {}
         self._is_controllable = is_controllable
         self._is_closed = False
@@ -239,15 +239,15 @@ class Engine:
         """Load one model, and what it needs; returns what ends therefore."""
         closing: list[Ending] = []
         made: dict[str, Model] = {}
-        scratch: tempfile.TemporaryDirectory[str] | None = None
+        scratch: Folder | None = None
         stage = "failed to poll from model repository"  # Triton's words, as those of the next one
         try:
             root = self._root
             if override.files:
                 if override.config is None:
                     raise ConfigError(f"model '{name}': files are given without the parameter 'config'")
-                scratch = tempfile.TemporaryDirectory(prefix="tutti-", ignore_cleanup_errors=True)
-                root = Path(scratch.name)
+                scratch = Folder()
+                root = scratch.path
                 repository.write_files(root, name, override.files)
             folder = repository.open_model(root, name, override.config)
             stage = f"load failed for model '{name}'"
@@ -321,7 +321,7 @@ class Engine:
         self._keep_scratch(name, None)
         return self._end_all(old.values())
 
-    def _keep_scratch(self, name: str, scratch: "tempfile.TemporaryDirectory[str] | None") -> None:
+    def _keep_scratch(self, name: str, scratch: Folder | None) -> None:
         old = self._scratch.pop(name, None)
         if old is not None:
             old.cleanup()  # what was read from it is in memory

@@ -10,7 +10,6 @@ import logging
 import os
 import signal
 import sys
-import tempfile
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 from tutti.frontends.front_ends import FrontEnds
 from tutti.reports import Supervised
 from tutti.restarts import UNUSABLE, End, Ended, Restarts
+from tutti.scratch import Folder
 
 _log = logging.getLogger("tutti")
 
@@ -103,9 +103,9 @@ class Supervisor:
             _log.error("cannot listen: %s", error)
             return UNUSABLE
         command = [*self._command, "--http-port", str(ports[0]), "--grpc-port", str(ports[1])]
-        with tempfile.TemporaryDirectory(prefix="tutti-", ignore_cleanup_errors=True) as folder:
+        with Folder() as folder:
             try:
-                status = await self._serve(command, Path(folder), f"{host}: http {ports[0]}, grpc {ports[1]}")
+                status = await self._serve(command, folder, f"{host}: http {ports[0]}, grpc {ports[1]}")
             finally:
                 await self._front_ends.stop()
                 if self._engine is not None:

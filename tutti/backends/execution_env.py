@@ -1,6 +1,7 @@
 """Interpreters with packages of their own: Triton's parameter `EXECUTION_ENV_PATH`, a folder or an archive of one.
 
-An archive is what conda-pack makes, or a tar of a virtual environment; it is unpacked once for each state of the file.
+An archive is what conda-pack makes, or a tar of a virtual environment; it is unpacked once for each state of the file,
+and stays for as long as this process lives.
 """
 
 import hashlib
@@ -8,12 +9,12 @@ import os
 import subprocess
 import sys
 import tarfile
-import tempfile
 import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tutti import scratch
 from tutti.backends.isolated_process import Command
 from tutti.config import ModelConfig
 from tutti.errors import ConfigError
@@ -23,7 +24,7 @@ _MODEL_FOLDER = "$$TRITON_MODEL_DIRECTORY"
 _CHECK_TIMEOUT_S = 60.0
 _VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
 _lock = threading.Lock()
-_unpacked: "dict[str, tempfile.TemporaryDirectory[str]]" = {}
+_unpacked: dict[str, scratch.Folder] = {}
 
 
 def command(config: ModelConfig, folder: Path) -> Command:
@@ -89,14 +90,14 @@ def _unpack(archive: Path) -> Path:
     key = hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
     with _lock:
         if key not in _unpacked:
-            folder = tempfile.TemporaryDirectory(prefix="tutti-environment-")
+            folder = scratch.Folder("environment")
             try:
-                _extract(archive, Path(folder.name))
+                _extract(archive, folder.path)
             except BaseException:
                 folder.cleanup()
                 raise
             _unpacked[key] = folder
-        return _top(Path(_unpacked[key].name))
+        return _top(_unpacked[key].path)
 
 
 def _extract(archive: Path, folder: Path) -> None:

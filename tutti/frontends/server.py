@@ -4,7 +4,6 @@ import asyncio
 import logging
 import socket
 import ssl
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from tutti.frontends.grpc_aio import GrpcioFront, TlsFiles
 from tutti.frontends.http import HttpFront
 from tutti.frontends.task import Task
 from tutti.metrics import Collect, Metrics
+from tutti.scratch import Folder
 
 _log = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ class Server:
         self._grpc: GrpcFront | None = None
         self._grpcio: GrpcioFront | None = None
         self._link: EngineSide | None = None
-        self._sockets: tempfile.TemporaryDirectory[str] | None = None
+        self._sockets: Folder | None = None
 
     async def start(self) -> Addresses:
         """Listen everywhere; returns the addresses with the ports really taken. Raises OSError if one is in use.
@@ -228,8 +228,8 @@ class Server:
                 raise OSError(f"gRPC: {error}") from None
             return await self._grpcio.start()
         # Streams go to a server behind the native one, on a socket that only this user can reach.
-        self._sockets = tempfile.TemporaryDirectory(prefix="tutti-", ignore_cleanup_errors=True)
-        path = str(Path(self._sockets.name) / "grpc")
+        self._sockets = Folder()
+        path = str(self._sockets.path / "grpc")
         self._grpcio = GrpcioFront(self._api, f"unix:{path}")
         await self._grpcio.start()
         self._grpc = GrpcFront(self._api, host, port, path, shares_port=self._addresses.shares_ports)
