@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from export.names import VARIANTS
 from tutti.errors import TuttiError
 from tutti.scratch import Folder
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _SOURCE = "hub id, local folder or file, package:NAME/PATH, or config:TYPE[,key=value] (random weights)"
-_VARIANTS = ("fp32", "fp16", "int8", "torch", "torch-fp16", "torch-bf16", "tensorrt")
 _BACKENDS = {"onnx": "onnxruntime", "tensorrt": "tensorrt", "torch": "pytorch"}
 
 
@@ -79,9 +79,9 @@ def _page_of(options: argparse.Namespace, why: str) -> None:
 
 
 def _wrong(options: argparse.Namespace) -> str:
-    unknown = sorted(set(options.variants) - set(_VARIANTS))
+    unknown = sorted(set(options.variants) - set(VARIANTS))
     if unknown:
-        return f"--variants: expected some of {', '.join(_VARIANTS)}, got '{unknown[0]}'"
+        return f"--variants: expected some of {', '.join(VARIANTS)}, got '{unknown[0]}'"
     if options.compute_capability and "tensorrt" not in (*options.variants, options.format):
         return "--compute-capability needs --format tensorrt, or tensorrt among --variants"
     if options.gpu == "bf16" and options.format != "torch":
@@ -210,7 +210,7 @@ def _options(options: argparse.Namespace) -> "Options":
     gpu = _gpu(options, variants)
     if gpu not in variants:
         variants.insert(1, gpu)
-    ordered = tuple(one for one in _VARIANTS if one in variants)
+    ordered = tuple(one for one in VARIANTS if one in variants)
     return Options(
         ordered, _BACKENDS[options.format], options.cpu, gpu, options.compute_capability, options.version,
         options.profile, options.latency_goal_ms,

@@ -16,9 +16,10 @@ from export import layout, manifest, onnx, served
 from export.errors import ParityError
 from export.graphs import Check, Graph, Product
 from export.layout import Entry, Staging
+from export.names import FILES
 from export.profiling import Measured, measure, recommend
 from export.sources import Source
-from export.variants import FILES, Builder, Result
+from export.variants import Builder, Result
 from tutti import bounds, config, dtypes, lengths
 from tutti.config import TensorSpec
 from tutti.types import Shape

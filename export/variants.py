@@ -1,7 +1,4 @@
-"""The forms of one graph: built, looked into, and compared with PyTorch in float64. None is taken at its word.
-
-Order matters: fp32 is what the others are made from.
-"""
+"""The forms of one graph: built, looked into, and compared with PyTorch in float64. None is taken at its word."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -16,13 +13,9 @@ from torch.export import ExportedProgram
 from export import indices, layout, lengths, narrow, onnx, program
 from export.errors import ExportError
 from export.graphs import Arrays, Graph, Reference, with_arguments
+from export.names import FILES
 from export.parity import Comparer, Comparison
 
-VARIANTS = ("fp32", "fp16", "int8", "torch", "torch-fp16", "torch-bf16", "tensorrt")
-FILES = {
-    "fp32": "model.onnx", "fp16": "model.fp16.onnx", "int8": "model.int8.onnx", "torch": "model.pt2",
-    "torch-fp16": "model.fp16.pt2", "torch-bf16": "model.bf16.pt2", "tensorrt": "model.plan",
-}  # fmt: skip
 _PYTORCH = f"PyTorch {torch.__version__.partition('+')[0]}"
 
 

@@ -19,7 +19,7 @@ from tutti import dtypes, files
 from tutti.batching import BatchingPolicy, QueuePolicy
 from tutti.bounds import UNBOUNDED, Bounds
 from tutti.bounds import parse as parse_bounds
-from tutti.errors import ConfigError
+from tutti.errors import ConfigError, reason
 from tutti.lengths import ANY_SIZE, MaxDims
 from tutti.lengths import parse as parse_max_dims
 from tutti.padding import NO_PADDING, Padding
@@ -307,7 +307,7 @@ def load(path: Path, complete: Complete = lambda _: None) -> ModelConfig:
     try:
         text = files.read_text(path) if os.path.lexists(path) else ""
     except OSError as error:
-        raise ConfigError(f"model '{path.parent.name}': cannot read {path.name}: {files.shown(error)}") from None
+        raise ConfigError(f"model '{path.parent.name}': cannot read {path.name}: {reason(error)}") from None
     return parse(text, path.parent.name, complete)
 
 
@@ -316,7 +316,7 @@ def parse(text: str, folder: str, complete: Complete = lambda _: None) -> ModelC
     try:
         proto = text_format.Parse(text, pb.ModelConfig())
     except (text_format.ParseError, ValueError) as error:
-        raise ConfigError(f"model '{folder}': config.pbtxt does not parse: {files.shown(error)}") from None
+        raise ConfigError(f"model '{folder}': config.pbtxt does not parse: {reason(error)}") from None
     except RecursionError:
         raise ConfigError(f"model '{folder}': config.pbtxt does not parse: it is nested too deep") from None
     return _complete_and_check(proto, folder, complete)
@@ -327,7 +327,7 @@ def parse_json(text: str | bytes, folder: str, complete: Complete = lambda _: No
     try:
         proto = json_format.Parse(text, pb.ModelConfig(), max_recursion_depth=20)
     except (json_format.ParseError, ValueError, RecursionError) as error:
-        raise ConfigError(f"model '{folder}': the configuration's JSON does not parse: {files.shown(error)}") from None
+        raise ConfigError(f"model '{folder}': the configuration's JSON does not parse: {reason(error)}") from None
     return _complete_and_check(proto, folder, complete)
 
 

@@ -16,8 +16,7 @@ from typing import Literal
 from tutti import repository
 from tutti.config import ModelConfig
 from tutti.devices.health import DeviceHealth, health
-from tutti.errors import ConfigError, Internal, InvalidArgument, NotFound, TuttiError, Unavailable
-from tutti.files import shown
+from tutti.errors import ConfigError, Internal, InvalidArgument, NotFound, TuttiError, Unavailable, reason
 from tutti.model import Model, Served
 from tutti.operations import Operations, Work, side_by_side
 from tutti.repository import ModelFolder
@@ -205,7 +204,7 @@ class Engine:
             _log.error("%s", error)
             self._tries.setdefault(name, _Tries()).failed()
             if name not in self._models and is_there:
-                self._failures[name, ""] = shown(error)
+                self._failures[name, ""] = reason(error)
         else:
             self._tries.pop(name, None)
         if is_there:
@@ -265,7 +264,7 @@ class Engine:
                 scratch.cleanup()
             if not isinstance(error, TuttiError):
                 _log.debug("model '%s' cannot be loaded", name, exc_info=True)
-            raise Internal(f"failed to load '{name}', {stage}: {shown(error)}") from None
+            raise Internal(f"failed to load '{name}', {stage}: {reason(error)}") from None
         closing += self._end_all(self._replace(name, made).values())
         self._keep_scratch(name, scratch)
         self._failures = {key: why for key, why in dict(self._failures).items() if key[0] != name}
@@ -476,7 +475,7 @@ class Engine:
             raise
         except BaseException as error:  # of a library, that has read a file which is not whole, or has had enough
             _log.debug("model '%s' version %d cannot be loaded", folder.config.name, version, exc_info=True)
-            what = f"{type(error).__name__}: {shown(error)}"
+            what = f"{type(error).__name__}: {reason(error)}"
             raise ConfigError(f"model '{folder.config.name}' version {version}: {what}") from error
         load_s = time.monotonic() - start
         _log.info("loaded model '%s' version %d in %.2f s", folder.config.name, version, load_s)

@@ -22,11 +22,22 @@ Knows nothing of HTTP or gRPC: each front-end maps these classes to its status c
 MAX_MESSAGE = 6000
 
 
+def sayable(text: object) -> str:
+    """A text in characters that every protocol, and every file, can carry: half of a surrogate pair is escaped."""
+    said = str(text)
+    return said if said.isascii() else said.encode("utf-8", "backslashreplace").decode()
+
+
 def shown(text: str) -> str:
-    """A message as callers may see it: half of a surrogate pair is escaped, and of a long one the middle left out."""
+    """A message as callers may see it: sayable, and of a long one the middle left out."""
     if len(text) > MAX_MESSAGE:
         text = f"{text[: MAX_MESSAGE // 2]} ... {text[-MAX_MESSAGE // 2 :]}"
-    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
+    return sayable(text)
+
+
+def reason(error: BaseException) -> str:
+    """What any error says, sayable; the name of its class where it says nothing."""
+    return sayable((isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__)
 
 
 class TuttiError(Exception):

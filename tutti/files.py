@@ -40,12 +40,6 @@ def to_bytes(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")
 
 
-def shown(error: BaseException) -> str:
-    """What an error says, as text that can be written anywhere: it may quote what is not UTF-8."""
-    what = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return (what or type(error).__name__).encode("utf-8", "backslashreplace").decode()
-
-
 def walk(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
     """Path and status of every regular file below a folder, links followed, each folder once.
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from tutti import config, files
 from tutti.config import ModelConfig
-from tutti.errors import ConfigError, TuttiError
+from tutti.errors import ConfigError, TuttiError, reason
 
 _VERSION = re.compile(r"[1-9][0-9]{0,17}")
 _OVERRIDE_FILE = re.compile(r"[1-9][0-9]{0,17}(/[A-Za-z0-9_][A-Za-z0-9_.+-]*)+")
@@ -47,7 +47,7 @@ class ModelFolder:
         try:
             lines = files.read_text(path).split("\n")
         except OSError as error:
-            what = f"output.label_filename: cannot read '{filename}': {files.shown(error)}"
+            what = f"output.label_filename: cannot read '{filename}': {reason(error)}"
             raise ConfigError(f"model '{self.config.name}': {what}") from None
         return tuple(lines if lines[-1] else lines[:-1])
 
@@ -59,7 +59,7 @@ class ModelFolder:
         try:
             return files.read_bytes(path)
         except OSError as error:
-            what = f"cannot read '{subfolder}/{filename}': {files.shown(error)}"
+            what = f"cannot read '{subfolder}/{filename}': {reason(error)}"
             raise ConfigError(f"model '{self.config.name}': {what}") from None
 
     def _inside(self, filename: str) -> Path | None:
@@ -77,7 +77,7 @@ def model_names(root: Path) -> list[str]:
             raise ConfigError(f"model repository '{root}' is not a folder")
         return sorted(path.name for path in root.iterdir() if is_name(path.name) and _is_model(path))
     except OSError as error:
-        raise ConfigError(f"model repository '{root}' cannot be read: {files.shown(error)}") from None
+        raise ConfigError(f"model repository '{root}' cannot be read: {reason(error)}") from None
 
 
 def is_model(root: Path, name: str) -> bool:
@@ -161,7 +161,7 @@ def open_model(root: Path, name: str, override: str | None = None) -> ModelFolde
 def _named(error: Exception) -> str:
     """What an error says, and of which file."""
     where = f"'{error.filename}': " if isinstance(error, OSError) and error.filename else ""
-    return where + files.shown(error)
+    return where + reason(error)
 
 
 def _open(path: Path, name: str, override: str | None) -> ModelFolder:

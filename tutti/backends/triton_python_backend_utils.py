@@ -51,14 +51,9 @@ def told(error: BaseException) -> str:
     """Not for models: an exception of a model's, in one sentence. Its own text may fail to be made."""
     kind = type(error).__name__
     try:
-        return sayable(f"{kind}: {error}")
+        return errors.sayable(f"{kind}: {error}")
     except BaseException:
         return f"{kind}, whose text cannot be made"
-
-
-def sayable(text: object) -> str:
-    """Not for models: a text of theirs in characters that every protocol can carry."""
-    return str(text).encode("utf-8", "backslashreplace").decode()
 
 
 def are_parameters(given: Mapping[Any, Any]) -> bool:
@@ -67,7 +62,7 @@ def are_parameters(given: Mapping[Any, Any]) -> bool:
     return (
         all(isinstance(name, str) for name in given)
         and all(isinstance(value, bool | int | float | str) for value in given.values())
-        and all(sayable(text) == text for text in texts)
+        and all(errors.sayable(text) == text for text in texts)
     )
 
 
@@ -114,7 +109,7 @@ class TritonError:
         return self._code
 
     def as_infer_error(self) -> errors.InferError:
-        return self._CLASSES.get(self._code, errors.Internal)(sayable(self._message))
+        return self._CLASSES.get(self._code, errors.Internal)(errors.sayable(self._message))
 
     @classmethod
     def of(cls, error: errors.InferError) -> "TritonError":

@@ -4,10 +4,10 @@ import re
 from pathlib import Path
 from typing import Protocol
 
-from tutti import files, tracing
+from tutti import tracing
 from tutti.devices.ipc import CudaIpc
 from tutti.engine import Engine
-from tutti.errors import ConfigError
+from tutti.errors import ConfigError, reason
 from tutti.frontends import gate
 from tutti.frontends.api import Access, Api
 from tutti.frontends.gate import Gate
@@ -83,7 +83,7 @@ def _api_keys(path: Path | None) -> tuple[str, ...]:
     try:
         return gate.parse_api_keys(path.read_text())
     except (OSError, ValueError) as error:
-        raise ConfigError(f"--api-key-file {path}: {files.shown(error)}") from None
+        raise ConfigError(f"--api-key-file {path}: {reason(error)}") from None
 
 
 def _pattern(text: str | None) -> re.Pattern[str] | None:
