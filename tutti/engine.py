@@ -36,6 +36,8 @@ DRAIN_S = 30.0
 _POLL_DRAIN_S = 5.0
 _LOADS_AT_ONCE = 4
 _MOST_POLLS = 16
+# A look at the repository that takes longer does not have others begin beside it.
+_LOOK_S = 1.0
 LOADING, UNLOADING = "loading", "unloading"
 
 Loader = Callable[[ModelFolder, int, ModelStatistics], Served]
@@ -98,7 +100,14 @@ class Engine:
         self._loader = loader
         self._models: dict[str, dict[str, Model]] = {}
         self._newest: dict[str, Model] = {}
+        # Why versions could not be loaded; "" stands for a model that has none.
         self._failures: dict[tuple[str, str], str] = {}
+        # The models of the start, and whether their loading has ended.
+        self._starting: dict[str, threading.Event] = {}
+        # Models that a poll is still at work on, however long ago it began.
+        self._polled: set[str] = set()
+        # The last look at the repository: while it lasts, others wait for it, too.
+        self._look: Work[list[str]] | None = None
         self._lock = threading.Lock()
         self._changes = 0
 
@@ -117,15 +126,18 @@ class Engine:
             self._record_failure(name, "", error)
         ensembles = [folder for folder in folders if folder.config.is_ensemble]
         ended = {folder.config.name: threading.Event() for folder in folders}
+        self._starting = {**self._starting, **ended}
+        before = dict(self._models)
 
         def load(folder: ModelFolder) -> None:
-            for step in folder.config.steps:
-                if step.model_name in ended and step.model_name not in later[folder.config.name]:
-                    ended[step.model_name].wait()
+            name = folder.config.name
             try:
-                self._load(folder)
+                for step in folder.config.steps:
+                    if step.model_name in ended and step.model_name not in later[name]:
+                        ended[step.model_name].wait()
+                self._operations.run_to_end(name, LOADING, partial(self._load, folder, before.get(name)))
             finally:
-                ended[folder.config.name].set()
+                ended[name].set()
 
         ordered = [*(folder for folder in folders if not folder.config.is_ensemble), *_in_order_of_use(ensembles)]
         ranks = [folder.config.name for folder in ordered]
@@ -133,9 +145,6 @@ class Engine:
         works = [(f"model '{folder.config.name}' has been loading", partial(load, folder)) for folder in ordered]
         for unfinished in side_by_side(works, _LOADS_AT_ONCE, timeout_s):
             _log.error("%s; the others are served meanwhile", unfinished)
-        for name, event in ended.items():
-            if not event.is_set():
-                self._failures.setdefault((name, ""), f"model '{name}' is still being loaded")
 
     def load(self, name: str, override: Override | None = None) -> None:
         """Load a model anew from its folder, in place of what is served under its name. Blocks.
@@ -183,18 +192,30 @@ class Engine:
         Each folder stands for itself: what fails, or changes meanwhile, is tried again by a later poll, and what hangs
         is left behind.
         """
-        names = repository.model_names(self._root)
-        busy = self._operations.running()
+        present = set(self._names_there())
+        busy = {*self._operations.running(), *list(self._polled)}
+        due = sorted({*present, *list(self._seen)} - busy)
         works = [
             (f"the poll of model '{name}' has been at work", partial(self._poll_model, name, name in present))
-            for present in [set(names)]
-            for name in sorted({*names, *self._seen})
-            if name not in busy
+            for name in due
         ]
-        for unfinished in side_by_side(works, _LOADS_AT_ONCE, self.control_timeout_s):
-            _log.error("%s, and is not waited for", unfinished)
+        self._polled.update(due)
+        try:
+            unfinished = side_by_side(works, _LOADS_AT_ONCE, self.control_timeout_s)
+        except BaseException:  # none has begun
+            self._polled.difference_update(due)
+            raise
+        for what in unfinished:
+            _log.error("%s, and is not waited for", what)
 
     def _poll_model(self, name: str, is_there: bool) -> None:
+        try:
+            self._compare(name, is_there)
+        finally:
+            self._polled.discard(name)
+
+    def _compare(self, name: str, is_there: bool) -> None:
+        """Follow what has changed in a model's folder since it was seen."""
         seen = repository.fingerprint(self._root, name) if is_there else None
         if seen == self._seen.get(name) and not self._is_due(name):
             return
@@ -219,7 +240,7 @@ class Engine:
             return self._operations.run(name, LOADING, lambda: self._load_anew(name, Override(), ()))
         closing = self._unload_alone(name)
         self._unloaded.pop(name, None)
-        self._failures = {key: why for key, why in dict(self._failures).items() if key[0] != name}
+        self._forget_failures(name)
         if closing:
             _log.info("model '%s' has left the repository", name)
         return closing
@@ -267,7 +288,7 @@ class Engine:
             raise Internal(f"failed to load '{name}', {stage}: {reason(error)}") from None
         closing += self._end_all(self._replace(name, made).values())
         self._keep_scratch(name, scratch)
-        self._failures = {key: why for key, why in dict(self._failures).items() if key[0] != name}
+        self._forget_failures(name)
         return closing
 
     def _load_step(self, name: str, above: tuple[str, ...], tells: bool) -> list[Ending]:
@@ -289,10 +310,12 @@ class Engine:
     def _end_all(self, models: Iterable[Model]) -> list[Ending]:
         """Have models end: at once, since whoever had them replaced may not wait for that any more."""
         endings = []
-        for model in models:
-            work = Work(f"model '{model.config.name}' version {model.version} has been draining", partial(_end, model))
-            self._drains[model] = work
-            endings.append((model, work))
+        with self._lock:
+            for model in models:
+                what = f"model '{model.config.name}' version {model.version} has been draining"
+                work = self._drains.get(model) or Work(what, partial(_end, model))
+                self._drains[model] = work
+                endings.append((model, work))
         return endings
 
     def _await(self, endings: Iterable[Ending], timeout_s: float) -> list[str]:
@@ -360,7 +383,7 @@ class Engine:
         unknown = f"Request for unknown model: '{name}'"  # Triton's words, which its clients look for
         if name in self._models:
             raise NotFound(f"{unknown} version {version} is not found")
-        if name in self._unloaded or any(failed == name for failed, _ in dict(self._failures)):
+        if name in self._unloaded or self._is_late(name) or any(failed == name for failed, _ in dict(self._failures)):
             raise NotFound(f"{unknown} has no available versions: it is not ready")
         raise NotFound(f"{unknown} is not found")
 
@@ -375,7 +398,7 @@ class Engine:
     def is_known(self, name: str) -> bool:
         """Whether the index has the name."""
         is_tried = name in self._models or name in self._unloaded or any(name == key for key, _ in dict(self._failures))
-        return is_tried or repository.is_model(self._root, name)
+        return is_tried or self._is_late(name) or repository.is_model(self._root, name)
 
     def index(self) -> list[IndexEntry]:
         """Every version known, whether it is loaded or not, and why not; and models that were never asked for."""
@@ -403,21 +426,40 @@ class Engine:
             for version in versions
         ]
         served = {entry.name for entry in entries}
-        running = self._operations.running()
-        entries += [IndexEntry(name, "", "LOADING", why) for name, why in running.items() if name not in served]
+        loading = {name: f"model '{name}' waits to be loaded" for name in self._late()} | self._operations.running()
+        entries += [IndexEntry(name, "", "LOADING", why) for name, why in loading.items() if name not in served]
         known = {entry.name for entry in entries}
-        entries += [IndexEntry(name, "", "") for name in repository.model_names(self._root) if name not in known]
+        entries += [IndexEntry(name, "", "") for name in self._names_there() if name not in known]
         return sorted(entries, key=lambda entry: (entry.name, entry.version))
+
+    def _names_there(self) -> list[str]:
+        """The models in the repository. Raises Unavailable where it cannot be looked at in time, as a lost disk."""
+        with self._lock:
+            look = self._look
+            if look is None or look.wait(0) or time.monotonic() - look.since_s < _LOOK_S:
+                what = f"the model repository '{self._root}' has been looked at"
+                look = self._look = Work(what, partial(repository.model_names, self._root))
+        if not look.wait(self.control_timeout_s):
+            raise Unavailable(f"{look}, and that goes on")
+        return look.result()
 
     def is_ready(self) -> bool:
         """Whether all that was asked for is loaded and ready, which may be nothing, and no device has failed."""
-        if self._failures or self._devices.failures():
+        if self._failures or self._late() or self._devices.failures():
             return False
         return all(model.is_ready() for model in self.models())
 
     def failures(self) -> list[str]:
         """Why models could not be loaded, one message each."""
-        return list(self._failures.values())
+        return [*self._failures.values(), *(f"model '{name}' is still being loaded" for name in self._late())]
+
+    def _late(self) -> list[str]:
+        """Models of the start whose loading has not ended."""
+        return [name for name in self._starting if self._is_late(name)]
+
+    def _is_late(self, name: str) -> bool:
+        ended = self._starting.get(name)
+        return ended is not None and not ended.is_set()
 
     def unfinished(self) -> list[str]:
         """What is still being done to models, and those that have not ended."""
@@ -426,8 +468,9 @@ class Engine:
 
     def close(self) -> None:
         """Drain and close every model, ensembles before what they use. What comes later is refused."""
-        self._is_closed = True
-        models = self.models()
+        with self._lock:
+            self._is_closed = True
+            models = self.models()
         for is_ensemble in (True, False):
             self._await(self._end_all(m for m in models if m.config.is_ensemble is is_ensemble), DRAIN_S)
         for name in list(self._scratch):
@@ -453,17 +496,18 @@ class Engine:
                 "--model-control-mode explicit"
             )
 
-    def _load(self, folder: ModelFolder) -> None:
-        """Load what can be loaded of a folder; record why the rest cannot."""
+    def _load(self, folder: ModelFolder, before: Mapping[str, Model] | None) -> None:
+        """Load what can be loaded of a folder; record why the rest cannot. Others may have loaded it meanwhile."""
+        if self._models.get(folder.config.name) is not before:
+            return
         made = {}
         for version in folder.versions:
             try:
                 made[str(version)] = self._make(folder, version)
             except TuttiError as error:
                 self._record_failure(folder.config.name, str(version), error)
-        self._failures.pop((folder.config.name, ""), None)  # that it was still being loaded
         if made:
-            self._end_all(self._replace(folder.config.name, made).values())  # another may have loaded it meanwhile
+            self._end_all(self._replace(folder.config.name, made).values())
 
     def _make(self, folder: ModelFolder, version: int) -> Model:
         statistics = ModelStatistics()
@@ -482,8 +526,13 @@ class Engine:
         return Model(folder.config, version, labels, served, statistics, load_s)
 
     def _replace(self, name: str, made: dict[str, Model]) -> dict[str, Model]:
-        """Serve `made` under the name from now on; returns what was served before."""
+        """Serve `made` under the name from now on; returns what is to end: what was served before.
+
+        Once the engine is closed, `made` itself is.
+        """
         with self._lock:
+            if made and self._is_closed:
+                return made
             old = self._models.get(name, {})
             if made:  # at no moment is the name without a model
                 self._models[name] = made
@@ -493,6 +542,12 @@ class Engine:
                 del self._models[name], self._newest[name]
             self._changes += 1
         return old
+
+    def _forget_failures(self, name: str) -> None:
+        """Each by itself: what others record meanwhile stays."""
+        for key in list(self._failures):
+            if key[0] == name:
+                self._failures.pop(key, None)
 
     def _record_failure(self, name: str, version: str, error: TuttiError) -> None:
         _log.error("failed to load model '%s' version '%s': %s", name, version, error)

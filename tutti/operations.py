@@ -5,13 +5,15 @@ gives up is told what is waited for. Knows nothing of what is done.
 """
 
 import logging
+import math
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Generic, TypeVar
 
-from tutti.errors import Unavailable
+from tutti.errors import Unavailable, reason
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -71,11 +73,22 @@ class Operations:
         until_s = time.monotonic() + self._timeout_s
         with self._condition:
             self._wait_for(name, until_s)
-            work = self._running[name] = Work(f"model '{name}' has been {what}", lambda: self._leave(name, do))
+            work = self._begin(name, what, do)
         if not work.wait(max(0.0, until_s - time.monotonic())):
             raise Unavailable(f"{work}, and goes on: the repository index tells of its end{self._others(work)}")
-        result: T = work.result()
-        return result
+        return work.result()
+
+    def run_to_end(self, name: str, what: str, do: Callable[[], T]) -> T:
+        """The same, for whoever waits for as long as it takes."""
+        with self._condition:
+            self._condition.wait_for(lambda: name not in self._running)
+            work = self._begin(name, what, do)
+        work.wait(None)
+        return work.result()
+
+    def _begin(self, name: str, what: str, do: Callable[[], T]) -> Work[T]:
+        work = self._running[name] = Work(f"model '{name}' has been {what}", lambda: self._leave(name, do))
+        return work
 
     def running(self) -> dict[str, str]:
         """Model -> what is being done to it, and for how long."""
@@ -113,28 +126,46 @@ class Operations:
 def side_by_side(works: Sequence[tuple[str, Callable[[], object]]], at_once: int, timeout_s: float | None) -> list[str]:
     """Do works in threads, so many at once, those not counted that take long; returns which have not ended in time.
 
-    Without a limit all are waited for. What they raise is logged.
+    Without a limit all are waited for. What they raise is logged. What has not begun in time begins when it can.
     """
-    begun: list[Work[object]] = []
-    until_s = None if timeout_s is None else time.monotonic() + timeout_s
+    until_s = math.inf if timeout_s is None else time.monotonic() + timeout_s
+    begun: list[Work[None]] = []
+    beginning = Work("works begin", lambda: _begin_all(works, at_once, begun))
+    while not beginning.wait(_left_s(until_s)) and _left_s(until_s):
+        pass
+    count = len(begun)
+    for work in begun[:count]:
+        if not work.wait(_left_s(until_s)) and _left_s(until_s):
+            _log.warning("%s, and is waited for", work)
+        while not work.wait(_left_s(until_s)) and _left_s(until_s):
+            pass
+    unfinished = [str(work) for work in begun[:count] if not work.wait(0)]
+    return unfinished + [f"{what} for 0 s, since others are before it" for what, _ in works[count:]]
 
-    def is_over() -> bool:
-        return until_s is not None and time.monotonic() >= until_s
 
+def _begin_all(works: Sequence[tuple[str, Callable[[], object]]], at_once: int, begun: list[Work[None]]) -> None:
     for what, do in works:
         while sum(_is_young(work) for work in begun) >= at_once:
-            next(work for work in begun if _is_young(work)).wait(0.05)
-        begun.append(Work(what, do))
-    for work in begun:
-        warned = False
-        while not work.wait(0 if is_over() else PATIENCE_S) and not is_over():
-            if not warned:
-                _log.warning("%s, and is waited for", work)
-                warned = True
-        if work.wait(0) and work.error is not None:
-            _log.error("%s: %s: %s", work.what, type(work.error).__name__, work.error)
-    return [str(work) for work in begun if not work.wait(0)]
+            next((work for work in begun if _is_young(work)), begun[-1]).wait(0.05)
+        while True:
+            try:
+                begun.append(Work(what, partial(_logged, what, do)))
+                break
+            except RuntimeError:  # there are no more threads: when others have ended
+                time.sleep(0.05)
 
 
-def _is_young(work: "Work[object]") -> bool:
+def _left_s(until_s: float) -> float:
+    """How long to wait now: until then, though not long without a look."""
+    return max(0.0, min(PATIENCE_S, until_s - time.monotonic()))
+
+
+def _logged(what: str, do: Callable[[], object]) -> None:
+    try:
+        do()
+    except BaseException as error:
+        _log.error("%s: %s: %s", what, type(error).__name__, reason(error))
+
+
+def _is_young(work: "Work[None]") -> bool:
     return not work.wait(0) and time.monotonic() - work.since_s < PATIENCE_S

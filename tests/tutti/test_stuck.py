@@ -1,19 +1,23 @@
 """What hangs holds up itself: calls of control end, polls go on, callers are answered, and the index tells."""
 
+import json
 import threading
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
+from google.protobuf.json_format import MessageToDict
 
 import ensembles
 from tests.models import Repository
 from tests.serving import Gather, infer, timer, wait_until
-from tutti import backends, local, model, operations, scheduler
+from tutti import backends, config, local, model, operations, scheduler
 from tutti import engine as engines
 from tutti import repository as folders
-from tutti.engine import Engine
+from tutti.engine import Engine, Override
 from tutti.errors import Internal, Unavailable
 from tutti.frontends.api import Api
 from tutti.metrics import Metrics
@@ -23,6 +27,13 @@ from tutti.types import Call, InferRequest, InferResponse, Tensor
 CONFIG = 'backend: "python" max_batch_size: 0 input { name: "x" data_type: TYPE_FP32 dims: 1 } output { name: "y" '
 CONFIG += "data_type: TYPE_FP32 dims: 1 }"
 LIMIT_S = 0.3
+ENSEMBLE = 'platform: "ensemble" input {{ name: "x" data_type: TYPE_FP32 dims: 1 }} output {{ name: "y" data_type: '
+ENSEMBLE += "TYPE_FP32 dims: 1 }} ensemble_scheduling {{ {} }}"
+
+
+def step(model: str) -> str:
+    maps = 'input_map { key: "x" value: "x" } output_map { key: "y" value: "y" }'
+    return f'step {{ model_name: "{model}" model_version: -1 {maps} }}'
 
 
 class Gate:
@@ -30,6 +41,9 @@ class Gate:
 
     opened = threading.Event()
     entered = threading.Event()
+    # The names of models that have been loaded, and of those that have been closed.
+    loads: ClassVar[list[str]] = []
+    closed: ClassVar[list[str]] = []
 
     @classmethod
     def wait(cls) -> None:
@@ -45,6 +59,7 @@ class Waits:
 
     def __init__(self, name: str) -> None:
         self._name = name
+        Gate.loads.append(name)
         if name.startswith("hanging"):
             Gate.wait()
         if name.startswith("late") and not Gate.opened.is_set():
@@ -55,7 +70,8 @@ class Waits:
             Gate.wait()
         return [InferResponse(self._name, "1", [Tensor.of("y", np.ones(1, np.float32))]) for _ in calls]
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        Gate.closed.append(self._name)
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +81,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Gate]]:
     monkeypatch.setattr(operations, "PATIENCE_S", LIMIT_S)
     monkeypatch.setattr(backends, "load", lambda folder, *_: [Waits(folder.config.name)])
     Gate.opened, Gate.entered = threading.Event(), threading.Event()
+    Gate.loads, Gate.closed = [], []
     yield Gate
     Gate.opened.set()
 
@@ -156,6 +173,138 @@ def test_models_that_hang_at_the_start_are_not_waited_for(repository: Repository
     Gate.opened.set()
     wait_until(engine.is_ready)
     assert engine.failures() == []
+    engine.close()
+
+
+def test_a_load_that_hangs_at_the_start_is_told_of_and_not_begun_again(repository: Repository) -> None:
+    add(repository, "hanging")
+    engine = serve(repository, "hanging", timeout_s=LIMIT_S)
+    assert Gate.entered.wait(20)
+    entries = {entry.name: entry for entry in engine.index()}
+    assert entries["hanging"].state == "LOADING"
+    assert "model 'hanging' has been loading for" in entries["hanging"].reason
+    assert "model 'hanging' has been loading for" in "; ".join(engine.unfinished())
+    with pytest.raises(Unavailable, match="model 'hanging' has been loading for"):
+        engine.load("hanging")
+    with pytest.raises(Unavailable, match="model 'hanging' has been loading for"):
+        engine.unload("hanging")
+    engine.poll()
+    assert Gate.loads == ["hanging"]
+    Gate.opened.set()
+    wait_until(lambda: is_served(engine, "hanging"))
+    engine.close()
+
+
+def test_a_start_does_not_replace_what_others_have_loaded_meanwhile(repository: Repository) -> None:
+    """An ensemble waits at the start for a model that hangs; a client loads it with another configuration."""
+    add(repository, "hanging")
+    add(repository, "good")
+    repository.add("both", ENSEMBLE.format(step("hanging")), {})
+    engine = serve(repository, "both", timeout_s=20)
+    assert {entry.name: entry.reason for entry in engine.index()}["both"] == "model 'both' waits to be loaded"
+    other = json.dumps(MessageToDict(config.parse(f'name: "both" {ENSEMBLE.format(step("good"))}', "both").proto))
+    engine.load("both", Override(other))
+    first = engine.model("both")
+    Gate.opened.set()
+    wait_until(engine.is_ready)
+    assert engine.model("both") is first
+    engine.close()
+
+
+def test_what_ends_loading_when_the_engine_has_closed_is_closed(repository: Repository) -> None:
+    add(repository, "hanging")
+    engine = serve(repository, "hanging", timeout_s=20)
+    assert Gate.entered.wait(20)
+    engine.close()
+    Gate.opened.set()
+    wait_until(lambda: Gate.closed == ["hanging"])
+    assert engine.versions("hanging") == []
+
+
+def test_a_start_is_over_in_time_however_many_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operations, "PATIENCE_S", 60.0)
+    done: list[int] = []
+
+    def hang(number: int) -> None:
+        Gate.wait()
+        done.append(number)
+
+    works = [(f"work {number}", partial(hang, number)) for number in range(20)]
+    unfinished = operations.side_by_side(works, 2, LIMIT_S)
+    assert len(unfinished) == 20
+    assert sum("others are before it" in what for what in unfinished) >= 18
+    Gate.opened.set()
+    wait_until(lambda: sorted(done) == list(range(20)))
+
+
+class Crowded(dict[tuple[str, str], str]):
+    """In the midst of each look at it, another thread records a failure."""
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        before = list(super().keys())
+        self["other", ""] = "broken"
+        return iter(before)
+
+    def keys(self) -> list[tuple[str, str]]:  # type: ignore[override]
+        return list(iter(self))
+
+
+def test_no_failure_is_lost_that_is_recorded_while_another_is_forgotten(repository: Repository) -> None:
+    add(repository, "good")
+    engine = serve(repository)
+    engine._failures = Crowded({("good", "1"): "was broken"})
+    engine.load("good")
+    assert dict(engine._failures.items()) == {("other", ""): "broken"}
+    engine.close()
+
+
+def test_polls_do_not_pile_up_on_what_hangs(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a folder on a disk that is lost."""
+    for name in ("lost", "good"):
+        add(repository, name)
+    engine = serve(repository)
+    engine.control_timeout_s = LIMIT_S
+    fingerprint = folders.fingerprint
+    looks: list[str] = []
+
+    def looked_at(root: Path, name: str) -> object:
+        looks.append(name)
+        if name == "lost":
+            Gate.wait()
+        return fingerprint(root, name)
+
+    monkeypatch.setattr(folders, "fingerprint", looked_at)
+    for _ in range(3):
+        engine.poll()
+    wait_until(lambda: is_served(engine, "good"))
+    assert looks.count("lost") == 1
+    Gate.opened.set()
+    wait_until(lambda: is_served(engine, "lost"))
+    engine.close()
+
+
+def test_a_repository_that_hangs_holds_up_nobody_for_long(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(repository, "good")
+    engine = serve(repository, "good")
+    engine.control_timeout_s = LIMIT_S
+    monkeypatch.setattr(engines, "_LOOK_S", 0.0)
+    looks: list[Path] = []
+
+    def names(root: Path) -> list[str]:
+        looks.append(root)
+        Gate.wait()
+        return ["good"]
+
+    monkeypatch.setattr(folders, "model_names", names)
+    for ask_for in (engine.index, engine.poll, engine.index):
+        with pytest.raises(Unavailable, match=r"the model repository '.*' has been looked at for"):
+            ask_for()
+    assert len(looks) == 1
+    assert is_served(engine, "good")
+    Gate.opened.set()
+    assert [entry.name for entry in engine.index()] == ["good"]
     engine.close()
 
 
