@@ -129,7 +129,8 @@ def _serve(arguments: Sequence[str]) -> int:
             raise ConfigError("front-end processes need the native gRPC server, without TLS")
         from tutti import supervisor
 
-        return supervisor.run(["serve", *arguments], options.host, options.http_port, options.grpc_port, count)
+        ports = options.http_port, options.grpc_port
+        return supervisor.run(["serve", *arguments], options.host, *ports, count, options.exit_timeout_secs)
     from tutti import process
 
     return process.serve(options, logs)

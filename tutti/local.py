@@ -28,6 +28,7 @@ from tutti.repository import ModelFolder
 from tutti.scheduler import Backend, InOrder, Instance, Scheduler, ThreadInstance, Timer, Turn
 from tutti.sequences import SequenceBatcher, zeros
 from tutti.statistics import ModelStatistics
+from tutti.threads import Pool
 from tutti.types import Call, Infer, Tensor, now_ns, settle
 
 _log = logging.getLogger(__name__)
@@ -291,10 +292,11 @@ def _initial(folder: ModelFolder, state: SequenceState) -> Tensor:
 
 async def poll_forever(engine: Engine, interval_s: float) -> None:
     """Follow the repository, for --model-control-mode poll."""
+    thread = Pool(1, "poll")
     while True:
         await asyncio.sleep(interval_s)
         try:
-            await asyncio.to_thread(engine.poll)
+            await asyncio.get_running_loop().run_in_executor(thread, engine.poll)
         except Exception:
             _log.exception("the repository could not be polled")
 

@@ -8,13 +8,12 @@ import argparse
 import asyncio
 import contextlib
 import logging
-import os
 import signal
 import threading
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any, TypeVar
 
 import uvloop
 
@@ -24,6 +23,7 @@ from tutti.devices import allocator
 from tutti.devices.gpu_metrics import GpuMetrics
 from tutti.devices.health import health
 from tutti.devices.xid import is_of_device, watch_xid
+from tutti.ending import Ending, held_by, now
 from tutti.engine import Engine
 from tutti.errors import DeviceLost
 from tutti.frontends import setup
@@ -32,6 +32,7 @@ from tutti.logs import Logs
 from tutti.rate_limiting import parse_supply
 from tutti.rate_limits import RateLimits
 from tutti.reports import Supervised, end_with
+from tutti.threads import Pool
 
 _log = logging.getLogger("tutti")
 
@@ -39,6 +40,9 @@ _log = logging.getLogger("tutti")
 LEAVE_S = 2.0
 # How often a server that loads models says how far it is.
 PROGRESS_S = 2.0
+# What may hang does so in one of these: loads, the engine's end, and what is asked of drivers.
+_THREADS = 8
+T = TypeVar("T")
 
 
 def serve(options: argparse.Namespace, logs: Logs) -> int:
@@ -47,11 +51,15 @@ def serve(options: argparse.Namespace, logs: Logs) -> int:
     if supervised is not None:
         end_with(supervised.parent)
     allocator.choose()
-    status: int = uvloop.run(_serve(options, logs, supervised))
+    ending, threads = Ending(options.exit_timeout_secs), threading.enumerate()
+    status: int = uvloop.run(_serve(options, logs, supervised, ending))
+    if held := held_by(threads):  # as a model's own: none of ours
+        _log.debug("this process waits for the threads %s", ", ".join(held))
+        ending.begin()
     return status
 
 
-async def _serve(options: argparse.Namespace, logs: Logs, supervised: Supervised | None) -> int:
+async def _serve(options: argparse.Namespace, logs: Logs, supervised: Supervised | None, ending: Ending) -> int:
     addresses = setup.addresses(options)
     if supervised is not None:
         addresses = replace(addresses, behind=supervised.folder)
@@ -63,7 +71,11 @@ async def _serve(options: argparse.Namespace, logs: Logs, supervised: Supervised
     loop = asyncio.get_running_loop()
     stop, lost = asyncio.Event(), asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, _ask_to_stop, stop, options.exit_timeout_secs)
+        loop.add_signal_handler(number, ending.ask, stop)
+    threads = Pool(_THREADS, "server")
+
+    def in_thread(do: Callable[..., T], *given: object) -> "asyncio.Future[T]":
+        return loop.run_in_executor(threads, do, *given)
 
     def failed(device: str, reason: str) -> None:
         if supervised is not None:
@@ -72,7 +84,7 @@ async def _serve(options: argparse.Namespace, logs: Logs, supervised: Supervised
             loop.call_soon_threadsafe(lost.set)
 
     health.listen(failed)
-    end_watch = await asyncio.to_thread(watch_xid, _told)  # NVML takes a while to begin
+    end_watch = await in_thread(watch_xid, _told)  # NVML takes a while to begin
     is_explicit = options.model_control_mode == "explicit"
     engine = local.make_engine(
         options.model_repository,
@@ -91,10 +103,10 @@ async def _serve(options: argparse.Namespace, logs: Logs, supervised: Supervised
         supervised.report(task=str(server.write_task(supervised.folder.parent)))
     names = (options.load_model or []) if is_explicit and "*" not in (options.load_model or []) else None
     if options.model_control_mode == "poll":
-        await asyncio.to_thread(engine.remember)
+        await in_thread(engine.remember)
     # A model that hangs as it is loaded must not keep the others from being served, unless all must be.
     patience_s = None if options.exit_on_error else engine.control_timeout_s
-    loading = asyncio.ensure_future(asyncio.to_thread(engine.load_all, names, patience_s))
+    loading = in_thread(engine.load_all, names, patience_s)
     total = len(names) if names is not None else len(repository.model_names(options.model_repository))
     telling = asyncio.create_task(_tell_progress(engine, total))
     if await _first(_either(loading, stop), lost):
@@ -102,17 +114,13 @@ async def _serve(options: argparse.Namespace, logs: Logs, supervised: Supervised
     telling.cancel()
     if stop.is_set() and not loading.done():
         _log.info("stopping, though models are still being loaded")
-        _end_now(0)
+        now(0)
     if options.check or (engine.failures() and options.exit_on_error):
-        _show(engine, options)
-    if options.check:
-        await asyncio.to_thread(engine.close)
-        return 1 if engine.failures() else 0
-    if engine.failures() and options.exit_on_error:
-        _log.error("%d models could not be loaded (--exit-on-error=false serves the others)", len(engine.failures()))
-        await asyncio.to_thread(engine.close)
-        await asyncio.to_thread(end_watch)
-        return restarts.UNUSABLE
+        ending.begin()
+        status = _verdict(engine, options)
+        await in_thread(engine.close)
+        await in_thread(end_watch)
+        return status
     poller: asyncio.Task[None] | None = None
     try:
         taken = await server.start()
@@ -131,16 +139,26 @@ async def _serve(options: argparse.Namespace, logs: Logs, supervised: Supervised
     except OSError as error:
         return _cannot_listen(error)
     finally:
+        ending.begin()  # it may not have been asked to stop
         if poller is not None:
             poller.cancel()
         await server.stop()
-        if await _first(asyncio.to_thread(engine.close), lost):
+        if await _first(in_thread(engine.close), lost):
             await _leave(server)
-        await asyncio.to_thread(end_watch)
-    if left := engine.unfinished():  # their threads would keep the process
-        _log.error("this process ends, though not all has: %s", "; ".join(left))
-        _end_now(1)
+        await in_thread(end_watch)
+    if left := engine.unfinished():
+        now(1, f"this process ends, though not all has: {'; '.join(left)}")
     return 0
+
+
+def _verdict(engine: Engine, options: argparse.Namespace) -> int:
+    """The status of a process that only checks, or cannot begin."""
+    _show(engine, options)
+    count = len(engine.failures())
+    if options.check:
+        return 1 if count else 0
+    _log.error("%d models could not be loaded (--exit-on-error=false serves the others)", count)
+    return restarts.UNUSABLE
 
 
 def _show(engine: Engine, options: argparse.Namespace) -> None:
@@ -167,28 +185,6 @@ async def _tell_progress(engine: Engine, total: int) -> None:
 def _cannot_listen(error: OSError) -> int:
     _log.error("cannot listen: %s", error)
     return restarts.UNUSABLE
-
-
-def _ask_to_stop(stop: asyncio.Event, exit_timeout_s: float) -> None:
-    """Stop, within a time; asked again, at once."""
-    if stop.is_set():
-        _log.error("asked to stop again: this process ends at once")
-        _end_now(1)
-    stop.set()
-    # A thread, since the event loop, too, may be held up.
-    threading.Thread(target=_end_after, args=(exit_timeout_s,), name="exit", daemon=True).start()
-
-
-def _end_after(exit_timeout_s: float) -> None:
-    time.sleep(exit_timeout_s)
-    _log.error("not all has ended within %g s (--exit-timeout-secs): this process ends", exit_timeout_s)
-    _end_now(1)
-
-
-def _end_now(status: int) -> NoReturn:
-    """Without waiting for threads, which may never end."""
-    logging.shutdown()
-    os._exit(status)
 
 
 async def _either(work: "asyncio.Future[None]", stop: asyncio.Event) -> None:
@@ -229,5 +225,4 @@ async def _leave(server: Server) -> None:
     except Exception:
         _log.exception("callers could not be answered to the last")
     finally:
-        logging.shutdown()
-        os._exit(restarts.DEVICE_FAILED)
+        now(restarts.DEVICE_FAILED)

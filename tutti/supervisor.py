@@ -25,7 +25,8 @@ _log = logging.getLogger("tutti")
 EXIT_DEADLINE_S = 6.0
 # One that the driver holds on to may outlive even that.
 KILL_TIMEOUT_S = 10.0
-STOP_TIMEOUT_S = 60.0
+# Asked to stop, the engine's process ends by itself in the time that it has, or is killed so long afterwards.
+_LATER_S = 1.0
 # One that is not ready yet has no callers to wait for.
 STOP_STARTING_S = 5.0
 
@@ -70,11 +71,12 @@ class EngineProcess:
         if self.process.returncode is None:
             self.process.kill()
 
-    async def stop(self) -> None:
-        """Ask it to end; kill it where it does not."""
+    async def stop(self, timeout_s: float) -> None:
+        """Ask it to end; kill it where it does not in time."""
         if self.process.returncode is None:
             self.process.terminate()
-        await _within(STOP_STARTING_S if self.ready_at_s is None else STOP_TIMEOUT_S, self.process.wait())
+        limit_s = min(STOP_STARTING_S, timeout_s) if self.ready_at_s is None else timeout_s
+        await _within(limit_s, self.process.wait())
         self.kill()
         await _within(KILL_TIMEOUT_S, self.process.wait())
 
@@ -82,9 +84,14 @@ class EngineProcess:
 class Supervisor:
     """Lives on one event loop."""
 
-    def __init__(self, command: Sequence[str], front_ends: int) -> None:
-        """`command` starts an engine, once told where its sockets are and which ports it has in front of it."""
+    def __init__(self, command: Sequence[str], front_ends: int, exit_timeout_s: float) -> None:
+        """`command` starts an engine, once told where its sockets are and which ports it has in front of it.
+
+        Asked to stop, all processes end within `exit_timeout_s`.
+        """
         self._command = command
+        self._exit_timeout_s = exit_timeout_s
+        self._is_late = False
         self._front_ends = FrontEnds(front_ends)
         self._restarts = Restarts()
         self._stop = asyncio.Event()
@@ -107,22 +114,32 @@ class Supervisor:
             try:
                 status = await self._serve(command, folder, f"{host}: http {ports[0]}, grpc {ports[1]}")
             finally:
-                await self._front_ends.stop()
+                await self._front_ends.stop(self._exit_timeout_s)
                 if self._engine is not None:
-                    await self._engine.stop()
+                    await self._engine.stop(self._exit_timeout_s + _LATER_S)
         if self._broken:
             _log.error("cannot listen: %s", self._broken)
             return UNUSABLE
         if self._engine is not None and self._stop.is_set():  # it ended as it was asked to, or was killed
-            return max(0, self._engine.process.returncode or 0)
+            return 1 if self._is_late else max(0, self._engine.process.returncode or 0)
         return status
 
     def _ask_to_stop(self) -> None:
         if self._stop.is_set():  # asked again: at once
-            self._front_ends.kill()
-            if self._engine is not None:
-                self._engine.kill()
+            self._kill_all()
+        else:
+            asyncio.get_running_loop().call_later(self._exit_timeout_s + _LATER_S, self._end_late)
         self._stop.set()
+
+    def _end_late(self) -> None:
+        _log.error("not all has ended within %g s (--exit-timeout-secs): it is killed", self._exit_timeout_s)
+        self._is_late = True
+        self._kill_all()
+
+    def _kill_all(self) -> None:
+        self._front_ends.kill()
+        if self._engine is not None:
+            self._engine.kill()
 
     async def _serve(self, command: Sequence[str], folder: Path, addresses: str) -> int:
         loop = asyncio.get_running_loop()
@@ -198,11 +215,13 @@ async def _within(timeout_s: float, work: Any) -> None:
     task.cancel()
 
 
-def run(arguments: Sequence[str], host: str, http_port: int, grpc_port: int, front_ends: int) -> int:
+def run(
+    arguments: Sequence[str], host: str, http_port: int, grpc_port: int, front_ends: int, exit_timeout_s: float
+) -> int:
     """Serve as `tutti ARGUMENTS` says, in front-end processes and an engine's; returns the exit status."""
     command = [sys.executable, "-m", "tutti.cli", *arguments]
 
     async def serve() -> int:
-        return await Supervisor(command, front_ends).run(host, http_port, grpc_port)
+        return await Supervisor(command, front_ends, exit_timeout_s).run(host, http_port, grpc_port)
 
     return asyncio.run(serve())

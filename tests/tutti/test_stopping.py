@@ -2,6 +2,7 @@
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import urllib.error
@@ -12,7 +13,7 @@ from threading import Thread
 import pytest
 
 from loadtest.process import free_ports
-from tests.models import Repository
+from tests.models import IN_PROCESS, Repository
 from tests.serving import wait_until
 
 CONFIG = 'backend: "python" max_batch_size: 0 input { name: "x" data_type: TYPE_FP32 dims: 1 } output { name: "y" '
@@ -67,6 +68,24 @@ def test_a_stuck_execution_does_not_hold_the_server(repository: Repository, tmp_
         assert answers == [0 if again else 503]
     finally:
         process.kill()
+
+
+HOLDS = """
+import threading
+from concurrent.futures import ThreadPoolExecutor
+ThreadPoolExecutor(1).submit(threading.Event().wait)
+"""
+
+
+def test_threads_of_a_model_do_not_hold_a_server_that_cannot_listen(repository: Repository) -> None:
+    """The interpreter would wait for them, and nobody has asked it to stop."""
+    repository.add_python("holds", CONFIG + IN_PROCESS, "pass", HOLDS)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        process, _ = start(repository.root, f"--http-port={taken.getsockname()[1]}", "--exit-timeout-secs=1")
+        try:
+            assert process.wait(LIMIT_S) == 1
+        finally:
+            process.kill()
 
 
 def test_a_model_that_hangs_as_it_is_loaded_does_not_hold_the_server(repository: Repository, tmp_path: Path) -> None:

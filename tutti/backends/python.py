@@ -13,7 +13,7 @@ import json
 import logging
 import threading
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,6 +32,7 @@ from tutti.dtypes import NUMPY
 from tutti.errors import ConfigError, DeviceLost, InferError, Internal, OutOfMemory
 from tutti.repository import ModelFolder
 from tutti.scheduler import Backend, Executed
+from tutti.threads import Pool
 from tutti.types import Call, Columns, Infer, InferResponse, Tensor
 
 _log = logging.getLogger(__name__)
@@ -82,8 +83,8 @@ def _load_isolated(
             folder, version, _instance_name(folder.config, index), group, device, _device(group, device), infer
         )
 
-    with ThreadPoolExecutor(max(1, min(_MOST_STARTING, len(placed)))) as threads:
-        starting = [threads.submit(start, index, *where) for index, where in enumerate(placed)]
+    threads = Pool(_MOST_STARTING, f"{folder.config.name} starts")
+    starting = [threads.submit(start, index, *where) for index, where in enumerate(placed)]
     failures = [failure for each in starting if (failure := each.exception()) is not None]
     if failures:
         for each in starting:

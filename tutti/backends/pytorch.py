@@ -11,7 +11,6 @@ import re
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from tutti.dtypes import Array
 from tutti.errors import ConfigError, Internal
 from tutti.repository import ModelFolder
 from tutti.scheduler import Backend
+from tutti.threads import Pool
 from tutti.types import Infer, OnDevice
 
 _log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ EXPORTED = "model.pt2"
 _INDEX = re.compile(r".*__(\d+)")
 # One thread loads, for as long as the process lives: PyTorch 2.11 for CUDA crashes where there is no device and another
 # thread loads a package after the first has ended.
-_loader = ThreadPoolExecutor(1, "pytorch loads")
+_loader = Pool(1, "pytorch loads")
 
 
 def load(folder: ModelFolder, version: int, infer: Infer) -> list[Backend]:

@@ -10,7 +10,6 @@ import binascii
 import logging
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -26,6 +25,7 @@ from tutti.logs import Logs
 from tutti.model import Model
 from tutti.shared_memory import SharedMemory
 from tutti.statistics import Duration
+from tutti.threads import Pool
 from tutti.tracing import Tracer
 from tutti.types import Call, InferRequest, InferResponse, settle_all
 
@@ -91,7 +91,7 @@ class Api:
         self.tracer = tracer or Tracer()
         self.logs = logs or Logs()
         # What may wait for long, as a load, has threads of its own: it must not use up others'.
-        self.control = ThreadPoolExecutor(_MOST_CONTROL_CALLS, thread_name_prefix="control")
+        self.control = Pool(_MOST_CONTROL_CALLS, "control")
 
     async def in_thread(self, do: Callable[..., T], *given: Any) -> T:
         """Call what may wait for long in one of the threads for that."""

@@ -118,14 +118,14 @@ class FrontEnds:
         if self._has_opened:
             self._tell_all({"reason": reason})
 
-    async def stop(self) -> None:
-        """Let them end what is open."""
+    async def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> None:
+        """Let them end what is open: they have that time, or STOP_TIMEOUT_S where it is less."""
         self._is_stopping = True
         for place in self._places:
             if place.process is not None and place.process.returncode is None:
                 place.process.send_signal(signal.SIGTERM)
         if self._keepers:
-            _, late = await asyncio.wait(self._keepers, timeout=STOP_TIMEOUT_S)
+            _, late = await asyncio.wait(self._keepers, timeout=min(timeout_s, STOP_TIMEOUT_S))
             self.kill()
             for keeper in late:
                 keeper.cancel()

@@ -10,7 +10,6 @@ import re
 import ssl
 import threading
 from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,6 +37,7 @@ from tutti.frontends.http_connection import (
 )
 from tutti.frontends.http_status import REFUSED, status_of
 from tutti.frontends.limits import Limits
+from tutti.threads import Pool
 from tutti.types import POOL_PARAMETER, Call, InferRequest, Parameters, Raw, now_ns
 
 _log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class HttpFront:
         # Connections whose clients leave answers unread.
         self.stalled: set[Connection] = set()
         # What takes long to decode does so beside the loop, one after the other.
-        self._decoder = ThreadPoolExecutor(1, thread_name_prefix="http-decode")
+        self._decoder = Pool(1, "http-decode")
         self.memory = memory or new_memory
         self._app = app
         self._api = api

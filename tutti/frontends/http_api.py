@@ -20,6 +20,7 @@ from tutti.frontends.answers import Answers
 from tutti.frontends.api import Api
 from tutti.frontends.gate import Category, Gate
 from tutti.frontends.http_status import REFUSED, status_of
+from tutti.threads import Pool
 from tutti.types import Call, InferRequest, InferResponse, now_ns
 
 Handler = Callable[[Request], Awaitable[Response]]
@@ -118,9 +119,11 @@ def metrics_app(
 ) -> Starlette:
     """`GET /metrics`; `render` gives the page and its content type. `sample` is called before it, in a thread."""
 
+    sampling = Pool(1, "sample")  # a driver may hang
+
     async def metrics(_: Request) -> Response:
         if sample is not None:
-            await asyncio.to_thread(sample)
+            await asyncio.get_running_loop().run_in_executor(sampling, sample)
         page, content_type = render()
         return Response(page, headers={"content-type": content_type})
 
@@ -190,14 +193,14 @@ class _Routes:
 
     async def update_trace(self, request: Request) -> Response:
         changes = await _json_object(request)
-        return json_response(await asyncio.to_thread(self._api.update_trace_settings, _model(request)[0], changes))
+        return json_response(await self._api.in_thread(self._api.update_trace_settings, _model(request)[0], changes))
 
     async def logs(self, _: Request) -> Response:
         return json_response(self._api.logs.settings())
 
     async def update_logs(self, request: Request) -> Response:
         changes = await _json_object(request)
-        return json_response(await asyncio.to_thread(self._api.logs.update, changes))
+        return json_response(await self._api.in_thread(self._api.logs.update, changes))
 
     async def shared_status(self, request: Request) -> Response:
         regions = self._api.shared_memory.status(request.path_params.get("region", ""))
@@ -216,7 +219,7 @@ class _Routes:
         return Response()
 
     async def unregister_shared(self, request: Request) -> Response:
-        await asyncio.to_thread(self._api.shared_memory.unregister, request.path_params.get("region", ""))
+        await self._api.in_thread(self._api.shared_memory.unregister, request.path_params.get("region", ""))
         return Response()
 
     async def cuda_status(self, request: Request) -> Response:
@@ -231,11 +234,11 @@ class _Routes:
             _whole(name, "device_id", sent.get("device_id")),
             _whole(name, "byte_size", sent.get("byte_size")),
         )
-        await asyncio.to_thread(self._api.shared_memory.register_cuda, name, handle, device, size)
+        await self._api.in_thread(self._api.shared_memory.register_cuda, name, handle, device, size)
         return Response()
 
     async def unregister_cuda(self, request: Request) -> Response:
-        await asyncio.to_thread(self._api.shared_memory.unregister_cuda, request.path_params.get("region", ""))
+        await self._api.in_thread(self._api.shared_memory.unregister_cuda, request.path_params.get("region", ""))
         return Response()
 
     async def generate(self, request: Request) -> Response:
