@@ -19,6 +19,8 @@ from tutti.frontends.grpc_guard import Watch, peer_name, received
 from tutti.frontends.limits import Limits
 
 MIB = 2**20
+# Of a machine that is busy with much else.
+LIMIT_S = 100
 
 
 def test_the_largest_message_goes_when_all_are_too_much() -> None:
@@ -70,6 +72,26 @@ def test_looking_at_connections_leaves_no_files_open(monkeypatch: pytest.MonkeyP
     guard.stop()
 
 
+def test_sockets_of_others_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A default timeout, as any library may set one, is none of theirs: who waits goes on waiting."""
+    monkeypatch.setattr(grpc_guard, "GROWTH_BYTES", 0)
+    ours, theirs = socket.socketpair()
+    listener = socket.create_server(("127.0.0.1", 0))
+    before = socket.getdefaulttimeout()
+    guard = grpc_guard.Guard(MIB, lambda: 0)
+    guard._port = listener.getsockname()[1]
+    with ours, theirs, listener:
+        try:
+            socket.setdefaulttimeout(5.0)
+            guard._look(1.0)
+        finally:
+            socket.setdefaulttimeout(before)
+        assert [os.get_blocking(one.fileno()) for one in (ours, theirs)] == [True] * 2
+        assert grpc_guard._port_of(listener.fileno()) == listener.getsockname()[1]
+        assert grpc_guard._port_of(ours.fileno()) == -1
+    guard.stop()
+
+
 def request(width: int) -> pb.ModelInferRequest:
     tensor = pb.ModelInferRequest.InferInputTensor(name="x", datatype="FP32", shape=[1, width])
     raw = [np.zeros(width, np.float32).tobytes()]
@@ -79,12 +101,12 @@ def request(width: int) -> pb.ModelInferRequest:
 def test_a_message_is_broken_off_while_it_comes(address: str) -> None:
     with grpc.insecure_channel(address) as channel:
         infer = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer
-        for _ in range(8):  # together more than the limit, one by one not
+        for _ in range(9):  # together more than the limit, one by one not
             with pytest.raises(grpc.RpcError) as caught:
-                infer(request(MIB), timeout=20)
+                infer(request(MIB // 2), timeout=LIMIT_S)
             assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
         with pytest.raises(grpc.RpcError) as caught:
-            infer(request(24 * MIB), timeout=20)
+            infer(request(6 * MIB), timeout=LIMIT_S)
         assert caught.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
     with grpc.insecure_channel(address) as channel:
-        assert service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(request(4), timeout=20).model_name
+        assert service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(request(4), timeout=LIMIT_S).model_name

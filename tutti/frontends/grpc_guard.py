@@ -6,6 +6,7 @@ HTTP/2; Linux only.
 """
 
 import contextlib
+import ctypes
 import logging
 import os
 import socket
@@ -27,6 +28,11 @@ _CALM_S = 1.0
 # Where linux/tcp.h has tcpi_bytes_received.
 _BYTES_RECEIVED_AT = 128
 _U64 = struct.Struct("=Q")
+# How an address begins: its family, and of IP the port.
+_ADDRESS = struct.Struct("=HH")
+_libc = ctypes.CDLL(None)
+# How long a look may take that is under way when the guard is to end.
+_LAST_LOOK_S = 5.0
 
 
 @dataclass(slots=True)
@@ -107,8 +113,9 @@ class Guard:
     def stop(self) -> None:
         self._has_ended.set()
         if self._thread.is_alive():
-            self._thread.join()
-        self._memory.close()
+            self._thread.join(_LAST_LOOK_S)
+        if not self._thread.is_alive():
+            self._memory.close()
 
     def took(self, peer: str, size: int) -> None:
         with self._lock:
@@ -172,17 +179,29 @@ def _connections(port: int) -> Iterator[tuple[str, socket.socket]]:
     for name in os.listdir("/proc/self/fd"):
         one: socket.socket | None = None
         try:
-            if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
+            if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:") or _port_of(int(name)) != port:
                 continue
             one = socket.socket(fileno=int(name))
-            own = one.getsockname()  # text, for a Unix socket
-            if isinstance(own, tuple) and own[1] == port:
-                yield peer_name(one.getpeername()), one
+            yield peer_name(one.getpeername()), one
         except OSError:  # without a peer, or gone
             continue
         finally:
             if one is not None:
                 one.detach()
+
+
+def _port_of(descriptor: int) -> int:
+    """A socket's own port; -1 where it has none.
+
+    Asked of the system itself: with a default timeout, which any library may set, Python makes each socket that it
+    looks at one that does not wait, and it may be somebody's who does.
+    """
+    size = ctypes.c_uint32(_ADDRESS.size)
+    address = ctypes.create_string_buffer(_ADDRESS.size)
+    if _libc.getsockname(descriptor, address, ctypes.byref(size)) or size.value < _ADDRESS.size:
+        return -1
+    family, port = _ADDRESS.unpack(address.raw)
+    return socket.ntohs(port) if family in (socket.AF_INET, socket.AF_INET6) else -1
 
 
 def peer_name(address: tuple[str, int]) -> str:
