@@ -17,7 +17,7 @@ from export.graphs import Arrays, Trial
 from export.sources import Source
 
 if TYPE_CHECKING:
-    from export.text import Encoder
+    from export.text_encoder import Encoder
 
 Original = Callable[[str, str], Arrays]
 """A text, and the second one of a pair -> outputs of the ensemble."""

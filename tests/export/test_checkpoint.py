@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from export import checkpoint, cli, sentences, sources, text
+from export import checkpoint, cli, sentences, sources, text, text_checkpoint, text_tokenizer
 from export.errors import ExportError
 from export.sound import as_wav
 from tests.export import checkpoints
@@ -173,7 +173,7 @@ def test_a_cross_encoder_saved_by_sentence_transformers_is_told(tmp_path: Path) 
     bert(tmp_path / "c", "BertForSequenceClassification", num_labels=1)
     made = library.CrossEncoder(str(tmp_path / "c"), device="cpu", activation_fn=torch.nn.Identity(), max_length=20)
     made.save_pretrained(str(tmp_path / "saved"))
-    encoder = text.load(sources.resolve(str(tmp_path / "saved")))
+    encoder = text_checkpoint.load(sources.resolve(str(tmp_path / "saved")))
     assert (encoder.kind, encoder.module.function, encoder.max_length) == ("ranking", "none", 20)
     with torch.inference_mode():
         given = encoder.tokens(["act now"], ["the meeting is at ten"])
@@ -300,7 +300,7 @@ def test_a_head_of_random_numbers_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "c"
     bert(folder, "BertModel")
     with pytest.raises(ExportError, match=r"holds a BertModel, whose files lack classifier\.bias, classifier\.weight"):
-        text.load(sources.resolve(str(folder)), "classification")
+        text_checkpoint.load(sources.resolve(str(folder)), "classification")
 
 
 def test_whatever_a_library_raises_becomes_a_sentence(
@@ -323,7 +323,7 @@ def test_a_served_answer_that_is_another_stops_the_export(
     folder = tmp_path / "c"
     bert(folder, "BertModel")
     sentence_files(folder, {"pooling_mode": "mean"}, prompts={"query": "act now "}, default_prompt_name="query")
-    kept = text.tokenizer_step
+    kept = text_tokenizer.tokenizer_step
 
     def forgetful(encoder: Any, name: str, work: Path) -> Any:
         step = kept(encoder, name, work)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from export import cli, layout, manifest, pipeline, profiling, report, sources, tensorrt, text
+from export import cli, layout, manifest, pipeline, profiling, report, sources, tensorrt, text_labelled
 from export import onnx as to_onnx
 from export.errors import ExportError, ParityError
 from export.graphs import Graph, Product
@@ -341,11 +341,11 @@ def test_a_labelled_file_that_is_wrong_is_refused(tmp_path: Path, content: str) 
     path = tmp_path / "labels.tsv"
     path.write_text(content)
     with pytest.raises(ExportError, match=r"labels\.tsv"):
-        text.read_labelled(path)
+        text_labelled.read_labelled(path)
 
 
 def test_the_labelled_sentences_of_the_repository() -> None:
-    labelled = text.read_labelled(ROOT / "export" / "data" / "moderation.tsv")
+    labelled = text_labelled.read_labelled(ROOT / "export" / "data" / "moderation.tsv")
     sentences = labelled.texts["train"] + labelled.texts["test"]
     assert len(labelled.labels) >= 3
     assert len(sentences) >= 300
