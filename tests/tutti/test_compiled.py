@@ -489,7 +489,7 @@ def test_a_process_ends_with_the_server(tmp_path: Path) -> None:
     with subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=(ours,), start_new_session=True) as process:
         os.close(ours)
         os.close(theirs)
-        assert process.wait(timeout=120) == -signal.SIGKILL
+        assert process.wait(timeout=120) in (1, -signal.SIGKILL)  # it may see that at once
 
 
 def test_why_it_could_not_compile_is_one_line(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """What must not hold a process that is to end: threads that hang, a log that hangs, and how long it has."""
 
 import asyncio
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -82,6 +84,27 @@ IN_TIME = "ending.Ending(0.01).begin(); threading.Event().wait()"
 )
 def test_what_hangs_does_not_hold_the_process(code: str, status: int) -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=LIMIT_S).returncode == status
+
+
+HOLDS_THE_LOCK = """
+import ctypes, sys
+from tutti.lifeline import end_with
+end_with(int(sys.argv[1]))
+print("on", flush=True)
+ctypes.PyDLL(None).pause()
+"""
+
+
+def test_a_process_ends_with_its_lifeline_whatever_it_does() -> None:
+    theirs, lifeline = os.pipe()
+    command = [sys.executable, "-c", HOLDS_THE_LOCK, str(theirs)]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, pass_fds=[theirs], start_new_session=True
+    ) as process:
+        os.close(theirs)
+        assert process.stdout is not None and process.stdout.readline() == b"on\n"
+        os.close(lifeline)
+        assert process.wait(LIMIT_S) == -signal.SIGKILL
 
 
 ENGINE = """

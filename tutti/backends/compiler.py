@@ -6,7 +6,6 @@ has made, may crash. What it has made has been compared with the model when `com
 
 import contextlib
 import faulthandler
-import fcntl
 import json
 import os
 import shutil
@@ -15,13 +14,13 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from tutti import config
+from tutti.lifeline import end_with
 
 AOT = "aot_inductor"
 JIT = "torch_compile"
@@ -32,6 +31,8 @@ PACKAGE = "model.pt2"
 KEPT = "inductor"
 LARGEST = "largest"
 _RESULT = "result.json"
+# The kernel ends a process at once, unless a driver holds it.
+_KILL_TIMEOUT_S = 30.0
 
 
 class Uncompilable(Exception):
@@ -66,19 +67,22 @@ def compile_apart(job: Job, folder: Path) -> None:
     missing = missing_for(job.how, job.device, os.environ)
     if missing:
         raise Uncompilable(missing)
-    ours, theirs = os.pipe()  # nothing is written to it: it closes when this process ends
-    command = [sys.executable, "-m", "tutti.backends.compiler", str(folder), str(ours)]
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=log,
-            env=_environment(job, folder),
-            pass_fds=(ours,),
-            start_new_session=True,
-        )
-        os.close(ours)
+    with tempfile.TemporaryFile() as log, contextlib.ExitStack() as ends:
+        ours, theirs = os.pipe()  # nothing is written to it: it closes when this process ends
+        ends.callback(os.close, theirs)
+        command = [sys.executable, "-m", "tutti.backends.compiler", str(folder), str(ours)]
+        try:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                env=_environment(job, folder),
+                pass_fds=(ours,),
+                start_new_session=True,
+            )
+        finally:
+            os.close(ours)
         try:
             process.communicate(json.dumps(asdict(job)).encode(), timeout=job.timeout_s)
         except subprocess.TimeoutExpired:
@@ -86,8 +90,8 @@ def compile_apart(job: Job, folder: Path) -> None:
         finally:
             with contextlib.suppress(ProcessLookupError):  # with the compilers that it has started
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            os.close(theirs)
+            with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may hold it
+                process.wait(_KILL_TIMEOUT_S)
         log.seek(0)
         said = log.read().decode(errors="replace")
     failure = _failure(folder, process.returncode, said)
@@ -157,7 +161,7 @@ def _last_words(log: str) -> str:
 def main() -> None:
     """The process: a job on standard input, a folder to fill, and a pipe that closes when the server ends."""
     folder, lifeline = Path(sys.argv[1]), int(sys.argv[2])
-    threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
+    end_with(lifeline)
     os.nice(10)  # what serves comes first
     faulthandler.enable()  # a crash says where
     try:
@@ -168,12 +172,6 @@ def main() -> None:
         failure = one_line(error)
     (folder / _RESULT).write_text(json.dumps(failure), encoding="utf-8")
     os._exit(0)  # what it has started ends with its group
-
-
-def _end_with(lifeline: int) -> None:
-    fcntl.fcntl(lifeline, fcntl.F_SETFD, fcntl.FD_CLOEXEC)
-    os.read(lifeline, 1)
-    os.killpg(0, signal.SIGKILL)
 
 
 def one_line(error: BaseException) -> str:

@@ -29,6 +29,7 @@ from tutti.config import ModelConfig, TensorSpec
 from tutti.devices.engines import engine_of
 from tutti.devices.interface import Device, DeviceArray
 from tutti.dtypes import NUMPY, Array
+from tutti.lifeline import end_with
 from tutti.repository import ModelFolder
 from tutti.types import Shape
 
@@ -77,10 +78,28 @@ def run(folder: ModelFolder, version: int, device: str, deadline_s: float = DEAD
 
 def _execute(message: bytes, timeout_s: float) -> tuple[bytes, bytes, int | None]:
     """What the process says, what its libraries say, and its status, None where it does not end."""
-    command = [sys.executable, "-m", "tutti.backends.cuda_graphs_trial"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     pipe = subprocess.PIPE
-    process = subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, stderr=pipe)
+    theirs, lifeline = os.pipe()  # nothing is written to it: it closes when this process ends
+    command = [sys.executable, "-m", "tutti.backends.cuda_graphs_trial", str(theirs)]
+    with contextlib.ExitStack() as ends:
+        ends.callback(os.close, lifeline)
+        try:
+            process = subprocess.Popen(
+                command,
+                env=environment,
+                stdin=pipe,
+                stdout=pipe,
+                stderr=pipe,
+                pass_fds=[theirs],
+                start_new_session=True,
+            )
+        finally:
+            os.close(theirs)
+        return _said(process, message, timeout_s)
+
+
+def _said(process: "subprocess.Popen[bytes]", message: bytes, timeout_s: float) -> tuple[bytes, bytes, int | None]:
     try:
         output, errors = process.communicate(message, timeout_s)
         return output, errors, process.returncode
@@ -105,7 +124,8 @@ def _result(output: bytes, errors: bytes, status: int | None, deadline_s: float)
 
 
 def main() -> None:
-    """The process: reads what to try, and writes the Result."""
+    """The process: reads what to try, and writes the Result. Its argument is a pipe that closes with the server."""
+    end_with(int(sys.argv[1]))
     output = os.dup(1)
     os.dup2(2, 1)  # libraries print, too
     path, text, versions, version, device, deadline_s = pickle.loads(sys.stdin.buffer.read())

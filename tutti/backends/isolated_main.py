@@ -6,13 +6,10 @@ answers of response senders, requests to other models, metrics, logs, and whethe
 
 import asyncio
 import contextlib
-import fcntl
 import itertools
 import logging
 import os
 import pickle
-import select
-import signal
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +29,7 @@ from tutti.backends import triton_python_backend_utils as pb_utils
 from tutti.backends.isolated_wire import Arena
 from tutti.devices.health import health
 from tutti.errors import ConfigError, InferError, Internal
+from tutti.lifeline import end_with
 from tutti.repository import ModelFolder
 from tutti.types import Answer, Call, Emit, InferRequest, InferResponse, now_ns
 
@@ -45,8 +43,8 @@ def main(arguments: Sequence[str]) -> None:
     of inputs and of outputs.
     """
     lifeline, calls, side, inputs, outputs = map(int, arguments)
-    _end_with(lifeline)
-    for descriptor in (calls, side, lifeline, inputs, outputs):
+    end_with(lifeline)
+    for descriptor in (calls, side, inputs, outputs):
         os.set_inheritable(descriptor, False)
     channel = Connection(calls)
     server = _Server(Connection(side))
@@ -76,9 +74,8 @@ def complete(arguments: Sequence[str]) -> None:
     The arguments are file descriptors: of a pipe that closes when the server ends, and of its channel.
     """
     lifeline, number = map(int, arguments)
-    _end_with(lifeline)
-    for descriptor in (lifeline, number):
-        os.set_inheritable(descriptor, False)
+    end_with(lifeline)
+    os.set_inheritable(number, False)
     channel = Connection(number)
     text, path = pickle.loads(channel.recv_bytes())
     try:
@@ -139,19 +136,6 @@ def _sendable(model: str, answer: Answer | None) -> Answer | None:
     except Exception as error:
         return Internal(f"model '{model}': an answer cannot be sent: {pb_utils.told(error)}")
     return answer
-
-
-def _end_with(lifeline: int) -> None:
-    """Have the kernel kill this process, and those it starts, when the other end of a pipe closes, whatever they do.
-
-    A thread would not do: what hangs may hold the interpreter's lock.
-    """
-    if hasattr(fcntl, "F_SETSIG"):
-        fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpgrp())
-        fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
-        fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
-    if select.select([lifeline], [], [], 0)[0]:
-        raise SystemExit("the server has gone")
 
 
 def _leave(descriptors: Sequence[int], server: "_Server") -> None:
