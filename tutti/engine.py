@@ -280,7 +280,7 @@ class Engine:
                 made[str(version)] = self._make(folder, version)
         except BaseException as error:
             for model in made.values():
-                model.close()
+                _end(model)
             if scratch is not None:
                 scratch.cleanup()
             if not isinstance(error, TuttiError):

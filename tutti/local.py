@@ -25,7 +25,7 @@ from tutti.model import Model, Served
 from tutti.rate_limiting import NO_LIMIT
 from tutti.rate_limits import RateLimits
 from tutti.repository import ModelFolder
-from tutti.scheduler import Backend, InOrder, Instance, Scheduler, ThreadInstance, Timer, Turn
+from tutti.scheduler import Backend, InOrder, Instance, Scheduler, ThreadInstance, Timer, Turn, undone
 from tutti.sequences import SequenceBatcher, zeros
 from tutti.statistics import ModelStatistics
 from tutti.threads import Pool
@@ -110,9 +110,10 @@ def _serve_batches(
     loaded = _load(folder, version, infer, limits)
     scheduler = Scheduler(config.name, BatchQueue(config.batching, config.max_queued_rows), statistics, timer)
     costs: dict[str, Costs] = {}
-    for index, (backend, turn) in enumerate(loaded):
-        known = costs.setdefault(backend.kind, Costs(config.latency_ns))
-        scheduler.add(_instance(f"{config.name}_{index}", backend, scheduler, statistics, known, turn))
+    with undone([backend for backend, _ in loaded]):
+        for index, (backend, turn) in enumerate(loaded):
+            known = costs.setdefault(backend.kind, Costs(config.latency_ns))
+            scheduler.add(_instance(f"{config.name}_{index}", backend, scheduler, statistics, known, turn))
     is_ordered = config.batching is not None and config.batching.preserves_ordering
     served = Served(
         InOrder(scheduler) if is_ordered else scheduler,
@@ -163,10 +164,11 @@ def _serve_sequences(
     states = {state.input_name: _initial(folder, state) for state in config.sequences.states}
     batcher = SequenceBatcher(config, states, timer, statistics)
     loaded = _load(folder, version, infer, limits)
-    for index, (backend, turn) in enumerate(loaded):
-        name = f"{config.name}_{index}"
-        scheduler = batcher.add(lambda waiting: Scheduler(config.name, waiting, statistics, timer))
-        scheduler.add(_instance(name, backend, scheduler, statistics, None, turn))
+    with undone([backend for backend, _ in loaded]):
+        for index, (backend, turn) in enumerate(loaded):
+            name = f"{config.name}_{index}"
+            scheduler = batcher.add(lambda waiting: Scheduler(config.name, waiting, statistics, timer))
+            scheduler.add(_instance(name, backend, scheduler, statistics, None, turn))
     served = Served(
         batcher,
         batcher.close,
@@ -245,13 +247,9 @@ def _load(
     if limits is None:
         _check_unlimited(folder.config)
     loaded = backends.load(folder, version, infer)
-    try:
+    with undone(loaded):
         warmup.run(folder, loaded)
         turns = [None] * len(loaded) if limits is None else _turns(folder.config, loaded, limits)
-    except Exception:
-        for backend in loaded:
-            backend.close()
-        raise
     return list(zip(loaded, turns, strict=True))
 
 

@@ -6,6 +6,7 @@ What executions took before decides what can still be done in time, which of sev
 and whether it is worth a thread.
 """
 
+import contextlib
 import logging
 import math
 import queue
@@ -13,7 +14,7 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Protocol
 
 from tutti.batching import BatchLimit, Cut, Decision, Returns
@@ -78,6 +79,20 @@ class Backend(Protocol):
         """
 
     def close(self) -> None: ...
+
+
+@contextlib.contextmanager
+def undone(loaded: Sequence[Backend]) -> Iterator[None]:
+    """Where this fails, whatever raises it, nothing stays of what is loaded until then."""
+    try:
+        yield
+    except BaseException:
+        for backend in loaded:
+            try:
+                backend.close()
+            except Exception:  # the others are to be closed, too
+                _log.exception("what was loaded could not be closed")
+        raise
 
 
 class Instance(Protocol):
@@ -579,6 +594,9 @@ class ThreadInstance:
         # Batches that are in its threads, and since when: whoever takes one out settles its calls.
         self._held: dict[int, tuple[list[Call], int]] = {}
         self._is_abandoned = False
+        # Whether its thread has come to its end: who comes first, that or its being abandoned, is told the other by it.
+        self._has_left = False
+        self._leaving = threading.Lock()
         self._deliverer: threading.Thread | None = None
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -606,7 +624,9 @@ class ThreadInstance:
         limit_s = self.hang_s or HANG_S
         left_s = max(_MOMENT_S, limit_s - (now - begun_ns) / 1e9)
         self._thread.join(None if limit_s == math.inf else left_s)
-        if self._thread.is_alive():
+        with self._leaving:
+            self._is_abandoned = not self._has_left
+        if self._is_abandoned:
             self._abandon()
             return
         if self._deliverer is not None:
@@ -621,7 +641,6 @@ class ThreadInstance:
 
         A backend that can give up what it waits for, as a process of its own, does.
         """
-        self._is_abandoned = True
         _log.error("instance %s: its batch does not end, and it is abandoned", self._name)
         limit_s = self.hang_s or HANG_S
         error = Internal(f"{self._name} had executed the request for {limit_s:g} s or more, and was abandoned")
@@ -661,12 +680,16 @@ class ThreadInstance:
         return True
 
     def _run(self) -> None:
-        while (batch := self._inbox.get()) is not None:
-            while batch:
-                self._held[id(batch)] = batch, now_ns()
-                batch = self._execute_and_go_on(batch)
-        if self._is_abandoned:
-            self._backend.close()
+        try:
+            while (batch := self._inbox.get()) is not None:
+                while batch:
+                    self._held[id(batch)] = batch, now_ns()
+                    batch = self._execute_and_go_on(batch)
+        finally:
+            with self._leaving:
+                self._has_left = True
+            if self._is_abandoned:
+                self._backend.close()
 
     def _execute_and_go_on(self, batch: list[Call]) -> list[Call]:
         if self._turn is not None:

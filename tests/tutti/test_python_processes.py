@@ -13,18 +13,21 @@ import tarfile
 import textwrap
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from tests.models import IN_PROCESS, Repository
 from tests.serving import Gather, engine_over, infer, timer, wait_until
 from tests.tutti.test_isolated import has_ended
 from tests.tutti.test_python_backend import Answers
-from tutti import custom_metrics, local, rows
-from tutti.backends import isolated, isolated_process, isolated_wire
+from tutti import custom_metrics, local, rows, warmup
+from tutti import repository as folders
+from tutti.backends import isolated, isolated_process, isolated_wire, python
 from tutti.engine import Engine
 from tutti.errors import Internal, Unavailable
 from tutti.types import Call, Columns, InferRequest, InferResponse, Tensor
@@ -449,6 +452,60 @@ def test_a_process_that_completes_a_configuration_ends_with_the_server(repositor
     except AssertionError:
         os.kill(pid, signal.SIGKILL)
         raise
+
+
+@pytest.mark.parametrize(
+    ("extra", "says"),
+    [
+        ("model_transaction_policy { decoupled: true }", "reshape: is not supported for a decoupled model"),
+        ("model_warmup { name: 'w' inputs { key: 'x' value { data_type: TYPE_FP32 dims: 1 zero_data: true } } }", ""),
+    ],
+)
+def test_a_load_that_is_refused_late_leaves_no_process(
+    repository: Repository, engine: Engine, monkeypatch: pytest.MonkeyPatch, extra: str, says: str
+) -> None:
+    def exits(*_: object) -> None:
+        raise SystemExit(3)
+
+    monkeypatch.setattr(warmup, "run", exits)
+    config = CONFIG.replace("dims: -1 }", "dims: 1 reshape { shape: [] } }", 1)
+    add(repository, "m", ECHO, f"{config} {extra}")
+    before = set(psutil.Process().children())
+    engine.load_all()
+    assert (says or "SystemExit: 3") in reasons(engine)["m"]
+    assert set(psutil.Process().children()) <= before
+
+
+def test_one_that_is_given_up_while_it_starts_again_does_not_stay(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(repository, "m", ECHO)
+    folder = folders.open_model(repository.root, "m")
+    (backend,) = python.load(folder, 1, lambda _: None)
+    assert isinstance(backend, isolated.IsolatedBackend)
+    started, go = threading.Event(), threading.Event()
+    process = isolated_process.ModelProcess
+
+    def slow(*given: Any) -> isolated_process.ModelProcess:
+        made = process(*given)
+        started.set()
+        assert go.wait(60)
+        return made
+
+    monkeypatch.setattr(isolated, "ModelProcess", slow)
+    before = backend._process
+    assert before is not None
+    before.kill()
+    call = Answers().call(request("m"))
+    with ThreadPoolExecutor(1) as thread:
+        executing = thread.submit(backend.execute, [call])
+        assert started.wait(60)
+        backend.give_up()
+        go.set()
+        with pytest.raises(Unavailable, match="given up while it started"):
+            executing.result(60)
+    assert backend._process is not None and backend._process.has_ended()
+    backend.close()
 
 
 LOSES_ITS_CHANNEL = """

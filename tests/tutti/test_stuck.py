@@ -5,7 +5,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -125,6 +125,15 @@ def test_a_stuck_execution_is_told_of_and_abandoned_with_its_model(repository: R
     assert is_served(engine, "stuck")
     assert is_served(engine, "good")
     engine.close()
+
+
+def test_an_instance_that_ends_just_as_it_is_abandoned_is_closed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    unused: Any = None
+    for _ in range(200):
+        instance = scheduler.ThreadInstance("good_0", Waits("good"), unused, unused)
+        monkeypatch.setattr(instance._thread, "join", lambda _: None)  # as if it had taken all the time
+        instance.close()
+    wait_until(lambda: len(Gate.closed) == 200)
 
 
 def test_an_unload_says_what_it_waits_for(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:

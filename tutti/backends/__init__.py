@@ -12,7 +12,7 @@ from tutti.config import JOINING, InstanceGroup, ModelConfig
 from tutti.devices.nvml import gpu_count
 from tutti.errors import ConfigError, InferError
 from tutti.repository import ModelFolder
-from tutti.scheduler import Answers, Backend, Executed
+from tutti.scheduler import Answers, Backend, Executed, undone
 from tutti.types import Call, Infer, InferRequest, InferResponse, Tensor
 
 if TYPE_CHECKING:
@@ -43,10 +43,11 @@ def load(folder: ModelFolder, version: int, infer: Infer) -> list[Backend]:
     config = folder.config
     parameters.check(config)
     loaded = module.load(folder, version, infer)
-    if any(spec.reshape is not None for spec in (*config.inputs, *config.outputs)):
-        loaded = [_around(Reshaped(config, backend), backend) for backend in loaded]
-    if config.padding.inputs:
-        loaded = [_around(Padded(config, backend), backend) for backend in loaded]
+    with undone(loaded):
+        if any(spec.reshape is not None for spec in (*config.inputs, *config.outputs)):
+            loaded = [_around(Reshaped(config, backend), backend) for backend in loaded]
+        if config.padding.inputs:
+            loaded = [_around(Padded(config, backend), backend) for backend in loaded]
     return loaded
 
 

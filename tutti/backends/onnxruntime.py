@@ -24,7 +24,7 @@ from tutti.devices.nvml import nvml
 from tutti.dtypes import NUMPY, Array
 from tutti.errors import ConfigError, InvalidArgument, OutOfMemory
 from tutti.repository import ModelFolder
-from tutti.scheduler import Backend
+from tutti.scheduler import Backend, undone
 from tutti.types import Infer
 
 _log = logging.getLogger(__name__)
@@ -41,16 +41,17 @@ def load(folder: ModelFolder, version: int, infer: Infer) -> list[Backend]:
     sessions: dict[str, Any] = {}
     loaded: list[OnnxBackend] = []
     has_cuda = _has_cuda()
-    for group, number in backends.instances(config, has_cuda):
-        device = f"cuda:{number}" if _is_gpu(config, group, has_cuda) else "cpu"
-        if device not in sessions:
-            variant = config.cpu_filename if device == "cpu" else config.gpu_filename
-            own = backends.version_file(folder, version, variant) if variant else path
-            sessions[device] = _session(config, own, device)
-            if variant and device == "cpu":
-                _check_variant(config, _session(config, path, device), sessions[device])
-        loaded.append(OnnxBackend(config, str(version), sessions[device], device))
-    _try_rows(config, loaded)
+    with undone(loaded):
+        for group, number in backends.instances(config, has_cuda):
+            device = f"cuda:{number}" if _is_gpu(config, group, has_cuda) else "cpu"
+            if device not in sessions:
+                variant = config.cpu_filename if device == "cpu" else config.gpu_filename
+                own = backends.version_file(folder, version, variant) if variant else path
+                sessions[device] = _session(config, own, device)
+                if variant and device == "cpu":
+                    _check_variant(config, _session(config, path, device), sessions[device])
+            loaded.append(OnnxBackend(config, str(version), sessions[device], device))
+        _try_rows(config, loaded)
     return list(loaded)
 
 

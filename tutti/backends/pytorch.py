@@ -29,7 +29,7 @@ from tutti.devices.simulated import simulated_gpus
 from tutti.dtypes import Array
 from tutti.errors import ConfigError, Internal
 from tutti.repository import ModelFolder
-from tutti.scheduler import Backend
+from tutti.scheduler import Backend, undone
 from tutti.threads import Pool
 from tutti.types import Infer, OnDevice
 
@@ -54,30 +54,32 @@ def load(folder: ModelFolder, version: int, infer: Infer) -> list[Backend]:
     compilations: dict[Path, Compilation | None] = {}
     graphs = ModelGraphs(folder, version)
     devices = [_device(config, group, number) for group, number in backends.instances(config)]
-    for device in devices:
-        if device not in modules:
-            path = _file(folder, version, device)
-            if path not in compilations:
-                compilations[path] = compiled.wanted(config, path)
-            compilation = compilations[path]
-            if device != "cpu" and graphs.are_planned:
-                if compilation is not None:  # what is tried is what will serve
-                    compiled.entry(config, compilation, path, _place(device))
-                graphs.try_on(device)
-            modules[device] = _module(config, path, device, compilation, devices.count(device))
-        if device == "cpu":
-            on_host = TorchBackend(config, str(version), modules[device])
-            on_host.joins = not joined.may_join(config) or joined.makes_rows(config, on_host.run) is not False
-            if not on_host.joins:
-                _log.warning(
-                    "model '%s' makes other rows than the batch's: its requests are executed one by one", config.name
-                )
-            loaded.append(on_host)
-        else:
-            backend = DeviceBackend(config, str(version), device, _program(config, modules[device]))
-            backend.holds(modules[device], modules[device].nbytes)
-            loaded.append(backend)
-            graphs.add_to(backend)
+    with undone(loaded):
+        for device in devices:
+            if device not in modules:
+                path = _file(folder, version, device)
+                if path not in compilations:
+                    compilations[path] = compiled.wanted(config, path)
+                compilation = compilations[path]
+                if device != "cpu" and graphs.are_planned:
+                    if compilation is not None:  # what is tried is what will serve
+                        compiled.entry(config, compilation, path, _place(device))
+                    graphs.try_on(device)
+                modules[device] = _module(config, path, device, compilation, devices.count(device))
+            if device == "cpu":
+                on_host = TorchBackend(config, str(version), modules[device])
+                on_host.joins = not joined.may_join(config) or joined.makes_rows(config, on_host.run) is not False
+                if not on_host.joins:
+                    _log.warning(
+                        "model '%s' makes other rows than the batch's: its requests are executed one by one",
+                        config.name,
+                    )
+                loaded.append(on_host)
+            else:
+                backend = DeviceBackend(config, str(version), device, _program(config, modules[device]))
+                backend.holds(modules[device], modules[device].nbytes)
+                loaded.append(backend)
+                graphs.add_to(backend)
     for device, module in modules.items():
         if device != "cpu" and module.nbytes:
             _log.info("model '%s' version %d: %.1f MiB on %s", config.name, version, module.nbytes / 2**20, device)

@@ -19,7 +19,7 @@ from tutti.config import ModelConfig
 from tutti.devices.cuda import TORCH, loading
 from tutti.errors import ConfigError, InvalidArgument
 from tutti.repository import ModelFolder
-from tutti.scheduler import Backend
+from tutti.scheduler import Backend, undone
 from tutti.types import Infer, OnDevice
 
 _MODULES = ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings")
@@ -42,14 +42,15 @@ def load(folder: ModelFolder, version: int, infer: Infer) -> list[Backend]:
     engines: dict[int, Any] = {}
     loaded: list[Backend] = []
     graphs = ModelGraphs(folder, version)
-    for _, number in backends.instances(config):
-        if number not in engines:
-            graphs.try_on(f"cuda:{number}")
-            engines[number] = _engine(config, path, trt, number)
-        executing = TensorRtProgram(config, engines[number], trt, number)
-        backend = DeviceBackend(config, str(version), f"cuda:{number}", executing)
-        loaded.append(backend)
-        graphs.add_to(backend)
+    with undone(loaded):
+        for _, number in backends.instances(config):
+            if number not in engines:
+                graphs.try_on(f"cuda:{number}")
+                engines[number] = _engine(config, path, trt, number)
+            executing = TensorRtProgram(config, engines[number], trt, number)
+            backend = DeviceBackend(config, str(version), f"cuda:{number}", executing)
+            loaded.append(backend)
+            graphs.add_to(backend)
     return loaded
 
 
