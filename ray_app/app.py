@@ -14,7 +14,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouter
 
 from ray_app import journal  # noqa: E402
 from ray_app.autoscaling import SERVE_SETTINGS  # noqa: E402
-from ray_app.gateway import SHUTDOWN_TIMEOUT_S, Gateway  # noqa: E402
+from ray_app.gateway import Gateway  # noqa: E402
 from ray_app.journal import RayStore  # noqa: E402
 from ray_app.options import Options  # noqa: E402
 from ray_app.placement import PoolSpec, models_for  # noqa: E402
@@ -40,8 +40,10 @@ def build(arguments: Options) -> Any:
                 tuple(models_for(pool, pools, configs)),
                 arguments.exit_on_error,
                 arguments.log_verbose,
+                arguments.log_format,
                 pool.has_gpu,
                 arguments.hang_timeout_secs,
+                arguments.control_timeout_secs,
             ),
             pool.name,
         )
@@ -51,7 +53,7 @@ def build(arguments: Options) -> Any:
         Gateway,
         name="gateway",
         num_replicas=arguments.gateways,
-        graceful_shutdown_timeout_s=SHUTDOWN_TIMEOUT_S,
+        graceful_shutdown_timeout_s=arguments.exit_timeout_secs,
         ray_actor_options={"num_cpus": 0.1, "resources": arguments.gateway_resources},
         max_ongoing_requests=100,
         health_check_period_s=_HEALTH_CHECK_PERIOD_S,

@@ -13,6 +13,7 @@ from ensembles.graph import Plan
 from tutti.engine import Override
 from tutti.errors import Internal
 
+# Unless --control-timeout-secs says otherwise.
 TIMEOUT_S = 120.0
 
 
@@ -75,8 +76,12 @@ class Carrier(Protocol):
 class Control:
     """Carries loads, unloads and settings to every replica. Blocks; not to be called on the router's loop."""
 
-    def __init__(self, router: Carrier, records: Records, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self, router: Carrier, records: Records, loop: asyncio.AbstractEventLoop, timeout_s: float = TIMEOUT_S
+    ) -> None:
+        """A replica is waited for no longer than `timeout_s`, which the router sees to."""
         self._router = router
+        self._timeout_s = timeout_s
         self._records = records
         self._loop = loop
         self._lock = threading.Lock()
@@ -110,4 +115,5 @@ class Control:
         self._carry(self._records.record("", logs={**(last.logs or {} if last else {}), **changes}))
 
     def _carry(self, change: Change) -> list[str]:
-        return asyncio.run_coroutine_threadsafe(self._router.control(change), self._loop).result(TIMEOUT_S + 10)
+        carried = asyncio.run_coroutine_threadsafe(self._router.control(change), self._loop)
+        return carried.result(self._timeout_s + 10)

@@ -15,7 +15,7 @@ from ray_app.sticky import Sequences, Streams
 from tutti import local
 from tutti.cache import Cached, ResponseCache
 from tutti.config import ModelConfig, as_decoupled
-from tutti.engine import Engine, Override
+from tutti.engine import CONTROL_TIMEOUT_S, Engine, Override
 from tutti.errors import ConfigError
 from tutti.model import Served
 from tutti.repository import ModelFolder
@@ -36,6 +36,7 @@ def make_engine(
     router: Router,
     timer: Timer,
     control: Control,
+    control_timeout_s: float = CONTROL_TIMEOUT_S,
 ) -> Engine:
     """An engine that reads configurations only: every model executes in its pools."""
     cache = ResponseCache(cache_bytes)
@@ -83,7 +84,7 @@ def make_engine(
     def propagate(name: str, override: Override | None, config: ModelConfig | None) -> None:
         control.models(name, override, home(config, specs, config_of).pools if config is not None else ())
 
-    engine = Engine(root, load, is_controllable, propagate)
+    engine = Engine(root, load, is_controllable, propagate, control_timeout_s=control_timeout_s)
     return engine
 
 

@@ -12,7 +12,7 @@ import ray
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from ray import serve
 
-from ray_app import control, routing
+from ray_app import routing
 from ray_app.control import Change, Control
 from ray_app.engine import make_engine
 from ray_app.journal import Journal, RayStore, gateway_name, owner_key
@@ -30,8 +30,7 @@ _log = logging.getLogger(__name__)
 
 
 FOLLOW_INTERVAL_S = 0.25
-# Serve ends a gateway after this: time for what is inside to end, and for clients to go elsewhere.
-SHUTDOWN_TIMEOUT_S = 30.0
+# When a gateway ends, clients get so long to go elsewhere.
 DRAIN_S = 2.0
 # Gateways of one machine, those of an update among them, take the first free port from the metrics port on.
 _METRICS_PORTS = 16
@@ -68,14 +67,16 @@ class Gateway:
         self._store.replace(owner_key(options.journal), context.app_name.encode())
         self._journal = Journal(self._store, options.journal)
         changes = await asyncio.to_thread(self._journal.news)
-        self._router = Router(pools, loop, self._journal.desired, context.replica_id.unique_id)
+        self._control_timeout_s = limit_s = options.control_timeout_secs
+        self._router = Router(pools, loop, self._journal.desired, context.replica_id.unique_id, limit_s)
         self._router.start(routing.watch)
-        carrier = Control(self._router, self._journal, loop)
+        carrier = Control(self._router, self._journal, loop, limit_s)
         self._logs = logs = ClusterLogs(options, carrier)
         logs.install()
         self._engine = make_engine(
             Path(options.model_repository), options.model_control_mode == "explicit",
             setup.cache_size(options.cache_config), specs, self._router, local.loop_timer(loop), carrier,
+            limit_s,
         )  # fmt: skip
         if options.model_control_mode == "poll":
             await asyncio.to_thread(self._engine.remember)
@@ -131,7 +132,7 @@ class Gateway:
                 continue
             for change in changes:
                 if change.override is not None:  # until then the replicas have what this gateway has
-                    await self._router.wait_for(change.generation, control.TIMEOUT_S)
+                    await self._router.wait_for(change.generation, self._control_timeout_s)
                 await asyncio.to_thread(self._follow, [change])
 
     async def _poll_forever(self, interval_s: float) -> None:

@@ -46,6 +46,8 @@ class Options(BaseModel):
     load_model: list[str] | None = None
     repository_poll_secs: float = 15.0
     exit_on_error: bool = True
+    exit_timeout_secs: float = Field(default=30.0, ge=0)
+    control_timeout_secs: float = Field(default=120.0, gt=0)
     cache_config: str = "local,size=1048576"
     allow_client_shm: bool = False
     allow_client_cuda_shm: bool = False  # refused: the gateway has no GPU
@@ -90,6 +92,13 @@ class Options(BaseModel):
             raise ValueError(
                 "allow_client_cuda_shm: CUDA shared memory needs a server with a GPU, the gateway has none"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_pools(self) -> "Options":
+        counts = {"gpu_replicas", "cpu_replicas"} & self.model_fields_set
+        if self.pools is not None and counts:
+            raise ValueError(f"pools say how many replicas they have: expected no {' and no '.join(sorted(counts))}")
         return self
 
     @property

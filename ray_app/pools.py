@@ -71,9 +71,18 @@ class Router:
     """Knows the pools' replicas and sends to them. Lives on one loop."""
 
     def __init__(
-        self, pools: Sequence[Pool], loop: asyncio.AbstractEventLoop, desired: Desired | None = None, name: str = ""
+        self,
+        pools: Sequence[Pool],
+        loop: asyncio.AbstractEventLoop,
+        desired: Desired | None = None,
+        name: str = "",
+        control_timeout_s: float = control.TIMEOUT_S,
     ) -> None:
-        """`desired` is what replicas should have applied; `name` is this gateway's, to them."""
+        """`desired` is what replicas should have applied; `name` is this gateway's, to them.
+
+        They get `control_timeout_s` to apply a change.
+        """
+        self._control_timeout_s = control_timeout_s
         self.desired = desired or Desired()
         self._name = name
         self.pools = tuple(pools)
@@ -394,7 +403,7 @@ class Router:
     async def _apply(self, pool: Pool, member: Member) -> str:
         """Have a replica do what it has not done yet; returns why it could not do some of that."""
         try:
-            async with asyncio.timeout(control.TIMEOUT_S):
+            async with asyncio.timeout(self._control_timeout_s):
                 answer: str = await pool.apply.remote(self.desired.since(0), to=member.id)
         except Exception as error:
             _log.warning("replica %s did not take a change: %s", member.name, error)

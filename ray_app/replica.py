@@ -31,8 +31,10 @@ class ReplicaOptions:
     models: tuple[str, ...] | None
     exits_on_error: bool
     log_verbose: int
+    log_format: str
     has_gpu: bool
     hang_timeout_s: float
+    control_timeout_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,14 +88,21 @@ class Replica:
         self._generation = 0
         self._wanted = Wanted()
         self._applying = asyncio.Lock()
-        self._logs = Logs(options.log_verbose)
+        self._logs = Logs(options.log_verbose, log_format=options.log_format)
         self._logs.install()
         # The gateway decides what may be loaded, and keeps the response cache.
         self._engine = local.make_engine(
-            Path(options.model_repository), local.loop_timer(self._loop), ensembles.load, True, cache_bytes=0
+            Path(options.model_repository),
+            local.loop_timer(self._loop),
+            ensembles.load,
+            True,
+            cache_bytes=0,
+            control_timeout_s=options.control_timeout_s,
         )
         health.listen(self._failed)
-        await asyncio.to_thread(self._engine.load_all, options.models)
+        # What does not end must not keep the others from being served, unless all must be.
+        patience_s = None if options.exits_on_error else options.control_timeout_s
+        await asyncio.to_thread(self._engine.load_all, options.models, patience_s)
         if self._engine.failures() and options.exits_on_error:
             raise ConfigError("; ".join(self._engine.failures()))
         collector.settle()

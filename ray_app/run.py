@@ -73,17 +73,25 @@ def _run(options: argparse.Namespace, stop: threading.Event, loop: asyncio.Abstr
 
     # Serve's own proxies stay off: the gateway owns the ports.
     serve.start(proxy_location="Disabled")
-    given = {name: getattr(options, name) for name in Options.model_fields if hasattr(options, name)}
-    if options.placement is not None:
-        given |= load_placement(options.placement)
-    arguments = checked({**given, "model_repository": str(options.model_repository)})
     try:
-        handle = serve.run(build(arguments), name=APP, route_prefix=None)
+        handle = serve.run(build(application_options(options)), name=APP, route_prefix=None)
     except RuntimeError as error:
         raise ConfigError(f"{error} {_reasons()}") from None
     asyncio.run_coroutine_threadsafe(_report_ready(handle, stop), loop).result()
     stop.wait()
     _log.info("stopping")
+
+
+def application_options(options: argparse.Namespace) -> Options:
+    """What the flags say to the application. Raises ConfigError naming what is wrong.
+
+    What has not been given keeps the application's default.
+    """
+    flags = {name: getattr(options, name, None) for name in Options.model_fields}
+    given = {name: value for name, value in flags.items() if value is not None}
+    if options.placement is not None:
+        given |= load_placement(options.placement)
+    return checked({**given, "model_repository": str(options.model_repository)})
 
 
 def _reasons() -> str:

@@ -121,7 +121,6 @@ def _serve(arguments: Sequence[str]) -> int:
         _needs("--ray", "ray", "psutil", extra="ray")
         from ray_app.run import serve_on_ray
 
-        options.front_end_processes = 1
         return serve_on_ray(options)
     count = front_ends(options, present.has_gpu(), _cores())
     if count and options.engine_of is None and not options.check:

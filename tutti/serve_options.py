@@ -26,6 +26,10 @@ _SWITCHES = frozenset(
 )  # fmt: skip
 
 
+# Flags that say something of Ray only, and are None where they have not been given.
+_ON_RAY = ("ray_address", "gateways", "gpu_replicas", "cpu_replicas", "placement", "hang_timeout_secs", "num_gpus")
+
+
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The options of `tutti serve`. Ends the process where they make no sense."""
     parser = make_parser()
@@ -223,15 +227,14 @@ def _add_ray(serve: argparse.ArgumentParser) -> None:
     ray = serve.add_argument_group("on Ray")
     ray.add_argument("--ray", action="store_true", help="serve through replicas on a Ray cluster")
     ray.add_argument("--ray-address", help="join this cluster (default: start one on this machine)")
-    ray.add_argument("--gateways", type=_count, default=1, help="how many share the ports (default: 1)")
+    ray.add_argument("--gateways", type=_count, help="how many share the ports (default: 1)")
     ray.add_argument("--gpu-replicas", type=_count_or_none, help="default: one for each GPU of the cluster")
-    ray.add_argument("--cpu-replicas", type=_count_or_none, default=1)
+    ray.add_argument("--cpu-replicas", type=_count_or_none, help="default: 1")
     ray.add_argument("--placement", type=Path, help="YAML with pools and the models they take (docs/cluster.md)")
     ray.add_argument(
         "--hang-timeout-secs",
         type=_seconds,
-        default=60.0,
-        help="replace a replica that has work and has ended none of it for so long",
+        help="replace a replica that has work and has ended none of it for so long (default: 60)",
     )
     ray.add_argument(
         "--num-gpus", type=_count_or_none, help="logical GPUs of a cluster started here (default: those found)"
@@ -257,6 +260,12 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
     if (options.model_repository is None) == (options.repository is None):
         parser.error("expected one model repository: MODEL_REPOSITORY or --model-repository PATH")
     options.model_repository = options.model_repository or options.repository
+    if not options.ray and (alone := _given(options, _ON_RAY)):
+        parser.error(f"{alone} needs --ray")
+    if options.placement is not None and (counts := _given(options, ("gpu_replicas", "cpu_replicas"))):
+        parser.error(f"{counts} does not go with --placement, which says how many replicas its pools have")
+    if options.ray_address is not None and options.num_gpus is not None:
+        parser.error("--num-gpus is of a cluster started here: it does not go with --ray-address")
     if options.ray and ((options.front_end_processes or 1) > 1 or options.supervise):
         parser.error("--front-end-processes and --supervise do not go with --ray")
     if options.check and options.ray:
@@ -276,6 +285,11 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
             parser.error(f"--{protocol}-use-ssl needs --{protocol}-server-cert and --{protocol}-server-key")
         if getattr(options, f"{protocol}_use_ssl_mutual") and not getattr(options, f"{protocol}_root_cert"):
             parser.error(f"--{protocol}-use-ssl-mutual needs --{protocol}-root-cert")
+
+
+def _given(options: argparse.Namespace, names: Sequence[str]) -> str:
+    """The first flag of these that was given; "" where none was."""
+    return next((f"--{name.replace('_', '-')}" for name in names if getattr(options, name) is not None), "")
 
 
 def _pattern(text: str) -> str:

@@ -1,5 +1,7 @@
 """What of the Ray application needs no Ray: messages, placement, and the pools' status and choice."""
 
+import argparse
+import ast
 import asyncio
 import pickle
 from collections.abc import Callable, Coroutine
@@ -9,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ray_app import sticky
+from ray_app import run, sticky
 from ray_app.fallback import MIN_HOP_ROWS, hop_policy
 from ray_app.members import PoolStatus, another
 from ray_app.options import Options
 from ray_app.placement import plan_pools
 from tests.serving import Gather
-from tutti import config, wire
+from tutti import config, serve_options, wire
 from tutti.batching import BatchingPolicy
 from tutti.errors import ConfigError, InferError, InvalidArgument
 from tutti.statistics import ModelStatistics
@@ -210,3 +212,95 @@ def test_whatever_goes_wrong_on_the_way_is_answered(send: Callable[[], object], 
         sink.wait()
         assert isinstance(call.answer, InferError)
         assert infer.pending() == 0
+
+
+# Flags that say how the command runs, and with what of a repository: `run` and `supervisor` read them.
+OF_THE_COMMAND = {"repository", "placement", "ray", "ray_address", "num_gpus", "engine_of"}
+REFUSED = {
+    "supervise": ["--supervise"],
+    "check": ["--check"],
+    "front_end_processes": ["--front-end-processes", "2"],
+    "allow_client_cuda_shm": ["--allow-client-cuda-shm"],
+    "rate_limit": ["--rate-limit", "execution_count"],
+    "rate_limit_resource": ["--rate-limit-resource", "r:1"],
+}
+# Of flags whose values must be of a form, and not the default.
+VALUES = {
+    "http_restricted_api": "health:k=v", "grpc_restricted_protocol": "health:k=v", "trace_config": "rate=1",
+    "model_control_mode": "explicit", "load_model": "a", "grpc_server": "grpcio", "log_format": "ISO8601",
+    "exit_on_error": "false", "cache_config": "local,size=7", "model_repository": "models",
+}  # fmt: skip
+
+
+def serve_actions() -> dict[str, argparse.Action]:
+    return {one.dest: one for one in serve_options.make_parser()._actions if one.dest != "help"}
+
+
+def arguments_for(action: argparse.Action) -> list[str]:
+    """The flag with a value other than its default."""
+    if not action.option_strings:
+        return []
+    value = VALUES.get(action.dest, "7" if action.type is not None or action.dest.endswith("name") else "x")
+    flags = [action.option_strings[0]] if action.nargs == 0 else [action.option_strings[0], value]
+    return [*flags, "--model-control-mode", "explicit"] if action.dest == "load_model" else flags
+
+
+@pytest.mark.parametrize("name", sorted(serve_actions()))
+def test_no_flag_is_ignored_on_ray(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each is refused, read by the command itself, or an option of the application that something reads."""
+    action = serve_actions()[name]
+    if name in REFUSED:
+        with pytest.raises(SystemExit):
+            serve_options.parse(["m", "--ray", *REFUSED[name]])
+        assert f"--{name.replace('_', '-')}" in capsys.readouterr().err
+        return
+    if name in OF_THE_COMMAND:
+        assert name in read_in("ray_app/run.py", "tutti/cli.py", "tutti/serve_options.py")
+        return
+    assert name in Options.model_fields
+    assert name in read_in("ray_app", "tutti/frontends/setup.py", "ray_app/options.py")
+    files = [f"--{one}-{file}" for one in ("http", "grpc") for file in ("server-cert", "server-key", "root-cert")]
+    files = [argument for flag in files for argument in (flag, "f")]  # which TLS needs
+    before, after = (
+        run.application_options(serve_options.parse(["m", "--ray", *files, *more]))
+        for more in ([], arguments_for(action))
+    )
+    assert (getattr(after, name) != getattr(before, name)) == bool(action.option_strings)
+
+
+def read_in(*places: str) -> set[str]:
+    """The names of attributes that are read there, and of those by their text (`_tls` of the front-ends)."""
+    found: set[str] = set()
+    for place in places:
+        path = Path(__file__).parents[2] / place
+        for file in path.glob("*.py") if path.is_dir() else [path]:
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.Attribute):
+                    found.add(node.attr)
+                elif isinstance(node, ast.JoinedStr) and isinstance(node.values[-1], ast.Constant):
+                    found |= {f"{protocol}{node.values[-1].value}" for protocol in ("http", "grpc")}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--gateways", "2"], "--gateways needs --ray"),
+        (["--ray-address", "a:1"], "--ray-address needs --ray"),
+        (["--hang-timeout-secs", "3"], "--hang-timeout-secs needs --ray"),
+        (["--placement", "p"], "--placement needs --ray"),
+        (["--ray", "--placement", "p", "--cpu-replicas", "1"], "--cpu-replicas does not go with --placement"),
+        (["--ray", "--ray-address", "a:1", "--num-gpus", "1"], "--num-gpus is of a cluster started here"),
+    ],
+)
+def test_flags_that_would_be_ignored_are_refused(
+    flags: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        serve_options.parse(["m", *flags])
+    assert says in capsys.readouterr().err
+
+
+def test_pools_say_how_many_replicas_they_have() -> None:
+    with pytest.raises(ValueError, match="pools say how many replicas they have: expected no cpu_replicas"):
+        Options(model_repository="m", pools=[{"name": "a"}], cpu_replicas=2)  # type: ignore[list-item]
