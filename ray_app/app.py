@@ -22,6 +22,8 @@ from ray_app.replica import Replica, ReplicaOptions  # noqa: E402
 from tutti import repository  # noqa: E402
 
 _HEALTH_CHECK_PERIOD_S = 1.0
+# After three times this a gateway that no other one of its machine watches is replaced.
+_GATEWAY_TIMEOUT_S = 10.0
 
 
 def build(arguments: Options) -> Any:
@@ -57,6 +59,7 @@ def build(arguments: Options) -> Any:
         ray_actor_options={"num_cpus": 0.1, "resources": arguments.gateway_resources},
         max_ongoing_requests=100,
         health_check_period_s=_HEALTH_CHECK_PERIOD_S,
+        health_check_timeout_s=_GATEWAY_TIMEOUT_S,
     )
     return gateway.bind(arguments, pools, **handles)
 

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import ray
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from ray import serve
 
-from ray_app import routing
+from ray_app import routing, watch
 from ray_app.control import Change, Control
 from ray_app.engine import make_engine
 from ray_app.journal import Journal, RayStore, gateway_name, owner_key
@@ -20,6 +21,7 @@ from ray_app.members import PoolStatus
 from ray_app.options import Options
 from ray_app.placement import PoolSpec
 from ray_app.pools import Pool, Router
+from ray_app.watch import BEAT_S, MISSED, Watch
 from tutti import collector, local
 from tutti.errors import ConfigError
 from tutti.frontends import setup
@@ -93,6 +95,7 @@ class Gateway:
         self._taken = await self._server.start()
         if options.model_control_mode == "poll":
             self._router.spawn(self._poll_forever(options.repository_poll_secs))
+        self._router.spawn(_watch_forever(f"{self._taken.host}-{self._taken.http_port}"))
         collector.settle()
 
     def addresses(self) -> Addresses:
@@ -146,6 +149,22 @@ class Gateway:
                     await asyncio.to_thread(self._store.clear, f"poll/{self._journal.name}/{turn - 2}")
             except Exception:
                 _log.exception("the repository could not be polled")
+
+
+async def _watch_forever(group: str) -> None:
+    """Beat, and kill those of this machine's gateways that do not any more."""
+    if not watch.is_possible():
+        return
+    try:
+        with closing(Watch(group)) as own:
+            while True:
+                own.beat()
+                for process in own.look():
+                    what = "the gateway of process %d hangs, for %g s, and has been killed: Serve starts another"
+                    _log.error(what, process, BEAT_S * MISSED)
+                await asyncio.sleep(BEAT_S)
+    except OSError as error:
+        _log.warning("gateways of this machine cannot watch each other: %s", error)
 
 
 def _others(context: Any) -> bool:

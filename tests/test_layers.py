@@ -42,6 +42,7 @@ LAYERS = {
     "tutti.__main__": 5, "tutti.cli": 5, "tutti.serve_options": 5, "tutti.overview": 4, "tutti.hints": 2,
     "tutti.doctor": 5, "ray_app.app": 5, "ray_app.run": 5, "ray_app.cli": 5, "ray_app.planner": 1,
     "ray_app.processes": 1,
+    "ray_app.watch": 1,
 }  # fmt: skip
 ROOTS = {
     "tutti.__main__",
