@@ -2,10 +2,14 @@
 
 import ctypes
 import sys
+from collections.abc import Mapping
 
 import psutil
 
 _PR_SET_CHILD_SUBREAPER = 36
+_HEAD = ("gcs_server", "raylet")
+# What is killed ends, but not before the system has taken its memory back.
+_KILL_TIMEOUT_S = 5.0
 
 
 def adopt_orphans() -> None:
@@ -19,17 +23,36 @@ def has_dead_children() -> bool:
     return any(child.status() == psutil.STATUS_ZOMBIE for child in psutil.Process().children())
 
 
+def of_the_head() -> dict[psutil.Process, str]:
+    """Those of the head that this process has started, without which there is no cluster, and their names."""
+    return {child: name for child in psutil.Process().children() if (name := child.name()) in _HEAD}
+
+
+def ended(names: Mapping[psutil.Process, str]) -> str:
+    """Which of the processes have ended, for people."""
+    return ", ".join(f"{name} (process {one.pid})" for one, name in names.items() if not _is_alive(one))
+
+
 def end_descendants(grace_s: float) -> int:
     """Terminate every descendant, kill what is left after `grace_s`; returns how many had to be ended."""
     found = psutil.Process().children(recursive=True)
-    running = [process for process in found if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    running = [process for process in found if _is_alive(process)]
     for process in running:
         _signal(process, "terminate")
     _, stubborn = psutil.wait_procs(running, timeout=grace_s)
     for process in stubborn:
         _signal(process, "kill")
-    psutil.wait_procs(stubborn, timeout=grace_s)
+    psutil.wait_procs(stubborn, timeout=_KILL_TIMEOUT_S)
+    # Those that were left to this process, or ended before, are waited for by nobody else.
+    psutil.wait_procs([child for child in psutil.Process().children() if not _is_alive(child)], timeout=0)
     return len(running)
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _signal(process: psutil.Process, how: str) -> None:

@@ -9,12 +9,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 from ray_app import environment, processes
 from ray_app.cli import checked, load_placement
+from ray_app.head import Head
 from ray_app.options import Options
+from tutti import restarts
 from tutti.errors import ConfigError
+from tutti.reports import Supervised, end_with
 
 environment.apply()  # before ray.serve is imported
 
@@ -22,13 +25,22 @@ _log = logging.getLogger("tutti")
 
 APP = "tutti"
 READY_TIMEOUT_S = 120.0
-STOP_TIMEOUT_S = 20.0
+_LOOK_INTERVAL_S = 0.5
+# What Ray says where the machine is too busy: it waits for half a minute, whatever its settings say.
+_SLOW_START = "timed out during startup"
+
+
+class ClusterLost(Exception):
+    """There is none, and another one may do."""
 
 
 def serve_on_ray(options: argparse.Namespace) -> int:
-    """Serve until SIGINT or SIGTERM; returns the exit status."""
-    stop = threading.Event()
-    is_ours = options.ray_address is None
+    """Serve until SIGINT or SIGTERM; returns the exit status, that of a temporary failure when the head is lost."""
+    stop = _Stop(options.exit_timeout_secs, options.ray_address is None)
+    supervised: Supervised | None = options.engine_of
+    if supervised is not None:
+        end_with(supervised.parent)
+    is_ours = stop.is_ours
     if is_ours:
         processes.adopt_orphans()
         environment.stay_on_loopback()
@@ -36,12 +48,23 @@ def serve_on_ray(options: argparse.Namespace) -> int:
     try:
         _start_ray(options, is_ours)
         for number in (signal.SIGINT, signal.SIGTERM):  # after ray.init, which sets handlers of its own
-            signal.signal(number, lambda *_: stop.set())
+            signal.signal(number, lambda *_: stop.ask())
+        watch = _HeadWatch(is_ours)
+        threading.Thread(target=watch.run, args=(stop, supervised), name="watch", daemon=True).start()
         with _loop() as loop:
             try:
                 _run(options, stop, loop)
+            except Exception as error:
+                if lost := watch.lost():
+                    raise ClusterLost(f"{lost} ({error})") from None
+                raise
             finally:
-                _stop_serving(is_ours)
+                stop.asked.set()
+                _stop_serving(options.exit_timeout_secs, is_ours)
+    except (SystemExit, KeyboardInterrupt):  # Ray's handlers: asked to stop before it has started
+        status = 0
+    except ClusterLost as lost:
+        stop.end_lost(str(lost), supervised)
     except Exception as error:  # whatever Ray raises: the processes must be ended all the same
         _log.error("cannot serve on Ray: %s", error)
         status = 1
@@ -53,20 +76,92 @@ def serve_on_ray(options: argparse.Namespace) -> int:
     os._exit(status)
 
 
+class _Stop:
+    """Whether this process has been asked to stop. It then ends within a time; asked again, at once."""
+
+    def __init__(self, timeout_s: float, is_ours: bool) -> None:
+        """`is_ours` is the cluster, which then ends, too."""
+        self.is_ours = is_ours
+        self.is_serving = False
+        self.asked = threading.Event()
+        self._timeout_s = timeout_s
+
+    def ask(self) -> None:
+        if self.asked.is_set():
+            _log.error("asked to stop again: ending at once")
+            self._end(1)
+        self.asked.set()
+        if self.is_ours and not self.is_serving:
+            _log.info("stopping, though the cluster is still being started")
+            self._end(0)
+        threading.Thread(target=self._end_late, name="exit", daemon=True).start()
+
+    def _end_late(self) -> None:
+        time.sleep(self._timeout_s)
+        _log.error("not all has ended within %g s (--exit-timeout-secs): ending all the same", self._timeout_s)
+        self._end(1)
+
+    def end_lost(self, why: str, supervised: Supervised | None) -> NoReturn:
+        """Without asking the cluster: there is none any more."""
+        _log.error("the cluster is lost: %s", why)
+        if supervised is not None:
+            supervised.report(failed=why)
+        self._end(restarts.DEVICE_FAILED)
+
+    def _end(self, status: int) -> NoReturn:
+        if self.is_ours:
+            processes.end_descendants(grace_s=0.0)
+        logging.shutdown()
+        os._exit(status)
+
+
+class _HeadWatch:
+    """Whether there is a cluster still: the processes of its head, where they are this one's, and what it answers."""
+
+    def __init__(self, is_ours: bool) -> None:
+        self._head = Head(_what_is_wrong)
+        self._processes = processes.of_the_head() if is_ours else {}
+
+    def lost(self) -> str:
+        ended = processes.ended(self._processes)
+        return f"its head has ended: {ended}" if ended else self._head.lost()
+
+    def run(self, stop: _Stop, supervised: Supervised | None) -> None:
+        """End this process when its cluster is lost: what Ray is doing then may never end."""
+        while not stop.asked.wait(_LOOK_INTERVAL_S):
+            lost = self.lost()
+            if lost and not stop.asked.is_set():  # else it ends since it is to
+                stop.end_lost(lost, supervised)
+
+
+def _what_is_wrong() -> str:
+    """What the head says of this node. Raises what Ray raises when it does not answer, or hangs."""
+    import ray
+
+    own = ray.get_runtime_context().get_node_id()
+    dead = [node for node in ray.nodes() if node["NodeID"] == own and not node["Alive"]]
+    return "its head takes this node for dead" if dead else ""
+
+
 def _start_ray(options: argparse.Namespace, is_ours: bool) -> None:
     import ray
 
-    ray.init(
-        address="local" if is_ours else options.ray_address,
-        num_gpus=options.num_gpus if is_ours else None,
-        include_dashboard=False if is_ours else None,
-        log_to_driver=bool(options.log_verbose),
-        logging_level=logging.WARNING,
-        runtime_env={"env_vars": environment.SETTINGS},
-    )
+    try:
+        ray.init(
+            address="local" if is_ours else options.ray_address,
+            num_gpus=options.num_gpus if is_ours else None,
+            include_dashboard=False if is_ours else None,
+            log_to_driver=bool(options.log_verbose),
+            logging_level=logging.WARNING,
+            runtime_env={"env_vars": environment.SETTINGS},
+        )
+    except Exception as error:
+        if _SLOW_START in str(error):  # nobody's mistake
+            raise ClusterLost("it has not started in the time that Ray gives it") from None
+        raise
 
 
-def _run(options: argparse.Namespace, stop: threading.Event, loop: asyncio.AbstractEventLoop) -> None:
+def _run(options: argparse.Namespace, stop: _Stop, loop: asyncio.AbstractEventLoop) -> None:
     from ray import serve
 
     from ray_app.app import build
@@ -77,8 +172,11 @@ def _run(options: argparse.Namespace, stop: threading.Event, loop: asyncio.Abstr
         handle = serve.run(build(application_options(options)), name=APP, route_prefix=None)
     except RuntimeError as error:
         raise ConfigError(f"{error} {_reasons()}") from None
-    asyncio.run_coroutine_threadsafe(_report_ready(handle, stop), loop).result()
-    stop.wait()
+    asyncio.run_coroutine_threadsafe(_report_ready(handle, stop.asked), loop).result()
+    stop.is_serving = True
+    if options.engine_of is not None:
+        options.engine_of.report(ready=True)
+    stop.asked.wait()
     _log.info("stopping")
 
 
@@ -114,16 +212,16 @@ async def _report_ready(handle: Any, stop: threading.Event) -> None:
     _log.info("ready on Ray")
 
 
-def _stop_serving(is_ours: bool) -> None:
+def _stop_serving(timeout_s: float, is_ours: bool) -> None:
     import ray
     from ray import serve
 
-    _within(STOP_TIMEOUT_S, serve.shutdown if is_ours else lambda: serve.delete(APP))
-    _within(STOP_TIMEOUT_S, ray.shutdown)
+    _within(timeout_s, serve.shutdown if is_ours else lambda: serve.delete(APP))
+    _within(timeout_s, ray.shutdown)
 
 
 def _within(timeout_s: float, work: Callable[[], object]) -> None:
-    """Run `work`, but wait no longer: a cluster that has died under us cannot be shut down politely.
+    """Run `work`, but wait no longer, nor for a cluster that has died under us: it cannot be shut down politely.
 
     It has where a signal went to the whole process group, as systemd and timeout(1) send it.
     """

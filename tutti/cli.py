@@ -119,6 +119,10 @@ def _serve(arguments: Sequence[str]) -> int:
     scratch.clear_soon()
     if options.ray:
         _needs("--ray", "ray", "psutil", extra="ray")
+        if options.ray_address is None and options.engine_of is None:
+            from ray_app import supervisor as clusters
+
+            return clusters.run(["serve", *arguments], options.exit_timeout_secs)
         from ray_app.run import serve_on_ray
 
         return serve_on_ray(options)

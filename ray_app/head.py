@@ -1,0 +1,41 @@
+"""Whether a cluster's head still answers: what it is asked may hang, and is asked in a thread."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+_log = logging.getLogger(__name__)
+
+ASK_INTERVAL_S = 2.0
+# Ray ends a process that has not reached the head for a minute: who is to say so must be earlier.
+SILENCE_S = 45.0
+
+
+class Head:
+    """Asks again and again from its making on, in a thread that ends with the process."""
+
+    def __init__(
+        self, ask: Callable[[], str], interval_s: float = ASK_INTERVAL_S, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """`ask` returns what is wrong with the head, "" where nothing is; what it raises is taken for no answer."""
+        self._ask = ask
+        self._interval_s = interval_s
+        self._clock = clock
+        self._answered_s = clock()
+        self._wrong = ""
+        threading.Thread(target=self._ask_forever, name="head", daemon=True).start()
+
+    def lost(self) -> str:
+        """Why the cluster is no more; "" while it is."""
+        silent_s = self._clock() - self._answered_s
+        return self._wrong or (f"its head has not answered for {silent_s:.0f} s" if silent_s > SILENCE_S else "")
+
+    def _ask_forever(self) -> None:
+        while not self._wrong:
+            try:
+                self._wrong = self._ask()
+                self._answered_s = self._clock()
+            except Exception as error:
+                _log.debug("the cluster's head does not answer: %s", error)
+            time.sleep(self._interval_s)

@@ -1,0 +1,57 @@
+"""Whether a cluster's head answers: one that says it is lost, one that raises, and one that hangs."""
+
+import threading
+from collections.abc import Callable
+
+import pytest
+
+from ray_app.head import SILENCE_S, Head
+from tests.serving import wait_until
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def head(ask: Callable[[], str], clock: Clock) -> Head:
+    return Head(ask, interval_s=0.001, clock=clock)
+
+
+def test_a_head_that_answers_is_not_lost() -> None:
+    clock, asked = Clock(), threading.Semaphore(0)
+    answers = iter(["", "", "", "it takes this node for dead"])
+
+    def ask() -> str:
+        asked.acquire()
+        return next(answers)
+
+    one = head(ask, clock)
+    for _ in range(3):
+        clock.now_s += 2 * SILENCE_S
+        asked.release()
+        wait_until(lambda: one.lost() == "")
+    asked.release()
+    wait_until(lambda: one.lost() == "it takes this node for dead")
+
+
+@pytest.mark.parametrize("hangs", [True, False])
+def test_a_head_that_hangs_or_is_not_reached_is_lost_after_a_while(hangs: bool) -> None:
+    clock, is_over = Clock(), threading.Event()
+
+    def ask() -> str:
+        if hangs:
+            is_over.wait()
+        if is_over.is_set():
+            return "the test is over"
+        raise RuntimeError("Failed to connect to GCS")
+
+    one = head(ask, clock)
+    clock.now_s += SILENCE_S
+    assert one.lost() == ""
+    clock.now_s += 1
+    assert one.lost() == f"its head has not answered for {SILENCE_S + 1:.0f} s"
+    is_over.set()
