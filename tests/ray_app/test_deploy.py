@@ -23,7 +23,7 @@ from tests.serving import serving
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "ray_app" / "deploy"
 VERSIONS = ("1.28", "1.34", "1.37")
-MANIFESTS = ("service", "disruption", "network")
+MANIFESTS = ("service", "disruption", "network", "redis")
 # The fields of a RayService that KubeRay 1.5 takes, but for those of Kubernetes' own kinds in it.
 RAYSERVICE = json.loads((Path(__file__).parent / "rayservice.schema.json").read_text())
 
@@ -111,11 +111,45 @@ def test_the_application_of_the_manifest_is_one(service: dict[str, Any]) -> None
 
 def test_services_and_budgets_select_pods_that_there_are(service: dict[str, Any]) -> None:
     labels = [template["metadata"]["labels"] for _, template in groups(service)]
+    labels += [redis()["spec"]["template"]["metadata"]["labels"]]
     for one in [doc for name in MANIFESTS for doc in documents(name)]:
         spec = one["spec"]
         selector = spec.get("podSelector", spec.get("selector", {}))
         wanted = selector.get("matchLabels", selector)
         assert any(wanted.items() <= own.items() for own in labels), one["metadata"]["name"]
+
+
+def redis() -> dict[str, Any]:
+    (found,) = [one for one in documents("redis") if one["kind"] == "StatefulSet"]
+    return found
+
+
+def test_the_head_finds_its_redis_and_nobody_else_does(service: dict[str, Any]) -> None:
+    options = service["spec"]["rayClusterConfig"]["gcsFaultToleranceOptions"]
+    (address,) = [one for one in documents("redis") if one["kind"] == "Service"]
+    (container,) = redis()["spec"]["template"]["spec"]["containers"]
+    (port,) = address["spec"]["ports"]
+    assert options["redisAddress"] == f"redis://{address['metadata']['name']}:{port['port']}"
+    assert port["targetPort"] == container["ports"][0]["name"]
+    assert redis()["spec"]["serviceName"] == address["metadata"]["name"]
+    (password,) = container["env"]
+    assert options["redisPassword"] == {"valueFrom": password["valueFrom"]}
+    assert f"${password['name']}" in container["command"][-1]
+    (policy,) = [one for one in documents("network") if one["metadata"]["name"] == "tutti-redis"]
+    assert policy["spec"]["podSelector"]["matchLabels"] == redis()["spec"]["selector"]["matchLabels"]
+    (rule,) = policy["spec"]["ingress"]
+    (source,) = rule["from"]
+    head = dict(groups(service))["head"]["metadata"]["labels"]
+    assert source["podSelector"]["matchLabels"] == head, "and with it those of no other group"
+    assert [one["port"] for one in rule["ports"]] == [container["ports"][0]["containerPort"]]
+
+
+def test_all_manifests_are_applied_as_documented() -> None:
+    text = (ROOT / "docs" / "cluster.md").read_text()
+    for path in DEPLOY.glob("*.yaml"):
+        assert f"-f ray_app/deploy/{path.name}" in text
+    for secret in {"tutti-keys", "tutti-redis"}:
+        assert f"kubectl create secret generic {secret} " in text
 
 
 def test_serve_yaml_and_the_image_have_the_settings_that_serve_needs() -> None:
