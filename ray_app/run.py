@@ -39,7 +39,7 @@ def serve_on_ray(options: argparse.Namespace) -> int:
     stop = _Stop(options.exit_timeout_secs, options.ray_address is None)
     supervised: Supervised | None = options.engine_of
     if supervised is not None:
-        end_with(supervised.parent)
+        end_with(supervised.parent, signal.SIGTERM)  # it has a cluster to end
     is_ours = stop.is_ours
     if is_ours:
         processes.adopt_orphans()

@@ -43,9 +43,9 @@ class Supervised:
             return
 
 
-def end_with(parent: int) -> None:
-    """Have Linux kill this process when its parent, `parent`, ends, whatever this process does then."""
+def end_with(parent: int, how: signal.Signals = signal.SIGKILL) -> None:
+    """Have Linux send this process a signal when its parent, `parent`, ends: by default, one that it cannot handle."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, how, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(1)
