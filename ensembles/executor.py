@@ -10,6 +10,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 from ensembles import explain
+from ensembles.axes import changed_inputs, changed_outputs
 from ensembles.explain import Explanation, StepTimes
 from ensembles.frame import Frame, Group, stretch
 from ensembles.graph import Plan, Step
@@ -275,6 +276,8 @@ class EnsembleExecutor:
         deadline_ns: int,
     ) -> Call:
         parent = frame.calls[group.calls[0]].request
+        if step.axes_in:
+            inputs = changed_inputs(step.axes_in, inputs)
         request_id = parent.id if len(group.calls) == 1 else ""
         request = InferRequest(step.model_name, inputs, step.version, request_id, step.wanted, parent.parameters)
         request.device_outputs = step.staying
@@ -329,7 +332,7 @@ class EnsembleExecutor:
         fault = output_fault(step, given, piece.rows)
         if fault is not None:
             return fault
-        piece.group.outputs[piece.number] = given
+        piece.group.outputs[piece.number] = changed_outputs(step.axes_out, given) if step.axes_out else given
         return answer
 
     def _failed(self, piece: _Piece, error: InferError, work: _Work, again: list[Call], ended: list[Call]) -> None:

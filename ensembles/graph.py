@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ensembles import conditions, extensions
+from ensembles.axes import Axis, shapes_fit
 from ensembles.conditions import Condition, ConditionError
 from ensembles.extensions import ExtensionError, Extensions
 from tutti.config import EnsembleStep, ModelConfig, TensorSpec
@@ -57,7 +58,8 @@ class Step:
     decoupled step at most `max_inflight` answers to a request are on their way at a time, any number where it is 0.
     A segment stands for several steps that are executed elsewhere (segments.py). The outputs `staying`, of the model,
     are left on the device where they are made: all that reads them is there. An answer may lack the outputs that are
-    `dispensable`, of the model: no step requires them.
+    `dispensable`, of the model: no step requires them. Between it and the graph the batch axis of some tensors, of the
+    model, is put in front or taken away: `axes_in` of its inputs, `axes_out` of its outputs.
     """
 
     index: int
@@ -79,6 +81,8 @@ class Step:
     is_segment: bool = False
     staying: frozenset[str] = frozenset()
     dispensable: frozenset[str] = frozenset()
+    axes_in: tuple[Axis, ...] = ()
+    axes_out: tuple[Axis, ...] = ()
 
     @cached_property
     def wanted(self) -> tuple[str, ...]:
@@ -174,10 +178,12 @@ def with_staying(plan: Plan, device_of: Callable[[Step], str]) -> Plan:
 
 def _stays(plan: Plan, devices: Sequence[str], step: Step, name: str) -> bool:
     own = devices[step.index]
-    if own == "cpu" or not step.is_plain or name in plan.outputs:
+    if own == "cpu" or not step.is_plain or step.axes_out or name in plan.outputs:
         return False
     readers = [plan.steps[index] for index in plan.readers.get(name, ())]
-    return bool(readers) and all(reader.is_plain and devices[reader.index] == own for reader in readers)
+    return bool(readers) and all(
+        reader.is_plain and not reader.axes_in and devices[reader.index] == own for reader in readers
+    )
 
 
 def _with_dispensable(steps: list[Step]) -> list[Step]:
@@ -217,6 +223,10 @@ class _Planner:
         self._shapes: dict[str, Shape] = {spec.name: config.wire_shape(spec) for spec in config.inputs}
         self._datatypes = {spec.name: spec.datatype for spec in config.inputs}
         self._each: dict[int, Each] = {}
+        # The tensors whose shapes begin with a batch axis; and how steps' tensors are handed over where they differ.
+        self._batched = {spec.name for spec in config.inputs} if config.is_batched else set[str]()
+        self._axes_in: dict[int, list[Axis]] = {}
+        self._axes_out: dict[int, list[Axis]] = {}
 
     def plan(self) -> Plan:
         config = self._config
@@ -297,7 +307,42 @@ class _Planner:
                 shape = (shape[0], -1, *shape[1:])
             elif index in self._each and datatype in ("BYTES", "BOOL"):
                 raise _fail(self._config, f"parameters.tutti.gather.{tensor}", f"{how} of {datatype}: expected concat")
+            if index not in self._each:
+                shape = self._kept(index, model_tensor, tensor, shape)
+            elif model.is_batched:
+                self._batched.add(tensor)
             self._shapes[tensor], self._datatypes[tensor] = shape, datatype
+
+    def _kept(self, index: int, model_tensor: str, tensor: str, made: Shape) -> Shape:
+        """The shape that the graph goes on with, of one that a step makes: the batch axis may be another's affair."""
+        is_batched = self._models[index].is_batched
+        if is_batched:
+            self._batched.add(tensor)
+        ranks = self._ranks(tensor)
+        if not is_batched and self._config.is_batched and ranks == {len(made) + 1}:
+            self._axes_out.setdefault(index, []).append(Axis(model_tensor, len(made), True))
+            self._batched.add(tensor)
+            return (-1, *made)
+        if is_batched and not self._config.is_batched and self._rank_of_output(tensor) == len(made) - 1:
+            self._axes_out.setdefault(index, []).append(Axis(model_tensor, len(made) - 1, False))
+            self._batched.discard(tensor)
+            return made[1:]
+        return made
+
+    def _rank_of_output(self, tensor: str) -> int | None:
+        """The rank of an output of the ensemble; None where the tensor is none."""
+        return next((len(self._config.wire_shape(spec)) for spec in self._config.outputs if spec.name == tensor), None)
+
+    def _ranks(self, tensor: str) -> set[int]:
+        """The ranks that models with a batch, and the ensemble's answer, expect of a tensor."""
+        ranks = {
+            len(model.wire_shape(spec))
+            for model, step in zip(self._models, self._config.steps, strict=True)
+            for spec in model.inputs
+            if model.is_batched and step.input_map.get(spec.name) == tensor
+        }
+        own = self._rank_of_output(tensor)
+        return ranks if own is None else ranks | {own}
 
     def _check_inputs(self, index: int) -> None:
         model, step = self._models[index], self._config.steps[index]
@@ -335,13 +380,23 @@ class _Planner:
         each = self._each.get(index)
         if each is not None and tensor in each.items:
             expected = (expected[0], -1, *expected[1:])
-        if not _shapes_fit(expected, shape):
+        if not shapes_fit(expected, shape) and not self._is_handed_over(index, spec, tensor):
             what = "items of " if each is not None and tensor in each.items else ""
             raise _fail(
                 self._config,
                 path,
                 f"expected shape {list(expected)}, {what}ensemble tensor '{tensor}' has {list(shape)}",
             )
+
+    def _is_handed_over(self, index: int, spec: TensorSpec, tensor: str) -> bool:
+        """Whether a tensor fits a step's input once a batch axis is put in front of it, or taken away; notes which."""
+        shape, model = self._shapes[tensor], self._models[index]
+        is_added = model.is_batched and tensor not in self._batched and not self._config.is_batched
+        is_taken = not model.is_batched and tensor in self._batched
+        if not (is_added or is_taken) or not shapes_fit(spec.dims, shape if is_added else shape[1:]):
+            return False
+        self._axes_in.setdefault(index, []).append(Axis(spec.name, len(spec.dims), is_added))
+        return True
 
     def _dims(self, tensor: str) -> Shape:
         return self._shapes[tensor][1:] if self._config.is_batched else self._shapes[tensor]
@@ -354,7 +409,7 @@ class _Planner:
             if self._datatypes[spec.name] != spec.datatype:
                 made = self._datatypes[spec.name]
                 raise _fail(self._config, path, f"configured as {spec.datatype}, its step makes {made}")
-            if not _shapes_fit(self._config.wire_shape(spec), self._shapes[spec.name]):
+            if not shapes_fit(self._config.wire_shape(spec), self._shapes[spec.name]):
                 expected = f"configured with shape {list(self._config.wire_shape(spec))}"
                 raise _fail(self._config, path, f"{expected}, its step makes {list(self._shapes[spec.name])}")
 
@@ -379,6 +434,7 @@ class _Planner:
             frozenset(), tuple(dict.fromkeys(required)), max_rows, is_merged, when, None, each,
             tuple(self._extra.gather.get(tensor, "concat") for tensor in made) if each is not None else (),
             any(tensor in self._extra.optional for tensor in made), model.is_decoupled,
+            axes_in=tuple(self._axes_in.get(index, ())), axes_out=tuple(self._axes_out.get(index, ())),
         )  # fmt: skip
         return self._with_needs(made_step)
 
@@ -545,8 +601,3 @@ def _may_merge(model: ModelConfig, config_of: ConfigOf) -> bool:
 
 def _fail(config: ModelConfig, path: str, why: str) -> ConfigError:
     return ConfigError(f"ensemble '{config.name}': {path}: {why}")
-
-
-def _shapes_fit(expected: Shape, given: Shape) -> bool:
-    """Whether some tensor can have both shapes: -1 is any size."""
-    return len(expected) == len(given) and all(a == b or -1 in (a, b) for a, b in zip(expected, given, strict=True))

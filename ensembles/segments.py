@@ -159,7 +159,17 @@ def _unique(names: Iterable[str]) -> tuple[str, ...]:
 def _digest(plan: Plan) -> str:
     """Equal for equal graphs only."""
     told = [
-        (step.model_name, step.version, step.inputs, step.outputs, step.required, step.max_rows, step.is_merged)
+        (
+            step.model_name,
+            step.version,
+            step.inputs,
+            step.outputs,
+            step.required,
+            step.max_rows,
+            step.is_merged,
+            step.axes_in,
+            step.axes_out,
+        )
         for step in plan.steps
     ]
     tensors = sorted((name, str(tensor)) for name, tensor in plan.tensors.items())

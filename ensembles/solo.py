@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ensembles.axes import changed_inputs, changed_outputs
 from ensembles.graph import Plan, Step
 from tutti.errors import Cancelled, DeadlineExceeded, InferError, Internal
 from tutti.types import Answer, Call, Infer, InferRequest, InferResponse, Tensor, now_ns
@@ -34,6 +35,8 @@ def in_turn(submit: Callable[[Any], None], ready: Any) -> None:
 
 def output_fault(step: Step, given: Sequence[Tensor | None], rows: int) -> InferError | None:
     """Why the graph cannot go on with a step's outputs, which are those it wants."""
+    if step.axes_out and rows != 1 and any(axis.is_added for axis in step.axes_out):
+        return Internal(f"the model has no batch, and gives one row: the request has {rows}")
     for tensor in given if step.max_rows else ():
         if tensor is None:
             continue
@@ -163,6 +166,8 @@ class SoloExecutor:
                     if tensor is not None:
                         inputs[model_name] = Tensor(model_name, tensor.datatype, tensor.shape, tensor.data)
                         shapes.append(tensor.shape)
+            if step.axes_in:
+                inputs = changed_inputs(step.axes_in, inputs)
             request = InferRequest(
                 step.model_name, inputs, step.version, parent.id, step.wanted, parent.parameters, {}, {},
                 None if solo.is_odd else (self._marks[step.index], *shapes), step.staying,
@@ -193,6 +198,8 @@ class SoloExecutor:
             assert fault is not None
             self._fail(solo, step, fault)
             return
+        if step.axes_out:
+            given = changed_outputs(step.axes_out, given)
         program, tensors = solo.program, solo.tensors
         if not solo.is_odd and [tensor and tensor.datatype for tensor in given] != self._datatypes[step.index]:
             solo.is_odd = True

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ensembles.axes import changed_inputs, changed_outputs
 from ensembles.executor import EnsembleExecutor, record
 from ensembles.graph import Plan, Step
 from tutti.errors import Cancelled, InferError, Internal
@@ -174,6 +175,8 @@ class _Run(Sink):
             tensor = tensors.get(name)
             if tensor is not None:
                 inputs[model_name] = Tensor(model_name, tensor.datatype, tensor.shape, tensor.data)
+        if step.axes_in:
+            inputs = changed_inputs(step.axes_in, inputs)
         if any(name not in tensors for name in step.required):  # of an optional input, which is not there
             self._put(place, None, is_end=True)
             return
@@ -198,7 +201,8 @@ class _Run(Sink):
         step, then = stage.step, stage.then
         assert step is not None
         assert then is not None
-        by_name = {tensor.name: tensor for tensor in response.outputs}
+        given = changed_outputs(step.axes_out, response.outputs) if step.axes_out else response.outputs
+        by_name = {tensor.name: tensor for tensor in given if tensor is not None}
         own = _Place()
         if not self._enter(step, place, own):
             return

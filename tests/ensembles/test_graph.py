@@ -33,6 +33,11 @@ MODELS = {
         ' output { name: "b" data_type: TYPE_FP32 dims: -1 }',
         "unbatched",
     ),
+    "three": config.parse(
+        'backend: "b" input { name: "a" data_type: TYPE_FP32 dims: 3 }'
+        ' output { name: "b" data_type: TYPE_FP32 dims: 4 }',
+        "three",
+    ),
 }
 
 
@@ -100,7 +105,7 @@ def test_only_the_steps_an_output_needs() -> None:
         ([step("double", {"a": "X"}, {"b": "X"})], "'X' is made more than once"),
         ([step("double", {"a": "X"}, {"b": "Y"})] * 2, "'Y' is made more than once"),
         ([step("text", {"t": "X"}, {"n": "Y"})], "expected datatype BYTES, ensemble tensor 'X' is FP32"),
-        ([step("unbatched", {"a": "X"}, {"b": "Y"})], "expected shape [-1], ensemble tensor 'X' has [-1, 4]"),
+        ([step("three", {"a": "X"}, {"b": "Y"})], "expected shape [3], ensemble tensor 'X' has [-1, 4]"),
         (
             [
                 step("double", {"a": "U"}, {"b": "V"}),

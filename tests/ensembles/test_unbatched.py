@@ -10,9 +10,10 @@ from tutti.types import InferRequest, InferResponse, Tensor
 MODEL = """
     backend: "python" max_batch_size: %d
     input { name: "x" data_type: TYPE_FP32 dims: %s } output { name: "y" data_type: TYPE_FP32 dims: %s }
+    parameters { key: "tutti.isolate" value { string_value: "no" } }
 """
 GRAPH = """
-    platform: "ensemble"
+    platform: "ensemble" max_batch_size: %d
     input { name: "x" data_type: TYPE_FP32 dims: %s } output { name: "y" data_type: TYPE_FP32 dims: %s }
     ensemble_scheduling { step [ %s ] }
 """
@@ -26,14 +27,14 @@ def add(repository: Repository, name: str, size: int, dims: str, made: str, valu
     repository.add_python(name, MODEL % (size, dims, made), body)
 
 
-def add_graph(repository: Repository, name: str, dims: str, made: str, *models: str) -> None:
+def add_graph(repository: Repository, name: str, dims: str, made: str, *models: str, size: int = 0) -> None:
     tensors = ["x", *(f"t{at}" for at in range(len(models) - 1)), "y"]
     steps = ", ".join(
         f'{{ model_name: "{model}" model_version: -1 input_map {{ key: "x" value: "{tensors[at]}" }} '
         f'output_map {{ key: "y" value: "{tensors[at + 1]}" }} }}'
         for at, model in enumerate(models)
     )
-    repository.add(name, GRAPH % (dims, made, steps), {})
+    repository.add(name, GRAPH % (size, dims, made, steps), {})
 
 
 def request(name: str, *rows: object) -> InferRequest:
@@ -69,3 +70,54 @@ def test_steps_with_and_without_a_batch_take_turns(repository: Repository) -> No
     with engine_over(repository.root) as engine:
         answers = infer(engine, [request("chain", [1], [2]), request("chain", [5])])
     assert [made(answer) for answer in answers] == [[[4, 4, 4], [6, 6, 6]], [[12, 12, 12]]]
+
+
+def add_pair(repository: Repository) -> None:
+    """A model with a batch and one without, of the same dims."""
+    add(repository, "batched", 8, "[ -1 ]", "[ -1 ]", "x + len(x.shape)")
+    add(repository, "single", 0, "[ -1 ]", "[ -1 ]", "x + 10 * len(x.shape)")
+
+
+def test_a_tensor_of_a_models_own_dims_is_one_row_of_its_batch(repository: Repository) -> None:
+    """Every order of a model with a batch, which sees two dimensions here, and one without, which sees one."""
+    add_pair(repository)
+    for first, second in (("batched", "batched"), ("batched", "single"), ("single", "batched"), ("single", "single")):
+        add_graph(repository, f"{first}_{second}", "2", "2", first, second)
+    with engine_over(repository.root) as engine:
+        for name, expected in (
+            ("batched_batched", 4), ("batched_single", 12), ("single_batched", 12), ("single_single", 20)
+        ):  # fmt: skip
+            assert made(infer(engine, [request(name, 0, 1)])[0]) == [expected, expected + 1], name
+            together = infer(engine, [request(name, 0, 1), request(name, 5, 6)])
+            assert [made(answer) for answer in together] == [[expected, expected + 1], [expected + 5, expected + 6]]
+
+
+def test_one_row_of_a_batch_goes_to_a_model_without_one(repository: Repository) -> None:
+    """Several rows do not, and are told; alone, together, and in every order of steps."""
+    add_pair(repository)
+    add_graph(repository, "batched_single", "2", "2", "batched", "single", size=8)
+    add_graph(repository, "single_batched", "2", "2", "single", "batched", size=8)
+    add_graph(repository, "single_single", "2", "2", "single", "single", size=8)
+    with engine_over(repository.root) as engine:
+        for name, expected in (("batched_single", 12), ("single_batched", 12), ("single_single", 20)):
+            assert made(infer(engine, [request(name, [0, 1])])[0]) == [[expected, expected + 1]], name
+            first, several, last = infer(
+                engine, [request(name, [0, 1]), request(name, [0, 1], [2, 3]), request(name, [5, 6])]
+            )
+            assert made(first) == [[expected, expected + 1]]
+            assert made(last) == [[expected + 5, expected + 6]]
+            assert isinstance(several, InferError)
+            assert "unexpected shape for input 'x' for model 'single'" in str(several)
+
+
+def test_a_model_without_a_batch_gives_one_row_only(repository: Repository) -> None:
+    """It takes the batch as a tensor, and what it gives has no batch: it cannot be several requests' rows."""
+    add(repository, "largest", 0, "[ -1, 2 ]", "2", "x.max(0)")
+    add(repository, "batched", 8, "[ -1 ]", "[ -1 ]", "x + 1")
+    add_graph(repository, "best", "2", "2", "largest", "batched", size=8)
+    with engine_over(repository.root) as engine:
+        one, several = infer(engine, [request("best", [1, 2]), request("best", [1, 2], [3, 0])])
+    assert made(one) == [[2, 3]]
+    assert "in ensemble 'best', step 'largest': the model has no batch, and gives one row: the request has 2" in str(
+        several
+    )
