@@ -279,6 +279,8 @@ class BatchQueue:
     def take(self, now_ns: int, costs: Costs | None = None, cut: Cut | None = None) -> Decision:
         """The next batch: from the first lane in order of service that need not wait.
 
+        As in Triton, calls wait for others to join them only while all that come can: where calls of several keys
+        wait, the first lane goes with what it has.
         With `costs` no call is taken that would end after its deadline, and no batch is made larger than the
         deadlines in it allow. With `cut` a batch may be smaller than it could be, but for deadlines, priorities and
         preferred sizes.
@@ -287,7 +289,9 @@ class BatchQueue:
         self._drop_cancelled_heads(decision)
         wake_ns: int | None = None
         lanes = list(self._lanes.values())
-        for lane in sorted(lanes, key=_Lane.order) if len(lanes) > 1 else lanes:
+        if len(lanes) > 1:
+            lanes.sort(key=_Lane.order)
+        for lane in lanes:
             if not lane.calls:  # it went with another of its key
                 continue
             lane_wake_ns = self._take_lane(lane, now_ns, costs, cut, decision)
@@ -295,6 +299,11 @@ class BatchQueue:
                 return decision
             if lane_wake_ns is not None:
                 wake_ns = lane_wake_ns if wake_ns is None else min(wake_ns, lane_wake_ns)
+        if len(self._lanes) > 1 and self._have_several_keys():
+            first = next(lane for lane in lanes if lane.calls)
+            self._take_lane(first, now_ns, costs, cut, decision, may_wait=False)
+            if decision.batch:
+                return decision
         return Decision([], decision.dropped, wake_ns, decision.expired)
 
     def may_grow(self) -> bool:
@@ -369,8 +378,17 @@ class BatchQueue:
                 decision.dropped.append(self._pop(lane))
             self._forget_if_empty(lane)
 
+    def _have_several_keys(self) -> bool:
+        return len({lane.key for lane in self._lanes.values()}) > 1
+
     def _take_lane(
-        self, lane: _Lane, now_ns: int, costs: Costs | None, cut: Cut | None, decision: Decision
+        self,
+        lane: _Lane,
+        now_ns: int,
+        costs: Costs | None,
+        cut: Cut | None,
+        decision: Decision,
+        may_wait: bool = True,
     ) -> int | None:
         """Take a batch out of the lane, or return when to look again."""
         if self.policy is None:
@@ -381,8 +399,9 @@ class BatchQueue:
         head_ns = min(one.calls[0].arrived_ns for one in lanes)
         waiting = sum(one.rows for one in lanes)
         limit = self.policy.rows_to_take(waiting, now_ns - head_ns)
-        if limit == 0:
+        if limit == 0 and may_wait:
             return head_ns + self.policy.max_queue_delay_ns
+        limit = limit or min(waiting, self.policy.max_batch_size)
         if self.limit.rows is not None:
             limit = min(limit, self.limit.rows)
         if cut is not None and self._is_plain and not self.soonest_ns and not self.policy.preferred_batch_sizes:

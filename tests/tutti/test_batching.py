@@ -97,6 +97,31 @@ def test_a_full_lane_does_not_wait_behind_one_that_may() -> None:
     assert decision.wake_ns == MS
 
 
+def test_no_call_waits_for_its_delay_before_one_that_cannot_join_it() -> None:
+    """Calls of other shapes, or with other inputs: each arrival sends those before it; only the last one waits."""
+    a1, b1, a2, b2 = call(key="a", at_ns=0), call(key="b", at_ns=1), call(key="a", at_ns=2), call(key="b", at_ns=3)
+    waiting = queue(BatchingPolicy(4, (4,), max_queue_delay_ns=MS), a1)
+    assert waiting.take(0).batch == []
+    for sent, arriving in ((a1, b1), (b1, a2), (a2, b2)):
+        waiting.push(arriving)
+        assert waiting.take(arriving.arrived_ns).batch == [sent]
+        assert waiting.take(arriving.arrived_ns).batch == []
+    assert waiting.take(3).wake_ns == b2.arrived_ns + MS
+    assert waiting.take(3 + MS).batch == [b2]
+
+
+def test_calls_of_one_key_wait_together_whatever_their_priority() -> None:
+    policy = BatchingPolicy(4, max_queue_delay_ns=MS, priority_levels=2, default_priority_level=2)
+    low, high = call(key="a", at_ns=0), call(key="a", at_ns=1)
+    high.request.parameters["priority"] = 1
+    waiting = queue(policy, low, high)
+    assert waiting.take(2).batch == []
+    other = call(key="b", at_ns=2)
+    waiting.push(other)
+    assert waiting.take(2).batch == [high, low]
+    assert waiting.take(2).batch == []
+
+
 def test_cancelled_calls_are_dropped_and_their_batch_mates_run() -> None:
     calls = [call() for _ in range(5)]
     calls[0].is_cancelled = calls[3].is_cancelled = True
@@ -114,16 +139,21 @@ def test_the_queue_is_bounded_in_rows_but_takes_any_call_when_empty() -> None:
 
 
 def oracle(waiting: list[Call], policy: BatchingPolicy | None, now_ns: int) -> list[Call]:
-    """The rule of batching.py, said slowly: over all keys by their oldest call, the first batch that need not wait."""
+    """The rule of batching.py, said slowly: over all keys by their oldest call, the first batch that need not wait.
+
+    Where all would wait, and not all of one key, the oldest does not.
+    """
     alive = [one for one in waiting if not one.is_cancelled]
     keys = sorted({one.key for one in alive}, key=lambda key: min(o.arrived_ns for o in alive if o.key == key))  # type: ignore[type-var,arg-type,return-value]
-    for key in keys:
+    for position, key in enumerate([*keys, *keys[:1]]):
         mine = [one for one in waiting if one.key == key]
         while mine[0].is_cancelled:
             mine.pop(0)
         if policy is None:
             return mine[:1]
         limit = policy.rows_to_take(sum(one.rows for one in mine), now_ns - mine[0].arrived_ns)
+        if position == len(keys) > 1:
+            limit = min(sum(one.rows for one in mine), policy.max_batch_size)
         if not limit:
             continue
         batch, rows = [mine[0]], mine[0].rows

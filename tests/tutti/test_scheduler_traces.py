@@ -177,8 +177,13 @@ class Run:
     def expected(self) -> list[list[Call]]:
         """The rule, said slowly: by the age of its oldest call, the first key whose batch need not wait.
 
-        Several where keys are of one age.
+        Where all would wait, and not all of one key, the first key. Several where keys are of one age.
         """
+        assert self.oracle is not None
+        keys = {call.key for call in self.oracle if not call.is_cancelled}
+        return self._first(may_wait=True) or (self._first(may_wait=False) if len(keys) > 1 else [])
+
+    def _first(self, may_wait: bool) -> list[list[Call]]:
         assert self.oracle is not None
         policy, alive = self.trace.policy, [call for call in self.oracle if not call.is_cancelled]
         keys = list(dict.fromkeys(call.key for call in sorted(alive, key=lambda call: call.arrived_ns)))
@@ -193,6 +198,8 @@ class Run:
                 found.append(mine[:1])
                 continue
             limit = policy.rows_to_take(sum(call.rows for call in mine), self.world.now - mine[0].arrived_ns)
+            if not may_wait:
+                limit = policy.max_batch_size
             batch: list[Call] = []
             for call in mine if limit else ():
                 if call.is_cancelled:
