@@ -6,7 +6,7 @@ One set per process: families are made by name, and a model that is loaded anew 
 import threading
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
@@ -52,11 +52,18 @@ class Value:
             self._number += value
 
     def value(self) -> float:
+        """Raises ValueError for a histogram, which has many."""
+        if self._kind == HISTOGRAM:
+            raise ValueError("a HISTOGRAM has no value of its own")
+        return self._number
+
+    def total(self) -> float:
+        """What was counted, set or observed, in sum."""
         return self._number
 
     def cumulated(self) -> list[tuple[str, float]]:
-        """(upper bound, observations up to it) of each bucket."""
-        bounds = [*(str(float(bound)) for bound in self._buckets), "+Inf"]
+        """(upper bound as Triton writes it, observations up to it) of each bucket."""
+        bounds = [*(f"{bound:.16g}" for bound in self._buckets), "+Inf"]
         return list(zip(bounds, accumulate(self._counts), strict=True))
 
 
@@ -69,12 +76,21 @@ class Family:
         self.kind = kind
         self.values: dict[tuple[tuple[str, str], ...], Value] = {}
 
-    def metric(self, labels: Mapping[str, str], buckets: Sequence[float]) -> Value:
-        """The metric of these labels, made at the first call."""
+    def metric(self, labels: Mapping[str, str], buckets: Sequence[float] | None) -> Value:
+        """The metric of these labels, made at the first call.
+
+        Raises ValueError for a histogram without ascending buckets, and for anything else with some.
+        """
+        if (buckets is None) == (self.kind == HISTOGRAM):
+            what = "Missing required buckets" if buckets is None else "Unexpected buckets found"
+            raise ValueError(f"Failed to create metric. {what}: '{self.name}' is a {_KINDS[self.kind]}")
+        bounds = tuple(buckets or ())
+        if any(upper <= lower for lower, upper in pairwise(bounds)):
+            raise ValueError(f"Failed to create metric. Buckets of '{self.name}' do not ascend: {list(bounds)}")
         with _lock:
             key = tuple(sorted(labels.items()))
             if key not in self.values:
-                self.values[key] = Value(self.kind, buckets)
+                self.values[key] = Value(self.kind, bounds)
             return self.values[key]
 
     def collect(self) -> Metric:
@@ -85,13 +101,13 @@ class Family:
         if self.kind == HISTOGRAM:
             histogram = HistogramMetricFamily(self.name, self.description, labels=names)
             for key, value in values.items():
-                histogram.add_metric(shown[key], value.cumulated(), value.value())
+                histogram.add_metric(shown[key], value.cumulated(), value.total())
             return histogram
         made = (CounterMetricFamily if self.kind == COUNTER else GaugeMetricFamily)(
             self.name, self.description, labels=names
         )
         for key, value in values.items():
-            made.add_metric(shown[key], value.value())
+            made.add_metric(shown[key], value.total())
         return made
 
 

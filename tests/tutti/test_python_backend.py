@@ -574,5 +574,65 @@ def test_a_models_own_metrics_are_on_the_metrics_page(repository: Repository) ->
     assert "# TYPE own_seen counter" in page
     assert 'own_ended_total{model="counts"} 2.0' in page
     assert 'own_last{model="counts"} 50.0' in page
-    assert 'own_sizes_bucket{le="10.0",model="counts"} 1.0' in page
+    assert 'own_sizes_bucket{le="10",model="counts"} 1.0' in page
     assert 'own_sizes_sum{model="counts"} 55.0' in page
+
+
+REFUSES = """
+def execute(self, requests):
+    ok = pb_utils.Tensor("y", np.zeros(1, np.int32))
+    family = lambda kind: pb_utils.MetricFamily(f"refused_{kind}", "For a test.", kind)
+    counter, gauge, histogram = (pb_utils.MetricFamily.COUNTER, pb_utils.MetricFamily.GAUGE,
+                                 pb_utils.MetricFamily.HISTOGRAM)
+    asked = lambda **more: pb_utils.InferenceRequest(
+        **{"model_name": "m", "inputs": [ok], "requested_output_names": ["y"], **more})
+    tries = {
+        "TypeError": [
+            lambda: pb_utils.Tensor(None, np.zeros(1)), lambda: pb_utils.Tensor("y", None),
+            lambda: pb_utils.Tensor("", None), lambda: pb_utils.InferenceResponse(output_tensors=None),
+            lambda: asked(inputs=None), lambda: asked(model_name=None), lambda: asked(requested_output_names=[None]),
+            lambda: asked(requested_output_names=None), lambda: asked(correlation_id=None), lambda: asked(flags=None),
+            lambda: asked(request_id=None), lambda: asked(model_version=None), lambda: pb_utils.Logger.log("m", None),
+            lambda: pb_utils.Logger.log("m", 1), lambda: pb_utils.Logger.log(None),
+            lambda: pb_utils.Logger.log_info(None), lambda: pb_utils.Logger.log_warn(7),
+            lambda: pb_utils.Logger.log_error(None), lambda: pb_utils.Logger.log_verbose(None),
+        ],
+        "TritonModelException": [
+            lambda: pb_utils.InferenceResponse([None]), lambda: pb_utils.InferenceResponse([ok, 7]),
+            lambda: asked(inputs=[None]), lambda: pb_utils.Tensor.from_dlpack("y", None),
+            lambda: pb_utils.Tensor.from_dlpack("", None),
+            lambda: pb_utils.InferenceResponse([ok], parameters={7: 1}),
+            lambda: pb_utils.InferenceResponse([ok], parameters={"a": None}), lambda: asked(parameters={"a": [1]}),
+            lambda: family(counter).Metric().increment(-1), lambda: family(counter).Metric().set(1),
+            lambda: family(gauge).Metric().observe(1), lambda: family(gauge).Metric(buckets=[1]),
+            lambda: family(histogram).Metric(), lambda: family(histogram).Metric(buckets=[1, 1]),
+            lambda: family(histogram).Metric(buckets=[2, 1]), lambda: family(histogram).Metric(buckets=[]).value(),
+            lambda: family(histogram).Metric(buckets=[]).increment(1),
+            lambda: pb_utils.MetricFamily("refused_0", "Of another kind.", gauge),
+        ],
+        "none": [
+            lambda: pb_utils.InferenceResponse([]), lambda: asked(inputs=[], requested_output_names=[]),
+            lambda: pb_utils.Logger.log("m"), lambda: pb_utils.Logger.log(b"m", pb_utils.Logger.VERBOSE),
+            lambda: pb_utils.InferenceResponse([ok], parameters={"a": 1, "b": True, "c": "d", "e": 0.5}),
+        ],
+    }
+    wrong = []
+    for expected, each in tries.items():
+        for at, one in enumerate(each):
+            try:
+                one()
+                came = "none"
+            except Exception as error:
+                came = type(error).__name__
+            if came != expected:
+                wrong.append(f"{expected} {at}: {came}")
+    return [pb_utils.InferenceResponse([ok], parameters={"wrong": "; ".join(wrong)}) for _ in requests]
+"""
+
+
+def test_arguments_are_refused_as_triton_refuses_them(repository: Repository) -> None:
+    add(repository, "m", REFUSES)
+    with engine_over(repository.root) as engine:
+        (answer,) = infer(engine, [request("m", 1)])
+    assert isinstance(answer, InferResponse)
+    assert answer.parameters == {"wrong": ""}

@@ -353,12 +353,13 @@ class _Family(custom_metrics.Family):
         super().__init__(name, description, kind)
         self._server = server
 
-    def metric(self, labels: Mapping[str, str], buckets: Sequence[float]) -> custom_metrics.Value:
-        which = (self.name, self.description, self.kind, dict(labels), tuple(buckets))
-        self._server.ask("value", *which)  # it is on the page from now on
+    def metric(self, labels: Mapping[str, str], buckets: Sequence[float] | None) -> custom_metrics.Value:
+        bounds = None if buckets is None else tuple(buckets)
+        which = (self.name, self.description, self.kind, dict(labels), bounds)
+        self._server.ask("metric", *which)  # it is on the page from now on
         return _Value(
             self.kind,
-            buckets,
+            bounds or (),
             lambda *change: self._server.tell("metric", *which, *change),
             lambda: self._server.ask("value", *which),
         )

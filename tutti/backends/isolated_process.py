@@ -360,7 +360,8 @@ class ModelProcess:
         if what == "family":
             custom_metrics.family(*details)
             return None
-        return _metric(*details).value()
+        metric = _metric(*details)
+        return metric.value() if what == "value" else None
 
     def _on_metric(self, *message: Any) -> None:
         *which, change, value = message

@@ -5,6 +5,7 @@ Names, arguments and results are those of Triton's module, so such a file runs u
 
 import asyncio
 import contextlib
+import enum
 import json
 import logging
 import queue
@@ -127,6 +128,8 @@ class Tensor:
     __slots__ = ("_data", "_datatype", "_name")
 
     def __init__(self, name: str, array: Array) -> None:
+        if array is None:
+            raise TypeError(f"tensor '{name}': expected an array, got None")
         self._name = _tensor_name(name)
         self._data: Array | OnDevice = array if type(array) is np.ndarray else np.asarray(array)
         self._datatype = ""
@@ -236,8 +239,33 @@ def _text(name: Any) -> str:
     if isinstance(name, bytes):
         return name.decode()
     if not isinstance(name, str):
-        raise TypeError(f"expected a name as text, got a {type(name).__name__}")
+        raise TypeError(f"expected text, got a {type(name).__name__}")
     return name
+
+
+def _tensors(given: Iterable[Tensor]) -> list[Tensor]:
+    """A model's tensors. Raises TypeError where it gives no list, TritonModelException for what is no tensor."""
+    tensors = list(given)
+    for one in tensors:
+        if not isinstance(one, Tensor):
+            raise TritonModelException(f"expected tensors, got a {type(one).__name__} among them")
+    return tensors
+
+
+def _parameters(given: str | Mapping[Any, Any]) -> dict[str, Any]:
+    """Parameters that a model gives. Raises TritonModelException where they are of a type that is none of Triton's.
+
+    But for floats: Triton's protocols have them, and its python backend has not.
+    """
+    made = json.loads(given) if isinstance(given, str) else dict(given)
+    for key, value in made.items():
+        if not isinstance(key, str):
+            raise TritonModelException(f"Expect parameters keys to have type str, found type {type(key)}")
+        if not isinstance(value, bool | int | str | float):
+            raise TritonModelException(
+                f"Expect parameters values to have type bool/int/str, found type {type(value)} ('{key}')"
+            )
+    return made
 
 
 def _tensor_name(name: Any) -> str:
@@ -307,11 +335,11 @@ class InferenceResponse:
         error: TritonError | str | None = None,
         parameters: str | Mapping[str, Any] | None = None,
     ) -> None:
-        self._outputs = list(output_tensors)
+        self._outputs = _tensors(output_tensors)
         self._error = TritonError(error) if isinstance(error, str) else error
         self._parameters: dict[str, Any] = {}
         if parameters:
-            self._parameters = json.loads(parameters) if isinstance(parameters, str) else dict(parameters)
+            self._parameters = _parameters(parameters)
 
     def output_tensors(self) -> list[Tensor]:
         return self._outputs
@@ -443,7 +471,9 @@ class InferenceRequest:
         trace: InferenceTrace | None = None,
         parameters: str | Mapping[str, Any] | None = None,
     ) -> None:
-        given = json.loads(parameters or "{}") if isinstance(parameters, str) else dict(parameters or {})
+        given = _parameters(parameters) if parameters else {}
+        if correlation_id is None or flags is None:
+            raise TypeError(f"{'flags' if flags is None else 'correlation_id'}: expected a number, got None")
         if correlation_id:
             given["sequence_id"] = correlation_id
             given["sequence_start"] = bool(flags & TRITONSERVER_REQUEST_FLAG_SEQUENCE_START)
@@ -452,7 +482,7 @@ class InferenceRequest:
             given["timeout"] = timeout
         version = str(model_version) if model_version > 0 else ""
         names = tuple(map(_text, requested_output_names))
-        tensors = {tensor.name(): tensor._sent() for tensor in inputs}
+        tensors = {tensor.name(): tensor._sent() for tensor in _tensors(inputs)}
         self._request = InferRequest(_text(model_name), tensors, version, _text(request_id), names, given)
         if preferred_memory is None or preferred_memory.preferred_memory_type == TRITONSERVER_MEMORY_GPU:
             self._request.device_outputs = frozenset(names)
@@ -718,16 +748,16 @@ class Metric:
         self._value = value
 
     def increment(self, value: float) -> None:
-        self._value.increment(value)
+        _counted(self._value.increment, value)
 
     def set(self, value: float) -> None:
-        self._value.set(value)
+        _counted(self._value.set, value)
 
     def observe(self, value: float) -> None:
-        self._value.observe(value)
+        _counted(self._value.observe, value)
 
     def value(self) -> float:
-        return self._value.value()
+        return float(_counted(self._value.value))
 
 
 class MetricFamily:
@@ -736,37 +766,58 @@ class MetricFamily:
     COUNTER, GAUGE, HISTOGRAM = custom_metrics.COUNTER, custom_metrics.GAUGE, custom_metrics.HISTOGRAM
 
     def __init__(self, name: str, description: str, kind: int) -> None:
-        self._family = custom_metrics.family(name, description, kind)
+        self._family: custom_metrics.Family = _counted(custom_metrics.family, name, description, kind)
 
-    def Metric(self, labels: Mapping[str, str] | None = None, buckets: Sequence[float] = ()) -> Metric:  # noqa: N802
-        return Metric(self._family.metric(labels or {}, buckets))
+    def Metric(  # noqa: N802
+        self, labels: Mapping[str, str] | None = None, buckets: Sequence[float] | None = None
+    ) -> Metric:
+        """`buckets`, upper bounds, are a histogram's. Raises TritonModelException."""
+        return Metric(_counted(self._family.metric, labels or {}, buckets))
+
+
+def _counted(do: Callable[..., Any], *values: Any) -> Any:
+    """What metrics are asked for; what they have against it is Triton's exception."""
+    try:
+        return do(*values)
+    except ValueError as error:
+        raise TritonModelException(str(error)) from None
 
 
 class Logger:
-    """Triton's model logger, on Python's logging."""
+    """Triton's model logger, on Python's logging. Raises TypeError for a message that is no text, or another level."""
 
-    VERBOSE, INFO, WARNING, ERROR = range(4)
+    class LogLevel(enum.Enum):
+        """What a model's log line is."""
+
+        VERBOSE = logging.DEBUG
+        INFO = logging.INFO
+        WARNING = logging.WARNING
+        ERROR = logging.ERROR
+
+    VERBOSE, INFO, WARNING, ERROR = LogLevel
     _log = logging.getLogger("tutti.backends.python.model")
 
     @classmethod
-    def log(cls, message: str, level: int = 1) -> None:
-        cls._log.log({0: logging.DEBUG, 1: logging.INFO, 2: logging.WARNING, 3: logging.ERROR}[level], "%s", message)
+    def log(cls, message: str, level: LogLevel = LogLevel.INFO) -> None:
+        if not isinstance(level, cls.LogLevel):
+            raise TypeError(f"log: expected a level, as pb_utils.Logger.INFO, got {level!r}")
+        cls._log.log(level.value, "%s", _text(message))
 
     @classmethod
     def log_info(cls, message: str) -> None:
-        cls._log.info("%s", message)
+        cls.log(message, cls.INFO)
 
     @classmethod
     def log_warn(cls, message: str) -> None:
-        cls._log.warning("%s", message)
+        cls.log(message, cls.WARNING)
 
     @classmethod
     def log_error(cls, message: str) -> None:
-        cls._log.error("%s", message)
+        cls.log(message, cls.ERROR)
 
     @classmethod
     def log_verbose(cls, message: str) -> None:
-        cls._log.debug("%s", message)
+        cls.log(message, cls.VERBOSE)
 
 
 def get_input_tensor_by_name(request: InferenceRequest, name: str) -> Tensor | None:
