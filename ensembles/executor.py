@@ -14,7 +14,7 @@ from ensembles.axes import changed_inputs, changed_outputs
 from ensembles.explain import Explanation, StepTimes
 from ensembles.frame import Frame, Group, stretch
 from ensembles.graph import Plan, Step
-from ensembles.solo import SoloExecutor, in_turn, output_fault, wanted_outputs
+from ensembles.solo import SoloExecutor, in_ensemble, in_turn, output_fault, wanted_outputs
 from tutti import rows
 from tutti.cost import Costs
 from tutti.dtypes import Array
@@ -411,7 +411,7 @@ class EnsembleExecutor:
     def _end(self, frame: Frame, index: int, step: Step, error: InferError, ended: list[Call]) -> None:
         if not frame.is_over[index]:
             if not step.is_segment:  # which has said so itself
-                error = type(error)(f"in ensemble '{self._plan.name}', step '{step.model_name}': {error.message}")
+                error = in_ensemble(self._plan.name, step, error)
             frame.end(index, error)
             ended.append(frame.calls[index])
 

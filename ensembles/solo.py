@@ -58,6 +58,13 @@ def wanted_outputs(step: Step, answer: InferResponse) -> Sequence[Tensor | None]
     return [by_name.get(name) for name in step.wanted]
 
 
+def in_ensemble(name: str, step: Step, error: InferError) -> InferError:
+    """A step's error, told as its ensemble's. What begins as Triton's own sentence, with the model in it, stays so."""
+    is_told = error.message.startswith("inference request ") and f"'{step.model_name}'" in error.message
+    where = "" if is_told else f"step '{step.model_name}': "
+    return type(error)(f"in ensemble '{name}', {where}{error.message}")
+
+
 class _Program:
     """What of a plan the outputs that are asked for need."""
 
@@ -231,7 +238,7 @@ class SoloExecutor:
 
     def _fail(self, solo: _Solo, step: Step, error: InferError) -> None:
         if not step.is_segment:  # which has said so itself
-            error = type(error)(f"in ensemble '{self._plan.name}', step '{step.model_name}': {error.message}")
+            error = in_ensemble(self._plan.name, step, error)
         solo.call.answer = error
         solo.is_over = True
         solo.tensors.clear()

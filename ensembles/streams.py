@@ -13,6 +13,7 @@ from typing import Any
 from ensembles.axes import changed_inputs, changed_outputs
 from ensembles.executor import EnsembleExecutor, record
 from ensembles.graph import Plan, Step
+from ensembles.solo import in_ensemble
 from tutti.errors import Cancelled, InferError, Internal
 from tutti.statistics import ModelStatistics
 from tutti.types import Answer, Call, Infer, InferRequest, InferResponse, Parameters, Sink, Tensor, now_ns
@@ -278,7 +279,7 @@ class _Run(Sink):
         outer.sink.settle([outer])
 
     def _told(self, step: Step, error: InferError) -> InferError:
-        return type(error)(f"in ensemble '{self._plan.name}', step '{step.model_name}': {error.message}")
+        return in_ensemble(self._plan.name, step, error)
 
 
 def _rows(tensors: Iterable[Tensor]) -> int:

@@ -103,6 +103,25 @@ def test_a_step_whose_model_is_gone_fails_the_request(chain: Repository) -> None
         assert "step 'check'" in answer.message
 
 
+def test_a_sentence_of_tritons_own_begins_as_in_triton(repository: Repository) -> None:
+    """Alone, in a batch of calls, and through a nested ensemble: the model is named in it."""
+    repository.add_python("check", FOUR.replace("dynamic_batching {}", "sequence_batching {}"), REFUSE_NEGATIVE)
+    repository.add_onnx()
+    repository.add("chain", CHAIN, {".keep": ""})
+    text = CHAIN.replace('"check"', '"chain"').replace('key: "x" value: "MIDDLE"', 'key: "X" value: "MIDDLE"')
+    repository.add("nested", text.replace('key: "y" value: "Y"', 'key: "Y" value: "Y"'), {".keep": ""})
+    says = "inference request to model 'check' must specify a non-zero or non-empty correlation ID"
+    with engine_over(repository.root) as engine:
+        nested = ask(1.0)
+        nested.model_name = "nested"
+        answers = infer(engine, [ask(1.0)]) + infer(engine, [ask(2.0), ask(3.0)]) + infer(engine, [nested])
+    told = [answer.message for answer in answers if isinstance(answer, InvalidArgument)]
+    assert [message.partition(says)[0] for message in told] == [
+        *["in ensemble 'chain', "] * 3,
+        "in ensemble 'nested', step 'chain': in ensemble 'chain', ",
+    ]
+
+
 def test_a_nested_ensemble(chain: Repository) -> None:
     text = CHAIN.replace('"check"', '"chain"').replace('key: "x" value: "MIDDLE"', 'key: "X" value: "MIDDLE"')
     chain.add("nested", text.replace('key: "y" value: "Y"', 'key: "Y" value: "Y"'), {".keep": ""})
