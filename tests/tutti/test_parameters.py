@@ -86,3 +86,12 @@ def test_a_folder_that_cannot_be_a_model_is_named(repository: Repository) -> Non
 def test_what_leaves_the_repository_or_a_line_is_no_name(name: str) -> None:
     with pytest.raises(ConfigError, match="not a valid model name"):
         check_name(name)
+
+
+def test_a_parameter_of_nvidias_quick_start_is_told_and_loaded(
+    repository: Repository, caplog: pytest.LogCaptureFixture
+) -> None:
+    repository.add_onnx("m", extra=parameter("execute_delay_ms", "3"))
+    with engine_over(repository.root) as engine:
+        assert not engine.failures()
+    assert "model 'm': parameters.execute_delay_ms: no backend of Triton's or of ours reads it" in caplog.messages

@@ -3,8 +3,12 @@
 Python models read their own, so theirs may be any; an ensemble's are the ensembles package's.
 """
 
+import logging
+
 from tutti.config import ModelConfig
 from tutti.errors import ConfigError
+
+_log = logging.getLogger(__name__)
 
 # Of every backend that joins a batch. Those that end in "." are followed by the name of a tensor, or of an option.
 _COMMON = (
@@ -21,6 +25,9 @@ _OWN = {
     "pytorch": ("INTRA_OP_THREAD_COUNT", "INTER_OP_THREAD_COUNT", "INFERENCE_MODE"),
     "tensorrt": (),
 }  # fmt: skip
+# Of Triton's test backends. A model of NVIDIA's quick start, simple_dyna_sequence, has it for a backend that does not
+# read it: it changes nothing there, and is to load here.
+_OF_NO_BACKEND = ("execute_delay_ms",)
 _YES, _NO = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 
 
@@ -31,7 +38,9 @@ def check(config: ModelConfig) -> None:
         return
     known = (*own, *_COMMON)
     for key in config.parameters:
-        if not any(key == one or (one.endswith(".") and key.startswith(one) and key != one) for one in known):
+        if key in _OF_NO_BACKEND:
+            _log.warning("model '%s': parameters.%s: no backend of Triton's or of ours reads it", config.name, key)
+        elif not any(key == one or (one.endswith(".") and key.startswith(one) and key != one) for one in known):
             what = f"the {config.backend} backend does not read it; it reads {', '.join(own) or 'none of its own'}"
             raise ConfigError(f"model '{config.name}': parameters.{key}: {what}, and tutti's")
 
