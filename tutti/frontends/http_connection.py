@@ -618,7 +618,9 @@ class Connection(asyncio.Protocol):
             self._refuse(431, f"headers are larger than {MAX_HEADER_BYTES} bytes")
 
     def _too_large(self, size: int) -> str:
-        return f"the request body has {size} bytes or more, at most {self._front.limits.max_input_size} are accepted"
+        """As Triton says it; the size is what has come, or was announced."""
+        most = self._front.limits.max_input_size
+        return f"request body of {size} or more bytes exceeds the maximum allowed input size of {most} bytes"
 
     def _refuse(self, status: int, message: str) -> None:
         """Answer after what is pending, then close: what follows on this connection cannot be trusted."""
