@@ -33,7 +33,9 @@ def test_no_more_is_kept_for_later_than_the_bound() -> None:
     for block in blocks:
         arena.give(block)
     assert arena.free_bytes() == 2 * SIZE == arena.bytes == device.host_bytes
+    assert arena.used_bytes == 0
     assert arena.take(SIZE) in blocks
+    assert arena.used_bytes == SIZE
     arena.close()
     assert arena.bytes == SIZE  # which is still taken
 

@@ -45,7 +45,7 @@ def values(engine: Engine) -> dict[str, float]:
         " ".join((sample.name, *sample.labels.values())): sample.value
         for family in text_string_to_metric_families(page)
         for sample in family.samples
-        if "device" in sample.labels
+        if "device" in sample.labels or "pinned_memory_pool" in sample.name
     }
 
 
@@ -67,6 +67,8 @@ def test_what_a_device_has_done(repository: Repository, caplog: pytest.LogCaptur
             page["tutti_device_model_seconds_total cuda:0 m"]
         )
         assert page["tutti_device_pinned_bytes cuda:0"] == engines.engine_of("cuda:0").arena.bytes > 0
+        assert page["nv_pinned_memory_pool_total_bytes"] == page["tutti_device_pinned_bytes cuda:0"]
+        assert 0 < page["nv_pinned_memory_pool_used_bytes"] <= page["nv_pinned_memory_pool_total_bytes"]
         assert page["tutti_device_failed cuda:0"] == 0
         for name in ("m", "other"):
             assert page[f"tutti_model_device_memory_bytes cuda:0 {name} 1"] == TABLE_BYTES, "both instances share it"

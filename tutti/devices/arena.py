@@ -70,6 +70,11 @@ class Arena:
         self._collect()
         return self._free_bytes
 
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of blocks that somebody uses, or used until lately. From any thread, without waiting for one."""
+        return max(0, self.bytes - self._free_bytes)
+
     def close(self) -> None:
         """Free all that nobody uses."""
         self._collect()

@@ -38,6 +38,18 @@ def collect() -> Iterator[Metric]:
         state.add_metric([device], float(device in failed))
     yield state
     yield _memory(in_use)
+    # Triton has one pool for all devices, and so has its page.
+    arenas = [engine.arena for engine in in_use]
+    yield GaugeMetricFamily(
+        "nv_pinned_memory_pool_total_bytes",
+        "Pinned memory pool total memory size, in bytes",
+        sum(arena.bytes for arena in arenas),
+    )
+    yield GaugeMetricFamily(
+        "nv_pinned_memory_pool_used_bytes",
+        "Pinned memory pool used memory size, in bytes",
+        sum(arena.used_bytes for arena in arenas),
+    )
 
 
 def _memory(in_use: list[DeviceEngine]) -> Metric:
