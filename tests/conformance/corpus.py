@@ -612,6 +612,8 @@ def _http_mistakes() -> Iterator[Case]:
     yield one("output without name", infer("add_one", OK, outputs=[{}]))
     yield one("id a number", infer("add_one", OK, id=5))
     yield one("parameters an array", infer("add_one", OK, parameters=[]))
+    for reserved in ("triton_enable_empty_final_response", "triton_x"):
+        yield one(f"parameter {reserved}", infer("add_one", OK, parameters={reserved: True}))
     yield one("classes negative", infer("add_one", OK, outputs=classes_of("y", -1)))
     yield one("classes a text", infer("add_one", OK, outputs=[{"name": "y", "parameters": {"classification": "2"}}]))
     yield one("unknown model", infer("none", OK))

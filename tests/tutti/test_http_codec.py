@@ -132,6 +132,14 @@ def test_bodies_that_are_no_request(payload: bytes) -> None:
         http_codec.decode("m", "", payload, None)
 
 
+@pytest.mark.parametrize("name", ["triton_enable_empty_final_response", "triton_x", "triton_"])
+def test_names_of_tritons_own_are_no_parameters(name: str) -> None:
+    """Of a stream one of them is: over HTTP there is none."""
+    payload, length = body({**x(data=[1, 2]), "parameters": {name: True}})
+    with pytest.raises(InvalidArgument, match=f"model 'm': parameter keys starting with 'triton_'.*got '{name}'"):
+        http_codec.decode("m", "", payload, length)
+
+
 def test_a_header_longer_than_the_body_is_refused() -> None:
     with pytest.raises(InvalidArgument, match="Inference-Header-Content-Length"):
         http_codec.decode("m", "", b"{}", 3)

@@ -180,7 +180,7 @@ def _decode(
         )
     parameters = _object(name, header, "parameters")
     outputs, classes, shared, reply = _outputs(name, header, parameters, regions)
-    check_parameters(name, parameters, text)
+    check_parameters(name, parameters, text, allows_end=False)
     request_id = header.get("id", "")
     if not isinstance(request_id, str):
         raise _bad(name, "'id': expected a string")
@@ -388,19 +388,22 @@ def _list(model: str, parent: Mapping[str, Any], key: str) -> list[dict[str, Any
     return value
 
 
-def check_parameters(model: str, parameters: Mapping[str, Any], text: Raw = b"") -> None:
+_WANTS_END = "triton_enable_empty_final_response"
+
+
+def check_parameters(model: str, parameters: Mapping[str, Any], text: Raw = b"", allows_end: bool = True) -> None:
     """A request's parameters are numbers, text or booleans, under names that are not the server's own.
 
-    `text` is the JSON that they come from, which tells a whole number of more than 64 bits from a large float. Raises
-    InvalidArgument.
+    `text` is the JSON that they come from, which tells a whole number of more than 64 bits from a large float. With
+    `allows_end` one of Triton's own names may be there, which asks a stream to tell its end. Raises InvalidArgument.
     """
     for key, value in parameters.items():
-        if key.startswith("triton_") and key != "triton_enable_empty_final_response":
+        if key.startswith("triton_") and not (allows_end and key == _WANTS_END):
+            only = f"Only the following keys starting with 'triton_' are allowed: {_WANTS_END}; " if allows_end else ""
             raise _bad(
                 model,
                 "parameter keys starting with 'triton_' are reserved for Triton usage and should not be specified. "
-                "Only the following keys starting with 'triton_' are allowed: triton_enable_empty_final_response; "
-                f"got '{key}'",
+                f"{only}got '{key}'",
             )
         if not isinstance(value, bool | int | float | str):
             raise _bad(
