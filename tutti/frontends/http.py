@@ -11,7 +11,6 @@ import ssl
 import threading
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote_to_bytes
@@ -193,22 +192,22 @@ class HttpFront:
     def _take_long(self, exchange: Exchange) -> None:
         """In the decoder's thread: a request that would hold up the loop."""
         assert self._api is not None
-        answer: Callable[[], None]
+        later = self._loop.call_soon_threadsafe
+        # No name may keep the errors: they lead to this frame, and such a cycle would keep the body.
         try:
             self._api.submit([self._call(exchange, may_take_long=True)])
-            return
         except InferError as error:
-            answer = partial(self._refuse, exchange, error)
+            later(self._refuse, exchange, error)
         except Elsewhere:
-            answer = partial(self._start_app, exchange)
+            later(self._start_app, exchange)
         except Exception as error:
             _log.exception("an infer request could not be decoded")
-            answer = partial(exchange.connection.respond, exchange, 500, f"internal error: {type(error).__name__}")
-        self._loop.call_soon_threadsafe(answer)
+            later(exchange.connection.respond, exchange, 500, f"internal error: {type(error).__name__}")
 
     def _refuse(self, exchange: Exchange, error: InferError) -> None:
         """Answer a request that did not decode."""
         assert self._api is not None
+        exchange.body = b""  # inflated it may be large, and its client may not read the answer
         route = self._route(exchange.url)
         blamed = self._api.blamed(*route, error) if route is not None else error
         exchange.connection.respond(exchange, status_of(blamed), blamed.message)
@@ -285,7 +284,8 @@ class HttpFront:
             if is_received:  # an app that asks again waits for the client to go: it is cancelled then
                 await asyncio.Event().wait()
             is_received = True
-            return {"type": "http.request", "body": bytes(exchange.body), "more_body": False}
+            body, exchange.body = exchange.body, b""  # what is copied here is not held twice
+            return {"type": "http.request", "body": bytes(body), "more_body": False}
 
         try:
             await self._app(_scope(exchange), receive, reply.send)
