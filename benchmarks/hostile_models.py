@@ -192,7 +192,7 @@ class _Server:
         return self.post(f"models/{name}/infer", {"inputs": [tensor]})
 
 
-def run(count: int, seed: int, folder: Path, threads: int = 4, pause_s: float = 0.0) -> Outcome:
+def run(count: int, seed: int, folder: Path, threads: int = 4, pause_s: float = 0.0, progress: bool = False) -> Outcome:
     """Load, ask twice and unload so many models, several at a time, while the good one is asked again and again."""
     rng = random.Random(seed)
     models = iter([hostile(rng, f"bad_{number}") for number in range(count)])
@@ -216,6 +216,8 @@ def run(count: int, seed: int, folder: Path, threads: int = 4, pause_s: float = 
             with lock:
                 outcome.bad[said] += 1
                 outcome.wrong += wrong
+                if progress and (wrong or outcome.bad.total() % 50 == 0):
+                    print(f"{outcome.bad.total()} of {count}: {outcome.good} good answers {wrong or ''}", flush=True)
 
     good = threading.Thread(target=ask_good)
     bad = [threading.Thread(target=try_bad) for _ in range(threads)]
@@ -282,7 +284,7 @@ def main() -> int:
     options = parser.parse_args()
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        outcome = run(options.count, options.seed, Path(folder), options.threads)
+        outcome = run(options.count, options.seed, Path(folder), options.threads, progress=True)
         print("\n".join(report(outcome)))
         print(f"{time.monotonic() - began:.0f} s")
     return 1 if outcome.wrong or not outcome.is_alive else 0
