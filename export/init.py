@@ -19,8 +19,8 @@ from export import initial, served
 from export.errors import ExportError
 from export.initial import Draft
 from export.served import Staged
-from tutti import files, hints, overview
-from tutti.errors import TuttiError
+from tutti import hints, overview
+from tutti.errors import TuttiError, reason
 
 # A model that is asked with zeros of these sizes where its dims are free; the first that works proves it.
 _FREE_SIZES = (1, 8, 32, 224)
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"tutti init: '{error.name}' is not installed: {advice}", file=sys.stderr)
     except OSError as error:
         where = f"'{error.filename}': " if error.filename else ""
-        print(f"tutti init: {where}{files.shown(error)}", file=sys.stderr)
+        print(f"tutti init: {where}{reason(error)}", file=sys.stderr)
     except Exception as error:  # what libraries raise on models that nobody here has seen
         what = f"'{options.source}' is not covered, or something is wrong with it"
         print(f"tutti init: {what}: {type(error).__name__}: {initial.first_line(error)}", file=sys.stderr)

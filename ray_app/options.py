@@ -41,7 +41,7 @@ class Options(BaseModel):
     server_name: str = SERVER_NAME
     http_max_input_size: int = 64 * 1024 * 1024
     grpc_max_message_size: int = 2**31 - 1
-    max_inflight_bytes: int = 384 * 1024 * 1024
+    max_inflight_bytes: int = 256 * 1024 * 1024
     model_control_mode: Literal["none", "poll", "explicit"] = "none"
     load_model: list[str] | None = None
     repository_poll_secs: float = 15.0

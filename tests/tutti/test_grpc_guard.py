@@ -1,22 +1,29 @@
-"""Messages that grow beyond what the server may hold: which connection is broken with, and that it is."""
+"""Messages that grow beyond what the server may hold, and answers that nobody reads: whom the guard breaks with."""
 
+import contextlib
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
 
 import grpc
 import numpy as np
 import pytest
+from hpack import Encoder
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 
 from tests.models import Repository
-from tests.serving import engine_over
+from tests.serving import engine_over, wait_until
 from tutti.frontends import grpc_guard
 from tutti.frontends.api import Api
 from tutti.frontends.grpc import GrpcFront
-from tutti.frontends.grpc_guard import Watch, peer_name, received
+from tutti.frontends.grpc_guard import Watch, peer_name, received, taken
+from tutti.frontends.grpc_unread import Unread
+from tutti.frontends.holding import Holding
 from tutti.frontends.limits import Limits
+from tutti.types import Call, InferResponse, Tensor
 
 MIB = 2**20
 # Of a machine that is busy with much else.
@@ -65,7 +72,7 @@ def address(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> Iterator
 
 def test_looking_at_connections_leaves_no_files_open(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grpc_guard, "GROWTH_BYTES", 0)
-    guard = grpc_guard.Guard(MIB, lambda: 0)
+    guard = grpc_guard.Guard(MIB, Holding(MIB), lambda: 0)
     before = os.listdir("/proc/self/fd")
     guard._look(1.0)
     assert os.listdir("/proc/self/fd") == before
@@ -78,7 +85,7 @@ def test_sockets_of_others_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> 
     ours, theirs = socket.socketpair()
     listener = socket.create_server(("127.0.0.1", 0))
     before = socket.getdefaulttimeout()
-    guard = grpc_guard.Guard(MIB, lambda: 0)
+    guard = grpc_guard.Guard(MIB, Holding(MIB), lambda: 0)
     guard._port = listener.getsockname()[1]
     with ours, theirs, listener:
         try:
@@ -110,3 +117,146 @@ def test_a_message_is_broken_off_while_it_comes(address: str) -> None:
         assert caught.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
     with grpc.insecure_channel(address) as channel:
         assert service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(request(4), timeout=LIMIT_S).model_name
+
+
+def test_what_is_owed_is_paid_as_the_system_takes_it() -> None:
+    unread = Unread()
+    unread.gives("a", 100, 5000, 0.0)
+    unread.gives("a", 50, 5000, 0.0)
+    assert unread.saw("a", 5120, 1.0) == 120
+    assert unread.left == 30
+    assert unread.saw("a", 5200, 2.0) == 30, "headers are beside answers"
+    assert not unread
+    unread.gives("b", 10, 0, 0.0)
+    assert unread.saw("b", None, 1.0) == 10, "it has gone"
+    assert unread.saw("b", 10, 1.0) == 0
+
+
+def test_a_trickle_is_a_stall() -> None:
+    unread = Unread()
+    unread.gives("slow", 10 * MIB, 0, 0.0)
+    unread.gives("quick", 10 * MIB, 0, 0.0)
+    for second in range(1, 20):
+        unread.saw("slow", second * 100, float(second))
+        unread.saw("quick", second * 100_000, float(second))
+    assert unread.stalled(20.0, 5.0) == ["slow"]
+    assert unread.waits("slow", 20.0) == 10 * MIB - 1900
+    assert not unread.stalled(21.0, 5.0)
+
+
+def test_answers_of_cancelled_calls_are_owed_no_more() -> None:
+    unread = Unread()
+    for at, peer in enumerate(("a", "b", "")):
+        unread.gives(peer, 10, 0, float(at))
+    assert unread.forgive(30) == 0
+    assert unread.forgive(15) == 15
+    assert unread.peers == ["b"] and unread.left == 15
+    assert unread.forgive(0) == 15
+    assert not unread
+
+
+def test_a_connection_says_what_is_taken() -> None:
+    listener = socket.create_server(("127.0.0.1", 0))
+    with listener, socket.create_connection(listener.getsockname()) as client:
+        ours, _ = listener.accept()
+        with ours:
+            before = taken(ours)
+            ours.sendall(bytes(5000))
+            assert taken(ours) - before == 5000
+            client.recv(5000, socket.MSG_WAITALL)
+            wait_until(lambda: taken(ours) - before == 5000)
+
+
+class _Large:
+    """An engine whose answers have a mebibyte."""
+
+    def __call__(self, calls: Sequence[Call]) -> None:
+        for call in calls:
+            call.finish(InferResponse("large", "1", [Tensor("y", "UINT8", (MIB,), bytes(MIB))]))
+
+
+@dataclass
+class Bounded:
+    """A front that holds four of those answers."""
+
+    api: Api
+    front: GrpcFront
+    port: int
+
+    def asks(self, timeout: bytes = b"") -> socket.socket:
+        """A client that asks for an answer and does not read it."""
+        fields = [(":method", "POST"), (":scheme", "http"), (":path", "/inference.GRPCInferenceService/ModelInfer")]
+        fields += [(":authority", "t"), ("content-type", "application/grpc"), ("te", "trailers")]
+        fields += [("grpc-timeout", timeout.decode())] if timeout else []
+        message = request(1).SerializeToString()
+        data = b"\0" + len(message).to_bytes(4, "big") + message
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=20)
+        connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _frame(4, 0, 0, b""))
+        connection.sendall(_frame(1, 4, 1, Encoder().encode(fields)) + _frame(0, 1, 1, data))
+        return connection
+
+    def infer(self, timeout: float | None = None) -> int:
+        """Ask and read: the length of what comes."""
+        with grpc.insecure_channel(f"127.0.0.1:{self.port}") as channel:
+            stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+            return len(stub.ModelInfer(request(1), timeout=timeout).raw_output_contents[0])
+
+    def is_answered(self) -> bool:
+        with contextlib.suppress(grpc.RpcError):
+            return self.infer() == MIB
+        return False
+
+
+def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+    return len(payload).to_bytes(3, "big") + bytes((kind, flags)) + stream.to_bytes(4, "big") + payload
+
+
+@pytest.fixture
+def bounded() -> Iterator[Bounded]:
+    api = Api(cast(Any, _Large()), Limits(max_inflight_bytes=5 * MIB))
+    front = GrpcFront(api, "127.0.0.1", 0)
+    yield Bounded(api, front, front.start())
+    front.stop()
+
+
+def test_answers_that_are_read_are_held_no_more(bounded: Bounded) -> None:
+    for timeout in (None, 20.0):
+        for _ in range(12):
+            assert bounded.infer(timeout) == MIB
+    wait_until(lambda: bounded.api.holding.held == 0)
+
+
+def test_answers_that_nobody_reads_are_bounded(bounded: Bounded, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grpc_guard, "STALLED_S", 1000.0)
+    with contextlib.ExitStack() as open_ones:
+        for number in range(4):
+            open_ones.enter_context(bounded.asks())
+            wait_until(lambda n=number: bounded.api.holding.held >= (n + 1) * (MIB - 2**18))
+        while bounded.is_answered():  # the window of each lets some of its answer go
+            open_ones.enter_context(bounded.asks())
+        with pytest.raises(grpc.RpcError, match="the server holds"):
+            bounded.infer()
+        assert bounded.api.holding.held <= 5 * MIB
+        monkeypatch.setattr(grpc_guard, "STALLED_S", -1.0)
+        wait_until(bounded.is_answered)
+    wait_until(lambda: bounded.api.holding.held == 0)
+
+
+def test_clients_that_do_not_read_lose_their_connection(bounded: Bounded, monkeypatch: pytest.MonkeyPatch) -> None:
+    with bounded.asks() as client:
+        wait_until(lambda: bounded.api.holding.held > 0)
+        monkeypatch.setattr(grpc_guard, "WRITE_TIMEOUT_S", 0.05)
+        wait_until(lambda: bounded.api.holding.held == 0)
+        while client.recv(65536):
+            pass
+
+
+def test_an_answer_to_nobody_knows_whom_counts_as_long_as_it_is_there(bounded: Bounded) -> None:
+    with bounded.asks(timeout=b"90S") as client:
+        wait_until(lambda: bounded.api.holding.held >= MIB)
+        client.sendall(_frame(3, 0, 1, (8).to_bytes(4, "big")))  # it is cancelled
+        wait_until(lambda: bounded.api.holding.held == 0)
+    for _ in range(3):  # at once: the answer may come too late to be one
+        with bounded.asks(timeout=b"90S"):
+            wait_until(lambda: bounded.api.holding.held > 0)
+        wait_until(lambda: bounded.api.holding.held == 0)

@@ -36,6 +36,9 @@ from tutti.types import Call, InferRequest, now_ns
 _log = logging.getLogger(__name__)
 
 _BURST = 64
+# The native server has no answer if so many times running it has no call but those that wait for theirs.
+_QUIET_LOOKS = 10
+_NOBODY: tuple[Call | None, str] = (None, "")
 # Answers are on their way for so long after the last one was given.
 _LAST_S = 0.1
 
@@ -60,7 +63,7 @@ class GrpcFront:
         self._is_open = api.grpc.gate.is_open
         self._is_ending = False
         self._max_message_size = min(api.limits.max_grpc_message_size, api.limits.max_inflight_bytes)
-        self._guard = Guard(self._max_message_size, lambda: api.holding.held) if sys.platform == "linux" else None
+        self._guard = Guard(self._max_message_size, api.holding, self._under_way) if sys.platform == "linux" else None
         self._raw = raw
         table = grpc_methods.methods(api)
         self._methods = [None, *table.values()]
@@ -78,12 +81,19 @@ class GrpcFront:
             call_details=True,
             bearer_token_sha256=keys or None,
             unauthenticated_message=REFUSED["unauthenticated"][1],
+            # They tell how many bytes of answers have left it, or were dropped.
+            metrics=True,
             reuse_port=shares_port,
         )
         if fallback is not None:
             self._front.set_fallback(fallback)
         self._templates = grpc_codec.TemplateCache()
-        self._open: dict[int, Call] = {}
+        # With whom each is from, "" where it is not known.
+        self._open: dict[int, tuple[Call, str]] = {}
+        # All bytes of answers that the native server has got.
+        self._given = 0
+        self._lost = 0
+        self._quiet_looks = 0
         # The sizes of the large ones among their requests.
         self._held: dict[int, int] = {}
         self._thread = threading.Thread(target=self._receive, name="grpc", daemon=True)
@@ -123,19 +133,54 @@ class GrpcFront:
         self._thread.join(timeout=5.0)
 
     def settle(self, calls: Sequence[Call]) -> None:
+        guard = self._guard
         for call in calls:
-            self._open.pop(call.token, None)
+            _, peer = self._open.pop(call.token, _NOBODY)
             if self._held:
                 self._api.holding.give(self._held.pop(call.token, 0))
             try:
                 response, shared = self._api.complete(call)
-                self._front.respond(call.token, grpc_codec.encode(response, call.request.id, shared))
+                message = grpc_codec.encode(response, call.request.id, shared)
+                if guard is not None and (len(message) >= COUNTED_BYTES or guard.is_owing):
+                    self._give(guard, call.token, message, peer)
+                else:
+                    self._respond(call.token, message)
             except InferError as error:
                 error.__traceback__ = None  # it leads to the call, which has the error: a cycle that keeps the tensors
                 self._front.fail(call.token, code_of(error), details_of(error))
             except Exception as error:
                 _log.exception("a response of model '%s' could not be encoded", call.request.model_name)
                 self._front.fail(call.token, INTERNAL, f"internal error: {type(error).__name__}")
+
+    def _give(self, guard: Guard, call_id: int, message: bytes, peer: str) -> None:
+        """Answer, if that may be held until its client has read it."""
+        size = len(message)
+        self._given += size  # before: the guard takes no more to be owed than has been given
+        if guard.may_give(peer, size):
+            self._respond(call_id, message)
+        else:
+            self._front.fail(call_id, code_of(Unavailable("")), self._api.holding.refusal)
+        self._given -= size
+
+    def _respond(self, call_id: int, message: bytes) -> None:
+        size = len(message)
+        self._given += size
+        if not self._front.respond(call_id, message):
+            self._given -= size
+
+    def _under_way(self) -> int:
+        """How many bytes of answers the native server has, at most. One thread at a time asks."""
+        metrics = self._front.metrics()
+        assert metrics is not None
+        infer = metrics["methods"][MODEL_INFER]
+        ended = infer["status"].values()
+        given = self._given - sum(int(status["sent"]["sum"]) for status in ended)
+        open_ones = infer["started"] - sum(int(status["count"]) for status in ended)
+        waiting = sum(not call.is_cancelled for call, _ in list(self._open.values()))
+        self._quiet_looks = self._quiet_looks + 1 if open_ones <= waiting else 0
+        if self._quiet_looks >= _QUIET_LOOKS:
+            self._lost = given  # answers that came just as their calls were cancelled count nowhere
+        return given - self._lost
 
     def _receive(self) -> None:
         receive: Callable[[int], Any] = self._front.recv_batch
@@ -147,8 +192,9 @@ class GrpcFront:
         while (events := receive(_BURST)) is not None:
             if guard is not None:
                 if guard.is_watching:
-                    receive = self._front.recv_batch_details
                     _tell(guard, events)
+                if guard.needs_peers:
+                    receive = self._front.recv_batch_details
                 elif receive is not usual:
                     receive = usual
             self._take(events)
@@ -174,7 +220,7 @@ class GrpcFront:
             self._api.submit(calls)
 
     def _cancel(self, call_id: int) -> None:
-        call = self._open.get(call_id)
+        call, _ = self._open.get(call_id, _NOBODY)
         if call is not None:
             call.is_cancelled = True
 
@@ -217,7 +263,7 @@ class GrpcFront:
             call = Call(request, self, call_id)
         except Elsewhere:
             assert self._raw is not None
-            self._raw(MODEL_INFER, payload, left_ns, partial(self._answer_raw, call_id))
+            self._raw(MODEL_INFER, payload, left_ns, partial(self._answer_raw, call_id, _peer(timeout, details)))
             return None
         except InferError as error:
             self._front.fail(call_id, code_of(error), details_of(error))
@@ -233,14 +279,19 @@ class GrpcFront:
         if api.tracer.is_on:
             headers = metadata_headers(details[0]) if details is not None else {}
             api.tracer.begin(call, headers.get("traceparent", ""))
-        self._open[call_id] = call
+        self._open[call_id] = call, _peer(timeout, details)
         if len(payload) >= COUNTED_BYTES:
             self._held[call_id] = len(payload)
         return call
 
-    def _answer_raw(self, call_id: int, code: int, message: bytes, details: str) -> None:
+    def _answer_raw(self, call_id: int, peer: str | None, code: int, message: bytes, details: str) -> None:
+        """`peer` is None for what is no infer request."""
         if code:
             self._front.fail(call_id, code, details)
+        elif self._guard is not None and peer is not None and len(message) >= COUNTED_BYTES:
+            self._give(self._guard, call_id, message, peer)
+        elif peer is not None:
+            self._respond(call_id, message)
         else:
             self._front.respond(call_id, message)
 
@@ -267,7 +318,7 @@ class GrpcFront:
         if not self._may_pass(call_id, method.category, payload, details):
             return
         if self._raw is not None:
-            self._raw(self._paths[index], payload, 0, partial(self._answer_raw, call_id))
+            self._raw(self._paths[index], payload, 0, partial(self._answer_raw, call_id, None))
         elif method.blocks:  # it must not hold up the receiving thread
             self._api.control.submit(self._answer, call_id, method, payload)
         else:
@@ -281,6 +332,13 @@ class GrpcFront:
         except Exception as error:
             _log.exception("a gRPC call failed")
             self._front.fail(call_id, INTERNAL, f"internal error: {type(error).__name__}")
+
+
+def _peer(key: bytes | str | None, details: Any) -> str:
+    """Whom a call is from: a text in the place of the header that it has not, else among its details."""
+    if isinstance(key, str):
+        return key
+    return str(details[1]) if details is not None else ""
 
 
 def _tell(guard: Guard, events: Sequence[Any]) -> None:

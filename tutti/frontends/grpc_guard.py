@@ -1,20 +1,26 @@
-"""Breaks with gRPC clients whose messages grow beyond what the server may hold, while they come.
+"""Breaks with gRPC clients whose messages grow beyond what the server may hold, and with those that do not read.
 
-The native server receives each message whole before it tells of it. So the system is asked: how much has come on each
-connection, beyond the calls that it has brought. Nothing is asked while the process does not grow. Knows nothing of
-HTTP/2; Linux only.
+The native server receives each message whole before it tells of it, and keeps each answer until its client has read it,
+without a word. So the system is asked: how much has come on each connection, beyond the calls that it has brought, and
+how much of its answers has been taken. Nothing is asked while the process does not grow and no large answer is under
+way. Knows nothing of HTTP/2; Linux only.
 """
 
 import contextlib
 import ctypes
+import fcntl
 import logging
 import os
 import socket
 import struct
+import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+
+from tutti.frontends.grpc_unread import Unread
+from tutti.frontends.holding import COUNTED_BYTES, STALLED_S, WRITE_TIMEOUT_S, Holding
 
 _log = logging.getLogger(__name__)
 
@@ -22,10 +28,14 @@ _INTERVAL_S = 0.02
 _WATCHING_INTERVAL_S = 0.002
 # The process may grow by so much before anything is looked at.
 GROWTH_BYTES = 32 * 1024 * 1024
+# What has been freed may stay with the process as far as this; then the system gets it back, at most so often.
+_FREED_BYTES = 96 * 1024 * 1024
+_TRIM_INTERVAL_S = 0.25
 # Connections are watched for so long after the last one that had more than this under way.
 _CALM_BYTES = 1024 * 1024
 _CALM_S = 1.0
-# Where linux/tcp.h has tcpi_bytes_received.
+# Where linux/tcp.h has tcpi_bytes_acked and tcpi_bytes_received.
+_BYTES_ACKED_AT = 120
 _BYTES_RECEIVED_AT = 128
 _U64 = struct.Struct("=Q")
 # How an address begins: its family, and of IP the port.
@@ -33,6 +43,11 @@ _ADDRESS = struct.Struct("=HH")
 _libc = ctypes.CDLL(None)
 # How long a look may take that is under way when the guard is to end.
 _LAST_LOOK_S = 5.0
+_INT = struct.Struct("=i")
+# After an answer to nobody knows whom, calls come with their peers for so long.
+_NAMES_PEERS_S = 600.0
+# What may be owed to connections that nobody knows, of all that may be held.
+_UNKNOWN_SHARE = 4
 
 
 @dataclass(slots=True)
@@ -87,24 +102,48 @@ class Watch:
 
 
 class Guard:
-    """A thread that watches the connections to one port of this process."""
+    """A thread that watches the connections to one port of this process.
 
-    def __init__(self, limit: int, held: Callable[[], int]) -> None:
-        """`held()` says how much is held besides. Raises OSError where the system does not tell."""
+    What is owed to clients counts in `holding`. The two halves share nothing but that: a peer may be in both.
+    """
+
+    def __init__(self, limit: int, holding: Holding, given: Callable[[], int]) -> None:
+        """`limit` is for messages under way with all that is held; `given()` says how many bytes of answers the native
+        server has, at most. Raises OSError where the system does not tell.
+        """
         self._watch = Watch(limit)
-        self._held = held
+        self._holding = holding
+        self._given = given
+        self._unread = Unread()
+        self._unread_lock = threading.Lock()
+        self._names_peers_until = 0.0
+        self._files: dict[str, int] = {}
         self._port = 0
         self._has_ended = threading.Event()
         self._lock = threading.Lock()
         self._memory = open("/proc/self/statm", "rb", buffering=0)  # noqa: SIM115 as long as the guard lives
         self._base = self._resident_bytes()
         self._calm_since = 0.0
+        # What the process had besides what is held, when nothing was left that could be given back.
+        self._kept = self._base
+        self._trimmed_at = 0.0
+        self._trim: Callable[[int], int] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)
         self._thread = threading.Thread(target=self._run, name="grpc-guard", daemon=True)
 
     @property
     def is_watching(self) -> bool:
         """Whether it has to be told of calls."""
         return bool(self._watch)
+
+    @property
+    def needs_peers(self) -> bool:
+        """Whether calls should say whom they are from, whatever it costs."""
+        return bool(self._watch) or time.monotonic() < self._names_peers_until
+
+    @property
+    def is_owing(self) -> bool:
+        """Whether it has to be told of small answers, too."""
+        return bool(self._unread)
 
     def start(self, port: int) -> None:
         self._port = port
@@ -126,19 +165,86 @@ class Guard:
         with self._lock:
             self._watch.end()
 
+    def may_give(self, peer: str, size: int) -> bool:
+        """An answer is about to be given to a peer, "" where nobody knows: whether there is room. It counts then.
+
+        It breaks with clients that do not read, where that makes room for the next ones.
+        """
+        now = time.monotonic()
+        with self._unread_lock:
+            if not peer and size >= COUNTED_BYTES:
+                self._names_peers_until = now + _NAMES_PEERS_S
+                if self._unread.unknown + size > self._holding.limit // _UNKNOWN_SHARE:
+                    return False
+            if size < COUNTED_BYTES:
+                self._holding.change(size)
+            elif not self._holding.take(size):
+                self._look_at_unread(now)
+                if not self._holding.take(size):
+                    self._make_room(size, now)
+                    return False
+            taken = self._taken(peer)
+            if peer and taken is None:
+                self._holding.give(size)
+            else:
+                self._unread.gives(peer, size, taken or 0, now)
+        return True
+
+    def _make_room(self, size: int, now: float) -> None:
+        wanted = self._holding.held + size - self._holding.limit
+        for peer in self._unread.stalled(now, STALLED_S):
+            if wanted <= 0:
+                return
+            wanted -= self._end_unread(peer, now)
+
+    def _end_unread(self, peer: str, now: float) -> int:
+        """Break with a client; returns what is owed to it, which counts until the native server has let it go."""
+        _log.warning("%s: it does not read its gRPC answers", peer)
+        with contextlib.suppress(OSError), _borrowed(self._file(peer)) as one:
+            one.shutdown(socket.SHUT_RDWR)
+        return self._unread.waits(peer, now)
+
+    def _look_at_unread(self, now: float) -> None:
+        for peer in self._unread.peers:
+            self._holding.give(self._unread.saw(peer, self._taken(peer), now))
+        self._holding.give(self._unread.forgive(max(0, self._given())))
+
+    def _taken(self, peer: str) -> int | None:
+        """How many bytes for a peer the system has taken; None for one that has gone."""
+        try:
+            with _borrowed(self._file(peer)) as one:
+                return taken(one)
+        except OSError:
+            return None
+
+    def _file(self, peer: str) -> int:
+        """The descriptor of a peer's connection. Raises OSError when it has gone."""
+        known = self._files.get(peer, -1)
+        if known >= 0 and _port_of(known) == self._port and _peer_of(known) == peer:
+            return known
+        self._files = {name: one.fileno() for name, one in _connections(self._port)}
+        if peer not in self._files:
+            raise ConnectionError("it has gone")
+        return self._files[peer]
+
     def _run(self) -> None:
         pause_s = _INTERVAL_S
         while not self._has_ended.wait(pause_s):
             begin = time.monotonic()
             try:
                 self._look(begin)
+                if self._unread:
+                    with self._unread_lock:
+                        self._look_at_unread(begin)
+                        for peer in self._unread.stalled(begin, WRITE_TIMEOUT_S):
+                            self._end_unread(peer, begin)
             except Exception:
                 _log.exception("connections could not be looked at")
             least_s = _WATCHING_INTERVAL_S if self.is_watching else _INTERVAL_S
             pause_s = max(least_s, 4 * (time.monotonic() - begin))
 
     def _look(self, now: float) -> None:
-        resident = self._resident_bytes()
+        resident = self._give_back(now)
         self._base = min(self._base, resident)
         if not self._watch and resident < self._base + GROWTH_BYTES:
             return
@@ -147,7 +253,7 @@ class Guard:
             with contextlib.suppress(OSError):  # it is gone
                 come[peer] = received(one)
         with self._lock:
-            largest = self._watch.saw(come, self._held())
+            largest = self._watch.saw(come, self._holding.held)
             is_calm = self._watch.is_calm
         if largest:
             _log.warning("%s: its gRPC messages are larger than what is left of --max-inflight-bytes", largest)
@@ -160,6 +266,22 @@ class Guard:
             with self._lock:
                 self._watch.end()
 
+    def _give_back(self, now: float) -> int:
+        """Have the allocator return what is free between what is not, where that is much; returns what is resident.
+
+        By itself it keeps whole large answers, several times what may be held.
+        """
+        resident = self._resident_bytes()
+        kept = resident - self._holding.held
+        self._kept = min(self._kept, kept)
+        if self._trim is None or kept < self._kept + _FREED_BYTES or now - self._trimmed_at < _TRIM_INTERVAL_S:
+            return resident
+        self._trimmed_at = now
+        self._trim(0)
+        resident = self._resident_bytes()
+        self._kept = resident - self._holding.held
+        return resident
+
     def _resident_bytes(self) -> int:
         return int(os.pread(self._memory.fileno(), 256, 0).split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
@@ -168,6 +290,25 @@ class Guard:
             if name == peer:
                 with contextlib.suppress(OSError):
                     one.shutdown(socket.SHUT_RDWR)
+
+
+@contextlib.contextmanager
+def _borrowed(descriptor: int) -> Iterator[socket.socket]:
+    """A connection that stays the server's own. Raises OSError when it has gone."""
+    one = socket.socket(fileno=descriptor)
+    try:
+        yield one
+    finally:
+        one.detach()
+
+
+def _peer_of(descriptor: int) -> str:
+    """ "" for one that has gone, or is no connection."""
+    try:
+        with _borrowed(descriptor) as one:
+            return peer_name(one.getpeername())
+    except (OSError, ValueError):  # a Unix socket's name is a text
+        return ""
 
 
 def _connections(port: int) -> Iterator[tuple[str, socket.socket]]:
@@ -211,6 +352,17 @@ def peer_name(address: tuple[str, int]) -> str:
 
 def received(connection: socket.socket) -> int:
     """How many bytes have come on a TCP connection. Raises OSError where the system does not tell."""
-    size = _BYTES_RECEIVED_AT + _U64.size
-    told = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, size)
-    return int(_U64.unpack_from(told, _BYTES_RECEIVED_AT)[0]) if len(told) == size else 0
+    return _told(connection, _BYTES_RECEIVED_AT)
+
+
+def taken(connection: socket.socket) -> int:
+    """How many bytes a process has written to a TCP connection. Raises OSError where the system does not tell."""
+    # Acknowledged ones are read first: what is acknowledged in between is not counted for a moment, never twice.
+    acknowledged = _told(connection, _BYTES_ACKED_AT)
+    return acknowledged + int(_INT.unpack(fcntl.ioctl(connection, termios.TIOCOUTQ, bytes(_INT.size)))[0])
+
+
+def _told(connection: socket.socket, at: int) -> int:
+    size = at + _U64.size
+    info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, size)
+    return int(_U64.unpack_from(info, at)[0]) if len(info) == size else 0

@@ -4,6 +4,9 @@ import threading
 
 # What is smaller is not counted: keeping account of it would cost more than it holds.
 COUNTED_BYTES = 64 * 1024
+# A client that reads nothing of its answers for so long has gone; where room is needed, this is enough.
+WRITE_TIMEOUT_S = 30.0
+STALLED_S = 1.0
 
 
 class Holding:

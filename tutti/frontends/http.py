@@ -21,12 +21,10 @@ from tutti.errors import InferError, InvalidArgument
 from tutti.frontends import compression, http_codec
 from tutti.frontends.api import Api, Elsewhere
 from tutti.frontends.gate import Gate
-from tutti.frontends.holding import Holding
+from tutti.frontends.holding import STALLED_S, WRITE_TIMEOUT_S, Holding
 from tutti.frontends.http_codec import ReplyFormat
 from tutti.frontends.http_connection import (
     LARGE_RESPONSE_BYTES,
-    STALLED_S,
-    WRITE_TIMEOUT_S,
     Connection,
     Exchange,
     Head,

@@ -39,9 +39,6 @@ LARGE_BODY_BYTES = 64 * 1024
 LARGE_RESPONSE_BYTES = 64 * 1024
 IDLE_TIMEOUT_S = 75.0
 READ_TIMEOUT_S = 60.0
-# A client that reads nothing of its answers for so long has gone; where room is needed, this is enough.
-WRITE_TIMEOUT_S = 30.0
-STALLED_S = 1.0
 # A body may take so long, and longer by its size.
 LEAST_RATE_BYTES_S = 16 * 1024
 

@@ -16,4 +16,4 @@ class Limits:
     max_input_size: int = 64 * 1024 * 1024
     max_grpc_message_size: int = 2**31 - 1
     # Of all requests and answers together that a process holds; what is beyond is refused.
-    max_inflight_bytes: int = 384 * 1024 * 1024
+    max_inflight_bytes: int = 256 * 1024 * 1024
