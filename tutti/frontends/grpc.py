@@ -36,6 +36,8 @@ from tutti.types import Call, InferRequest, now_ns
 _log = logging.getLogger(__name__)
 
 _BURST = 64
+# Fewer while messages are large: each call that is taken has its message in memory of its own.
+_BURST_OF_LARGE = 4
 # The native server has no answer if so many times running it has no call but those that wait for theirs.
 _QUIET_LOOKS = 10
 _NOBODY: tuple[Call | None, str] = (None, "")
@@ -189,8 +191,10 @@ class GrpcFront:
         usual = receive
         guard = self._guard
         # Who a call is from, the guard has to know only while it watches connections.
-        while (events := receive(_BURST)) is not None:
+        burst = _BURST
+        while (events := receive(burst)) is not None:
             if guard is not None:
+                burst = _BURST_OF_LARGE if guard.is_watching else _BURST
                 if guard.is_watching:
                     _tell(guard, events)
                 if guard.needs_peers:

@@ -161,7 +161,8 @@ class Guard:
             self._watch.took(peer, size)
 
     def took_unknown(self) -> None:
-        """Calls have come, nobody knows from whom: begin anew."""
+        """Calls have come, nobody knows from whom: begin anew, and have the next ones say it."""
+        self._names_peers_until = time.monotonic() + _NAMES_PEERS_S
         with self._lock:
             self._watch.end()
 
