@@ -106,7 +106,7 @@ def _add_addresses(serve: argparse.ArgumentParser) -> None:
         type=_size,
         default=Limits().max_inflight_bytes,
         metavar="BYTES",
-        help="of all large requests and answers that a front-end's process holds; what is beyond is refused with 503 "
+        help="of all large requests and answers that the front-ends hold; what is beyond is refused with 503 "
         "(default: %(default)s)",
     )
     doors.add_argument("--allow-client-shm", action="store_true", help="let clients register system shared memory")

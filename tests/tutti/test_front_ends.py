@@ -6,6 +6,7 @@ import socket
 import pytest
 
 from tutti.frontends.front_ends import FrontEnds
+from tutti.frontends.limits import Limits
 
 _OPTIONS = {
     "alone": (socket.SO_REUSEADDR,),
@@ -45,3 +46,9 @@ def test_a_port_whose_last_server_closed_connections_may_be_taken(before: str) -
 def test_a_port_where_another_server_listens_may_not(other: str) -> None:
     with listener(_OPTIONS[other]) as server, pytest.raises(OSError, match="in use"):
         FrontEnds(2).reserve("127.0.0.1", server.getsockname()[1])
+
+
+@pytest.mark.parametrize(("processes", "share"), [(1, 400), (2, 200), (4, 100), (8, 100)])
+def test_each_process_may_hold_its_share_but_at_least_one_request(processes: int, share: int) -> None:
+    limits = Limits(max_input_size=100, max_inflight_bytes=400)
+    assert limits.of_each(processes).max_inflight_bytes == share

@@ -18,7 +18,7 @@ from tests.models import Repository, onnx_add_one
 from tests.serving import Gather, engine_over, infer, wait_until
 from tutti.engine import Engine
 from tutti.errors import Cancelled, DeadlineExceeded, InferError, Internal, Unavailable
-from tutti.frontends import blocks
+from tutti.frontends import blocks, engine_link
 from tutti.frontends.api import Api
 from tutti.frontends.engine_link import EngineSide
 from tutti.frontends.link import FrontEnd
@@ -379,6 +379,14 @@ def test_without_a_free_block_everything_goes_in_band(link: Link, monkeypatch: p
             assert isinstance(answer, InferResponse)
             assert (answer.tensor("y").array() == n + 1).all()
         kept.clear()
+
+
+def test_a_front_end_that_is_behind_gets_no_more_large_answers(link: Link, monkeypatch: pytest.MonkeyPatch) -> None:
+    front = link.front()
+    monkeypatch.setattr(engine_link, "_MOST_UNSENT_BYTES", -1)
+    large, small = infer(front, [request("wide", width=WIDTH), request()])
+    assert isinstance(large, Unavailable) and "try again" in large.message
+    assert isinstance(small, InferResponse)
 
 
 def test_the_loss_of_an_engine_ends_its_blocks(held: tuple[Link, Holding]) -> None:

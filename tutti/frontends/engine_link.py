@@ -5,6 +5,7 @@ costs here does not grow with the front-ends; should such a call fail, its reque
 """
 
 import asyncio
+import contextlib
 import logging
 import socket
 import time
@@ -12,13 +13,15 @@ from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tutti.errors import InferError, Internal
+from tutti.errors import InferError, Internal, Unavailable
 from tutti.frontends import grpc_codec
 from tutti.frontends.api import Api
 from tutti.frontends.bursts import Entry, Joined, Unpacking, pack_answers
+from tutti.frontends.freed import INTERVAL_S, Freed
 from tutti.frontends.grpc_methods import INTERNAL, MODEL_INFER, Method, code_of, details_of, methods
+from tutti.frontends.holding import COUNTED_BYTES
 from tutti.frontends.link_end import End
-from tutti.types import Call, Raw, now_ns
+from tutti.types import Answer, Call, InferResponse, Raw, now_ns
 
 _log = logging.getLogger(__name__)
 
@@ -27,6 +30,8 @@ _MAX_SIGNATURES = 4096
 _BESIDE_OTHERS_S = 0.001
 # One call for several requests takes no more of a batch than this: others are to fit in beside it.
 _SHARE_OF_BATCH = 2
+# What goes beside the arenas waits for a front-end process to read it.
+_MOST_UNSENT_BYTES = 64 * 1024 * 1024
 # What came while the last answers were awaited may end, too.
 _LAST_S = 0.2
 
@@ -43,6 +48,7 @@ class EngineSide:
         self._last_end: EngineEnd | None = None
         self._others_until_s = 0.0
         self._accepting: asyncio.Task[None] | None = None
+        self._giving_back: asyncio.Task[None] | None = None
         self._meeting: set[asyncio.Task[None]] = set()
         self._signatures: dict[Hashable, Hashable] = {}
 
@@ -52,6 +58,8 @@ class EngineSide:
         listener.bind(str(path))
         listener.listen(128)
         self._accepting = asyncio.get_running_loop().create_task(self._accept(listener))
+        with contextlib.suppress(OSError):  # the system does not tell
+            self._giving_back = asyncio.get_running_loop().create_task(_give_back(Freed()))
 
     async def settle(self, grace_s: float) -> None:
         """Before this process ends: wait until what is inside now is answered, then read no more."""
@@ -67,8 +75,9 @@ class EngineSide:
             await asyncio.sleep(0.005)
 
     def close(self) -> None:
-        if self._accepting is not None:
-            self._accepting.cancel()
+        for own in (self._accepting, self._giving_back):
+            if own is not None:
+                own.cancel()
         for task in self._meeting:
             task.cancel()
 
@@ -230,7 +239,15 @@ class EngineEnd(End):
             self._api.submit(again)
 
     def _send_answers(self, calls: Sequence[Call]) -> None:
-        """One that cannot be packed is an error of its own, not of those that were settled with it."""
+        """One that cannot be packed is an error of its own, not of those that were settled with it.
+
+        A front-end process that is behind gets no more large ones.
+        """
+        unsent = self.unsent_bytes()
+        if unsent > _MOST_UNSENT_BYTES:
+            for call in calls:
+                if type(call.token) is int and _is_large(call.answer):
+                    call.answer = Unavailable(f"the server holds {unsent} bytes of answers already: try again later")
         pieces: list[Raw] = []
         try:
             packed = list(map(tuple, pack_answers(calls, self.lend, pieces)))
@@ -300,6 +317,19 @@ class EngineEnd(End):
         except Exception as error:
             _log.exception("a gRPC call failed")
             self._send_raw(number, INTERNAL, details=f"internal error: {type(error).__name__}")
+
+
+def _is_large(answer: Answer | None) -> bool:
+    if not isinstance(answer, InferResponse):
+        return False
+    return any(len(tensor.raw()) >= COUNTED_BYTES for tensor in answer.outputs)
+
+
+async def _give_back(freed: Freed) -> None:
+    """What is beyond the arenas is freed once it is on its way: large answers go there where those are full."""
+    while True:
+        await asyncio.sleep(INTERVAL_S)
+        await asyncio.to_thread(freed.give_back, 0, time.monotonic())
 
 
 def _stands_for(call: Call, number: int) -> bool:

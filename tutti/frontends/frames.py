@@ -71,6 +71,11 @@ class Frames(asyncio.BufferedProtocol):
         self._outbox.append(frame)
         self.wake()
 
+    def unsent_bytes(self) -> int:
+        """How much the peer has not taken yet. From any thread."""
+        waiting = sum(len(part) for frame in list(self._outbox) for part in frame)
+        return waiting + (self._transport.get_write_buffer_size() if self._transport is not None else 0)
+
     def wake(self) -> None:
         """Have the loop call `woken` soon, once. From any thread, even while another object is being freed."""
         if self._is_waking:

@@ -144,7 +144,7 @@ class FrontEnds:
 
     async def _keep(self, place: _Place, task: Path) -> None:
         while True:
-            command = [sys.executable, "-m", "tutti.frontends.worker", str(task)]
+            command = [sys.executable, "-m", "tutti.frontends.worker", str(len(self._places)), str(task)]
             pipe = asyncio.subprocess.PIPE
             process = place.process = await asyncio.create_subprocess_exec(
                 *command, stdin=pipe, stdout=pipe, start_new_session=True

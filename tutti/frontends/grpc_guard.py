@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from tutti.frontends.freed import Freed
 from tutti.frontends.grpc_unread import Unread
 from tutti.frontends.holding import COUNTED_BYTES, STALLED_S, WRITE_TIMEOUT_S, Holding
 
@@ -28,9 +29,6 @@ _INTERVAL_S = 0.02
 _WATCHING_INTERVAL_S = 0.002
 # The process may grow by so much before anything is looked at.
 GROWTH_BYTES = 32 * 1024 * 1024
-# What has been freed may stay with the process as far as this; then the system gets it back, at most so often.
-_FREED_BYTES = 96 * 1024 * 1024
-_TRIM_INTERVAL_S = 0.25
 # Connections are watched for so long after the last one that had more than this under way.
 _CALM_BYTES = 1024 * 1024
 _CALM_S = 1.0
@@ -46,8 +44,8 @@ _LAST_LOOK_S = 5.0
 _INT = struct.Struct("=i")
 # After an answer to nobody knows whom, calls come with their peers for so long.
 _NAMES_PEERS_S = 600.0
-# What may be owed to connections that nobody knows, of all that may be held.
-_UNKNOWN_SHARE = 4
+# Of all that may be held, what may be owed to connections that nobody knows: one part of so many.
+_UNKNOWN_SHARE = 2
 
 
 @dataclass(slots=True)
@@ -121,13 +119,9 @@ class Guard:
         self._port = 0
         self._has_ended = threading.Event()
         self._lock = threading.Lock()
-        self._memory = open("/proc/self/statm", "rb", buffering=0)  # noqa: SIM115 as long as the guard lives
-        self._base = self._resident_bytes()
+        self._freed = Freed()
+        self._base = self._freed.resident_bytes()
         self._calm_since = 0.0
-        # What the process had besides what is held, when nothing was left that could be given back.
-        self._kept = self._base
-        self._trimmed_at = 0.0
-        self._trim: Callable[[int], int] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)
         self._thread = threading.Thread(target=self._run, name="grpc-guard", daemon=True)
 
     @property
@@ -153,8 +147,6 @@ class Guard:
         self._has_ended.set()
         if self._thread.is_alive():
             self._thread.join(_LAST_LOOK_S)
-        if not self._thread.is_alive():
-            self._memory.close()
 
     def took(self, peer: str, size: int) -> None:
         with self._lock:
@@ -175,6 +167,8 @@ class Guard:
         with self._unread_lock:
             if not peer and size >= COUNTED_BYTES:
                 self._names_peers_until = now + _NAMES_PEERS_S
+                if self._unread.unknown + size > self._holding.limit // _UNKNOWN_SHARE:
+                    self._look_at_unread(now)
                 if self._unread.unknown + size > self._holding.limit // _UNKNOWN_SHARE:
                     return False
             if size < COUNTED_BYTES:
@@ -245,7 +239,7 @@ class Guard:
             pause_s = max(least_s, 4 * (time.monotonic() - begin))
 
     def _look(self, now: float) -> None:
-        resident = self._give_back(now)
+        resident = self._freed.give_back(self._holding.held, now)
         self._base = min(self._base, resident)
         if not self._watch and resident < self._base + GROWTH_BYTES:
             return
@@ -266,25 +260,6 @@ class Guard:
             self._base = resident
             with self._lock:
                 self._watch.end()
-
-    def _give_back(self, now: float) -> int:
-        """Have the allocator return what is free between what is not, where that is much; returns what is resident.
-
-        By itself it keeps whole large answers, several times what may be held.
-        """
-        resident = self._resident_bytes()
-        kept = resident - self._holding.held
-        self._kept = min(self._kept, kept)
-        if self._trim is None or kept < self._kept + _FREED_BYTES or now - self._trimmed_at < _TRIM_INTERVAL_S:
-            return resident
-        self._trimmed_at = now
-        self._trim(0)
-        resident = self._resident_bytes()
-        self._kept = resident - self._holding.held
-        return resident
-
-    def _resident_bytes(self) -> int:
-        return int(os.pread(self._memory.fileno(), 256, 0).split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     def _break_with(self, peer: str) -> None:
         for name, one in _connections(self._port):

@@ -3,7 +3,7 @@
 Known to the command, which shows the defaults, and to every front-end.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # Before a pattern of headers, as Triton's library of regular expressions has it.
 CASE_MATTERS = "(?-i)"
@@ -15,5 +15,10 @@ class Limits:
 
     max_input_size: int = 64 * 1024 * 1024
     max_grpc_message_size: int = 2**31 - 1
-    # Of all requests and answers together that a process holds; what is beyond is refused.
+    # Of all requests and answers together that are held; what is beyond is refused.
     max_inflight_bytes: int = 256 * 1024 * 1024
+
+    def of_each(self, processes: int) -> "Limits":
+        """What each of several front-end processes may hold: its share of all, but no less than one request."""
+        least = min(self.max_input_size, self.max_inflight_bytes)
+        return replace(self, max_inflight_bytes=max(least, self.max_inflight_bytes // processes))

@@ -2,7 +2,7 @@
 
 What they decode goes over the link to the engine's process; everything but plain infer is passed on to it whole. It
 outlives that process: its supervisor tells it, on its standard input, of each engine, and ends with it. Run as a module
-with the path of a file that says what to do.
+with how many of its kind there are, and the path of a file that says what to do.
 """
 
 import asyncio
@@ -13,6 +13,7 @@ import pickle
 import shutil
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -170,4 +171,5 @@ class _Refusal(grpc.GenericRpcHandler):
 
 
 if __name__ == "__main__":
-    uvloop.run(serve(pickle.loads(Path(sys.argv[1]).read_bytes())))
+    told: Task = pickle.loads(Path(sys.argv[2]).read_bytes())
+    uvloop.run(serve(replace(told, limits=told.limits.of_each(int(sys.argv[1])))))

@@ -1,0 +1,47 @@
+"""What the process has freed goes back to the system.
+
+By itself the allocator keeps large blocks between those in use, several times what may be held. Linux with glibc only:
+elsewhere nothing is done.
+"""
+
+import ctypes
+import os
+from collections.abc import Callable
+
+# What has been freed may stay with the process as far as this; then the system gets it back, at most so often.
+_KEPT_BYTES = 96 * 1024 * 1024
+INTERVAL_S = 0.25
+
+
+class Freed:
+    """One for a process; one thread at a time."""
+
+    _memory = -1
+
+    def __init__(self) -> None:
+        """Raises OSError where the system does not tell what a process has."""
+        self._memory = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
+        self._trim: Callable[[int], int] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        self._trimmed_at = 0.0
+        # What the process had besides what is held, when nothing was left that could be given back.
+        self._kept = self.resident_bytes()
+
+    def resident_bytes(self) -> int:
+        return int(os.pread(self._memory, 256, 0).split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    def give_back(self, held: int, now: float) -> int:
+        """Give back what is free, where that is much; `held` is known to be in use. Returns what is resident."""
+        resident = self.resident_bytes()
+        self._kept = min(self._kept, resident - held)
+        is_much = resident - held > self._kept + _KEPT_BYTES
+        if self._trim is None or not is_much or now - self._trimmed_at < INTERVAL_S:
+            return resident
+        self._trimmed_at = now
+        self._trim(0)
+        resident = self.resident_bytes()
+        self._kept = resident - held
+        return resident
+
+    def __del__(self) -> None:
+        if self._memory >= 0:
+            os.close(self._memory)
