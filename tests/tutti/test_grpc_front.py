@@ -122,6 +122,21 @@ def test_a_cancelled_call_is_not_executed(server: Running) -> None:
     assert server.engine.model("slow").statistics.counts.executions == 2
 
 
+def test_many_cancels_at_once_end_nobody_elses_call(server: Running) -> None:
+    stub = server.stub
+    running = stub.ModelInfer.future(request(0.5, 1, "slow", "s"), timeout=20)
+    for count in (100, 500):
+        queued = [stub.ModelInfer.future(request(5.0, 1, "slow", "s"), timeout=20) for _ in range(count)]
+        others = [stub.ModelInfer.future(request(n), timeout=20) for n in range(20)]
+        others[-1].result()  # it came last: the server has all of them
+        others += [stub.ModelInfer.future(request(n), timeout=20) for n in range(20)]
+        for future in queued:
+            future.cancel()
+        for n, future in enumerate(others):
+            assert np.frombuffer(future.result().raw_output_contents[0], np.float32)[0] == n % 20 + 1
+    assert running.result().model_name == "slow"
+
+
 def test_a_front_that_ends_answers_what_is_inside_and_refuses_what_comes(repository: Repository) -> None:
     repository.add_onnx()
     repository.add_slow()
