@@ -98,6 +98,7 @@ class Replica:
             True,
             cache_bytes=0,
             control_timeout_s=options.control_timeout_s,
+            no_control_by_models="models cannot load or unload models on Ray: a client must ask the gateway",
         )
         health.listen(self._failed)
         # What does not end must not keep the others from being served, unless all must be.

@@ -22,7 +22,7 @@ from tutti.operations import Operations, Work, side_by_side
 from tutti.repository import ModelFolder
 from tutti.scratch import Folder
 from tutti.statistics import ModelStatistics
-from tutti.types import Call, settle_all
+from tutti.types import Call, ModelControl, settle_all
 
 _log = logging.getLogger(__name__)
 
@@ -80,8 +80,13 @@ class Engine:
         propagate: Propagate = lambda *_: None,
         devices: DeviceHealth = health,
         control_timeout_s: float = CONTROL_TIMEOUT_S,
+        no_control_by_models: str = "",
     ) -> None:
-        """`is_controllable` allows load and unload while serving; each ends after `control_timeout_s`."""
+        """`is_controllable` allows load and unload while serving; each ends after `control_timeout_s`.
+
+        Models may ask for them, too, unless `no_control_by_models` says why not.
+        """
+        self.control: ModelControl = _ControlByModels(self, no_control_by_models)
         self._devices = devices
         self._root = root
         self._propagate = propagate
@@ -146,19 +151,19 @@ class Engine:
         for unfinished in side_by_side(works, _LOADS_AT_ONCE, timeout_s):
             _log.error("%s; the others are served meanwhile", unfinished)
 
-    def load(self, name: str, override: Override | None = None) -> None:
+    def load(self, name: str, override: Override | None = None, drain_s: float = DRAIN_S) -> None:
         """Load a model anew from its folder, in place of what is served under its name. Blocks.
 
         An ensemble's models are loaded with it, where they are not yet. Requests go to the old versions until the new
-        ones are ready, and those inside the old ones end there. Raises Unavailable where load is not allowed, and
-        Internal, the old versions still served, with the reason.
+        ones are ready, and those inside the old ones end there, for which `drain_s` is waited. Raises Unavailable where
+        load is not allowed, and Internal, the old versions still served, with the reason.
         """
         self._check_controllable()
         closing = self._operations.run(name, LOADING, lambda: self._load_anew(name, override or Override(), ()))
-        self._await(closing, DRAIN_S)
+        self._await(closing, drain_s)
 
-    def unload(self, name: str, with_dependents: bool = False) -> None:
-        """Serve a model no longer: new requests are refused, those inside end. Blocks until they have.
+    def unload(self, name: str, with_dependents: bool = False, drain_s: float = DRAIN_S) -> None:
+        """Serve a model no longer: new requests are refused, those inside end. Blocks until they have, or `drain_s`.
 
         `with_dependents` unloads an ensemble's models too, but those that another ensemble uses. A model that is not
         loaded is no error. Raises Unavailable where unload is not allowed.
@@ -170,8 +175,8 @@ class Engine:
                 used = {other.model_name for model in self.models() for other in model.config.steps}
                 if step.model_name not in used:
                     closing += self._unload_alone(step.model_name)
-        waiting = self._await(closing, DRAIN_S)
-        if waiting:
+        waiting = self._await(closing, drain_s)
+        if waiting and drain_s:
             raise Unavailable(f"model '{name}' is served no longer, but not all has ended: {'; '.join(waiting)}")
 
     def follow(self, name: str, override: Override | None) -> None:
@@ -323,7 +328,7 @@ class Engine:
         until_s = time.monotonic() + timeout_s
         waiting = []
         for model, work in endings:
-            if not work.wait(max(0.0, until_s - time.monotonic())):
+            if not work.wait(max(0.0, until_s - time.monotonic())) and timeout_s:
                 waiting.append("; ".join([str(work), *model.executing()]))
         for model, work in list(self._drains.items()):
             if work.wait(0):
@@ -552,6 +557,33 @@ class Engine:
     def _record_failure(self, name: str, version: str, error: TuttiError) -> None:
         _log.error("failed to load model '%s' version '%s': %s", name, version, error)
         self._failures[name, version] = str(error)
+
+
+class _ControlByModels:
+    """Control of models by python models, which may be inside what they unload: nothing is waited for to drain."""
+
+    def __init__(self, engine: Engine, refusal: str) -> None:
+        self._engine = engine
+        self._refusal = refusal
+
+    def load(self, name: str, config: str | None, files: Mapping[str, bytes]) -> None:
+        self._check()
+        self._engine.load(name, Override(config, files), drain_s=0)
+
+    def unload(self, name: str, with_dependents: bool) -> None:
+        self._check()
+        self._engine.unload(name, with_dependents, drain_s=0)
+
+    def is_ready(self, name: str, version: str) -> bool:
+        try:
+            model = self._engine.model(name, version)
+        except NotFound:
+            return False
+        return model.is_ready() and not model.is_stuck()
+
+    def _check(self) -> None:
+        if self._refusal:
+            raise Unavailable(self._refusal)
 
 
 def _end(model: Model) -> None:

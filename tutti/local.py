@@ -53,11 +53,13 @@ def make_engine(
     limits: RateLimits | None = None,
     devices: DeviceHealth | None = None,
     control_timeout_s: float = CONTROL_TIMEOUT_S,
+    no_control_by_models: str = "",
 ) -> Engine:
     """An engine over `root` that has loaded nothing yet. `cache_bytes` bounds the response cache of all its models.
 
     Without `limits` a model that has some is refused. Models with an instance on a device that fails, as `devices`
-    (the process's, by default) tells, are not ready from then on, and refuse requests.
+    (the process's, by default) tells, are not ready from then on, and refuse requests. `no_control_by_models` is what
+    python models are told that ask it to load or unload others.
     """
     make_timers_precise()
     cache = ResponseCache(cache_bytes)
@@ -76,7 +78,14 @@ def make_engine(
             served = replace(served, infer=Cached(served.infer, cache, statistics, engine.changes))
         return served
 
-    engine = Engine(root, load, is_controllable, devices=watched, control_timeout_s=control_timeout_s)
+    engine = Engine(
+        root,
+        load,
+        is_controllable,
+        devices=watched,
+        control_timeout_s=control_timeout_s,
+        no_control_by_models=no_control_by_models,
+    )
     return engine
 
 

@@ -280,6 +280,25 @@ class Infer(Protocol):
     def __call__(self, calls: Sequence[Call]) -> None: ...
 
 
+class ModelControl(Protocol):
+    """What python models may have their server do to models. From any thread; blocks. Raises TuttiError."""
+
+    def load(self, name: str, config: str | None, files: Mapping[str, bytes]) -> None:
+        """Load a model anew: with a configuration in JSON, and with files, "VERSION/FILE" -> content, where given."""
+
+    def unload(self, name: str, with_dependents: bool) -> None:
+        """Serve a model no longer; what is inside it is not waited for."""
+
+    def is_ready(self, name: str, version: str) -> bool:
+        """Whether a version, "" for the newest, answers now. False for a model that is not there."""
+
+
+def control_of(infer: Infer) -> ModelControl | None:
+    """The control that comes with what answers a model's own requests."""
+    control: ModelControl | None = getattr(infer, "control", None)
+    return control
+
+
 def settle(calls: Sequence[Call]) -> None:
     """Hand answered calls to their sinks, one trip per sink."""
     first = calls[0].sink

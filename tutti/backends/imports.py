@@ -27,6 +27,7 @@ def import_alone(folder: Path, version: int, filename: str) -> ModuleType:
     """
     sys.modules["triton_python_backend_utils"] = pb_utils
     sys.dont_write_bytecode = True
+    pb_utils.know_folder(str(folder / str(version)))
     installed = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
     at = sys.path.index(installed[0]) if installed else len(sys.path)
     sys.path[at:at] = [str(folder / str(version)), str(folder)]
@@ -45,6 +46,7 @@ def import_beside(path: Path, name: str) -> ModuleType:
     """
     with _lock, _beside(path.parent, name):
         sys.modules.setdefault("triton_python_backend_utils", pb_utils)
+        pb_utils.know_folder(str(path.parent))
         return _import(path, name)
 
 

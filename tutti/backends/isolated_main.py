@@ -164,7 +164,7 @@ class _Server:
 
     def begin(self, log_level: int) -> None:
         """Answer for the server within this process, from now on."""
-        pb_utils.serve_with(self._infer, self._cancel)
+        pb_utils.serve_with(self._infer, self._cancel, _Control(self))
         custom_metrics.keep_in(self._family)
         logging.basicConfig(handlers=[_LogsToServer(self)], level=log_level, force=True)
         threading.Thread(target=self._listen, name="server", daemon=True).start()
@@ -268,6 +268,22 @@ class _Server:
             call.finish(answer)
         elif call.emit is not None and isinstance(answer, InferResponse):
             call.emit(answer)
+
+
+class _Control:
+    """Control of models, which the server has. Raises ValueError with what it says against it."""
+
+    def __init__(self, server: _Server) -> None:
+        self._server = server
+
+    def load(self, name: str, config: str | None, files: Mapping[str, bytes]) -> None:
+        self._server.ask("control", "load", name, config, files)
+
+    def unload(self, name: str, with_dependents: bool) -> None:
+        self._server.ask("control", "unload", name, with_dependents)
+
+    def is_ready(self, name: str, version: str) -> bool:
+        return bool(self._server.ask("control", "is_ready", name, version))
 
 
 class _Settled:

@@ -28,7 +28,7 @@ from tutti.backends import isolated_wire as wire
 from tutti.backends.isolated_wire import Arena
 from tutti.errors import ConfigError, InferError, Internal, Unavailable
 from tutti.operations import Work
-from tutti.types import Answer, Call, Infer, InferRequest, InferResponse, now_ns, settle_all
+from tutti.types import Answer, Call, Infer, InferRequest, InferResponse, control_of, now_ns, settle_all
 
 _log = logging.getLogger(__name__)
 
@@ -347,6 +347,12 @@ class ModelProcess:
             call.is_cancelled = True
 
     def _on_ask(self, number: int, what: str, *details: Any) -> None:
+        if what == "control":  # it may take long, and the model may have to answer meanwhile
+            threading.Thread(target=self._reply, args=(number, what, *details), name="control", daemon=True).start()
+        else:
+            self._reply(number, what, *details)
+
+    def _reply(self, number: int, what: str, *details: Any) -> None:
         try:
             value, failure = self._told(what, *details), ""
         except Exception as error:
@@ -357,11 +363,19 @@ class ModelProcess:
         if what == "is cancelled":
             call = self._open.get(details[0])
             return call is None or call.is_cancelled
+        if what == "control":
+            return self._controlled(*details)
         if what == "family":
             custom_metrics.family(*details)
             return None
         metric = _metric(*details)
         return metric.value() if what == "value" else None
+
+    def _controlled(self, action: str, *details: Any) -> Any:
+        control = control_of(self._infer)
+        if control is None:
+            raise Unavailable(f"model '{self._name}': nothing loads models here")
+        return getattr(control, action)(*details)
 
     def _on_metric(self, *message: Any) -> None:
         *which, change, value = message

@@ -33,7 +33,7 @@ from tutti.errors import ConfigError, DeviceLost, InferError, Internal, OutOfMem
 from tutti.repository import ModelFolder
 from tutti.scheduler import Backend, Executed
 from tutti.threads import Pool
-from tutti.types import Call, Columns, Infer, InferResponse, Tensor
+from tutti.types import Call, Columns, Infer, InferResponse, Tensor, control_of
 
 _log = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ def _load_isolated(
 def _load_here(
     folder: ModelFolder, version: int, placed: Sequence[tuple[InstanceGroup, int]], infer: Infer, path: Path
 ) -> list[Backend]:
-    pb_utils.serve_with(infer)
+    pb_utils.serve_with(infer, control=control_of(infer))
     turns.know(str(path.parent))
     loaded: list[Backend] = []
     module: ModuleType | None = None

@@ -8,11 +8,13 @@ import contextlib
 import enum
 import json
 import logging
+import os
 import queue
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -24,7 +26,7 @@ from tutti.config import as_json
 from tutti.devices import dlpack, turns
 from tutti.devices.tensors import DeviceTensor, gpus
 from tutti.dtypes import Array
-from tutti.types import RAW_TYPES, Answer, Call, Infer, InferRequest, InferResponse, OnDevice
+from tutti.types import RAW_TYPES, Answer, Call, Infer, InferRequest, InferResponse, ModelControl, OnDevice
 from tutti.types import Tensor as _Tensor
 
 TRITONSERVER_REQUEST_FLAG_SEQUENCE_START = 1
@@ -34,18 +36,35 @@ TRITONSERVER_REQUEST_RELEASE_ALL = 1
 TRITONSERVER_REQUEST_RELEASE_RESCHEDULE = 2
 TRITONSERVER_MEMORY_CPU = 0
 TRITONSERVER_MEMORY_GPU = 1
+TRITON_STRING_TO_NUMPY = {
+    dtypes.to_config(name): bool if name == "BOOL" else dtype.type for name, dtype in dtypes.NUMPY.items()
+}
 
 # Where exec and async_exec send their requests: the server this process runs.
 _infer: Infer | None = None
 # What is told of requests that a model does not wait for any longer.
 _given_up: Callable[[Call], None] = lambda call: None  # noqa: E731
+# What loads and unloads models for models.
+_control: ModelControl | None = None
+# The folders of versions that this process has models of.
+_model_dirs: list[str] = []
+_FILE_PREFIX = "file:"
 
 
-def serve_with(infer: Infer, given_up: Callable[[Call], None] = lambda call: None) -> None:
-    """Not for models: the server says what answers their requests to other models."""
-    global _infer, _given_up
+def serve_with(
+    infer: Infer, given_up: Callable[[Call], None] = lambda call: None, control: ModelControl | None = None
+) -> None:
+    """Not for models: the server says what answers their requests to other models, and what loads others for them."""
+    global _infer, _given_up, _control
     _infer = infer
     _given_up = given_up
+    _control = control
+
+
+def know_folder(path: str) -> None:
+    """Not for models: this process has the model of a version's folder."""
+    if path not in _model_dirs:
+        _model_dirs.append(path)
 
 
 def told(error: BaseException) -> str:
@@ -447,6 +466,14 @@ class InferenceResponseSender:
             threading.Thread(target=self.fail, args=(error,), daemon=True).start()
 
 
+def _flagged(flags: int) -> dict[str, bool]:
+    """Flags of sequences as parameters."""
+    return {
+        "sequence_start": bool(flags & TRITONSERVER_REQUEST_FLAG_SEQUENCE_START),
+        "sequence_end": bool(flags & TRITONSERVER_REQUEST_FLAG_SEQUENCE_END),
+    }
+
+
 class InferenceRequest:
     """A request: one of the batch, as execute sees it, or one that a model makes to another model.
 
@@ -476,8 +503,8 @@ class InferenceRequest:
             raise TypeError(f"{'flags' if flags is None else 'correlation_id'}: expected a number, got None")
         if correlation_id:
             given["sequence_id"] = correlation_id
-            given["sequence_start"] = bool(flags & TRITONSERVER_REQUEST_FLAG_SEQUENCE_START)
-            given["sequence_end"] = bool(flags & TRITONSERVER_REQUEST_FLAG_SEQUENCE_END)
+        if correlation_id or flags:
+            given.update(_flagged(flags))
         if timeout:
             given["timeout"] = timeout
         version = str(model_version) if model_version > 0 else ""
@@ -545,6 +572,10 @@ class InferenceRequest:
         given = self._request.parameters
         start = TRITONSERVER_REQUEST_FLAG_SEQUENCE_START if given.get("sequence_start") else 0
         return start | (TRITONSERVER_REQUEST_FLAG_SEQUENCE_END if given.get("sequence_end") else 0)
+
+    def set_flags(self, flags: int) -> None:
+        """Those of sequences, in place of what was said before."""
+        self._request = replace(self._request, parameters={**self._request.parameters, **_flagged(flags)})
 
     def timeout(self) -> int:
         """Microseconds; 0 for none."""
@@ -786,22 +817,22 @@ def _counted(do: Callable[..., Any], *values: Any) -> Any:
 class Logger:
     """Triton's model logger, on Python's logging. Raises TypeError for a message that is no text, or another level."""
 
-    class LogLevel(enum.Enum):
-        """What a model's log line is."""
+    class LogLevel(enum.IntEnum):
+        """Triton's names and numbers."""
 
-        VERBOSE = logging.DEBUG
-        INFO = logging.INFO
-        WARNING = logging.WARNING
-        ERROR = logging.ERROR
+        INFO, WARNING, ERROR, VERBOSE = range(4)
 
-    VERBOSE, INFO, WARNING, ERROR = LogLevel
+    INFO, WARNING, ERROR, VERBOSE = LogLevel
     _log = logging.getLogger("tutti.backends.python.model")
+    _OF_PYTHON: ClassVar = dict(
+        zip(LogLevel, (logging.INFO, logging.WARNING, logging.ERROR, logging.DEBUG), strict=True)
+    )
 
     @classmethod
     def log(cls, message: str, level: LogLevel = LogLevel.INFO) -> None:
         if not isinstance(level, cls.LogLevel):
             raise TypeError(f"log: expected a level, as pb_utils.Logger.INFO, got {level!r}")
-        cls._log.log(level.value, "%s", _text(message))
+        cls._log.log(cls._OF_PYTHON[level], "%s", _text(message))
 
     @classmethod
     def log_info(cls, message: str) -> None:
@@ -818,6 +849,68 @@ class Logger:
     @classmethod
     def log_verbose(cls, message: str) -> None:
         cls.log(message, cls.VERBOSE)
+
+
+def load_model(model_name: str, config: str = "", files: Mapping[str, bytes | str] | None = None) -> None:
+    """Have the server load a model, or load it anew: as a client's load, with Triton's parameters.
+
+    `config` is a configuration in JSON; `files`, "file:VERSION/FILE" -> content, needs it. Returns when the model
+    serves. Raises TritonModelException with the reason, as where load and unload are not allowed.
+    """
+    contents = {}
+    for key, value in (files or {}).items():
+        path = _text(key)
+        if not path.startswith(_FILE_PREFIX):
+            raise TritonModelException(
+                f"failed to load '{model_name}': files: expected 'file:VERSION/FILE', got '{path}'"
+            )
+        contents[path.removeprefix(_FILE_PREFIX)] = value.encode() if isinstance(value, str) else bytes(value)
+    with _told_to_models(f"failed to load '{model_name}'"):
+        _controlled().load(_text(model_name), _text(config) or None, contents)
+
+
+def unload_model(model_name: str, unload_dependents: bool = False) -> None:
+    """Have the server serve a model no longer; returns before all that is inside it has ended, as in Triton.
+
+    `unload_dependents` unloads an ensemble's models, too. Raises TritonModelException.
+    """
+    with _told_to_models(f"failed to unload '{model_name}'"):
+        _controlled().unload(_text(model_name), bool(unload_dependents))
+
+
+def is_model_ready(model_name: str, model_version: str = "") -> bool:
+    """Whether a model, or one version of it, answers now. Raises TritonModelException for what is no version."""
+    with _told_to_models("Failed to check model readiness"):
+        return _controlled().is_ready(_text(model_name), _text(model_version))
+
+
+def _controlled() -> ModelControl:
+    if _control is None:
+        raise TritonModelException("no server loads models in this process")
+    return _control
+
+
+@contextlib.contextmanager
+def _told_to_models(what: str) -> Iterator[None]:
+    """Errors of the server's are TritonModelExceptions, which say what has failed once."""
+    try:
+        yield
+    except (errors.TuttiError, ValueError) as error:
+        why = errors.sayable(error)
+        raise TritonModelException(why if why.startswith(what) else f"{what}: {why}") from None
+
+
+def get_model_dir() -> str:
+    """The folder of the model version that asks, which its code lies in."""
+    if len(_model_dirs) == 1:
+        return _model_dirs[0]
+    frame = sys._getframe(1)
+    while frame is not None:
+        for folder in _model_dirs:
+            if frame.f_code.co_filename.startswith(folder + os.sep):
+                return folder
+        frame = frame.f_back  # type: ignore[assignment]
+    raise TritonModelException("which model asks for its folder cannot be told: ask from its own code")
 
 
 def get_input_tensor_by_name(request: InferenceRequest, name: str) -> Tensor | None:
