@@ -247,11 +247,20 @@ class Frame:
         for rows_of, lacking in kinds:
             if rows_of is None or rows_of.any():
                 had = [(model_name, name) for model_name, name in inputs if name not in lacking]
-                if had or not step.inputs:  # none of what it might take has been made
+                if had or self._runs_on_nothing(step):
                     made += self._groups(step, rows_of, had)
         if step.each is None and step.max_rows and any(group.rows > step.max_rows for group in made):
             return [part for group in made for part in self._cut(group, step.max_rows)]
         return made
+
+    def _runs_on_nothing(self, step: Step) -> bool:
+        """Whether a step runs where it has none of its inputs: as in Triton, where callers may leave all of them out.
+
+        Not with a batch axis, since nothing would say for how many rows, nor where none of what it might take was made.
+        """
+        if not step.inputs:
+            return True
+        return not self.plan.is_batched and not any(name in self.plan.producer for _, name in step.inputs)
 
     def _cut(self, group: Group, size: int) -> list[Group]:
         """A group in stretches that the model takes; their outputs need not have one shape."""

@@ -75,6 +75,55 @@ def test_what_no_step_requires_may_be_lacking(repository: Repository, together: 
             assert [shown(answer) for answer in infer(engine, [sent] * together)] == [expected] * together
 
 
+UNBATCHED = """
+    platform: "ensemble"
+    input { name: "a" data_type: TYPE_INT32 dims: 1 optional: true }
+    input { name: "b" data_type: TYPE_INT32 dims: 1 optional: true }
+    output { name: "first" data_type: TYPE_INT32 dims: 2 }
+    output { name: "second" data_type: TYPE_INT32 dims: 2 }
+    ensemble_scheduling {
+      step { model_name: "told" model_version: -1
+             input_map { key: "a" value: "a" } output_map { key: "seen" value: "first" } }
+      step { model_name: "told" model_version: -1
+             input_map { key: "b" value: "b" } output_map { key: "seen" value: "second" } }
+    }
+"""
+TOLD = """
+    backend: "python"
+    input { name: "a" data_type: TYPE_INT32 dims: 1 optional: true }
+    input { name: "b" data_type: TYPE_INT32 dims: 1 optional: true }
+    output { name: "seen" data_type: TYPE_INT32 dims: 2 }
+"""
+NESTED = """
+    platform: "ensemble"
+    input { name: "a" data_type: TYPE_INT32 dims: 1 optional: true }
+    output { name: "first" data_type: TYPE_INT32 dims: 2 }
+    ensemble_scheduling { step { model_name: "chain" model_version: -1
+      input_map { key: "a" value: "a" } output_map { key: "first" value: "first" } } }
+"""
+
+
+@pytest.mark.parametrize("together", [1, 3])
+def test_a_step_runs_though_callers_leave_out_all_that_it_may_take(repository: Repository, together: int) -> None:
+    """As a stock Triton does it where there is no batch axis: -1 stands for what the step was not given."""
+    seen = """
+        given = [pb_utils.get_input_tensor_by_name(request, name) for name in "ab"]
+        values = np.array([-1 if tensor is None else tensor.as_numpy()[0] for tensor in given], np.int32)
+        return pb_utils.InferenceResponse([pb_utils.Tensor("seen", values)])
+    """
+    repository.add_python("told", TOLD, seen)
+    repository.add("chain", UNBATCHED, {})
+    repository.add("outer", NESTED, {})
+    with engine_over(repository.root) as engine:
+        for sent, first, second in (((), -1, -1), ("a", 1, -1), ("b", -1, 2), ("ab", 1, 2)):
+            inputs = {n: Tensor.of(n, np.array([{"a": 1, "b": 2}[n]], np.int32)) for n in sent}
+            answers = infer(engine, [InferRequest("chain", dict(inputs)) for _ in range(together)])
+            told = {"first": ("INT32", [first, -1]), "second": ("INT32", [-1, second])}
+            assert [shown(answer) for answer in answers] == [told] * together
+        (answer,) = infer(engine, [InferRequest("outer", {})])
+        assert shown(answer) == {"first": ("INT32", [-1, -1])}
+
+
 def test_what_a_step_requires_may_not_be_lacking(repository: Repository) -> None:
     fill(repository, "strict")
     with engine_over(repository.root) as engine:

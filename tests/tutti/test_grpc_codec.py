@@ -36,6 +36,25 @@ def test_parameters_keep_their_types() -> None:
     assert request.parameters == {"a": 5, "b": "s", "c": True, "d": 0.5}
 
 
+@pytest.mark.parametrize(
+    ("key", "field", "value"),
+    [
+        ("priority", "string_param", "x"),
+        ("priority", "int64_param", -1),
+        ("timeout", "bool_param", True),
+        ("sequence_id", "double_param", 1.0),
+        ("sequence_start", "int64_param", 1),
+        ("sequence_end", "string_param", "x"),
+        ("any", None, None),
+    ],
+)
+def test_parameters_of_another_type_are_refused(key: str, field: str | None, value: object) -> None:
+    sent = pb.ModelInferRequest(model_name="m")
+    sent.parameters[key].CopyFrom(pb.InferParameter(**({field: value} if field is not None else {})))
+    with pytest.raises(InferError, match=f"invalid value type for '{key}' parameter, expected"):
+        grpc_codec.decode(sent.SerializeToString())
+
+
 def contents(**fields: object) -> object:
     return pb.InferTensorContents(**fields)
 

@@ -28,6 +28,33 @@ def test_json_data_may_be_nested_or_flat() -> None:
         assert reply == JSON_REPLY
 
 
+@pytest.mark.parametrize(
+    ("key", "good", "wrong"),
+    [
+        ("priority", [0, 3, 2**63], ["high", -1, True, 1.5]),
+        ("timeout", [0, 5_000_000], ["1s", True, 2.5]),
+        ("sequence_id", [7, 2**64 - 1, "a"], [True, 1.5]),
+        ("sequence_start", [True, False], [1, "true"]),
+        ("sequence_end", [True, False], [0, "x"]),
+    ],
+)
+def test_parameters_of_the_servers_own_have_their_types(key: str, good: list, wrong: list) -> None:
+    """One of another type says nothing to the server: it would be passed over without a word."""
+    for value in good:
+        request, _ = http_codec.decode("m", "", body({**x(data=[1, 2]), "parameters": {key: value}})[0], None)
+        assert request.parameters == {key: value}
+    for value in wrong:
+        with pytest.raises(InvalidArgument, match=f"model 'm': invalid value type for '{key}' parameter, expected"):
+            http_codec.decode("m", "", body({**x(data=[1, 2]), "parameters": {key: value}})[0], None)
+
+
+@pytest.mark.parametrize("value", [1, "yes", None])
+def test_whether_an_output_is_binary_is_a_boolean(value: object) -> None:
+    header = {**x(data=[1, 2]), "outputs": [{"name": "y", "parameters": {"binary_data": value}}]}
+    with pytest.raises(InvalidArgument, match="output 'y': 'binary_data': expected true or false"):
+        http_codec.decode("m", "", body(header)[0], None)
+
+
 def test_binary_data_is_a_view_of_the_body() -> None:
     raw = np.float32([[1, 2]]).tobytes()
     payload, length = body(x(parameters={"binary_data_size": 8}), raw)

@@ -349,9 +349,16 @@ def _outputs(
 
 
 def _parameters(parameters: Any) -> Parameters:
-    return {
-        key: getattr(value, value.WhichOneof("parameter_choice") or "string_param") for key, value in parameters.items()
-    }
+    return {key: getattr(value, _choice(key, value)) for key, value in parameters.items()}
+
+
+def _choice(key: str, value: Any) -> str:
+    choice: str | None = value.WhichOneof("parameter_choice")
+    if choice is None:
+        raise InvalidArgument(
+            f"invalid value type for '{key}' parameter, expected a number, text or a boolean, got none"
+        )
+    return choice
 
 
 def _parameters_message(parameters: Parameters) -> bytes:

@@ -414,6 +414,24 @@ def check_parameters(model: str, parameters: Mapping[str, Any], text: Raw = b"",
             raise _bad(model, f"parameter '{key}': {value} does not fit 64 bits")
         if type(value) is float:
             _check_float(model, key, value, text)
+        if key in _OF_THE_SERVER:
+            _check_own(model, key, value)
+
+
+# Parameters that say something to the server itself: what they are, since another type would be passed over.
+_OF_THE_SERVER: dict[str, tuple[tuple[type, ...], str]] = {
+    "priority": ((int,), "a whole number of 0 or more"),
+    "timeout": ((int,), "a whole number of microseconds"),
+    "sequence_id": ((int, str), "a whole number or text"),
+    "sequence_start": ((bool,), "true or false"),
+    "sequence_end": ((bool,), "true or false"),
+}
+
+
+def _check_own(model: str, key: str, value: Any) -> None:
+    types, expected = _OF_THE_SERVER[key]
+    if type(value) not in types or (key == "priority" and value < 0):
+        raise _bad(model, f"invalid value type for '{key}' parameter, expected {expected}, got {value!r:.100}")
 
 
 def _check_float(model: str, key: str, value: float, text: Raw) -> None:
@@ -624,7 +642,10 @@ def _outputs(
             regions.check(region)
             shared[name] = region
         names.append(name)
-        binary[name] = bool(wanted.get("binary_data", False))
+        is_binary = wanted.get("binary_data", False)
+        if not isinstance(is_binary, bool):
+            raise _bad(model, f"output '{name}': 'binary_data': expected true or false, got {is_binary!r:.100}")
+        binary[name] = is_binary
     return tuple(names), classes, shared, ReplyFormat(default, binary)
 
 
