@@ -4,6 +4,7 @@ Every field that is set is either honoured or refused here with its path, so tha
 Field meanings follow Triton's model_config.proto.
 """
 
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -325,10 +326,61 @@ def parse(text: str, folder: str, complete: Complete = lambda _: None) -> ModelC
 def parse_json(text: str | bytes, folder: str, complete: Complete = lambda _: None) -> ModelConfig:
     """As `parse`, for a configuration in JSON, as a client sends it with a load."""
     try:
-        proto = json_format.Parse(text, pb.ModelConfig(), max_recursion_depth=20)
+        proto = _from_json(text)
     except (json_format.ParseError, ValueError, RecursionError) as error:
         raise ConfigError(f"model '{folder}': the configuration's JSON does not parse: {reason(error)}") from None
     return _complete_and_check(proto, folder, complete)
+
+
+def _from_json(text: str | bytes) -> Any:
+    """The message. As in Triton a repeated field may be one value without its brackets."""
+    if text.strip()[:1] not in ("{", b"{"):
+        raise ValueError("expected an object")
+    try:
+        return json_format.Parse(text, pb.ModelConfig(), max_recursion_depth=20)
+    except json_format.ParseError as error:
+        value = json.loads(text, object_pairs_hook=_distinct)
+        listed = _listed(value, pb.ModelConfig.DESCRIPTOR)
+        if listed == value:
+            raise error
+        return json_format.ParseDict(listed, pb.ModelConfig(), max_recursion_depth=20)
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"duplicate key {next(name for name in names if names.count(name) > 1)!r}")
+    return made
+
+
+def _listed(value: Any, message: Any) -> Any:
+    """A message's JSON, each repeated field of it a list."""
+    if not isinstance(value, dict):
+        return value
+    fields = {name: field for field in message.fields for name in (field.name, field.json_name)}
+    return {key: _field_listed(part, fields[key]) if key in fields else part for key, part in value.items()}
+
+
+def _field_listed(value: Any, field: Any) -> Any:
+    kind = field.message_type
+    if kind is None:
+        return value if value is None or isinstance(value, list) or not field.is_repeated else [value]
+    if kind.GetOptions().map_entry:
+        inner = kind.fields_by_name["value"].message_type
+        if inner is None or not isinstance(value, dict):
+            return value
+        for key, part in value.items():
+            if not isinstance(part, dict):
+                raise ValueError(
+                    f"{field.name}: expected {inner.name} objects by name, got {part!r:.100} as {key!r:.100}"
+                )
+        return {key: _listed(part, inner) for key, part in value.items()}
+    if not field.is_repeated:
+        return _listed(value, kind)
+    if value is None:
+        return value
+    return [_listed(part, kind) for part in (value if isinstance(value, list) else [value])]
 
 
 def _complete_and_check(proto: Any, folder: str, complete: Complete) -> ModelConfig:

@@ -540,6 +540,17 @@ def _options() -> Iterator[Case]:
     for key, value in (("priority", 1), ("timeout", 1_000_000), ("sequence_id", 5)):
         yield Case(f"http parameter {key}", (infer("add_one", OK, parameters={key: value}),))
         yield Case(f"grpc parameter {key}", (call(message("add_one", GRPC_X, raw=(RAW,), parameters={key: value})),))
+    for key, value in (
+        ("priority", "x"),
+        ("priority", -1),
+        ("timeout", True),
+        ("sequence_id", True),
+        ("sequence_end", 1),
+    ):
+        yield Case(f"http parameter {key} {value}", (infer("add_one", OK, parameters={key: value}),))
+        yield Case(
+            f"grpc parameter {key} {value}", (call(message("add_one", GRPC_X, raw=(RAW,), parameters={key: value})),)
+        )
     for model in ("add_one", "labelled", "twice"):
         for k in (1, 3, 9):
             classes = [{"name": "y", "parameters": {"classification": k}}]

@@ -168,6 +168,7 @@ def test_metadata_and_configuration(client: AnyClient) -> None:
     assert client.as_json("get_server_metadata")["name"] == "tutti"
     metadata = client.as_json("get_model_metadata", "add_one")
     assert metadata["versions"] == ["1", "2"]
+    assert client.as_json("get_model_metadata", "add_one", "2")["versions"] == ["2"]
     assert [int(n) for n in metadata["inputs"][0]["shape"]] == [-1, 4]
     config = client.as_json("get_model_config", "add_one", "1")
     config = config.get("config", config)

@@ -1,5 +1,7 @@
 """config.pbtxt: what is read, and that everything else is refused with its path."""
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -179,3 +181,53 @@ def test_a_graph_that_cannot_be_read_is_named(repository: Repository) -> None:
     repository.add("broken", 'backend: "onnxruntime"', {"model.onnx": b"not a graph"})
     with pytest.raises(ConfigError, match="model 'broken': onnxruntime cannot load"):
         folders.open_model(repository.root, "broken")
+
+
+SPEC = {"name": "x", "data_type": "TYPE_FP32", "dims": [-1]}
+WHOLE: dict[str, object] = {
+    "backend": "python",
+    "max_batch_size": 8,
+    "input": [SPEC],
+    "output": [{**SPEC, "name": "y"}],
+    "instance_group": [{"count": 2, "kind": "KIND_CPU"}],
+    "version_policy": {"specific": {"versions": [3]}},
+    "dynamic_batching": {"preferred_batch_size": [4]},
+    "model_warmup": [{"name": "w", "inputs": {"x": {"data_type": "TYPE_FP32", "dims": [2], "zero_data": True}}}],
+    "parameters": {"a": {"string_value": "b"}},
+}
+
+
+def without_brackets(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: without_brackets(part) for key, part in value.items()}
+    return without_brackets(value[0]) if isinstance(value, list) else value
+
+
+def test_a_list_of_one_needs_no_brackets_in_json() -> None:
+    """Triton's own tests and many clients write configurations so."""
+    whole, short = (config.parse_json(json.dumps(value), "m") for value in (WHOLE, without_brackets(WHOLE)))
+    assert short.proto == whole.proto
+    assert short.inputs[0].dims == (-1,)
+    camel = {"maxBatchSize": 4, **{k: v for k, v in WHOLE.items() if k not in ("max_batch_size", "dynamic_batching")}}
+    camel["input"] = {"name": "x", "dataType": "TYPE_FP32", "dims": "-1"}
+    assert config.parse_json(json.dumps(camel), "m").max_batch_size == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("[]", "expected an object"),
+        ('"x"', "expected an object"),
+        ("", "expected an object"),
+        ("{", "does not parse"),
+        ('{"input": {"name": "a"}, "input": {"name": "b"}}', "duplicate key 'input'"),
+        ('{"input": {"nosuch": 1}}', 'no field named "nosuch"'),
+        (
+            '{"parameters": {"key": "EXECUTION_ENV_PATH", "value": {"string_value": "p"}}}',
+            "parameters: expected ModelParameter objects by name, got 'EXECUTION_ENV_PATH' as 'key'",
+        ),
+    ],
+)
+def test_json_that_is_no_configuration_is_told_by_what_is_wrong(text: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        config.parse_json(text, "m")

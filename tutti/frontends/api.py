@@ -200,10 +200,12 @@ class Api:
         return {"name": self._server_name, "version": __version__, "extensions": _EXTENSIONS + shared}
 
     def model_metadata(self, name: str, version: str = "") -> dict[str, Any]:
-        config = self.engine.model(name, version).config
+        """Of a version, or of the newest; the versions are all of them, or the one that was asked for."""
+        model = self.engine.model(name, version)
+        config = model.config
         return {
             "name": config.name,
-            "versions": self.engine.versions(config.name),
+            "versions": [str(model.version)] if version else self.engine.versions(config.name),
             "platform": config.platform,
             "inputs": _tensors(config, "inputs"),
             "outputs": _tensors(config, "outputs"),
