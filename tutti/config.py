@@ -466,6 +466,10 @@ def _check(proto: Any, folder: str) -> None:
     for path in _set_paths(proto):
         if path not in _HONOURED and f"{path}.*" not in _HONOURED and path not in _EMPTY_IS_FINE:
             raise _fail(folder, path, "this server does not support the field")
+    if proto.HasField("ensemble_scheduling"):
+        for name in ("instance_group", "model_warmup", "optimization"):  # as in Triton: none of it would be done
+            if any(one.name == name for one, _ in proto.ListFields()):
+                raise _fail(folder, name, "an ensemble has none of its own: the models of its steps have")
     for step in proto.ensemble_scheduling.step:
         if step.model_namespace:
             raise _fail(folder, "ensemble_scheduling.step.model_namespace", "this server does not support the field")

@@ -8,6 +8,7 @@ import numpy as np
 from tutti import dtypes
 from tutti.config import Warmup, WarmupInput
 from tutti.errors import ConfigError, InferError
+from tutti.model import check_request
 from tutti.repository import ModelFolder
 from tutti.scheduler import Backend
 from tutti.types import Call, InferRequest, InferResponse, Tensor
@@ -34,6 +35,10 @@ def run(folder: ModelFolder, instances: Sequence[Backend]) -> None:
     config = folder.config
     for warmup in config.warmups:
         inputs = {name: _tensor(folder, warmup, name, item) for name, item in warmup.inputs.items()}
+        try:
+            check_request(config, frozenset(), InferRequest(config.name, inputs))
+        except InferError as error:
+            raise ConfigError(f"model '{config.name}': model_warmup '{warmup.name}': {error}") from None
         for instance in instances:
             for _ in range(warmup.count):
                 sink = _Sink()

@@ -16,6 +16,15 @@ TENSORS = """
     output { name: "y" data_type: TYPE_STRING dims: 2 }
 """
 
+ENSEMBLE = (
+    TENSORS
+    + """
+    platform: "ensemble"
+    ensemble_scheduling { step { model_name: "a" model_version: -1
+      input_map { key: "x" value: "x" } output_map { key: "y" value: "y" } } }
+"""
+)
+
 
 def parse(text: str) -> config.ModelConfig:
     return config.parse(text, "m")
@@ -97,6 +106,9 @@ def test_a_full_configuration() -> None:
             "input[0].reshape.shape",
         ),
         ("this is not a configuration", "does not parse"),
+        (ENSEMBLE + "instance_group { count: 2 }", "instance_group"),
+        (ENSEMBLE + "optimization { priority: PRIORITY_MAX }", "optimization"),
+        (ENSEMBLE + 'model_warmup { name: "w" }', "model_warmup"),
     ],
 )
 def test_what_is_wrong_or_not_supported_is_refused_with_its_path(text: str, path: str) -> None:

@@ -106,6 +106,27 @@ def test_a_warm_up_that_fails_refuses_the_model(repository: Repository, file: by
         assert says in failure
 
 
+@pytest.mark.parametrize(
+    ("inputs", "says"),
+    [
+        ("", "expected 1 inputs but got 0 inputs for model 'counts'"),
+        (
+            "data_type: TYPE_INT32 dims: 2",
+            "inference input 'x' data-type is 'INT32', but model 'counts' expects 'FP32'",
+        ),
+        ("data_type: TYPE_FP32 dims: [ 2, 2 ]", "Expected [-1,2], got [1,2,2]"),
+        ("data_type: TYPE_FP32 dims: 3", "Expected [-1,2], got [1,3]"),
+    ],
+)
+def test_a_warm_up_is_checked_as_a_request(repository: Repository, inputs: str, says: str) -> None:
+    given = f'inputs {{ key: "x" value {{ {inputs} zero_data: true }} }}' if inputs else ""
+    add_counting(repository, f'model_warmup {{ name: "w" {given} }}')
+    with engine_over(repository.root) as engine:
+        (failure,) = engine.failures()
+    assert "model_warmup 'w'" in failure
+    assert says in failure
+
+
 def test_a_warm_up_file_outside_the_folder_is_refused(repository: Repository) -> None:
     add_counting(
         repository,

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
 
 from tests.models import IN_PROCESS, Repository
 from tests.serving import Gather, engine_over, infer, wait_until
 from tutti import repository as folders
 from tutti.backends import python
+from tutti.backends import triton_python_backend_utils as pb_utils
 from tutti.errors import ConfigError, InferError, Internal, InvalidArgument, Unsupported
 from tutti.frontends import http_codec
 from tutti.types import Call, InferRequest, InferResponse, Tensor
@@ -496,6 +499,55 @@ def test_auto_complete_config_that_contradicts_the_configuration_is_refused(repo
     )
     with pytest.raises(ConfigError, match="auto_complete_config"):
         folders.open_model(repository.root, "auto")
+
+
+@pytest.mark.parametrize(
+    ("config", "call", "arguments", "outcome"),
+    [
+        ("max_batch_size: 2", "set_max_batch_size", [4], (4, False, False)),
+        ("max_batch_size: 4", "set_max_batch_size", [4], (4, False, False)),
+        ("max_batch_size: 8", "set_max_batch_size", [4], "configuration specified max_batch_size 8, .* takes 4"),
+        ("max_batch_size: 8", "set_max_batch_size", [0], "configuration specified max_batch_size 8, .* takes 0"),
+        ("max_batch_size: 4", "set_dynamic_batching", [], (4, True, False)),
+        (
+            "max_batch_size: 4 dynamic_batching { preserve_ordering: true }",
+            "set_dynamic_batching",
+            [],
+            (4, True, False),
+        ),
+        (
+            "max_batch_size: 4 sequence_batching {}",
+            "set_dynamic_batching",
+            [],
+            "scheduling_choice as 'sequence_batching'",
+        ),
+        ("", "set_model_transaction_policy", [{"decoupled": True}], (0, False, True)),
+        ("", "set_model_transaction_policy", [{}], (0, False, False)),
+        ("model_transaction_policy { decoupled: true }", "set_model_transaction_policy", [{}], (0, False, True)),
+        (
+            "model_transaction_policy { decoupled: true }",
+            "set_model_transaction_policy",
+            [{"decoupled": False}],
+            "trying to change decoupled property",
+        ),
+        ("", "set_model_transaction_policy", [{"x": True}], r"unknown \['x'\]"),
+    ],
+)
+def test_auto_complete_config_changes_as_much_as_in_triton(
+    config: str, call: str, arguments: list, outcome: object
+) -> None:
+    """What a configuration asks for may grow, but is never taken from it without a word."""
+    proto = text_format.Parse(config, model_config_pb2.ModelConfig())
+    change = getattr(pb_utils.ModelConfig(proto), call)
+    if isinstance(outcome, str):
+        before = proto.SerializeToString()
+        with pytest.raises(ValueError, match=outcome):
+            change(*arguments)
+        assert proto.SerializeToString() == before
+        return
+    change(*arguments)
+    decoupled = proto.model_transaction_policy.decoupled
+    assert (proto.max_batch_size, proto.HasField("dynamic_batching"), decoupled) == outcome
 
 
 def test_arguments_of_initialize(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:

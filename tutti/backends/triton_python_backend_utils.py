@@ -752,24 +752,37 @@ class ModelConfig:
         json_format.ParseDict(dict(spec), field.add())
 
     def set_max_batch_size(self, size: int) -> None:
-        """Where the configuration gives none, or a larger one."""
-        if not self._proto.max_batch_size or self._proto.max_batch_size > size:
-            self._proto.max_batch_size = size
-        elif self._proto.max_batch_size < size:
+        """Where the configuration gives none, or less. Raises ValueError where it asks for more than the model can."""
+        if self._proto.max_batch_size > size:
             raise ValueError(
-                f"model '{self._proto.name}': max_batch_size is {self._proto.max_batch_size}, "
-                f"auto_complete_config says {size}"
+                f"model '{self._proto.name}': configuration specified max_batch_size {self._proto.max_batch_size}, "
+                f"auto_complete_config says that the model takes {size}"
             )
+        self._proto.max_batch_size = size
 
     def set_dynamic_batching(self) -> None:
-        if not self._proto.HasField("sequence_batching"):
-            self._proto.dynamic_batching.SetInParent()
+        """Raises ValueError where the configuration has another scheduler."""
+        other = self._proto.WhichOneof("scheduling_choice")
+        if other not in (None, "dynamic_batching"):
+            raise ValueError(
+                f"model '{self._proto.name}': Configuration specified scheduling_choice as '{other}', "
+                "auto_complete_config sets dynamic_batching"
+            )
+        self._proto.dynamic_batching.SetInParent()
 
     def set_model_transaction_policy(self, policy: Mapping[str, bool]) -> None:
+        """Raises ValueError where the configuration says that the model is decoupled, and this that it is not."""
         unknown = set(policy) - {"decoupled"}
         if unknown:
             raise ValueError(f"model '{self._proto.name}': model_transaction_policy has unknown {sorted(unknown)}")
-        self._proto.model_transaction_policy.decoupled = policy["decoupled"]
+        given = self._proto.model_transaction_policy
+        is_decoupled = policy.get("decoupled", given.decoupled)
+        if given.decoupled and not is_decoupled:
+            raise ValueError(
+                f"model '{self._proto.name}': trying to change decoupled property, which its configuration sets to "
+                "'True': auto_complete_config sets it to 'False'"
+            )
+        given.decoupled = is_decoupled
 
 
 class Metric:
