@@ -300,7 +300,7 @@ def control_of(infer: Infer) -> ModelControl | None:
 
 
 def settle(calls: Sequence[Call]) -> None:
-    """Hand answered calls to their sinks, one trip per sink."""
+    """Hand answered calls to their sinks, one trip per sink. What a sink raises comes after the others have theirs."""
     first = calls[0].sink
     if len(calls) == 1 or all(call.sink is first for call in calls):
         first.settle(calls)
@@ -308,8 +308,14 @@ def settle(calls: Sequence[Call]) -> None:
     groups: dict[int, list[Call]] = {}
     for call in calls:
         groups.setdefault(id(call.sink), []).append(call)
+    failure: Exception | None = None
     for group in groups.values():
-        group[0].sink.settle(group)
+        try:
+            group[0].sink.settle(group)
+        except Exception as error:
+            failure = failure or error
+    if failure is not None:
+        raise failure
 
 
 def settle_all(calls: Iterable[Call], error: InferError) -> None:

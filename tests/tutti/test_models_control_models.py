@@ -8,11 +8,11 @@ import pytest
 
 import ensembles
 from tests.models import IN_PROCESS, Repository
-from tests.serving import infer, timer, wait_until
+from tests.serving import Gather, infer, timer, wait_until
 from tests.tutti.test_python_processes import CONFIG, add, ask, y
 from tutti import local
 from tutti.engine import Engine
-from tutti.types import InferRequest, InferResponse, Tensor
+from tutti.types import Call, InferRequest, InferResponse, Tensor
 
 LAB = """
 backend: "python"
@@ -242,3 +242,97 @@ EVALUATED = {
 
 def test_what_else_triton_gives_its_models(engine: Engine) -> None:
     assert {code: evaluate(engine, code) for code in EVALUATED} == EVALUATED
+
+
+def test_execution_timeout_is_for_all_answers(repository: Repository) -> None:
+    """A model that gives answer after answer, each soon, is not waited for beyond it; nor one that gives none."""
+    stream = """
+    def execute(self, requests):
+        for r in requests:
+            threading.Thread(target=self.go, args=(r.get_response_sender(),), daemon=True).start()
+
+    def go(self, sender):
+        import time
+        begin = time.monotonic()
+        while not sender.is_cancelled() and time.monotonic() - begin < 60:
+            sender.send(response(1))
+            time.sleep(0.005)
+        sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+    """
+    silent = """
+    def execute(self, requests):
+        import time
+        begin = time.monotonic()
+        while not requests[0].is_cancelled() and time.monotonic() - begin < 60:
+            time.sleep(0.005)
+        return [response(1) for r in requests]
+    """
+    asks = """
+    async def execute(self, requests):
+        made = lambda name: pb_utils.InferenceRequest(
+            model_name=name, requested_output_names=["y"], inputs=requests[0].inputs()
+        )
+        limit = {"execution_timeout": 300_000_000}
+        last = [
+            list(made("stream").exec(decoupled=True, **limit))[-1],
+            list(await made("stream").async_exec(decoupled=True, **limit))[-1],
+            made("silent").exec(**limit),
+            await made("silent").async_exec(**limit),
+        ]
+        told = [each.error().message() if each.has_error() else "" for each in last]
+        return [response(*("execution_timeout" in text for text in told)) for r in requests]
+    """
+    add(repository, "stream", stream, CONFIG + "model_transaction_policy { decoupled: true }")
+    add(repository, "silent", silent, CONFIG + "instance_group { count: 2 kind: KIND_CPU }")
+    add(repository, "asks", asks)
+    engine = controllable(repository)
+    try:
+        engine.load_all()
+        assert y(ask(engine, "asks")) == [1, 1, 1, 1]
+    finally:
+        engine.close()
+
+
+def test_a_model_that_waits_no_longer_costs_no_other_caller_its_answer(repository: Repository) -> None:
+    """What the model has asked for is answered later, in one batch with what others have asked for."""
+    slow = """
+    async_folder = None
+    def execute(self, requests):
+        import time
+        folder = os.path.dirname(os.path.dirname(__file__))
+        open(os.path.join(folder, "began"), "w").close()
+        begin = time.monotonic()
+        while not os.path.exists(os.path.join(folder, "go")) and time.monotonic() - begin < 60:
+            time.sleep(0.005)
+        return [pb_utils.InferenceResponse([pb_utils.Tensor("y", x_of(r) + len(requests))]) for r in requests]
+    """
+    asks = """
+    async def execute(self, requests):
+        made = pb_utils.InferenceRequest(
+            model_name="slow", requested_output_names=["y"], inputs=[pb_utils.Tensor("x", np.ones((1, 1), np.float32))]
+        )
+        try:
+            await asyncio.wait_for(made.async_exec(), 0.05)
+            return [response(0) for r in requests]
+        except asyncio.TimeoutError:
+            return [response(1) for r in requests]
+    """
+    batched = CONFIG.replace("dims: -1", "dims: 1") + "max_batch_size: 4 dynamic_batching {}" + IN_PROCESS
+    add(repository, "slow", slow.replace("    async_folder = None\n", ""), batched)
+    add(repository, "asks", asks, CONFIG + IN_PROCESS)
+    engine = controllable(repository)
+    rows = {"x": Tensor.of("x", np.ones((1, 1), np.float32))}
+    first, second = (Call(InferRequest("slow", dict(rows)), Gather(1)) for _ in range(2))
+    try:
+        engine.load_all()
+        engine([first])
+        wait_until((repository.root / "slow" / "began").exists)
+        assert y(ask(engine, "asks")) == [1]
+        engine([second])
+        (repository.root / "slow" / "go").touch()
+        for call, together in ((first, 1), (second, 2)):
+            call.sink.wait()  # type: ignore[attr-defined]
+            assert isinstance(call.answer, InferResponse), call.answer
+            assert call.answer.tensor("y").array().tolist() == [[1 + together]]
+    finally:
+        engine.close()

@@ -1,13 +1,14 @@
 """Tensors, datatypes, errors, and the row arithmetic of batches."""
 
 import pickle
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
 from tutti import dtypes, errors, rows
 from tutti.errors import InvalidArgument
-from tutti.types import InferRequest, Tensor
+from tutti.types import Call, InferRequest, Tensor, settle
 
 
 def test_bytes_survive_encoding() -> None:
@@ -123,3 +124,26 @@ def test_rows_take_what_is_on_a_device() -> None:
     large = Tensor("x", "FP32", (1, 10**6), Elsewhere(np.zeros((1, 10**6), np.float32)))
     assert rows.is_large([InferRequest("m", {"x": large})])
     assert rows.reshape(parts()[0], (2,), (2, 1), is_batched=True).array().shape == (1, 2, 1)
+
+
+class _Sink:
+    """Keeps what it is handed, then raises where it is told to."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.calls: list[Call] = []
+        self._error = error
+
+    def settle(self, calls: Sequence[Call]) -> None:
+        self.calls += calls
+        if self._error is not None:
+            raise self._error
+
+
+def test_a_sink_that_raises_keeps_no_other_from_its_calls() -> None:
+    broken = RuntimeError("broken")
+    sinks = [_Sink(), _Sink(broken), _Sink()]
+    calls = [Call(InferRequest("m", {}), sinks[index % 3]) for index in range(6)]
+    with pytest.raises(RuntimeError, match="broken") as raised:
+        settle(calls)
+    assert raised.value is broken
+    assert [sink.calls for sink in sinks] == [calls[index::3] for index in range(3)]

@@ -12,6 +12,7 @@ import os
 import queue
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -633,7 +634,9 @@ class InferenceRequest:
             return iter(answers)
         if not answers.ended.done():
             with turns.given_up(self._held):
-                await asyncio.wrap_future(answers.ended)
+                ended = asyncio.wrap_future(answers.ended)
+                await asyncio.wait([ended], timeout=answers.left_s())
+                ended.cancel()  # nobody waits any more: the loop may be gone when the answer comes
         last = InferenceResponse()
         for response in answers:
             last = response
@@ -660,7 +663,8 @@ class _Answers:
         self.call: Call | None = None
         self._held = held
         self.ended: Future[None] = Future()
-        self._timeout_s = timeout_s
+        self.ended.set_running_or_notify_cancel()  # who waits for it may be cancelled, but not the end itself
+        self._until_s = None if timeout_s is None else time.monotonic() + timeout_s
         self._preferred = preferred
         self._queue: queue.SimpleQueue[Answer | None] = queue.SimpleQueue()
 
@@ -689,10 +693,17 @@ class _Answers:
 
     def _next(self) -> Answer | None:
         """Raises queue.Empty when it takes too long, and DeviceLost where there is no turn any more to go on with."""
+        left_s = self.left_s()
+        if left_s is not None and left_s <= 0 and not self.ended.done():
+            raise queue.Empty
         with contextlib.suppress(queue.Empty):
             return self._queue.get_nowait()
         with turns.given_up(self._held):
-            return self._queue.get(timeout=self._timeout_s)
+            return self._queue.get(timeout=left_s)
+
+    def left_s(self) -> float | None:
+        """Of the time for all answers; None for any."""
+        return None if self._until_s is None else self._until_s - time.monotonic()
 
 
 def _response_of(answer: Answer, preferred: PreferredMemory | None) -> InferenceResponse:
