@@ -38,10 +38,20 @@ class Pool(Executor):
                 raise RuntimeError(f"the threads '{self._name}' have been shut down")
             self._queue.put((future, partial(do, *args, **kwargs)))
             if not self._waiting.acquire(blocking=False) and self._begun < self._most:
-                self._begun += 1
-                arguments = (self._queue, self._waiting)
-                threading.Thread(target=_work, args=arguments, name=f"{self._name} {self._begun}", daemon=True).start()
+                self._begin(future)
         return future
+
+    def _begin(self, future: Future[Any]) -> None:
+        """One thread more. Raises RuntimeError, and the work is none, where there can be none, and none is there."""
+        name = f"{self._name} {self._begun + 1}"
+        try:
+            threading.Thread(target=_work, args=(self._queue, self._waiting), name=name, daemon=True).start()
+        except RuntimeError:
+            if not self._begun:
+                future.cancel()
+                raise
+        else:
+            self._begun += 1
 
     def shutdown(self, wait: bool = False, *, cancel_futures: bool = False) -> None:
         """Take no more; the threads end after what was submitted, without it where that is cancelled. Never waits."""

@@ -52,6 +52,21 @@ def test_a_pool_tells_what_was_raised_and_takes_nothing_when_it_is_shut() -> Non
     assert first.result(LIMIT_S)
 
 
+def test_a_pool_does_with_the_threads_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    pool, none = Pool(3, "test"), Pool(3, "none")
+    go = threading.Event()
+    first = pool.submit(go.wait, LIMIT_S)
+    monkeypatch.setattr(threading.Thread, "start", fails)
+    second = pool.submit(int)
+    go.set()
+    assert first.result(LIMIT_S) and second.result(LIMIT_S) == 0
+    with pytest.raises(RuntimeError, match="can't start"):
+        none.submit(int)
+
+
 def test_threads_of_a_pool_end_with_it() -> None:
     pool = Pool(2, "ends")
     pool.submit(int).result(LIMIT_S)
