@@ -647,8 +647,10 @@ class ThreadInstance:
         for key in list(self._held):
             held = self._held.pop(key, None)
             if held is not None:
+                unanswered = [call for call in held[0] if call.answer is None]  # the backend may have settled some
                 try:
-                    settle_all(held[0], error)
+                    if unanswered:
+                        settle_all(unanswered, error)
                 except Exception:
                     _log.exception("instance %s: could not deliver errors", self._name)
                 for call in held[0]:  # the backend may settle some itself, should it come back

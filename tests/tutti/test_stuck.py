@@ -66,9 +66,14 @@ class Waits:
             raise RuntimeError("not yet")
 
     def execute(self, calls: Sequence[Call]) -> Answers:
+        if self._name == "stuck_answered":  # as a response sender does
+            calls[0].finish(self._answer())
         if self._name.startswith("stuck"):
             Gate.wait()
-        return [InferResponse(self._name, "1", [Tensor.of("y", np.ones(1, np.float32))]) for _ in calls]
+        return [self._answer() for _ in calls]
+
+    def _answer(self) -> InferResponse:
+        return InferResponse(self._name, "1", [Tensor.of("y", np.ones(1, np.float32))])
 
     def close(self) -> None:
         Gate.closed.append(self._name)
@@ -124,6 +129,25 @@ def test_a_stuck_execution_is_told_of_and_abandoned_with_its_model(repository: R
     Gate.opened.set()
     assert is_served(engine, "stuck")
     assert is_served(engine, "good")
+    engine.close()
+
+
+def test_what_is_answered_before_its_execution_hangs_is_answered_once(repository: Repository) -> None:
+    add(repository, "stuck_answered")
+    engine = serve(repository, "stuck_answered")
+    gather = Gather(1)
+    call = Call(ask("stuck_answered"), gather)
+    engine([call])
+    gather.wait()
+    answer = call.answer
+    assert Gate.entered.wait(20)
+    assert isinstance(answer, InferResponse)
+    wait_until(lambda: engine.model("stuck_answered").is_stuck())
+    engine.load("stuck_answered")
+    wait_until(lambda: not engine.unfinished())  # the old one has been abandoned
+    gather.wait()
+    assert call.answer is answer
+    Gate.opened.set()
     engine.close()
 
 
