@@ -26,9 +26,9 @@ import yaml
 from benchmarks.machine import ROOT, run_parts
 from benchmarks.open_loop import CONFIG, write_model
 from loadtest import runner, scenario, search
-from loadtest.cli import PROBE_REQUESTS
 from loadtest.process import free_ports, stop, wait_until_ready
 from loadtest.scenario import Scenario
+from loadtest.search import PROBE_REQUESTS
 from loadtest.slo import Verdict
 
 DELAY_MS, STALL_S, EVERY_S, ERRORS = 5.0, 1.0, 20.0, 0.01

@@ -4,6 +4,7 @@ Pure. A worker's shard is every n-th arrival, so that more workers change nothin
 """
 
 import csv
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from loadtest.scenario import Arrivals, Scenario, ScenarioError, Stage
+from loadtest import names
+from loadtest.errors import ScenarioError
+from loadtest.scenario import Arrivals, Scenario, Stage
 
 Floats = npt.NDArray[np.float64]
+# What is more, or longer, is taken for a slip: of a rate, or of a trace in milliseconds.
+MOST_REQUESTS = 20_000_000
+LONGEST_S = 31 * 86_400.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,42 +83,132 @@ def of_stage(stage: Stage, how: Arrivals, rng: np.random.Generator) -> Floats:
 def schedule(scenario: Scenario, payloads: Sequence[float]) -> Schedule:
     """The whole run; `payloads` are weights of what may be sent. Raises ScenarioError for a trace that is none."""
     rng = np.random.default_rng(scenario.seed)
-    due: list[Floats] = []
-    stages: list[npt.NDArray[np.int16]] = []
-    start = 0.0
-    if scenario.arrivals.trace is not None:
-        own = read_trace(scenario.folder / scenario.arrivals.trace) / scenario.arrivals.speed
-        due, stages, start = [own], [np.zeros(len(own), np.int16)], float(own[-1]) if len(own) else 0.0
+    trace = None if scenario.arrivals.trace is None else read_trace(scenario.folder / scenario.arrivals.trace)
+    if isinstance(trace, np.ndarray):
+        times = trace / scenario.arrivals.speed
+        numbers, seconds = np.zeros(len(times), np.int16), float(times[-1])
+        _check_size(len(times), seconds)
     else:
-        first = scenario.stages[0]
-        rate = max(first.rate, first.to) if first.kind != "constant" else first.rate
-        warm = [Stage(seconds=scenario.warmup_s, rate=rate)] if scenario.warmup_s and rate else []
-        for number, stage in enumerate([*warm, *scenario.stages], -len(warm)):
-            due.append(start + of_stage(stage, scenario.arrivals, rng))
-            stages.append(np.full(len(due[-1]), number, np.int16))
-            start += stage.seconds
-    times = np.concatenate(due) if due else np.zeros(0)
+        times, numbers, seconds = _of_stages(scenario, trace, rng)
     weights = np.asarray(payloads, np.float64)
     chosen = rng.choice(len(weights), len(times), p=weights / weights.sum()).astype(np.int32)
-    return Schedule(times, chosen, np.concatenate(stages) if stages else np.zeros(0, np.int16), start)
+    return Schedule(times, chosen, numbers, seconds)
 
 
-def read_trace(path: Path) -> Floats:
-    """Seconds of arrivals, from CSV or Parquet, the first at 0. Raises ScenarioError naming the line that is wrong."""
-    if path.suffix == ".parquet":
-        return _from_parquet(path)
-    seconds: list[float] = []
+def length_s(scenario: Scenario) -> float:
+    """How long a run takes until its last request is due, at most. Raises ScenarioError as schedule does."""
+    if scenario.arrivals.trace is not None:
+        return schedule(scenario, [1.0]).seconds
+    return (scenario.warmup_s if _warm_up(scenario) else 0.0) + sum(stage.seconds for stage in scenario.stages)
+
+
+def _of_stages(
+    scenario: Scenario, trace: Sequence[Stage] | None, rng: np.random.Generator
+) -> tuple[Floats, npt.NDArray[np.int16], float]:
+    """When requests are due, the stage of each, and the seconds of all. A trace's stretches are one stage."""
+    stages = [(number, stage) for number, stage in enumerate(scenario.stages)]
+    if trace is not None:
+        speed = scenario.arrivals.speed
+        stages = [(0, Stage(seconds=one.seconds / speed, rate=one.rate * speed)) for one in trace]
+    elif (warm := _warm_up(scenario)) is not None:
+        stages.insert(0, (-1, warm))
+    _check_size(sum(expected(stage) for _, stage in stages), sum(stage.seconds for _, stage in stages))
+    due: list[Floats] = []
+    numbers: list[npt.NDArray[np.int16]] = []
+    start = 0.0
+    for number, stage in stages:
+        due.append(start + of_stage(stage, scenario.arrivals, rng))
+        numbers.append(np.full(len(due[-1]), number, np.int16))
+        start += stage.seconds
+    return np.concatenate(due), np.concatenate(numbers), start
+
+
+def _warm_up(scenario: Scenario) -> Stage | None:
+    first = scenario.stages[0]
+    rate = max(first.rate, first.to) if first.kind != "constant" else first.rate
+    return Stage(seconds=scenario.warmup_s, rate=rate) if scenario.warmup_s and rate else None
+
+
+def _check_size(requests: float, seconds: float) -> None:
+    if requests > MOST_REQUESTS:
+        raise ScenarioError(f"{requests:,.0f} requests: expected {MOST_REQUESTS:,} at most in a run: check the rates")
+    if seconds > LONGEST_S:
+        raise ScenarioError(f"a run of {seconds:,.0f} s: expected 31 days at most: are its times milliseconds?")
+
+
+def read_trace(path: Path) -> Floats | list[Stage]:
+    """Seconds of arrivals, the first at 0; or stretches of even rates. Raises ScenarioError naming what is wrong.
+
+    Parquet and CSV with a column `second` or `scheduled_s` have arrivals, a line each; CSV with a `rate` as well has
+    the rate from each second to the next, as `tutti cluster simulate` reads it. Without a heading, CSV of one column
+    has arrivals, and of two, seconds and rates.
+    """
+    names.file(str(path), "a trace in CSV or Parquet", (".csv", ".parquet"))
+    with path.open("rb") as file:
+        is_parquet = file.read(4) == b"PAR1"
+    return _from_parquet(path) if is_parquet else _from_csv(path)
+
+
+_KINDS = "expected a column second (arrivals, a line each), or second and rate"
+
+
+def _from_csv(path: Path) -> Floats | list[Stage]:
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            for number, row in enumerate(csv.reader(file), 1):
-                try:
-                    seconds.append(float(row[0]))
-                except (ValueError, IndexError):
-                    if number > 1:  # a first line may be a heading
-                        raise ScenarioError(f"{path}:{number}: expected a second, got {','.join(row)[:60]!r}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ScenarioError(f"{path}: {error}") from None
-    return _from_zero(path, np.asarray(seconds))
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = [(number, row) for number, row in enumerate(csv.reader(file), 1) if row]
+    except (OSError, csv.Error) as error:
+        raise ScenarioError(f"{path}: no CSV: {getattr(error, 'strerror', None) or error}: {_KINDS}") from None
+    except UnicodeDecodeError as error:
+        raise ScenarioError(f"{path}: byte {error.start} is no UTF-8: {_KINDS}") from None
+    heading = _heading(rows[0][1]) if rows else None
+    columns = _columns(path, heading, rows[0][1] if rows else [])
+    numbers = [_numbers(path, number, row, columns) for number, row in rows[heading is not None :]]
+    if len(columns) == 2:
+        return _stretches(path, numbers)
+    return _from_zero(path, np.asarray([row[0] for _, row in numbers]))
+
+
+def _heading(row: Sequence[str]) -> list[str] | None:
+    """Names of columns, where the first line is none of numbers."""
+    return None if _is_number(row[0]) else [one.strip().lower() for one in row]
+
+
+def _columns(path: Path, heading: list[str] | None, first: Sequence[str]) -> list[int]:
+    """Where the second is, and the rate, if there is one."""
+    if heading is None:
+        if len(first) > 2:
+            raise ScenarioError(f"{path}:1: {_KINDS}; got {len(first)} columns without a heading")
+        return list(range(len(first)))
+    second = next((heading.index(one) for one in ("scheduled_s", "second") if one in heading), None)
+    if second is None:
+        raise ScenarioError(f"{path}:1: {_KINDS}; got {', '.join(first)[:60]!r}")
+    return [second, heading.index("rate")] if "rate" in heading else [second]
+
+
+def _numbers(path: Path, number: int, row: Sequence[str], columns: Sequence[int]) -> tuple[int, list[float]]:
+    if len(row) > max(columns) and all(_is_number(row[one]) for one in columns):
+        return number, [float(row[one]) for one in columns]
+    what = "SECOND,RATE" if len(columns) == 2 else "a second"
+    raise ScenarioError(f"{path}:{number}: expected {what}, got {','.join(row)[:60]!r}")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return bool(np.isfinite(float(text)))
+    except ValueError:
+        return False
+
+
+def _stretches(path: Path, rows: Sequence[tuple[int, Sequence[float]]]) -> list[Stage]:
+    """From each line's second to the next line's; the last line's rate is that of no time."""
+    made: list[Stage] = []
+    for (_, (second, rate)), (number, (until, _)) in itertools.pairwise(rows):
+        if until <= second or rate < 0:
+            raise ScenarioError(f"{path}:{number}: expected rising seconds, and rates of 0 or more")
+        made.append(Stage(seconds=until - second, rate=rate))
+    if not made:
+        raise ScenarioError(f"{path}: expected two lines of SECOND,RATE or more")
+    return made
 
 
 def _from_parquet(path: Path) -> Floats:
@@ -121,11 +217,13 @@ def _from_parquet(path: Path) -> Floats:
     try:
         table: Any = pyarrow.parquet.read_table(path)
     except Exception as error:
-        raise ScenarioError(f"{path}: {error}") from None
+        raise ScenarioError(f"{path}: no Parquet: {str(error).splitlines()[0]}") from None
     name = next((one for one in ("scheduled_s", "second") if one in table.column_names), None)
     if name is None:
         raise ScenarioError(f"{path}: expected a column scheduled_s or second, got {', '.join(table.column_names)}")
-    return _from_zero(path, table[name].to_numpy())
+    if str(table[name].type) not in ("double", "float", "int64", "int32"):
+        raise ScenarioError(f"{path}: expected numbers in the column {name}, got {table[name].type}")
+    return _from_zero(path, table[name].to_numpy().astype(np.float64))
 
 
 def _from_zero(path: Path, seconds: Floats) -> Floats:

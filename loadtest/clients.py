@@ -14,6 +14,7 @@ import httptools
 from tritonclient.grpc import service_pb2 as pb
 
 from loadtest import http2
+from loadtest.addresses import split
 from loadtest.payloads import Message
 from loadtest.scenario import Target
 from loadtest.wire import Wire, connect
@@ -124,7 +125,7 @@ class HttpClient:
         self.done = done
         self._target = target
         self._timeout_s = timeout_s
-        self._hosts = [_split(url) for url in target.urls]
+        self._hosts = [split(url) for url in target.urls]
         self._data = [
             [one.head + f"Host: {host}:{port}\r\n\r\n".encode() + one.body for one in messages]
             for host, port in self._hosts
@@ -230,7 +231,7 @@ class _GrpcClient:
         self._done = done
         self._bodies = [one.body for one in messages]
         self._timeout_s = timeout_s
-        self._hosts = [_split(url) for url in target.urls]
+        self._hosts = [split(url) for url in target.urls]
         own = [(key.lower().encode(), value.encode()) for key, value in target.headers.items()]
         self._headers = [
             [(b":method", b"POST"), (b":scheme", b"http"), (b":path", SERVICE + self.METHOD),
@@ -498,8 +499,3 @@ CLIENTS: dict[str, Callable[[Target, Sequence[Message], Done, float], Client]] =
 def _framed(message: bytes) -> bytes:
     """A message as gRPC sends it: not compressed, its length, itself."""
     return b"\0" + len(message).to_bytes(4, "big") + message
-
-
-def _split(url: str) -> tuple[str, int]:
-    host, _, port = url.rpartition(":")
-    return host.strip("[]") or "127.0.0.1", int(port)

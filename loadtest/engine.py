@@ -14,7 +14,6 @@ import os
 import resource
 import sys
 import time
-import urllib.request
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,9 +25,11 @@ import uvloop
 
 from loadtest.arrivals import Schedule, schedule
 from loadtest.clients import CLIENTS
+from loadtest.errors import RunError, ScenarioError
 from loadtest.histogram import Histogram
-from loadtest.payloads import Message, TensorInfo, messages
+from loadtest.payloads import Message, messages
 from loadtest.scenario import Scenario
+from loadtest.server import metadata
 from loadtest.shared import Region
 from loadtest.slo import LATE_S
 from loadtest.timers import Alarm
@@ -36,6 +37,10 @@ from loadtest.timers import Alarm
 _PROGRESS_S = 0.5
 # So many that are due together are sent before answers are looked at again.
 _BURST = 32
+# When so many at the beginning have all failed alike, the others would, too.
+_FIRST = 20
+# For a model's inputs, which all workers ask for at once.
+_METADATA_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +67,10 @@ class Shard:
         self.error_of: dict[int, str] = {}
         # What the server said with the first error of each kind.
         self.reasons: dict[str, str] = {}
+        # What the first requests have all failed with, where they have.
+        self.stopped = ""
+        self._first_errors: Counter[str] = Counter()
+        self._sending: asyncio.Task[None] | None = None
         self._in_flight = 0
         self._recent_s: list[float] = []
         self.cpu: list[float] = []
@@ -81,14 +90,18 @@ class Shard:
         alarm = Alarm()
         self._start = time.perf_counter() + (start_at - time.time())
         watching = asyncio.create_task(self._watch(alarm))
+        self._sending = asyncio.create_task(self._send_all(alarm))
         try:
-            await self._send_all(alarm)
-            if self._left:
+            await asyncio.wait({self._sending})
+            if not self._sending.cancelled():
+                self._sending.result()
+            if self._left and not self.stopped:
                 async with asyncio.timeout(self.scenario.timeout_s + 5):
                     await self._ended.wait()
         except TimeoutError:
             pass
         finally:
+            self._sending.cancel()
             watching.cancel()
             alarm.close()
             gc.enable()
@@ -122,8 +135,17 @@ class Shard:
             self.errors[what] += 1
             self.error_of[number] = what
             self.reasons.setdefault(what, reason)
+            if number < _FIRST:
+                self._note_first_error(what)
         self._left -= 1
         if not self._left:
+            self._ended.set()
+
+    def _note_first_error(self, what: str) -> None:
+        self._first_errors[what] += 1
+        if self._first_errors[what] == _FIRST < len(self.own) and self._sending is not None:
+            self.stopped = what
+            self._sending.cancel()
             self._ended.set()
 
     async def _watch(self, alarm: Alarm) -> None:
@@ -158,9 +180,12 @@ class Shard:
         has_error = np.zeros(len(self.own), bool)
         has_error[list(self.error_of)] = True
         is_done, goal_ms = np.isfinite(self.done), self.scenario.slo.p99_ms
+        # A run that was ended tells of what was answered, while warming up as well; the rest is nobody's fault.
+        counts = is_done if self.stopped else np.ones(len(self.own), bool)
+        stages = np.maximum(self.own.stages, 0) if self.stopped else self.own.stages
         found: dict[str, Any] = {}
-        for stage in sorted(set(self.own.stages.tolist()) - {-1}):
-            mine = self.own.stages == stage
+        for stage in sorted(set(stages.tolist()) - {-1}):
+            mine = (stages == stage) & counts
             good = mine & is_done & ~has_error
             histogram = Histogram()
             histogram.add(np.maximum(0, latency_ns[good]).astype(np.int64))
@@ -176,8 +201,9 @@ class Shard:
             }
         return {
             "stages": found,
-            "errors": dict(Counter(what for number, what in self.error_of.items() if self.own.stages[number] >= 0)),
+            "errors": dict(Counter(what for number, what in self.error_of.items() if stages[number] >= 0)),
             "reasons": self.reasons,
+            "stopped": self.stopped,
             "waited": self._client.waited,
             "cpu": max(self.cpu, default=0.0),
             "cpu_by_time": [round(one, 3) for one in self.cpu],
@@ -187,7 +213,7 @@ class Shard:
 
     def _seconds(self) -> list[dict[str, Any]]:
         """A line for each second: sent, answered, errors, and the latency of what was due then."""
-        last = int(max(float(np.nanmax(self.done, initial=0.0)), self.own.seconds)) + 1
+        last = int(max(float(np.nanmax(self.done, initial=0.0)), 0.0 if self.stopped else self.own.seconds)) + 1
         rows: list[dict[str, Any]] = []
         took_ms = (self.done - self.own.due_s) * 1e3
         due = self.own.due_s.astype(int)
@@ -227,28 +253,12 @@ def _quantiles(seconds: Any) -> dict[str, float]:
     return {name: float(np.quantile(known, share)) * 1e3 for name, share in (("p50", 0.5), ("p99", 0.99), ("max", 1.0))}
 
 
-def metadata(scenario: Scenario, model: str, version: str) -> list[TensorInfo]:
-    """A model's inputs, as the server tells. Raises RuntimeError with the server's reason."""
-    url = scenario.target.urls[0]
-    part = f"/versions/{version}" if version else ""
-    try:
-        if scenario.target.protocol == "http":
-            request = urllib.request.Request(f"http://{url}/v2/models/{model}{part}", headers=scenario.target.headers)
-            with urllib.request.urlopen(request, timeout=10) as answer:
-                return [TensorInfo.of(one) for one in json.load(answer)["inputs"]]
-        import tritonclient.grpc as grpcclient
-
-        with grpcclient.InferenceServerClient(url) as client:
-            headers = {key.lower(): value for key, value in scenario.target.headers.items()}
-            found = client.get_model_metadata(model, version, headers=headers, as_json=True, client_timeout=10)
-            return [TensorInfo.of({"shape": [], **one}) for one in found.get("inputs", [])]
-    except Exception as error:
-        raise RuntimeError(f"model '{model}' at {url}: {error}") from None
-
-
 def prepare(scenario: Scenario, region: Region | None = None) -> tuple[Schedule, list[Message]]:
     """The whole schedule, and all messages."""
-    made, weights = messages(scenario, lambda model, version: metadata(scenario, model, version), region)
+    address = scenario.target.urls[0]
+    made, weights = messages(
+        scenario, lambda model, version: metadata(scenario.target, address, model, version, _METADATA_S), region
+    )
     return schedule(scenario, weights), made
 
 
@@ -282,6 +292,9 @@ def main() -> int:
     job = Job(scenario, given["shard"], given["shards"], Path(given["raw"]))
     try:
         found = run(job)
+    except (ScenarioError, RunError) as error:
+        print(json.dumps({"failed": str(error)}), flush=True)
+        return 1
     except Exception as error:
         print(json.dumps({"failed": f"{type(error).__name__}: {error}"}), flush=True)
         return 1
@@ -289,7 +302,12 @@ def main() -> int:
     return 0
 
 
-if __name__ == "__main__":
+def enter() -> None:
+    """Be this process."""
     status = main()
     sys.stdout.flush()
     os._exit(status)  # channels that are closed at interpreter exit may hang
+
+
+if __name__ == "__main__":
+    enter()

@@ -22,8 +22,11 @@ from locust import User, events, task
 from locust.env import Environment
 from locust.runners import STATE_MISSING, LocalRunner, MasterRunner, WorkerRunner
 
+ROOT = Path(__file__).parents[1]
 _BEGIN_S = 1.0
-_READY_S = 120.0
+_PROGRESS_S = 0.5
+# The engine's package is found wherever this file is, and nothing in the folder where a person stands shadows anything.
+_ENTER = "import sys; sys.path.append(sys.argv.pop(1)); import loadtest.engine; loadtest.engine.enter()"
 
 
 @events.init_command_line_parser.add_listener
@@ -54,9 +57,8 @@ class Engine:
         raw = folder / f"requests.{shard}.parquet"
         job.write_text(json.dumps({"scenario": scenario, "shard": shard, "shards": shards, "raw": str(raw)}))
         self.process = gevent.subprocess.Popen(
-            [sys.executable, "-m", "loadtest.engine", str(job)],
-            stdin=gevent.subprocess.PIPE, stdout=gevent.subprocess.PIPE, text=True, bufsize=1,
-            cwd=Path(__file__).parents[1], start_new_session=True,
+            [sys.executable, "-P", "-c", _ENTER, str(ROOT), str(job)],
+            stdin=gevent.subprocess.PIPE, stdout=gevent.subprocess.PIPE, text=True, bufsize=1, start_new_session=True,
         )  # fmt: skip
 
     def stop(self) -> None:
@@ -100,6 +102,17 @@ def _scenario(environment: Environment) -> dict[str, Any]:
 
 def follow(engine: Engine, ready: Any, ended: Any) -> None:
     """Hand on what an engine says: that it is `ready`, and how it `ended`."""
+    try:
+        _follow(engine, ready, ended)
+    except Exception as error:
+        ended({"failed": f"the run was not followed to its end: {_told(error)}"})
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _follow(engine: Engine, ready: Any, ended: Any) -> None:
     for said in engine.lines():
         if "ready" in said:
             ready()
@@ -111,17 +124,53 @@ def follow(engine: Engine, ready: Any, ended: Any) -> None:
     ended({"failed": f"the run was stopped before its end (the engine ended with status {engine.process.wait()})"})
 
 
-class Conductor:
-    """The master: has all begin at once, and gathers what they saw."""
+class Progress:
+    """How far the run is, each half second, in a file beside the result."""
 
     def __init__(self, environment: Environment) -> None:
         self._environment = environment
+        options: Any = environment.parsed_options
+        self._path = Path(options.result).with_name("progress.json")
+        self._began_s = 0.0
+
+    def begin(self, in_s: float) -> None:
+        self._began_s = time.monotonic() + in_s
+
+    def watch(self) -> None:
+        while True:
+            temporary = self._path.with_suffix(".new")
+            temporary.write_text(json.dumps(self._said()))
+            temporary.replace(self._path)
+            gevent.sleep(_PROGRESS_S)
+
+    def _said(self) -> dict[str, Any]:
+        if not self._began_s:
+            runner: Any = self._environment.runner
+            options: Any = self._environment.parsed_options
+            return {"workers": len(getattr(runner, "clients", ())), "wanted": getattr(options, "expect_workers", 1)}
+        total: Any = self._environment.stats.total  # type: ignore[no-untyped-call]
+        second = max(0.0, time.monotonic() - self._began_s)
+        return {"second": second, "answered": total.num_requests, "errors": total.num_failures}
+
+
+class Conductor:
+    """The master: has all begin at once, and gathers what they saw."""
+
+    def __init__(self, environment: Environment, progress: Progress) -> None:
+        self._environment = environment
+        self._progress = progress
         self._ready: set[str] = set()
         self._results: dict[str, Any] = {}
         self._workers: list[str] = []
         self._is_over = False
 
     def start(self) -> None:
+        try:
+            self._start()
+        except Exception as error:
+            finish(self._environment, [{"failed": _told(error)}])
+
+    def _start(self) -> None:
         runner: Any = self._environment.runner
         self._ready, self._results = set(), {}
         self._workers = sorted(runner.clients)
@@ -143,6 +192,7 @@ class Conductor:
         if len(self._ready) == len(self._workers):
             runner: Any = environment.runner
             runner.send_message("open_loop_begin", {"at": time.time() + _BEGIN_S})
+            self._progress.begin(_BEGIN_S)
 
     def on_ended(self, environment: Environment, msg: Any, **_: Any) -> None:
         self._end(msg.node_id, msg.data)
@@ -158,11 +208,13 @@ def finish(environment: Environment, results: list[Any]) -> None:
     """Write what was seen, and leave."""
     options: Any = environment.parsed_options
     path = Path(options.result)
-    temporary = path.with_suffix(".new")
-    temporary.write_text(json.dumps({"workers": results}))
-    temporary.replace(path)
-    environment.process_exit_code = 1 if any("failed" in one for one in results) else 0
-    gevent.spawn(_quit, environment)
+    try:
+        temporary = path.with_suffix(".new")
+        temporary.write_text(json.dumps({"workers": results}))
+        temporary.replace(path)
+    finally:  # also where the disk is full
+        environment.process_exit_code = 1 if any("failed" in one for one in results) else 0
+        gevent.spawn(_quit, environment)
 
 
 def _quit(environment: Environment) -> None:
@@ -178,28 +230,35 @@ def listen(environment: Environment, **_: Any) -> None:
     options: Any = environment.parsed_options
     if isinstance(runner, WorkerRunner):
         _listen_as_worker(environment, runner)
-    elif not options.scenario or not options.result:
+        return
+    if not options.scenario or not options.result:
         sys.exit("locustfile.py: expected --scenario and --result: start it with `tutti loadtest run`")
-    elif isinstance(runner, MasterRunner):
-        conductor = Conductor(environment)
+    progress = Progress(environment)
+    gevent.spawn(progress.watch)
+    if isinstance(runner, MasterRunner):
+        conductor = Conductor(environment, progress)
         runner.register_message("open_loop_ready", conductor.on_ready)
         runner.register_message("open_loop_ended", conductor.on_ended)
         events.test_start.add_listener(lambda **_: conductor.start())
         gevent.spawn(conductor.watch)
     elif isinstance(runner, LocalRunner):
-        events.test_start.add_listener(lambda **_: gevent.spawn(_run_alone, environment))
+        events.test_start.add_listener(lambda **_: gevent.spawn(_run_alone, environment, progress))
 
 
 def _listen_as_worker(environment: Environment, runner: Any) -> None:
     engines: list[Engine] = []
 
     def start(environment: Environment, msg: Any, **_: Any) -> None:
-        engine = Engine(environment, msg.data["scenario"], msg.data["shard"], msg.data["shards"])
+        def ended(said: Any) -> None:
+            runner.send_message("open_loop_ended", said)
+
+        try:
+            engine = Engine(environment, msg.data["scenario"], msg.data["shard"], msg.data["shards"])
+        except Exception as error:
+            ended({"failed": _told(error)})
+            return
         engines.append(engine)
-        gevent.spawn(
-            follow, engine, lambda: runner.send_message("open_loop_ready"),
-            lambda said: runner.send_message("open_loop_ended", said),
-        )  # fmt: skip
+        gevent.spawn(follow, engine, lambda: runner.send_message("open_loop_ready"), ended)
 
     runner.register_message("open_loop", start)
     runner.register_message("open_loop_begin", lambda environment, msg, **_: engines[-1].begin(msg.data["at"]))
@@ -217,10 +276,18 @@ def _stop_when_stopped(engines: Sequence[Engine]) -> None:
         event.add_listener(stop)
 
 
-def _run_alone(environment: Environment) -> None:
-    engine = Engine(environment, _scenario(environment), 0, 1)
+def _run_alone(environment: Environment, progress: Progress) -> None:
+    def begin() -> None:
+        progress.begin(0.2)
+        engine.begin(time.time() + 0.2)
+
+    try:
+        engine = Engine(environment, _scenario(environment), 0, 1)
+    except Exception as error:
+        finish(environment, [{"failed": _told(error)}])
+        return
     _stop_when_stopped([engine])
-    follow(engine, lambda: engine.begin(time.time() + 0.2), lambda said: finish(environment, [said]))
+    follow(engine, begin, lambda said: finish(environment, [said]))
 
 
 @events.quit.add_listener

@@ -16,14 +16,16 @@ import tritonclient.http as httpclient
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.utils import serialize_byte_tensor, triton_to_np_dtype
 
-from loadtest.scenario import Payload, Scenario, ScenarioError, Sizes
+from loadtest.errors import ScenarioError
+from loadtest.names import near
+from loadtest.scenario import Payload, Scenario, Sizes
 from loadtest.shared import Region
 
 Array = np.ndarray[Any, Any]
 
-ROOT = Path(__file__).parents[1]
-SAMPLES = ROOT / "demo" / "samples"
-SENTENCES = ROOT / "export" / "data" / "moderation.tsv"
+# They come along with the package, wherever it is installed.
+SAMPLES = Path(__file__).with_name("samples")
+SENTENCES = Path(__file__).with_name("sentences.tsv")
 VARIABLE_SIZE = 16
 CLIP_S = 2.0
 RATE = 16_000
@@ -48,14 +50,11 @@ class Payloads:
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
         self._numbers = np.random.default_rng(seed)
-        has_samples = (SAMPLES / "samples.json").is_file() and SENTENCES.is_file()
-        known = json.loads((SAMPLES / "samples.json").read_text()) if has_samples else {"items": [], "segments_s": {}}
+        known = json.loads((SAMPLES / "samples.json").read_text())
         self._images = [(SAMPLES / item["image"]).read_bytes() for item in known["items"]]
         self._clips = [read_wav(SAMPLES / f"{name}.wav") for name in known["segments_s"]]
-        self._texts = ["The quick brown fox jumps over the lazy dog."]
-        if has_samples:
-            with SENTENCES.open(encoding="utf-8", newline="") as file:
-                self._texts = [row["text"] for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)]
+        with SENTENCES.open(encoding="utf-8", newline="") as file:
+            self._texts = [row["text"] for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)]
 
     def draw(
         self, inputs: Sequence[TensorInfo], rows: int = 1, sizes: Mapping[str, Sizes] | None = None
@@ -63,7 +62,7 @@ class Payloads:
         return {tensor.name: self._draw(tensor, rows, (sizes or {}).get(tensor.name)) for tensor in inputs}
 
     def _draw(self, tensor: TensorInfo, rows: int, sizes: Sizes | None) -> Array:
-        if tensor.name == "AUDIO" and sizes is None and self._clips:
+        if tensor.name == "AUDIO" and sizes is None:
             clip = self._random.choice(self._clips)
             start = self._random.randrange(len(clip) - int(CLIP_S * RATE))
             return np.repeat(clip[np.newaxis, start : start + int(CLIP_S * RATE)], rows, axis=0)
@@ -72,7 +71,7 @@ class Payloads:
         dims = tensor.shape[1:] if is_batched else tensor.shape
         shape = (*((rows,) if is_batched else ()), *(size if n == -1 else n for n in dims))
         if tensor.datatype == "BYTES":
-            source = self._images if tensor.name == "IMAGE" and self._images else [one.encode() for one in self._texts]
+            source = self._images if tensor.name == "IMAGE" else [one.encode() for one in self._texts]
             array = np.empty(shape, dtype=object)
             for index in np.ndindex(*shape):
                 array[index] = self._random.choice(source)
@@ -93,9 +92,19 @@ class Payloads:
 
 
 def read_wav(path: Path) -> Array:
-    """[samples] FP32 of a mono WAV file of 16 bits."""
-    with wave.open(str(path)) as file:
-        return np.frombuffer(file.readframes(file.getnframes()), "<i2").astype(np.float32) / 32768
+    """[samples] FP32 of a mono WAV file of 16 bits. Raises ScenarioError for any other."""
+    try:
+        with wave.open(str(path)) as file:
+            return _samples(path, file)
+    except (OSError, EOFError, wave.Error) as error:
+        raise ScenarioError(f"{path}: expected WAV: {error or 'it ends too soon'}") from None
+
+
+def _samples(path: Path, file: wave.Wave_read) -> Array:
+    channels, size = file.getnchannels(), file.getsampwidth()
+    if (channels, size) != (1, 2):
+        raise ScenarioError(f"{path}: expected one channel of 16 bits, got {channels} of {8 * size}")
+    return np.frombuffer(file.readframes(file.getnframes()), "<i2").astype(np.float32) / 32768
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,10 +134,9 @@ def messages(
         infos = list(metadata_of(payload.model, payload.version))
         unknown = sorted({*payload.sizes, *payload.files, *payload.inputs} - {one.name for one in infos})
         if unknown:
-            names = ", ".join(one.name for one in infos)
-            raise ScenarioError(
-                f"payloads.{number}: model '{payload.model}' has the inputs {names}, and no '{unknown[0]}'"
-            )
+            known = [one.name for one in infos]
+            what = f"and no '{unknown[0]}'{near(unknown[0], known)}"
+            raise ScenarioError(f"payloads.{number}: model '{payload.model}' has the inputs {', '.join(known)}, {what}")
         infos = [one for one in infos if not payload.inputs or one.name in payload.inputs]
         source = Payloads(scenario.seed * 1000 + number)
         files = {
@@ -151,7 +159,7 @@ def _files(folder: Path, name: str, pattern: str) -> list[Any]:
     found: list[Any] = []
     for path in sorted(Path(one) for one in glob.glob(str(folder / pattern))):
         if path.suffix == ".txt":
-            found += [line.encode() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            found += [line.encode() for line in _text(path).splitlines() if line.strip()]
         else:
             found.append(path)
     if not found:
@@ -159,9 +167,21 @@ def _files(folder: Path, name: str, pattern: str) -> list[Any]:
     return found
 
 
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ScenarioError(f"{path}: byte {error.start} is no UTF-8: expected a text in each line") from None
+
+
 def _of_file(info: TensorInfo, one: Any, rows: int) -> Array:
-    if isinstance(one, Path) and info.datatype.startswith("FP"):
+    if isinstance(one, Path) and one.suffix == ".wav" and info.datatype.startswith("FP"):
         return np.repeat(read_wav(one)[np.newaxis].astype(triton_to_np_dtype(info.datatype)), rows, axis=0)
+    if info.datatype != "BYTES":
+        source = one.name if isinstance(one, Path) else "a line of .txt"
+        raise ScenarioError(
+            f"payloads: files.{info.name}: expected .wav for FP32 or FP16, got {source} for {info.datatype}"
+        )
     data = one.read_bytes() if isinstance(one, Path) else one
     shape = (rows, *(1 for _ in info.shape[1:]))
     array = np.empty(shape, dtype=object)

@@ -53,11 +53,13 @@ def server_name(address: str) -> str:
         return str(json.load(response)["name"])
 
 
-def stop(process: "subprocess.Popen[bytes]", how: signal.Signals = signal.SIGTERM) -> bool:
+def stop(
+    process: "subprocess.Popen[bytes]", how: signal.Signals = signal.SIGTERM, timeout_s: float = STOP_TIMEOUT_S
+) -> bool:
     """Ask the process to end and wait; kill it when it does not. Returns whether it ended by itself."""
     process.send_signal(how)
     try:
-        process.wait(STOP_TIMEOUT_S)
+        process.wait(timeout_s)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()

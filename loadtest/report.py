@@ -1,96 +1,256 @@
-"""A run as one page, without scripts: the verdict, latencies by stage, time lines of both sides. SVG is drawn here."""
+"""What came of a load test as one page without scripts: the verdict on top, figures, time lines of both sides."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from loadtest.runner import Result, quantiles_ms
+from loadtest.advice import said
+from loadtest.charts import Points, chart, plain
+from loadtest.runner import Result, StageSeen, quantiles_ms
+from loadtest.scenario import Scenario
+from loadtest.search import Bounds, Difference
+from loadtest.slo import Verdict
 
-_COLOURS = ("#2364aa", "#d1495b", "#2e933c", "#b8860b", "#6a4c93", "#00798c")
 _STYLE = """
 :root { color-scheme: light } * { box-sizing: border-box }
-body { font: 15px/1.45 system-ui, sans-serif; margin: 0 auto; max-width: 76rem; padding: 1rem; color: #1c2733 }
-h1 { font-size: 1.5rem; margin: .2rem 0 } h2 { font-size: 1.1rem; margin: 1.4rem 0 .3rem }
+body { font: 15px/1.45 system-ui, sans-serif; margin: 0 auto; max-width: 80rem; padding: 1rem; color: #1c2733 }
+h1 { font-size: 1.5rem; margin: .2rem 0; overflow-wrap: anywhere } h2 { font-size: 1.1rem; margin: 1.4rem 0 .3rem }
 .verdict { font-size: 1.3rem; font-weight: 700; padding: .6rem .9rem; border-radius: .4rem; color: #fff }
 .PASS { background: #14713d } .FAIL { background: #b3261e } .INVALID { background: #6b3fa0 }
 .INCONCLUSIVE { background: #8a6100 }
-table { border-collapse: collapse; display: block; overflow-x: auto; max-width: 100% }
-th, td { padding: .2rem .6rem; border-bottom: 1px solid #d8dee5; text-align: right; white-space: nowrap }
-th:first-child, td:first-child { text-align: left }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 1rem }
-figure { margin: 0 } figcaption { font-weight: 600 } svg { width: 100%; height: auto; display: block }
-code { overflow-wrap: anywhere } li { overflow-wrap: anywhere }
+table { border-collapse: collapse; max-width: 100%; margin: .8rem 0 }
+th, td { padding: .2rem .6rem; border-bottom: 1px solid #d8dee5; text-align: right; vertical-align: top }
+th:first-child, td:first-child, th.text, td.text { text-align: left; overflow-wrap: anywhere }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); gap: 1.2rem }
+figure { margin: 0; max-width: 34rem } figcaption { font-weight: 600 }
+svg { width: 100%; height: auto; display: block }
+.legend { font-size: 13px; display: flex; flex-wrap: wrap; gap: 0 .9rem; overflow-wrap: anywhere }
+.legend i { display: inline-block; width: 1.2rem; margin-right: .3rem; vertical-align: middle }
+code { overflow-wrap: anywhere } li, p { overflow-wrap: anywhere } .error { color: #c5221f; font-weight: 600 }
+@media (max-width: 44rem) {
+  table, tbody, tr, td { display: block; width: 100% } tr.head { display: none }
+  tr { border-bottom: 2px solid #d8dee5; padding: .3rem 0 }
+  td, td:first-child, td.text { border: 0; padding: .05rem 0; display: flex; gap: .8rem }
+  td { justify-content: space-between }
+  td::before { content: attr(data-name); color: #55606c; font-weight: 400; flex: none } td.text { text-align: right }
+}
 """
+# Lines in one figure.
+_MOST_LINES = 5
 
-Points = Sequence[tuple[float, float]]
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What a page's last line says: how it was made, and on what."""
+
+    command: str = ""
+    hardware: str = ""
 
 
-def page(result: Result, command: str = "", hardware: str = "") -> str:
-    """The whole page."""
-    judgement, histogram = result.judgement, result.histogram
-    seen = result.seen
-    said = "".join(f"<li>{escape(one)}</li>" for one in judgement.reasons)
-    figures = quantiles_ms(histogram)
-    parts = [
-        f"<h1>{escape(result.scenario.name)}</h1>",
-        f"<p class='verdict {judgement.verdict.name}'>{judgement.verdict.name}</p><ul>{said}</ul>",
-        f"<p>{seen.requests:,} requests in {seen.seconds:.0f} s over {result.scenario.target.protocol} to "
-        f"<code>{escape(', '.join(result.scenario.target.urls))}</code>: {seen.errors:,} errors; "
-        + ", ".join(f"{name} {value:.3g} ms" for name, value in figures.items())
-        + f". The generator was busy for at most {result.cpu:.0%} of a core and sent "
-        f"{result.lateness_ms.get('p99', 0.0):.2f} ms late at the 99th percentile.</p>",
-        _table(
-            ["stage", "s", "requests /s", "requests", "errors", *figures],
-            [_stage_row(stage, figures) for stage in result.stages],
-        ),
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One that is text, or that stands for errors."""
+
+    text: str
+    kind: str
+
+
+def page(result: Result, source: Source | str = Source()) -> str:
+    """Of a run."""
+    judgement, own = result.judgement, result.scenario
+    body = [
+        _figures(result),
+        _stages(result.stages),
         f"<div class=charts>{''.join(_charts(result))}</div>",
+        _errors(result.errors, result.reasons),
     ]
-    if result.errors:
+    return _page(own.name, judgement.verdict, judgement.reasons, body, _source(source), own.seed)
+
+
+def refusal(own: Scenario, reasons: Sequence[str], source: Source | str = Source()) -> str:
+    """Of a run that could not be made."""
+    body = [f"<p>Nothing was measured. The target was {_target(own)}.</p>"]
+    return _page(own.name, Verdict.INVALID, reasons, body, _source(source), own.seed)
+
+
+def saturation(
+    own: Scenario, verdict: Verdict, reasons: Sequence[str], bounds: Bounds, probes: Sequence[Result],
+    source: Source | str = Source(),
+) -> str:  # fmt: skip
+    """Of the search for the highest rate; `probes` are the runs it has made, in their order."""
+    rated = sorted((probe.stages[0].rate, probe) for probe in probes if probe.stages)
+    goal = None if own.slo.p99_ms is None else (f"goal: p99 {plain(own.slo.p99_ms)} ms", own.slo.p99_ms)
+    latencies = {
+        name: [(rate, quantiles_ms(probe.histogram)[name]) for rate, probe in rated if probe.histogram.total]
+        for name in ("p50", "p99")
+    }
+    shares = {"errors": [(rate, 100 * probe.seen.errors / max(1, probe.seen.requests)) for rate, probe in rated]}
+    charts = [
+        chart("Latency against rate", latencies, "requests /s", "ms", y_log=True, dots=True, goal=goal),
+        chart("Errors against rate", shares, "requests /s", "%", dots=True),
+    ]
+    head = ["rate /s", "verdict", "seconds", "requests", "errors", "p50 ms", "p99 ms", "why"]
+    body = [
+        f"<p>{len(probes)} probes of {_target(own)}.</p>",
+        f"<div class=charts>{''.join(charts)}</div>",
+        _table(head, [_probe(probe) for probe in probes]) if probes else "",
+        _errors(*_all_errors(probes)),
+    ]
+    return _page(f"{own.name}: saturation", verdict, reasons, body, _source(source), own.seed)
+
+
+def comparison(
+    own: Scenario, verdict: Verdict, reasons: Sequence[str], medians: Sequence[Sequence[float]],
+    found: Difference | None, result: Result | None, source: Source | str = Source(),
+) -> str:  # fmt: skip
+    """Of two servers asked in turns: the medians of each, by round."""
+    body = [f"<p>A and B are {_target(own)}.</p>"]
+    rounds = list(zip(*medians, strict=True))
+    lines: dict[str, Points] = {
+        name: [(number + 1.0, one[index]) for number, one in enumerate(rounds)] for index, name in enumerate("AB")
+    }
+    body.append(f"<div class=charts>{chart('Median of each round', lines, 'round', 'ms', _integer, dots=True)}</div>")
+    ratios = found.rounds if found is not None else [math.nan] * len(rounds)
+    if rounds:
         rows = [
-            [escape(what), f"{count:,}", escape(result.reasons.get(what, ""))]
-            for what, count in result.errors.most_common(20)
+            [str(number + 1), plain(a), plain(b), plain(ratio)]
+            for number, ((a, b), ratio) in enumerate(zip(rounds, ratios, strict=True))
         ]
-        parts.append("<h2>Errors</h2>" + _table(["what", "times", "as one of them says"], rows))
-    parts.append(f"<p><small><code>{escape(command)}</code> {escape(hardware)} seed {result.scenario.seed}</small></p>")
+        body.append(_table(["round", "A ms", "B ms", "B / A"], rows))
+    if result is not None:
+        body += [_figures(result), _errors(result.errors, result.reasons)]
+    return _page(f"{own.name}: comparison", verdict, reasons, body, _source(source), own.seed)
+
+
+def _page(
+    name: str, verdict: Verdict, reasons: Sequence[str], body: Iterable[str], source: Source, seed: int
+) -> str:  # fmt: skip
+    listed = "".join(f"<li>{escape(one)}</li>" for one in reasons)
     return (
         "<!doctype html><html lang=en><meta charset=utf-8>"
         "<meta name=viewport content='width=device-width, initial-scale=1'>"
-        f"<title>{escape(result.scenario.name)}: {judgement.verdict.name}</title><style>{_STYLE}</style>"
-        f"{''.join(parts)}</html>\n"
+        f"<title>{escape(name)}: {verdict.name}</title><style>{_STYLE}</style><h1>{escape(name)}</h1>"
+        f"<p class='verdict {verdict.name}'>{verdict.name}</p><ul>{listed}</ul>{''.join(body)}"
+        f"<p><small><code>{escape(source.command)}</code> {escape(source.hardware)} seed {seed}</small></p></html>\n"
     )
 
 
-def _stage_row(stage: Any, figures: Iterable[str]) -> list[str]:
+def _source(source: Source | str) -> Source:
+    return Source(source) if isinstance(source, str) else source
+
+
+def _target(own: Scenario) -> str:
+    return f"<code>{escape(', '.join(own.target.urls))}</code> over {own.target.protocol}"
+
+
+def _figures(result: Result) -> str:
+    seen, figures = result.seen, quantiles_ms(result.histogram)
+    errors = f"{seen.errors:,} error{'' if seen.errors == 1 else 's'}"
+    said_of_all = [
+        f"{seen.requests:,} requests in {seen.seconds:.0f} s to {_target(result.scenario)}, with "
+        + (f"<span class=error>{errors}</span>" if seen.errors else "no error")
+    ]
+    if figures:
+        said_of_all.append("Latency: " + ", ".join(f"{name} {plain(value)} ms" for name, value in figures.items()))
+    elif seen.requests:
+        said_of_all.append("No latency is known: nothing was answered without an error")
+    late = result.lateness_ms.get("p99", 0.0)
+    said_of_all.append(
+        f"The generator was busy for at most {result.cpu:.0%} of a core and sent {plain(late)} ms late "
+        "at the 99th percentile"
+    )
+    return f"<p>{'. '.join(said_of_all)}.</p>"
+
+
+def _stages(stages: Sequence[StageSeen]) -> str:
+    figures = list(quantiles_ms(next((one.histogram for one in stages if one.histogram.total), stages[0].histogram)))
+    head = ["stage", "s", "requests /s", "requests", "errors", *(f"{name} ms" for name in figures)]
+    return _table(head, [_stage(stage, figures) for stage in stages])
+
+
+def _stage(stage: StageSeen, figures: Iterable[str]) -> list[str | Cell]:
     own = quantiles_ms(stage.histogram)
-    cells = [escape(stage.name), f"{stage.seconds:.0f}", f"{stage.rate:,.1f}", f"{stage.requests:,}"]
-    cells.append(f"{stage.errors + stage.lost:,}")
-    return cells + [f"{own[name]:.3g}" if name in own else "" for name in figures]
+    errors = stage.errors + stage.lost
+    return [
+        escape(stage.name), f"{stage.seconds:.0f}", plain(stage.rate), f"{stage.requests:,}", _count(errors),
+        *(plain(own[name]) if name in own else "-" for name in figures),
+    ]  # fmt: skip
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    shown = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-    return f"<table><tr>{''.join(f'<th>{one}</th>' for one in head)}</tr>{shown}</table>"
+def _probe(probe: Result) -> list[str | Cell]:
+    seen, figures, judgement = probe.seen, quantiles_ms(probe.histogram), probe.judgement
+    rate = probe.scenario.stages[0].rate
+    return [
+        plain(rate), judgement.verdict.name, f"{seen.seconds:.0f}", f"{seen.requests:,}", _count(seen.errors),
+        *(plain(figures[name]) if figures else "-" for name in ("p50", "p99")),
+        Cell(escape(judgement.reasons[0]), "text"),
+    ]  # fmt: skip
+
+
+def _count(errors: int) -> str | Cell:
+    return Cell(f"{errors:,}", "error") if errors else "0"
+
+
+def _errors(errors: Counter[str], reasons: dict[str, str]) -> str:
+    if not errors:
+        return ""
+    rows: list[list[str | Cell]] = [
+        [escape(what), f"{count:,}", Cell(escape(said(reasons.get(what, ""))) or "-", "text")]
+        for what, count in errors.most_common(20)
+    ]
+    return "<h2>Errors</h2>" + _table(["what", "times", "as one of them says"], rows)
+
+
+def _all_errors(probes: Sequence[Result]) -> tuple[Counter[str], dict[str, str]]:
+    errors, reasons = Counter[str](), dict[str, str]()
+    for probe in probes:
+        errors.update(probe.errors)
+        reasons |= probe.reasons
+    return errors, reasons
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str | Cell]]) -> str:
+    """Beside a telephone's edge each row is a list, with the names of the columns before its cells."""
+    cells = [[one if isinstance(one, Cell) else Cell(one, "") for one in row] for row in rows]
+    kinds = [cell.kind if cell.kind == "text" else "" for cell in cells[0]] if cells else [""] * len(head)
+    names = "".join(f"<th class='{kind}'>{escape(one)}</th>" for one, kind in zip(head, kinds, strict=True))
+    shown = "".join(
+        "<tr>"
+        + "".join(
+            f"<td class='{cell.kind}' data-name='{escape(name)}'><span>{cell.text}</span></td>"
+            for name, cell in zip(head, row, strict=True)
+        )
+        + "</tr>"
+        for row in cells
+    )
+    return f"<table><tr class=head>{names}</tr>{shown}</table>"
 
 
 def _charts(result: Result) -> list[str]:
+    p99_ms, goodput = result.scenario.slo.p99_ms, result.scenario.slo.min_goodput
+    goal = None if p99_ms is None else (f"goal: p99 {plain(p99_ms)} ms", p99_ms)
     charts = []
     by_rate = sorted((stage.rate, quantiles_ms(stage.histogram)) for stage in result.stages if stage.histogram.total)
     if len(by_rate) > 1:
-        lines = {name: [(rate, own[name]) for rate, own in by_rate] for name in ("p50", "p99")}
-        charts.append(chart("Latency against throughput", lines, "requests /s", "ms", dots=True))
+        lines: dict[str, Points] = {name: [(rate, own[name]) for rate, own in by_rate] for name in ("p50", "p99")}
+        title = "Latency against throughput"
+        charts.append(chart(title, lines, "requests /s", "ms", y_log=True, dots=True, goal=goal))
     curves = {stage.name: _percentiles(stage.histogram) for stage in result.stages if stage.histogram.total}
     if curves:
-        charts.append(chart("Latency by percentile", curves, "percentile", "ms", x_label=_nines, y_log=True))
-    seconds = result.seconds
-    if seconds:
-        rates = {name: [(row["second"], row[name]) for row in seconds] for name in ("due", "answered", "errors")}
-        charts.append(chart("Requests a second", rates, "s", ""))
-        took = {
-            name: [(row["second"], row[f"{name}_ms"]) for row in seconds if not math.isnan(row[f"{name}_ms"])]
-            for name in ("p50", "p99")
+        charts.append(chart("Latency by percentile", curves, "percentile", "ms", x_label=_nines, y_log=True, goal=goal))
+    if seconds := result.seconds:
+        wanted = (f"goal: {plain(goodput)} answered well", goodput) if goodput else None
+        rates: dict[str, Points] = {
+            name: [(row["second"], row[name]) for row in seconds] for name in ("due", "answered", "errors")
         }
-        charts.append(chart("Latency, by when requests were due", took, "s", "ms", y_log=True))
+        charts.append(chart("Requests a second", rates, "s", "/s", goal=wanted))
+        took: dict[str, Points] = {
+            name: [(row["second"], row[f"{name}_ms"]) for row in seconds] for name in ("p50", "p99")
+        }
+        charts.append(chart("Latency, by when requests were due", took, "s", "ms", y_log=True, goal=goal))
     charts += _server_charts(result)
     return charts
 
@@ -104,13 +264,7 @@ def _server_charts(result: Result) -> list[str]:
     def line(name: str) -> Points:
         return [(row["at_s"] - start, row[name]) for row in rows if name in row]
 
-    charts = []
-    if line("queue_ms"):
-        charts.append(
-            chart("Queue against compute", {"queue": line("queue_ms"), "compute": line("compute_ms")}, "s", "ms")
-        )
-    if line("batch"):
-        charts.append(chart("Rows in a batch", {"batch": line("batch")}, "s", ""))
+    charts = _by_model(rows, start) if len(_busiest(rows)) > 1 else _of_one(line)
     if line("fallback"):
         lines: dict[str, Points] = {}
         for pool in rows[-1]["replicas"]:
@@ -123,6 +277,45 @@ def _server_charts(result: Result) -> list[str]:
     return charts
 
 
+def _of_one(line: Any) -> list[str]:
+    return [
+        chart("Queue against compute", {"queue": line("queue_ms"), "compute": line("compute_ms")}, "s", "ms"),
+        chart("Rows in a batch", {"batch": line("batch")}, "s", ""),
+    ]
+
+
+def _by_model(rows: Sequence[dict[str, Any]], start: float) -> list[str]:
+    """Several models, or the steps of an ensemble: those in which most of the time goes."""
+    busiest = _busiest(rows)
+    shown, what = busiest[:_MOST_LINES], "models and steps"
+    if len(busiest) > _MOST_LINES:
+        what = f"the {_MOST_LINES} slowest of {len(busiest)} models and steps"
+    made = []
+    for title, name, unit in (
+        (f"Queue: {what}", "queue_ms", "ms"),
+        (f"Compute: {what}", "compute_ms", "ms"),
+        (f"Rows in a batch: {what}", "batch", ""),
+    ):
+        lines: dict[str, Points] = {
+            model: [
+                (row["at_s"] - start, row["models"][model][name])
+                for row in rows
+                if name in row.get("models", {}).get(model, {})
+            ]
+            for model in shown
+        }
+        made.append(chart(title, lines, "s", unit))
+    return made
+
+
+def _busiest(rows: Sequence[dict[str, Any]]) -> list[str]:
+    took: Counter[str] = Counter()
+    for row in rows:
+        for model, means in row.get("models", {}).items():
+            took[model] += means.get("queue_ms", 0.0) + means.get("compute_ms", 0.0)
+    return [model for model, _ in took.most_common()]
+
+
 def _percentiles(histogram: Any) -> Points:
     """x is how many nines."""
     return [(-math.log10(max(1 - share, 1e-5)), ms) for share, ms in histogram.points(120)]
@@ -132,55 +325,5 @@ def _nines(x: float) -> str:
     return f"{100 * (1 - 10**-x):.5g}%"
 
 
-def chart(
-    title: str,
-    lines: Mapping[str, Points],
-    x_name: str,
-    y_name: str,
-    x_label: Callable[[float], str] | None = None,
-    y_log: bool = False,
-    dots: bool = False,
-) -> str:
-    """A figure with a line for each name. A logarithmic axis begins at the least value that is there."""
-    points = [point for own in lines.values() for point in own if math.isfinite(point[1])]
-    if not points:
-        return ""
-    xs, ys = [x for x, _ in points], [y for _, y in points]
-    left, right = min(xs), max(max(xs), min(xs) + 1e-9)
-    positive = [y for y in ys if y > 0] or [1.0]
-    y_log = y_log and max(positive) > 3 * min(positive)
-    low, high = (min(positive), max(positive)) if y_log else (min(0.0, min(ys)), max(max(ys), 1e-9))
-
-    def at(x: float, y: float) -> str:
-        part = math.log(max(y, low) / low) / math.log(high / low) if y_log else (y - low) / (high - low)
-        return f"{62 + 520 * (x - left) / (right - left):.1f},{222 - 200 * part:.1f}"
-
-    drawn = []
-    for step in range(5):
-        part = step / 4
-        y = low * (high / low) ** part if y_log else low + (high - low) * part
-        height = 222 - 200 * part
-        drawn.append(f"<line x1=62 x2=582 y1={height:.0f} y2={height:.0f} stroke=#e3e8ee />")
-        drawn.append(f"<text x=56 y={height + 4:.0f} text-anchor=end>{y:.3g}</text>")
-    # A scale of its own has its marks at whole numbers.
-    marks = [left + (right - left) * step / 4 for step in range(5)]
-    for x in [float(one) for one in range(math.ceil(left), math.floor(right) + 1)] if x_label is not None else marks:
-        label = x_label(x) if x_label is not None else f"{x:.4g}"
-        anchor = "end" if x == right else "middle"
-        drawn.append(f"<text x={62 + 520 * (x - left) / (right - left):.0f} y=240 text-anchor={anchor}>{label}</text>")
-    legend = []
-    for number, (name, own) in enumerate(lines.items()):
-        colour = _COLOURS[number % len(_COLOURS)]
-        known = [(x, y) for x, y in own if math.isfinite(y)]
-        path = " ".join(at(x, y) for x, y in known)
-        drawn.append(f"<polyline points='{path}' fill=none stroke={colour} stroke-width=1.8 />")
-        if dots or len(known) == 1:
-            drawn += [f"<circle r=3 cx={at(x, y).replace(',', ' cy=')} fill={colour} />" for x, y in known]
-        legend.append(f"<tspan fill={colour}>\N{BLACK SQUARE} {escape(name)}  </tspan>")
-    drawn.append(f"<text x=62 y=14 xml:space=preserve>{''.join(legend)}</text>")
-    drawn.append(f"<text x=322 y=256 text-anchor=middle>{escape(x_name)}</text>")
-    drawn.append(f"<text x=4 y=14>{escape(y_name)}</text>")
-    return (
-        f"<figure><figcaption>{escape(title)}</figcaption><svg viewBox='0 0 600 260' font-size=12 role=img "
-        f"aria-label='{escape(title)}'>{''.join(drawn)}</svg></figure>"
-    )
+def _integer(x: float) -> str:
+    return f"{x:.0f}"

@@ -8,10 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from loadtest import names
+from loadtest.errors import ScenarioError
 from loadtest.process import free_ports, stop, wait_until_ready
 
 ROOT = Path(__file__).parents[1]
-SCENARIOS = Path(__file__).with_name("scenarios")
 
 
 def main() -> int:
@@ -22,6 +23,11 @@ def main() -> int:
     parser.add_argument("--ray", action="store_true", help="on a local Ray cluster, with pools as the work needs them")
     parser.add_argument("--output", type=Path, default=ROOT / "loadtest" / "reports", help="a folder for each scenario")
     options, rest = parser.parse_known_args()
+    try:
+        scenarios = [names.scenario(name).resolve() for name in options.scenarios]
+    except ScenarioError as error:
+        parser.error(str(error))
+    options.output, repository = options.output.resolve(), Path(options.repository).resolve()
     http, grpc, metrics = free_ports(3)
     ports = ["--http-port", str(http), "--grpc-port", str(grpc), "--metrics-port", str(metrics)]
     options.output.mkdir(parents=True, exist_ok=True)
@@ -29,16 +35,15 @@ def main() -> int:
         pools = options.output / "pools.yaml"
         pools.write_text("pools: [{name: elastic, min_replicas: 0, max_replicas: 4}]\n")
         ports += ["--ray", "--placement", str(pools)]
-    server = subprocess.Popen([sys.executable, "-m", "tutti.cli", "serve", options.repository, *ports], cwd=ROOT)
+    server = subprocess.Popen([sys.executable, "-m", "tutti.cli", "serve", str(repository), *ports], cwd=ROOT)
     try:
         wait_until_ready(server, f"http://127.0.0.1:{http}/v2/health/ready")
-        return max(_run(name, http, metrics, options.output, rest) for name in options.scenarios)
+        return max(_run(path, http, metrics, options.output, rest) for path in scenarios)
     finally:
         stop(server)
 
 
-def _run(name: str, http: int, metrics: int, output: Path, rest: list[str]) -> int:
-    path = Path(name) if Path(name).is_file() else SCENARIOS / f"{name}.yaml"
+def _run(path: Path, http: int, metrics: int, output: Path, rest: list[str]) -> int:
     command = [sys.executable, "-m", "loadtest.cli", "run", str(path), "--url", f"127.0.0.1:{http}"]
     command += ["--metrics", f"127.0.0.1:{metrics}", "--output", str(output / path.stem), *rest]
     print(f"== {path.stem}", flush=True)

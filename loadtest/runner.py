@@ -6,24 +6,30 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
+from loadtest import server
+from loadtest.advice import stopped_because
+from loadtest.arrivals import length_s
+from loadtest.errors import RunError
 from loadtest.histogram import Histogram
+from loadtest.process import stop
+from loadtest.progress import clock
 from loadtest.sampler import Sampler
 from loadtest.scenario import Scenario, Stage
 from loadtest.slo import Judgement, Seen, judge
 
-ROOT = Path(__file__).parents[1]
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")
-
-
-class RunError(RuntimeError):
-    """The run could not be made; says why."""
+# Locust's options that name files: from where the person stands, while Locust runs in an empty folder of its own.
+_FILES = ("--csv", "--html", "--json-file", "--logfile", "--config")
+_LOOK_S = 0.25
+Tell = Callable[[str, float], None]
+"""(how far a run is, the seconds that are left of it) -> nothing."""
 
 
 @dataclass(slots=True)
@@ -58,6 +64,8 @@ class Result:
     server: list[dict[str, Any]] = field(default_factory=list)
     began_at: float = 0.0
     raw: list[Path] = field(default_factory=list)
+    # Why the run was ended before its end.
+    stopped: str = ""
 
     @property
     def histogram(self) -> Histogram:
@@ -80,7 +88,7 @@ class Result:
 
     @property
     def judgement(self) -> Judgement:
-        return judge(self.seen, self.scenario.slo)
+        return judge(self.seen, self.scenario.slo, self.stopped)
 
     def as_json(self) -> dict[str, Any]:
         """For machines."""
@@ -123,42 +131,100 @@ def run(
     folder: Path | None = None,
     processes: int = 1,
     locust: Sequence[str] = (),
-    is_quiet: bool = True,
+    progress: Tell = lambda _text, _left_s: None,
 ) -> Result:
-    """Run a scenario; raw requests and Locust's log go to `folder`. Raises RunError when it cannot be."""
+    """Run a scenario; raw requests and Locust's log go to `folder`. Raises RunError when it cannot be.
+
+    `progress` is told, a few times a second, how far the run is and how many seconds are left.
+    """
     if folder is None:
         with tempfile.TemporaryDirectory(prefix="tutti-loadtest-") as own:
-            return run(scenario, Path(own), processes, locust, is_quiet)
+            return run(scenario, Path(own), processes, locust, progress)
+    folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     given, result, log = folder / "scenario.json", folder / "result.json", folder / "locust.log"
-    given.write_text(scenario.model_dump_json())
+    here = scenario.model_copy(update={"folder": scenario.folder.resolve()})
+    given.write_text(here.model_dump_json())
     result.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--scenario", str(given), "--result", str(result)]
-    command += ["-u", str(processes), "-r", str(processes), "--stop-timeout", "1"]
-    if "--autostart" not in locust:
-        command += ["--headless"]
-    elif "--web-host" not in locust:
-        command += ["--web-host", "127.0.0.1"]
-    if is_quiet:
-        command += ["--only-summary", "--logfile", str(log)]
-    if processes > 1:
-        command += ["--processes", str(processes)]
-    models = [payload.model for payload in scenario.payloads]
-    with log.open("ab") as file, Sampler(scenario.target.metrics, models) as sampler:
-        out: Any = {"stdout": file, "stderr": file} if is_quiet else {}
+    command = [sys.executable, "-P", "-m", "locust", "-f", str(LOCUSTFILE), "--scenario", str(given)]
+    command += ["--result", str(result), "--only-summary", *_workers(processes), *_page(locust), *_from_here(locust)]
+    asked = {payload.model for payload in scenario.payloads}
+    parts = server.parts(scenario) if scenario.target.metrics else []
+    length = length_s(scenario)
+    with log.open("wb") as file, Sampler(scenario.target.metrics, asked, parts) as sampler:
         began = time.time()
-        done = subprocess.run([*command, *locust], check=False, cwd=ROOT, **out)
+        status = _follow(command, file, lambda: _tell(folder / "progress.json", length, progress))
     if not result.is_file():
-        tail = log.read_text(errors="replace")[-2000:] if is_quiet else ""
-        raise RunError(f"Locust ended with status {done.returncode} and left no result: {tail}")
+        raise RunError(f"Locust ended with status {status} and left no result: {_last(log)} (all of it: {log})")
     workers = json.loads(result.read_text())["workers"]
-    failed = [one["failed"] for one in workers if "failed" in one]
+    failed = sorted({one["failed"] for one in workers if "failed" in one})
     if failed:
-        raise RunError("; ".join(sorted(set(failed))))
+        raise RunError("; ".join(failed))
     made = gather(scenario, [one["result"] for one in workers])
     made.server, made.began_at = list(sampler.rows), began
-    made.raw = sorted(folder.glob("requests.*.parquet"))
+    # Not those that an earlier run with more workers has left.
+    own_files = (folder / f"requests.{number}.parquet" for number in range(len(workers)))
+    made.raw = [path for path in own_files if path.is_file()]
     return made
+
+
+def _workers(processes: int) -> list[str]:
+    own = ["-u", str(processes), "-r", str(processes), "--stop-timeout", "1"]
+    return [*own, "--processes", str(processes)] if processes > 1 else own
+
+
+def _page(locust: Sequence[str]) -> list[str]:
+    if "--autostart" not in locust:
+        return ["--headless"]
+    return [] if "--web-host" in locust else ["--web-host", "127.0.0.1"]
+
+
+def _from_here(locust: Sequence[str]) -> list[str]:
+    """Locust's options with their files' paths made absolute."""
+    made: list[str] = []
+    for one in locust:
+        name, equals, value = one.partition("=")
+        if equals and name in _FILES:
+            made.append(f"{name}={Path(value).resolve()}")
+        else:
+            made.append(str(Path(one).resolve()) if made and made[-1] in _FILES else one)
+    return made
+
+
+def _follow(command: Sequence[str], log: IO[bytes], look: Callable[[], None]) -> int:
+    """Run a command to its end, in an empty folder, and `look` meanwhile; it ends with whoever waits for it."""
+    with tempfile.TemporaryDirectory(prefix="tutti-loadtest-") as empty:
+        process = subprocess.Popen(command, cwd=empty, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        try:
+            while True:
+                try:
+                    return process.wait(_LOOK_S)
+                except subprocess.TimeoutExpired:
+                    look()
+        finally:
+            if process.poll() is None:
+                stop(process, timeout_s=5.0)
+
+
+def _tell(path: Path, length: float, progress: Tell) -> None:
+    try:
+        said = json.loads(path.read_text())
+    except (OSError, ValueError):
+        said = {}
+    if "second" in said:
+        left = max(0.0, length - said["second"])
+        text = f"{said['answered']:,} answered, {said['errors']:,} errors"
+        progress(f"{clock(min(length, said['second']))} of {clock(length)}, {text}", left)
+    elif said.get("wanted", 1) > 1:
+        progress(f"waiting for workers: {said['workers']} of {said['wanted']} are there", length)
+    else:
+        progress("the generator starts", length)
+
+
+def _last(log: Path) -> str:
+    """What Locust said last of an error, or at all."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return next((line for line in reversed(lines) if "rror" in line), lines[-1] if lines else "it said nothing")
 
 
 def gather(scenario: Scenario, workers: Sequence[Mapping[str, Any]]) -> Result:
@@ -166,7 +232,10 @@ def gather(scenario: Scenario, workers: Sequence[Mapping[str, Any]]) -> Result:
     made = Result(scenario)
     stages: Sequence[Stage | None] = scenario.stages or [None]
     for number, stage in enumerate(stages):
-        seconds = stage.seconds if stage is not None else max((len(one["seconds"]) for one in workers), default=0)
+        last = max((len(one["seconds"]) for one in workers), default=0)
+        seconds = stage.seconds if stage is not None else last
+        if any(one.get("stopped") for one in workers):
+            seconds = min(seconds, last)
         name = (stage.name if stage is not None else "trace") or f"stage {number + 1}"
         seen = StageSeen(name, float(seconds), 0.0)
         for one in workers:
@@ -182,6 +251,8 @@ def gather(scenario: Scenario, workers: Sequence[Mapping[str, Any]]) -> Result:
         made.errors.update(one["errors"])
         made.reasons.update(one["reasons"])
         made.waited += one.get("waited", 0)
+        if one.get("stopped"):
+            made.stopped = stopped_because(one["stopped"], one["reasons"].get(one["stopped"], ""))
         made.cpu = max(made.cpu, one["cpu"])
         for name, value in one["lateness_ms"].items():
             made.lateness_ms[name] = max(made.lateness_ms.get(name, 0.0), value)

@@ -1,15 +1,19 @@
 """The server's own side of a run: batch sizes, queue against compute, replicas and fallback, once a second."""
 
+import http.client
 import re
 import threading
 import time
 import urllib.request
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 _LINE = re.compile(r"^([a-z_]+)(?:\{(.*)\})? ([0-9.eE+-]+|NaN)$", re.MULTILINE)
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
+# Without a proxy, as the clients go.
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 _SUMMED = (
     "nv_inference_request_success", "nv_inference_request_failure", "nv_inference_count", "nv_inference_exec_count",
     "nv_inference_queue_duration_us", "nv_inference_compute_infer_duration_us",
@@ -24,52 +28,75 @@ _BY_POOL = (
 
 @dataclass(slots=True)
 class Sample:
-    """Counters of one moment, over all pages: those of the models asked, and by pool."""
+    """Counters of one moment, over all pages: by model, of those that are looked at, and by pool."""
 
     at_s: float
-    counts: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, dict[str, float]] = field(default_factory=dict)
     pools: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
-def parse(pages: Sequence[str], models: Sequence[str], at_s: float) -> Sample:
+def parse(pages: Sequence[str], models: Collection[str], at_s: float) -> Sample:
     """What Prometheus pages say of some models, and of pools of replicas. Replicas are the same on each page."""
-    counts: dict[str, float] = defaultdict(float)
+    counts: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     pools: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for page in pages:
         for name, labels, value in _LINE.findall(page):
             own = dict(_LABEL.findall(labels))
             if name in _SUMMED and own.get("model") in models:
-                counts[name] += float(value)
+                counts[own["model"]][name] += float(value)
             elif name in _BY_POOL:
                 known = pools[own.get("pool", "")]
                 is_gauge = name == "tutti_pool_replicas"
                 known[name] = max(known[name], float(value)) if is_gauge else known[name] + float(value)
-    return Sample(at_s, dict(counts), {pool: dict(found) for pool, found in pools.items()})
+    return Sample(
+        at_s,
+        {model: dict(found) for model, found in counts.items()},
+        {pool: dict(found) for pool, found in pools.items()},
+    )
 
 
-def between(before: Sample, after: Sample) -> dict[str, float | dict[str, float]]:
-    """One second of the time line, as rates and means; what cannot be told is left out."""
+Row = dict[str, Any]
 
-    def more(name: str) -> float:
-        return after.counts.get(name, 0.0) - before.counts.get(name, 0.0)
 
-    row: dict[str, float | dict[str, float]] = {"at_s": after.at_s}
+def between(before: Sample, after: Sample, asked: Collection[str], parts: Collection[str]) -> Row:
+    """One second of the time line, as rates and means; what cannot be told is left out.
+
+    `asked` are the models that the run asks, which succeed; `parts` are those that do the work, ensembles replaced by
+    their steps: an ensemble neither queues nor computes. Their means are over all of them, and of each in `models`.
+    """
+    row: Row = {"at_s": after.at_s}
     seconds = max(1e-9, after.at_s - before.at_s)
-    succeeded, executed = more("nv_inference_request_success"), more("nv_inference_exec_count")
-    row["success_per_s"] = succeeded / seconds
-    if executed > 0:
-        row["batch"] = more("nv_inference_count") / executed
-    if succeeded > 0:
-        row["queue_ms"] = more("nv_inference_queue_duration_us") / succeeded / 1e3
-        row["compute_ms"] = more("nv_inference_compute_infer_duration_us") / succeeded / 1e3
+    more = {model: _more(before.counts.get(model, {}), found) for model, found in after.counts.items()}
+    row["success_per_s"] = (
+        sum(more[model]["nv_inference_request_success"] for model in asked if model in more) / seconds
+    )
+    working = {model: more[model] for model in parts if model in more}
+    row |= _means({name: sum(found[name] for found in working.values()) for name in _SUMMED})
+    row["models"] = {model: means for model, found in working.items() if (means := _means(found))}
     replicas = {pool: found.get("tutti_pool_replicas", 0.0) for pool, found in after.pools.items()}
     if replicas:
         row["replicas"] = replicas
         row["wanted"] = {pool: found.get("tutti_pool_wanted_replicas", 0.0) for pool, found in after.pools.items()}
-        asked = _pools(after, "tutti_pool_requests_total") - _pools(before, "tutti_pool_requests_total")
+        requests = _pools(after, "tutti_pool_requests_total") - _pools(before, "tutti_pool_requests_total")
         helped = _pools(after, "tutti_fallback_requests_total") - _pools(before, "tutti_fallback_requests_total")
-        row["fallback"] = helped / asked if asked > 0 else 0.0
+        row["fallback"] = helped / requests if requests > 0 else 0.0
     return row
+
+
+def _more(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
+    return {name: after.get(name, 0.0) - before.get(name, 0.0) for name in _SUMMED}
+
+
+def _means(more: dict[str, float]) -> dict[str, float]:
+    """Of counters that have grown by so much."""
+    found: dict[str, float] = {}
+    succeeded, executed = more["nv_inference_request_success"], more["nv_inference_exec_count"]
+    if executed > 0:
+        found["batch"] = more["nv_inference_count"] / executed
+    if succeeded > 0:
+        found["queue_ms"] = more["nv_inference_queue_duration_us"] / succeeded / 1e3
+        found["compute_ms"] = more["nv_inference_compute_infer_duration_us"] / succeeded / 1e3
+    return found
 
 
 def _pools(sample: Sample, name: str) -> float:
@@ -79,10 +106,10 @@ def _pools(sample: Sample, name: str) -> float:
 class Sampler:
     """Reads the pages once a second while a run is on, in a thread."""
 
-    def __init__(self, addresses: Sequence[str], models: Sequence[str]) -> None:
-        self.rows: list[dict[str, float | dict[str, float]]] = []
+    def __init__(self, addresses: Sequence[str], asked: Collection[str], parts: Collection[str]) -> None:
+        self.rows: list[Row] = []
         self._addresses = addresses
-        self._models = models
+        self._asked, self._parts = asked, parts
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -102,12 +129,12 @@ class Sampler:
             pages = []
             for address in self._addresses:
                 try:
-                    with urllib.request.urlopen(f"http://{address}/metrics", timeout=5) as page:
+                    with _OPENER.open(f"http://{address}/metrics", timeout=5) as page:
                         pages.append(page.read().decode())
-                except OSError:
+                except (OSError, http.client.HTTPException, UnicodeDecodeError):
                     continue  # a server that is gone for a while is what some tests are about
             if pages:
-                sample = parse(pages, self._models, time.time())
+                sample = parse(pages, {*self._asked, *self._parts}, time.time())
                 if last is not None:
-                    self.rows.append(between(last, sample))
+                    self.rows.append(between(last, sample, self._asked, self._parts))
                 last = sample

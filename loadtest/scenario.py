@@ -1,28 +1,32 @@
 """What a load test is: a target, payloads, arrivals in stages, and the goal. Pure: read from YAML, checked, no more."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from loadtest import names
+from loadtest.addresses import address
+from loadtest.errors import ScenarioError
 
 Protocol = Literal["http", "grpc", "grpc-stream"]
-
-
-class ScenarioError(ValueError):
-    """A scenario that cannot be run; names the field."""
+Address = Annotated[str, AfterValidator(address)]
+# Of numbers that are taken for a slip when they are higher.
+MOST_ROWS, MOST_SIZE = 1_000_000, 1 << 30
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True)
 
 
 class Target(_Strict):
     """Where to. Several addresses take turns; `metrics` is the server's page, for the time line."""
 
     protocol: Protocol = "http"
-    urls: list[str] = Field(default=["127.0.0.1:8000"], min_length=1)
-    metrics: list[str] = []
+    urls: list[Address] = Field(default=["127.0.0.1:8000"], min_length=1)
+    metrics: list[Address] = []
     headers: dict[str, str] = {}
     shared_memory: bool = False
     connections: int = Field(default=4096, ge=1)
@@ -31,8 +35,8 @@ class Target(_Strict):
 class Sizes(_Strict):
     """The size of a variable dimension, drawn for each payload: evenly between two, or by the logarithm."""
 
-    low: int = Field(ge=1)
-    high: int = Field(ge=1)
+    low: int = Field(ge=1, le=MOST_SIZE)
+    high: int = Field(ge=1, le=MOST_SIZE)
     kind: Literal["uniform", "lognormal"] = "uniform"
     multiple_of: int = Field(default=1, ge=1)
 
@@ -53,14 +57,14 @@ class Payload(_Strict):
     model: str
     version: str = ""
     weight: float = Field(default=1.0, gt=0)
-    rows: int = Field(default=1, ge=1)
+    rows: int = Field(default=1, ge=1, le=MOST_ROWS)
     sizes: dict[str, Sizes] = {}
     files: dict[str, str] = {}
     inputs: list[str] = []
     outputs: list[str] = []
     parameters: dict[str, bool | int | str] = {}
     # How many different ones are drawn.
-    count: int = Field(default=64, ge=1)
+    count: int = Field(default=64, ge=1, le=MOST_ROWS)
 
 
 class Stage(_Strict):
@@ -76,7 +80,8 @@ class Stage(_Strict):
 class Arrivals(_Strict):
     """How they come: evenly, at random (Poisson), in bursts (gamma, by the gaps' coefficient of variation), by a file.
 
-    `trace` is CSV or Parquet with a column `second` (or `scheduled_s`), sped up by `speed`; it stands for the stages.
+    `trace` is CSV or Parquet with a column `second` (or `scheduled_s`) of arrivals, or CSV of seconds and the rates
+    from then on; sped up by `speed`. It stands for the stages.
     """
 
     process: Literal["constant", "poisson", "gamma"] = "poisson"
@@ -118,17 +123,51 @@ class Scenario(_Strict):
 
 def load(path: Path, changes: dict[str, Any] | None = None) -> Scenario:
     """Read a scenario; `changes` replace fields. Raises ScenarioError naming the field that is wrong."""
-    try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ScenarioError(f"{path}: {error}") from None
-    if not isinstance(given, dict):
-        raise ScenarioError(f"{path}: expected a mapping with payloads and stages")
+    given = _read(path)
     try:
         return Scenario(**{"name": path.stem, "folder": path.resolve().parent, **_merged(given, changes or {})})
     except ValidationError as error:
-        what = [f"{'.'.join(map(str, one['loc'])) or 'scenario'}: {one['msg']}" for one in error.errors()]
+        what = [_told(one["loc"], one["type"], one["msg"]) for one in error.errors()]
         raise ScenarioError(f"{path}: {'; '.join(what)}") from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        given = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise ScenarioError(f"{path}: {error.strerror}: expected a scenario in YAML") from None
+    except UnicodeDecodeError as error:
+        raise ScenarioError(f"{path}: byte {error.start} is no UTF-8: expected a scenario in YAML") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f":{mark.line + 1}:{mark.column + 1}" if mark is not None else ""
+        raise ScenarioError(f"{path}{where}: no YAML: {error.problem or error.context}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ScenarioError(f"{path}: no YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
+        what = "an empty file" if given is None else type(given).__name__
+        raise ScenarioError(f"{path}: expected a mapping with payloads and stages (docs/loadtest.md), got {what}")
+    return given
+
+
+# The model that each field of a scenario holds.
+_SECTIONS: dict[str, type[_Strict]] = {
+    "target": Target, "payloads": Payload, "arrivals": Arrivals, "stages": Stage, "slo": Goal,
+}  # fmt: skip
+
+
+def _told(where: Sequence[int | str], kind: str, message: str) -> str:
+    """One field that is wrong. Of one that there is not: the one that was meant, or where it belongs."""
+    field = ".".join(map(str, where)) or "scenario"
+    if kind != "extra_forbidden":
+        return f"{field}: {message.removeprefix('Value error, ')}"
+    name = str(where[-1])
+    own = _SECTIONS.get(str(where[0]), Scenario) if len(where) > 1 else Scenario
+    homes = [section for section, model in _SECTIONS.items() if name in model.model_fields and model is not own]
+    if homes and len(where) <= 3:
+        return f"{field}: no such field here: it belongs into {' or '.join(homes)}"
+    known = Sizes.model_fields if len(where) > 3 else own.model_fields
+    return f"{field}: no such field{names.near(name, known) or ': expected one of ' + ', '.join(known)}"
 
 
 def _merged(given: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from loadtest.slo import Verdict
 Probe = Callable[[float, float], Verdict]
 """(rate, how many times as long as usual) -> what came of a run at that rate."""
 
+# Of a probe, at least: to be certain of a share of 1%.
+PROBE_REQUESTS = 600
 # An open probe is run again for so many times as long, before it counts as missed.
 _LONGER = 3.0
 
@@ -59,6 +61,13 @@ def saturate(probe: Probe, start: float, within: float = 0.03, most: float = 1e6
         else:
             rate = 2 * rate
     return Bounds(low, high, probes)
+
+
+def probes_left(low: float, high: float, within: float) -> int | None:
+    """How many halvings remain; None while the rate is still doubled, or has never met the goal."""
+    if not low or not math.isfinite(high):
+        return None
+    return max(0, math.ceil(math.log2((high - low) / (within * high)))) if high > low else 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,9 +68,12 @@ def interval(count: int, of: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def judge(seen: Seen, goal: Goal) -> Judgement:
-    """PASS only where everything that was asked for is certain, and the generator kept up."""
-    invalid = _invalid(seen)
+def judge(seen: Seen, goal: Goal, stopped: str = "") -> Judgement:
+    """PASS only where everything that was asked for is certain, and the generator kept up.
+
+    `stopped` says why a run was ended before its end: it says nothing then.
+    """
+    invalid = [stopped] if stopped else _invalid(seen)
     if invalid:
         return Judgement(Verdict.INVALID, invalid)
     found = [_share("errors", seen.errors, seen.requests, goal.error_rate)]

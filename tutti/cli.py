@@ -44,9 +44,7 @@ COMMANDS = {
     "cluster": Command(
         "plan and simulate pools of replicas on Ray", "ray_app.cli", "ray", ("ray", "psutil", "yaml", "pydantic")
     ),
-    "loadtest": Command(
-        "load a server in open loop, and judge it by a goal", "loadtest.cli", "loadtest", ("locust", "pyarrow", "yaml")
-    ),
+    "loadtest": Command("load a server in open loop, and judge it by a goal", "loadtest.cli"),
 }
 
 

@@ -1,7 +1,9 @@
 """Arrivals, histograms, verdicts and searches: no server, no clock."""
 
+import io
 import math
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from loadtest import arrivals, report, runner, sampler, scenario, search, slo
+from loadtest import arrivals, charts, progress, report, runner, sampler, scenario, search, slo
 from loadtest.histogram import Histogram
 from loadtest.payloads import Payloads, TensorInfo, messages
 from loadtest.scenario import Goal, Scenario, ScenarioError, Sizes, Stage
@@ -68,13 +70,48 @@ def test_traces(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("second\n10.5\n10\n12\n")
     own = given(arrivals={"trace": "t.csv", "speed": 2}, stages=[], folder=tmp_path)
     assert arrivals.schedule(own, [1.0]).due_s.tolist() == [0, 0.25, 1]
-    for content, says in (
-        ("1\nx\n", "t.csv:2: expected a second, got 'x'"),
-        ("", "expected seconds of arrivals, got none"),
-    ):
-        (tmp_path / "t.csv").write_text(content)
-        with pytest.raises(ScenarioError, match=says):
-            arrivals.schedule(own, [1.0])
+    (tmp_path / "t.csv").write_text("\ufeffpool,second\na,3\nb,1\n")
+    assert arrivals.schedule(own, [1.0]).due_s.tolist() == [0, 1], "a column by its name"
+
+
+RATES = "0,100\n10,0\n20,50\n30,0\n"
+
+
+@pytest.mark.parametrize("text", [RATES, "second,rate\n" + RATES])
+def test_traces_of_rates(tmp_path: Path, text: str) -> None:
+    """As `tutti cluster simulate` reads them: from each second to the next."""
+    (tmp_path / "t.csv").write_text(text)
+    own = given(arrivals={"trace": "t.csv", "speed": 2}, stages=[], folder=tmp_path)
+    made = arrivals.schedule(own, [1.0])
+    counts, _ = np.histogram(made.due_s, bins=3, range=(0, 15))
+    assert counts[0] == pytest.approx(1000, rel=0.2)
+    assert counts[1] == 0
+    assert counts[2] == pytest.approx(500, rel=0.2)
+    assert made.seconds == 15
+    assert set(made.stages.tolist()) == {0}
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"1\nx\n", "t.csv:2: expected a second, got 'x'"),
+        (b"", "expected seconds of arrivals, got none"),
+        (b"a,b\n1,2\n", "t.csv:1: expected a column second .* got 'a, b'"),
+        (b"1,2,3\n", "got 3 columns without a heading"),
+        (b"0,1\n", "expected two lines of SECOND,RATE or more"),
+        (b"0,1\n0,2\n", "t.csv:2: expected rising seconds"),
+        (b"0,1\n1,nan\n", "t.csv:2: expected SECOND,RATE, got '1,nan'"),
+        (b"\xff\xfe1\n", "byte 0 is no UTF-8"),
+        (b"PAR1 or so", "no Parquet"),
+        (b"1700000000000\n1700009999999\n", "are its times milliseconds"),
+        (b"0,1e9\n10,0\n", "20,000,000 at most"),
+    ],
+)
+def test_traces_that_are_none(tmp_path: Path, content: bytes, says: str) -> None:
+    (tmp_path / "t.csv").write_bytes(content)
+    own = given(arrivals={"trace": "t.csv"}, stages=[], folder=tmp_path)
+    with pytest.raises(ScenarioError, match=says):
+        arrivals.schedule(own, [1.0])
 
 
 def test_histograms_keep_three_digits_and_add_up() -> None:
@@ -178,7 +215,7 @@ tutti_fallback_requests_total{{pool="cpu"}} {cpu}
 def test_the_servers_side_is_read_from_its_metrics() -> None:
     before = sampler.parse([PAGE.format(success=0, rows=0, batches=0, queue=0, gpu=0, cpu=0)], ["m"], 10.0)
     after = sampler.parse([PAGE.format(success=100, rows=200, batches=50, queue=4e5, gpu=75, cpu=25)], ["m"], 12.0)
-    row = sampler.between(before, after)
+    row = sampler.between(before, after, ["m"], ["m"])
     assert (row["success_per_s"], row["batch"], row["queue_ms"]) == (50, 4, 4)
     assert row["fallback"] == 0.25
     assert row["replicas"] == {"gpu": 3, "cpu": 0}
@@ -278,13 +315,27 @@ def test_messages_take_files_and_say_what_is_missing(tmp_path: Path) -> None:
         ("payloads: []", "payloads: List should have at least 1 item"),
         ("payloads: [{model: m}]", "stages: expected at least one, or arrivals.trace"),
         ("payloads: [{model: m}]\nstages: [{seconds: 1, rate: -1}]", "stages.0.rate"),
-        ("payloads: [{model: m}]\nstages: [{seconds: 1, rate: 1}]\nslo: {p98_ms: 1}", "slo.p98_ms: Extra inputs"),
+        (
+            "payloads: [{model: m}]\nstages: [{seconds: 1, rate: 1}]\nslo: {p98_ms: 1}",
+            "slo.p98_ms: no such field; did you mean 'p99_ms'",
+        ),
+        (
+            "payloads: [{model: m}]\nstages: [{seconds: 1, rate: 1}]\np99_ms: 1",
+            "p99_ms: no such field here: it belongs into slo",
+        ),
+        ("payloads: [{model: m}]\nstages: [{seconds: .inf, rate: 1}]", "stages.0.seconds: Input should be a finite"),
+        (
+            "payloads: [{model: m}]\nstages: [{seconds: 1, rate: 1}]\ntarget: {urls: ['x:99999']}",
+            "target.urls.0: expected a port from 1 to 65535, got '99999'",
+        ),
         (
             "payloads: [{model: m, sizes: {x: {low: 5, high: 2}}}]\nstages: [{seconds: 1, rate: 1}]",
             "expected low <= high",
         ),
         ("- 1", "expected a mapping"),
-        ("a: [", "expected"),
+        ("a: [", "s.yaml:1:5: no YAML: expected"),
+        ("", "got an empty file"),
+        ("a: 2024-99-99", "no YAML: month must be in 1..12"),
     ],
 )
 def test_scenarios_that_are_none(tmp_path: Path, text: str, says: str) -> None:
@@ -302,3 +353,105 @@ def test_the_scenarios_that_come_along_can_be_read(path: Path) -> None:
     assert own.name == path.stem
     assert len(arrivals.schedule(own, [payload.weight for payload in own.payloads])) > 10
     assert isinstance(own.stages[0], Stage)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"), (0.6, "0.6"), (0.0123, "0.0123"), (1.5e-7, "0.00000015"), (40.4, "40.4"), (5, "5"), (12.34, "12.3"),
+        (999.6, "1,000"), (1234, "1,234"), (6e6, "6,000,000"), (-3, "-3"), (math.nan, "-"),
+    ],
+)  # fmt: skip
+def test_numbers_are_plain(value: float, text: str) -> None:
+    assert charts.plain(value) == text
+
+
+def test_axes_have_round_marks_that_hold_everything() -> None:
+    """Seeded: marks are 1, 2 or 5 times a power of ten apart, a few of them, and no value lies beyond."""
+    rng = random.Random(0)
+    for _ in range(500):
+        low, high = sorted(10 ** rng.uniform(-6, 6) for _ in range(2))
+        for axis in (charts.even(0, high), charts.even(low, high), charts.logarithmic(low, high)):
+            assert axis.low <= low * (1 + 1e-6) or axis.low == 0
+            assert axis.high >= high * (1 - 1e-6)
+            assert 2 <= len(axis.marks) <= 16
+            assert all(0 <= axis.part(value) <= 1 + 1e-6 for value in (low, high))
+        step = charts.even(0, high).marks[1]
+        assert step / 10 ** math.floor(math.log10(step) + 1e-9) == pytest.approx(
+            round(step / 10 ** math.floor(math.log10(step) + 1e-9))
+        )
+    assert charts.even(0, 0).marks[-1] == 1, "where nothing was, up to one"
+    assert list(charts.logarithmic(3, 400).marks) == [1, 10, 100, 1000]
+    assert list(charts.logarithmic(30, 400).marks) == [20, 50, 100, 200, 500]
+
+
+def test_errors_are_red_and_the_goal_is_drawn() -> None:
+    lines = {name: [(0.0, 1.0), (1.0, 2.0)] for name in ("due", "answered", "errors")}
+    drawn = charts.chart("T", lines, "s", "", goal=("goal", 7.5))
+    colours = re.findall(r"<polyline [^>]*stroke=(#\w+)", drawn)
+    assert colours[2] == charts.RED
+    assert charts.RED not in colours[:2]
+    assert "<line class=goal " in drawn
+    assert ">8</text>" in drawn, "the axis reaches the goal"
+    assert "goal" not in charts.chart("T", lines, "s", "")
+
+
+def made_result(**more: Any) -> runner.Result:
+    own = given(slo={"p99_ms": 10, "error_rate": 0.1, "min_goodput": 5}, stages=[{"seconds": 10, "rate": 50}])
+    return runner.gather(own, [{**seen_by(600), **more}])
+
+
+def test_a_run_without_an_answer_has_whole_sentences() -> None:
+    """As of one that was ended because its first requests failed alike."""
+    seen = seen_by(0)
+    seen["stages"]["0"] |= {"requests": 20, "errors": 20}
+    told = {"errors": {"HTTP 400": 20}, "reasons": {"HTTP 400": '{"error":"no picture"}'}, "stopped": "HTTP 400"}
+    result = made_result(**{**seen, **told})
+    assert result.judgement.verdict is Verdict.INVALID
+    (reason,) = result.judgement.reasons
+    assert "HTTP 400: no picture; the inputs do not fit" in reason
+    page = report.page(result)
+    assert "<span class=error>20 errors</span>. No latency is known: nothing was answered without an error. The" in page
+    assert "; ." not in page
+
+
+def test_the_work_of_an_ensemble_is_its_steps() -> None:
+    """The ensemble itself neither queues nor computes."""
+    page = "\n".join(
+        f'{name}{{{{model="{model}",version="1"}}}} {{{model}_{name}}}'
+        for model in ("whole", "a", "b")
+        for name in ("nv_inference_request_success", "nv_inference_queue_duration_us", "nv_inference_exec_count")
+    )
+    numbers = dict.fromkeys(re.findall(r"\{(\w+_nv_\w+)\}", page), 0)
+    before = sampler.parse([page.format(**numbers)], ["whole", "a", "b"], 0.0)
+    numbers |= {f"{model}_nv_inference_request_success": 10 for model in ("whole", "a", "b")}
+    numbers |= {"a_nv_inference_queue_duration_us": 40_000, "b_nv_inference_queue_duration_us": 20_000}
+    row = sampler.between(
+        before, sampler.parse([page.format(**numbers)], ["whole", "a", "b"], 1.0), ["whole"], ["a", "b"]
+    )
+    assert row["success_per_s"] == 10
+    assert {model: means["queue_ms"] for model, means in row["models"].items()} == {"a": 4, "b": 2}
+    result = made_result()
+    result.server = [row, {**row, "at_s": 2.0}]
+    shown = report.page(result)
+    assert "Queue: models and steps" in shown
+    assert "></i>a</span>" in shown
+
+
+def test_searches_know_how_many_probes_are_left() -> None:
+    assert search.probes_left(0.0, math.inf, 0.03) is None
+    assert search.probes_left(100, math.inf, 0.03) is None
+    assert search.probes_left(100, 200, 0.03) == 5
+    assert search.probes_left(195, 200, 0.03) == 0
+
+
+def test_progress_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0] + 10)
+    out = io.StringIO()
+    shown = progress.Progress(out)
+    for second in range(11):
+        clock[0] = float(second)
+        shown.show(f"at {second}")
+    assert out.getvalue() == "at 0\nat 5\nat 10\n"
+    assert [progress.clock(seconds) for seconds in (0, 39.2, 185, 7800)] == ["0 s", "40 s", "3 min 05 s", "2 h 10 min"]

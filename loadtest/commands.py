@@ -1,0 +1,349 @@
+"""What `tutti loadtest` does, once it is known what: runs, searches and comparisons, told on the terminal and as pages.
+
+Files are where the person stands. What could not be run ends with a line that says why, and with a page where a folder
+was named for it.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import shlex
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from loadtest import names, report, runner, scenario, search, server
+from loadtest.advice import said
+from loadtest.arrivals import length_s
+from loadtest.errors import RunError, ScenarioError
+from loadtest.payloads import messages
+from loadtest.process import stop
+from loadtest.progress import Progress, clock
+from loadtest.runner import Result
+from loadtest.scenario import Scenario, Stage
+from loadtest.search import PROBE_REQUESTS
+from loadtest.slo import Verdict
+
+# Of a probe, beside its seconds: the generator's start and end.
+_AROUND_S = 3.0
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run one command; returns its exit status."""
+    commands: dict[str, Callable[[argparse.Namespace], int]] = {
+        "run": _run, "saturate": _saturate, "compare": _compare, "replay": _replay, "worker": _worker,
+    }  # fmt: skip
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a name that the terminal cannot show ends no run
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        return commands[options.command](options)
+    except (ScenarioError, RunError) as error:
+        print(f"tutti loadtest: {error}", file=sys.stderr)
+    except OSError as error:
+        print(f"tutti loadtest: {error.filename or 'it failed'}: {error.strerror or error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("\ntutti loadtest: stopped by hand", file=sys.stderr)
+    return int(Verdict.INVALID)
+
+
+def _load(options: argparse.Namespace, **changes: Any) -> Scenario:
+    """The scenario as the flags change it. Raises ScenarioError, also for a folder that cannot be written to."""
+    target = {
+        name: value
+        for name, value in (("urls", options.url), ("protocol", options.protocol), ("metrics", options.metrics))
+        if value
+    }
+    if options.seed is not None:
+        changes["seed"] = options.seed
+    given = scenario.load(names.scenario(options.scenario), {**changes, **({"target": target} if target else {})})
+    length_s(given)  # a trace that is none
+    if options.output is not None:
+        _make_folder(options.output)
+    return given
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ScenarioError(f"--output {path}: a file: expected a folder, which is made if need be") from None
+    except OSError as error:
+        raise ScenarioError(f"--output {path}: {error.strerror}: expected a folder to write to") from None
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise ScenarioError(f"--output {path}: Permission denied: expected a folder to write to")
+
+
+def _check(given: Scenario, options: argparse.Namespace) -> None:
+    """What can be known before: that servers, models and files are there. Raises RunError or ScenarioError."""
+    if "--master" in options.locust:
+        return  # the workers ask, from where they are
+    inputs = server.check(given)
+    fewer = [payload.model_copy(update={"count": 1}) for payload in given.payloads]
+    messages(given.model_copy(update={"payloads": fewer}), lambda model, version: inputs[model, version])
+
+
+def _run(options: argparse.Namespace) -> int:
+    return _judge(_load(options), options)
+
+
+def _replay(options: argparse.Namespace) -> int:
+    trace = names.file(options.trace, "a trace in CSV or Parquet", (".csv", ".parquet"))
+    arrivals = {"trace": str(trace.resolve()), "speed": options.speed}
+    return _judge(_load(options, arrivals=arrivals, stages=[]), options)
+
+
+def _judge(given: Scenario, options: argparse.Namespace) -> int:
+    """Run it, and say what came of it."""
+    progress = Progress()
+    try:
+        _check(given, options)
+        web = _web(options) if options.web else []
+        result = runner.run(given, options.output, options.processes, [*options.locust, *web], _shown(progress))
+    except RunError as error:
+        said_so = {"verdict": Verdict.INVALID.name, "reasons": [str(error)]}
+        _leave(options, "report.json", said_so, report.refusal(given, [str(error)], _source(options)))
+        raise
+    finally:
+        progress.clear()
+    _tell(result)
+    _leave(options, "report.json", result.as_json(), report.page(result, _source(options)))
+    return int(result.judgement.verdict)
+
+
+def _web(options: argparse.Namespace) -> list[str]:
+    """Locust's flags for its page. Raises RunError when its port is taken."""
+    given = [part for one in options.locust for part in one.split("=", 1)]
+    host = given[given.index("--web-host") + 1] if "--web-host" in given[:-1] else "127.0.0.1"
+    port = given[given.index("--web-port") + 1] if "--web-port" in given[:-1] else "8089"
+    try:
+        with socket.create_server((host if host != "*" else "", int(port))):
+            pass
+    except (OSError, ValueError, OverflowError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise RunError(f"--web: nothing can listen at {host}:{port} ({why}): choose another: -- --web-port N") from None
+    print(f"while the run is on, its page is at http://{host}:{port}", file=sys.stderr)
+    return ["--autostart"]
+
+
+def _shown(progress: Progress, before: str = "", more_s: Callable[[], float | None] = lambda: 0.0) -> runner.Tell:
+    """Progress with the time left; `more_s` is that of what comes after, None where nobody knows."""
+
+    def show(text: str, left_s: float) -> None:
+        more = more_s()
+        if not left_s and not more:
+            progress.show(f"{before}{text}, and the last are waited for")
+            return
+        after = f"{clock(left_s + more)} left" if more is not None else f"{clock(left_s)} left of this one"
+        progress.show(f"{before}{text}, {after}")
+
+    return show
+
+
+def _tell(result: Result) -> None:
+    judgement, figures, seen = result.judgement, runner.quantiles_ms(result.histogram), result.seen
+    print(f"{seen.requests:,} requests, {seen.errors:,} errors, goodput {seen.good / max(seen.seconds, 1e-9):,.1f} /s")
+    for what, count in result.errors.most_common(5):
+        print(f"  {count:,} times {': '.join(filter(None, (what, said(result.reasons.get(what, '')))))}")
+    if figures:
+        print(
+            "latency from when requests were due: " + ", ".join(f"{name} {ms:.2f} ms" for name, ms in figures.items())
+        )
+    print(f"generator: at most {result.cpu:.0%} of a core, {result.lateness_ms.get('p99', 0.0):.2f} ms late (p99)")
+    print("\n".join([judgement.verdict.name, *(f"  {reason}" for reason in judgement.reasons)]))
+
+
+def _source(options: argparse.Namespace) -> report.Source:
+    hardware = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores."
+    return report.Source(shlex.join(["tutti", "loadtest", *options.given]), hardware)
+
+
+def _leave(options: argparse.Namespace, name: str, told: dict[str, Any], page: str) -> None:
+    """The page and its figures, where a folder was named."""
+    if options.output is None:
+        return
+    (options.output / name).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    path = options.output / "report.html"
+    path.write_text(page, encoding="utf-8", errors="backslashreplace")
+    print(f"report: {path}")
+
+
+@dataclasses.dataclass(slots=True)
+class _Search:
+    """Probes of one search, told as they come."""
+
+    given: Scenario
+    options: argparse.Namespace
+    progress: Progress = dataclasses.field(default_factory=Progress)
+    seen: list[Result] = dataclasses.field(default_factory=list)
+    low: float = 0.0
+    high: float = float("inf")
+    # Why a probe could not be made.
+    broken: str = ""
+
+    def probe(self, rate: float, times: float) -> Verdict:
+        """Long enough to be certain of a hundredth; what is rarer would take too long at each rate."""
+        stages = [Stage(seconds=times * self._seconds(rate), rate=rate)]
+        slo = self.given.slo
+        goal = slo.model_copy(update={"min_goodput": 0.0, "error_rate": max(0.01, slo.error_rate)})
+        one = self.given.model_copy(update={"stages": stages, "slo": goal, "seed": self.given.seed + len(self.seen)})
+        before = f"probe {len(self.seen) + 1} at {rate:,.1f} /s: "
+        shown = _shown(self.progress, before, lambda: self._more_s(rate))
+        try:
+            result = runner.run(one, None, self.options.processes, self.options.locust, shown)
+        except RunError as error:
+            self.broken = f"the probe at {rate:,.1f} /s could not be made: {error}"
+            return Verdict.INVALID
+        finally:
+            self.progress.clear()
+        return self._note(rate, result)
+
+    def _note(self, rate: float, result: Result) -> Verdict:
+        if result.stopped and self.low:  # it has answered lower rates: this one is too high
+            result.stopped = ""
+        self.seen.append(result)
+        judgement = result.judgement
+        p99 = runner.quantiles_ms(result.histogram).get("p99")
+        latency = f"p99 {p99:.1f} ms" if p99 is not None else "nothing was answered well"
+        print(f"{rate:10,.1f} /s: {judgement.verdict.name}, {latency}; {judgement.reasons[0]}", flush=True)
+        if judgement.verdict is Verdict.PASS:
+            self.low = max(self.low, rate)
+        elif judgement.verdict is not Verdict.INVALID:
+            self.high = min(self.high, rate)
+        return judgement.verdict
+
+    def _seconds(self, rate: float) -> float:
+        return max(float(self.options.seconds), PROBE_REQUESTS / rate)
+
+    def _more_s(self, rate: float) -> float | None:
+        left = search.probes_left(self.low, self.high, self.options.within)
+        return None if left is None else max(0, left - 1) * (self._seconds(rate) + _AROUND_S)
+
+    def reasons(self, found: search.Bounds) -> list[str]:
+        """What was found, and why no more."""
+        is_bounded = found.high != float("inf")
+        high = f"{found.high:,.1f}" if is_bounded else "a rate that could not be generated"
+        what = [
+            f"meets the goal up to {found.low:,.1f} /s, and no longer at {high} /s".replace("generated /s", "generated")
+        ]
+        if self.broken:
+            return [self.broken, *(what if found.low else [])]
+        if not is_bounded and self.seen:
+            return [*self.seen[-1].judgement.reasons, *(what if found.low else [])]
+        return what
+
+
+def _saturate(options: argparse.Namespace) -> int:
+    given = _load(options)
+    if given.slo.p99_ms is None:
+        raise ScenarioError("saturate: expected slo.p99_ms: without a goal there is no highest rate that meets it")
+    one = _Search(given, options)
+    try:
+        _check(given, options)
+        found = search.saturate(one.probe, options.start, options.within)
+    except RunError as error:
+        found, one.broken = search.Bounds(0.0, float("inf"), []), str(error)
+    verdict = Verdict.PASS if found.low else Verdict.FAIL
+    if one.broken or found.high == float("inf"):
+        verdict = Verdict.INVALID
+    reasons = one.reasons(found)
+    print("\n".join(reasons), file=sys.stderr if verdict is Verdict.INVALID else sys.stdout)
+    probes = [{"rate": rate, "verdict": verdict.name} for rate, verdict in found.probes]
+    high = found.high if found.high != float("inf") else None
+    told = {"verdict": verdict.name, "reasons": reasons, "low": found.low, "high": high, "probes": probes}
+    page = report.saturation(given, verdict, reasons, found, one.seen, _source(options))
+    _leave(options, "saturate.json", told, page)
+    return int(verdict)
+
+
+def _compare(options: argparse.Namespace) -> int:
+    given = _load(options)
+    rate = given.stages[0].rate if given.stages else 0.0
+    if not rate:
+        raise ScenarioError("compare: expected a first stage with a rate: of each server")
+    target = given.target.model_copy(update={"urls": [options.a, options.b]})
+    stages = [Stage(seconds=options.rounds * options.seconds, rate=2 * rate)]
+    one = given.model_copy(update={"target": target, "stages": stages})
+    with tempfile.TemporaryDirectory(prefix="tutti-loadtest-") as folder:
+        made = _Comparison(one, options)
+        try:
+            _check(one, options)
+            made.measure(options.output or Path(folder))
+        except RunError as error:
+            made.reasons = [str(error)]
+    print("\n".join(made.reasons), file=sys.stderr if made.verdict is Verdict.INVALID else sys.stdout)
+    told = {
+        "verdict": made.verdict.name,
+        "reasons": made.reasons,
+        "medians_ms": dict(zip("ab", made.medians, strict=False)),
+    }
+    page = report.comparison(one, made.verdict, made.reasons, made.medians, made.found, made.result, _source(options))
+    _leave(options, "compare.json", told, page)
+    return int(made.verdict)
+
+
+@dataclasses.dataclass(slots=True)
+class _Comparison:
+    """What came of asking two servers in turns; INVALID until something has."""
+
+    given: Scenario
+    options: argparse.Namespace
+    verdict: Verdict = Verdict.INVALID
+    reasons: list[str] = dataclasses.field(default_factory=list)
+    medians: list[list[float]] = dataclasses.field(default_factory=list)
+    found: search.Difference | None = None
+    result: Result | None = None
+
+    def measure(self, folder: Path) -> None:
+        """Raises RunError when a server has answered nothing in a round."""
+        progress, options = Progress(), self.options
+        try:
+            result = runner.run(self.given, folder, options.processes, options.locust, _shown(progress))
+        finally:
+            progress.clear()
+        self.result = result
+        if result.judgement.verdict is Verdict.INVALID:
+            self.reasons = list(result.judgement.reasons)
+            return
+        rounds = runner.medians_by_address(result.raw, 2, self.given.warmup_s, options.seconds, options.rounds)
+        for number, pair in enumerate(zip(*rounds, strict=True)):
+            _check_round(number, pair, self.given.target.urls, result)
+        self._decide(rounds)
+
+    def _decide(self, rounds: list[list[float]]) -> None:
+        for number, (a, b) in enumerate(zip(*rounds, strict=True)):
+            print(f"round {number + 1}: A {a:.3f} ms, B {b:.3f} ms")
+        self.medians, self.found = rounds, search.difference(*rounds)
+        found = self.found
+        shown = f"B takes {found.ratio:.3f} times as long at the median ({found.low:.3f} to {found.high:.3f}, 98%)"
+        self.reasons = [f"{'different' if found.is_different else 'no difference'}: {shown}"]
+        self.verdict = Verdict.FAIL if found.is_different and found.ratio > 1 else Verdict.PASS
+
+
+def _check_round(number: int, pair: Sequence[float], urls: Sequence[str], result: Result) -> None:
+    for name, url, median in zip("AB", urls, pair, strict=True):
+        if median != median:
+            why = "; ".join(f"{what}: {said(result.reasons.get(what, ''))}" for what, _ in result.errors.most_common(2))
+            raise RunError(f"round {number + 1}: {name} ({url}) has answered nothing: {why or 'raise --seconds'}")
+
+
+def _worker(options: argparse.Namespace) -> int:
+    """A worker of Locust's, with the engine; it ends with its master."""
+    command = [sys.executable, "-P", "-m", "locust", "-f", str(runner.LOCUSTFILE), "--worker"]
+    command += ["--master-host", options.master_host, "--master-port", str(options.master_port)]
+    if options.raw is not None:
+        _make_folder(options.raw)
+        command += ["--raw", str(options.raw.resolve())]
+    with tempfile.TemporaryDirectory(prefix="tutti-loadtest-") as empty:
+        process = subprocess.Popen([*command, *options.locust], cwd=empty)
+        try:
+            return process.wait()
+        finally:
+            if process.poll() is None:
+                stop(process)
