@@ -1,7 +1,7 @@
 """Prometheus metrics on Triton's names, read from the statistics at scrape time: nothing is counted per request."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -54,6 +54,7 @@ _OF_STEPS: tuple[tuple[str, str, Callable[[StepCounts], int]], ...] = (
     ("tutti_ensemble_items", "Items for which a step ran, of all its rows", lambda c: c.items),
 )
 
+_STEP = "tutti_ensemble_step"
 _FAILURE = "nv_inference_request_failure"
 # A counter's name where the library has put its `_total` behind it.
 _TOTAL = re.compile(rb"^((?:# (?:HELP|TYPE) )?)([a-zA-Z_:][a-zA-Z0-9_:]*?)_total(?=[ {])", re.MULTILINE)
@@ -118,11 +119,29 @@ class Metrics:
                 for step, counts in dict(model.statistics.counts.steps).items():
                     counter.add_metric([*labels(model), step], of_step(counts))
             yield counter
+        steps = GaugeMetricFamily(_STEP, "1 for each model that does an ensemble's work", labels=[*names, "step"])
+        for model in models:
+            for step in _steps_below(model, models):
+                steps.add_metric([*labels(model), step], 1.0)
+        yield steps
         yield from self._host.collect()
         yield from engine_metrics.collect()
         yield from custom_metrics.collect()
         if self._extra is not None:
             yield from self._extra()
+
+
+def _steps_below(model: Model, models: Sequence[Model]) -> list[str]:
+    """The models of an ensemble's steps, and of theirs where they are ensembles; each once."""
+    own = {one.config.name: one.config.steps for one in models}
+    found: dict[str, None] = {}
+    left = [step.model_name for step in model.config.steps]
+    while left:
+        name = left.pop()
+        if name not in found:
+            found[name] = None
+            left += [step.model_name for step in own.get(name, ())]
+    return sorted(found)
 
 
 def _buckets(histogram: Histogram) -> list[tuple[str, float]]:

@@ -202,6 +202,20 @@ def test_the_dashboard_shows_what_was_promised() -> None:
     assert len(dashboard_metrics()) > 10
 
 
+def test_the_dashboard_counts_an_ensembles_request_once() -> None:
+    """Where models are summed up, the steps of the ensembles among them are not requests of anybody."""
+    board = json.loads((DEPLOY / "grafana.json").read_text())
+    by_title = {panel["title"]: [target["expr"] for target in panel["targets"]] for panel in board["panels"]}
+    for title in ("Requests a second", "Failures a second", "Latency", "Queue against compute"):
+        for expression in by_title[title]:
+            assert "unless on (model) label_replace(max by (step) (tutti_ensemble_step{" in expression, title
+    for title, expressions in by_title.items():
+        sums = [
+            one for one in expressions if re.search(r"sum ?(by \(le\) )?\(+rate\((nv_inference|tutti_request)", one)
+        ]
+        assert all("tutti_ensemble_step" in one for one in sums), title
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(200)

@@ -1,5 +1,6 @@
 """The metrics page under Triton's names: why requests fail, and what the machine does."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -73,3 +74,23 @@ def test_where_the_machine_does_not_tell_there_are_no_families(tmp_path: Path, l
     else:
         (tmp_path / "meminfo").unlink()
     assert list(HostMetrics(tmp_path).collect()) == []
+
+
+ENSEMBLE = """
+max_batch_size: 8
+input {{ name: "x" data_type: TYPE_FP32 dims: 4 }}
+output {{ name: "y" data_type: TYPE_FP32 dims: 4 }}
+ensemble_scheduling {{ step {{ model_name: "{step}" model_version: -1
+  input_map {{ key: "x" value: "x" }} output_map {{ key: "y" value: "y" }} }} }}
+"""
+
+
+def test_the_models_below_an_ensemble_are_told(repository: Repository) -> None:
+    """Those of nested ones as well, so that a dashboard counts a request once."""
+    repository.add_onnx()
+    repository.add("inner", ENSEMBLE.format(step="add_one"), {})
+    repository.add("outer", ENSEMBLE.format(step="inner"), {})
+    with engine_over(repository.root) as engine:
+        page = Metrics(engine).render()[0].decode()
+    told = re.findall(r'^tutti_ensemble_step\{model="(\w+)",step="(\w+)",version="1"\} 1.0$', page, re.MULTILINE)
+    assert sorted(told) == [("inner", "add_one"), ("outer", "add_one"), ("outer", "inner")]
