@@ -99,7 +99,12 @@ def length_s(scenario: Scenario) -> float:
     """How long a run takes until its last request is due, at most. Raises ScenarioError as schedule does."""
     if scenario.arrivals.trace is not None:
         return schedule(scenario, [1.0]).seconds
-    return (scenario.warmup_s if _warm_up(scenario) else 0.0) + sum(stage.seconds for stage in scenario.stages)
+    requests = sum(expected(stage) for stage in scenario.stages)
+    seconds = (scenario.warmup_s if _warm_up(scenario) else 0.0) + sum(stage.seconds for stage in scenario.stages)
+    if not requests:
+        raise ScenarioError("stages: expected a rate above 0 in one of them")
+    _check_size(requests, seconds)
+    return seconds
 
 
 def _of_stages(
@@ -131,7 +136,8 @@ def _warm_up(scenario: Scenario) -> Stage | None:
 
 def _check_size(requests: float, seconds: float) -> None:
     if requests > MOST_REQUESTS:
-        raise ScenarioError(f"{requests:,.0f} requests: expected {MOST_REQUESTS:,} at most in a run: check the rates")
+        count = f"{requests:,.0f}" if requests < 1e15 else "endlessly many"
+        raise ScenarioError(f"{count} requests: expected {MOST_REQUESTS:,} at most in a run: check the rates")
     if seconds > LONGEST_S:
         raise ScenarioError(f"a run of {seconds:,.0f} s: expected 31 days at most: are its times milliseconds?")
 

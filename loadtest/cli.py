@@ -47,6 +47,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         own, locust = given[: given.index("--")], given[given.index("--") + 1 :]
     parser, commands = make_parser()
     first = next((one for one in own if not one.startswith("-")), None)
+    if first is None and not {"-h", "--help"} & set(own):
+        parser.error(f"{' '.join([*own, ''])}expected a command: one of {', '.join(commands)}")
     if first is not None and first not in commands:
         parser.error(f"no such command: '{first}'{_near_command(first, commands)}")
     options, rest = parser.parse_known_args(own)

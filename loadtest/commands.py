@@ -126,7 +126,7 @@ def _web(options: argparse.Namespace) -> list[str]:
         with socket.create_server((host if host != "*" else "", int(port))):
             pass
     except (OSError, ValueError, OverflowError) as error:
-        why = getattr(error, "strerror", None) or error
+        why = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
         raise RunError(f"--web: nothing can listen at {host}:{port} ({why}): choose another: -- --web-port N") from None
     print(f"while the run is on, its page is at http://{host}:{port}", file=sys.stderr)
     return ["--autostart"]
@@ -239,6 +239,13 @@ class _Search:
         return what
 
 
+def _say(verdict: Verdict, reasons: Sequence[str]) -> None:
+    if verdict is Verdict.INVALID:
+        print("\n".join(f"tutti loadtest: {reason}" for reason in reasons), file=sys.stderr)
+    else:
+        print("\n".join(reasons))
+
+
 def _saturate(options: argparse.Namespace) -> int:
     given = _load(options)
     if given.slo.p99_ms is None:
@@ -253,7 +260,7 @@ def _saturate(options: argparse.Namespace) -> int:
     if one.broken or found.high == float("inf"):
         verdict = Verdict.INVALID
     reasons = one.reasons(found)
-    print("\n".join(reasons), file=sys.stderr if verdict is Verdict.INVALID else sys.stdout)
+    _say(verdict, reasons)
     probes = [{"rate": rate, "verdict": verdict.name} for rate, verdict in found.probes]
     high = found.high if found.high != float("inf") else None
     told = {"verdict": verdict.name, "reasons": reasons, "low": found.low, "high": high, "probes": probes}
@@ -277,7 +284,7 @@ def _compare(options: argparse.Namespace) -> int:
             made.measure(options.output or Path(folder))
         except RunError as error:
             made.reasons = [str(error)]
-    print("\n".join(made.reasons), file=sys.stderr if made.verdict is Verdict.INVALID else sys.stdout)
+    _say(made.verdict, made.reasons)
     told = {
         "verdict": made.verdict.name,
         "reasons": made.reasons,

@@ -44,6 +44,8 @@ def file(given: str, what: str, suffixes: tuple[str, ...], more: Iterable[str] =
 
     `what` says what it should be, as in "a scenario in YAML"; `suffixes` are those of such files.
     """
+    if not given:
+        raise ScenarioError(f"an empty name: expected {what}")
     path = Path(given)
     try:
         mode = path.stat().st_mode

@@ -97,7 +97,7 @@ def read_wav(path: Path) -> Array:
         with wave.open(str(path)) as file:
             return _samples(path, file)
     except (OSError, EOFError, wave.Error) as error:
-        raise ScenarioError(f"{path}: expected WAV: {error or 'it ends too soon'}") from None
+        raise ScenarioError(f"{path}: expected WAV: {str(error) or 'it ends too soon'}") from None
 
 
 def _samples(path: Path, file: wave.Wave_read) -> Array:

@@ -155,7 +155,7 @@ def run(
         began = time.time()
         status = _follow(command, file, lambda: _tell(folder / "progress.json", length, progress))
     if not result.is_file():
-        raise RunError(f"Locust ended with status {status} and left no result: {_last(log)} (all of it: {log})")
+        raise RunError(f"Locust ended with status {status} and left no result: {_last(log)}")
     workers = json.loads(result.read_text())["workers"]
     failed = sorted({one["failed"] for one in workers if "failed" in one})
     if failed:
@@ -224,7 +224,8 @@ def _tell(path: Path, length: float, progress: Tell) -> None:
 def _last(log: Path) -> str:
     """What Locust said last of an error, or at all."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return next((line for line in reversed(lines) if "rror" in line), lines[-1] if lines else "it said nothing")
+    found = next((line for line in reversed(lines) if "rror" in line), lines[-1] if lines else "it said nothing")
+    return found.removeprefix("__main__.py: error: ")
 
 
 def gather(scenario: Scenario, workers: Sequence[Mapping[str, Any]]) -> Result:

@@ -128,7 +128,8 @@ def load(path: Path, changes: dict[str, Any] | None = None) -> Scenario:
         return Scenario(**{"name": path.stem, "folder": path.resolve().parent, **_merged(given, changes or {})})
     except ValidationError as error:
         what = [_told(one["loc"], one["type"], one["msg"]) for one in error.errors()]
-        raise ScenarioError(f"{path}: {'; '.join(what)}") from None
+        more = f"; and {len(what) - 3} more" if len(what) > 3 else ""
+        raise ScenarioError(f"{path}: {'; '.join(what[:3])}{more}") from None
 
 
 def _read(path: Path) -> dict[str, Any]:

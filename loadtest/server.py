@@ -9,6 +9,7 @@ import socket
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
+from urllib.parse import quote
 
 from loadtest import names
 from loadtest.addresses import split
@@ -28,26 +29,44 @@ def check(scenario: Scenario) -> dict[tuple[str, str], list[TensorInfo]]:
     for address in scenario.target.urls:
         _reach(address, _START)
         for model, version in asked:
-            found[model, version] = metadata(scenario.target, address, model, version)
+            told = _metadata(scenario.target, address, model, version, _PATIENCE_S)
+            found[model, version] = _inputs(told, address, model)
+            _check_outputs(scenario, told, model)
     for address in scenario.target.metrics:
         _check_metrics(address)
     return found
 
 
-def metadata(
-    target: Target, address: str, model: str, version: str, patience_s: float = _PATIENCE_S
-) -> list[TensorInfo]:
+def metadata(target: Target, address: str, model: str, version: str, patience_s: float) -> list[TensorInfo]:
     """A model's inputs. Raises RunError with the server's reason, and a near name."""
-    part = f"/versions/{version}" if version else ""
+    return _inputs(_metadata(target, address, model, version, patience_s), address, model)
+
+
+def _metadata(target: Target, address: str, model: str, version: str, patience_s: float) -> dict[str, Any]:
+    part = f"/versions/{quote(version, safe='')}" if version else ""
 
     def over_grpc(client: Any, more: Any) -> Any:
         return client.get_model_metadata(model, version, as_json=True, **more)
 
-    told = _ask(target, address, f"/v2/models/{model}{part}", over_grpc, model, patience_s)
+    return _ask(target, address, f"/v2/models/{quote(model, safe='')}{part}", over_grpc, model, patience_s)
+
+
+def _inputs(told: Mapping[str, Any], address: str, model: str) -> list[TensorInfo]:
     try:
         return [TensorInfo.of({"shape": [], **one}) for one in told.get("inputs", [])]
     except (KeyError, TypeError, ValueError, AttributeError):
         raise RunError(f"{address}: what it tells of model '{model}' is no metadata: is it a server?") from None
+
+
+def _check_outputs(scenario: Scenario, told: Mapping[str, Any], model: str) -> None:
+    known = [str(one.get("name")) for one in told.get("outputs", []) if isinstance(one, dict)]
+    for number, payload in enumerate(scenario.payloads):
+        for name in payload.outputs:
+            if payload.model == model and name not in known:
+                hint = names.near(name, known)
+                raise RunError(
+                    f"payloads.{number}: model '{model}' has the outputs {', '.join(known)}, and no '{name}'{hint}"
+                )
 
 
 def parts(scenario: Scenario) -> list[str]:
@@ -73,7 +92,9 @@ def _steps(scenario: Scenario, model: str) -> list[str]:
         return client.get_model_config(model, as_json=True, **more)["config"]
 
     with suppress(RunError, AttributeError, KeyError, TypeError):
-        told = _ask(scenario.target, scenario.target.urls[0], f"/v2/models/{model}/config", over_grpc, model)
+        told = _ask(
+            scenario.target, scenario.target.urls[0], f"/v2/models/{quote(model, safe='')}/config", over_grpc, model
+        )
         return [step["model_name"] for step in told.get("ensemble_scheduling", {}).get("step", [])]
     return []
 
@@ -98,7 +119,10 @@ def _ask(
             told: dict[str, Any] = over_grpc(client, more)
             return told
         except InferenceServerException as error:
-            status, said = str(error.status()).removeprefix("StatusCode."), str(error.message()).splitlines()[0]
+            status, said = (
+                str(error.status()).removeprefix("StatusCode."),
+                str(error.message()).splitlines()[0].partition(";")[0],
+            )
         if status in ("UNAVAILABLE", "DEADLINE_EXCEEDED", "UNKNOWN", "INTERNAL"):
             raise RunError(f"{address} does not answer in gRPC ({said}): is it the HTTP port? (--protocol http)")
         index: Any = {}

@@ -148,7 +148,10 @@ WRONG = [
     ("compare a b s.yaml", "argument A: expected HOST:PORT"),
     ("compare a:1 b:2 s.yaml --rounds 2", "argument --rounds: expected a whole number from 3"),
     ("compare a:1 b:2 s.yaml --seconds -1", "argument --seconds: expected a number above 0"),
-    ("compare a:1 b:2 idle.yaml", "expected a first stage with a rate"),
+    ("compare a:1 b:2 idle.yaml", "stages: expected a rate above 0 in one of them"),
+    ("compare a:1 b:2 soon.yaml", "expected a first stage with a rate"),
+    ("run much.yaml", "5,000,000,000,000 requests: expected 20,000,000 at most"),
+    ("-x", "-x expected a command: one of run, saturate, compare, replay, worker"),
     ("replay s.csv s.yaml", "s.csv: no such file: expected a trace in CSV or Parquet; did you mean 't.csv'?"),
     ("replay words.csv s.yaml", "words.csv:1: expected a column second"),
     ("replay s.yaml s.yaml", "s.yaml:1: expected a column second"),
@@ -167,6 +170,8 @@ def test_what_is_wrong_is_named(command: str, says: str, here: Path, capsys: pyt
     (here / "list.yaml").write_text("[1, 2]")
     (here / "open.yaml").write_text("payloads: [{model: m}]\nstages: [{seconds: 1, rate: 10}]\n")
     (here / "idle.yaml").write_text("payloads: [{model: m}]\nstages: [{seconds: 1, rate: 0}]\n")
+    (here / "soon.yaml").write_text("payloads: [{model: m}]\nstages: [{seconds: 1, rate: 0}, {seconds: 1, rate: 1}]\n")
+    (here / "much.yaml").write_text("payloads: [{model: m}]\nstages: [{seconds: 5, rate: 1e12}]\n")
     (here / "t.csv").write_text("1\n2\n")
     (here / "words.csv").write_text("one,two\n3,4\n")
     assert status_of(command.split()) == 2
@@ -213,7 +218,7 @@ def of(url: str, **more: Any) -> Scenario:
 
 
 INDEX = [{"name": "pet", "state": "READY"}, {"name": "other"}]
-METADATA = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [-1, 4]}]}
+METADATA = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [-1, 4]}], "outputs": [{"name": "scores"}]}
 
 
 @pytest.mark.parametrize(
@@ -255,6 +260,9 @@ def test_one_that_speaks_no_http_and_one_without_metrics_are_named() -> None:
         assert server.check(of(url))["pets", ""][0].shape == (-1, 4)
         with pytest.raises(RunError, match=f"{url} has no metrics at /metrics"):
             server.check(of(url, metrics=[url]))
+        payload = of(url).payloads[0].model_copy(update={"outputs": ["score"]})
+        with pytest.raises(RunError, match="has the outputs scores, and no 'score'; did you mean 'scores'"):
+            server.check(of(url).model_copy(update={"payloads": [payload]}))
 
 
 def test_the_parts_of_ensembles_do_the_work() -> None:
