@@ -19,6 +19,7 @@ from ray_app.options import Options
 from tests.models import Repository
 from tests.ray_app.test_cluster import metrics
 from tests.serving import serving
+from tests.tutti.test_metrics_page import ENSEMBLE
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "ray_app" / "deploy"
@@ -222,6 +223,7 @@ def test_the_dashboard_counts_an_ensembles_request_once() -> None:
 def test_every_metric_of_the_dashboard_is_served(tmp_path: Path) -> None:
     repository = Repository(tmp_path / "models")
     repository.add_onnx("add_one")
+    repository.add("whole", ENSEMBLE.format(step="add_one"), {})
     with serving(repository.root, tmp_path / "log", "--ray", "--num-gpus", "0") as served:
         page = metrics(served)
     have = set(re.findall(r"^([a-z_]+)", page, re.MULTILINE))
