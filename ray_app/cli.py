@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from ray_app import planner
+from ray_app import gpu_rates, planner
 from ray_app.options import Options
 from ray_app.placement import PoolSpec, home
 from tutti import repository
@@ -56,7 +56,9 @@ def _plan(options: argparse.Namespace) -> None:
         options.output.write_text(text, encoding="utf-8")
     else:
         print(text)
-    _show(planned.why, failures)
+    on_gpus = {name for pool in planned.pools if pool.num_gpus for name in pool.models}
+    rates = {name: gpu_rates.said(config) for name, config in configs.items() if name in on_gpus}
+    _show({name: "; ".join(filter(None, (why, rates.get(name)))) for name, why in planned.why.items()}, failures)
 
 
 def _why(options: argparse.Namespace) -> None:

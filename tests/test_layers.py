@@ -45,6 +45,7 @@ LAYERS = {
     "ray_app.processes": 1,
     "ray_app.watch": 1,
     "ray_app.head": 1, "ray_app.supervisor": 4,
+    "ray_app.gpu_rates": 4,
 }  # fmt: skip
 ROOTS = {
     "tutti.__main__",

@@ -270,7 +270,15 @@ class ModelConfig:
 
         Raises ConfigError for a `tutti.latency_ms` that is not "ROWS:MILLISECONDS,...".
         """
-        text = self.parameters.get("tutti.latency_ms", "")
+        return self._told_ns("tutti.latency_ms")
+
+    @property
+    def gpu_latency_ns(self) -> dict[int, int]:
+        """The same on a GPU, for plans of clusters, by `tutti.gpu_latency_ms`."""
+        return self._told_ns("tutti.gpu_latency_ms")
+
+    def _told_ns(self, name: str) -> dict[int, int]:
+        text = self.parameters.get(name, "")
         found: dict[int, int] = {}
         for part in text.split(",") if text else ():
             rows, _, ms = part.partition(":")
@@ -280,7 +288,7 @@ class ModelConfig:
                 found[-1] = 0
         if any(rows < 1 or ns < 1 for rows, ns in found.items()):
             what = f"expected ROWS:MILLISECONDS and more of them, got '{text[:80]}'"
-            raise ConfigError(f"model '{self.name}': parameters.tutti.latency_ms: {what}")
+            raise ConfigError(f"model '{self.name}': parameters.{name}: {what}")
         return found
 
     def wire_shape(self, spec: TensorSpec) -> Shape:
