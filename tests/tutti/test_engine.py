@@ -129,7 +129,8 @@ def test_a_python_model_that_raises_names_itself(repository: Repository) -> None
     with engine_over(repository.root) as engine:
         (answer,) = infer(engine, [text("raise")])
         assert isinstance(answer, Internal)
-        assert answer.message == "model 'letters': execute raised ValueError: asked to"
+        says = "Failed to process the request(s) for model 'letters': execute raised ValueError: asked to"
+        assert answer.message == says
 
 
 def test_broken_bytes_fail_alone(repository: Repository) -> None:

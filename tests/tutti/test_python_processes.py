@@ -605,7 +605,7 @@ def test_what_no_protocol_can_say_is_said_otherwise(repository: Repository, engi
     answers = [ask(engine, "m", way) for way in range(5)]
     messages = [answer.message for answer in answers if isinstance(answer, Internal)]
     assert messages == [
-        "model 'm': execute raised ValueError: \\ud800",
+        "Failed to process the request(s) for model 'm': execute raised ValueError: \\ud800",
         "\\ud800",
         "model 'm': a response's error: expected a TritonError, got a int",
         "model 'm': response parameters: expected numbers, text and booleans",

@@ -410,7 +410,8 @@ class PythonBackend:
         """What callers are told of an error of the model's. One that ends a device's use is reported to its health."""
         if isinstance(error, DeviceLost):  # while it waited for its turn
             return error
-        says = f"model '{self._config.name}': {what} raised {pb_utils.told(error)}"
+        # It begins as Triton's sentence does: clients look at that.
+        says = f"Failed to process the request(s) for model '{self._config.name}': {what} raised {pb_utils.told(error)}"
         if not pb_utils.has_text(error):
             return Internal(says)
         reason = sticky(error) or (tensors.failure(self._number) if is_unclear(error) else "")
