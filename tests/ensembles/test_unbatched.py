@@ -3,9 +3,9 @@
 import numpy as np
 
 from tests.models import Repository
-from tests.serving import engine_over, infer
+from tests.serving import Gather, engine_over, infer
 from tutti.errors import InferError
-from tutti.types import InferRequest, InferResponse, Tensor
+from tutti.types import Call, InferRequest, InferResponse, Tensor
 
 MODEL = """
     backend: "python" max_batch_size: %d
@@ -121,3 +121,30 @@ def test_a_model_without_a_batch_gives_one_row_only(repository: Repository) -> N
     assert "in ensemble 'best', step 'largest': the model has no batch, and gives one row: the request has 2" in str(
         several
     )
+
+
+def test_a_row_goes_through_a_decoupled_model_without_a_batch(repository: Repository) -> None:
+    """Each of its answers comes back as a row."""
+    add_pair(repository)
+    decoupled = MODEL.replace('backend: "python"', 'model_transaction_policy { decoupled: true } backend: "python"')
+    body = """
+    x = pb_utils.get_input_tensor_by_name(request, "x").as_numpy()
+    sender = request.get_response_sender()
+    for at in range(2):
+        sender.send(pb_utils.InferenceResponse([pb_utils.Tensor("y", x + 10 * len(x.shape) + at)]))
+    sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+    """
+    repository.add_python("stream", decoupled % (0, "[ -1 ]", "[ -1 ]"), body)
+    model = repository.root / "stream" / "1" / "model.py"
+    model.write_text(
+        model.read_text().replace(
+            "return [self.answer(request) for request in requests]", "[self.answer(request) for request in requests]"
+        )
+    )
+    add_graph(repository, "twice", "2", "2", "stream", "batched", size=8)
+    with engine_over(repository.root) as engine:
+        answers: list[InferResponse] = []
+        gather = Gather(1)
+        engine([Call(request("twice", [0, 1]), gather, None, answers.append)])
+        gather.wait()
+    assert [made(answer) for answer in answers] == [[[12, 13]], [[13, 14]]]
