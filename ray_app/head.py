@@ -10,6 +10,7 @@ _log = logging.getLogger(__name__)
 ASK_INTERVAL_S = 2.0
 # Ray ends a process that has not reached the head for a minute: who is to say so must be earlier.
 SILENCE_S = 45.0
+CLOSE_TIMEOUT_S = 5.0
 
 
 class Head:
@@ -24,6 +25,8 @@ class Head:
         self._clock = clock
         self._answered_s = clock()
         self._wrong = ""
+        self._is_closed = threading.Event()
+        self._asking = threading.Lock()
         threading.Thread(target=self._ask_forever, name="head", daemon=True).start()
 
     def lost(self) -> str:
@@ -31,11 +34,23 @@ class Head:
         silent_s = self._clock() - self._answered_s
         return self._wrong or (f"its head has not answered for {silent_s:.0f} s" if silent_s > SILENCE_S else "")
 
+    def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> bool:
+        """Ask no more, from now on; returns whether that is so, and not an answer still waited for."""
+        self._is_closed.set()
+        is_free = self._asking.acquire(timeout=timeout_s)
+        if is_free:
+            self._asking.release()
+        return is_free
+
     def _ask_forever(self) -> None:
-        while not self._wrong:
-            try:
-                self._wrong = self._ask()
-                self._answered_s = self._clock()
-            except Exception as error:
-                _log.debug("the cluster's head does not answer: %s", error)
-            time.sleep(self._interval_s)
+        while not self._wrong and not self._is_closed.wait(self._interval_s):
+            with self._asking:
+                if not self._is_closed.is_set():
+                    self._ask_once()
+
+    def _ask_once(self) -> None:
+        try:
+            self._wrong = self._ask()
+            self._answered_s = self._clock()
+        except Exception as error:
+            _log.debug("the cluster's head does not answer: %s", error)

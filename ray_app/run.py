@@ -60,6 +60,7 @@ def serve_on_ray(options: argparse.Namespace) -> int:
                 raise
             finally:
                 stop.asked.set()
+                watch.close()
                 _stop_serving(options.exit_timeout_secs, is_ours)
     except (SystemExit, KeyboardInterrupt):  # Ray's handlers: asked to stop before it has started
         status = 0
@@ -125,6 +126,10 @@ class _HeadWatch:
     def lost(self) -> str:
         ended = processes.ended(self._processes)
         return f"its head has ended: {ended}" if ended else self._head.lost()
+
+    def close(self) -> None:
+        """Before Ray is shut down, which ends a process that asks it something then."""
+        self._head.close()
 
     def run(self, stop: _Stop, supervised: Supervised | None) -> None:
         """End this process when its cluster is lost: what Ray is doing then may never end."""

@@ -12,6 +12,7 @@ import stat
 import sys
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 _log = logging.getLogger(__name__)
@@ -47,7 +48,8 @@ class Watch:
 
     def __init__(self, group: str, root: Path | None = None) -> None:
         """Raises OSError where there is no folder that other users cannot write to."""
-        self._folder = _own_folder(root or Path(tempfile.gettempdir()), group)
+        self._place = root or Path(tempfile.gettempdir()), group
+        self._folder = _own_folder(*self._place)
         self._path = self._folder / str(os.getpid())
         self._missed = Missed()
         self._beats = 0
@@ -67,10 +69,16 @@ class Watch:
         """Leave the group."""
         self._path.unlink(missing_ok=True)
         os.close(self._file)
+        with suppress(OSError):  # others are still in it
+            self._folder.rmdir()
 
     def _create(self) -> int:
         while True:
-            file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
+            try:
+                file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
+            except FileNotFoundError:  # the last of the group has just left, and taken the folder with it
+                _own_folder(*self._place)
+                continue
             fcntl.flock(file, fcntl.LOCK_EX)
             if _is_at(self._path, file):
                 os.ftruncate(file, 0)

@@ -38,6 +38,23 @@ def test_a_head_that_answers_is_not_lost() -> None:
     wait_until(lambda: one.lost() == "it takes this node for dead")
 
 
+def test_a_head_is_asked_nothing_once_it_is_closed() -> None:
+    entered, is_over, answers = threading.Event(), threading.Event(), []
+
+    def ask() -> str:
+        answers.append("")
+        entered.set()
+        is_over.wait()
+        return ""
+
+    one = head(ask, Clock())
+    assert entered.wait(60)
+    assert not one.close(timeout_s=0.01), "an answer is still waited for"
+    is_over.set()
+    assert one.close(timeout_s=60)
+    assert answers == [""]
+
+
 @pytest.mark.parametrize("hangs", [True, False])
 def test_a_head_that_hangs_or_is_not_reached_is_lost_after_a_while(hangs: bool) -> None:
     clock, is_over = Clock(), threading.Event()

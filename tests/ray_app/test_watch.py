@@ -127,8 +127,11 @@ def test_a_number_that_is_another_process_by_now_is_not_killed(watch: Watch, tmp
 
 @linux
 def test_a_folder_that_others_write_to_is_refused(tmp_path: Path) -> None:
-    Watch("g", tmp_path).close()
+    one = Watch("g", tmp_path)
     (folder,) = tmp_path.glob("*-g")
+    one.close()
+    assert not folder.exists(), "the last one of a group leaves nothing behind"
+    folder.mkdir()
     folder.chmod(0o777)
     with pytest.raises(PermissionError, match="not this user's alone"):
         Watch("g", tmp_path)
