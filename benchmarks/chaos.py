@@ -83,21 +83,19 @@ class Cluster:
             self.cluster.shutdown()
 
     def replicas(self, pool: str) -> list[psutil.Process]:
-        """Processes of a deployment's replicas, wherever they are."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if f"ServeReplica:tutti:{pool}" in " ".join(process.cmdline()):
-                    found.append(process)
-            except psutil.Error:
-                continue
-        return found
+        """Processes of a deployment's replicas, on whichever node."""
+        return [one for one in self.processes() if f"ServeReplica:tutti:{pool}" in " ".join(_command(one))]
+
+    @staticmethod
+    def processes() -> list[psutil.Process]:
+        """All below this process. Other clusters of the machine are none of ours: nothing may befall them."""
+        return list(psutil.Process().children(recursive=True))
 
     def node_to_lose(self) -> Any | None:
         """A worker node without Serve's controller, and that leaves a gateway."""
         # One gateway of two may go with its node.
         kept = {_raylet(process) for process in self.replicas("gateway")[:1]}
-        kept |= {_raylet(one) for one in psutil.process_iter() if "ServeController" in " ".join(_command(one))}
+        kept |= {_raylet(one) for one in self.processes() if "ServeController" in " ".join(_command(one))}
         for node in self.nodes:
             if int(node.all_processes["raylet"][0].process.pid) not in kept:
                 return node
@@ -212,7 +210,7 @@ class Faults:
         return f"ended by {'the kernel' if group is not None else 'the harness'}"
 
     def _kill_controller(self) -> str:
-        for process in psutil.process_iter():
+        for process in self._cluster.processes():
             if "ServeController" in " ".join(_command(process)):
                 process.send_signal(signal.SIGKILL)
                 return ""
