@@ -63,9 +63,13 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.1)
 
 
+# A run has been made and judged. On a machine that others keep busy it may be INVALID, and have counted all the same.
+JUDGED = (0, 2, 3)
+
+
 def load(arguments: list[str]) -> int:
-    """The command's exit status. On a machine that others keep busy a run may be INVALID, and says so: again then."""
-    for _ in range(3):
+    """The command's exit status, of a run in time: again where it is INVALID, as on a machine that is busy now."""
+    for _ in range(5):
         status = cli.main(arguments)
         if status != 2:
             break
@@ -74,38 +78,38 @@ def load(arguments: list[str]) -> int:
 
 @pytest.mark.parametrize("protocol", ["http", "grpc", "grpc-stream"])
 def test_a_stall_is_seen_as_clients_would_see_it(protocol: str, tmp_path: Path) -> None:
-    """A second in which nothing is answered, of ten: who was due then waits, up to a second, and is counted so."""
+    """A second in which nothing is answered, of four: who was due then waits, up to a second, and is counted so."""
     file = write(
         tmp_path,
         arrivals={"process": "constant"},
-        stages=[{"seconds": 10, "rate": 100}],
+        stages=[{"seconds": 4, "rate": 100}],
         warmup_s=0,
         slo={"p99_ms": 200},
     )
-    with fake("--stall-every-s", "10", "--stall-s", "1") as urls:
+    with fake("--stall-every-s", "4", "--stall-s", "1") as urls:
         done = ["run", str(file), "--protocol", protocol, "--url", urls[protocol.removesuffix("-stream")]]
-        assert load([*done, "--output", str(tmp_path / "out")]) == 1, "one in ten was slow: the goal is missed"
+        assert load([*done, "--output", str(tmp_path / "out")]) == 1, "one in four was slow: the goal is missed"
     said = json.loads((tmp_path / "out" / "report.json").read_text())
     assert said["verdict"] == "FAIL"
-    assert said["requests"] == 1000
+    assert said["requests"] == 400
     assert said["errors"] == 0
     assert 0.7e3 < said["latency_ms"]["p99"] < 1.2e3
     assert said["latency_ms"]["p50"] < 100
     table = pyarrow.parquet.read_table(tmp_path / "out" / "requests.0.parquet")
-    assert len(table) == 1000
+    assert len(table) == 400
     took = table["done_s"].to_numpy() - table["scheduled_s"].to_numpy()
     waited = int((took > 0.5).sum())
     assert 30 <= waited <= 70, "half of those that were due in the stalled second"
 
 
 def test_errors_are_counted_and_four_workers_send_what_one_would(tmp_path: Path) -> None:
-    file = write(tmp_path, slo={"error_rate": 0.5}, seed=7)
+    file = write(tmp_path, slo={"error_rate": 0.5}, seed=7, stages=[{"seconds": 2, "rate": 150}], warmup_s=0)
     schedules = []
     with fake("--errors", "0.1") as urls:
         for processes in (1, 4):
             out = tmp_path / f"out{processes}"
             command = ["run", str(file), "--url", urls["http"], "--processes", str(processes), "--output", str(out)]
-            assert load(command) == 0
+            assert cli.main(command) in (0, 2)
             said = json.loads((out / "report.json").read_text())
             assert said["error_texts"].keys() == {"HTTP 503"}
             assert said["error_rate"] == pytest.approx(0.1, abs=0.01)
@@ -122,12 +126,12 @@ def test_streams_and_trace_replays(tmp_path: Path, repository: Any) -> None:
     with serving(repository.root, tmp_path / "log") as served:
         first = tmp_path / "first"
         base = ["--protocol", "grpc-stream", "--url", served.grpc, "--metrics", served.metrics]
-        assert load(["run", str(file), *base, "--output", str(first)]) in (0, 3)
+        assert cli.main(["run", str(file), *base, "--output", str(first)]) in JUDGED
         said = json.loads((first / "report.json").read_text())
         assert said["server"], "its metrics were read"
         again = tmp_path / "again"
         raw = str(first / "requests.0.parquet")
-        assert load(["replay", raw, str(file), *base, "--speed", "2", "--output", str(again)]) in (0, 3)
+        assert cli.main(["replay", raw, str(file), *base, "--speed", "2", "--output", str(again)]) in JUDGED
     both = [pyarrow.parquet.read_table(one / "requests.0.parquet")["scheduled_s"].to_numpy() for one in (first, again)]
     assert both[1] * 2 == pytest.approx(both[0] - both[0][0])
 
@@ -139,7 +143,7 @@ def test_inputs_in_shared_memory(protocol: str, tmp_path: Path, repository: Any)
     file = write(tmp_path, payloads=[{"model": "add_one"}], stages=[{"seconds": 2, "rate": 40}], target=target)
     with serving(repository.root, tmp_path / "log", "--allow-client-shm") as served:
         url = served.http if protocol == "http" else served.grpc
-        assert load(["run", str(file), "--url", url, "--output", str(tmp_path / "out")]) in (0, 3)
+        assert cli.main(["run", str(file), "--url", url, "--output", str(tmp_path / "out")]) in JUDGED
     said = json.loads((tmp_path / "out" / "report.json").read_text())
     assert said["errors"] == 0
     assert said["requests"] > 40
@@ -148,7 +152,7 @@ def test_inputs_in_shared_memory(protocol: str, tmp_path: Path, repository: Any)
 def test_a_generator_that_cannot_keep_up_says_so(tmp_path: Path) -> None:
     """Two connections to a server that takes its time: most requests could not be sent when they were due."""
     target = {"connections": 2}
-    file = write(tmp_path, target=target, stages=[{"seconds": 3, "rate": 100}], warmup_s=0, slo={"error_rate": 1.0})
+    file = write(tmp_path, target=target, stages=[{"seconds": 1, "rate": 100}], warmup_s=0, slo={"error_rate": 1.0})
     with fake("--delay-ms", "100") as urls:
         assert cli.main(["run", str(file), "--url", urls["http"], "--output", str(tmp_path / "out")]) == 2
     said = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -158,8 +162,9 @@ def test_a_generator_that_cannot_keep_up_says_so(tmp_path: Path) -> None:
 
 def test_workers_elsewhere_and_one_that_is_lost(tmp_path: Path) -> None:
     """They know nothing but their master, which hands them the scenario; without one of them a run says nothing."""
-    file = write(tmp_path, stages=[{"seconds": 8, "rate": 100}], warmup_s=0.5)
     for is_lost in (False, True):
+        # The one that is lost must have something left to do.
+        file = write(tmp_path, stages=[{"seconds": 8 if is_lost else 3, "rate": 100}], warmup_s=0.5)
         (port,) = free_ports(1)
         out = tmp_path / f"out{is_lost}"
         command = [
@@ -199,8 +204,8 @@ def test_workers_elsewhere_and_one_that_is_lost(tmp_path: Path) -> None:
             assert master.returncode == 2, said.decode()
             assert b"was lost" in said
         else:
-            assert master.returncode in (0, 2, 3), said.decode()
-            assert json.loads((out / "report.json").read_text())["requests"] == pytest.approx(800, rel=0.2)
+            assert master.returncode in JUDGED, said.decode()
+            assert json.loads((out / "report.json").read_text())["requests"] == pytest.approx(300, rel=0.2)
             assert len(list(tmp_path.glob("raw*False/requests.*.parquet"))) == 2
 
 
@@ -225,13 +230,14 @@ def test_locusts_page_shows_the_run(tmp_path: Path) -> None:
 
 
 def test_saturation_and_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """200 a second are far from too many and 400 far too many; 300 may be either."""
     file = write(tmp_path, slo={"p99_ms": 250}, warmup_s=0.5)
     with fake("--rate", "300") as urls, fake("--delay-ms", "20") as slower:
         out = tmp_path / "out"
-        command = ["saturate", str(file), "--url", urls["http"], "--start", "150", "--seconds", "3", "--within", "0.3"]
+        command = ["saturate", str(file), "--url", urls["http"], "--start", "200", "--seconds", "2", "--within", "0.35"]
         assert load([*command, "--output", str(out)]) == 0
         bounds = json.loads((out / "saturate.json").read_text())
-        assert 149 < bounds["low"] < 310 < 1.4 * bounds["high"]
+        assert 199 < bounds["low"] < 310 < 1.4 * bounds["high"]
         command = ["compare", urls["http"], slower["http"], str(write(tmp_path, stages=[{"seconds": 1, "rate": 30}]))]
         assert load([*command, "--rounds", "5", "--seconds", "1"]) == 1
     assert "different: B takes" in capsys.readouterr().out
@@ -279,25 +285,28 @@ def test_scenarios_against_a_server_of_their_own(sample_repository: Path, tmp_pa
     )
     said = json.loads((tmp_path / "out" / "s" / "report.json").read_text())
     assert said["errors"] == 0, (said["error_texts"], done.stdout[-2000:])
-    assert done.returncode in (0, 2, 3), done.stdout[-2000:]
+    assert done.returncode in JUDGED, done.stdout[-2000:]
 
 
 def test_locusts_own_users_still_run(sample_repository: Path, tmp_path: Path) -> None:
-    """In closed loop: loadtest/closed_loop.py."""
+    """In closed loop: loadtest/closed_loop.py. They take models at random: longer, until each was asked over both."""
+    models = {path.parent.name for path in sample_repository.glob("*/config.pbtxt")}
+    expected = {(protocol, model) for protocol in ("http", "grpc") for model in models}
     with serving(sample_repository, tmp_path / "log") as served:
         command = [
-            sys.executable, "-m", "locust", "-f", "loadtest/closed_loop.py", "--headless", "-u", "4", "-t", "4s",
+            sys.executable, "-m", "locust", "-f", "loadtest/closed_loop.py", "--headless", "-u", "4",
             "--http-url", served.http, "--grpc-url", served.grpc, "--json-file", str(tmp_path / "run"),
         ]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows = json.loads((tmp_path / "run.json").read_text())
-    asked = {(row["method"], row["name"]) for row in rows}
-    models = sorted(path.parent.name for path in sample_repository.glob("*/config.pbtxt"))
-    for protocol in ("http", "grpc"):
-        own = sorted(model for one, model in asked if one == protocol)
-        assert own, protocol
-        assert own == models[: len(own)], "one after another, as far as the machine has come in the time"
+        for seconds in (4, 12, 36):
+            done = subprocess.run(
+                [*command, "-t", f"{seconds}s"], capture_output=True, text=True, timeout=120, check=False, cwd=ROOT
+            )
+            assert done.returncode == 0, done.stderr[-3000:]
+            rows = json.loads((tmp_path / "run.json").read_text())
+            asked = {(row["method"], row["name"]) for row in rows}
+            if asked == expected:
+                break
+    assert asked == expected
     assert all(row["num_failures"] == 0 and row["num_requests"] > 0 for row in rows)
 
 
