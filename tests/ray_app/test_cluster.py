@@ -128,31 +128,6 @@ def test_gpu_replicas_die_under_load_and_come_back(small: Repository, tmp_path: 
     assert not alive, "processes were left behind"
 
 
-@IGNORE
-def test_any_triton_client_of_the_gateway(sample_repository: Path, tmp_path: Path) -> None:
-    """The sample ensemble, control calls and bad input through the gateway, without a GPU."""
-    with serving(sample_repository, tmp_path / "log", "--ray") as served:
-        clients: list[tuple[Any, Any]] = [
-            (httpclient, httpclient.InferenceServerClient(served.http)),
-            (grpcclient, grpcclient.InferenceServerClient(served.grpc)),
-        ]
-        for _, client in clients:
-            assert client.is_server_live()
-            assert client.is_server_ready()
-            assert client.is_model_ready("content_intelligence")
-            assert client.get_model_config("text_encoder")
-            assert client.get_model_metadata("content_intelligence")
-            assert client.get_model_repository_index()
-        item = load_items()[0]
-        for protocol, url in (("http", served.http), ("grpc", served.grpc)):
-            answer, pool = Client(protocol, url).infer("content_intelligence", item.inputs())
-            assert pool == "cpu"
-            assert int(answer["IMAGE_SCORES"].argmax()) == item.digit
-            broken = {**item.inputs(), "IMAGE": np.array([[b"no picture"]], dtype=object)}
-            with pytest.raises(Exception, match="in ensemble 'content_intelligence', step 'image_decoder'"):
-                Client(protocol, url).infer("content_intelligence", broken)
-
-
 def test_a_repository_that_cannot_be_served_says_why(small: Repository, tmp_path: Path) -> None:
     (small.root / "add_one" / "1" / "model.onnx").write_bytes(b"not a graph")
     command = [sys.executable, "-m", "tutti.cli", "serve", str(small.root), "--ray", "--http-port", "0"]
@@ -162,11 +137,11 @@ def test_a_repository_that_cannot_be_served_says_why(small: Repository, tmp_path
     assert "onnxruntime cannot load model.onnx" in done.stderr
 
 
-@pytest.fixture
-def serve_process(sample_repository: Path, tmp_path: Path) -> Iterator[tuple["subprocess.Popen[bytes]", Served, Path]]:
-    """`serve run ray_app/serve.yaml`, as Ray's users start it, but on free ports."""
-    root = sample_repository.parent
-    log, config = tmp_path / "log", tmp_path / "serve.yaml"
+@pytest.fixture(scope="module")
+def serve_run(sample_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """`serve run ray_app/serve.yaml`, as Ray's users start it, but on free ports; ready."""
+    root, folder = sample_repository.parent, tmp_path_factory.mktemp("serve_run")
+    log, config = folder / "log", folder / "serve.yaml"
     http, grpc, metrics = free_ports(3)
     text = (root / "ray_app" / "serve.yaml").read_text()
     for name, port in (("http_port: 8000", http), ("grpc_port: 8001", grpc), ("metrics_port: 8002", metrics)):
@@ -179,7 +154,14 @@ def serve_process(sample_repository: Path, tmp_path: Path) -> Iterator[tuple["su
         children: list[psutil.Process] = []
         try:
             addresses = [f"127.0.0.1:{port}" for port in (http, grpc, metrics)]
-            yield process, Served(*addresses, process), log
+            client = Client("http", addresses[0])
+
+            def is_ready() -> bool:
+                assert process.poll() is None, log.read_text()
+                return client.is_ready()
+
+            wait_until(is_ready, timeout_s=120)
+            yield Served(*addresses, process)
             children = psutil.Process(process.pid).children(recursive=True)
         finally:
             stop(process, signal.SIGINT)
@@ -189,17 +171,33 @@ def serve_process(sample_repository: Path, tmp_path: Path) -> Iterator[tuple["su
 
 
 @IGNORE
-def test_serve_run_with_the_config_file(serve_process: tuple["subprocess.Popen[bytes]", Served, Path]) -> None:
-    process, served, log = serve_process
-    client = Client("http", served.http)
-
-    def is_ready() -> bool:
-        assert process.poll() is None, log.read_text()
-        return client.is_ready()
-
-    wait_until(is_ready, timeout_s=120)
-    for protocol, url in (("http", served.http), ("grpc", served.grpc)):
+def test_serve_run_with_the_config_file(serve_run: Served) -> None:
+    for protocol, url in (("http", serve_run.http), ("grpc", serve_run.grpc)):
         item = load_items()[1]
         answer, pool = Client(protocol, url).infer("content_intelligence", item.inputs())
         assert pool == "cpu"
         assert int(answer["IMAGE_SCORES"].argmax()) == item.digit
+
+
+@IGNORE
+def test_any_triton_client_of_the_gateway(serve_run: Served) -> None:
+    """The sample ensemble, control calls and bad input through the gateway, without a GPU."""
+    clients: list[tuple[Any, Any]] = [
+        (httpclient, httpclient.InferenceServerClient(serve_run.http)),
+        (grpcclient, grpcclient.InferenceServerClient(serve_run.grpc)),
+    ]
+    for _, client in clients:
+        assert client.is_server_live()
+        assert client.is_server_ready()
+        assert client.is_model_ready("content_intelligence")
+        assert client.get_model_config("text_encoder")
+        assert client.get_model_metadata("content_intelligence")
+        assert client.get_model_repository_index()
+    item = load_items()[0]
+    for protocol, url in (("http", serve_run.http), ("grpc", serve_run.grpc)):
+        answer, pool = Client(protocol, url).infer("content_intelligence", item.inputs())
+        assert pool == "cpu"
+        assert int(answer["IMAGE_SCORES"].argmax()) == item.digit
+        broken = {**item.inputs(), "IMAGE": np.array([[b"no picture"]], dtype=object)}
+        with pytest.raises(Exception, match="in ensemble 'content_intelligence', step 'image_decoder'"):
+            Client(protocol, url).infer("content_intelligence", broken)

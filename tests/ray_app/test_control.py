@@ -13,6 +13,7 @@ from tritonclient.utils import InferenceServerException
 from ray_app.control import Change, Desired
 from tests.conformance.test_every_method import COUNT, ENDLESS
 from tests.models import Repository
+from tests.ray_app.conftest import Application
 from tests.ray_app.test_cluster import replicas
 from tests.serving import serving, wait_until
 from tutti.engine import Override
@@ -48,10 +49,8 @@ def index(client: grpcclient.InferenceServerClient) -> dict[str, tuple[str, str]
 @pytest.mark.slow
 @pytest.mark.timeout(280)
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_every_replica_follows(tmp_path: Path) -> None:
-    repository = Repository(tmp_path / "models")
-    repository.add_onnx("kept")
-    repository.add_onnx("dropped")
+def test_every_replica_follows(application: Application, tmp_path: Path) -> None:
+    served, repository = application.served, application.repository
     repository.add_onnx("later")
     repository.add_python(
         "fussy",
@@ -82,13 +81,8 @@ def test_every_replica_follows(tmp_path: Path) -> None:
         return pb_utils.InferenceResponse([pb_utils.Tensor("y", y)], parameters={"pid": os.getppid()})
         """,
     )
-    flags = ["--ray", "--cpu-replicas", "2", "--model-control-mode", "explicit"]
-    for name in ("kept", "dropped", "sums"):
-        flags += ["--load-model", name]
-    with (
-        serving(repository.root, tmp_path / "log", *flags) as served,
-        grpcclient.InferenceServerClient(served.grpc) as client,
-    ):
+    with grpcclient.InferenceServerClient(served.grpc) as client:
+        client.load_model("sums")
         client.load_model("later")
         client.unload_model("dropped")
         assert index(client)["later"] == ("READY", "")

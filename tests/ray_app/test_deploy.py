@@ -16,9 +16,8 @@ import yaml
 
 from ray_app import environment
 from ray_app.options import Options
-from tests.models import Repository
+from tests.ray_app.conftest import Application
 from tests.ray_app.test_cluster import metrics
-from tests.serving import serving
 from tests.tutti.test_metrics_page import ENSEMBLE
 
 ROOT = Path(__file__).parents[2]
@@ -219,12 +218,10 @@ def test_the_dashboard_counts_an_ensembles_request_once() -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(200)
-def test_every_metric_of_the_dashboard_is_served(tmp_path: Path) -> None:
-    repository = Repository(tmp_path / "models")
-    repository.add_onnx("add_one")
-    repository.add("whole", ENSEMBLE.format(step="add_one"), {})
-    with serving(repository.root, tmp_path / "log", "--ray", "--num-gpus", "0") as served:
-        page = metrics(served)
+@pytest.mark.timeout(280)
+def test_every_metric_of_the_dashboard_is_served(application: Application) -> None:
+    application.repository.add("whole", ENSEMBLE.format(step="kept"), {})
+    application.load("whole")
+    page = metrics(application.served)
     have = set(re.findall(r"^([a-z_]+)", page, re.MULTILINE))
     assert dashboard_metrics() <= have

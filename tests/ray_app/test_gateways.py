@@ -18,8 +18,9 @@ from loadtest.process import free_ports, stop
 from ray_app.journal import Journal
 from ray_app.options import Options
 from tests.models import Repository
+from tests.ray_app.conftest import Application
 from tests.ray_app.test_cluster import replicas
-from tests.serving import Served, serving, wait_until
+from tests.serving import Served, wait_until
 from tutti.engine import Override
 
 ON_RAY = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(280)]
@@ -167,54 +168,50 @@ def loader(served: Served) -> grpcclient.InferenceServerClient:
 class TestOnRay:
     pytestmark = ON_RAY
 
-    def test_models_are_updated_through_any_gateway_without_loss(self, tmp_path: Path) -> None:
-        repository = Repository(tmp_path / "models")
+    def test_models_are_updated_through_any_gateway_without_loss(self, application: Application) -> None:
+        served, repository = application.served, application.repository
         add_version(repository, 1)
         repository.add_onnx("extra")
-        flags = ("--ray", "--num-gpus", "0", "--cpu-replicas", "2", "--gateways", "2")
-        flags += ("--model-control-mode", "explicit", "--load-model", "times")
-        with serving(repository.root, tmp_path / "log", *flags) as served:
-            with Load(served.http, served.grpc) as load:
-                load.wait_for(1)
-                for version in (2, 3, 4):
-                    add_version(repository, version)
-                    with loader(served) as client:
-                        client.load_model("times")
-                    load.wait_for(version)
-            assert load.failures == []
-            assert set(load.versions) == {1, 2, 3, 4}
+        application.load("times")
+        with Load(served.http, served.grpc) as load:
+            load.wait_for(1)
+            for version in (2, 3, 4):
+                add_version(repository, version)
+                with loader(served) as client:
+                    client.load_model("times")
+                load.wait_for(version)
+        assert load.failures == []
+        assert set(load.versions) == {1, 2, 3, 4}
 
-            def states() -> list[dict[str, str]]:
-                """As several gateways tell them: each connection may be another's."""
-                found = []
-                for _ in range(12):
-                    with loader(served) as client:
-                        index = client.get_model_repository_index().models
-                        found.append({f"{one.name}/{one.version}": one.state for one in index})
-                return found
+        def states() -> list[dict[str, str]]:
+            """As several gateways tell them: each connection may be another's."""
+            found = []
+            for _ in range(12):
+                with loader(served) as client:
+                    index = client.get_model_repository_index().models
+                    found.append({f"{one.name}/{one.version}": one.state for one in index})
+            return found
 
-            with loader(served) as client:
-                client.load_model("extra")
-            wait_until(lambda: all(one.get("extra/1") == "READY" for one in states()))
-            assert all(one.get("times/4") == "READY" and "times/1" not in one for one in states())
+        with loader(served) as client:
+            client.load_model("extra")
+        wait_until(lambda: all(one.get("extra/1") == "READY" for one in states()))
+        assert all(one.get("times/4") == "READY" and "times/1" not in one for one in states())
 
-            # One that starts anew knows what was loaded while it was not there.
-            first = replicas(served, "gateway")
-            assert len(first) == 2
-            with Load(served.http, served.grpc) as load:
-                load.wait_for(4)
-                os.kill(first[0].pid, signal.SIGKILL)
-                load.wait_for(4, 500)
-            broken = [one for one in load.failures if "http" not in one]
-            assert broken == [], "gRPC clients ask again; of HTTP's, those on its connections fail once"
-            assert len(load.failures) <= 4
-            wait_until(lambda: len({p.pid for p in replicas(served, "gateway")} - {p.pid for p in first}) == 1, 60)
-            wait_until(
-                lambda: all(one.get("extra/1") == "READY" and one.get("times/4") == "READY" for one in states()), 60
-            )
-            with loader(served) as client:
-                client.unload_model("extra")
-            wait_until(lambda: all(one.get("extra/1") == "UNAVAILABLE" for one in states()))
+        # One that starts anew knows what was loaded while it was not there.
+        first = replicas(served, "gateway")
+        assert len(first) == 2
+        with Load(served.http, served.grpc) as load:
+            load.wait_for(4)
+            os.kill(first[0].pid, signal.SIGKILL)
+            load.wait_for(4, 500)
+        broken = [one for one in load.failures if "http" not in one]
+        assert broken == [], "gRPC clients ask again; of HTTP's, those on its connections fail once"
+        assert len(load.failures) <= 4
+        wait_until(lambda: len({p.pid for p in replicas(served, "gateway")} - {p.pid for p in first}) == 1, 60)
+        wait_until(lambda: all(one.get("extra/1") == "READY" and one.get("times/4") == "READY" for one in states()), 60)
+        with loader(served) as client:
+            client.unload_model("extra")
+        wait_until(lambda: all(one.get("extra/1") == "UNAVAILABLE" for one in states()))
 
     def test_the_application_is_updated_without_loss(self, tmp_path: Path) -> None:
         repository = Repository(tmp_path / "models")

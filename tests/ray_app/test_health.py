@@ -11,6 +11,7 @@ from tritonclient.utils import InferenceServerException
 from demo.client import Client
 from ray_app.health import IDLE_S, Prober, Pulse, request_for
 from tests.models import IN_PROCESS, Repository
+from tests.ray_app.conftest import Application
 from tests.ray_app.test_cluster import replicas
 from tests.serving import engine_over, infer, serving, wait_until
 from tutti import config
@@ -168,19 +169,20 @@ LOSES_ITS_DEVICE = """
 @pytest.mark.slow
 @pytest.mark.timeout(280)
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_a_replica_whose_device_fails_ends_and_no_request_to_others_is_lost(tmp_path: Path) -> None:
-    repository = Repository(tmp_path / "models")
+def test_a_replica_whose_device_fails_ends_and_no_request_to_others_is_lost(application: Application) -> None:
+    served, repository = application.served, application.repository
     repository.add_python("fragile", f'backend: "python" max_batch_size: 8 {FLOATS} {IN_PROCESS}', LOSES_ITS_DEVICE)
     repository.add_onnx("good")
-    with serving(repository.root, tmp_path / "log", "--ray", "--cpu-replicas", "2") as served:
-        client = Client("grpc", served.grpc)
-        good = {"x": np.ones((1, 4), np.float32)}
-        wait_until(lambda: len(replicas(served, "cpu")) == 2, timeout_s=60)
-        before = {one.pid for one in replicas(served, "cpu")}
-        answer, _ = client.infer("fragile", {"x": np.full((1, 4), 14, np.float32)})
-        assert answer["y"].tolist() == [[15.0] * 4], "who was inside is answered"
-        wait_until(lambda: before - {one.pid for one in replicas(served, "cpu")}, timeout_s=30)
-        for _ in range(50):
-            assert client.infer("good", good)[0]["y"].tolist() == [[2.0] * 4]
-        wait_until(lambda: len({one.pid for one in replicas(served, "cpu")}) == 2, timeout_s=60)
-        assert len(before & {one.pid for one in replicas(served, "cpu")}) == 1, "the other was left alone"
+    for name in ("fragile", "good"):
+        application.load(name)
+    client = Client("grpc", served.grpc)
+    good = {"x": np.ones((1, 4), np.float32)}
+    before = {one.pid for one in replicas(served, "cpu")}
+    assert len(before) == 2
+    answer, _ = client.infer("fragile", {"x": np.full((1, 4), 14, np.float32)})
+    assert answer["y"].tolist() == [[15.0] * 4], "who was inside is answered"
+    wait_until(lambda: before - {one.pid for one in replicas(served, "cpu")}, timeout_s=60)
+    for _ in range(50):
+        assert client.infer("good", good)[0]["y"].tolist() == [[2.0] * 4]
+    wait_until(lambda: len({one.pid for one in replicas(served, "cpu")}) == 2, timeout_s=90)
+    assert len(before & {one.pid for one in replicas(served, "cpu")}) == 1, "the other was left alone"
