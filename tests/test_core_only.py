@@ -19,8 +19,9 @@ ABSENT = ("torch", "transformers", "ray", "onnx", "sklearn")
 def test_the_core_serves_the_sample_repository(sample_repository: Path, tmp_path: Path) -> None:
     environment = tmp_path / "core"
     python = environment / "bin" / "python"
-    subprocess.run([sys.executable, "-m", "venv", environment], check=True)
-    install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-e", str(ROOT)]
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
+    pip = [sys.executable, "-m", "pip", "--python", python]
+    install = [*pip, "install", "--quiet", "--disable-pip-version-check", "-e", str(ROOT)]
     subprocess.run(install, check=True, capture_output=True, text=True)
     probe = f"import importlib.util as u; print([m for m in {ABSENT!r} if u.find_spec(m)])"
     found = subprocess.run([python, "-c", probe], check=True, capture_output=True, text=True, cwd="/")
