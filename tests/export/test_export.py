@@ -1,10 +1,12 @@
 """The export pipeline: what is verified, refused and published, and that faults of every kind are caught."""
 
+import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -468,27 +470,69 @@ def test_without_tensorrt_the_message_says_what_to_install(
     assert "pip install 'tutti[tensorrt]'" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["audio", "text", "vision"])
-def test_a_tensorrt_plan_is_really_built(tmp_path: Path, kind: str) -> None:
-    """Of one model for each modality. In a process of its own: the library is large, and prints to stderr."""
+MODALITIES = {
+    "audio": checkpoints.spectrogram_transformer,
+    "text": lambda folder: checkpoints.text(folder, "bert", True),
+    "vision": checkpoints.vit,
+}
+# Each of "KIND FOLDER" in argv, one after the other.
+EXPORTS = """
+import json, sys
+from export import cli
+for kind, folder in map(str.split, sys.argv[1:]):
+    command = [kind, folder + "/checkpoint", "--name", "m", "--variants", "fp16", "--format", "tensorrt"]
+    status = cli.main([*command, "--compute-capability", "SM89", "--repository", folder + "/models"])
+    print(f"\\n== {kind} {status}", flush=True)
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def building(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> "Iterator[tuple[Path, subprocess.Popen[bytes]] | None]":
+    """Plans of one model for each modality are begun with this module, for the tests at its end, if they were chosen.
+
+    In a process of their own: the library is large, and prints to stderr.
+    """
+    chosen = [item for item in request.session.items if item.path == request.path]
+    is_there = importlib.util.find_spec("tensorrt_rtx_bindings") is not None
+    if not is_there or not any("plans" in item.fixturenames for item in chosen):
+        yield None
+        return
+    folder = tmp_path_factory.mktemp("plans")
+    for kind, make in MODALITIES.items():
+        make(folder / kind / "checkpoint")
+    command = [sys.executable, "-c", EXPORTS, *(f"{kind} {folder / kind}" for kind in MODALITIES)]
+    with (folder / "said").open("wb") as said, (folder / "errors").open("wb") as errors:
+        process = subprocess.Popen(command, stdout=said, stderr=errors, cwd=ROOT)
+    yield folder, process
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture(scope="module")
+def plans(building: "tuple[Path, subprocess.Popen[bytes]] | None") -> dict[str, tuple[Path, int, str]]:
+    """By modality: the repository, the command's status, and what it said."""
     pytest.importorskip("tensorrt_rtx_bindings", exc_type=ImportError)
-    makers = {
-        "audio": checkpoints.spectrogram_transformer,
-        "text": lambda folder: checkpoints.text(folder, "bert", True),
-        "vision": checkpoints.vit,
-    }
-    folder = makers[kind](tmp_path / "checkpoint")
-    repository = tmp_path / "models"
-    command = [sys.executable, "-m", "export.cli", kind, str(folder), "--name", "m", "--variants", "fp16"]
-    command += ["--format", "tensorrt", "--compute-capability", "SM89", "--repository", str(repository)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
+    assert building is not None
+    folder, process = building
+    process.wait(500)
+    found = re.findall(r"(.*?)\n== (\w+) (\d+)\n", (folder / "said").read_text(), re.DOTALL)
+    assert [kind for _, kind, _ in found] == list(MODALITIES), (folder / "errors").read_text()
+    return {kind: (folder / kind / "models", int(status), said) for said, kind, status in found}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kind", MODALITIES)
+def test_a_tensorrt_plan_is_really_built(plans: dict[str, tuple[Path, int, str]], kind: str) -> None:
+    repository, status, said = plans[kind]
+    assert status == 0, said
     assert (repository / "m_classifier" / "1" / "model.plan").stat().st_size > 10_000
     read = config.load(repository / "m_classifier" / "config.pbtxt")
     assert (read.backend, read.proto.default_model_filename) == ("tensorrt", "model.plan")
-    assert "layers in HALF" in done.stdout, "the network was looked into"
-    assert "tensorrt_rtx" in done.stdout
+    assert "layers in HALF" in said, "the network was looked into"
+    assert "tensorrt_rtx" in said
 
 
 def test_the_configs_in_git_are_those_the_export_scripts_write(sample_repository: Path) -> None:
