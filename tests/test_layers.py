@@ -15,6 +15,7 @@ LAYERS = {
     "tutti.files": 1, "tutti.operations": 1, "tutti.wire": 1, "tutti.config": 1, "tutti.rows": 1,
     "tutti.scratch": 1, "tutti.lifeline": 1, "tutti.threads": 1, "tutti.ending": 1,
     "tutti.rate_limiting": 1, "tutti.rate_limits": 2,
+    "ensembles.axes": 1,
     "ensembles.graph": 1, "ensembles.conditions": 1, "ensembles.extensions": 1, "ensembles.explain": 1,
     "ensembles.show": 1, "ensembles.frame": 1, "ensembles.builder": 2, "ensembles.cli": 4,
     "tutti.statistics": 1, "tutti.devices": 1, "tutti.collector": 1, "tutti.custom_metrics": 1,

@@ -2,7 +2,6 @@
 
 import json
 import signal
-import socket
 import subprocess
 import sys
 import urllib.error
@@ -70,22 +69,24 @@ def test_a_stuck_execution_does_not_hold_the_server(repository: Repository, tmp_
         process.kill()
 
 
+# It takes the port that was free when the server looked, too.
 HOLDS = """
-import threading
+import socket, threading
 from concurrent.futures import ThreadPoolExecutor
 ThreadPoolExecutor(1).submit(threading.Event().wait)
+socket.taken = socket.create_server(("127.0.0.1", {}))
 """
 
 
 def test_threads_of_a_model_do_not_hold_a_server_that_cannot_listen(repository: Repository) -> None:
     """The interpreter would wait for them, and nobody has asked it to stop."""
-    repository.add_python("holds", CONFIG + IN_PROCESS, "pass", HOLDS)
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        process, _ = start(repository.root, f"--http-port={taken.getsockname()[1]}", "--exit-timeout-secs=1")
-        try:
-            assert process.wait(LIMIT_S) == 1
-        finally:
-            process.kill()
+    (port,) = free_ports(1)
+    repository.add_python("holds", CONFIG + IN_PROCESS, "pass", HOLDS.format(port))
+    process, _ = start(repository.root, f"--http-port={port}", "--exit-timeout-secs=1")
+    try:
+        assert process.wait(LIMIT_S) == 1
+    finally:
+        process.kill()
 
 
 def test_a_model_that_hangs_as_it_is_loaded_does_not_hold_the_server(repository: Repository, tmp_path: Path) -> None:
