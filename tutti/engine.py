@@ -454,6 +454,10 @@ class Engine:
             return False
         return all(model.is_ready() for model in self.models())
 
+    def starting(self) -> int:
+        """How many models the start loads; 0 until that is known."""
+        return len(self._starting)
+
     def failures(self) -> list[str]:
         """Why models could not be loaded, one message each."""
         return [*self._failures.values(), *(f"model '{name}' is still being loaded" for name in self._late())]

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import uvloop
 
 import ensembles
-from tutti import collector, hints, local, overview, repository, restarts
+from tutti import collector, hints, local, overview, restarts
 from tutti.devices import allocator
 from tutti.devices.gpu_metrics import GpuMetrics
 from tutti.devices.health import health
@@ -107,8 +107,7 @@ async def _serve(options: argparse.Namespace, logs: Logs, supervised: Supervised
     # A model that hangs as it is loaded must not keep the others from being served, unless all must be.
     patience_s = None if options.exit_on_error else engine.control_timeout_s
     loading = in_thread(engine.load_all, names, patience_s)
-    total = len(names) if names is not None else len(repository.model_names(options.model_repository))
-    telling = asyncio.create_task(_tell_progress(engine, total))
+    telling = asyncio.create_task(_tell_progress(engine))
     if await _first(_either(loading, stop), lost):
         await _leave(server)
     telling.cancel()
@@ -117,6 +116,7 @@ async def _serve(options: argparse.Namespace, logs: Logs, supervised: Supervised
         now(0)
     if options.check or (engine.failures() and options.exit_on_error):
         ending.begin()
+        await in_thread(_hint, options)
         status = _verdict(engine, options)
         await in_thread(engine.close)
         await in_thread(end_watch)
@@ -125,7 +125,8 @@ async def _serve(options: argparse.Namespace, logs: Logs, supervised: Supervised
     try:
         taken = await server.start()
         collector.settle()
-        _show(engine, options)
+        _show(engine)
+        in_thread(_hint, options)  # a look at a slow disk, for which nobody waits
         _log.info("ready: %d models from %s", len(engine.models()), options.model_repository)
         if command := overview.example(engine.models(), replace(taken, http_tls=addresses.http_tls).url):
             _log.info("try: %s", command)
@@ -153,7 +154,7 @@ async def _serve(options: argparse.Namespace, logs: Logs, supervised: Supervised
 
 def _verdict(engine: Engine, options: argparse.Namespace) -> int:
     """The status of a process that only checks, or cannot begin."""
-    _show(engine, options)
+    _show(engine)
     count = len(engine.failures())
     if options.check:
         return 1 if count else 0
@@ -161,22 +162,29 @@ def _verdict(engine: Engine, options: argparse.Namespace) -> int:
     return restarts.UNUSABLE
 
 
-def _show(engine: Engine, options: argparse.Namespace) -> None:
-    """What is served, and what is not and why, a line each."""
+def _show(engine: Engine) -> None:
+    """What is served, and what could not be loaded and why, a line each."""
     for line in overview.table(engine.models()):
         _log.info("%s", line)
     for failure in engine.failures():
         _log.error("not served: %s", failure)
+
+
+def _hint(options: argparse.Namespace) -> None:
+    """What else lies in the repository, a line each."""
     if options.model_control_mode != "explicit":
         for sentence in hints.unserved(options.model_repository):
             _log.warning("%s", sentence)
 
 
-async def _tell_progress(engine: Engine, total: int) -> None:
+async def _tell_progress(engine: Engine) -> None:
     """While models load: how many have, and how long the others may take."""
     start = time.monotonic()
     while True:
         await asyncio.sleep(PROGRESS_S)
+        total = engine.starting()
+        if not total:  # the repository is still being looked at
+            continue
         done, passed_s = len(engine.models()) + len(engine.failures()), time.monotonic() - start
         left = f", about {passed_s / done * (total - done):.0f} s left" if 0 < done < total else ""
         _log.info("loading: %d of %d models after %.0f s%s", done, total, passed_s, left)

@@ -155,6 +155,15 @@ def test_what_an_extra_brings_is_named(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert "cluster needs ray and psutil and yaml and pydantic: pip install 'tutti[ray]'" in capsys.readouterr().err
 
 
+def test_a_repository_that_is_not_there_is_told_in_a_line(tmp_path: Path) -> None:
+    ports = ["--http-port=0", "--grpc-port=0", "--metrics-port=0"]
+    command = [sys.executable, "-m", "tutti", "serve", str(tmp_path / "none"), *ports]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == UNUSABLE
+    assert done.stderr.endswith(f"tutti: model repository '{tmp_path / 'none'}' is not a folder\n")
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("flag", ["--http-port", "--grpc-port", "--metrics-port"])
 def test_a_port_in_use_is_told_before_models_are_loaded(flag: str, repository: Repository, tmp_path: Path) -> None:
     repository.add_onnx()

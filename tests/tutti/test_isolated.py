@@ -1,6 +1,8 @@
 """Python models in processes of their own: answers as in process, a death that hurts one batch, and no process left."""
 
+import contextlib
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -251,3 +253,17 @@ def test_when_the_server_dies_its_processes_do_whatever_they_do(repository: Repo
     except AssertionError:
         os.kill(pid, signal.SIGKILL)
         raise
+
+
+def test_a_server_with_many_files_open_starts_processes(repository: Repository) -> None:
+    """Numbers from 1,024 on are none that `select` takes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    repository.add_python("m", CONFIG, "return pb_utils.InferenceResponse([])")
+    with contextlib.ExitStack() as opened:
+        if soft < 2048:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (2048, hard))
+            opened.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        for _ in range(1100):
+            opened.enter_context(open(os.devnull))
+        with engine_over(repository.root) as engine:
+            assert engine.failures() == []

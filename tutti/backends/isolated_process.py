@@ -284,9 +284,11 @@ class ModelProcess:
             _log.exception("model '%s': what its process says (%s) cannot be followed", self._name, kind)
 
     def _has_gone(self) -> None:
+        with self._reaping:
+            self._kill_group()
+        _is_readable(self._pidfd, math.inf)  # a driver may hold it: who ends it must not wait for that
         with self._reaping:  # its number may be another's afterwards
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+            self._kill_group()  # what it had started meanwhile
             self._status = self._process.wait()
         for call in list(self._asked.values()):
             call.is_cancelled = True
@@ -294,6 +296,10 @@ class ModelProcess:
         for channel in (self._calls, self._side):
             with contextlib.suppress(OSError):
                 channel.shutdown(socket.SHUT_RDWR)  # whoever executes, or writes, waits no longer
+
+    def _kill_group(self) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
 
     def _fail_open(self) -> None:
         """What it owes answers to gets an error."""
@@ -453,14 +459,15 @@ def _has_ended_in_time(process: "subprocess.Popen[bytes]", channel: socket.socke
 
     The channel's end would not tell: something that the process has started may have it.
     """
-    pidfd = os.pidfd_open(process.pid)
     try:
-        has_ended = _is_readable(pidfd, limit_s)
+        pidfd = os.pidfd_open(process.pid)
+        try:
+            return _is_readable(pidfd, limit_s)
+        finally:
+            os.close(pidfd)
     finally:
-        os.close(pidfd)
-    with contextlib.suppress(OSError):
-        channel.shutdown(socket.SHUT_RDWR)
-    return has_ended
+        with contextlib.suppress(OSError):
+            channel.shutdown(socket.SHUT_RDWR)
 
 
 def _end(process: "subprocess.Popen[bytes]") -> int | None:
@@ -482,7 +489,7 @@ def _is_readable(descriptor: int, seconds: float) -> bool:
         return True
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
-    return bool(poll.poll(seconds * 1000))
+    return bool(poll.poll(None if math.isinf(seconds) else seconds * 1000))
 
 
 def _limit(

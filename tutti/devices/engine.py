@@ -259,9 +259,11 @@ class DeviceEngine:
         except Exception as error:
             self._lose_by(error)
             return
-        self._offer_all()
-        if is_lone and left is not None:
-            device.linger(left, pipeline.out_stream, _LINGER_NS, lambda error: self._done(batch, left, error))
+        try:
+            self._offer_all()
+        finally:  # what a caller's sink raises must not cost the batch its notice
+            if is_lone and left is not None:
+                device.linger(left, pipeline.out_stream, _LINGER_NS, lambda error: self._done(batch, left, error))
 
     def _is_lone(self, batch: Batch) -> bool:
         """Whether it is quick and all there is: waking a thread for its end would add to what its caller waits."""
