@@ -10,6 +10,8 @@ _log = logging.getLogger(__name__)
 ASK_INTERVAL_S = 2.0
 # Ray ends a process that has not reached the head for a minute: who is to say so must be earlier.
 SILENCE_S = 45.0
+# A process that was paused, or its machine, has heard nothing meanwhile.
+STANDSTILL_S = 10.0
 CLOSE_TIMEOUT_S = 5.0
 
 
@@ -23,15 +25,19 @@ class Head:
         self._ask = ask
         self._interval_s = interval_s
         self._clock = clock
-        self._answered_s = clock()
+        self._answered_s = self._looked_s = clock()
         self._wrong = ""
         self._is_closed = threading.Event()
         self._asking = threading.Lock()
         threading.Thread(target=self._ask_forever, name="head", daemon=True).start()
 
     def lost(self) -> str:
-        """Why the cluster is no more; "" while it is."""
-        silent_s = self._clock() - self._answered_s
+        """Why the cluster is no more; "" while it is. To be looked at every second or so."""
+        now_s = self._clock()
+        if now_s - self._looked_s > STANDSTILL_S:  # whoever looks has stood still, and so has who asks
+            self._answered_s = now_s
+        self._looked_s = now_s
+        silent_s = now_s - self._answered_s
         return self._wrong or (f"its head has not answered for {silent_s:.0f} s" if silent_s > SILENCE_S else "")
 
     def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> bool:

@@ -66,6 +66,9 @@ def serve_on_ray(options: argparse.Namespace) -> int:
         status = 0
     except ClusterLost as lost:
         stop.end_lost(str(lost), supervised)
+    except ConfigError as error:  # as without Ray
+        _log.error("cannot serve on Ray: %s", error)
+        status = restarts.UNUSABLE
     except Exception as error:  # whatever Ray raises: the processes must be ended all the same
         _log.error("cannot serve on Ray: %s", error)
         status = 1

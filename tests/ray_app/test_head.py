@@ -67,8 +67,23 @@ def test_a_head_that_hangs_or_is_not_reached_is_lost_after_a_while(hangs: bool) 
         raise RuntimeError("Failed to connect to GCS")
 
     one = head(ask, clock)
-    clock.now_s += SILENCE_S
-    assert one.lost() == ""
+    for _ in range(int(SILENCE_S)):
+        clock.now_s += 1
+        assert one.lost() == ""
     clock.now_s += 1
     assert one.lost() == f"its head has not answered for {SILENCE_S + 1:.0f} s"
+    is_over.set()
+
+
+def test_a_pause_of_who_looks_is_no_silence() -> None:
+    clock, is_over = Clock(), threading.Event()
+
+    def ask() -> str:
+        is_over.wait()
+        return "the test is over"
+
+    one = head(ask, clock)
+    assert one.lost() == ""
+    clock.now_s += 10 * SILENCE_S
+    assert one.lost() == ""
     is_over.set()

@@ -49,6 +49,25 @@ def test_what_calls_have_brought_is_not_under_way() -> None:
     assert watch.saw({}, 500 * MIB) == ""
 
 
+def test_what_came_on_streams_is_not_under_way() -> None:
+    watch = Watch(100 * MIB)
+    watch.saw({"a": 0, "b": 0}, 0)
+    for n in range(1, 50):
+        assert watch.saw({"a": n * 50 * MIB, "b": 10 * MIB}, 0, 50 * MIB + (n == 1) * 10 * MIB) == ""
+        assert watch.is_calm
+    assert watch.saw({"a": 49 * 50 * MIB, "b": 120 * MIB}, 0, 0) == "b"
+
+
+def test_headers_of_small_calls_are_not_under_way() -> None:
+    watch = Watch(100 * MIB)
+    watch.saw({"a": 0}, 0)
+    for n in range(1, 100_000):
+        watch.took("a", 10)
+        if not n % 1000:
+            assert watch.saw({"a": n * (10 + 57)}, 0) == ""
+            assert watch.is_calm
+
+
 def test_a_connection_says_what_has_come() -> None:
     listener = socket.create_server(("127.0.0.1", 0))
     with listener, socket.create_connection(listener.getsockname()) as client:
@@ -170,9 +189,11 @@ def test_a_connection_says_what_is_taken() -> None:
 class _Large:
     """An engine whose answers have a mebibyte."""
 
+    size = MIB
+
     def __call__(self, calls: Sequence[Call]) -> None:
         for call in calls:
-            call.finish(InferResponse("large", "1", [Tensor("y", "UINT8", (MIB,), bytes(MIB))]))
+            call.finish(InferResponse("large", "1", [Tensor("y", "UINT8", (self.size,), bytes(self.size))]))
 
 
 @dataclass
@@ -224,6 +245,56 @@ def test_answers_that_are_read_are_held_no_more(bounded: Bounded) -> None:
         for _ in range(12):
             assert bounded.infer(timeout) == MIB
     wait_until(lambda: bounded.api.holding.held == 0)
+
+
+def test_an_answer_to_nobody_knows_whom_may_be_large(bounded: Bounded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is first of its kind has nobody's name."""
+    monkeypatch.setattr(_Large, "size", 3 * MIB)
+    assert bounded.infer(100.0) == 3 * MIB
+
+
+def test_an_answer_that_can_never_be_held_is_told(bounded: Bounded, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_Large, "size", 6 * MIB)
+    with pytest.raises(grpc.RpcError, match=r"at most 5242880 \(--max-inflight-bytes\)") as caught:
+        bounded.infer()
+    assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert bounded.api.holding.held == 0
+
+
+class Metrics:
+    """A native server's, as it tells them: calls that have begun, those that have ended, and bytes that were sent."""
+
+    def __init__(self) -> None:
+        self.started = self.ended = self.sent = 0
+
+    def metrics(self) -> dict[str, object]:
+        status = {"0": {"count": self.ended, "sent": {"sum": self.sent}}}
+        return {"methods": {"/inference.GRPCInferenceService/ModelInfer": {"started": self.started, "status": status}}}
+
+
+def test_what_was_answered_too_late_is_not_owed_for_ever(bounded: Bounded) -> None:
+    """The server says that it has such an answer, and no status tells of it. There is always a call under way."""
+    front, told = bounded.front, Metrics()
+    native, front._front = front._front, cast(Any, told)
+    try:
+        front._largest = MIB
+        for number in range(100):
+            call = Call(None, None, number)  # type: ignore[arg-type]
+            front._open = {number: (call, "")}
+            told.started += 2
+            told.ended += 1  # too late: nothing was sent
+            front._given += MIB
+            assert front._under_way() <= 20 * MIB, "what is lost goes, though calls are under way at each look"
+            front._open = {}
+            told.ended += 1
+            told.sent += MIB
+            front._given += MIB
+        front._open = {}
+        for _ in range(20):
+            left = front._under_way()
+        assert left == 0
+    finally:
+        front._front = native
 
 
 def test_answers_that_nobody_reads_are_bounded(bounded: Bounded, monkeypatch: pytest.MonkeyPatch) -> None:

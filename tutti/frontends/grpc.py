@@ -10,6 +10,7 @@ import logging
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -39,7 +40,7 @@ _BURST = 64
 # Fewer while messages are large: each call that is taken has its message in memory of its own.
 _BURST_OF_LARGE = 4
 # The native server has no answer if so many times running it has no call but those that wait for theirs.
-_QUIET_LOOKS = 10
+_LOOKS = 10
 _NOBODY: tuple[Call | None, str] = (None, "")
 # Answers are on their way for so long after the last one was given.
 _LAST_S = 0.1
@@ -65,7 +66,9 @@ class GrpcFront:
         self._is_open = api.grpc.gate.is_open
         self._is_ending = False
         self._max_message_size = min(api.limits.max_grpc_message_size, api.limits.max_inflight_bytes)
-        self._guard = Guard(self._max_message_size, api.holding, self._under_way) if sys.platform == "linux" else None
+        self._guard = None
+        if sys.platform == "linux":
+            self._guard = Guard(self._max_message_size, api.holding, self._under_way, not api.is_front_end)
         self._raw = raw
         table = grpc_methods.methods(api)
         self._methods = [None, *table.values()]
@@ -94,8 +97,11 @@ class GrpcFront:
         self._open: dict[int, tuple[Call, str]] = {}
         # All bytes of answers that the native server has got.
         self._given = 0
+        self._largest = 0
+        # What answers that came just as their calls ended have left in that count: no status tells of them.
         self._lost = 0
-        self._quiet_looks = 0
+        # What seemed so at the last looks: each may be wrong for calls that came and went meanwhile.
+        self._missing: deque[int] = deque(maxlen=_LOOKS)
         # The sizes of the large ones among their requests.
         self._held: dict[int, int] = {}
         self._thread = threading.Thread(target=self._receive, name="grpc", daemon=True)
@@ -157,6 +163,12 @@ class GrpcFront:
     def _give(self, guard: Guard, call_id: int, message: bytes, peer: str) -> None:
         """Answer, if that may be held until its client has read it."""
         size = len(message)
+        limit = self._api.holding.limit
+        if size > limit:  # trying again would not help
+            what = f"the answer has {size} bytes, all that are held at a time at most {limit} (--max-inflight-bytes)"
+            self._front.fail(call_id, RESOURCE_EXHAUSTED, what)
+            return
+        self._largest = max(self._largest, size)
         self._given += size  # before: the guard takes no more to be owed than has been given
         if guard.may_give(peer, size):
             self._respond(call_id, message)
@@ -172,16 +184,19 @@ class GrpcFront:
 
     def _under_way(self) -> int:
         """How many bytes of answers the native server has, at most. One thread at a time asks."""
+        # Before the metrics, as those that wait: what comes in between must not seem to be lost.
+        given = self._given
+        waiting = [call_id for call_id, (call, _) in list(self._open.items()) if not call.is_cancelled]
         metrics = self._front.metrics()
         assert metrics is not None
         infer = metrics["methods"][MODEL_INFER]
         ended = infer["status"].values()
-        given = self._given - sum(int(status["sent"]["sum"]) for status in ended)
+        given -= sum(int(status["sent"]["sum"]) for status in ended)
         open_ones = infer["started"] - sum(int(status["count"]) for status in ended)
-        waiting = sum(not call.is_cancelled for call, _ in list(self._open.values()))
-        self._quiet_looks = self._quiet_looks + 1 if open_ones <= waiting else 0
-        if self._quiet_looks >= _QUIET_LOOKS:
-            self._lost = given  # answers that came just as their calls were cancelled count nowhere
+        answered = max(0, open_ones - sum([call_id in self._open for call_id in waiting]))
+        self._missing.append(given - answered * self._largest)
+        if len(self._missing) == _LOOKS:
+            self._lost = max(self._lost, min(self._missing))
         return given - self._lost
 
     def _receive(self) -> None:

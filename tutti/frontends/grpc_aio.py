@@ -188,6 +188,7 @@ class GrpcioFront:
     ) -> None:
         try:
             async for payload in requests:
+                self._api.holding.streamed += len(payload)
                 await room.acquire()
                 try:
                     request = grpc_codec.decode(payload, self._api.shared_memory)

@@ -41,6 +41,9 @@ _ADDRESS = struct.Struct("=HH")
 _libc = ctypes.CDLL(None)
 # How long a look may take that is under way when the guard is to end.
 _LAST_LOOK_S = 5.0
+# What a call has besides its message: headers, and a frame's head for each part of it, at least.
+_HEADERS_BYTES = 64
+_FRAMES_SHARE = 1024
 _INT = struct.Struct("=i")
 # After an answer to nobody knows whom, calls come with their peers for so long.
 _NAMES_PEERS_S = 600.0
@@ -83,17 +86,24 @@ class Watch:
         """A call of so many bytes has come from a peer."""
         connection = self._connections.get(peer)
         if connection is not None:
-            connection.taken += size
+            connection.taken += size + _HEADERS_BYTES + size // _FRAMES_SHARE
 
-    def saw(self, received: dict[str, int], held: int) -> str:
-        """What has come on each connection until now; returns the peer that is to go, "" for none."""
+    def saw(self, received: dict[str, int], held: int, streamed: int = 0) -> str:
+        """What has come on each connection until now, and since the last time on streams, nobody knows on which.
+
+        Returns the peer that is to go, "" for none.
+        """
         known = self._connections
         self._connections = {
-            peer: Connection(peer, size, known[peer].taken if peer in known else size)
+            peer: Connection(peer, size, min(known[peer].taken, size) if peer in known else size)
             for peer, size in received.items()
         }
         if not self._connections:
             return ""
+        for connection in sorted(self._connections.values(), key=lambda connection: -connection.under_way):
+            credit = min(streamed, connection.under_way)
+            connection.taken += credit
+            streamed -= credit
         largest = max(self._connections.values(), key=lambda connection: connection.under_way)
         total = held + sum(connection.under_way for connection in self._connections.values())
         return largest.peer if total > self._limit and largest.under_way > _CALM_BYTES else ""
@@ -105,16 +115,20 @@ class Guard:
     What is owed to clients counts in `holding`. The two halves share nothing but that: a peer may be in both.
     """
 
-    def __init__(self, limit: int, holding: Holding, given: Callable[[], int]) -> None:
+    def __init__(self, limit: int, holding: Holding, given: Callable[[], int], sees_streams: bool = True) -> None:
         """`limit` is for messages under way with all that is held; `given()` says how many bytes of answers the native
-        server has, at most. Raises OSError where the system does not tell.
+        server has, at most. Without `sees_streams` the holding is not told of theirs, since another process has them.
+        Raises OSError where the system does not tell.
         """
         self._watch = Watch(limit)
+        self._limit = limit
+        self._sees_streams = sees_streams
         self._holding = holding
         self._given = given
         self._unread = Unread()
         self._unread_lock = threading.Lock()
         self._names_peers_until = 0.0
+        self._streamed = 0
         self._files: dict[str, int] = {}
         self._port = 0
         self._has_ended = threading.Event()
@@ -165,11 +179,13 @@ class Guard:
         """
         now = time.monotonic()
         with self._unread_lock:
+            if size >= COUNTED_BYTES:
+                self._names_peers_until = now + _NAMES_PEERS_S  # the next one may have a deadline, and no peer
             if not peer and size >= COUNTED_BYTES:
-                self._names_peers_until = now + _NAMES_PEERS_S
-                if self._unread.unknown + size > self._holding.limit // _UNKNOWN_SHARE:
+                most = self._holding.limit // _UNKNOWN_SHARE
+                if self._unread.unknown + size > most:
                     self._look_at_unread(now)
-                if self._unread.unknown + size > self._holding.limit // _UNKNOWN_SHARE:
+                if self._unread.unknown and self._unread.unknown + size > most:
                     return False
             if size < COUNTED_BYTES:
                 self._holding.change(size)
@@ -178,7 +194,7 @@ class Guard:
                 if not self._holding.take(size):
                     self._make_room(size, now)
                     return False
-            taken = self._taken(peer)
+            taken = self._taken(peer) if peer else None
             if peer and taken is None:
                 self._holding.give(size)
             else:
@@ -200,8 +216,12 @@ class Guard:
         return self._unread.waits(peer, now)
 
     def _look_at_unread(self, now: float) -> None:
-        for peer in self._unread.peers:
-            self._holding.give(self._unread.saw(peer, self._taken(peer), now))
+        peers = self._unread.peers
+        if not all(map(self._is_there, peers)):  # one look for all that have gone
+            self._files = self._found()
+        for peer in peers:
+            taken = self._taken(peer) if self._is_there(peer) else None
+            self._holding.give(self._unread.saw(peer, taken, now))
         self._holding.give(self._unread.forgive(max(0, self._given())))
 
     def _taken(self, peer: str) -> int | None:
@@ -214,13 +234,19 @@ class Guard:
 
     def _file(self, peer: str) -> int:
         """The descriptor of a peer's connection. Raises OSError when it has gone."""
-        known = self._files.get(peer, -1)
-        if known >= 0 and _port_of(known) == self._port and _peer_of(known) == peer:
-            return known
-        self._files = {name: one.fileno() for name, one in _connections(self._port)}
+        if not self._is_there(peer):
+            self._files = self._found()
         if peer not in self._files:
             raise ConnectionError("it has gone")
         return self._files[peer]
+
+    def _is_there(self, peer: str) -> bool:
+        """Whether its connection is where it was found; a descriptor's number may be another's by now."""
+        known = self._files.get(peer, -1)
+        return known >= 0 and _port_of(known) == self._port and _peer_of(known) == peer
+
+    def _found(self) -> dict[str, int]:
+        return {peer: connection.fileno() for peer, connection in _connections(self._port)}
 
     def _run(self) -> None:
         pause_s = _INTERVAL_S
@@ -239,6 +265,7 @@ class Guard:
             pause_s = max(least_s, 4 * (time.monotonic() - begin))
 
     def _look(self, now: float) -> None:
+        before, self._streamed = self._streamed, self._holding.streamed
         resident = self._freed.give_back(self._holding.held, now)
         self._base = min(self._base, resident)
         if not self._watch and resident < self._base + GROWTH_BYTES:
@@ -248,9 +275,12 @@ class Guard:
             with contextlib.suppress(OSError):  # it is gone
                 come[peer] = received(one)
         with self._lock:
-            largest = self._watch.saw(come, self._holding.held)
+            largest = self._watch.saw(come, self._holding.held, self._streamed - before)
             is_calm = self._watch.is_calm
-        if largest:
+        if largest and not self._sees_streams and resident - self._base < self._limit // 2:
+            with self._lock:
+                self._watch.end()  # it was a stream's: what has come is not here
+        elif largest:
             _log.warning("%s: its gRPC messages are larger than what is left of --max-inflight-bytes", largest)
             self._break_with(largest)
         if not is_calm or not self._calm_since:

@@ -14,6 +14,8 @@ class Holding:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
+        # Bytes of messages that have come on streams, of which nobody knows the connections.
+        self.streamed = 0
         self._held = 0
         self._lock = threading.Lock()
 
