@@ -127,7 +127,7 @@ def product(
         if labels:
             last = [(entities_step if encoder.kind == "tokens" else labels_step)(name, labels, work)]
         steps += last
-        names = [f"{name}tokenizer_of", *(one.name for one in graphs), *(one.name for one in last)]
+        names = [f"{name}_tokenizer", *(one.name for one in graphs), *(one.name for one in last)]
         make = lambda entries: chain(ensemble, encoder.texts, [entries[one] for one in names])  # noqa: E731
     asked = text_trials.trials(encoder, source) if make is not None and labelled is None else []
     return Product(graphs, steps, make, source.provenance, checks, accuracy, asked)

@@ -96,4 +96,4 @@ def tokenizer_step(encoder: Encoder, name: str, work: Path) -> layout.Entry:
     parameters = {"max_length": str(encoder.max_length), "pad_id": str(encoder.tokenizer.pad_token_id or 0)}
     parameters |= {"prompt": encoder.prompt} if encoder.prompt else {}
     parameters |= {"truncation_side": "left"} if encoder.tokenizer.truncation_side == "left" else {}
-    return layout.Entry(f"{name}tokenizer_of", "python", list(encoder.texts), made, files, MAX_BATCH_SIZE, parameters)
+    return layout.Entry(f"{name}_tokenizer", "python", list(encoder.texts), made, files, MAX_BATCH_SIZE, parameters)
