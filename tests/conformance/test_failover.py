@@ -447,7 +447,7 @@ def test_without_an_engine_all_routes_are_answered(repository: Repository, tmp_p
         (repository.root / "add_one/config.pbtxt").rename(repository.root / "kept")
         (repository.root / "add_one/config.pbtxt").write_text("nonsense")
         os.kill(server.engine(), signal.SIGKILL)
-        wait_until(lambda: "it ended with status 1; it is started anew in 2 s" in server.log.read_text())
+        wait_until(lambda: "it ended with status 2; it is started anew in 2 s" in server.log.read_text())
         assert ask("GET", "/v2/health/live") == (200, "")
         assert ask("GET", "/v2/health/ready") == (400, "")
         status, text = ask("GET", "/v2/models/add_one/ready")
@@ -460,7 +460,7 @@ def test_without_an_engine_all_routes_are_answered(repository: Repository, tmp_p
             assert status in (400, 503), (path, text)
         status, text = ask("POST", "/v2/models/add_one/infer", body(GOOD))
         assert status == 503
-        assert "the engine's process has ended (it ended with status 1); it is started anew" in text
+        assert "the engine's process has ended (it ended with status 2); it is started anew" in text
         assert ask("HEAD", "/v2") == (503, "")
         stub = channel.unary_unary("/inference.GRPCInferenceService/ServerMetadata")
         with pytest.raises(grpc.RpcError) as refused:
@@ -581,7 +581,7 @@ def test_a_start_that_fails_ends_the_server(repository: Repository, tmp_path: Pa
     (repository.root / "add_one/config.pbtxt").write_text("nonsense")
     start = time.monotonic()
     with (
-        pytest.raises(RuntimeError, match=r"exit status 1") as failed,
+        pytest.raises(RuntimeError, match=r"exit status 2") as failed,
         serving(repository.root, tmp_path / "log", "--supervise"),
     ):
         pass

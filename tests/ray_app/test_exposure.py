@@ -1,5 +1,6 @@
 """Every port that a secured deployment opens, and what somebody without a key or a token gets there."""
 
+import contextlib
 import ipaddress
 import os
 import socket
@@ -15,7 +16,7 @@ import pytest
 
 from tests.conformance.test_access import METHODS, ROUTES, SERVICE
 from tests.models import Repository
-from tests.serving import Served, serving
+from tests.serving import Served, serving, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(280)]
 
@@ -62,6 +63,11 @@ class Port:
         """Where a caller on this machine reaches it."""
         return f"127.0.0.1:{self.number}"
 
+    @property
+    def nearest(self) -> str:
+        """Where it listens itself, on whichever of this machine's own addresses."""
+        return f"{self.host}:{self.number}" if self.is_loopback and ":" not in self.host else self.address
+
 
 @pytest.fixture(scope="module")
 def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
@@ -74,16 +80,28 @@ def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         yield served
 
 
-@pytest.fixture(scope="module")
-def ports(secured: Served) -> list[Port]:
+def listening(secured: Served) -> list[Port]:
     found = []
     root = psutil.Process(secured.process.pid)
     for process in [root, *root.children(recursive=True)]:
-        for one in process.net_connections("tcp"):
-            if one.status == psutil.CONN_LISTEN:
-                found.append(Port(one.laddr.ip, one.laddr.port, " ".join(process.cmdline())))
+        with contextlib.suppress(psutil.Error):  # it has ended
+            for one in process.net_connections("tcp"):
+                if one.status == psutil.CONN_LISTEN:
+                    found.append(Port(one.laddr.ip, one.laddr.port, " ".join(process.cmdline())))
+    return found
+
+
+@pytest.fixture(scope="module")
+def ports(secured: Served) -> list[Port]:
+    """Once Ray's agents are there, too, which are not waited for where models are served."""
+    wait_until(lambda: sum(get(port.nearest, "/")[0] > 0 for port in of_ray(secured)) >= 3, 90)
+    found = listening(secured)
     assert len(found) > 10
     return found
+
+
+def of_ray(secured: Served) -> list[Port]:
+    return [port for port in listening(secured) if port.number not in ours(secured)]
 
 
 def get(address: str, path: str, method: str = "GET") -> tuple[int, str]:
@@ -140,7 +158,7 @@ def test_rays_ports_answer_nothing_but_health_and_counters(secured: Served, port
     """Its pages of metrics are on 127.0.0.1 (first test); what they show are counters, whatever they are asked for."""
     asked = 0
     for port in [one for one in ports if one.number not in ours(secured)]:
-        address = f"{port.host}:{port.number}" if port.is_loopback and ":" not in port.host else port.address
+        address = port.nearest
         if get(address, "/")[0] == 0:
             continue
         asked += 1
