@@ -93,8 +93,11 @@ def listening(secured: Served) -> list[Port]:
 
 @pytest.fixture(scope="module")
 def ports(secured: Served) -> list[Port]:
-    """Once Ray's agents are there, too, which are not waited for where models are served."""
-    wait_until(lambda: sum(get(port.nearest, "/")[0] > 0 for port in of_ray(secured)) >= 3, 90)
+    """Once Ray's agents are there, too, which are not waited for where models are served.
+
+    They are three, but for one whose port is always the same, which another cluster of this machine may have.
+    """
+    wait_until(lambda: sum(get(port.nearest, "/")[0] > 0 for port in of_ray(secured)) >= 2, 90)
     found = listening(secured)
     assert len(found) > 10
     return found
@@ -166,7 +169,7 @@ def test_rays_ports_answer_nothing_but_health_and_counters(secured: Served, port
             status, body = get(address, path)
             is_counters = status == 200 and body.startswith("# HELP")
             assert is_counters or status in (401, 403, 404) or (status == 200 and path in HEALTH), (port, path, body)
-    assert asked >= 3
+    assert asked >= 2
     refused = set()
     for port in [one for one in ports if one.number not in ours(secured)]:
         for method in RAY_METHODS + REPLICA_METHODS:
