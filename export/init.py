@@ -19,7 +19,7 @@ from export import initial, served
 from export.errors import ExportError
 from export.initial import Draft
 from export.served import Staged
-from tutti import hints, overview
+from tutti import hints, overview, repository
 from tutti.errors import TuttiError, reason
 
 # A model that is asked with zeros of these sizes where its dims are free; the first that works proves it.
@@ -97,6 +97,7 @@ def _init(options: argparse.Namespace) -> int:
     name = options.name or _name_of(source)
     if options.version < 1:
         raise ExportError(f"--version: expected 1 or more, got {options.version}")
+    repository.check_name(name)
     target = options.repository / name
     if target.exists() and not options.force:
         raise ExportError(f"'{target}' exists; --force writes over it, --name gives another")

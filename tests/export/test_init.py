@@ -186,6 +186,7 @@ REFUSED: dict[str, tuple[str, Any, list[str], str]] = {
     "inputs told twice": ("o.onnx", odd, ["--input", "x:FP32:4"], "--input is for TorchScript"),
     "a batch where none is": ("p.pt2", fixed, ["--max-batch-size", "4"], "not all tensors have a free first axis"),
     "a batch that fails": ("s.onnx", rows_made_one, ["--max-batch-size", "4"], "model 's'"),
+    "a path as name": ("o.onnx", odd, ["--name", "../o"], "model '../o': not a valid model name"),
     "no version": ("o.onnx", odd, ["--version", "0"], "--version: expected 1 or more, got 0"),
 }
 
