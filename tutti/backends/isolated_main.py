@@ -106,6 +106,7 @@ def _execute_all(
             os._exit(0)
         packed = _packed(model, answers, outputs, begin)
         del calls, answers
+        server.settle_metrics()
         channel.send_bytes(pickle.dumps((packed, bool(health.failures()), inputs.begin()), protocol=5))
 
 
@@ -157,6 +158,7 @@ class _Server:
         self._channel = channel
         self._sending = threading.Lock()
         self._has_left = False
+        self._has_metrics = False
         self._numbers = itertools.count(1)
         self._questions: dict[int, Future[Any]] = {}
         self._asked: dict[int, Call] = {}
@@ -204,6 +206,19 @@ class _Server:
         if failure:
             raise ValueError(failure)
         return value
+
+    def tell_metric(self, *change: Any) -> None:
+        self._has_metrics = True
+        self.tell("metric", *change)
+
+    def settle_metrics(self) -> None:
+        """Wait until the server has every change of a metric: who gets the next answer finds them on the page.
+
+        Answers go on another channel, and could come first.
+        """
+        if self._has_metrics:
+            self._has_metrics = False
+            self.ask("metrics")
 
     def tell_answer(self, call: "_ServedCall", answer: Answer, is_final: bool) -> None:
         with contextlib.suppress(OSError):
@@ -376,7 +391,7 @@ class _Family(custom_metrics.Family):
         return _Value(
             self.kind,
             bounds or (),
-            lambda *change: self._server.tell("metric", *which, *change),
+            lambda *change: self._server.tell_metric(*which, *change),
             lambda: self._server.ask("value", *which),
         )
 
