@@ -153,6 +153,7 @@ def test_a_front_that_ends_answers_what_is_inside_and_refuses_what_comes(reposit
                 await asyncio.sleep(0)
                 with pytest.raises(grpc.RpcError) as refused:
                     await asyncio.to_thread(stub.ModelInfer, request(), timeout=20)
+                assert inside.done(), "who is refused earlier asks the same server again"
                 await ending
                 return refused.value
 
@@ -160,3 +161,33 @@ def test_a_front_that_ends_answers_what_is_inside_and_refuses_what_comes(reposit
             front.stop()
             assert inside.result().model_name == "slow"
             assert error.code() == grpc.StatusCode.UNAVAILABLE and "is shutting down" in error.details()
+
+
+def test_who_asks_again_while_a_front_ends_is_answered_by_the_next(repository: Repository) -> None:
+    """However long what is inside takes: the attempts of this policy are used up within 0.15 s."""
+    repository.add_onnx()
+    repository.add_slow()
+    again = """{"methodConfig": [{"name": [{}], "retryPolicy": {"maxAttempts": 5, "initialBackoff": "0.01s",
+    "maxBackoff": "0.1s", "backoffMultiplier": 2, "retryableStatusCodes": ["UNAVAILABLE"]}}]}"""
+    with engine_over(repository.root) as engine:
+        first = GrpcFront(Api(engine, Limits()), "127.0.0.1", 0, shares_port=True)
+        port = first.start()
+        with grpc.insecure_channel(f"127.0.0.1:{port}", options=[("grpc.service_config", again)]) as channel:
+            stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+            inside = stub.ModelInfer.future(request(1.0, 1, "slow", "s"), timeout=20)
+            wait_until(lambda: first._open)
+            second = GrpcFront(Api(engine, Limits()), "127.0.0.1", port, shares_port=True)
+            second.start()
+
+            async def end() -> pb.ModelInferResponse:
+                ending = asyncio.create_task(first.finish(0.0, 20.0))
+                await asyncio.sleep(0)
+                late = asyncio.create_task(asyncio.to_thread(stub.ModelInfer, request(3.0), timeout=20))
+                await ending
+                first.stop()
+                return await late
+
+            answer = asyncio.run(end())
+            second.stop()
+            assert inside.result().model_name == "slow"
+            assert np.frombuffer(answer.raw_output_contents[0], np.float32)[0] == 4.0

@@ -65,6 +65,8 @@ class GrpcFront:
         self._api = api
         self._is_open = api.grpc.gate.is_open
         self._is_ending = False
+        # Those that came after that.
+        self._late: list[int] = []
         self._max_message_size = min(api.limits.max_grpc_message_size, api.limits.max_inflight_bytes)
         self._guard = None
         if sys.platform == "linux":
@@ -121,12 +123,17 @@ class GrpcFront:
             await asyncio.sleep(0.001)
 
     async def finish(self, drain_s: float, grace_s: float) -> None:
-        """Wait for a moment without calls; then refuse what comes, and let what is inside end."""
+        """Wait for a moment without calls; then let what is inside end, and refuse what came meanwhile.
+
+        It is refused last: clients ask again a few times within a second, and the connection that they would do it on
+        closes only then.
+        """
         await self.drain(drain_s)
         self._is_ending, self._is_open = True, False
-        if self._open:
-            await self.drain(grace_s)
-            await asyncio.sleep(_LAST_S)
+        await self.drain(grace_s)
+        for call_id in self._late:
+            self._front.fail(call_id, code_of(Unavailable("")), "the server is shutting down: try again later")
+        await asyncio.sleep(_LAST_S)  # what was answered last is on its way
 
     def refuse_open(self, error: InferError) -> None:
         """Answer the calls that are inside with an error."""
@@ -315,9 +322,9 @@ class GrpcFront:
             self._front.respond(call_id, message)
 
     def _may_pass(self, call_id: int, category: Category, payload: bytes, details: Any) -> bool:
-        """Check size and gate; a call that may not pass has been answered."""
+        """Check size and gate; a call that may not pass is answered, one that came too late when the server ends."""
         if self._is_ending:
-            self._front.fail(call_id, code_of(Unavailable("")), "the server is shutting down: try again later")
+            self._late.append(call_id)
             return False
         if len(payload) > self._max_message_size:
             what = f"the message has {len(payload)} bytes, at most {self._max_message_size} pass"
