@@ -12,6 +12,7 @@ import sys
 import tarfile
 import textwrap
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -319,6 +320,35 @@ def test_metrics_logs_and_other_models_are_the_servers(
     assert caplog.messages.count("told by a model") == 2
     (family,) = [each for each in custom_metrics.collect() if each.name == "of_processes"]
     assert [(sample.labels, sample.value) for sample in family.samples] == [({"model": "m"}, 4)]
+
+
+COUNTS = """
+def initialize(self, args):
+    family = pb_utils.MetricFamily("of_answers", "For a test.", pb_utils.MetricFamily.COUNTER)
+    self.metric = family.Metric({"model": "m"})
+
+def execute(self, requests):
+    self.metric.increment(len(requests))
+    return [response(1) for r in requests]
+"""
+
+
+def test_an_answer_comes_after_what_was_counted_for_it(
+    repository: Repository, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take = isolated_process.ModelProcess._on_metric
+
+    def take_late(self: isolated_process.ModelProcess, *change: Any) -> None:
+        time.sleep(0.2)  # answers have a channel of their own, and overtake
+        take(self, *change)
+
+    monkeypatch.setattr(isolated_process.ModelProcess, "_on_metric", take_late)
+    add(repository, "m", COUNTS)
+    engine.load_all()
+    for turn in (1, 2):
+        assert y(ask(engine, "m")) == [1.0]
+        (family,) = [each for each in custom_metrics.collect() if each.name == "of_answers"]
+        assert [sample.value for sample in family.samples] == [turn]
 
 
 GOES_ON = """
