@@ -12,7 +12,7 @@ DIGITS := config:resnet,num_labels=10,embedding_size=16,hidden_sizes=[16,32,64],
 BUILT := $(REPO)/speech_vad/1/model.onnx $(REPO)/text_encoder/1/model.onnx $(REPO)/image_classifier/1/model.onnx
 EXPORT := $(wildcard export/*.py)
 
-.PHONY: demo test test-fast check bench bench-cluster bench-export bench-loadtest chaos chaos-short profile fuzz gpu-kit models loadtest loadtest-cluster triton clean
+.PHONY: demo test test-fast check bench bench-cluster bench-export bench-loadtest chaos chaos-short profile fuzz gpu-kit models loadtest loadtest-cluster triton peers clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.ready
@@ -32,7 +32,7 @@ check: $(VENV)/.ready-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.ready-dev triton
+bench: $(VENV)/.ready-dev triton peers
 	@$(MAKE) --no-print-directory -j2 models
 	$(BIN)/python -m benchmarks
 
@@ -113,5 +113,13 @@ endif
 	.venv-triton/bin/python -m pip install --quiet --disable-pip-version-check nvidia-pytriton==0.7.0 onnxruntime tokenizers pillow
 	@touch $@
 
+# Other servers, to measure beside.
+peers: .venv-peers/.ready
+
+.venv-peers/.ready:
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check mosec==0.9.8 litserve==0.2.19 bentoml==1.4.40 onnxruntime
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .venv-triton $(BUILT)
+	rm -rf $(VENV) .venv-triton .venv-peers $(BUILT)

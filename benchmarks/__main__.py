@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from benchmarks import clients, graphs, overload
+from benchmarks import clients, graphs, overload, peers
 from benchmarks.clients import Figures
 from benchmarks.machine import commit, hardware
 from benchmarks.models import (
@@ -330,6 +330,45 @@ def plain_ray_serve(model: Path, log: Path) -> Iterator[str]:
                 one.kill()
 
 
+def lead(run: Run) -> list[str]:
+    """Every server in turn, each round anew: one at a time has the cores. Draws what README begins with."""
+    from benchmarks.picture import draw_lead
+
+    peers.require()
+    folder = run.folder("lead")
+    model = write_repository(folder / "repository", MLP)
+    body, length = clients.infer_body(MLP)
+    script, raw = clients.http_script(folder / "infer.lua", body, length), body[length:]
+    path = "/v2/models/mlp/infer"
+    found: dict[str, list[Figures]] = {}
+
+    def measure(name: str, url: str, script: Path) -> None:
+        clients.wrk(url, script, 64, run.seconds)
+        found.setdefault(name, []).append(clients.wrk(url, script, 64, run.seconds))
+
+    for number in range(run.rounds):
+        with serving(folder / "repository", folder / "tutti.log") as ours:
+            measure("tutti", f"http://{ours.http}{path}", script)
+        with (
+            tempfile.TemporaryDirectory(dir=folder) as own,
+            tritonserver.running(folder / "repository", Path(own)) as theirs,
+        ):
+            measure(TRITON, f"http://{theirs.http}{path}", script)
+        for peer in peers.PEERS:
+            body_of = clients.http_script(folder / f"{peer.name}.lua", peer.body, None, peer.content_type)
+            with peers.running(peer, model, folder / f"{peer.name}.log") as url:
+                measure(peer.name, url, body_of)
+        with plain_ray_serve(model, folder / f"plain-{number}.log") as url:
+            measure("Ray Serve", url, clients.http_script(folder / "plain.lua", raw, None))
+    medians = {name: median(figures) for name, figures in found.items()}
+    draw_lead(medians, RESULTS / "lead.svg")
+    lines = ["| | requests/s | tutti makes | p50 / p99 ms |", "|---|---|---|---|"]
+    for name, one in medians.items():
+        times = medians["tutti"].rate / one.rate
+        lines.append(f"| {name} | {one.rate:,.0f} | **{times:.1f}** times | {one.p50_ms:.2f} / {one.p99_ms:.2f} |")
+    return [*lines, "", "![Requests a second of each](lead.svg)"]
+
+
 def first_inference(run: Run) -> list[str]:
     """Seconds from the start of the process to the ensemble's first answer."""
     item = load_items()[0]
@@ -471,6 +510,7 @@ def shed(run: Run) -> list[str]:
 
 
 SECTIONS: dict[str, tuple[str, Callable[[Run], list[str]]]] = {
+    "lead": ("A tiny model over HTTP, 64 clients, beside other servers at their best settings", lead),
     "tiny": (f"A tiny model, beside {TRITON} 2.51 (its python-based onnxruntime backend)", tiny),
     "picture": ("The same, drawn", picture),
     "malformed": ("One request in a hundred malformed", malformed),

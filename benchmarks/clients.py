@@ -32,7 +32,9 @@ def require_tools() -> None:
         raise SystemExit(f"the benchmarks need Debian's {' and '.join(packages)}: apt-get install {' '.join(packages)}")
 
 
-def http_script(path: Path, body: bytes, header_length: int | None) -> Path:
+def http_script(
+    path: Path, body: bytes, header_length: int | None, content_type: str = "application/octet-stream"
+) -> Path:
     """A wrk script that posts `body`."""
     payload = path.with_suffix(".body")
     payload.write_bytes(body)
@@ -40,7 +42,7 @@ def http_script(path: Path, body: bytes, header_length: int | None) -> Path:
     path.write_text(
         'wrk.method = "POST"\nlocal file = io.open("' + str(payload) + '", "rb")\n'
         'wrk.body = file:read("*a")\nfile:close()\n'
-        f'wrk.headers["Content-Type"] = "application/octet-stream"\n{length}'
+        f'wrk.headers["Content-Type"] = "{content_type}"\n{length}'
     )
     return path
 
