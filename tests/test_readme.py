@@ -1,4 +1,4 @@
-"""What the README says can be typed, and its example, are true."""
+"""What the README and docs/ say can be typed, and their examples, are true."""
 
 import re
 import subprocess
@@ -12,16 +12,25 @@ from tests.serving import serving
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = sorted([ROOT / "README.md", ROOT / "DESIGN.md", *(ROOT / "docs").glob("*.md")])
+LINKS = [(page, link) for page in PAGES for link in re.findall(r"\]\(([^)#:]+)[^):]*\)", page.read_text())]
 
 
 @pytest.mark.slow
-def test_the_example_runs_against_a_server(sample_repository: Path, tmp_path: Path) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def test_the_examples_run_against_a_server(sample_repository: Path, tmp_path: Path) -> None:
     with serving(sample_repository, tmp_path / "log") as served:
-        code = example.replace("127.0.0.1:8000", served.http)
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+        scores, all_of_it = (printed(page, served.http) for page in ("README.md", "docs/sample.md"))
+    assert len(re.findall(r"\d\.\d+(?:e-\d+)?", scores)) == 4, "a score for each label"
+    assert len(re.findall(r"\[ ?\d+\.\d+ +\d+\.\d+ ?\]", all_of_it)) == 5, "five segments of speech"
+
+
+def printed(page: str, address: str) -> str:
+    """What the page's example in Python prints."""
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    code = example.replace("127.0.0.1:8000", address)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
-    assert len(re.findall(r"\[ ?\d+\.\d+ +\d+\.\d+ ?\]", done.stdout)) == 5, "five segments of speech"
+    return done.stdout
 
 
 def test_every_make_target_named_is_there() -> None:
@@ -30,9 +39,9 @@ def test_every_make_target_named_is_there() -> None:
     assert named <= targets
 
 
-@pytest.mark.parametrize("link", re.findall(r"\]\(([^)#:]+)\)", README))
-def test_links_lead_somewhere(link: str) -> None:
-    assert (ROOT / link).exists()
+@pytest.mark.parametrize(("page", "link"), LINKS, ids=[f"{page.name}-{link}" for page, link in LINKS])
+def test_links_lead_somewhere(page: Path, link: str) -> None:
+    assert (page.parent / link).exists()
 
 
 def test_flags_named_are_there() -> None:
@@ -48,7 +57,8 @@ def test_flags_named_are_there() -> None:
 
 @pytest.mark.parametrize("kind", LIBRARIES)
 def test_the_table_names_every_method_of_the_clients(kind: str) -> None:
-    table = README[README.index("### Every method of tritonclient") : README.index("## Measured")]
+    page = (ROOT / "docs" / "features.md").read_text()
+    table = page[page.index("## Every method of tritonclient") :]
     header = "| method | http | grpc | http.aio | grpc.aio |"
     assert header in table
     column = header.strip("| ").split(" | ").index(kind)
