@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from export.names import VARIANTS
+from tutti import extras
 from tutti.errors import TuttiError
 from tutti.scratch import Folder
 
@@ -34,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with Folder("export") as work:
             return _export(options, work)
     except ModuleNotFoundError as error:
-        print(f"tutti export: '{error.name}' is not installed: pip install 'tutti[export]'", file=sys.stderr)
+        advice = extras.install("export") if extras.missing("export") else "the model, or its tokenizer, needs it"
+        print(f"tutti export: '{error.name}' is not installed: {advice}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("tutti export: nothing was published: it was interrupted", file=sys.stderr)

@@ -19,7 +19,7 @@ from export import initial, served
 from export.errors import ExportError
 from export.initial import Draft
 from export.served import Staged
-from tutti import hints, overview, repository
+from tutti import extras, hints, overview, repository
 from tutti.errors import TuttiError, reason
 
 # A model that is asked with zeros of these sizes where its dims are free; the first that works proves it.
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"tutti init: {error}", file=sys.stderr)
     except ModuleNotFoundError as error:
         extra = _EXTRAS.get((error.name or "").partition(".")[0])
-        advice = f"pip install 'tutti[{extra}]'" if extra else "the pickle is of it"
+        advice = extras.install(extra) if extra else "the pickle is of it"
         print(f"tutti init: '{error.name}' is not installed: {advice}", file=sys.stderr)
     except OSError as error:
         where = f"'{error.filename}': " if error.filename else ""

@@ -13,6 +13,7 @@ from typing import Any
 
 from export.errors import ExportError
 from export.graphs import Profile
+from tutti import extras
 
 _MODULES = ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings")
 _WORKSPACE_BYTES = 2 << 30
@@ -42,7 +43,7 @@ def load_library() -> ModuleType:
             return module
     raise ExportError(
         "TensorRT plans need TensorRT, and neither 'tensorrt' nor 'tensorrt_rtx' is installed: "
-        "pip install 'tutti[tensorrt]' for TensorRT-RTX, or run in NVIDIA's TensorRT or Triton container"
+        f"{extras.install('tensorrt')} for TensorRT-RTX, or run in NVIDIA's TensorRT or Triton container"
     )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from loadtest import names
 from loadtest.addresses import address
 from loadtest.errors import ScenarioError
+from tutti import extras
 
 # What the extra `loadtest` installs: all but help needs them.
 LIBRARIES = ("locust", "pyarrow", "pydantic", "yaml", "hpack", "geventhttpclient")
@@ -27,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(sys.argv[1:] if arguments is None else arguments)
     missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
     if missing:
-        print(f"tutti loadtest: it needs {' and '.join(missing)}: pip install 'tutti[loadtest]'", file=sys.stderr)
+        print(f"tutti loadtest: it needs {' and '.join(missing)}: {extras.install('loadtest')}", file=sys.stderr)
         return INVALID
     return run(options)
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from tutti import __version__, scratch, serve_options
+from tutti import __version__, extras, scratch, serve_options
 from tutti.devices import present
 from tutti.errors import ConfigError, TuttiError
 from tutti.logs import Logs
@@ -140,7 +140,7 @@ def _serve(arguments: Sequence[str]) -> int:
 def _needs(what: str, *libraries: str, extra: str) -> None:
     missing = [name for name in libraries if importlib.util.find_spec(name) is None]
     if missing:
-        raise ConfigError(f"{what} needs {' and '.join(missing)}: pip install 'tutti[{extra}]'")
+        raise ConfigError(f"{what} needs {' and '.join(missing)}: {extras.install(extra)}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """`tutti doctor`: what this machine has of what tutti needs or could use, and what would mend what it lacks."""
 
 import argparse
-import importlib.metadata
 import os
 import platform
 import resource
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tutti import __version__
+from tutti import __version__, extras
 from tutti.devices import nvml, present
 
 Verdict = Literal["ok", "note", "bad"]
@@ -20,7 +19,8 @@ _EXTRAS = {
     "ray": ("ray", "psutil", "pyyaml"),
     "export": ("torch", "transformers", "onnx", "onnxscript", "scikit-learn", "safetensors"),
     "pytorch": ("torch",),
-    "gpu": ("onnxruntime-gpu", "nvidia-ml-py", "cuda-bindings"),
+    "sklearn": ("scikit-learn", "skl2onnx"),
+    "gpu": ("nvidia-ml-py", "cuda-bindings"),
     "audio": ("soundfile", "soxr"),
     "loadtest": ("locust", "pyarrow", "pydantic"),
     "tracing": ("opentelemetry-sdk",),
@@ -67,20 +67,21 @@ def _versions() -> Iterator[Finding]:
 
 def _libraries() -> Iterator[Finding]:
     # The wheel for GPUs serves on the processor, too.
-    names = ["onnxruntime-gpu" if name == "onnxruntime" and not _version(name) else name for name in _CORE]
-    missing = [name for name in names if not _version(name)]
+    names = ["onnxruntime-gpu" if name == "onnxruntime" and not extras.version(name) else name for name in _CORE]
+    missing = [name for name in names if not extras.version(name)]
     if missing:
         yield Finding("libraries", "bad", f"lacks {', '.join(missing)}; install tutti with its dependencies")
     else:
-        yield Finding("libraries", "ok", ", ".join(f"{name} {_version(name)}" for name in names))
-    if _version("onnxruntime") and _version("onnxruntime-gpu"):
-        text = (
-            "both onnxruntime and onnxruntime-gpu are installed, and overwrite each other; uninstall both, install one"
-        )
-        yield Finding("onnxruntime", "bad", text)
+        yield Finding("libraries", "ok", ", ".join(f"{name} {extras.version(name)}" for name in names))
+    if extras.has_two_onnxruntimes():
+        yield Finding("onnxruntime", "bad", extras.TWO_ONNXRUNTIMES)
+    elif present.has_gpu() and not extras.version("onnxruntime-gpu"):
+        what = "the wheel for processors: ONNX models do not execute on the GPU"
+        yield Finding("onnxruntime", "note", f"{what}: {extras.SWAP_ONNXRUNTIME}")
     for extra, needed in _EXTRAS.items():
-        absent = [name for name in needed if not _version(name)]
-        text = f"lacks {', '.join(absent)}" if absent else ", ".join(f"{name} {_version(name)}" for name in needed)
+        absent = [name for name in needed if not extras.version(name)]
+        has = ", ".join(f"{name} {extras.version(name)}" for name in needed)
+        text = f"lacks {', '.join(absent)}: {extras.install(extra)}" if absent else has
         yield Finding(f"extra '{extra}'", "note" if absent else "ok", text)
 
 
@@ -111,13 +112,6 @@ def _limits() -> Iterator[Finding]:
     is_enough = free >= _ENOUGH_SHARED_BYTES
     advice = "" if is_enough else "; clients that share memory, and Ray, need more (docker run --shm-size=1g)"
     yield Finding("shared memory", "ok" if is_enough else "note", f"{free / 2**30:.2f} GiB free{advice}")
-
-
-def _version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 def _cores() -> int:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from tutti import extras
 from tutti.errors import ConfigError, InvalidArgument, Unsupported
 from tutti.types import Call, InferResponse, Tensor, now_ns
 
@@ -372,7 +373,7 @@ class OpenTelemetryWriter:
             from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
         except ImportError as error:
             raise ConfigError(
-                f"--trace-config mode=opentelemetry needs {error.name}: pip install 'tutti[tracing]'"
+                f"--trace-config mode=opentelemetry needs {error.name}: {extras.install('tracing')}"
             ) from None
         self._provider = TracerProvider(
             resource=Resource.create({"service.name": "triton-inference-server", **config.resource}),

@@ -467,7 +467,7 @@ def test_without_tensorrt_the_message_says_what_to_install(
     for name in tensorrt._MODULES:
         monkeypatch.setitem(sys.modules, name, None)
     assert export("audio", "package:export/cli.py", "--format", "tensorrt") == 1
-    assert "pip install 'tutti[tensorrt]'" in capsys.readouterr().err
+    assert "pip install 'tensorrt-rtx-cu13-libs==1.7.1" in capsys.readouterr().err
 
 
 MODALITIES = {

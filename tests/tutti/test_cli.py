@@ -152,7 +152,9 @@ def test_help_needs_no_extra(command: str, monkeypatch: pytest.MonkeyPatch, caps
 def test_what_an_extra_brings_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     assert cli.main(["cluster", "plan", "models", "--gpus", "1"]) == 1
-    assert "cluster needs ray and psutil and yaml and pydantic: pip install 'tutti[ray]'" in capsys.readouterr().err
+    assert (
+        "cluster needs ray and psutil and yaml and pydantic: pip install 'ray[serve]==2.60" in capsys.readouterr().err
+    )
 
 
 def test_a_repository_that_is_not_there_is_told_in_a_line(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tutti import cli, doctor
+from tutti import cli, doctor, extras
 from tutti.devices import nvml, present
 
 
@@ -18,7 +18,7 @@ def findings() -> dict[str, doctor.Finding]:
 def test_this_machine_can_serve(capsys: pytest.CaptureFixture[str]) -> None:
     found = findings()
     assert all(finding.verdict == "ok" for name, finding in found.items() if name in ("tutti", "python", "libraries"))
-    assert f"numpy {doctor._version('numpy')}" in found["libraries"].text
+    assert f"numpy {extras.version('numpy')}" in found["libraries"].text
     is_bad = any(finding.verdict == "bad" for finding in found.values())
     assert cli.main(["doctor"]) == int(is_bad)
     assert len(capsys.readouterr().out.splitlines()) == len(found)
@@ -27,7 +27,7 @@ def test_this_machine_can_serve(capsys: pytest.CaptureFixture[str]) -> None:
 def installed(monkeypatch: pytest.MonkeyPatch, **versions: str) -> None:
     """Only what is named, and of the core all that is not."""
     known = {**dict.fromkeys(doctor._CORE, "1"), **{name.replace("_", "-"): text for name, text in versions.items()}}
-    monkeypatch.setattr(doctor, "_version", lambda name: known.get(name, ""))
+    monkeypatch.setattr(extras, "version", lambda name: known.get(name, ""))
 
 
 def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,16 +35,22 @@ def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     found = findings()
     assert found["libraries"].verdict == "bad"
     assert found["libraries"].text == "lacks orjson; install tutti with its dependencies"
-    assert found["extra 'ray'"] == doctor.Finding("extra 'ray'", "note", "lacks pyyaml")
+    lacks = "lacks pyyaml: pip install 'ray[serve]==2.60.*' 'pyyaml>=6'"
+    assert found["extra 'ray'"] == doctor.Finding("extra 'ray'", "note", lacks)
     assert cli.main(["doctor"]) == 1
 
 
-@pytest.mark.parametrize(("plain", "gpu", "is_fine"), [("1", "", True), ("", "1", True), ("1", "1", False)])
+@pytest.mark.parametrize(
+    ("plain", "gpu", "is_fine"), [("a", "", True), ("", "a", True), ("a", "a", False), ("a", "b", True)]
+)
 def test_one_onnxruntime_is_enough(monkeypatch: pytest.MonkeyPatch, plain: str, gpu: str, is_fine: bool) -> None:
     installed(monkeypatch, onnxruntime=plain, onnxruntime_gpu=gpu)
+    monkeypatch.setattr(extras, "folder", {"onnxruntime": plain, "onnxruntime-gpu": gpu}.__getitem__)
+    monkeypatch.setattr(present, "has_gpu", lambda: False)
     found = findings()
     assert found["libraries"].verdict == "ok"
     assert ("onnxruntime" not in found) == is_fine
+    assert is_fine or extras.SWAP_ONNXRUNTIME in found["onnxruntime"].text
 
 
 @pytest.mark.parametrize(("hard", "verdict"), [(1024, "bad"), (4096, "ok"), (resource.RLIM_INFINITY, "ok")])

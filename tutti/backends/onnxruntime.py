@@ -8,6 +8,7 @@ outputs differ by no more than `tutti.cpu_tolerance` (0.05) of their range. That
 `tutti.gpu_model_filename`, as one with 16 bits.
 """
 
+import functools
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from tutti import backends
+from tutti import backends, extras
 from tutti.backends import joined, onnx_graph, onnx_providers, parameters
 from tutti.backends.joined import JoinedBackend
 from tutti.config import InstanceGroup, ModelConfig
@@ -41,6 +42,7 @@ def load(folder: ModelFolder, version: int, infer: Infer) -> list[Backend]:
     sessions: dict[str, Any] = {}
     loaded: list[OnnxBackend] = []
     has_cuda = _has_cuda()
+    _warn_of_two()
     with undone(loaded):
         for group, number in backends.instances(config, has_cuda):
             device = f"cuda:{number}" if _is_gpu(config, group, has_cuda) else "cpu"
@@ -168,6 +170,13 @@ def _options(config: ModelConfig) -> Any:
     return options
 
 
+@functools.cache
+def _warn_of_two() -> None:
+    """Once a process."""
+    if extras.has_two_onnxruntimes():
+        _log.warning(extras.TWO_ONNXRUNTIMES)
+
+
 def _has_cuda() -> bool:
     """The build for GPUs lists its provider on every machine, and falls back to the processor without an error."""
     has_cuda = "CUDAExecutionProvider" in ort.get_available_providers() and nvml.may_have_gpus()
@@ -178,7 +187,10 @@ def _has_cuda() -> bool:
 
 def _is_gpu(config: ModelConfig, group: InstanceGroup, has_cuda: bool) -> bool:
     if group.kind == "gpu" and not has_cuda and not config.cpu_filename:
-        raise ConfigError(f"model '{config.name}': instance_group.kind: KIND_GPU, but onnxruntime finds no CUDA")
+        raise ConfigError(
+            f"model '{config.name}': instance_group.kind: KIND_GPU, but onnxruntime finds no CUDA; on a machine with a "
+            f"GPU, its own wheel replaces that for processors: {extras.SWAP_ONNXRUNTIME}"
+        )
     return group.kind != "cpu" and has_cuda
 
 

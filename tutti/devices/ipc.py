@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from tutti import extras
 from tutti.errors import Internal, InvalidArgument, Unavailable, Unsupported
 from tutti.types import Raw
 
@@ -200,7 +201,7 @@ def _load() -> Any:
     try:
         from cuda.bindings import driver
     except ImportError:
-        raise Unsupported("the package cuda-bindings is missing: pip install 'tutti[gpu]'") from None
+        raise Unsupported(f"the package cuda-bindings is missing: {extras.install('gpu')}") from None
     try:
         (code,) = driver.cuInit(0)
     except RuntimeError as error:  # the bindings look for the library at their first call
