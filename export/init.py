@@ -5,7 +5,9 @@ Face's is `tutti export`'s, which knows its tokenizer and verifies it; here it i
 """
 
 import argparse
+import json
 import re
+import shlex
 import shutil
 import sys
 import tempfile
@@ -157,7 +159,7 @@ def _prove(draft: Draft, name: str, work: Path, version: int) -> Proof:
         failures = []
         for size in _FREE_SIZES if draft.has_free_sizes else _FREE_SIZES[:1]:
             try:
-                return Proof(_asked(models, draft, name, size), overview.example(models.models(), _URL))
+                return Proof(_asked(models, draft, name, size), _command(models, draft, name))
             except ExportError as error:
                 failures.append(error)
         raise failures[0]
@@ -169,13 +171,30 @@ def _asked(models: Staged, draft: Draft, name: str, size: int) -> str:
     answer = models.ask(name, draft.example(size, 1))
     took_ms = 1e3 * (time.monotonic() - start)
     shapes = ", ".join(f"{output} {list(array.shape)}" for output, array in answer.items())
-    told = [f"asked with zeros, it answered in {took_ms:.1f} ms: {shapes}"]
+    what = "values that it knows" if draft.known else "zeros"
+    told = [f"asked with {what}, it answered in {took_ms:.1f} ms: {shapes}"]
     if draft.max_batch_size >= _ROWS:
         models.ask(name, draft.example(size, _ROWS))
         told.append(f"and with {_ROWS} rows")
     if draft.check is not None:
         told.append(draft.check(partial(models.ask, name)))
     return "; ".join(told)
+
+
+def _command(models: Staged, draft: Draft, name: str) -> str:
+    """For a shell: it asks as the proof did."""
+    if not draft.known:
+        return overview.example(models.models(), _URL)
+    inputs = [
+        {
+            "name": one.name,
+            "shape": list(array.shape),
+            "datatype": one.datatype,
+            "data": [value.decode() if isinstance(value, bytes) else value for value in array.reshape(-1).tolist()],
+        }
+        for one, array in zip(draft.inputs, draft.example(1, 1).values(), strict=True)
+    ]
+    return f"curl -s {_URL}/v2/models/{name}/infer -d {shlex.quote(json.dumps({'inputs': inputs}))}"
 
 
 def _publish(made: Path, target: Path) -> None:

@@ -7,6 +7,7 @@ what is in it: it is to be one's own.
 import json
 import re
 import shutil
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,8 +18,10 @@ from typing import Any
 import numpy as np
 from tritonclient.grpc import model_config_pb2 as pb
 
+from export import columns, maps
 from export.errors import ExportError
 from tutti.dtypes import NUMPY, Array, from_config, to_config
+from tutti.errors import ConfigError
 
 Ask = Callable[[Mapping[str, Array]], Mapping[str, Array]]
 Shape = tuple[int, ...]
@@ -56,6 +59,8 @@ class Draft:
     notes: tuple[str, ...] = ()
     # Files that it needs beside it.
     beside: tuple[Path, ...] = ()
+    # What an input is asked with, where zeros and "text" may be refused.
+    known: Mapping[str, Any] = field(default_factory=dict, compare=False)
     # Says that the answers are right, or raises ExportError; None where nobody knows.
     check: Callable[[Ask], str] | None = field(default=None, compare=False)
 
@@ -75,13 +80,14 @@ class Draft:
         return replace(self, max_batch_size=0, inputs=alone(self.inputs), outputs=alone(self.outputs), notes=notes)
 
     def example(self, size: int, rows: int) -> dict[str, Array]:
-        """Inputs of zeros, and of the text "text"; free dims are of this size."""
+        """Inputs of known values, else of zeros, and of the text "text"; free dims are of this size."""
         made = {}
         for one in self.inputs:
             dims = [size if dim < 0 else dim for dim in one.dims]
             shape = (rows, *dims) if self.max_batch_size else tuple(dims)
             is_text = one.datatype == "BYTES"
-            made[one.name] = np.full(shape, b"text", object) if is_text else np.zeros(shape, NUMPY[one.datatype])
+            value = self.known.get(one.name, b"text" if is_text else 0)
+            made[one.name] = np.full(shape, value, object if is_text else NUMPY[one.datatype])
         return made
 
     def write(self, folder: Path, version: int) -> None:
@@ -189,12 +195,22 @@ def _onnx(source: Path, name: str, work: Path, origin: str = "") -> Draft:
     from tutti.backends import onnxruntime
 
     proto = pb.ModelConfig(name=name)
-    onnxruntime.complete(proto, source)
     beside = tuple(path for path in sorted(source.parent.glob(f"{source.name}*")) if path != source and path.is_file())
+    mended: list[str] = []
+    try:
+        onnxruntime.complete(proto, source)
+    except ConfigError as error:
+        if "zipmap" not in str(error):
+            raise
+        origin = origin or source.name
+        mended, source = maps.taken_off(source, work / "unmapped.onnx"), work / "unmapped.onnx"
+        proto = pb.ModelConfig(name=name)
+        onnxruntime.complete(proto, source)
     inputs, outputs = _fields(proto.input), _fields(proto.output)
     size = _MAX_BATCH_SIZE if proto.max_batch_size else 0
-    notes = () if size else ("requests are not joined: not all tensors have a free first axis",)
-    return Draft("onnxruntime", source, "model.onnx", inputs, outputs, size, origin or source.name, notes, beside)
+    notes = [] if size else ["requests are not joined: not all tensors have a free first axis"]
+    told = (*mended, *notes)
+    return Draft("onnxruntime", source, "model.onnx", inputs, outputs, size, origin or source.name, told, beside)
 
 
 def _fields(side: Any) -> tuple[Field, ...]:
@@ -309,7 +325,7 @@ def _pickled(source: Path, name: str, work: Path) -> Draft:
     """A fitted scikit-learn model, as ONNX, whose answers are compared with its own."""
     import joblib
     import skl2onnx
-    from skl2onnx.common.data_types import FloatTensorType, StringTensorType
+    from skl2onnx.common.data_types import FloatTensorType, Int64TensorType, StringTensorType
 
     try:
         model = joblib.load(source)
@@ -320,9 +336,13 @@ def _pickled(source: Path, name: str, work: Path) -> Draft:
     if not hasattr(model, "predict") and not hasattr(model, "transform"):
         raise ExportError(f"'{source.name}' holds a {type(model).__name__}: expected a fitted model of scikit-learn's")
     width: int | None = getattr(model, "n_features_in_", None)
-    tensor = StringTensorType([None, 1]) if width is None else FloatTensorType([None, width])
+    kinds = {"text": StringTensorType, "int64": Int64TensorType, "float": FloatTensorType}
+    named = columns.of(model)
+    types = [(one.name, kinds[one.kind]([None, 1])) for one in named]
+    if not types:
+        types = [("X", StringTensorType([None, 1]) if width is None else FloatTensorType([None, width]))]
     try:
-        made = skl2onnx.to_onnx(model, initial_types=[("X", tensor)], options=_conversion(model))
+        made = skl2onnx.to_onnx(model, initial_types=types, options=_conversion(model))
     except Exception as error:
         raise ExportError(
             f"'{source.name}', a {type(model).__name__}: skl2onnx does not convert it: {first_line(error)}"
@@ -330,7 +350,9 @@ def _pickled(source: Path, name: str, work: Path) -> Draft:
     path = work / "model.onnx"
     path.write_bytes(made.SerializeToString())
     draft = _onnx(path, name, work, f"{source.name}, a {type(model).__name__} of scikit-learn's")
-    return replace(draft, check=partial(_compared, model, _rows(model, width), draft))
+    rows = _named_rows(named) if named else {"X": _rows(model, width)}
+    known = {name: column[0, 0] for name, column in rows.items()} if named else {}
+    return replace(draft, known=known, check=partial(_compared, model, rows, draft))
 
 
 def _conversion(model: Any) -> dict[int, dict[str, object]]:
@@ -359,14 +381,47 @@ def _rows(model: Any, width: int | None) -> Array:
     return np.array([[text.encode()] for text in texts], dtype=object)
 
 
-def _compared(model: Any, rows: Array, draft: Draft, ask: Ask) -> str:
+def _named_rows(named: Sequence[columns.Column]) -> dict[str, Array]:
+    """The same for each column: [rows, 1], texts as bytes."""
+    rng = np.random.default_rng(0)
+    drawn = {one.name: one.drawn(_CHECKED_ROWS, rng) for one in named}
+    encoded = {
+        name: np.array([text.encode() for text in values], object)
+        for name, values in drawn.items()
+        if values.dtype == object
+    }
+    return {name: values[:, np.newaxis] for name, values in (drawn | encoded).items()}
+
+
+def _as_fitted(model: Any, rows: Mapping[str, Array]) -> Any:
+    """Rows as the model itself takes them: an array, a list of texts, or a data frame."""
+    told = {
+        name: [value.decode() for value in column[:, 0]] if column.dtype == object else column
+        for name, column in rows.items()
+    }
+    if list(told) == ["X"] and not columns.of(model):
+        return told["X"]
+    return _frame({name: np.ravel(column) for name, column in told.items()})
+
+
+def _frame(told: Mapping[str, Array]) -> Any:
+    """Of the library that is here: scikit-learn takes either's."""
+    try:
+        import pandas
+    except ModuleNotFoundError:
+        import pyarrow
+
+        return pyarrow.table(dict(told))
+    return pandas.DataFrame(dict(told))
+
+
+def _compared(model: Any, rows: Mapping[str, Array], draft: Draft, ask: Ask) -> str:
     """That the answers to these rows are the model's own: numbers within 1e-4, and one row in 100 may differ."""
-    given = [value.decode() for value in rows[:, 0]] if rows.dtype == object else rows
-    own = _own_answers(model, given)
+    own = _own_answers(model, _as_fitted(model, rows))
     parts: list[list[Array]] = [[] for _ in draft.outputs]
     step = max(1, draft.max_batch_size)
     for start in range(0, _CHECKED_ROWS, step):
-        answers = ask({draft.inputs[0].name: rows[start : start + step]})
+        answers = ask({name: column[start : start + step] for name, column in rows.items()})
         for part, one in zip(parts, draft.outputs, strict=True):
             part.append(answers[one.name])
     for one, part, expected in zip(draft.outputs, parts, own, strict=False):
@@ -379,8 +434,10 @@ def _compared(model: Any, rows: Array, draft: Draft, ask: Ask) -> str:
 
 
 def _own_answers(model: Any, rows: Any) -> list[Array]:
-    answers = [model.predict(rows)] if hasattr(model, "predict") else [model.transform(rows)]
-    answers += [model.predict_proba(rows)] if hasattr(model, "predict_proba") else []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of names that a data frame had and an array has not
+        answers = [model.predict(rows)] if hasattr(model, "predict") else [model.transform(rows)]
+        answers += [model.predict_proba(rows)] if hasattr(model, "predict_proba") else []
     return [np.asarray(answer.toarray() if hasattr(answer, "toarray") else answer) for answer in answers]
 
 

@@ -9,16 +9,19 @@ from typing import Any
 import joblib
 import numpy as np
 import onnx
+import onnxruntime
+import pyarrow
 import pytest
 import skl2onnx
 import torch
 from onnx import TensorProto, helper
+from sklearn.compose import ColumnTransformer
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
+from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
-from export import init, initial
+from export import columns, init, initial, maps
 from tests.export import checkpoints
 from tests.models import onnx_add_one
 from tests.serving import serving
@@ -53,6 +56,15 @@ def scaler(path: Path) -> None:
     joblib.dump(StandardScaler().fit(np.arange(12.0).reshape(4, 3)), path)
 
 
+def churn(path: Path) -> None:
+    """Fitted on columns with names, of numbers, texts and whole numbers."""
+    rng = np.random.default_rng(0)
+    drawn = {"age": rng.normal(0, 1, 80), "plan": rng.choice(["basic", "gold"], 80), "door": rng.choice([2, 4], 80)}
+    picking = ColumnTransformer([("n", StandardScaler(), ["age"]), ("c", OneHotEncoder(), ["plan", "door"])])
+    fitted = make_pipeline(picking, LogisticRegression()).fit(pyarrow.table(drawn), drawn["age"] > 0)
+    joblib.dump(fitted, path)
+
+
 def exported(path: Path) -> None:
     batch = torch.export.Dim("batch", min=1, max=64)
     example = (torch.zeros(2, 3, 16, 16),)
@@ -66,6 +78,11 @@ def fixed(path: Path) -> None:
 
 def scripted(path: Path) -> None:
     torch.jit.trace(Convolution().eval(), torch.zeros(2, 3, 16, 16)).save(str(path))  # type: ignore[no-untyped-call]
+
+
+def with_maps(path: Path) -> None:
+    iris(path)
+    path.write_bytes(skl2onnx.to_onnx(joblib.load(path), np.zeros((1, 4), np.float32)).SerializeToString())
 
 
 def write(path: Path, graph: onnx.GraphProto) -> None:
@@ -100,6 +117,8 @@ COVERED: dict[str, tuple[str, Any, list[str], str, int]] = {
     "scikit-learn": ("iris.pkl", iris, [], "its answers to 100 random rows are scikit-learn's", 8),
     "scikit-learn, texts": ("texts.pickle", texts, [], "its answers to 100 random rows are scikit-learn's", 8),
     "scikit-learn, no classifier": ("scaler.joblib", scaler, [], "rows are scikit-learn's", 8),
+    "scikit-learn, columns": ("churn.pkl", churn, [], "its answers to 100 random rows are scikit-learn's", 8),
+    "maps of classes": ("iris.onnx", with_maps, [], "the numbers now, in the order 1, 2", 8),
     "torch.export": ("picture.pt2", exported, [], "input  picture  FP32  [3, 16, 16]", 8),
     "torch.export, fixed": ("picture.pt2", fixed, [], "(torch.export's dynamic_shapes frees them)", 0),
     "torch.export, misnamed": ("picture.pt", exported, [], "OUTPUT__0 [1, 5]; and with 3 rows", 8),
@@ -151,11 +170,6 @@ def weights(path: Path) -> None:
     torch.save(Convolution().state_dict(), path)
 
 
-def with_maps(path: Path) -> None:
-    iris(path)
-    path.write_bytes(skl2onnx.to_onnx(joblib.load(path), np.zeros((1, 4), np.float32)).SerializeToString())
-
-
 def nonsense(path: Path) -> None:
     path.write_bytes(b"nonsense")
 
@@ -171,7 +185,6 @@ def folder(path: Path) -> None:
 
 REFUSED: dict[str, tuple[str, Any, list[str], str]] = {
     "weights alone": ("w.pt", weights, [], "'w.pt' holds weights without a program, as torch.save makes it"),
-    "maps": ("iris.onnx", with_maps, [], "convert it with skl2onnx's option zipmap=False"),
     "no graph": ("x.onnx", nonsense, [], "model 'x': onnxruntime cannot load x.onnx"),
     "no program": ("x.pt2", nonsense, [], "'x.pt2' holds weights without a program"),
     "no pickle": ("x.pkl", nonsense, [], "'x.pkl': expected a pickle of scikit-learn's"),
@@ -251,3 +264,31 @@ def test_a_checkpoint_is_of_what_prepares_its_inputs(files: dict[str, str], kind
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     assert initial.checkpoint_kind(tmp_path) == kind
+
+
+def test_a_map_becomes_the_tensor_that_it_was_made_of(tmp_path: Path) -> None:
+    with_maps(tmp_path / "iris.onnx")
+    (told,) = maps.taken_off(tmp_path / "iris.onnx", tmp_path / "plain.onnx")
+    assert told.startswith("'output_probability' was a map")
+    given = {"X": np.random.default_rng(1).standard_normal((5, 4)).astype(np.float32)}
+    _, mapped = onnxruntime.InferenceSession(tmp_path / "iris.onnx").run(None, given)
+    _, plain = onnxruntime.InferenceSession(tmp_path / "plain.onnx").run(None, given)
+    assert [[row[1], row[2]] for row in mapped] == plain.tolist()
+
+
+def test_a_graph_without_maps_is_left_alone(tmp_path: Path) -> None:
+    odd(tmp_path / "odd.onnx")
+    assert maps.taken_off(tmp_path / "odd.onnx", tmp_path / "plain.onnx") == []
+    assert not (tmp_path / "plain.onnx").exists()
+
+
+def test_a_frames_columns_are_inputs_of_their_own_kind(tmp_path: Path) -> None:
+    churn(tmp_path / "churn.pkl")
+    made = columns.of(joblib.load(tmp_path / "churn.pkl"))
+    assert [(one.name, one.kind, one.known) for one in made] == [
+        ("age", "float", ()),
+        ("plan", "text", ("basic", "gold")),
+        ("door", "int64", (2, 4)),
+    ]
+    iris(tmp_path / "iris.pkl")
+    assert columns.of(joblib.load(tmp_path / "iris.pkl")) == []

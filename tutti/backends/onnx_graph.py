@@ -68,7 +68,7 @@ def _complete_tensor(proto: Any, field: Any, node: Node) -> None:
     if node.datatype not in _ORT_TYPES.values():
         advice = ""
         if node.datatype.startswith("seq(map"):
-            advice = ": convert it with skl2onnx's option zipmap=False (`tutti init` does, from the pickle)"
+            advice = ": `tutti init` makes a tensor of it, and so does skl2onnx's option zipmap=False"
         what = f"has type {node.datatype}, which is no tensor of Triton's{advice}"
         raise ConfigError(f"model '{proto.name}': tensor '{node.name}' {what}")
     dims = node.shape[1:] if proto.max_batch_size else node.shape
