@@ -1,14 +1,16 @@
 """`tutti export audio|text|vision SOURCE`: export one model into a repository, or say why not and exit non-zero."""
 
 import argparse
+import json
 import logging
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from export.names import VARIANTS
-from tutti import extras
+from tutti import config, extras
 from tutti.errors import TuttiError
 from tutti.scratch import Folder
 
@@ -276,6 +278,20 @@ def _tell(outcome: "Outcome", label: str, options: argparse.Namespace) -> None:
     if options.report is not None or outcome.measured:
         print(f"{label}: report: {_report(outcome, options)}")
     print(f"{label}: published in {options.repository} ({outcome.seconds:.1f} s)")
+    print(f"\nserve it:  tutti serve {options.repository}")
+    command = _command(options)
+    if command:
+        print(f"ask it:    {command}")
+
+
+def _command(options: argparse.Namespace) -> str:
+    """For a shell: it asks the ensemble, where that takes texts only; a picture or a sound is no word to type."""
+    name = f"{options.name}_ensemble" if options.ensemble is None else options.ensemble
+    path = options.repository / name / "config.pbtxt"
+    if options.kind != "text" or not name or not path.is_file():
+        return ""
+    texts = {spec.name: "a text" for spec in config.load(path).inputs}
+    return f"curl -s http://127.0.0.1:8000/v2/models/{name}/generate -d {shlex.quote(json.dumps(texts))}"
 
 
 if __name__ == "__main__":

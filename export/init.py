@@ -109,6 +109,8 @@ def _init(options: argparse.Namespace) -> int:
         draft, proof = _proved(source, name, Path(work), options)
         _publish(Path(work) / "models" / name, target)
     _tell(draft, proof, target, options)
+    if options.name is None and source.stem.lower() in _NAMELESS:
+        print(f"it is called '{name}' after its folder: --name gives another")
     return 0
 
 

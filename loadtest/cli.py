@@ -57,6 +57,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if rest:
         command.error(f"unrecognized arguments: {' '.join(rest)}{_near_flag(command, rest)}")
     if options.command != "worker" and options.scenario is None:
+        options.scenario = "steady" if options.model else None
+    if options.command != "worker" and options.scenario is None:
         command.error(f"expected a scenario: a file in YAML, or one of these, which come along:\n{names.listing()}")
     options.given, options.locust = given, locust
     return options
@@ -111,6 +113,8 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
     replay.add_argument("--speed", type=_positive, default=1.0, help="times as fast (default: 1)")
     for command in (run, saturate, compare, replay):
         _add_common(command)
+    run.add_argument("--rate", type=_rate, help="requests a second, in place of the scenario's stages")
+    run.add_argument("--seconds", type=_positive, help="of that rate (default: of the scenario's first stage)")
     for command in (run, replay):
         command.add_argument("--web", action="store_true", help="with Locust's web page, on port 8089")
     worker = commands.add_parser("worker", help="send a share of a run whose master is on another machine")
@@ -127,6 +131,8 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--url", action="append", type=_address, metavar="HOST:PORT", help="in place of the scenario's (repeatable)"
     )
+    command.add_argument("--model", metavar="NAME", help="asked in place of the scenario's, with seeded data that fit")
+    command.add_argument("--p99-ms", type=_positive, metavar="MS", help="the goal, in place of the scenario's")
     command.add_argument("--protocol", choices=("http", "grpc", "grpc-stream"), help="in place of the scenario's")
     command.add_argument(
         "--metrics", action="append", type=_address, metavar="HOST:PORT", help="the server's metrics (repeatable)"

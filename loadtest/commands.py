@@ -62,6 +62,10 @@ def _load(options: argparse.Namespace, **changes: Any) -> Scenario:
     }
     if options.seed is not None:
         changes["seed"] = options.seed
+    if options.model is not None:
+        changes |= {"payloads": [{"model": options.model}], "name": options.model}
+    if options.p99_ms is not None:
+        changes["slo"] = {"p99_ms": options.p99_ms}
     given = scenario.load(names.scenario(options.scenario), {**changes, **({"target": target} if target else {})})
     length_s(given)  # a trace that is none
     if options.output is not None:
@@ -90,7 +94,22 @@ def _check(given: Scenario, options: argparse.Namespace) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    return _judge(_load(options), options)
+    given = _load(options)
+    if options.rate is not None or options.seconds is not None:
+        given = _at_one_rate(given, options)
+    return _judge(given, options)
+
+
+def _at_one_rate(given: Scenario, options: argparse.Namespace) -> Scenario:
+    """That of the flags, and of the first stage what they leave out. Raises ScenarioError for a trace without both."""
+    if not given.stages and None in (options.rate, options.seconds):
+        raise ScenarioError("expected both --rate and --seconds: the scenario has a trace, and no stages")
+    first = given.stages[0] if given.stages else Stage(seconds=options.seconds, rate=options.rate)
+    stage = Stage(seconds=options.seconds or first.seconds, rate=options.rate or first.rate)
+    arrivals = given.arrivals.model_copy(update={"trace": None})
+    changed = given.model_copy(update={"stages": [stage], "arrivals": arrivals})
+    length_s(changed)  # too many requests
+    return changed
 
 
 def _replay(options: argparse.Namespace) -> int:

@@ -157,7 +157,7 @@ def _unknown(address: str, model: str, reason: str, index: Sequence[Mapping[str,
     known = [str(one.get("name")) for one in index]
     if model in known or not known:
         return f"model '{model}' at {address}: {reason}"
-    hint = names.near(model, known) or f": expected one of {', '.join(known[:8])}"
+    hint = names.near(model, known) or f": --model NAME asks one of {', '.join(known[:8])}"
     return f"model '{model}' is not served at {address}{hint}"
 
 

@@ -162,7 +162,9 @@ def test_a_checkpoint_is_exported(
     monkeypatch.chdir(tmp_path)
     checkpoints.text(tmp_path / "sentiment", "bert", is_classifier=True)
     assert cli.main(["init", "models", "sentiment"]) == 0
-    assert "'sentiment' is a checkpoint: tutti export text sentiment --name sentiment" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "'sentiment' is a checkpoint: tutti export text sentiment --name sentiment" in said
+    assert '/v2/models/sentiment_ensemble/generate -d \'{"TEXT": "a text"}\'' in said
     assert any(path.name.startswith("sentiment") for path in (tmp_path / "models").iterdir())
 
 
@@ -224,10 +226,18 @@ def test_a_near_name_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert f"did you mean '{tmp_path / 'model.onnx'}'?" in capsys.readouterr().err
 
 
+def test_a_name_that_says_nothing_gives_way_to_the_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "wine").mkdir()
+    odd(tmp_path / "wine" / "model.onnx")
+    assert init.main([str(tmp_path / "models"), str(tmp_path / "wine" / "model.onnx")]) == 0
+    assert "it is called 'wine' after its folder: --name gives another" in capsys.readouterr().out
+
+
 def test_what_is_there_is_written_over_only_when_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     odd(tmp_path / "m.onnx")
     command = [str(tmp_path / "models"), str(tmp_path / "m.onnx")]
     assert init.main(command) == 0
+    assert "--name gives another" not in capsys.readouterr().out
     assert init.main(command) == 1
     assert "--force writes over it" in capsys.readouterr().err
     assert init.main([*command, "--version", "2", "--force"]) == 0

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from loadtest import cli, names, server
+from loadtest import cli, commands, names, server
 from loadtest.errors import RunError
 from loadtest.process import free_ports
 from loadtest.scenario import Scenario
@@ -115,6 +115,29 @@ def test_a_scenario_that_comes_along_is_known_by_its_name(here: Path) -> None:
     assert names.scenario("steady") == Path("steady"), "a person's own comes first"
 
 
+@pytest.mark.parametrize(
+    ("command", "rate", "seconds", "p99_ms"),
+    [
+        ("run --model mine", 30, 30, 500),
+        ("run steady --model mine --rate 200 --seconds 2 --p99-ms 20", 200, 2, 20),
+        ("run s.yaml --model mine --seconds 2", 10, 2, 100),
+        ("run recorded.yaml --model mine --rate 7 --seconds 2", 7, 2, None),
+    ],
+)
+def test_a_model_of_ones_own_needs_no_file(
+    command: str, rate: int, seconds: int, p99_ms: int | None, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here / "t.csv").write_text("1\n2\n")
+    (here / "recorded.yaml").write_text("payloads: [{model: m}]\narrivals: {trace: t.csv}\n")
+    judged: list[Scenario] = []
+    monkeypatch.setattr(commands, "_judge", lambda given, _: judged.append(given) or 0)
+    assert status_of(command.split()) == 0
+    (given,) = judged
+    assert [payload.model for payload in given.payloads] == ["mine"]
+    assert [(stage.rate, stage.seconds) for stage in given.stages] == [(rate, seconds)]
+    assert (given.slo.p99_ms, given.arrivals.trace) == (p99_ms, None)
+
+
 WRONG = [
     ("rnu s.yaml", "no such command: 'rnu'; did you mean 'run'?"),
     ("run t.yaml", "t.yaml: no such file: expected a scenario in YAML; did you mean 's.yaml'?"),
@@ -151,6 +174,11 @@ WRONG = [
     ("compare a:1 b:2 idle.yaml", "stages: expected a rate above 0 in one of them"),
     ("compare a:1 b:2 soon.yaml", "expected a first stage with a rate"),
     ("run much.yaml", "5,000,000,000,000 requests: expected 20,000,000 at most"),
+    ("run s.yaml --rate 1e6 --seconds 1e6", "requests: expected 20,000,000 at most"),
+    ("run s.yaml --rate 0", "argument --rate: expected a number above 0"),
+    ("run s.yaml --p99-ms 0", "argument --p99-ms: expected a number above 0"),
+    ("run recorded.yaml --rate 5", "expected both --rate and --seconds: the scenario has a trace"),
+    ("saturate open.yaml --model x", "expected slo.p99_ms"),
     ("-x", "-x expected a command: one of run, saturate, compare, replay, worker"),
     ("replay s.csv s.yaml", "s.csv: no such file: expected a trace in CSV or Parquet; did you mean 't.csv'?"),
     ("replay words.csv s.yaml", "words.csv:1: expected a column second"),
@@ -173,6 +201,7 @@ def test_what_is_wrong_is_named(command: str, says: str, here: Path, capsys: pyt
     (here / "soon.yaml").write_text("payloads: [{model: m}]\nstages: [{seconds: 1, rate: 0}, {seconds: 1, rate: 1}]\n")
     (here / "much.yaml").write_text("payloads: [{model: m}]\nstages: [{seconds: 5, rate: 1e12}]\n")
     (here / "t.csv").write_text("1\n2\n")
+    (here / "recorded.yaml").write_text("payloads: [{model: m}]\narrivals: {trace: t.csv}\n")
     (here / "words.csv").write_text("one,two\n3,4\n")
     assert status_of(command.split()) == 2
     said = capsys.readouterr().err
@@ -200,6 +229,7 @@ def test_a_run_that_cannot_start_leaves_a_page_that_says_why(
     command: str, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (here / "t.csv").write_text("1\n2\n")
+    (here / "recorded.yaml").write_text("payloads: [{model: m}]\narrivals: {trace: t.csv}\n")
     (port,) = free_ports(1)
     url = f"127.0.0.1:{port}"
     assert status_of([*command.format(url=url).split(), "--url", url, "--output", "rep"]) == 2
