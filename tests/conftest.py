@@ -12,7 +12,7 @@ import pytest
 # half a minute where there is no network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from tests import models
+from tests import models, wheels
 from tutti.devices import engines, health
 from tutti.devices.health import DeviceHealth
 from tutti.devices.simulated import SIMULATED
@@ -52,6 +52,13 @@ def sample_repository() -> Path:
             pytest.fail(message)
         pytest.skip(message)
     return root
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> wheels.Installed:
+    """The wheel of this checkout, in an environment of its own."""
+    folder = tmp_path_factory.mktemp("wheel")
+    return wheels.install(wheels.build(folder), folder / "environment")
 
 
 @pytest.fixture
