@@ -116,9 +116,9 @@ class EnsembleExecutor:
         self._go_on(ready, again, ended)
 
     def _key(self, call: Call) -> Hashable:
-        """Calls of equal keys share a frame. Large ones do not: they would have to be copied."""
+        """Calls of equal keys share a frame. Large ones do not: they would have to be copied; nor do traced ones."""
         request = call.request
-        if not self._plan.is_batched or rows.is_large([request]):
+        if not self._plan.is_batched or call.trace is not None or rows.is_large([request]):
             return id(call)
         parameters = tuple(sorted(request.parameters.items())) if request.parameters else ()
         return tuple(request.inputs), request.outputs, parameters, tuple(map(type, request.parameters.values()))
@@ -234,6 +234,8 @@ class EnsembleExecutor:
         for group in groups[1:]:
             calls += self._calls(frame, step, group, now)
         work.left = len(calls)
+        if not calls and frame.calls[0].trace is not None:
+            frame.calls[0].trace.record(f"SKIPPED {step.model_name}: {frame.why_not(step)}", now)
         if frame.explanation is not None:
             self._explain(frame, step, work, calls, now)
         return calls
@@ -247,8 +249,8 @@ class EnsembleExecutor:
         items = sum([group.rows for group in work.groups]) if step.each is not None else None
         work.entry = frame.explanation.begun(step.model_name, now, rows_chosen, len(calls), items)
         for call in calls:
-            call.trace = StepTimes()
-            work.times.append(call.trace)
+            call.trace = times = StepTimes(call.trace)
+            work.times.append(times)
 
     def _calls(self, frame: Frame, step: Step, group: Group, now: int) -> list[Call]:
         size = step.max_rows or group.rows
@@ -284,6 +286,10 @@ class EnsembleExecutor:
         call = Call(request, self, _Piece(frame, step, group, number, size, now))
         call.deadline_ns = deadline_ns
         call.requests = len(group.calls)
+        if (outer := frame.calls[group.calls[0]].trace) is not None:
+            outer.follow(call)
+            if step.each is not None and call.trace is not None:
+                call.trace.note("items", size)
         return call
 
     def _deadline_ns(self, frame: Frame, step: Step, group: Group) -> int:

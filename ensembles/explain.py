@@ -7,23 +7,35 @@ from typing import Any
 
 import orjson
 
+from tutti.types import Call, Trace
+
 PARAMETER = "tutti_explain"
 
 
 class StepTimes:
     """Timestamps of one step's request, as the scheduler tells them: a call's trace."""
 
-    __slots__ = ("batch_rows", "marks")
+    __slots__ = ("_also", "marks", "notes")
 
-    def __init__(self) -> None:
+    def __init__(self, also: Trace | None = None) -> None:
+        """`also` is told the same."""
+        self._also = also
         self.marks: dict[str, int] = {}
-        self.batch_rows = 0
+        self.notes: dict[str, Any] = {}
 
     def record(self, activity: str, ns: int) -> None:
         self.marks[activity] = ns
+        if self._also is not None:
+            self._also.record(activity, ns)
 
-    def executed_with(self, rows: int) -> None:
-        self.batch_rows = rows
+    def note(self, what: str, value: object) -> None:
+        self.notes[what] = value
+        if self._also is not None:
+            self._also.note(what, value)
+
+    def follow(self, call: Call) -> None:
+        if self._also is not None:
+            self._also.follow(call)
 
 
 class Explanation:
@@ -61,7 +73,7 @@ class Explanation:
             spans = [one.marks[last] - one.marks[first] for one in times if first in one.marks and last in one.marks]
             if spans:
                 entry[name] = round(max(spans) / 1000, 1)
-        entry["batch_rows"] = max((one.batch_rows for one in times), default=0)
+        entry["batch_rows"] = max((one.notes.get("batch_rows", 0) for one in times), default=0)
         if shed:
             entry["shed_requests"] = shed
 

@@ -182,6 +182,8 @@ class SoloExecutor:
             inner = Call(request, self, (solo, step))
             inner.deadline_ns = call.deadline_ns
             inner.requests = call.requests
+            if call.trace is not None:
+                call.trace.follow(inner)
             self._infer([inner])
 
     def _drop(self, solo: _Solo, step: Step) -> None:

@@ -189,12 +189,16 @@ class _Run(Sink):
         stage, tensors, place = token
         if tensors is None:
             call.emit = lambda response: self._take(stage, place, response)
+            if self.outer.trace is not None:
+                self.outer.trace.follow(call)
         elif self._plan.is_batched:
             try:
                 call.rows = _rows(request.inputs.values())
             except InferError as error:
                 self._put(place, Internal(f"in ensemble '{self._plan.name}': {error.message}"), is_end=True)
                 return
+        if tensors is not None:  # a part's steps are the request's
+            call.trace = self.outer.trace
         infer([call])
 
     def _take(self, stage: Stage, place: _Place, response: InferResponse) -> None:

@@ -860,7 +860,7 @@ def trace(batch: Sequence[Call], times: BatchTimes) -> None:
     rows = sum([call.rows for call in batch])
     for call in batch:
         if call.trace is not None:
-            call.trace.executed_with(rows)
+            call.trace.note("batch_rows", rows)
             call.trace.record("QUEUE_START", call.arrived_ns)
             call.trace.record("COMPUTE_START", times.start_ns)
             call.trace.record("COMPUTE_INPUT_END", times.infer_start_ns)

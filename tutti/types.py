@@ -221,8 +221,11 @@ class Trace(Protocol):
     def record(self, activity: str, ns: int) -> None:
         """`ns` is of the clock of now_ns."""
 
-    def executed_with(self, rows: int) -> None:
-        """The call was executed in a batch of so many rows."""
+    def note(self, what: str, value: object) -> None:
+        """A fact about the call, as `batch_rows`: numbers, texts, and lists of them."""
+
+    def follow(self, call: "Call") -> None:
+        """`call`, which has not been handed on yet, is made for the traced one: it is traced as a step of it."""
 
 
 class Sink(Protocol):

@@ -2,16 +2,22 @@
 
 import errno
 import json
+import signal
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from demo.client import Client
 from tests.models import Repository
-from tests.serving import Gather, engine_over
-from tutti import tracing
+from tests.serving import Gather, engine_over, serving, wait_until
+from tutti import trace_files, trace_records, tracing
 from tutti.engine import Engine
 from tutti.errors import ConfigError, InvalidArgument
+from tutti.trace_files import JsonWriter
+from tutti.trace_records import Record
 from tutti.tracing import TraceConfig, Tracer, parse_config
 from tutti.types import Call, InferRequest, InferResponse, Tensor
 
@@ -50,15 +56,70 @@ def test_rate_and_count(repository: Repository, tmp_path: Path) -> None:
         assert len(traced(tmp_path / "trace")) == 3
 
 
-def test_traces_are_not_hoarded(repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracing, "_MAX_HELD", 4)
+def test_traces_are_written_as_they_happen(repository: Repository, tmp_path: Path) -> None:
     repository.add_onnx()
-    tracer = make(tmp_path / "trace")
+    path = tmp_path / "trace"
+    tracer = make(path)
     with engine_over(repository.root) as engine:
-        send(engine, tracer, 10)
-        assert traced(tmp_path / "trace") == [f"r{n}" for n in range(8)]
-        tracer.close()
-        assert traced(tmp_path / "trace") == [f"r{n}" for n in range(10)]
+        for count in (1, 2, 5):
+            path.write_text("")  # as a log rotation leaves it
+            send(engine, tracer, count)
+            wait_until(lambda count=count: path.read_text() and len(traced(path)) == count)  # type: ignore[misc]
+        path.rename(tmp_path / "moved")
+        send(engine, tracer, 1)
+        wait_until(path.exists)
+        assert traced(path) == ["r0"]
+        assert len(traced(tmp_path / "moved")) == 5
+
+
+def test_the_file_is_whole_after_a_kill(repository: Repository, tmp_path: Path) -> None:
+    repository.add_onnx()
+    path = tmp_path / "trace"
+    flags = ("--trace-config", f"triton,file={path}", "--trace-config", "level=TIMESTAMPS", "--trace-config", "rate=1")
+    with serving(repository.root, tmp_path / "log", *flags) as served:
+        client = Client("http", served.http)
+        for _ in range(20):
+            client.infer("add_one", {"x": np.ones((1, 4), np.float32)})
+        wait_until(lambda: path.exists() and len(json.loads(path.read_text())) == 40)
+        served.process.send_signal(signal.SIGKILL)
+        served.process.wait(20)
+    entries = json.loads(path.read_text())
+    names = [time["name"] for time in entries[1]["timestamps"]]
+    # What Triton's own trace_summary.py goes by.
+    assert names[:3] == ["HTTP_RECV_START", "REQUEST_START", "HTTP_RECV_END"]
+    assert names[-3:] == ["INFER_RESPONSE_COMPLETE", "REQUEST_END", "HTTP_SEND_START"]
+    assert entries[0]["batch_rows"] == 1
+
+
+def test_traces_that_come_too_fast_are_dropped_and_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(trace_files, "MAX_WAITING", 3)
+    begun, may_go_on = threading.Event(), threading.Event()
+
+    class Slow(JsonWriter):
+        def _take(self, records: list[Record], is_flushing: bool) -> None:
+            begun.set()
+            assert may_go_on.wait(60)
+            super()._take(records, is_flushing)
+
+    monkeypatch.setattr(tracing, "JsonWriter", Slow)
+    tracer = make(tmp_path / "trace")
+    trace(tracer, 4)
+    assert begun.wait(60)
+    trace(tracer, 4, 5)  # none waits for the disk
+    may_go_on.set()
+    tracer.close()
+    assert len(traced(tmp_path / "trace")) == 4
+    assert "2 traces were dropped" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("file", "says"), [("none/trace", "there is no folder"), (".", "is a folder"), ("", "triton,file is not")]
+)
+def test_a_file_that_cannot_be_written_is_told_at_once(tmp_path: Path, file: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        Tracer(TraceConfig(file=str(tmp_path / file) if file else "", levels=("TIMESTAMPS",)))
 
 
 def test_log_frequency_makes_files(repository: Repository, tmp_path: Path) -> None:
@@ -77,7 +138,9 @@ def test_timestamps_and_tensors(repository: Repository, tmp_path: Path) -> None:
         send(engine, tracer, 1)
         tracer.close()
     entries = json.loads((tmp_path / "trace").read_text())
-    assert entries[0] == {"id": 1, "model_name": "add_one", "model_version": 1, "request_id": "r0"}
+    assert entries[0] == {
+        "id": 1, "model_name": "add_one", "model_version": 1, "request_id": "r0", "batch_rows": 1,
+    }  # fmt: skip
     names = [time["name"] for time in entries[1]["timestamps"]]
     assert names == [
         "REQUEST_START", "QUEUE_START", "COMPUTE_START", "COMPUTE_INPUT_END", "COMPUTE_OUTPUT_START", "COMPUTE_END",
@@ -152,11 +215,12 @@ def trace(tracer: Tracer, size: int, count: int = 1) -> None:
 
 
 def test_traces_of_large_tensors_are_written_soon_and_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracing, "_MAX_HELD_BYTES", 1000)
-    monkeypatch.setattr(tracing, "MAX_ELEMENTS", 300)
-    tracer = make(tmp_path / "trace", levels=("TENSORS",))
+    monkeypatch.setattr(trace_files, "MAX_HELD_BYTES", 1000)
+    monkeypatch.setattr(trace_records, "MAX_ELEMENTS", 300)
+    tracer = make(tmp_path / "trace", levels=("TENSORS",), log_frequency=1000)
     trace(tracer, 400)
-    entries = json.loads((tmp_path / "trace").read_text())
+    wait_until(lambda: (tmp_path / "trace.0").exists() and (tmp_path / "trace.0").read_text().endswith("]"))
+    entries = json.loads((tmp_path / "trace.0").read_text())
     shown = next(entry["tensor"] for entry in entries if entry.get("activity") == "TENSOR_QUEUE_INPUT")
     assert len(shown["data"].split(",")) == 300 and shown["elements_left_out"] == 100
 
@@ -165,23 +229,26 @@ def test_a_full_disk_costs_the_traces_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     now_s = 1000.0
-    monkeypatch.setattr(tracing.time, "monotonic", lambda: now_s)
-    monkeypatch.setattr(tracing, "_MAX_HELD", 2)
+    monkeypatch.setattr(trace_files, "time", SimpleNamespace(monotonic=lambda: now_s))
     tracer = make(tmp_path / "trace")
     trace(tracer, 4, 2)
-    whole = tracing._write_all
+    tracer.close()
+    whole = trace_files.write_all
 
     def fails(file: object, data: bytes) -> None:
         whole(file, data[:5])
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(tracing, "_write_all", fails)
+    monkeypatch.setattr(trace_files, "write_all", fails)
     trace(tracer, 4, 100)
+    tracer.close()
     assert len(traced(tmp_path / "trace")) == 2, "the file is still an array"
     assert sum("dropped" in record.message for record in caplog.records) == 1
-    monkeypatch.setattr(tracing, "_write_all", whole)
+    monkeypatch.setattr(trace_files, "write_all", whole)
     trace(tracer, 4, 2)
+    tracer.close()
     assert len(traced(tmp_path / "trace")) == 2, "it is not tried again at once"
     now_s += 1.0
     trace(tracer, 4, 2)
+    tracer.close()
     assert len(traced(tmp_path / "trace")) == 4

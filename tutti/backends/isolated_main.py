@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from google.protobuf import text_format
@@ -182,7 +181,7 @@ class _Server:
         call.deadline_ns = now_ns() + left_ns if left_ns else 0
         call.rows = rows
         if context is not None:
-            call.trace = SimpleNamespace(context=context)  # type: ignore[assignment]
+            call.trace = _Traced(number, context)
         return call
 
     def tell(self, *message: Any) -> None:
@@ -241,7 +240,7 @@ class _Server:
             r = call.request
             heads = packing.add(r.inputs.values())
             request = r.model_name, r.model_version, r.id, r.outputs, r.parameters, heads, packing.payload()
-            self.tell("infer", number, call.emit is not None, request)
+            self.tell("infer", number, call.emit is not None, request, getattr(call.trace, "number", 0))
 
     def _cancel(self, call: Call) -> None:
         self.tell("cancel", call.token)
@@ -283,6 +282,25 @@ class _Server:
             call.finish(answer)
         elif call.emit is not None and isinstance(answer, InferResponse):
             call.emit(answer)
+
+
+class _Traced:
+    """The trace of a call, which the server has; it is told which requests are made in the call's name."""
+
+    __slots__ = ("context", "number")
+
+    def __init__(self, number: int, context: str) -> None:
+        self.number = number
+        self.context = context
+
+    def record(self, activity: str, ns: int) -> None:
+        """The server knows when."""
+
+    def note(self, what: str, value: object) -> None:
+        """The server knows."""
+
+    def follow(self, call: Call) -> None:
+        call.trace = self
 
 
 class _Control:

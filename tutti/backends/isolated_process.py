@@ -336,12 +336,16 @@ class ModelProcess:
         except InferError as error:  # its caller does not take its answers
             self._send("refused", number, error)
 
-    def _on_infer(self, number: int, takes_many: bool, request: tuple[Any, ...]) -> None:
+    def _on_infer(self, number: int, takes_many: bool, request: tuple[Any, ...], of: int) -> None:
+        """`of` is the number of the traced call in whose name it is made, 0 for none."""
         model, version, request_id, outputs, parameters, heads, payload = request
         inputs = {tensor.name: tensor for tensor in wire.tensors(heads, wire.unpacked(payload))}
         made = InferRequest(model, inputs, version, request_id, outputs, parameters)
         asked = _Asked(self, number)
         call = self._asked[number] = Call(made, asked, None, asked.emit if takes_many else None)
+        outer = self._open.get(of)
+        if outer is not None and outer.trace is not None:
+            outer.trace.follow(call)
         try:
             self._infer([call])
         except Exception as error:

@@ -343,6 +343,11 @@ class InferenceTrace:
     def get_context(self) -> str | None:
         return getattr(self._trace, "context", None)
 
+    def _follow(self, call: Call) -> None:
+        """Have a request that is made in its name be a step of it."""
+        if self._trace is not None:
+            self._trace.follow(call)
+
 
 class InferenceResponse:
     """The answer to one request: its outputs, or an error."""
@@ -483,6 +488,7 @@ class InferenceRequest:
 
     __slots__ = (
         "_call", "_held", "_is_on_host", "_output_names", "_preferred_memory", "_request", "_sender", "_tensors",
+        "_trace",
     )  # fmt: skip
 
     def __init__(
@@ -515,6 +521,7 @@ class InferenceRequest:
         if preferred_memory is None or preferred_memory.preferred_memory_type == TRITONSERVER_MEMORY_GPU:
             self._request.device_outputs = frozenset(names)
         self._preferred_memory = preferred_memory
+        self._trace = trace
         # Another thread may send it, and the execution that made it wait for that.
         self._held = turns.held_here()
         self._is_on_host = False
@@ -535,6 +542,7 @@ class InferenceRequest:
         made = cls.__new__(cls)
         made._request = call.request
         made._preferred_memory = None
+        made._trace = None
         made._held = turns.held_here()
         made._is_on_host = is_on_host
         made._tensors = {}
@@ -649,6 +657,8 @@ class InferenceRequest:
         answers = _Answers(timeout_s, self._preferred_memory, self._held)
         call = Call(self._request, answers, None, answers.emit if takes_several else None)
         answers.call = call
+        if self._trace is not None:
+            self._trace._follow(call)
         _infer([call])
         return answers
 

@@ -286,6 +286,8 @@ class EngineEnd(End):
             return
         call.deadline_ns = now_ns() + left_ns if left_ns else 0
         self.open[number] = call
+        if self._api.tracer.is_on:
+            self._api.tracer.begin(call, "", "GRPC")
         self._api.submit([call])
 
     def _end_raw(self, call: Call) -> None:

@@ -304,7 +304,7 @@ class GrpcFront:
             api.grpc.forward_headers(metadata_headers(details[0]).items(), call.request)
         if api.tracer.is_on:
             headers = metadata_headers(details[0]) if details is not None else {}
-            api.tracer.begin(call, headers.get("traceparent", ""))
+            api.tracer.begin(call, headers.get("traceparent", ""), "GRPC")
         self._open[call_id] = call, _peer(timeout, details)
         if len(payload) >= COUNTED_BYTES:
             self._held[call_id] = len(payload)

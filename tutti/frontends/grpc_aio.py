@@ -154,7 +154,7 @@ class GrpcioFront:
             headers = metadata_headers(context.invocation_metadata())
             self._api.grpc.forward_headers(headers.items(), call.request)
             if self._api.tracer.is_on:
-                self._api.tracer.begin(call, headers.get("traceparent", ""))
+                self._api.tracer.begin(call, headers.get("traceparent", ""), "GRPC")
 
     async def _stream(self, requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
         """Requests are taken as they come; each answer goes out as soon as it is there, with its request's id."""

@@ -213,6 +213,7 @@ class HttpFront:
     def _call(self, exchange: Exchange, may_take_long: bool = False) -> Call:
         """The exchange's request as a call. Raises _TakesLong where that is not for this thread."""
         assert self._api is not None
+        received_ns = now_ns() if self._api.tracer.is_on else 0
         request, exchange.reply = self._decode(exchange, may_take_long)
         call = Call(request, self, exchange)
         if exchange.timeout_ns:
@@ -220,7 +221,8 @@ class HttpFront:
         if self._api.http.forward is not None:
             self._api.http.forward_headers(http_headers(exchange.headers).items(), request)
         if self._api.tracer.is_on:
-            self._api.tracer.begin(call, http_headers(exchange.headers).get("traceparent", ""))
+            context = http_headers(exchange.headers).get("traceparent", "")
+            self._api.tracer.begin(call, context, "HTTP", received_ns)
         exchange.call = call
         exchange.body = b""
         return call

@@ -316,7 +316,7 @@ class _Routes:
                 deadline_ns = now_ns() + http_codec.timeout_ns(header, value.encode("latin-1"))
                 call.deadline_ns = min(call.deadline_ns or deadline_ns, deadline_ns)
         if self._api.tracer.is_on:
-            self._api.tracer.begin(call, request.headers.get("traceparent", ""))
+            self._api.tracer.begin(call, request.headers.get("traceparent", ""), "HTTP")
         self._api.submit([call])
         return call, answers
 
