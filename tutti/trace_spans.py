@@ -32,9 +32,7 @@ class OpenTelemetryWriter:
         self._provider = TracerProvider(
             resource=Resource.create({"service.name": "triton-inference-server", **resource}), shutdown_on_exit=False
         )
-        self._provider.add_span_processor(
-            BatchSpanProcessor(OTLPSpanExporter(endpoint=url), schedule_delay_millis=500)
-        )
+        self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=url), schedule_delay_millis=500))
         self._tracer = self._provider.get_tracer("tutti")
         self._propagator = TraceContextTextMapPropagator()
         self._offset_ns = time.time_ns() - now_ns()

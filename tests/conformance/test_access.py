@@ -317,25 +317,53 @@ def test_traces_go_to_opentelemetry(small: Repository, tmp_path: Path, collector
     )  # fmt: skip
     parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     before_ns = time.time_ns()
+    x, y = (f'put {{ name: "{name}" data_type: TYPE_FP32 dims: 4 }}' for name in "XY")
+    steps = 'step { model_name: "add_one" input_map { key: "x" value: "X" } output_map { key: "y" value: "Y" } }'
+    small.add(
+        "pair",
+        f'platform: "ensemble" max_batch_size: 8 in{x} out{y} ensemble_scheduling {{ {steps} }}',
+        {".keep": ""},
+    )
     with serving(small.root, tmp_path / "log", *flags) as served:
         assert ask(served.http, "POST", "/v2/models/add_one/infer", traceparent=parent) == 200
         with grpcclient.InferenceServerClient(served.grpc) as client:
             tensor = grpcclient.InferInput("x", [1, 4], "FP32")
             tensor.set_data_from_numpy(X)
             client.infer("add_one", [tensor], request_id="over grpc", headers={"traceparent": parent})
-        wait_until(lambda: len(collector.spans) >= 4)
+            tensor = grpcclient.InferInput("X", [1, 4], "FP32")
+            tensor.set_data_from_numpy(X)
+            client.infer("pair", [tensor], headers={"traceparent": parent})
+        wait_until(lambda: len(collector.spans) >= 3 * 2 + 4)
     requests = [span for span in collector.spans if span.name == "InferRequest"]
-    assert len(requests) == 2
+    assert len(requests) == 3
+    spans = {span.span_id: span for span in collector.spans}
     for span in requests:
         assert span.trace_id.hex() == "0af7651916cd43dd8448eb211c80319c"
         assert span.parent_span_id.hex() == "b7ad6b7169203331"
         assert before_ns < span.start_time_unix_nano < span.end_time_unix_nano < time.time_ns()
-        (compute,) = [s for s in collector.spans if s.name == "compute" and s.parent_span_id == span.span_id]
-        assert span.start_time_unix_nano <= compute.start_time_unix_nano <= compute.end_time_unix_nano
-        assert compute.end_time_unix_nano <= span.end_time_unix_nano
         events = [event.name for event in span.events]
-        assert events[0] == "REQUEST_START"
-        assert events[-1] == "REQUEST_END"
+        assert [event.partition("_")[2] for event in events] == [
+            "RECV_START", "RECV_END", "RESPONSE_COMPLETE", "SEND_START",
+        ]  # fmt: skip
+    ways = []
+    for span in collector.spans:
+        way = [span.name]
+        while span.parent_span_id in spans:
+            above = spans[span.parent_span_id]
+            assert above.start_time_unix_nano <= span.start_time_unix_nano <= span.end_time_unix_nano
+            assert span.end_time_unix_nano <= above.end_time_unix_nano
+            span = above
+            way.append(span.name)
+        ways.append("/".join(reversed(way)))
+    root = "InferRequest"
+    assert sorted(ways) == sorted([
+        *[root] * 3, *[f"{root}/add_one", f"{root}/add_one/compute"] * 2,
+        f"{root}/pair", f"{root}/pair/add_one", f"{root}/pair/add_one/compute",
+    ])  # fmt: skip
+    for span in collector.spans:
+        if span.name in ("add_one", "pair"):
+            events = [event.name for event in span.events]
+            assert events == ["REQUEST_START", "QUEUE_START", "REQUEST_END"]
 
 
 def test_poll_mode_follows_the_repository(small: Repository, tmp_path: Path) -> None:
