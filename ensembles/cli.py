@@ -2,29 +2,28 @@
 
 import argparse
 import importlib.util
-import json
 import sys
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-import ensembles
-from ensembles import explain, graph, show
+from ensembles import graph, show
 from ensembles.builder import Graph
-from tutti import local, repository
-from tutti.config import ModelConfig, TensorSpec
-from tutti.dtypes import NUMPY
-from tutti.errors import ConfigError, InferError
-from tutti.types import Call, InferRequest, InferResponse, Tensor
+from tutti import explain_command, repository
+from tutti.config import ModelConfig
+from tutti.errors import ConfigError
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run one of the commands; returns its exit status. Raises ConfigError for a graph that cannot run."""
     options = _parser().parse_args(arguments)
-    run: dict[str, Any] = {"check": _check, "show": _show, "draw": _draw, "explain": _explain, "build": _build}
+    run: dict[str, Any] = {
+        "check": _check,
+        "show": _show,
+        "draw": _draw,
+        "build": _build,
+        "explain": explain_command.run,
+    }
     status: int = run[options.what](options)
     return status
 
@@ -36,24 +35,14 @@ def _parser() -> argparse.ArgumentParser:
         ("check", "check one ensemble, or all, against the models they use"),
         ("show", "inputs, steps in the order of their execution, conditions and outputs"),
         ("draw", "the graph as a picture, SVG"),
-        ("explain", "run one request here, and show when each step ran, for how many rows, or why not"),
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("name", nargs="?" if name == "check" else None, help="the ensemble")
         command.add_argument("--repository", type=Path, default=Path("model_repository"), help="(default: %(default)s)")
         if name == "draw":
             command.add_argument("--output", type=Path, help="where to write it (default: NAME.svg)")
-        if name == "explain":
-            command.add_argument(
-                "inputs",
-                nargs="*",
-                metavar="INPUT=VALUE",
-                help="one row of an input: JSON or text, or @FILE, an .npy for numbers, anything for BYTES",
-            )
-            command.add_argument("--json", action="store_true", help="as the protocol's parameter has it")
-            command.add_argument(
-                "--repeat", type=int, default=3, help="show the last of so many (default: %(default)s)"
-            )
+    text = "run one request, and show when each step ran, for how many rows, or why not: tutti explain, for any model"
+    explain_command.add_arguments(commands.add_parser("explain", help=text, description=text))
     build = commands.add_parser("build", help="write config.pbtxt from a graph written in Python")
     build.add_argument("file", type=Path, help="a Python file with a function build(repository) -> Graph")
     build.add_argument("--repository", type=Path, default=Path("model_repository"), help="(default: %(default)s)")
@@ -133,84 +122,3 @@ def graph_of(file: Path, root: Path) -> Graph:
     if not isinstance(made, Graph):
         raise ConfigError(f"{file}: build returned a {type(made).__name__}, no Graph")
     return made
-
-
-def _explain(options: argparse.Namespace) -> int:
-    config = repository.open_model(options.repository, options.name).config
-    planned(options.repository, options.name)
-    inputs = dict(_input(config, text) for text in options.inputs)
-    timers: list[threading.Timer] = []
-
-    def timer(delay_s: float, callback: Any) -> None:
-        timers.append(threading.Timer(delay_s, callback))
-        timers[-1].daemon = True
-        timers[-1].start()
-
-    engine = local.make_engine(options.repository, timer, ensembles.load)
-    engine.load_all([options.name])
-    try:
-        if engine.failures():
-            raise ConfigError("; ".join(engine.failures()))
-        for _ in range(max(1, options.repeat)):
-            done = _Done()
-            request = InferRequest(options.name, dict(inputs), parameters={explain.PARAMETER: True})
-            call = Call(request, done)
-            engine([call])
-            done.event.wait()
-        if isinstance(call.answer, InferError):
-            raise ConfigError(call.answer.message)
-        assert isinstance(call.answer, InferResponse)
-        text = str(call.answer.parameters[explain.PARAMETER])
-        print(text if options.json else explain.waterfall(json.loads(text)))
-        return 0
-    finally:
-        engine.close()
-
-
-class _Done:
-    """A sink for one call."""
-
-    def __init__(self) -> None:
-        self.event = threading.Event()
-
-    def settle(self, calls: Sequence[Call]) -> None:
-        self.event.set()
-
-
-def _input(config: ModelConfig, text: str) -> tuple[str, Tensor]:
-    name, sign, value = text.partition("=")
-    spec = next((spec for spec in config.inputs if spec.name == name), None)
-    if spec is None or not sign:
-        raise ConfigError(
-            f"expected INPUT=VALUE with one of {[spec.name for spec in config.inputs]}, got '{text[:60]}'"
-        )
-    array = _array(spec, value)
-    if config.is_batched and array.ndim == len(spec.dims):
-        array = array[np.newaxis]
-    return name, Tensor(name, spec.datatype, array.shape, array)
-
-
-def _array(spec: TensorSpec, value: str) -> Any:
-    if value.startswith("@"):
-        path = Path(value[1:])
-        if not path.is_file():
-            raise ConfigError(f"input '{spec.name}': no file '{path}'")
-        if spec.datatype != "BYTES":
-            try:
-                return np.load(path).astype(NUMPY[spec.datatype])
-            except (ValueError, EOFError) as error:
-                raise ConfigError(
-                    f"input '{spec.name}': '{path}' is no .npy file of {spec.datatype}: {error}"
-                ) from None
-        data: Any = path.read_bytes()
-    elif spec.datatype == "BYTES":
-        data = value.encode()
-    else:
-        try:
-            array = np.array(json.loads(value), NUMPY[spec.datatype])
-            return array if array.ndim else array.reshape((1,) * len(spec.dims))
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"input '{spec.name}': expected numbers in JSON, or @FILE: {error}") from None
-    element = np.empty((1,) * max(1, len(spec.dims)), dtype=object)
-    element.reshape(-1)[0] = data
-    return element

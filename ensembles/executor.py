@@ -9,9 +9,8 @@ import logging
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
-from ensembles import explain
 from ensembles.axes import changed_inputs, changed_outputs
-from ensembles.explain import Explanation, StepTimes
+from ensembles.explain import Explanation
 from ensembles.frame import Frame, Group, stretch
 from ensembles.graph import Plan, Step
 from ensembles.solo import SoloExecutor, in_ensemble, in_turn, output_fault, wanted_outputs
@@ -19,6 +18,7 @@ from tutti import rows
 from tutti.cost import Costs
 from tutti.dtypes import Array
 from tutti.errors import Cancelled, DeadlineExceeded, InferError, Internal, Unavailable
+from tutti.explain import PARAMETER, Facts
 from tutti.statistics import ModelStatistics
 from tutti.types import Answer, Call, Infer, InferRequest, InferResponse, Tensor, now_ns, settle
 
@@ -54,7 +54,7 @@ class _Work:
         self.left = 0
         self.shed = 0
         self.entry: dict[str, Any] | None = None
-        self.times: list[StepTimes] = []
+        self.times: list[Facts] = []
 
 
 _Ready = list[tuple[Frame, Step]]
@@ -85,7 +85,7 @@ class EnsembleExecutor:
         if plan.deadline_ns:
             for call in calls:
                 call.deadline_ns = call.deadline_ns or call.arrived_ns + plan.deadline_ns
-        if len(calls) == 1 and self._solo.takes(calls[0]) and explain.PARAMETER not in calls[0].request.parameters:
+        if len(calls) == 1 and self._solo.takes(calls[0]) and PARAMETER not in calls[0].request.parameters:
             self._solo.start(calls[0])
             return
         is_alike = len(calls) > 1 and self._are_alike(calls)
@@ -152,8 +152,8 @@ class EnsembleExecutor:
             steps = self._steps_for[outputs] = self._plan.steps_for(outputs)
         frame = Frame(self._plan, calls, steps, is_alike)
         parameters = calls[0].request.parameters
-        if parameters and parameters.get(explain.PARAMETER):
-            frame.explanation = Explanation(now_ns(), len(calls), frame.rows)
+        if parameters and parameters.get(PARAMETER) in (True, "true"):
+            frame.explanation = Explanation(now_ns(), frame.rows)
         return frame
 
     def _submit(self, ready: _Ready) -> None:
@@ -196,7 +196,7 @@ class EnsembleExecutor:
         self._drop_gone(frame, step, ended)
         if step.unless is not None and frame.open:
             for index in frame.leave(step.unless, self._version):
-                self._explained(frame, frame.calls[index].answer)
+                self._explained(frame, index)
                 ended.append(frame.calls[index])
         made = self._begin(frame, step) if frame.open else []
         if not made and frame.open:
@@ -249,7 +249,7 @@ class EnsembleExecutor:
         items = sum([group.rows for group in work.groups]) if step.each is not None else None
         work.entry = frame.explanation.begun(step.model_name, now, rows_chosen, len(calls), items)
         for call in calls:
-            call.trace = times = StepTimes(call.trace)
+            call.trace = times = Facts(call.trace)
             work.times.append(times)
 
     def _calls(self, frame: Frame, step: Step, group: Group, now: int) -> list[Call]:
@@ -339,6 +339,8 @@ class EnsembleExecutor:
         if fault is not None:
             return fault
         piece.group.outputs[piece.number] = changed_outputs(step.axes_out, given) if step.axes_out else given
+        if piece.frame.explanation is not None:
+            piece.frame.explanation.answered(piece.frame.working[step.index].entry, answer)
         return answer
 
     def _failed(self, piece: _Piece, error: InferError, work: _Work, again: list[Call], ended: list[Call]) -> None:
@@ -402,23 +404,27 @@ class EnsembleExecutor:
         for index, answer in enumerate(answers):
             if answer is None:
                 continue
-            self._explained(frame, answer)
+            frame.calls[index].answer = answer
+            self._explained(frame, index)
             if index in frame.shed:
                 answer.parameters[SHED_PARAMETER] = ",".join(frame.shed[index])
-            frame.calls[index].answer = answer
             ended.append(frame.calls[index])
         frame.columns.clear()
         frame.open = 0
 
-    def _explained(self, frame: Frame, answer: Answer | None) -> None:
-        if frame.explanation is not None and isinstance(answer, InferResponse):
-            answer.parameters[explain.PARAMETER] = frame.explanation.text(self._plan.name, now_ns())
+    def _explained(self, frame: Frame, index: int) -> None:
+        if frame.explanation is not None:
+            frame.explanation.tell(self._plan.name, frame.calls[index], now_ns())
 
     def _end(self, frame: Frame, index: int, step: Step, error: InferError, ended: list[Call]) -> None:
         if not frame.is_over[index]:
             if not step.is_segment:  # which has said so itself
                 error = in_ensemble(self._plan.name, step, error)
             frame.end(index, error)
+            work: _Work | None = frame.working.get(step.index)
+            if frame.explanation is not None and work is not None and work.entry is not None:
+                frame.explanation.ended(work.entry, now_ns(), work.times, work.shed)
+            self._explained(frame, index)
             ended.append(frame.calls[index])
 
     def _end_all(self, frame: Frame, step: Step, error: Exception, ended: list[Call]) -> None:

@@ -1,49 +1,28 @@
 """What happened to a request in a graph, step by step: when, for how many rows, beside whom, and what was left out.
 
-A request asks for it with the parameter `tutti_explain`; its answer then has a parameter of that name, in JSON.
+A request asks for it with the parameter `tutti_explain`; what is told here is part of what it gets then.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import orjson
 
-from tutti.types import Call, Trace
+from tutti.explain import AT_REPLICA, PARAMETER, Facts, us
+from tutti.types import Call, InferResponse
 
-PARAMETER = "tutti_explain"
-
-
-class StepTimes:
-    """Timestamps of one step's request, as the scheduler tells them: a call's trace."""
-
-    __slots__ = ("_also", "marks", "notes")
-
-    def __init__(self, also: Trace | None = None) -> None:
-        """`also` is told the same."""
-        self._also = also
-        self.marks: dict[str, int] = {}
-        self.notes: dict[str, Any] = {}
-
-    def record(self, activity: str, ns: int) -> None:
-        self.marks[activity] = ns
-        if self._also is not None:
-            self._also.record(activity, ns)
-
-    def note(self, what: str, value: object) -> None:
-        self.notes[what] = value
-        if self._also is not None:
-            self._also.note(what, value)
-
-    def follow(self, call: Call) -> None:
-        if self._also is not None:
-            self._also.follow(call)
+# What a step's model notes that is of use to people; of several requests, as the slowest had it.
+_TOLD = (
+    "batch_requests", "instance", "device", "pool", "replica", "cache", "waiting_requests", "busy_instances",
+    "instances", "steps", AT_REPLICA,
+)  # fmt: skip
 
 
 class Explanation:
     """One frame's steps. Times are microseconds since it began."""
 
-    def __init__(self, start_ns: int, requests: int, rows: int) -> None:
+    def __init__(self, start_ns: int, rows: int) -> None:
         self._start_ns = start_ns
-        self._requests = requests
         self._rows = rows
         self._steps: list[dict[str, Any]] = []
 
@@ -61,57 +40,34 @@ class Explanation:
             {"step": step, "rows": 0, "of_rows": self._rows, "start_us": self._us(at_ns), "skipped": why}
         )
 
-    def ended(self, entry: dict[str, Any], at_ns: int, times: list[StepTimes], shed: int) -> None:
+    def answered(self, entry: dict[str, Any] | None, answer: InferResponse) -> None:
+        """One of a step's requests is back: a replica has told of it."""
+        told = answer.parameters.get(PARAMETER)
+        if entry is not None and isinstance(told, str):
+            entry[AT_REPLICA] = orjson.loads(told)
+
+    def ended(self, entry: dict[str, Any], at_ns: int, times: Sequence[Facts], shed: int) -> None:
         """The step's requests are back; the longest of each stage counts."""
         entry["end_us"] = self._us(at_ns)
-        for name, first, last in (
-            ("queue_us", "QUEUE_START", "COMPUTE_START"),
-            ("input_us", "COMPUTE_START", "COMPUTE_INPUT_END"),
-            ("compute_us", "COMPUTE_INPUT_END", "COMPUTE_OUTPUT_START"),
-            ("output_us", "COMPUTE_OUTPUT_START", "COMPUTE_END"),
-        ):
-            spans = [one.marks[last] - one.marks[first] for one in times if first in one.marks and last in one.marks]
-            if spans:
-                entry[name] = round(max(spans) / 1000, 1)
+        stages = [one.stages() for one in times]
+        for name in dict.fromkeys(name for own in stages for name in own):
+            entry[name] = max(own.get(name, 0.0) for own in stages)
         entry["batch_rows"] = max((one.notes.get("batch_rows", 0) for one in times), default=0)
+        slowest = max(times, key=lambda one: sum(one.stages().values()), default=None)
+        if slowest is not None:
+            entry.update({what: slowest.notes[what] for what in _TOLD if what in slowest.notes})
         if shed:
             entry["shed_requests"] = shed
 
-    def text(self, name: str, at_ns: int) -> str:
-        """As JSON."""
-        return orjson.dumps(
-            {
-                "ensemble": name,
-                "requests": self._requests,
-                "rows": self._rows,
-                "total_us": self._us(at_ns),
-                "steps": self._steps,
-            }
-        ).decode()
+    def tell(self, name: str, call: Call, at_ns: int) -> None:
+        """Add what is known to the call's own explanation; or to its answer, where it has none, as in a segment."""
+        if isinstance(call.trace, Facts):
+            call.trace.note("rows", self._rows)
+            call.trace.note("steps", [*call.trace.notes.get("steps", []), *self._steps])
+        elif isinstance(call.answer, InferResponse):
+            call.answer.parameters[PARAMETER] = orjson.dumps(
+                {"ensemble": name, "rows": self._rows, "total_us": self._us(at_ns), "steps": self._steps}
+            ).decode()
 
     def _us(self, ns: int) -> float:
-        return round((ns - self._start_ns) / 1000, 1)
-
-
-def waterfall(explained: dict[str, Any], width: int = 40) -> str:
-    """The parameter's JSON, read, as a table with a bar per step."""
-    total = max(explained["total_us"], 0.1)
-    lines = [
-        f"{explained['ensemble']}: {explained['rows']} rows of {explained['requests']} requests in {total:,.0f} us",
-        f"{'step':<24} {'rows':>9} {'queue':>9} {'compute':>9} {'total us':>9} {'batch':>6}",
-    ]
-    for step in explained["steps"]:
-        rows = f"{step['rows']}/{step['of_rows']}" + (f" x{step['items']}" if "items" in step else "")
-        if "skipped" in step:
-            lines.append(f"{step['step']:<24} {rows:>9}  left out: {step['skipped']}")
-            continue
-        took = step.get("end_us", total) - step["start_us"]
-        begin = int(step["start_us"] / total * width)
-        length = max(1, round(took / total * width))
-        bar = " " * begin + "█" * min(length, width - begin)
-        shed = f" shed {step['shed_requests']}" if "shed_requests" in step else ""
-        lines.append(
-            f"{step['step']:<24} {rows:>9} {step.get('queue_us', 0):>9,.0f} {step.get('compute_us', 0):>9,.0f} "
-            f"{took:>9,.0f} {step.get('batch_rows', 0):>6} |{bar:<{width}}|{shed}"
-        )
-    return "\n".join(lines)
+        return us(ns - self._start_ns)

@@ -21,7 +21,7 @@ from tutti.model import Served
 from tutti.repository import ModelFolder
 from tutti.scheduler import InOrder, Timer
 from tutti.statistics import ModelStatistics
-from tutti.types import Infer
+from tutti.types import FALLBACK_PARAMETER, Infer
 
 _log = logging.getLogger(__name__)
 
@@ -77,6 +77,7 @@ def make_engine(
         return replace(
             served,
             close=segments.close,
+            takes=(FALLBACK_PARAMETER,),
             is_ready=lambda: served.is_ready() and segments.are_ready(),
             reason=lambda: served.reason() or ("" if segments.are_ready() else "a segment is not loaded yet"),
         )
@@ -121,4 +122,5 @@ def _serve_in(
         pending,
         lambda: router.reason(key, pools),
         config,
+        takes=() if config.is_decoupled or config.sequences is not None else (FALLBACK_PARAMETER,),
     )

@@ -22,10 +22,9 @@ from tutti.config import DEFAULT_MAX_QUEUED_ROWS, ModelConfig
 from tutti.errors import ConfigError
 from tutti.scheduler import Scheduler, Timer
 from tutti.statistics import ModelStatistics
-from tutti.types import Call, Infer
+from tutti.types import FALLBACK_PARAMETER, Call, Infer
 
 FALLBACK = "tutti.fallback"
-FALLBACK_PARAMETER = "tutti_fallback"
 # Which share of a lower pool's slots for a model may be taken while the preferred pool is up, but busy.
 MAX_SPILL = 0.5
 # A hop may carry more than the model's batch: the replica's own scheduler cuts it to size.
@@ -51,12 +50,12 @@ class Fallback:
         self._lock = threading.Lock()
 
     def __call__(self, calls: Sequence[Call]) -> None:
-        if not any(call.request.parameters.get(FALLBACK_PARAMETER) is False for call in calls):
+        strict = [call for call in calls if call.request.parameters.get(FALLBACK_PARAMETER) in (False, "false")]
+        if not strict:
             self._hop(calls)
             return
         with self._lock:
             self._strict = self._strict or self._make_strict()
-        strict = [call for call in calls if call.request.parameters.get(FALLBACK_PARAMETER) is False]
         self._strict(strict)
         if len(strict) < len(calls):
             own = set(map(id, strict))

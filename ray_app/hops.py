@@ -70,7 +70,7 @@ class ReplicaInstance:
             call.answer = answer
         times = BatchTimes(start_ns, start_ns, end_ns, end_ns)
         hop.statistics.record_batch(batch, times)
-        trace(batch, times)
+        trace(batch, times, **({} if by is None else {"pool": by.pool, "replica": by.name}))
         try:
             settle(batch)
         finally:

@@ -14,7 +14,7 @@ from ray_app.health import INFERENCE_TIMEOUT_S, Prober, Pulse
 from tutti import restarts, wire
 from tutti.devices.health import health
 from tutti.errors import ConfigError
-from tutti.types import Call, Infer, now_ns
+from tutti.types import FALLBACK_PARAMETER, Call, Infer, now_ns
 
 _log = logging.getLogger(__name__)
 
@@ -99,6 +99,7 @@ class Replica:
             cache_bytes=0,
             control_timeout_s=options.control_timeout_s,
             no_control_by_models="models cannot load or unload models on Ray: a client must ask the gateway",
+            takes=(FALLBACK_PARAMETER,),
         )
         health.listen(self._failed)
         # What does not end must not keep the others from being served, unless all must be.

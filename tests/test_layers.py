@@ -24,6 +24,7 @@ LAYERS = {
     "tutti.frontends.compression": 1, "tutti.frontends.generate": 1, "tutti.frontends.gate": 1,
     "tutti.classification": 1, "tutti.frontends.answers": 2, "tutti.shared_memory": 2, "tutti.logs": 2,
     "tutti.tracing": 2, "tutti.trace_files": 2, "tutti.trace_spans": 2, "tutti.trace_records": 1, "tutti.segments": 1,
+    "tutti.explain": 1, "tutti.waterfall": 1, "tutti.input_files": 2, "tutti.explain_command": 4,
     "tutti.frontends": 1, "ray_app.placement": 1, "ray_app": 1, "ray_app.environment": 1,
     "tutti.repository": 2, "tutti.scheduler": 2, "tutti.sequences": 2,
     "tutti.device_instance": 2, "tutti.device_simulation": 2,

@@ -9,12 +9,13 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
+from tutti.explain import PARAMETER
 from tutti.statistics import ModelStatistics
 from tutti.types import Call, Infer, InferRequest, InferResponse, Sink, Tensor, now_ns, settle
 
 _ENTRY_OVERHEAD = 512
-# What of a request's parameters is for queues, and decides no answer.
-_OF_QUEUES = ("priority", "timeout")
+# What of a request's parameters is for queues and servers, and decides no answer.
+_OF_QUEUES = ("priority", "timeout", PARAMETER)
 _loads = itertools.count()
 
 
@@ -108,6 +109,8 @@ class Cached:
                 parameters = dict(found.parameters)
                 call.answer = InferResponse(found.model_name, found.model_version, outputs, parameters)
                 hits.append(call)
+            if call.trace is not None:
+                call.trace.note("cache", "miss" if found is None else "hit")
         self._statistics.record_cache(hits, misses, started_ns, now_ns())
         if misses:
             self._infer(misses)

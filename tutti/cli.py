@@ -40,6 +40,7 @@ COMMANDS = {
     "doctor": Command("what this machine has, and what it lacks", "tutti.doctor"),
     "init": Command("make a repository of a model's file, and prove that it is served", "export.init"),
     "export": Command("export a model into a repository", "export.cli"),
+    "explain": Command("ask a model one request, and show where its time went", "tutti.explain_command"),
     "ensemble": Command("check, show, draw, explain and build ensembles", "ensembles.cli"),
     "cluster": Command(
         "plan and simulate pools of replicas on Ray", "ray_app.cli", "ray", ("ray", "psutil", "yaml", "pydantic")

@@ -54,6 +54,7 @@ class DeviceInstance:
         self.scheduler = scheduler
         self.statistics = statistics
         self._backend = backend
+        self.device: str = getattr(backend, "device", "")
         self._lock = threading.Lock()
         self._inside = 0
         # It could take a batch, and waits for the clients of the one that executes.
@@ -229,7 +230,8 @@ class _Job:
         self._instance.scheduler.executed(self._batch)
         batch_times = BatchTimes(times.start_ns, times.execution_start_ns, times.execution_end_ns, end_ns)
         self._instance.ended(self.rows, end_ns - times.start_ns)
-        deliver(self._instance.name, self._batch, answers, batch_times, self._instance.statistics)
+        instance = self._instance
+        deliver(instance.name, self._batch, answers, batch_times, instance.statistics, instance.device)
 
     def fail(self, error: Exception) -> None:
         batch = self._batch
@@ -278,7 +280,7 @@ class _Job:
         now = now_ns()
         self._instance.ended(self.rows, now - self._start_ns)
         times = BatchTimes(self._start_ns, self._start_ns, now, now)
-        deliver(self._instance.name, self._batch, answers, times, self._instance.statistics)
+        deliver(self._instance.name, self._batch, answers, times, self._instance.statistics, self._instance.device)
 
 
 def _gone(call: Call) -> InferError:

@@ -6,7 +6,7 @@ import logging
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -54,12 +54,14 @@ def make_engine(
     devices: DeviceHealth | None = None,
     control_timeout_s: float = CONTROL_TIMEOUT_S,
     no_control_by_models: str = "",
+    takes: Collection[str] = (),
 ) -> Engine:
     """An engine over `root` that has loaded nothing yet. `cache_bytes` bounds the response cache of all its models.
 
     Without `limits` a model that has some is refused. Models with an instance on a device that fails, as `devices`
     (the process's, by default) tells, are not ready from then on, and refuse requests. `no_control_by_models` is what
-    python models are told that ask it to load or unload others.
+    python models are told that ask it to load or unload others. `takes` are those of our requests' parameters, beside
+    tutti_explain, that are heeded before requests come here.
     """
     make_timers_precise()
     cache = ResponseCache(cache_bytes)
@@ -76,7 +78,7 @@ def make_engine(
             served = _serve_batches(folder, version, statistics, timer, engine, limits, watched)
         if config.is_cached and cache_bytes:
             served = replace(served, infer=Cached(served.infer, cache, statistics, engine.changes))
-        return served
+        return replace(served, takes=takes) if takes else served
 
     engine = Engine(
         root,

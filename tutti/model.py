@@ -4,11 +4,13 @@ What executes is any `Infer`: a scheduler over local instances, an ensemble's ex
 """
 
 import threading
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from tutti import explain
 from tutti.config import ModelConfig, TensorSpec
 from tutti.errors import InferError, InvalidArgument, Unavailable, Unsupported
+from tutti.explain import Explained, Facts
 from tutti.scheduler import HANG_S
 from tutti.statistics import ModelStatistics
 from tutti.types import Call, Infer, InferRequest, Shape, Tensor, now_ns, settle, settle_all
@@ -38,6 +40,8 @@ class Served:
     instances: str = ""
     # Of each instance, its name and for how many seconds it has executed a batch: 0 where it does not.
     executing: Callable[[], Sequence[tuple[str, float, bool]]] = lambda: ()
+    # Of requests' parameters of ours, beside tutti_explain, those that are heeded.
+    takes: Collection[str] = ()
 
 
 class Model:
@@ -95,9 +99,9 @@ class Model:
         now = now_ns()
         for call in calls:
             call.arrived_ns = now
-            if call.request.parameters and self._timeout_is_deadline:
-                set_deadline(call, call.request.parameters.get("timeout"), now)
             try:
+                if call.request.parameters:
+                    self._heed(call, now)
                 call.rows, call.key = self._check(call.request)
                 if self.config.is_decoupled and call.emit is None:
                     raise Unsupported(
@@ -114,6 +118,22 @@ class Model:
             settle(failed)
         if passed:
             self._served.infer(passed)
+
+    def _heed(self, call: Call, now: int) -> None:
+        """What a request's parameters say to the server. Raises InvalidArgument for those of ours that do not fit."""
+        parameters = call.request.parameters
+        if self._timeout_is_deadline:
+            set_deadline(call, parameters.get("timeout"), now)
+        if not explain.is_asked(self.config.name, parameters, self._served.takes):
+            return
+        if not isinstance(call.trace, Facts):  # else it is a step of what is explained
+            Explained(call, self.version, self.config.is_ensemble)
+        assert call.trace is not None
+        executing = self._served.executing()
+        if executing:
+            call.trace.note("waiting_requests", self.pending())
+            call.trace.note("busy_instances", sum(seconds > 0 for _, seconds, _ in executing))
+            call.trace.note("instances", len(executing))
 
     def is_ready(self) -> bool:
         return self._served.is_ready()

@@ -579,6 +579,7 @@ class ThreadInstance:
         self._name = name
         self._turn = turn
         self._backend = backend
+        self._device: str = getattr(backend, "device", "cpu")
         self._scheduler = scheduler
         self._statistics = statistics
         self.rank = 0
@@ -773,7 +774,7 @@ class ThreadInstance:
         except Exception as error:
             _log.debug("instance %s failed a batch of %d", self._name, len(batch), exc_info=True)
             answers = [as_infer_error(self._name, error)] * len(batch)
-        deliver(self._name, batch, answers, times, self._statistics)
+        deliver(self._name, batch, answers, times, self._statistics, self._device)
 
 
 class _Nobody:
@@ -793,7 +794,14 @@ def _emit_to_nobody(response: InferResponse) -> None: ...
 _here = threading.local()
 
 
-def deliver(name: str, batch: Sequence[Call], answers: Answers, times: BatchTimes, statistics: ModelStatistics) -> None:
+def deliver(
+    name: str,
+    batch: Sequence[Call],
+    answers: Answers,
+    times: BatchTimes,
+    statistics: ModelStatistics,
+    device: str = "",
+) -> None:
     """Count an executed batch, and settle those of its calls that the backend has not settled itself."""
     answered: list[Call] = []
     is_traced = False
@@ -804,7 +812,7 @@ def deliver(name: str, batch: Sequence[Call], answers: Answers, times: BatchTime
         is_traced = is_traced or call.trace is not None
     statistics.record_batch(batch, times)
     if is_traced:
-        trace(batch, times)
+        trace(batch, times, instance=name, device=device)
     try:
         if answered:
             settle(answered)
@@ -855,12 +863,16 @@ def _too_late(name: str, call: Call, at_ns: int, needed_ns: int) -> InferError:
     )
 
 
-def trace(batch: Sequence[Call], times: BatchTimes) -> None:
-    """Tell the batch's traced calls when it was executed."""
+def trace(batch: Sequence[Call], times: BatchTimes, **where: str) -> None:
+    """Tell the batch's traced calls when it was executed, and where."""
     rows = sum([call.rows for call in batch])
+    requests = sum([call.requests for call in batch])
     for call in batch:
         if call.trace is not None:
             call.trace.note("batch_rows", rows)
+            call.trace.note("batch_requests", requests)
+            for what, name in where.items():
+                call.trace.note(what, name)
             call.trace.record("QUEUE_START", call.arrived_ns)
             call.trace.record("COMPUTE_START", times.start_ns)
             call.trace.record("COMPUTE_INPUT_END", times.infer_start_ns)

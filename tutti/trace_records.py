@@ -43,7 +43,8 @@ class Record:
         self.timestamps.append((activity, ns))
 
     def note(self, what: str, value: object) -> None:
-        self.notes[what] = value
+        if isinstance(value, int | float | str):
+            self.notes[what] = value
 
     def follow(self, call: Call) -> None:
         """`call` is made for the one that is traced: it is traced as a step of it."""

@@ -332,6 +332,8 @@ def settle_all(calls: Iterable[Call], error: InferError) -> None:
 
 # On Ray, of a response: the pool of replicas that it came from. HTTP has it as a header, too.
 POOL_PARAMETER = "tutti_pool"
+# On Ray, of a request: false has it wait for the first of its model's pools.
+FALLBACK_PARAMETER = "tutti_fallback"
 
 _clock: Callable[[], int] = time.monotonic_ns
 

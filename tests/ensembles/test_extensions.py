@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ensembles import explain
 from tests.models import Repository
 from tests.serving import Gather, engine_over, infer
+from tutti import explain
 from tutti.engine import Engine
 from tutti.errors import InvalidArgument
 from tutti.types import Call, InferRequest, InferResponse, Tensor
+from tutti.waterfall import waterfall
 
 ONE = "data_type: TYPE_FP32 dims: 1"
 SCORE = f"""
@@ -258,7 +259,7 @@ def test_a_request_may_ask_what_happened(serve: Callable[[str], Engine]) -> None
     assert {"queue_us", "compute_us"} <= first.keys()
     (none,) = infer(engine, [ask([1], tutti_explain=True)])
     assert json.loads(none.parameters[explain.PARAMETER])["steps"][1]["skipped"] == "not S > 15"  # type: ignore[union-attr]
-    assert "left out: not S > 15" in explain.waterfall(json.loads(none.parameters[explain.PARAMETER]))  # type: ignore[union-attr]
+    assert "left out: not S > 15" in waterfall(json.loads(none.parameters[explain.PARAMETER]))  # type: ignore[union-attr]
 
 
 GOOD = (step("ten", "S") + step("costly", "Y", "S"), output("Y"))

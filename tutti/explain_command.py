@@ -1,0 +1,182 @@
+"""`tutti explain`: ask a model, or an ensemble, one request, and show where its time went.
+
+Here in this process, from the repository; or with --url a server that runs, in the midst of what else it does.
+"""
+
+import argparse
+import difflib
+import json
+import sys
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import ensembles
+from tutti import config, input_files, local, repository
+from tutti.config import ModelConfig
+from tutti.errors import ConfigError, InferError
+from tutti.explain import PARAMETER
+from tutti.frontends import http_codec
+from tutti.types import Call, InferRequest, InferResponse, Tensor
+from tutti.waterfall import waterfall
+
+_TIMEOUT_S = 600.0
+_LENGTH_HEADER = "Inference-Header-Content-Length"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; returns its exit status. Raises ConfigError with what cannot be asked, or was refused."""
+    parser = argparse.ArgumentParser(
+        prog="tutti explain",
+        description="Ask a model, or an ensemble, one request, and show where its time went.",
+    )
+    add_arguments(parser)
+    return run(parser.parse_args(arguments))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="MODEL", help="the model, or the ensemble")
+    parser.add_argument(
+        "inputs",
+        nargs="*",
+        metavar="INPUT=VALUE",
+        help="one row of an input: JSON or text, or @FILE: .npy, .wav or JSON for numbers, anything for BYTES",
+    )
+    parser.add_argument("--repository", type=Path, default=Path("model_repository"), help="(default: %(default)s)")
+    parser.add_argument("--url", help="ask the server there, as 127.0.0.1:8000, rather than load the model here")
+    parser.add_argument("--json", action="store_true", help="as the protocol's parameter has it")
+    parser.add_argument("--repeat", type=int, default=3, help="show the last of so many (default: %(default)s)")
+
+
+def run(options: argparse.Namespace) -> int:
+    told = _told_by_server(options) if options.url else _told_here(options)
+    print(told if options.json else waterfall(json.loads(told)))
+    return 0
+
+
+def _inputs(model: ModelConfig, texts: Sequence[str]) -> dict[str, Tensor]:
+    try:
+        tensors, notes = input_files.tensors(model.inputs, model.is_batched, texts)
+    except ConfigError as error:
+        raise ConfigError(f"model '{model.name}': {error}") from None
+    for note in notes:
+        print(note, file=sys.stderr)
+    return tensors
+
+
+def _told_here(options: argparse.Namespace) -> str:
+    root, name = options.repository, options.name
+    check_known(root, name)
+    inputs = _inputs(repository.open_model(root, name).config, options.inputs)
+    engine = local.make_engine(root, _timer, ensembles.load)
+    engine.load_all([name])
+    try:
+        if engine.failures():
+            raise ConfigError("; ".join(engine.failures()))
+        told = ""
+        for _ in range(max(1, options.repeat)):
+            told = _explained(engine.model(name), InferRequest(name, dict(inputs), parameters={PARAMETER: True}))
+        return told
+    finally:
+        engine.close()
+
+
+def check_known(root: Path, name: str) -> None:
+    """Raises ConfigError for a model that the repository does not have, with what it has."""
+    names = repository.model_names(root)
+    if name not in names:
+        raise ConfigError(f"there is no model '{name}' in '{root}'; {_others(name, names)}")
+
+
+def _others(name: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, names, 1)
+    return f"did you mean {near[0]}?" if near else f"it has {', '.join(names) or 'none'}"
+
+
+def _explained(infer: Any, request: InferRequest) -> str:
+    """The explanation of the request's answer; of several answers, of the last."""
+    done = _Done()
+    call = Call(request, done, None, done.emit)
+    infer([call])
+    done.event.wait()
+    if isinstance(call.answer, InferError):
+        raise ConfigError(call.answer.message)
+    assert isinstance(call.answer, InferResponse)
+    return str(call.answer.parameters[PARAMETER])
+
+
+class _Done:
+    """A sink for one call."""
+
+    def __init__(self) -> None:
+        self.event = threading.Event()
+
+    def emit(self, response: InferResponse) -> None:
+        """The last answer tells of all."""
+
+    def settle(self, calls: Sequence[Call]) -> None:
+        self.event.set()
+
+
+def _timer(delay_s: float, callback: Any) -> None:
+    timer = threading.Timer(delay_s, callback)
+    timer.daemon = True
+    timer.start()
+
+
+def _told_by_server(options: argparse.Namespace) -> str:
+    base = options.url if "://" in options.url else f"http://{options.url}"
+    model = f"{base.rstrip('/')}/v2/models/{quote(options.name, safe='')}"
+    shown = config.parse_json(_fetched(f"{model}/config"), options.name)
+    inputs = _inputs(shown, options.inputs)
+    head, parts = _request(inputs)
+    body, headers = b"".join([head, *parts]), {_LENGTH_HEADER: str(len(head))}
+    told = b""
+    for _ in range(max(1, options.repeat)):
+        told = _fetched(f"{model}/infer", body, headers)
+    answer = json.loads(told)
+    if PARAMETER not in answer.get("parameters", {}):
+        raise ConfigError(f"the server at {options.url} does not explain requests; is it tutti?")
+    return str(answer["parameters"][PARAMETER])
+
+
+def _request(inputs: Mapping[str, Tensor]) -> tuple[bytes, list[bytes]]:
+    parts = [bytes(tensor.raw()) for tensor in inputs.values()]
+    shown = [
+        {
+            "name": tensor.name,
+            "datatype": tensor.datatype,
+            "shape": list(tensor.shape),
+            "parameters": {"binary_data_size": len(part)},
+        }
+        for tensor, part in zip(inputs.values(), parts, strict=True)
+    ]
+    head = {"inputs": shown, "parameters": {PARAMETER: True, "binary_data_output": True}}
+    return json.dumps(head).encode(), parts
+
+
+def _fetched(url: str, body: bytes | None = None, headers: Mapping[str, str] | None = None) -> bytes:
+    """The JSON of an answer. Raises ConfigError with what the server, or the network, says."""
+    try:
+        request = urllib.request.Request(url, body, dict(headers or {}))
+        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:
+            length = answer.headers.get(_LENGTH_HEADER)
+            data: bytes = answer.read()
+            return data[: int(length)] if length else data
+    except urllib.error.HTTPError as error:
+        raise ConfigError(_refusal(error)) from None
+    except (OSError, ValueError) as error:
+        why = getattr(error, "reason", error)
+        raise ConfigError(f"{url} cannot be asked: {why}") from None
+
+
+def _refusal(error: urllib.error.HTTPError) -> str:
+    text = error.read()
+    try:
+        return str(http_codec.parse_json(text)["error"])
+    except (ValueError, KeyError, TypeError):
+        return f"{error.url}: {error.code} {error.reason}: {text[:200]!r}"
