@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ensembles import graph, show
+from ensembles import graph, picture, show
 from ensembles.builder import Graph
 from tutti import explain_command, repository
 from tutti.config import ModelConfig
@@ -90,7 +90,7 @@ def _show(options: argparse.Namespace) -> int:
 
 def _draw(options: argparse.Namespace) -> int:
     path = options.output or Path(f"{options.name}.svg")
-    path.write_text(show.draw(planned(options.repository, options.name)), encoding="utf-8")
+    path.write_text(picture.draw(planned(options.repository, options.name)), encoding="utf-8")
     print(path)
     return 0
 

@@ -17,7 +17,7 @@ LAYERS = {
     "tutti.rate_limiting": 1, "tutti.rate_limits": 2,
     "ensembles.axes": 1,
     "ensembles.graph": 1, "ensembles.conditions": 1, "ensembles.extensions": 1, "ensembles.explain": 1,
-    "ensembles.show": 1, "ensembles.frame": 1, "ensembles.builder": 2, "ensembles.cli": 4,
+    "ensembles.show": 1, "ensembles.picture": 1, "ensembles.frame": 1, "ensembles.builder": 2, "ensembles.cli": 4,
     "tutti.statistics": 1, "tutti.devices": 1, "tutti.collector": 1, "tutti.custom_metrics": 1,
     "tutti.host_metrics": 1,
     "tutti.frontends.http_codec": 1, "tutti.frontends.grpc_codec": 1, "tutti.frontends.http_status": 1,

@@ -90,7 +90,9 @@ def test_the_commands(built: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert cli.main(["ensemble", "draw", "gated", *where, "--output", str(picture)]) == 0
     tree = ElementTree.fromstring(picture.read_text())
     texts = [element.text for element in tree.iter() if element.tag.endswith("}text")]
-    assert {"ten", "costly", "X", "S", "Y", "FP32[1]"} <= set(texts)
+    assert {"ten", "costly", "X", "FP32[1]", "← S", "→ S FP32[1], output", "→ Y FP32[1], else -1.0, output"} <= set(
+        texts
+    )
     capsys.readouterr()
     assert cli.main(["ensemble", "explain", "gated", "X=2", *where]) == 0
     assert "costly" in capsys.readouterr().out

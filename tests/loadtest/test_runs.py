@@ -1,9 +1,7 @@
 """Real runs under Locust, in processes of their own: against a server whose behaviour is known, and against tutti."""
 
 import contextlib
-import html
 import json
-import shutil
 import subprocess
 import sys
 import time
@@ -20,6 +18,7 @@ import yaml
 from loadtest import cli, report, runner, search, slo
 from loadtest.process import free_ports, stop
 from loadtest.slo import Verdict
+from tests.browser import look, needs_browser, unreadable
 from tests.loadtest.test_pure import given, seen_by
 from tests.serving import serving
 
@@ -310,19 +309,6 @@ def test_locusts_own_users_still_run(sample_repository: Path, tmp_path: Path) ->
     assert all(row["num_failures"] == 0 and row["num_requests"] > 0 for row in rows)
 
 
-OVERLAPS = """
-const boxes = [...document.querySelectorAll('svg')].map(
-  svg => [...svg.querySelectorAll('text')].map(one => [one.textContent, one.getBoundingClientRect()]));
-const found = [];
-for (const own of boxes) for (const [a, one] of own) for (const [b, two] of own)
-  if (one !== two && one.left < two.right - 1 && two.left < one.right - 1
-      && one.top < two.bottom - 2 && two.top < one.bottom - 2) found.push(a + '|' + b);
-const wide = document.documentElement.scrollWidth;
-const cut = boxes.flat().filter(([_, box]) => box.right > innerWidth + 1 || box.left < -1).map(([text]) => text);
-parent.document.title = JSON.stringify({wide, window: innerWidth, texts: boxes.flat().length, overlaps: found, cut});
-"""
-
-
 def pages() -> dict[str, str]:
     """One of each kind, with many stages, long names, and large and small numbers."""
     own = given(
@@ -344,26 +330,11 @@ def pages() -> dict[str, str]:
     }
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Debian's chromium")
+@needs_browser
 @pytest.mark.parametrize("kind", ["run", "refusal", "saturation", "comparison"])
 def test_the_pages_in_a_browser(kind: str, tmp_path: Path) -> None:
     """No wider than its window at 400 and 1280 pixels, with no text over another and none cut off."""
-    probe = tmp_path / "page.html"
-    probe.write_text(pages()[kind].replace("</html>", f"<script>{OVERLAPS}</script></html>"))
     for width in (1280, 400):
-        frame = tmp_path / "frame.html"
-        frame.write_text(
-            f"<!doctype html><iframe src=page.html style='width:{width}px;height:900px;border:0'></iframe>"
-        )
-        command = [
-            "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
-            "--disable-background-networking", "--allow-file-access-from-files",
-            f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1400,900", "--dump-dom", f"file://{frame}",
-        ]  # fmt: skip
-        dom = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-        told = json.loads(html.unescape(dom.partition("<title>")[2].partition("</title>")[0]))
-        assert told["window"] == width
-        assert told["wide"] <= width
-        assert told["overlaps"] == []
-        assert told["cut"] == []
+        told = look(pages()[kind], width, tmp_path)
+        assert unreadable(told) == {}
         assert told["texts"] > 5 or kind == "refusal"
