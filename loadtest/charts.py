@@ -15,7 +15,9 @@ _GOAL = "#3c4650"
 # None of them is red, which is for errors.
 _COLOURS = ("#2364aa", "#b06c00", "#2e7d32", "#6a4c93", "#00798c", "#8d6e63")
 _WIDTH, _HEIGHT = 400, 240
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 372, 22, 196
+_RIGHT, _TOP, _BOTTOM = 372, 22, 196
+# Of the widest usual type, a digit.
+_DIGIT = 7.7
 # So many marks on an axis, about.
 _MARKS = 6
 # From this ratio on, an axis that may be logarithmic is.
@@ -95,15 +97,17 @@ def chart(
     x_axis = _whole(min(xs), max(xs)) if x_label is not None else _inside(min(xs), max(xs))
     y_axis = _vertical([*ys, *([goal[1]] if goal is not None else [])], y_log)
 
-    def at(x: float, y: float) -> tuple[float, float]:
-        return _LEFT + (_RIGHT - _LEFT) * x_axis.part(x), _BOTTOM - (_BOTTOM - _TOP) * y_axis.part(y)
+    left = _left(y_axis)
 
-    drawn = [*_rows(y_axis), *_columns(x_axis, x_label or plain)]
+    def at(x: float, y: float) -> tuple[float, float]:
+        return left + (_RIGHT - left) * x_axis.part(x), _BOTTOM - (_BOTTOM - _TOP) * y_axis.part(y)
+
+    drawn = [*_rows(y_axis, left), *_columns(x_axis, left, x_label or plain)]
     legend: list[tuple[str, str, bool]] = []
     if goal is not None:
         height = at(x_axis.low, goal[1])[1]
         drawn.append(
-            f"<line class=goal x1={_LEFT} x2={_RIGHT} y1={height:.1f} y2={height:.1f} stroke={_GOAL} "
+            f"<line class=goal x1={left:.1f} x2={_RIGHT} y1={height:.1f} y2={height:.1f} stroke={_GOAL} "
             "stroke-width=1.5 stroke-dasharray='6 4' />"
         )
     colours = iter(_COLOURS * (1 + len(known)))
@@ -113,7 +117,7 @@ def chart(
         legend.append((colour, name, False))
     if goal is not None:
         legend.append((_GOAL, goal[0], True))
-    drawn.append(f"<text x={(_LEFT + _RIGHT) / 2:.0f} y=232 text-anchor=middle>{escape(x_name)}</text>")
+    drawn.append(f"<text x={(left + _RIGHT) / 2:.0f} y=232 text-anchor=middle>{escape(x_name)}</text>")
     drawn.append(f"<text x=4 y=12>{escape(y_name)}</text>")
     return (
         f"<figure><figcaption>{escape(title)}</figcaption>{_legend(legend)}"
@@ -141,19 +145,24 @@ def _vertical(values: Sequence[float], may_be_log: bool) -> Axis:
     return even(min(0.0, min(values)), max(0.0, max(values)))
 
 
-def _rows(axis: Axis) -> list[str]:
+def _left(axis: Axis) -> float:
+    """Where the axis is: beside its longest number."""
+    return max(40.0, 10 + _DIGIT * max(len(plain(mark)) for mark in axis.marks))
+
+
+def _rows(axis: Axis, left: float) -> list[str]:
     drawn = []
     for mark in axis.marks:
         height = _BOTTOM - (_BOTTOM - _TOP) * axis.part(mark)
-        drawn.append(f"<line x1={_LEFT} x2={_RIGHT} y1={height:.1f} y2={height:.1f} stroke=#e3e8ee />")
-        drawn.append(f"<text class=y x={_LEFT - 6} y={height + 4:.1f} text-anchor=end>{plain(mark)}</text>")
+        drawn.append(f"<line x1={left:.1f} x2={_RIGHT} y1={height:.1f} y2={height:.1f} stroke=#e3e8ee />")
+        drawn.append(f"<text class=y x={left - 6:.1f} y={height + 4:.1f} text-anchor=end>{plain(mark)}</text>")
     return drawn
 
 
-def _columns(axis: Axis, label: Callable[[float], str]) -> list[str]:
+def _columns(axis: Axis, left: float, label: Callable[[float], str]) -> list[str]:
     drawn = []
     for mark in axis.marks:
-        x = _LEFT + (_RIGHT - _LEFT) * axis.part(mark)
+        x = left + (_RIGHT - left) * axis.part(mark)
         drawn.append(f"<text class=x x={x:.1f} y=214 text-anchor=middle>{label(mark)}</text>")
     return drawn
 

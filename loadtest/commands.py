@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ from loadtest.slo import Verdict
 
 # Of a probe, beside its seconds: the generator's start and end.
 _AROUND_S = 3.0
+# What machines read of each command.
+_JSON = {"run": "report.json", "replay": "report.json", "saturate": "saturate.json", "compare": "compare.json"}
 
 
 def run(options: argparse.Namespace) -> int:
@@ -44,7 +47,10 @@ def run(options: argparse.Namespace) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         return commands[options.command](options)
-    except (ScenarioError, RunError) as error:
+    except ScenarioError as error:
+        _leave_unusable(options, str(error))
+        print(f"tutti loadtest: {error}", file=sys.stderr)
+    except RunError as error:
         print(f"tutti loadtest: {error}", file=sys.stderr)
     except OSError as error:
         print(f"tutti loadtest: {error.filename or 'it failed'}: {error.strerror or error}", file=sys.stderr)
@@ -71,6 +77,17 @@ def _load(options: argparse.Namespace, **changes: Any) -> Scenario:
     if options.output is not None:
         _make_folder(options.output)
     return given
+
+
+def _leave_unusable(options: argparse.Namespace, why: str) -> None:
+    """Of what cannot be run a page as well, where the folder can be written to."""
+    output = getattr(options, "output", None)
+    if output is None:
+        return
+    with suppress(ScenarioError):
+        _make_folder(output)
+        page = report.unusable(Path(options.scenario).stem, why, _source(options))
+        _leave(options, _JSON[options.command], {"verdict": Verdict.INVALID.name, "reasons": [why]}, page)
 
 
 def _make_folder(path: Path) -> None:
@@ -127,12 +144,12 @@ def _judge(given: Scenario, options: argparse.Namespace) -> int:
         result = runner.run(given, options.output, options.processes, [*options.locust, *web], _shown(progress))
     except RunError as error:
         said_so = {"verdict": Verdict.INVALID.name, "reasons": [str(error)]}
-        _leave(options, "report.json", said_so, report.refusal(given, [str(error)], _source(options)))
+        _leave(options, _JSON[options.command], said_so, report.refusal(given, [str(error)], _source(options)))
         raise
     finally:
         progress.clear()
     _tell(result)
-    _leave(options, "report.json", result.as_json(), report.page(result, _source(options)))
+    _leave(options, _JSON[options.command], result.as_json(), report.page(result, _source(options)))
     return int(result.judgement.verdict)
 
 
@@ -284,7 +301,7 @@ def _saturate(options: argparse.Namespace) -> int:
     high = found.high if found.high != float("inf") else None
     told = {"verdict": verdict.name, "reasons": reasons, "low": found.low, "high": high, "probes": probes}
     page = report.saturation(given, verdict, reasons, found, one.seen, _source(options))
-    _leave(options, "saturate.json", told, page)
+    _leave(options, _JSON[options.command], told, page)
     return int(verdict)
 
 
@@ -310,7 +327,7 @@ def _compare(options: argparse.Namespace) -> int:
         "medians_ms": dict(zip("ab", made.medians, strict=False)),
     }
     page = report.comparison(one, made.verdict, made.reasons, made.medians, made.found, made.result, _source(options))
-    _leave(options, "compare.json", told, page)
+    _leave(options, _JSON[options.command], told, page)
     return int(made.verdict)
 
 

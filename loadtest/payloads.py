@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import tritonclient.http as httpclient
 from tritonclient.grpc import service_pb2 as pb
-from tritonclient.utils import serialize_byte_tensor, triton_to_np_dtype
+from tritonclient.utils import InferenceServerException, serialize_byte_tensor, triton_to_np_dtype
 
 from loadtest.errors import ScenarioError
 from loadtest.names import near
@@ -29,6 +29,8 @@ SENTENCES = Path(__file__).with_name("sentences.tsv")
 VARIABLE_SIZE = 16
 CLIP_S = 2.0
 RATE = 16_000
+# Parameters that the HTTP client takes by name.
+_OF_TRITON = frozenset({"sequence_id", "sequence_start", "sequence_end", "priority", "timeout"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,9 +243,14 @@ def _http(
             tensor.set_shared_memory(region.name, len(raw), region.place(raw))
         inputs.append(tensor)
     outputs = [httpclient.InferRequestedOutput(name) for name in payload.outputs] or None
-    body, length = httpclient.InferenceServerClient.generate_request_body(
-        inputs, outputs=outputs, parameters=dict(payload.parameters) or None
-    )
+    own: dict[str, Any] = {name: value for name, value in payload.parameters.items() if name in _OF_TRITON}
+    others = {name: value for name, value in payload.parameters.items() if name not in _OF_TRITON}
+    try:
+        body, length = httpclient.InferenceServerClient.generate_request_body(
+            inputs, outputs=outputs, parameters=others or None, **own
+        )
+    except InferenceServerException as error:
+        raise ScenarioError(f"payloads: model '{payload.model}': {error.message()}") from None
     version = f"/versions/{payload.version}" if payload.version else ""
     lines = [f"POST /v2/models/{payload.model}{version}/infer HTTP/1.1"]
     lines += [f"{key}: {value}" for key, value in scenario.target.headers.items()]

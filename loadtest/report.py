@@ -76,6 +76,11 @@ def refusal(own: Scenario, reasons: Sequence[str], source: Source | str = Source
     return _page(own.name, Verdict.INVALID, reasons, body, _source(source), own.seed)
 
 
+def unusable(name: str, why: str, source: Source | str = Source()) -> str:
+    """Of a scenario that says nothing that could be run."""
+    return _page(name, Verdict.INVALID, [why], ["<p>Nothing was measured.</p>"], _source(source), None)
+
+
 def saturation(
     own: Scenario, verdict: Verdict, reasons: Sequence[str], bounds: Bounds, probes: Sequence[Result],
     source: Source | str = Source(),
@@ -126,15 +131,16 @@ def comparison(
 
 
 def _page(
-    name: str, verdict: Verdict, reasons: Sequence[str], body: Iterable[str], source: Source, seed: int
+    name: str, verdict: Verdict, reasons: Sequence[str], body: Iterable[str], source: Source, seed: int | None
 ) -> str:  # fmt: skip
     listed = "".join(f"<li>{escape(one)}</li>" for one in reasons)
+    of_seed = f"seed {seed}" if seed is not None else ""
     return (
         "<!doctype html><html lang=en><meta charset=utf-8>"
         "<meta name=viewport content='width=device-width, initial-scale=1'>"
         f"<title>{escape(name)}: {verdict.name}</title><style>{_STYLE}</style><h1>{escape(name)}</h1>"
         f"<p class='verdict {verdict.name}'>{verdict.name}</p><ul>{listed}</ul>{''.join(body)}"
-        f"<p><small><code>{escape(source.command)}</code> {escape(source.hardware)} seed {seed}</small></p></html>\n"
+        f"<p><small><code>{escape(source.command)}</code> {escape(source.hardware)} {of_seed}</small></p></html>\n"
     )
 
 
@@ -242,7 +248,7 @@ def _charts(result: Result) -> list[str]:
     if curves:
         charts.append(chart("Latency by percentile", curves, "percentile", "ms", x_label=_nines, y_log=True, goal=goal))
     if seconds := result.seconds:
-        wanted = (f"goal: {plain(goodput)} answered well", goodput) if goodput else None
+        wanted = (f"goal: {plain(goodput)} /s answered well", goodput) if goodput else None
         rates: dict[str, Points] = {
             name: [(row["second"], row[name]) for row in seconds] for name in ("due", "answered", "errors")
         }
@@ -272,15 +278,16 @@ def _server_charts(result: Result) -> list[str]:
                 lines[f"{pool} {name}"] = [
                     (row["at_s"] - start, row[name].get(pool, 0.0)) for row in rows if name in row
                 ]
-        charts.append(chart("Replicas", lines, "s", ""))
-        charts.append(chart("Fallback share", {"by other pools": line("fallback")}, "s", ""))
+        helped = [(x, 100 * share) for x, share in line("fallback")]
+        charts.append(chart("Replicas", lines, "s", "replicas"))
+        charts.append(chart("Answered by another pool", {"of all": helped}, "s", "%"))
     return charts
 
 
 def _of_one(line: Any) -> list[str]:
     return [
         chart("Queue against compute", {"queue": line("queue_ms"), "compute": line("compute_ms")}, "s", "ms"),
-        chart("Rows in a batch", {"batch": line("batch")}, "s", ""),
+        chart("Rows in a batch", {"batch": line("batch")}, "s", "rows"),
     ]
 
 
@@ -294,7 +301,7 @@ def _by_model(rows: Sequence[dict[str, Any]], start: float) -> list[str]:
     for title, name, unit in (
         (f"Queue: {what}", "queue_ms", "ms"),
         (f"Compute: {what}", "compute_ms", "ms"),
-        (f"Rows in a batch: {what}", "batch", ""),
+        (f"Rows in a batch: {what}", "batch", "rows"),
     ):
         lines: dict[str, Points] = {
             model: [
@@ -317,8 +324,9 @@ def _busiest(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _percentiles(histogram: Any) -> Points:
-    """x is how many nines."""
-    return [(-math.log10(max(1 - share, 1e-5)), ms) for share, ms in histogram.points(120)]
+    """x is how many nines: no more than so many requests can tell."""
+    least = 1 / max(histogram.total, 2)
+    return [(-math.log10(1 - share), ms) for share, ms in histogram.points(120) if 1 - share >= 0.99 * least]
 
 
 def _nines(x: float) -> str:

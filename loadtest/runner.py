@@ -143,9 +143,11 @@ def run(
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     given, result, log = folder / "scenario.json", folder / "result.json", folder / "locust.log"
+    told = folder / "progress.json"
     here = scenario.model_copy(update={"folder": scenario.folder.resolve()})
     given.write_text(here.model_dump_json())
-    result.unlink(missing_ok=True)
+    for left in (result, told):  # of an earlier run into that folder
+        left.unlink(missing_ok=True)
     command = [sys.executable, "-P", "-m", "locust", "-f", str(LOCUSTFILE), "--scenario", str(given)]
     command += ["--result", str(result), "--only-summary", *_workers(processes), *_page(locust), *_from_here(locust)]
     asked = {payload.model for payload in scenario.payloads}
@@ -153,7 +155,7 @@ def run(
     length = length_s(scenario)
     with log.open("wb") as file, Sampler(scenario.target.metrics, asked, parts) as sampler:
         began = time.time()
-        status = _follow(command, file, lambda: _tell(folder / "progress.json", length, progress))
+        status = _follow(command, file, lambda: _tell(told, length, progress))
     if not result.is_file():
         raise RunError(f"Locust ended with status {status} and left no result: {_last(log)}")
     workers = json.loads(result.read_text())["workers"]

@@ -41,7 +41,10 @@ const hidden = [...document.querySelectorAll('body *')].filter(one => {
   return box.width && (box.right > innerWidth + 1 || box.left < -1);
 }).map(one => one.innerText.slice(0, 60));
 const wide = document.documentElement.scrollWidth;
-const cut = boxes.flat().filter(([_, box]) => box.right > innerWidth + 1 || box.left < -1).map(([text]) => text);
+const cut = [...document.querySelectorAll('svg text')].filter(one => {
+  const box = one.getBoundingClientRect(), svg = one.closest('svg').getBoundingClientRect();
+  return box.right > Math.min(innerWidth, svg.right) + 1 || box.left < Math.max(0, svg.left) - 1;
+}).map(one => one.textContent);
 parent.document.title = JSON.stringify({wide, window: innerWidth, texts: boxes.flat().length, overlaps, cut, outside,
   hidden, least: Math.min(99, ...sizes)});
 """
@@ -50,7 +53,7 @@ parent.document.title = JSON.stringify({wide, window: innerWidth, texts: boxes.f
 def look(page: str, width: int, folder: Path) -> dict[str, Any]:
     """What a window of that width shows, in pixels.
 
-    `wide`: of the page; `texts`: in pictures; `overlaps`, `cut`, `outside`: texts over another, out of the window, or
+    `wide`: of the page; `texts`: in pictures; `overlaps`, `cut`, `outside`: texts over another, out of the picture, or
     over the edge of a rounded box; `hidden`: of the page, out of the window and not to be scrolled to; `least`: the
     smallest type in pictures.
     """

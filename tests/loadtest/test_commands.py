@@ -243,6 +243,22 @@ def test_a_run_that_cannot_start_leaves_a_page_that_says_why(
     assert what in told["reasons"][0]
 
 
+@pytest.mark.parametrize("command", ["run", "saturate", "compare a:1 b:2", "replay t.csv"])
+def test_a_scenario_that_says_nothing_leaves_a_page_too(
+    command: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "t.csv").write_text("1\n2\n")
+    (here / "bad.yaml").write_text(SCENARIO.replace("p99_ms", "p98_ms"))
+    assert status_of([*command.split(), "bad.yaml", "--output", "rep"]) == 2
+    what = "slo.p98_ms: no such field"
+    assert what in capsys.readouterr().err
+    page = (here / "rep" / "report.html").read_text()
+    assert "<title>bad: INVALID</title>" in page
+    assert what in page
+    (told,) = (json.loads(path.read_text()) for path in (here / "rep").glob("*.json"))
+    assert (told["verdict"], what in told["reasons"][0]) == ("INVALID", True)
+
+
 def of(url: str, **more: Any) -> Scenario:
     return Scenario(payloads=[{"model": "pets"}], stages=[{"seconds": 1, "rate": 1}], target={"urls": [url], **more})
 

@@ -1,6 +1,7 @@
 """Arrivals, histograms, verdicts and searches: no server, no clock."""
 
 import io
+import json
 import math
 import random
 import re
@@ -291,6 +292,18 @@ def test_payloads_are_seeded_and_fit_their_tensors() -> None:
     assert all(8 <= size <= 64 and size % 8 == 0 for size in sizes)
 
 
+def test_parameters_that_are_tritons_own_are_sent_as_such() -> None:
+    """Over HTTP its client takes some of them by name only, and one not at all."""
+    info = [TensorInfo("x", "FP32", (-1, 2))]
+    own = {"priority": 2, "timeout": 5_000, "mine": "yes"}
+    (made,), _ = messages(given(payloads=[{"model": "m", "count": 1, "parameters": own}]), lambda *_: info)
+    length = int(re.findall(rb"Inference-Header-Content-Length: (\d+)", made.head)[0])
+    sent = json.loads(made.body[:length])["parameters"]
+    assert {name: sent[name] for name in own} == own
+    with pytest.raises(ScenarioError, match=r"payloads: model 'm': .*binary_data_output.* is a reserved parameter"):
+        messages(given(payloads=[{"model": "m", "parameters": {"binary_data_output": True}}]), lambda *_: info)
+
+
 def test_messages_take_files_and_say_what_is_missing(tmp_path: Path) -> None:
     (tmp_path / "lines.txt").write_text("one\n\ntwo\n")
     infos = {"m": [TensorInfo("TEXT", "BYTES", (-1, 1)), TensorInfo("more", "FP32", (-1, 2))]}
@@ -394,6 +407,26 @@ def test_errors_are_red_and_the_goal_is_drawn() -> None:
     assert "<line class=goal " in drawn
     assert ">8</text>" in drawn, "the axis reaches the goal"
     assert "goal" not in charts.chart("T", lines, "s", "")
+
+
+def test_axes_leave_room_for_long_numbers() -> None:
+    short, long = (charts.chart("T", {"x": [(0, 0), (1, high)]}, "s", "") for high in (5.0, 12_345_678.0))
+    lefts = [float(re.findall(r"<text class=y x=([\d.]+)", drawn)[0]) for drawn in (short, long)]
+    assert ",000,000</text>" in long
+    assert lefts[1] >= len("10,000,000") * 7
+    assert lefts[0] < 50
+
+
+def test_percentiles_end_where_requests_do() -> None:
+    """Of a hundred requests nobody knows the 99.9th."""
+    for requests, most in ((100, 2.0), (5_000, math.log10(5_000))):
+        points = report._percentiles(made_result_of(requests).histogram)
+        assert most - 0.1 < points[-1][0] <= most + 0.01
+
+
+def made_result_of(requests: int) -> runner.Result:
+    own = given(stages=[{"seconds": 10, "rate": requests / 10}])
+    return runner.gather(own, [seen_by(requests)])
 
 
 def made_result(**more: Any) -> runner.Result:
