@@ -9,35 +9,12 @@ from typing import Any
 
 from loadtest.advice import said
 from loadtest.charts import Points, chart, plain
+from loadtest.pages import Cell, head, table
 from loadtest.runner import Result, StageSeen, quantiles_ms
 from loadtest.scenario import Scenario
 from loadtest.search import Bounds, Difference
 from loadtest.slo import Verdict
 
-_STYLE = """
-:root { color-scheme: light } * { box-sizing: border-box }
-body { font: 15px/1.45 system-ui, sans-serif; margin: 0 auto; max-width: 80rem; padding: 1rem; color: #1c2733 }
-h1 { font-size: 1.5rem; margin: .2rem 0; overflow-wrap: anywhere } h2 { font-size: 1.1rem; margin: 1.4rem 0 .3rem }
-.verdict { font-size: 1.3rem; font-weight: 700; padding: .6rem .9rem; border-radius: .4rem; color: #fff }
-.PASS { background: #14713d } .FAIL { background: #b3261e } .INVALID { background: #6b3fa0 }
-.INCONCLUSIVE { background: #8a6100 }
-table { border-collapse: collapse; max-width: 100%; margin: .8rem 0 }
-th, td { padding: .2rem .6rem; border-bottom: 1px solid #d8dee5; text-align: right; vertical-align: top }
-th:first-child, td:first-child, th.text, td.text { text-align: left; overflow-wrap: anywhere }
-.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); gap: 1.2rem }
-figure { margin: 0; max-width: 34rem } figcaption { font-weight: 600 }
-svg { width: 100%; height: auto; display: block }
-.legend { font-size: 13px; display: flex; flex-wrap: wrap; gap: 0 .9rem; overflow-wrap: anywhere }
-.legend i { display: inline-block; width: 1.2rem; margin-right: .3rem; vertical-align: middle }
-code { overflow-wrap: anywhere } li, p { overflow-wrap: anywhere } .error { color: #c5221f; font-weight: 600 }
-@media (max-width: 44rem) {
-  table, tbody, tr, td { display: block; width: 100% } tr.head { display: none }
-  tr { border-bottom: 2px solid #d8dee5; padding: .3rem 0 }
-  td, td:first-child, td.text { border: 0; padding: .05rem 0; display: flex; gap: .8rem }
-  td { justify-content: space-between }
-  td::before { content: attr(data-name); color: #55606c; font-weight: 400; flex: none } td.text { text-align: right }
-}
-"""
 # Lines in one figure.
 _MOST_LINES = 5
 
@@ -48,14 +25,6 @@ class Source:
 
     command: str = ""
     hardware: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """One that is text, or that stands for errors."""
-
-    text: str
-    kind: str
 
 
 def page(result: Result, source: Source | str = Source()) -> str:
@@ -101,7 +70,7 @@ def saturation(
     body = [
         f"<p>{len(probes)} probes of {_target(own)}.</p>",
         f"<div class=charts>{''.join(charts)}</div>",
-        _table(head, [_probe(probe) for probe in probes]) if probes else "",
+        table(head, [_probe(probe) for probe in probes]) if probes else "",
         _errors(*_all_errors(probes)),
     ]
     return _page(f"{own.name}: saturation", verdict, reasons, body, _source(source), own.seed)
@@ -124,7 +93,7 @@ def comparison(
             [str(number + 1), plain(a), plain(b), plain(ratio)]
             for number, ((a, b), ratio) in enumerate(zip(rounds, ratios, strict=True))
         ]
-        body.append(_table(["round", "A ms", "B ms", "B / A"], rows))
+        body.append(table(["round", "A ms", "B ms", "B / A"], rows))
     if result is not None:
         body += [_figures(result), _errors(result.errors, result.reasons)]
     return _page(f"{own.name}: comparison", verdict, reasons, body, _source(source), own.seed)
@@ -136,9 +105,7 @@ def _page(
     listed = "".join(f"<li>{escape(one)}</li>" for one in reasons)
     of_seed = f"seed {seed}" if seed is not None else ""
     return (
-        "<!doctype html><html lang=en><meta charset=utf-8>"
-        "<meta name=viewport content='width=device-width, initial-scale=1'>"
-        f"<title>{escape(name)}: {verdict.name}</title><style>{_STYLE}</style><h1>{escape(name)}</h1>"
+        f"{head(f'{name}: {verdict.name}')}<h1>{escape(name)}</h1>"
         f"<p class='verdict {verdict.name}'>{verdict.name}</p><ul>{listed}</ul>{''.join(body)}"
         f"<p><small><code>{escape(source.command)}</code> {escape(source.hardware)} {of_seed}</small></p></html>\n"
     )
@@ -174,7 +141,7 @@ def _figures(result: Result) -> str:
 def _stages(stages: Sequence[StageSeen]) -> str:
     figures = list(quantiles_ms(next((one.histogram for one in stages if one.histogram.total), stages[0].histogram)))
     head = ["stage", "s", "requests /s", "requests", "errors", *(f"{name} ms" for name in figures)]
-    return _table(head, [_stage(stage, figures) for stage in stages])
+    return table(head, [_stage(stage, figures) for stage in stages])
 
 
 def _stage(stage: StageSeen, figures: Iterable[str]) -> list[str | Cell]:
@@ -207,7 +174,7 @@ def _errors(errors: Counter[str], reasons: dict[str, str]) -> str:
         [escape(what), f"{count:,}", Cell(escape(said(reasons.get(what, ""))) or "-", "text")]
         for what, count in errors.most_common(20)
     ]
-    return "<h2>Errors</h2>" + _table(["what", "times", "as one of them says"], rows)
+    return "<h2>Errors</h2>" + table(["what", "times", "as one of them says"], rows)
 
 
 def _all_errors(probes: Sequence[Result]) -> tuple[Counter[str], dict[str, str]]:
@@ -216,23 +183,6 @@ def _all_errors(probes: Sequence[Result]) -> tuple[Counter[str], dict[str, str]]
         errors.update(probe.errors)
         reasons |= probe.reasons
     return errors, reasons
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str | Cell]]) -> str:
-    """Beside a telephone's edge each row is a list, with the names of the columns before its cells."""
-    cells = [[one if isinstance(one, Cell) else Cell(one, "") for one in row] for row in rows]
-    kinds = [cell.kind if cell.kind == "text" else "" for cell in cells[0]] if cells else [""] * len(head)
-    names = "".join(f"<th class='{kind}'>{escape(one)}</th>" for one, kind in zip(head, kinds, strict=True))
-    shown = "".join(
-        "<tr>"
-        + "".join(
-            f"<td class='{cell.kind}' data-name='{escape(name)}'><span>{cell.text}</span></td>"
-            for name, cell in zip(head, row, strict=True)
-        )
-        + "</tr>"
-        for row in cells
-    )
-    return f"<table><tr class=head>{names}</tr>{shown}</table>"
 
 
 def _charts(result: Result) -> list[str]:

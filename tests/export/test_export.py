@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from export import cli, layout, manifest, pipeline, profiling, report, sources, tensorrt, text_labelled
+from export import cli, layout, manifest, parity, pipeline, profiling, report, sources, tensorrt, text_labelled
 from export import onnx as to_onnx
 from export.errors import ExportError, ParityError
-from export.graphs import Graph, Product
+from export.graphs import Check, Graph, Product
 from export.parity import Comparer
 from export.variants import Builder
+from tests.browser import look, needs_browser, unreadable
 from tests.export import checkpoints
 from tests.models import onnx_add_one
 from tutti import config
@@ -302,6 +304,36 @@ def test_profiles_choose_batches_and_start_the_scheduler(tmp_path: Path) -> None
     page = report.page(outcome)
     assert "<svg" in page
     assert "max_batch_size: 32" in page
+
+
+@needs_browser
+def test_the_page_in_a_browser(tmp_path: Path) -> None:
+    """With many variants and lengths, long names, large errors and small ones, at 400 and 1280 pixels."""
+    folder = tmp_path / "export"
+    folder.mkdir()
+    outcome = run(folder, graph())
+    result = outcome.results[0]
+    (comparison,) = result.comparisons
+    worst = parity.Worst("an_output", "x [2, 3]", 1.5e-9, [0.123456] * 8, [0.123457] * 8, "text " * 40)
+    for variant in ("fp16", "int8", "torch", "torch-fp16"):
+        seen = replace(
+            comparison, variant=variant, max_abs=1e9, rows=400, worst=worst, note="a note of some length " * 4
+        )
+        result.built[variant] = replace(result.built["fp32"], variant=variant, comparison=seen)
+    outcome.checks = [Check(f"a_model_of_a_long_name/{n}.onnx", True, "as verified " * 9) for n in range(3)]
+    for lengths in ((1,), (16, 128, 1_500)):
+        outcome.measured = {
+            "affine": [
+                profiling.Measured(variant, "cpu", rows, length, 1e-3 * factor * rows * length)
+                for variant, factor in (("fp32", 20), ("int8", 9), ("fp16", 8.9))
+                for length in lengths
+                for rows in (1, 2, 4, 8, 16, 32)
+            ]
+        }
+        for width in (400, 1280):
+            told = look(report.page(outcome), width, tmp_path)
+            assert unreadable(told) == {}
+            assert told["texts"] > 10
 
 
 def test_recommendations_keep_two_batches_within_the_goal() -> None:
