@@ -42,7 +42,8 @@ class ClusterLogs(Logs):
     """Log settings of all gateways and every replica."""
 
     def __init__(self, options: Options, control: Control) -> None:
-        super().__init__(options.log_verbose, options.log_file, options.log_format)
+        kinds = options.log_info, options.log_warning, options.log_error
+        super().__init__(options.log_verbose, options.log_file, options.log_format, kinds)
         self._control = control
 
     def update(self, changes: Mapping[str, Any]) -> Settings:
@@ -91,7 +92,8 @@ class Gateway:
         shared = replace(setup.addresses(options), shares_ports=True, metrics_ports=_METRICS_PORTS)
         if not _others(context):  # with which to share
             shared.check_free()
-        self._server = Server(api, shared, lambda: pool_metrics(pools))
+        self._engine.is_strict = options.strict_readiness
+        self._server = Server(api, shared, lambda: pool_metrics(pools), shows_host=options.allow_cpu_metrics)
         self._taken = await self._server.start()
         if options.model_control_mode == "poll":
             self._router.spawn(self._poll_forever(options.repository_poll_secs))

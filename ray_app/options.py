@@ -38,6 +38,12 @@ class Options(BaseModel):
     http_port: int = 8000
     grpc_port: int = 8001
     metrics_port: int = 8002
+    http_address: str | None = None
+    grpc_address: str | None = None
+    metrics_address: str | None = None
+    allow_http: bool = True
+    allow_grpc: bool = True
+    allow_metrics: bool = True
     server_name: str = SERVER_NAME
     http_max_input_size: int = 64 * 1024 * 1024
     grpc_max_message_size: int = 2**31 - 1
@@ -46,6 +52,7 @@ class Options(BaseModel):
     load_model: list[str] | None = None
     repository_poll_secs: float = 15.0
     exit_on_error: bool = True
+    strict_readiness: bool = True
     exit_timeout_secs: float = Field(default=30.0, ge=0)
     control_timeout_secs: float = Field(default=120.0, gt=0)
     cache_config: str = "local,size=1048576"
@@ -68,7 +75,19 @@ class Options(BaseModel):
     grpc_root_cert: Path | None = None
     grpc_server: Literal["native", "grpcio"] = "native"
     front_end_processes: int = Field(default=1, ge=1, le=1)  # the gateway is one
+    grpc_keepalive_time: int | None = Field(default=None, ge=0)
+    grpc_keepalive_timeout: int | None = Field(default=None, ge=0)
+    grpc_keepalive_permit_without_calls: bool | None = None
+    grpc_http2_max_pings_without_data: int | None = Field(default=None, ge=0)
+    grpc_http2_min_recv_ping_interval_without_data: int | None = Field(default=None, ge=0)
+    grpc_http2_max_ping_strikes: int | None = Field(default=None, ge=0)
+    grpc_max_connection_age: int | None = Field(default=None, ge=0)
+    grpc_max_connection_age_grace: int | None = Field(default=None, ge=0)
+    allow_cpu_metrics: bool = True
     log_verbose: int = 0
+    log_info: bool = True
+    log_warning: bool = True
+    log_error: bool = True
     log_file: str = ""
     log_format: Literal["default", "ISO8601"] = "default"
     trace_config: list[str] = []

@@ -36,6 +36,7 @@ LAYERS = {
     "tutti.frontends.grpc_methods": 4, "tutti.frontends.setup": 4,
     "tutti.frontends.engine_link": 4, "tutti.frontends.link": 4, "tutti.frontends.task": 4,
     "tutti.frontends.front_ends": 1, "tutti.frontends.worker": 5,
+    "tutti.frontends.keepalive": 0, "tutti.foreign_flags": 0,
     "tutti.frontends.server": 4, "tutti.frontends.limits": 0, "tutti.frontends.relay": 4, "tutti.restarts": 1,
     "tutti.reports": 1, "tutti.supervisor": 4, "tutti.process": 5,
     "ray_app.pools": 4, "ray_app.replica": 4, "ray_app.gateway": 4,

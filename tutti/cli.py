@@ -95,7 +95,7 @@ def front_ends(options: argparse.Namespace, has_gpu: bool, cores: int) -> int:
     """How many front-ends are processes of their own; 0 where they are in the engine's."""
     count: int | None = options.front_end_processes
     if count is None:
-        is_own = options.supervise or (has_gpu and not options.ray and not _needs_grpcio(options))
+        is_own = options.supervise or (has_gpu and not options.ray and not _lone(options))
         return max(1, min(serve_options.MAX_FRONT_ENDS, cores // 4)) if is_own else 0
     return count if count > 1 or options.supervise else 0
 
@@ -104,8 +104,15 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
-def _needs_grpcio(options: argparse.Namespace) -> bool:
-    return bool(options.grpc_use_ssl or options.grpc_use_ssl_mutual or options.grpc_server != "native")
+def _lone(options: argparse.Namespace) -> str:
+    """What of the options front-end processes do not have, "" for nothing."""
+    if options.grpc_use_ssl or options.grpc_use_ssl_mutual or options.grpc_server != "native":
+        return "need the native gRPC server, without TLS"
+    if not options.allow_http or not options.allow_grpc:
+        return "serve HTTP and gRPC both"
+    if (options.http_address or options.host) != (options.grpc_address or options.host):
+        return "have one address for HTTP and gRPC"
+    return ""
 
 
 def _serve(arguments: Sequence[str]) -> int:
@@ -113,7 +120,8 @@ def _serve(arguments: Sequence[str]) -> int:
     # Processes are started with exec: gRPC need not prepare for a fork, nor say that it has not.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     allow_files()
-    logs = Logs(options.log_verbose, options.log_file, options.log_format)
+    kinds = options.log_info, options.log_warning, options.log_error
+    logs = Logs(options.log_verbose, options.log_file, options.log_format, kinds)
     logs.install()
     scratch.clear_soon()
     if options.ray:
@@ -127,12 +135,13 @@ def _serve(arguments: Sequence[str]) -> int:
         return serve_on_ray(options)
     count = front_ends(options, present.has_gpu(), _cores())
     if count and options.engine_of is None and not options.check:
-        if _needs_grpcio(options):
-            raise ConfigError("front-end processes need the native gRPC server, without TLS")
+        if lone := _lone(options):
+            raise ConfigError(f"front-end processes {lone}")
         from tutti import supervisor
 
         ports = options.http_port, options.grpc_port
-        return supervisor.run(["serve", *arguments], options.host, *ports, count, options.exit_timeout_secs)
+        host = options.http_address or options.host
+        return supervisor.run(["serve", *arguments], host, *ports, count, options.exit_timeout_secs)
     from tutti import process
 
     return process.serve(options, logs)

@@ -18,7 +18,7 @@ from tutti.config import ModelConfig
 from tutti.devices.health import DeviceHealth, health
 from tutti.errors import ConfigError, Internal, InvalidArgument, NotFound, TuttiError, Unavailable, reason
 from tutti.model import Model, Served
-from tutti.operations import Operations, Work, side_by_side
+from tutti.operations import LOADS_AT_ONCE, Operations, Work, side_by_side
 from tutti.repository import ModelFolder
 from tutti.scratch import Folder
 from tutti.statistics import ModelStatistics
@@ -34,7 +34,6 @@ Ending = tuple[Model, Work[None]]
 
 DRAIN_S = 30.0
 _POLL_DRAIN_S = 5.0
-_LOADS_AT_ONCE = 4
 _MOST_POLLS = 16
 # A look at the repository that takes longer does not have others begin beside it.
 _LOOK_S = 1.0
@@ -96,6 +95,9 @@ class Engine:
         self._is_closed = False
         self._operations = Operations(control_timeout_s)
         self.control_timeout_s = control_timeout_s
+        self.loads_at_once = LOADS_AT_ONCE
+        # Whether a model that is not available makes all of it not ready.
+        self.is_strict = True
         # What replicas are told, they are told in one order.
         self._telling = threading.Lock()
         # Models that are served no longer, and what ends them.
@@ -148,7 +150,7 @@ class Engine:
         ranks = [folder.config.name for folder in ordered]
         later = {name: ranks[index:] for index, name in enumerate(ranks)}  # of a cycle: not waited for
         works = [(f"model '{folder.config.name}' has been loading", partial(load, folder)) for folder in ordered]
-        for unfinished in side_by_side(works, _LOADS_AT_ONCE, timeout_s):
+        for unfinished in side_by_side(works, self.loads_at_once, timeout_s):
             _log.error("%s; the others are served meanwhile", unfinished)
 
     def load(self, name: str, override: Override | None = None, drain_s: float = DRAIN_S) -> None:
@@ -206,7 +208,7 @@ class Engine:
         ]
         self._polled.update(due)
         try:
-            unfinished = side_by_side(works, _LOADS_AT_ONCE, self.control_timeout_s)
+            unfinished = side_by_side(works, self.loads_at_once, self.control_timeout_s)
         except BaseException:  # none has begun
             self._polled.difference_update(due)
             raise
@@ -449,7 +451,12 @@ class Engine:
         return look.result()
 
     def is_ready(self) -> bool:
-        """Whether all that was asked for is loaded and ready, which may be nothing, and no device has failed."""
+        """Whether all that was asked for is loaded and ready, which may be nothing, and no device has failed.
+
+        Where it is not strict, the devices alone count.
+        """
+        if not self.is_strict:
+            return not self._devices.failures()
         if self._failures or self._late() or self._devices.failures():
             return False
         return all(model.is_ready() for model in self.models())

@@ -16,6 +16,7 @@ _FORMATS = {
     "ISO8601": ("%(asctime)sZ %(levelname)s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S"),
 }
 _LEVELS = {"log_info": logging.INFO, "log_warning": logging.WARNING, "log_error": logging.ERROR}
+_ALL = (True, True, True)
 _CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), 127) if code not in (9,)} | {10: "\\n", 13: "\\r"}
 
 
@@ -30,12 +31,16 @@ class _Formatter(logging.Formatter):
 class Logs:
     """The process's one log handler, and the settings on it."""
 
-    def __init__(self, verbose: int = 0, file: str = "", log_format: str = "default") -> None:
+    def __init__(
+        self, verbose: int = 0, file: str = "", log_format: str = "default", kinds: tuple[bool, bool, bool] = _ALL
+    ) -> None:
+        """`kinds` says whether lines of info, warnings and errors pass."""
+        info, warning, error = kinds
         self._settings: Settings = {
             "log_file": file,
-            "log_info": True,
-            "log_warning": True,
-            "log_error": True,
+            "log_info": info,
+            "log_warning": warning,
+            "log_error": error,
             "log_verbose_level": verbose,
             "log_format": log_format,
         }

@@ -63,12 +63,15 @@ Collect = Callable[[], Iterable[Metric]]
 
 
 class Metrics:
-    """The metrics page of one process. `extra` adds families, as a gateway's pools do."""
+    """The metrics page of one process. `extra` adds families, as a gateway's pools do.
 
-    def __init__(self, engine: Engine, extra: Collect | None = None) -> None:
+    `shows_host`: the machine's processors and memory are on it.
+    """
+
+    def __init__(self, engine: Engine, extra: Collect | None = None, shows_host: bool = True) -> None:
         self._engine = engine
         self._extra = extra
-        self._host = HostMetrics()
+        self._host = HostMetrics() if shows_host else None
         self._registry = CollectorRegistry()
         self._registry.register(self)  # type: ignore[arg-type]
 
@@ -124,7 +127,8 @@ class Metrics:
             for step in _steps_below(model, models):
                 steps.add_metric([*labels(model), step], 1.0)
         yield steps
-        yield from self._host.collect()
+        if self._host is not None:
+            yield from self._host.collect()
         yield from engine_metrics.collect()
         yield from custom_metrics.collect()
         if self._extra is not None:

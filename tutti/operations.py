@@ -18,6 +18,9 @@ from tutti.errors import Unavailable, reason
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
+# Models that are loaded side by side, where nobody says how many.
+LOADS_AT_ONCE = 4
+
 # Of works side by side, one that has taken longer than this makes room for another.
 PATIENCE_S = 10.0
 _MOST_WAITING = 8

@@ -97,8 +97,11 @@ async def _serve(options: argparse.Namespace, logs: Logs, supervised: Supervised
         else None,
         control_timeout_s=options.control_timeout_secs,
     )
-    gpus = GpuMetrics()
-    server = Server(setup.make_api(engine, options, logs), addresses, gpus.collect, gpus.sample)
+    engine.is_strict = options.strict_readiness
+    engine.loads_at_once = options.model_load_thread_count or engine.loads_at_once
+    gpus = GpuMetrics(interval_s=options.metrics_interval_ms / 1000)
+    collect, sample = (gpus.collect, gpus.sample) if options.allow_gpu_metrics else (None, None)
+    server = Server(setup.make_api(engine, options, logs), addresses, collect, sample, options.allow_cpu_metrics)
     if supervised is not None:
         supervised.report(task=str(server.write_task(supervised.folder.parent)))
     names = (options.load_model or []) if is_explicit and "*" not in (options.load_model or []) else None
@@ -128,7 +131,8 @@ async def _serve(options: argparse.Namespace, logs: Logs, supervised: Supervised
         _show(engine)
         in_thread(_hint, options)  # a look at a slow disk, for which nobody waits
         _log.info("ready: %d models from %s", len(engine.models()), options.model_repository)
-        if command := overview.example(engine.models(), replace(taken, http_tls=addresses.http_tls).url):
+        command = overview.example(engine.models(), replace(taken, http_tls=addresses.http_tls).url)
+        if command and taken.http_port is not None:
             _log.info("try: %s", command)
         if supervised is not None:
             supervised.report(ready=True)

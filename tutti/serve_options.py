@@ -7,24 +7,18 @@ import argparse
 import difflib
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
-from tutti import SERVER_NAME
+from tutti import SERVER_NAME, foreign_flags
+from tutti.frontends import keepalive
 from tutti.frontends.gate import CATEGORIES
 from tutti.frontends.limits import CASE_MATTERS, Limits
+from tutti.operations import LOADS_AT_ONCE
 from tutti.reports import Supervised
 
 # Of one machine's cores, front-ends that are processes of their own get a quarter, and no more than this.
 MAX_FRONT_ENDS = 4
-# Flags that need no value, and may have one.
-_SWITCHES = frozenset(
-    [
-        "--allow-client-shm", "--allow-client-cuda-shm", "--supervise", "--ray", "--check",
-        "--http-use-ssl", "--http-use-ssl-mutual", "--grpc-use-ssl", "--grpc-use-ssl-mutual",
-    ]
-)  # fmt: skip
-
 
 # Flags that say something of Ray only, and are None where they have not been given.
 _ON_RAY = ("ray_address", "gateways", "gpu_replicas", "cpu_replicas", "placement", "hang_timeout_secs", "num_gpus")
@@ -48,19 +42,21 @@ def make_parser() -> argparse.ArgumentParser:
     )
     for add in (_add_repository, _add_addresses, _add_execution, _add_processes, _add_access, _add_logs, _add_ray):
         add(parser)
+    foreign_flags.add(parser)
     return parser
 
 
 def _add_repository(serve: argparse.ArgumentParser) -> None:
     models = serve.add_argument_group("models")
-    models.add_argument("model_repository", type=Path, nargs="?")
+    models.add_argument("model_repository", type=Path, nargs="?", help="the folder of models")
     models.add_argument(
         "--model-repository",
         "--model-store",
         type=Path,
+        action="append",
         metavar="PATH",
         dest="repository",
-        help="the same, as Triton has it",
+        help="the same, as Triton has it; there is one (default: what comes without a flag)",
     )
     models.add_argument(
         "--check",
@@ -74,9 +70,18 @@ def _add_repository(serve: argparse.ArgumentParser) -> None:
         help="poll: follow changes of the repository; explicit: start with --load-model only, and let clients load "
         "and unload, which with a writable repository is running their code (default: none, load everything)",
     )
-    models.add_argument("--load-model", action="append", metavar="NAME", help="with explicit control; * for all")
     models.add_argument(
-        "--repository-poll-secs", type=_seconds, default=15.0, metavar="SECONDS", help="with poll control"
+        "--load-model",
+        action="append",
+        metavar="NAME",
+        help="with explicit control: load it at the start, * for all; repeat for more (default: none)",
+    )
+    models.add_argument(
+        "--repository-poll-secs",
+        type=_seconds,
+        default=15.0,
+        metavar="SECONDS",
+        help="with poll control: look at the repository as often (default: %(default)g)",
     )
     models.add_argument(
         "--exit-on-error",
@@ -85,22 +90,56 @@ def _add_repository(serve: argparse.ArgumentParser) -> None:
         metavar="BOOL",
         help="exit when a model cannot be loaded (default: true)",
     )
+    models.add_argument(
+        "--strict-readiness",
+        type=_boolean,
+        default=True,
+        metavar="BOOL",
+        help="/v2/health/ready says no while a model is not available (default: true)",
+    )
+    models.add_argument(
+        "--model-load-thread-count",
+        type=_count,
+        metavar="N",
+        help=f"models that are loaded side by side (default: {LOADS_AT_ONCE})",
+    )
 
 
 def _add_addresses(serve: argparse.ArgumentParser) -> None:
     doors = serve.add_argument_group("addresses and limits")
-    doors.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    doors.add_argument("--http-port", type=_port, default=8000)
-    doors.add_argument("--grpc-port", type=_port, default=8001)
-    doors.add_argument("--metrics-port", type=_port, default=8002)
+    doors.add_argument(
+        "--host", default="127.0.0.1", metavar="ADDRESS", help="address to listen on (default: %(default)s)"
+    )
+    for flag, name, port in (("http", "HTTP", 8000), ("grpc", "gRPC", 8001), ("metrics", "the metrics page", 8002)):
+        text = f"port of {name}; 0 is any free one (default: {port})"
+        doors.add_argument(f"--{flag}-port", type=_port, default=port, metavar="PORT", help=text)
+    for name, default in (("http", "--host"), ("grpc", "--host"), ("metrics", "--http-address")):
+        text = f"address of {name} alone (default: what {default} says)"
+        doors.add_argument(f"--{name}-address", metavar="ADDRESS", help=text)
+    for name, what in (("http", "HTTP"), ("grpc", "gRPC"), ("metrics", "the metrics page")):
+        doors.add_argument(
+            f"--allow-{name}", type=_boolean, default=True, metavar="BOOL", help=f"serve {what} (default: true)"
+        )
     doors.add_argument(
         "--server-name",
         default=SERVER_NAME,
         metavar="NAME",
         help="the name that clients are told, for those that look for 'triton' (default: %(default)s)",
     )
-    doors.add_argument("--http-max-input-size", type=_size, default=Limits().max_input_size, metavar="BYTES")
-    doors.add_argument("--grpc-max-message-size", type=_size, default=Limits().max_grpc_message_size, metavar="BYTES")
+    doors.add_argument(
+        "--http-max-input-size",
+        type=_size,
+        default=Limits().max_input_size,
+        metavar="BYTES",
+        help="of one HTTP request, also when it has been decompressed (default: %(default)s)",
+    )
+    doors.add_argument(
+        "--grpc-max-message-size",
+        type=_size,
+        default=Limits().max_grpc_message_size,
+        metavar="BYTES",
+        help="of one gRPC message (default: %(default)s)",
+    )
     doors.add_argument(
         "--max-inflight-bytes",
         type=_size,
@@ -109,12 +148,14 @@ def _add_addresses(serve: argparse.ArgumentParser) -> None:
         help="of all large requests and answers that the front-ends hold; what is beyond is refused with 503 "
         "(default: %(default)s)",
     )
-    doors.add_argument("--allow-client-shm", action="store_true", help="let clients register system shared memory")
+    doors.add_argument(
+        "--allow-client-shm", action="store_true", help="let clients register system shared memory (default: not)"
+    )
     doors.add_argument(
         "--allow-client-cuda-shm",
         action="store_true",
         help="let clients register CUDA shared memory: other processes' allocations on this machine's GPUs, which the "
-        "server then reads and writes; needs cuda-bindings, and does not go with --ray",
+        "server then reads and writes; needs cuda-bindings, and does not go with --ray (default: not)",
     )
 
 
@@ -139,7 +180,8 @@ def _add_execution(serve: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME:COUNT[:DEVICE]",
-        help="how many there are of a resource (default: as many as the neediest instance needs)",
+        help="with --rate-limit: how many there are of a resource; repeat for more (default: as many as the neediest "
+        "instance needs)",
     )
 
 
@@ -157,7 +199,8 @@ def _add_processes(serve: argparse.ArgumentParser) -> None:
     processes.add_argument(
         "--supervise",
         action="store_true",
-        help="let the front-end be a process of its own even where it is only one",
+        help="let the front-end be a process of its own even where it is only one, and start the engine's anew when it "
+        "ends (default: with a GPU)",
     )
     processes.add_argument("--engine-of", type=Supervised.parse, help=argparse.SUPPRESS)
     processes.add_argument(
@@ -183,70 +226,133 @@ def _add_access(serve: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="APIS:KEY=VALUE",
-        help=f"comma-separated APIs that need the header KEY: VALUE ({', '.join(CATEGORIES)})",
+        help=f"comma-separated APIs that need the header KEY: VALUE, of {', '.join(CATEGORIES)}; repeat for more "
+        "(default: none)",
     )
     access.add_argument(
         "--grpc-restricted-protocol",
         action="append",
         default=[],
         metavar="APIS:KEY=VALUE",
-        help="the same for gRPC, where the header is triton-grpc-protocol-KEY",
+        help="the same for gRPC, where the header is triton-grpc-protocol-KEY (default: none)",
     )
-    access.add_argument("--api-key-file", type=Path, help="one key a line; every call must carry one of them")
-    access.add_argument("--http-header-forward-pattern", type=_pattern, metavar="REGEX")
-    access.add_argument("--grpc-header-forward-pattern", type=_pattern, metavar="REGEX")
-    for protocol in ("http", "grpc"):
-        access.add_argument(f"--{protocol}-use-ssl", action="store_true")
-        access.add_argument(f"--{protocol}-use-ssl-mutual", action="store_true")
-        access.add_argument(f"--{protocol}-server-cert", type=Path, metavar="PEM")
-        access.add_argument(f"--{protocol}-server-key", type=Path, metavar="PEM")
-        access.add_argument(f"--{protocol}-root-cert", type=Path, metavar="PEM")
+    access.add_argument(
+        "--api-key-file",
+        type=Path,
+        metavar="FILE",
+        help="one key a line; every call must carry one of them (default: none is asked for)",
+    )
+    for protocol, name in (("http", "HTTP"), ("grpc", "gRPC")):
+        access.add_argument(
+            f"--{protocol}-header-forward-pattern",
+            type=_pattern,
+            metavar="REGEX",
+            help=f"{name} headers that models get as parameters, by their lower-case names (default: none)",
+        )
+    for protocol, name in (("http", "HTTP"), ("grpc", "gRPC")):
+        for flag, text in (("", "TLS"), ("-mutual", "TLS, for clients with a certificate of the root's only")):
+            access.add_argument(
+                f"--{protocol}-use-ssl{flag}", action="store_true", help=f"{name} over {text} (default: not)"
+            )
+        for flag, text in (("server-cert", "certificate"), ("server-key", "key"), ("root-cert", "clients' root")):
+            access.add_argument(
+                f"--{protocol}-{flag}", type=Path, metavar="PEM", help=f"{name}: the file of the {text} (default: none)"
+            )
     access.add_argument(
         "--grpc-server",
         choices=("native", "grpcio"),
         default="native",
         help="grpcio is slower; it is used in any case with --grpc-use-ssl (default: native)",
     )
+    for setting in keepalive.SETTINGS:
+        kind = _boolean if setting.unit == "BOOL" else _number
+        access.add_argument(setting.flag, type=kind, metavar=setting.unit, help=setting.help)
 
 
 def _add_logs(serve: argparse.ArgumentParser) -> None:
     logs = serve.add_argument_group("logs and traces")
-    logs.add_argument("--log-verbose", type=_count_or_none, default=0, metavar="LEVEL")
-    logs.add_argument("--log-file", default="", metavar="FILE")
-    logs.add_argument("--log-format", choices=("default", "ISO8601"), default="default")
+    logs.add_argument(
+        "--log-verbose",
+        type=_level,
+        default=0,
+        metavar="LEVEL",
+        help="1 or more: what is said while a fault is looked for, too (default: 0)",
+    )
+    for name in ("info", "warning", "error"):
+        logs.add_argument(
+            f"--log-{name}", type=_boolean, default=True, metavar="BOOL", help="log lines of that kind (default: true)"
+        )
+    logs.add_argument("--log-file", default="", metavar="FILE", help="log there (default: to standard error)")
+    logs.add_argument(
+        "--log-format",
+        choices=("default", "ISO8601"),
+        default="default",
+        help="how lines and their times look (default: default)",
+    )
+    for name, what in (("gpu", "GPUs"), ("cpu", "processors and memory")):
+        logs.add_argument(
+            f"--allow-{name}-metrics",
+            type=_boolean,
+            default=True,
+            metavar="BOOL",
+            help=f"the machine's {what} on the metrics page (default: true)",
+        )
+    logs.add_argument(
+        "--metrics-interval-ms",
+        type=_milliseconds,
+        default=1000.0,
+        metavar="MS",
+        help="how old what the page says of GPUs may be; the rest is of the moment (default: %(default)g)",
+    )
     logs.add_argument(
         "--trace-config",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="rate, level, count, log-frequency, mode, triton,file, opentelemetry,url, opentelemetry,resource",
+        help="rate, level, count, log-frequency, mode, triton,file, opentelemetry,url, opentelemetry,resource; repeat "
+        "for more (default: level=OFF)",
     )
 
 
 def _add_ray(serve: argparse.ArgumentParser) -> None:
     ray = serve.add_argument_group("on Ray")
-    ray.add_argument("--ray", action="store_true", help="serve through replicas on a Ray cluster")
-    ray.add_argument("--ray-address", help="join this cluster (default: start one on this machine)")
-    ray.add_argument("--gateways", type=_count, help="how many share the ports (default: 1)")
-    ray.add_argument("--gpu-replicas", type=_count_or_none, help="default: one for each GPU of the cluster")
-    ray.add_argument("--cpu-replicas", type=_count_or_none, help="default: 1")
-    ray.add_argument("--placement", type=Path, help="YAML with pools and the models they take (docs/cluster.md)")
+    ray.add_argument("--ray", action="store_true", help="serve through replicas on a Ray cluster (default: not)")
+    ray.add_argument("--ray-address", metavar="ADDRESS", help="join this cluster (default: start one on this machine)")
+    ray.add_argument("--gateways", type=_count, metavar="N", help="how many share the ports (default: 1)")
+    ray.add_argument(
+        "--gpu-replicas",
+        type=_count_or_none,
+        metavar="N",
+        help="replicas with a GPU (default: one for each GPU of the cluster)",
+    )
+    ray.add_argument("--cpu-replicas", type=_count_or_none, metavar="N", help="replicas without one (default: 1)")
+    ray.add_argument(
+        "--placement",
+        type=Path,
+        metavar="FILE",
+        help="YAML with pools and the models they take, docs/cluster.md (default: the pools gpu and cpu)",
+    )
     ray.add_argument(
         "--hang-timeout-secs",
         type=_seconds,
+        metavar="SECONDS",
         help="replace a replica that has work and has ended none of it for so long (default: 60)",
     )
     ray.add_argument(
-        "--num-gpus", type=_count_or_none, help="logical GPUs of a cluster started here (default: those found)"
+        "--num-gpus",
+        type=_count_or_none,
+        metavar="N",
+        help="logical GPUs of a cluster started here (default: those found)",
     )
 
 
 def _with_plain_switches(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> list[str]:
     """The arguments with switches that have a value, as `--allow-client-shm=true`, given or left out."""
-    plain = []
-    for argument in arguments:
+    switches = {flag for action in parser._actions if action.nargs == 0 for flag in action.option_strings}
+    plain: list[str] = []
+    for argument in _joined(switches, arguments):
         name, has_value, value = argument.partition("=")
-        if has_value and name in _SWITCHES:
+        if has_value and name in switches:
             try:
                 plain += [name] if _boolean(value) else []
             except argparse.ArgumentTypeError as error:
@@ -256,10 +362,24 @@ def _with_plain_switches(parser: argparse.ArgumentParser, arguments: Sequence[st
     return plain
 
 
+def _joined(switches: Collection[str], arguments: Sequence[str]) -> Iterator[str]:
+    """The arguments with a switch and the true or false behind it as one: no folder of models is called so."""
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if argument in switches and rest and rest[0].lower() in ("true", "false"):
+            argument += f"={rest.pop(0)}"
+        yield argument
+
+
 def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    if (options.model_repository is None) == (options.repository is None):
-        parser.error("expected one model repository: MODEL_REPOSITORY or --model-repository PATH")
-    options.model_repository = options.model_repository or options.repository
+    named = [path for path in (options.model_repository, *(options.repository or ())) if path is not None]
+    if len(named) != 1:
+        several = "; links to models in one folder will do" if len(named) > 1 else ""
+        parser.error(f"expected one model repository: MODEL_REPOSITORY or --model-repository PATH{several}")
+    options.model_repository = named[0]
+    if not options.allow_http and not options.allow_grpc:
+        parser.error("--allow-http and --allow-grpc are both false: expected one of them at least")
     if not options.ray and (alone := _given(options, _ON_RAY)):
         parser.error(f"{alone} needs --ray")
     if options.placement is not None and (counts := _given(options, ("gpu_replicas", "cpu_replicas"))):
@@ -272,6 +392,12 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
         parser.error("--check does not go with --ray: it loads the models on this machine")
     if options.allow_client_cuda_shm and options.ray:
         parser.error("--allow-client-cuda-shm does not go with --ray: the gateway has no GPU")
+    if options.model_load_thread_count is not None and options.ray:
+        parser.error("--model-load-thread-count does not go with --ray: replicas load by themselves")
+    for setting in keepalive.SETTINGS:
+        needs_grpcio = not setting.is_native and not any((options.grpc_use_ssl, options.grpc_use_ssl_mutual))
+        if getattr(options, setting.dest) is not None and needs_grpcio and options.grpc_server != "grpcio":
+            parser.error(f"{setting.flag} needs --grpc-server grpcio (or --grpc-use-ssl, which implies it)")
     if options.rate_limit != "off" and options.ray:
         parser.error("--rate-limit does not go with --ray")
     if options.rate_limit_resource and options.rate_limit == "off":
@@ -315,6 +441,7 @@ _port = _whole(0, 65535, "a port from 0 (any that is free) to 65535")
 _size = _whole(1, math.inf, "bytes, which must be greater than 0")
 _count = _whole(1, math.inf, "1 or more")
 _count_or_none = _whole(0, math.inf, "0 or more")
+_number = _whole(0, 2**31 - 1, "a whole number from 0 to 2147483647")
 
 
 def _seconds(text: str) -> float:
@@ -326,6 +453,19 @@ def _seconds(text: str) -> float:
     if not 0 < seconds < math.inf:
         raise argparse.ArgumentTypeError(f"expected seconds, more than 0, got '{text}'")
     return seconds
+
+
+def _milliseconds(text: str) -> float:
+    """More than none."""
+    try:
+        return _seconds(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"expected milliseconds, more than 0, got '{text}'") from None
+
+
+def _level(text: str) -> int:
+    """As Triton has it, true and false are levels, too."""
+    return int(_boolean(text)) if text.lower() in ("true", "false") else _count_or_none(text)
 
 
 def _boolean(text: str) -> bool:

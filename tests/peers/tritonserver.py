@@ -57,19 +57,31 @@ def _backends(folder: Path) -> Path:
     return folder
 
 
+def _program() -> Path:
+    return _site_packages() / "pytriton" / "tritonserver" / "bin" / "tritonserver"
+
+
+def _environment() -> dict[str, str]:
+    packages = _site_packages()
+    libraries = [packages / "nvidia_pytriton.libs", Path(sysconfig.get_config_var("LIBDIR") or "/usr/lib")]
+    return {**os.environ, "LD_LIBRARY_PATH": ":".join(map(str, libraries)), "PYTHONPATH": str(packages)}
+
+
+def usage() -> str:
+    """What its --help prints; skips the test where none is installed."""
+    require()
+    command = [str(_program()), "--help"]
+    done = subprocess.run(command, env=_environment(), capture_output=True, text=True, timeout=60, check=False)
+    return done.stdout + done.stderr
+
+
 @contextmanager
 def running(repository: Path, scratch: Path, *flags: str) -> Iterator[Running]:
     """Serve `repository` until the block ends. Raises RuntimeError with the server's log if it does not start."""
     packages = _site_packages()
     http, grpc, metrics = free_ports(3)
-    libraries = [packages / "nvidia_pytriton.libs", Path(sysconfig.get_config_var("LIBDIR") or "/usr/lib")]
-    environment = {
-        **os.environ,
-        "LD_LIBRARY_PATH": ":".join(map(str, libraries)),
-        "PYTHONPATH": str(packages),
-    }
     command = [
-        str(packages / "pytriton" / "tritonserver" / "bin" / "tritonserver"),
+        str(_program()),
         f"--model-repository={repository}", f"--backend-directory={_backends(scratch / 'backends')}",
         f"--http-port={http}", f"--grpc-port={grpc}", f"--metrics-port={metrics}", "--http-address=127.0.0.1",
         "--grpc-address=127.0.0.1", "--disable-auto-complete-config",
@@ -78,7 +90,7 @@ def running(repository: Path, scratch: Path, *flags: str) -> Iterator[Running]:
     log_path = scratch / "tritonserver.log"
     with log_path.open("wb") as log:
         # The stub's interpreter searches its working directory first, and PYTHONPATH not in every build.
-        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=packages)
+        server = subprocess.Popen(command, env=_environment(), stdout=log, stderr=log, cwd=packages)
         try:
             wait_until_ready(server, f"http://127.0.0.1:{http}/v2/health/ready", log_path)
             assert server_name(f"127.0.0.1:{http}") == "triton", "another server has taken the port"

@@ -12,7 +12,7 @@ from tutti.devices.nvml import Gpu, Nvml, nvml
 
 ENERGY = "nv_energy_consumption"
 _LABELS = ("gpu_uuid",)
-_INTERVAL_S = 1.0
+INTERVAL_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +42,12 @@ class GpuMetrics:
     A value that a GPU does not give is left out, and a family without any value too.
     """
 
-    def __init__(self, source: Nvml = nvml, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, source: Nvml = nvml, clock: Callable[[], float] = time.monotonic, interval_s: float = INTERVAL_S
+    ) -> None:
         self._source = source
         self._clock = clock
+        self._interval_s = interval_s
         self._lock = threading.Lock()
         self._read_at: float | None = None
         self._values: dict[str, list[tuple[str, float]]] = {}
@@ -52,10 +55,10 @@ class GpuMetrics:
         self._first_mj: dict[str, int] = {}
 
     def sample(self) -> None:
-        """Read all values, unless that was done within the last second. Some ms for each GPU: call it in a thread."""
+        """Read all values, unless that was done within `interval_s`. Some ms for each GPU: call it in a thread."""
         with self._lock:
             now = self._clock()
-            if self._read_at is not None and now - self._read_at < _INTERVAL_S:
+            if self._read_at is not None and now - self._read_at < self._interval_s:
                 return
             self._read_at = now
             self._values = self._read()

@@ -18,7 +18,7 @@ from typing import Any
 from pygrpc_native import EVENT_CALL, NativeGrpcFront
 
 from tutti.errors import InferError, Unavailable
-from tutti.frontends import grpc_codec, grpc_methods, http_codec
+from tutti.frontends import grpc_codec, grpc_methods, http_codec, keepalive
 from tutti.frontends.api import Api, Elsewhere
 from tutti.frontends.gate import Category
 from tutti.frontends.grpc_guard import Guard
@@ -79,6 +79,7 @@ class GrpcFront:
         paths = [(path, False) for path in self._paths]
         # It checks API keys before it reads, and decompresses, a message: the gate would come after.
         keys = [hashlib.sha256(key.encode()).digest() for key in api.grpc.gate.api_keys]
+        native: Any = keepalive.native(api.limits.grpc_settings)
         self._front = NativeGrpcFront(
             f"{host}:{port}",
             paths,
@@ -91,6 +92,7 @@ class GrpcFront:
             # They tell how many bytes of answers have left it, or were dropped.
             metrics=True,
             reuse_port=shares_port,
+            **native,
         )
         if fallback is not None:
             self._front.set_fallback(fallback)

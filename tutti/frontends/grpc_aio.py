@@ -46,6 +46,11 @@ class TlsFiles:
     root_certificate: bytes | None = None
 
 
+def _named(settings: tuple[tuple[str, int], ...]) -> list[tuple[str, int]]:
+    """As gRPC's channel arguments."""
+    return [(f"grpc.{name}", value) for name, value in settings]
+
+
 class GrpcioFront:
     """One grpcio server. Build and use it on one event loop."""
 
@@ -59,6 +64,7 @@ class GrpcioFront:
                 ("grpc.max_receive_message_length", limit),
                 ("grpc.max_send_message_length", -1),
                 ("grpc.so_reuseport", int(shares_port)),
+                *(() if address.startswith("unix:") else _named(api.limits.grpc_settings)),
             ]
         )
         self._server.add_generic_rpc_handlers((_Handler(self._routes()),))

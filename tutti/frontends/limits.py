@@ -17,6 +17,8 @@ class Limits:
     max_grpc_message_size: int = 2**31 - 1
     # Of all requests and answers together that are held; what is beyond is refused.
     max_inflight_bytes: int = 256 * 1024 * 1024
+    # Of gRPC's connections, by the names in keepalive.SETTINGS.
+    grpc_settings: tuple[tuple[str, int], ...] = ()
 
     def of_each(self, processes: int) -> "Limits":
         """What each of several front-end processes may hold: its share of all, but no less than one request."""

@@ -75,6 +75,9 @@ class Addresses:
     # With other processes, which may come and go; each then takes the first free one of so many metrics ports.
     shares_ports: bool = False
     metrics_ports: int = 1
+    # Where they are not the host.
+    grpc_host: str = ""
+    metrics_host: str = ""
 
     @property
     def url(self) -> str:
@@ -87,13 +90,19 @@ class Addresses:
     def check_free(self) -> None:
         """Raises OSError when somebody else listens on a port, or it cannot be had: told before anything is loaded."""
         is_behind = self.behind is not None
-        doors = () if is_behind else (self.http_port, self.grpc_port)
-        for port in (*doors, self.metrics_port if self.metrics_ports == 1 else None):
+        doors = () if is_behind else ((self.host, self.http_port), (self.grpc_host or self.host, self.grpc_port))
+        metrics = (self.metrics_host or self.host, self.metrics_port if self.metrics_ports == 1 else None)
+        for host, port in (*doors, metrics):
             if port:
                 try:
-                    check_free(self.host, port, socket.AF_INET6 if ":" in self.host else socket.AF_INET)
+                    check_free(host, port, socket.AF_INET6 if ":" in host else socket.AF_INET)
                 except OSError as error:
-                    raise OSError(error.errno, f"{self.host}:{port}: {error.strerror}") from None
+                    raise OSError(error.errno, f"{host}:{port}: {error.strerror}") from None
+
+
+def _at(host: str, own: str, port: int | None) -> str:
+    """A port as the log shows it beside the host: with the address where that is another."""
+    return f"{own}:{port}" if port is not None and own not in ("", host) else str(port)
 
 
 class Server:
@@ -105,12 +114,17 @@ class Server:
         addresses: Addresses,
         extra: Collect | None = None,
         sample: Callable[[], None] | None = None,
+        shows_host: bool = True,
     ) -> None:
-        """`extra` adds families to the metrics page; before each page `sample` is called, in a thread."""
+        """`extra` adds families to the metrics page; before each page `sample` is called, in a thread.
+
+        `shows_host`: the machine's processors and memory are on the page.
+        """
         self._api = api
         self._addresses = addresses
         self._extra = extra
         self._sample = sample
+        self._shows_host = shows_host
         self._http: list[HttpFront] = []
         self._grpc: GrpcFront | None = None
         self._grpcio: GrpcioFront | None = None
@@ -127,7 +141,7 @@ class Server:
         if wanted.behind is not None:
             return await self._start_behind(wanted.behind)
         if wanted.grpc_port is not None:
-            grpc_port = await self._start_grpc(wanted.host, wanted.grpc_port)
+            grpc_port = await self._start_grpc(wanted.grpc_host or wanted.host, wanted.grpc_port)
         if wanted.metrics_port is not None:
             metrics_port = await self._start_metrics()
         if wanted.http_port is not None:
@@ -136,21 +150,22 @@ class Server:
             tls = wanted.http_tls.context() if wanted.http_tls is not None else None
             http_port = await front.start(wanted.host, wanted.http_port, wanted.shares_ports, tls)
         taken = Addresses(wanted.host, http_port, grpc_port, metrics_port)
-        _log.info("listening on %s: http %s, grpc %s, metrics %s", wanted.host, http_port, grpc_port, metrics_port)
+        others = _at(wanted.host, wanted.grpc_host, grpc_port), _at(wanted.host, wanted.metrics_host, metrics_port)
+        _log.info("listening on %s: http %s, grpc %s, metrics %s", wanted.host, http_port, *others)
         return taken
 
     async def _start_metrics(self) -> int:
-        metrics = Metrics(self._api.engine, self._extra)
+        metrics = Metrics(self._api.engine, self._extra, self._shows_host)
         front = HttpFront(http_api.metrics_app(metrics.render, self._api.http.gate, self._sample))
         self._http.append(front)
-        first = self._addresses.metrics_port
+        first, host = self._addresses.metrics_port, self._addresses.metrics_host or self._addresses.host
         assert first is not None
         for port in range(first, first + self._addresses.metrics_ports - 1):
             try:
-                return await front.start(self._addresses.host, port)
+                return await front.start(host, port)
             except OSError:
                 continue  # another's
-        return await front.start(self._addresses.host, first + self._addresses.metrics_ports - 1)
+        return await front.start(host, first + self._addresses.metrics_ports - 1)
 
     def write_task(self, folder: Path) -> Path:
         """The file that tells front-end processes what to do; `folder` is for the sockets of all processes."""

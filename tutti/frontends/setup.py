@@ -8,7 +8,7 @@ from tutti import tracing
 from tutti.devices.ipc import CudaIpc
 from tutti.engine import Engine
 from tutti.errors import ConfigError, reason
-from tutti.frontends import gate
+from tutti.frontends import gate, keepalive
 from tutti.frontends.api import Access, Api
 from tutti.frontends.gate import Gate
 from tutti.frontends.limits import CASE_MATTERS, Limits
@@ -25,6 +25,12 @@ class Options(Protocol):
     http_port: int
     grpc_port: int
     metrics_port: int
+    http_address: str | None
+    grpc_address: str | None
+    metrics_address: str | None
+    allow_http: bool
+    allow_grpc: bool
+    allow_metrics: bool
     server_name: str
     http_max_input_size: int
     grpc_max_message_size: int
@@ -47,7 +53,12 @@ def make_api(engine: Engine, options: Options, logs: Logs) -> Api:
     grpc_gate = Gate(gate.parse_restricted(options.grpc_restricted_protocol, gate.GRPC_HEADER_PREFIX), keys)
     return Api(
         engine,
-        Limits(options.http_max_input_size, options.grpc_max_message_size, options.max_inflight_bytes),
+        Limits(
+            options.http_max_input_size,
+            options.grpc_max_message_size,
+            options.max_inflight_bytes,
+            keepalive.given(options),
+        ),
         Access(http_gate, _pattern(options.http_header_forward_pattern)),
         Access(grpc_gate, _pattern(options.grpc_header_forward_pattern)),
         SharedMemory(options.allow_client_shm, CudaIpc() if options.allow_client_cuda_shm else None),
@@ -58,14 +69,17 @@ def make_api(engine: Engine, options: Options, logs: Logs) -> Api:
 
 
 def addresses(options: Options) -> Addresses:
+    host = options.http_address or options.host
     return Addresses(
-        options.host,
-        options.http_port,
-        options.grpc_port,
-        options.metrics_port,
+        host,
+        options.http_port if options.allow_http else None,
+        options.grpc_port if options.allow_grpc else None,
+        options.metrics_port if options.allow_metrics else None,
         _tls(options, "http"),
         _tls(options, "grpc"),
         options.grpc_server,
+        grpc_host=options.grpc_address or options.host,
+        metrics_host=options.metrics_address or host,
     )
 
 
