@@ -37,6 +37,7 @@ class Command:
 
 
 COMMANDS = {
+    "top": Command("watch what a server does, by model and by pool", "tutti.top"),
     "doctor": Command("what this machine has, and what it lacks", "tutti.doctor"),
     "init": Command("make a repository of a model's file, and prove that it is served", "export.init"),
     "export": Command("export a model into a repository", "export.cli"),

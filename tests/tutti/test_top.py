@@ -1,0 +1,407 @@
+"""`tutti top`: from two looks at a server to a table, and the loop in a terminal."""
+
+import argparse
+import fcntl
+import io
+import json
+import os
+import pty
+import random
+import re
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import termios
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.models import Repository
+from tests.serving import Served, engine_over, infer, serving
+from tests.tutti.test_metrics_page import ENSEMBLE
+from tutti import scrapes, top, top_table
+from tutti.cli import main
+from tutti.metrics import Metrics
+from tutti.restarts import UNUSABLE
+from tutti.scrapes import ModelRates, NotAServer, Rates, Scrape
+from tutti.top import Away
+from tutti.types import InferRequest, Tensor
+
+ALONE = """
+# HELP nv_inference_request_success Number of successful inference requests
+# TYPE nv_inference_request_success counter
+nv_inference_request_success{model="m",version="1"} %d
+nv_inference_request_success{model="m",version="2"} 5
+nv_inference_request_success{model="idle",version="1"} 7
+nv_inference_request_failure{model="m",reason="REJECTED",version="1"} %d
+nv_inference_request_failure{model="m",reason="CANCELED",version="1"} 1
+nv_inference_request_failure{model="m",reason="OTHER",version="1"} %d
+nv_inference_count{model="m",version="1"} %d
+nv_inference_exec_count{model="m",version="1"} %d
+nv_inference_queue_duration_us{model="m",version="1"} %d
+nv_inference_compute_infer_duration_us{model="m",version="1"} %d
+nv_inference_request_duration_us{model="m",version="1"} %d
+nv_inference_pending_request_count{model="m",version="1"} 3
+"""
+
+
+def page(text: str, time_s: float = 0.0) -> Scrape:
+    return scrapes.parse_page(text, time_s)
+
+
+def test_rates_are_of_what_happened_between_two_looks() -> None:
+    before = page(ALONE % (100, 10, 0, 500, 50, 1000, 9000, 0), 10.0)
+    after = page(ALONE % (120, 14, 2, 580, 60, 41_000, 69_000, 5_000_000), 12.0)
+    busy, idle = scrapes.rates(before, after).models
+    assert (busy.name, busy.requests, busy.failed, busy.refused, busy.cancelled) == ("m", 10.0, 1.0, 2.0, 0.0)
+    assert (busy.in_flight, busy.queued, busy.queue_ms, busy.execution_ms, busy.batch) == (2.5, 3.0, 2.0, 3.0, 8.0)
+    assert (busy.p50_ms, busy.late, busy.cache_hits) == (None, None, None)
+    assert (idle.name, idle.requests, idle.queue_ms, idle.batch) == ("idle", 0.0, None, None)
+
+
+def test_what_began_anew_began_at_nothing() -> None:
+    before, after = page(ALONE % (100, 0, 0, 0, 0, 0, 0, 0), 0.0), page(ALONE % (4, 0, 0, 0, 0, 0, 0, 0), 2.0)
+    assert scrapes.rates(before, after).requests == 2.0
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_quantiles_lie_in_the_bucket_of_the_value(seed: int) -> None:
+    chosen = random.Random(seed)
+    bounds = sorted({chosen.uniform(0.001, 9.0) for _ in range(8)})
+    values = sorted(chosen.uniform(0, bounds[-1]) for _ in range(chosen.randrange(1, 200)))
+    buckets = {bound: float(sum(value <= bound for value in values)) for bound in [*bounds, float("inf")]}
+    for quantile in (0.5, 0.99, 1.0):
+        found = scrapes.quantile_of(buckets, quantile)
+        true = values[int(np.ceil(quantile * len(values))) - 1]
+        above = next(bound for bound in bounds if bound >= true)
+        below = max([0.0, *(bound for bound in bounds if bound < true)])
+        assert found is not None and below <= found <= above
+    assert scrapes.quantile_of({1.0: 0.0, float("inf"): 4.0}, 0.5) == 1.0
+    assert scrapes.quantile_of({1.0: 0.0, float("inf"): 0.0}, 0.5) is None
+
+
+def request(model: str) -> InferRequest:
+    return InferRequest(model, {"x": Tensor("x", "FP32", (1, 4), np.zeros((1, 4), np.float32))})
+
+
+def test_a_servers_own_page_has_all_of_it(repository: Repository) -> None:
+    repository.add_onnx()
+    repository.add("whole", ENSEMBLE.format(step="add_one"), {})
+    with engine_over(repository.root) as engine:
+        metrics = Metrics(engine)
+        before = page(metrics.render()[0].decode(), 0.0)
+        infer(engine, [request("whole") for _ in range(6)])
+        rates = scrapes.rates(before, page(metrics.render()[0].decode(), 2.0))
+    models = {model.name: model for model in rates.models}
+    assert rates.requests == 3.0, "a step's requests are the ensemble's"
+    assert models["whole"].requests == models["add_one"].requests == 3.0
+    step = models["add_one"]
+    assert step.is_step and step.is_ready and not models["whole"].is_step
+    assert step.batch is not None and step.batch >= 1.0
+    assert None not in (step.queue_ms, step.execution_ms, step.p50_ms, step.p99_ms, step.queue_p99_ms, step.queued)
+    assert [device.name for device in rates.devices] == ["cpu"]
+
+
+def test_pools_and_devices_have_theirs() -> None:
+    extra = """
+tutti_pool_replicas{pool="gpu"} 2
+tutti_pool_wanted_replicas{pool="gpu"} 3
+tutti_pool_requests_total{pool="gpu"} %d
+tutti_fallback_requests_total{pool="gpu"} %d
+nv_gpu_utilization{gpu_uuid="GPU-1"} 0.25
+nv_gpu_memory_used_bytes{gpu_uuid="GPU-1"} 1073741824
+nv_gpu_memory_total_bytes{gpu_uuid="GPU-1"} 4294967296
+"""
+    text = ALONE % ((0,) * 8)
+    rates = scrapes.rates(page(text + extra % (0, 0), 0.0), page(text + extra % (10, 4), 2.0))
+    shown = "\n".join(top_table.lines(rates, 80, colour=False))
+    assert re.search(r"^gpu +2 +3 +5.00 +2.00$", shown, re.MULTILINE)
+    assert "gpu GPU-1  25% busy, 1.0 of 4.0 GiB" in shown
+
+
+def test_statistics_will_do_where_there_is_no_page() -> None:
+    def statistics(requests: int) -> str:
+        part = {"count": requests, "ns": 2_000_000 * requests}
+        stats = dict.fromkeys(("success", "queue", "compute_infer"), part) | {"fail": {"count": 3, "ns": 1}}
+        model = {"name": "m", "version": "1", "inference_count": 4 * requests, "execution_count": requests}
+        return json.dumps({"model_stats": [{**model, "inference_stats": stats}]})
+
+    looks = [scrapes.parse_statistics(statistics(count), time_s) for count, time_s in ((10, 0.0), (14, 2.0))]
+    model = scrapes.rates(*looks).models[0]
+    assert (model.requests, model.failed, model.queue_ms, model.execution_ms, model.batch) == (2.0, 0.0, 2.0, 2.0, 4.0)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "<html>", "# HELP go_threads x\ngo_threads 3\n", "# TYPE nv_x counter\nnv_x{ 1\n"]
+)
+def test_what_is_no_servers_page_is_told(text: str) -> None:
+    with pytest.raises(NotAServer):
+        page(text)
+    with pytest.raises(NotAServer):
+        scrapes.parse_statistics(text, 0.0)
+
+
+def test_numbers_are_five_characters_at_most() -> None:
+    chosen = random.Random(1)
+    values = [10 ** chosen.uniform(-4, 14) for _ in range(2000)] + [
+        9.994,
+        9.995,
+        99.94,
+        99.95,
+        99_999.4,
+        99_999.5,
+        999_499,
+    ]
+    for value in values:
+        text = top_table.number(value)
+        size = {"k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}.get(text[-1], 1.0)
+        assert len(text) <= 5
+        assert abs(float(text.rstrip("kMGT")) * size - value) <= max(0.005 * value, 0.006), text
+
+
+def rates_of(count: int) -> Rates:
+    models = [ModelRates(f"model_{index:03}_of_a_long_name", float(index), refused=1.0) for index in range(count)]
+    return Rates(1.0, 5.0, 1.0, 0.0, tuple(models))
+
+
+@pytest.mark.parametrize("width", [1, 20, 40, 60, 80, 100, 132, 200])
+@pytest.mark.parametrize("height", [None, 3, 10, 24])
+def test_it_fits_the_terminal(width: int, height: int | None) -> None:
+    plain = top_table.lines(rates_of(30), width, False, height)
+    assert max(map(len, plain)) <= width
+    if height is not None:
+        assert len(plain) <= max(height, 6)
+    coloured = top_table.lines(rates_of(30), width, True, height)
+    assert [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in coloured] == plain
+
+
+def test_wider_terminals_show_more() -> None:
+    titles = [top_table.lines(rates_of(1), width, False)[1].split() for width in (40, 80, 120)]
+    assert titles[0][:3] == ["model", "req/s", "fail/s"] and {"queue", "exec"} <= set(titles[0])
+    assert {"ref/s", "queued", "p50", "p99", "batch"} <= set(titles[1])
+    assert {"cache", "inside", "queue99", "late/s"} <= set(titles[2])
+    assert titles[0] == [title for title in titles[2] if title in titles[0]], "in one order"
+
+
+def options(**changes: object) -> argparse.Namespace:
+    return argparse.Namespace(**{"interval": 1.0, "once": False, "json": False, **changes})
+
+
+class Looks:
+    """What a server says, look by look; the last one interrupts."""
+
+    def __init__(self, *answers: Scrape | Exception) -> None:
+        self._answers = list(answers)
+        self.pauses: list[float] = []
+
+    def __call__(self) -> Scrape:
+        if not self._answers:
+            raise KeyboardInterrupt
+        answer = self._answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def look(requests: int, time_s: float) -> Scrape:
+    return page(ALONE % (requests, 0, 0, 0, 0, 0, 0, 0), time_s)
+
+
+def shown(looks: Looks, **changes: object) -> str:
+    out = io.StringIO()
+    with pytest.raises(KeyboardInterrupt):
+        top.watch(looks, options(**changes), out, looks.pauses.append)
+    return out.getvalue()
+
+
+def test_a_server_that_goes_away_is_said_once_and_waited_for() -> None:
+    looks = Looks(look(0, 0.0), look(2, 1.0), Away("Connection refused"), Away("Connection refused"), look(1, 5.0))
+    text = shown(looks, interval=0.5)
+    assert text.count("waiting for the server: Connection refused") == 1
+    assert re.findall(r"(\S+) requests/s", text) == ["2.00", "0.25"]
+    assert looks.pauses == [0.5] * 5
+
+
+def test_json_is_a_line_for_each_look() -> None:
+    lines = shown(Looks(look(0, 0.0), look(2, 1.0), Away("gone"), look(4, 2.0)), json=True).splitlines()
+    told = [json.loads(line) for line in lines]
+    assert [one.get("requests") for one in told] == [2.0, None, 2.0]
+    assert told[1]["error"] == "gone"
+    assert told[0]["models"][0]["name"] == "m"
+
+
+def test_once_is_one_table() -> None:
+    out = io.StringIO()
+    assert top.watch(Looks(look(0, 0.0), look(2, 1.0)), options(once=True), out, lambda _: None) == 0
+    assert out.getvalue().count("requests/s") == 1
+    with pytest.raises(Away):
+        top.watch(Looks(look(0, 0.0), Away("gone")), options(once=True), out, lambda _: None)
+
+
+@contextmanager
+def answering(answer: bytes) -> Iterator[str]:
+    """The address of something that says one thing to everybody."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            while True:
+                try:
+                    client, _ = server.accept()
+                except OSError:
+                    return
+                with client:
+                    client.recv(65536)
+                    client.sendall(answer)
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+        server.shutdown(socket.SHUT_RDWR)
+    thread.join(timeout=20)
+
+
+HTML = b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\nConnection: close\r\n\r\n<html>"
+GONE = b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+CLOSED = b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (HTML, "it answers, but not with metrics of an inference server"),
+        (GONE, "HTTP 404"),
+        (CLOSED, "it wants a key (--api-key-file)"),
+        (b"SSH-2.0-OpenSSH\r\n", "what answers speaks no HTTP"),
+        (b"", ""),
+    ],
+)
+def test_what_is_no_server_is_told(answer: bytes, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with answering(answer) as address:
+        assert main(["top", address]) == UNUSABLE
+    told = capsys.readouterr().err
+    assert told.startswith(f"tutti top: http://{address}: ") and says in told and "expected the metrics" in told
+
+
+def test_where_nothing_listens_that_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    assert main(["top", f"127.0.0.1:{port}", "--once"]) == UNUSABLE
+    assert "Connection refused" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["ftp://x"], ["http://"], ["x y"], ["x:y"], ["x:0"], ["--interval=0"], ["--interval=x"], ["--api-key-file=/no"]],
+)
+def test_what_makes_no_sense_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["top", *arguments])
+    assert ended.value.code == UNUSABLE
+    assert "expected" in capsys.readouterr().err or arguments[0].startswith("--api")
+
+
+class Terminal:
+    """`tutti top` in a terminal of 80 columns."""
+
+    def __init__(self, *arguments: str) -> None:
+        self._master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+        environment = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES", "NO_COLOR")}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tutti", "top", *arguments], stdin=slave, stdout=slave, stderr=slave,
+            env={**environment, "TERM": "xterm"}, start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )  # fmt: skip
+        os.close(slave)
+        self.text = ""
+
+    def read_until(self, pattern: str) -> None:
+        """Until it has shown that since the last time."""
+        begin, deadline = len(self.text), time.monotonic() + 60
+        while not re.search(pattern, self.text[begin:]):
+            assert time.monotonic() < deadline, self.text
+            self.text += os.read(self._master, 65536).decode()
+
+    def interrupt(self) -> int:
+        os.write(self._master, b"\x03")
+        while True:
+            try:
+                self.text += os.read(self._master, 65536).decode()
+            except OSError:  # its end has been closed
+                break
+        os.close(self._master)
+        return self.process.wait(timeout=60)
+
+
+@contextmanager
+def loaded(served: Served) -> Iterator[None]:
+    """Requests one after the other, as long as this lasts and the server does."""
+    body = json.dumps({"inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [0, 0, 0, 0]}]}).encode()
+    url, has_ended = f"http://{served.http}/v2/models/add_one/infer", threading.Event()
+
+    def send() -> None:
+        while not has_ended.is_set():
+            try:
+                urllib.request.urlopen(url, body, timeout=60).read()
+            except OSError:
+                has_ended.wait(0.05)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    try:
+        yield
+    finally:
+        has_ended.set()
+        thread.join()
+
+
+def test_a_real_server_is_watched_in_a_terminal(repository: Repository, tmp_path: Path) -> None:
+    repository.add_onnx()
+    with serving(repository.root, tmp_path / "log") as served, loaded(served):
+        terminal = Terminal(served.metrics, "--interval", "0.2")
+        terminal.read_until(r"add_one +[0-9.]*[1-9]")
+        command = [sys.executable, "-m", "tutti", "top", served.http, "--once", "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        model = json.loads(done.stdout)["models"][0]
+        assert model["name"] == "add_one" and model["requests"] > 0 and model["execution_ms"] is not None
+        served.process.send_signal(signal.SIGTERM)
+        terminal.read_until("waiting for the server: ")
+        assert terminal.interrupt() == 0
+    assert terminal.text.startswith("\x1b[?1049h\x1b[?25l")
+    end = terminal.text.rpartition("\x1b[?25h\x1b[?1049l")[2]
+    assert "add_one" in end and "\x1b[H" not in end, "the last table stays on the terminal as it was"
+    assert "\x1b[1m" in terminal.text and "Traceback" not in terminal.text
+
+
+def test_tables_may_be_cut_off_by_who_reads(repository: Repository, tmp_path: Path) -> None:
+    with serving(repository.root, tmp_path / "log") as served:
+        command = f"{sys.executable} -m tutti top {served.metrics} --interval 0.1 | head -1"
+        done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60, check=True)
+    assert "requests/s" in done.stdout
+    assert done.stderr == ""
+
+
+def test_colour_is_for_terminals_that_want_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Tty(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    def first(term: str, no_color: str) -> str:
+        monkeypatch.setenv("TERM", term)
+        monkeypatch.setenv("NO_COLOR", no_color)
+        out = Tty()
+        with pytest.raises(KeyboardInterrupt):
+            top.watch(Looks(look(0, 0.0), look(2, 1.0)), options(), out, lambda _: None)
+        return out.getvalue()
+
+    assert "\x1b[1m" in first("xterm", "")
+    assert "\x1b[1m" not in first("xterm", "1")
+    assert "\x1b" not in first("dumb", "")
