@@ -109,6 +109,8 @@ class EnsembleExecutor:
         for call in calls:
             piece: _Piece = call.token
             with piece.frame.lock:
+                if call.times is not None:
+                    piece.frame.times.add(piece.step.model_name, call.times, call.arrived_ns)
                 try:
                     self._take_back(piece, call.answer, ready, again, ended)
                 except Exception as error:  # as outputs that do not fit together
@@ -197,6 +199,7 @@ class EnsembleExecutor:
         if step.unless is not None and frame.open:
             for index in frame.leave(step.unless, self._version):
                 self._explained(frame, index)
+                frame.calls[index].times = frame.times
                 ended.append(frame.calls[index])
         made = self._begin(frame, step) if frame.open else []
         if not made and frame.open:
@@ -397,8 +400,10 @@ class EnsembleExecutor:
     def _complete(self, frame: Frame, ended: list[Call]) -> None:
         answers = frame.answers(self._version)
         if frame.open == len(frame.calls) and not frame.shed and frame.explanation is None:
+            times = frame.times
             for call, answer in zip(frame.calls, answers, strict=True):
                 call.answer = answer
+                call.times = times
             ended += frame.calls
             answers = []
         for index, answer in enumerate(answers):
@@ -408,6 +413,7 @@ class EnsembleExecutor:
             self._explained(frame, index)
             if index in frame.shed:
                 answer.parameters[SHED_PARAMETER] = ",".join(frame.shed[index])
+            frame.calls[index].times = frame.times
             ended.append(frame.calls[index])
         frame.columns.clear()
         frame.open = 0
@@ -425,6 +431,7 @@ class EnsembleExecutor:
             if frame.explanation is not None and work is not None and work.entry is not None:
                 frame.explanation.ended(work.entry, now_ns(), work.times, work.shed)
             self._explained(frame, index)
+            frame.calls[index].times = frame.times
             ended.append(frame.calls[index])
 
     def _end_all(self, frame: Frame, step: Step, error: Exception, ended: list[Call]) -> None:

@@ -9,13 +9,35 @@ from typing import Any
 import orjson
 
 from tutti.explain import AT_REPLICA, PARAMETER, Facts, us
-from tutti.types import Call, InferResponse
+from tutti.types import Call, InferResponse, Spent, Times
 
 # What a step's model notes that is of use to people; of several requests, as the slowest had it.
 _TOLD = (
     "batch_requests", "instance", "device", "pool", "replica", "cache", "waiting_requests", "busy_instances",
     "instances", "steps", AT_REPLICA,
 )  # fmt: skip
+
+
+class StepsTimes:
+    """When the steps of a graph were executed. What steps add, they add one at a time."""
+
+    __slots__ = ("_each",)
+
+    def __init__(self) -> None:
+        self._each: list[tuple[str, Times, int]] = []
+
+    def add(self, step: str, times: Times, arrived_ns: int) -> None:
+        """A request of the step has been executed, which arrived there then."""
+        self._each.append((step, times, arrived_ns))
+
+    def spent(self, arrived_ns: int) -> Spent:
+        """Where the time of a request to the graph went. What ran beside each other is added up."""
+        sums: dict[str, tuple[int, int]] = {}
+        for name, times, at_ns in self._each:
+            spent, (queue_ns, compute_ns) = times.spent(at_ns), sums.get(name, (0, 0))
+            sums[name] = queue_ns + spent.queue_ns, compute_ns + spent.compute_ns
+        steps = tuple([(name, *sum_ns) for name, sum_ns in sums.items()])
+        return Spent(sum([step[1] for step in steps]), sum([step[2] for step in steps]), steps=steps)
 
 
 class Explanation:

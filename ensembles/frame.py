@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ensembles import conditions
-from ensembles.explain import Explanation
+from ensembles.explain import Explanation, StepsTimes
 from ensembles.graph import Plan, Step, TensorType
 from tutti import rows
 from tutti.dtypes import NUMPY, Array
@@ -122,6 +122,8 @@ class Frame:
         self.gone: Array | None = None
         self.shed: dict[int, list[str]] = {}
         self.explanation: Explanation | None = None
+        # Of the steps that have been executed.
+        self.times = StepsTimes()
         # What the executor knows of steps in execution.
         self.working: dict[int, Any] = {}
         self.columns: dict[str, Column] = {}

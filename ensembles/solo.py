@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ensembles.axes import changed_inputs, changed_outputs
+from ensembles.explain import StepsTimes
 from ensembles.graph import Plan, Step
 from tutti.errors import Cancelled, DeadlineExceeded, InferError, Internal
 from tutti.types import Answer, Call, Infer, InferRequest, InferResponse, Tensor, now_ns
@@ -90,11 +91,12 @@ class _Program:
 class _Solo:
     """One request on its way."""
 
-    __slots__ = ("call", "is_odd", "is_over", "left", "lock", "program", "shared", "tensors", "waits")
+    __slots__ = ("call", "is_odd", "is_over", "left", "lock", "program", "shared", "tensors", "times", "waits")
 
     def __init__(self, call: Call, program: _Program) -> None:
         self.call = call
         self.program = program
+        self.times = call.times = StepsTimes()
         self.tensors = dict(call.request.inputs)
         self.waits = program.waits.copy()
         self.shared = program.shared.copy() if program.shared else None
@@ -146,6 +148,8 @@ class SoloExecutor:
             solo, step = call.token
             with solo.lock:
                 if not solo.is_over:
+                    if call.times is not None:
+                        solo.times.add(step.model_name, call.times, call.arrived_ns)
                     self._take_back(solo, step, call.answer, ready)
                     if solo.is_over:
                         ended.append(solo.call)

@@ -21,6 +21,7 @@ LAYERS = {
     "tutti.statistics": 1, "tutti.devices": 1, "tutti.collector": 1, "tutti.custom_metrics": 1,
     "tutti.host_metrics": 1,
     "tutti.frontends.http_codec": 1, "tutti.frontends.grpc_codec": 1, "tutti.frontends.http_status": 1,
+    "tutti.frontends.answer_headers": 1,
     "tutti.frontends.compression": 1, "tutti.frontends.generate": 1, "tutti.frontends.gate": 1,
     "tutti.classification": 1, "tutti.frontends.answers": 2, "tutti.shared_memory": 2, "tutti.logs": 2,
     "tutti.tracing": 2, "tutti.trace_files": 2, "tutti.trace_spans": 2, "tutti.trace_records": 1, "tutti.segments": 1,

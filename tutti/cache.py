@@ -11,11 +11,12 @@ from collections.abc import Callable, Sequence
 
 from tutti.explain import PARAMETER
 from tutti.statistics import ModelStatistics
-from tutti.types import Call, Infer, InferRequest, InferResponse, Sink, Tensor, now_ns, settle
+from tutti.types import Call, Infer, InferRequest, InferResponse, Sink, Spent, Tensor, now_ns, settle
 
 _ENTRY_OVERHEAD = 512
 # What of a request's parameters is for queues and servers, and decides no answer.
 _OF_QUEUES = ("priority", "timeout", PARAMETER)
+_HIT = Spent(is_cached=True)
 _loads = itertools.count()
 
 
@@ -108,6 +109,7 @@ class Cached:
                 outputs = [Tensor(t.name, t.datatype, t.shape, t.data) for t in found.outputs]
                 parameters = dict(found.parameters)
                 call.answer = InferResponse(found.model_name, found.model_version, outputs, parameters)
+                call.times = _HIT
                 hits.append(call)
             if call.trace is not None:
                 call.trace.note("cache", "miss" if found is None else "hit")

@@ -21,7 +21,7 @@ from tutti.batching import BatchLimit, Cut, Decision, Returns
 from tutti.cost import Costs, LatencyModel
 from tutti.errors import Cancelled, DeadlineExceeded, InferError, Internal, OutOfMemory, TooLate, Unavailable
 from tutti.statistics import BatchTimes, ModelStatistics
-from tutti.types import Call, Infer, InferResponse, Sink, now_ns, settle, settle_all
+from tutti.types import Call, Infer, InferResponse, Sink, Spent, now_ns, settle, settle_all
 
 _log = logging.getLogger(__name__)
 
@@ -544,6 +544,7 @@ class Scheduler:
             self._fail(decision.dropped, Cancelled(what))
         now = now_ns()
         for call in decision.expired:
+            call.times = Spent(now - call.arrived_ns)
             if call.expires_ns and call.expires_ns <= now:
                 what = f"model '{self._name}': the request waited in the queue for its timeout"
                 self._fail([call], Unavailable(what))

@@ -220,7 +220,7 @@ class SequenceBatcher:
                 answer = inner.answer
                 if isinstance(answer, InferResponse):
                     answer = self._keep_states(sequence, outer, answer)
-                outer.answer = answer
+                outer.answer, outer.times = answer, inner.times
                 outers.append(outer)
                 touched += self._finished(sequence, is_end)
         settle(outers)

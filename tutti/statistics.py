@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tutti.errors import Cancelled, DeadlineExceeded, InferError, TooLate, Unavailable
-from tutti.types import Call
+from tutti.types import Call, Spent
 
 # How many batches of one request wait to be counted together.
 _MOST_SINGLES = 64
@@ -49,14 +49,20 @@ class Histogram:
         self.ns += ns * count
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class BatchTimes:
-    """When one batch of requests passed each stage, monotonic nanoseconds."""
+    """When one batch of requests passed each stage, monotonic nanoseconds; once it has been counted, its rows."""
 
     start_ns: int
     infer_start_ns: int
     infer_end_ns: int
     end_ns: int
+    rows: int = 0
+
+    def spent(self, arrived_ns: int) -> Spent:
+        """Where the time of one of its requests went."""
+        queue_ns = max(0, self.start_ns - arrived_ns) if arrived_ns else 0
+        return Spent(queue_ns, self.end_ns - self.start_ns, self.rows)
 
 
 @dataclass(slots=True)
@@ -112,12 +118,14 @@ class ModelStatistics:
         return self._counts
 
     def record_batch(self, calls: Sequence[Call], times: BatchTimes) -> None:
-        """Count one executed batch. A call without an answer yet is counted as a success; one without rows not at all.
+        """Count one executed batch, and give its calls the times.
 
-        Only a sequence batcher's fillers have no rows.
+        A call without an answer yet is counted as a success; one without rows, a sequence batcher's filler, not at all.
         """
         if len(calls) == 1 and calls[0].rows and not isinstance(calls[0].answer, InferError):
             call = calls[0]
+            call.times = times
+            times.rows = call.rows
             self._singles.append(
                 (
                     call.requests, call.rows, call.arrived_ns, times.start_ns, times.infer_start_ns,
@@ -129,6 +137,7 @@ class ModelStatistics:
             return
         answered = [call for call in calls if call.rows and not isinstance(call.answer, InferError)]
         n, rows = sum([call.requests for call in answered]), sum([call.rows for call in answered])
+        times.rows = rows
         arrived = sum([call.arrived_ns * call.requests for call in answered])
         stages = (
             times.infer_start_ns - times.start_ns,
@@ -141,6 +150,8 @@ class ModelStatistics:
             if len(answered) != len(calls):
                 failed = [call for call in calls if call.rows and isinstance(call.answer, InferError)]
                 _add_failures(counts, failed, times.end_ns, is_executed=True)
+                for call in failed:
+                    call.times = times
             if not answered:
                 return
             counts.inferences += rows
@@ -156,6 +167,7 @@ class ModelStatistics:
             request_counts, queue_counts = counts.request_time.counts, counts.queue_time.counts
             last_ns = in_request = in_queue = -1
             for call in answered:
+                call.times = times
                 if call.arrived_ns != last_ns:  # what arrived together falls into the same buckets
                     last_ns = call.arrived_ns
                     in_request = bisect_left(BUCKETS_NS, times.end_ns - last_ns)

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -215,6 +215,30 @@ Answer = InferResponse | InferError
 Emit = Callable[[InferResponse], None]
 
 
+class Spent(NamedTuple):
+    """Where a request's time went, as far as is known; nanoseconds.
+
+    `rows` are those of the batch that it was executed in, 0 where that is not known. `steps` are an ensemble's: (name,
+    queued, computed). Those that ran beside each other are in both sums, which may exceed what the request took.
+    """
+
+    queue_ns: int = 0
+    compute_ns: int = 0
+    rows: int = 0
+    is_cached: bool = False
+    steps: tuple[tuple[str, int, int], ...] = ()
+
+    def spent(self, arrived_ns: int) -> "Spent":
+        return self
+
+
+class Times(Protocol):
+    """When a batch, or an ensemble's steps, were executed: from it follows where the time of each request went."""
+
+    def spent(self, arrived_ns: int) -> Spent:
+        """Of a request that arrived then, by the clock of now_ns."""
+
+
 class Trace(Protocol):
     """Collects what happened to one call, and when."""
 
@@ -244,14 +268,15 @@ class Call:
     refused.
 
     A caller that can take more than one answer sets `emit`: a decoupled model hands it each answer but the last,
-    which settles the call as ever. `trace` collects timestamps where the call is traced. `requests` is how many
+    which settles the call as ever. `trace` collects timestamps where the call is traced. `times` tells of an executed
+    call when that was, None where nobody knows. `requests` is how many
     requests it stands for, to statistics. One that `is_trial` goes on as its requests, one by one, should it fail: its
     own failure is not counted.
     """
 
     __slots__ = (
         "answer", "arrived_ns", "deadline_ns", "emit", "expires_ns", "is_cancelled", "is_trial", "key", "level",
-        "request", "requests", "rows", "sink", "token", "trace",
+        "request", "requests", "rows", "sink", "times", "token", "trace",
     )  # fmt: skip
 
     def __init__(self, request: InferRequest, sink: Sink, token: Any = None, emit: Emit | None = None) -> None:
@@ -270,6 +295,7 @@ class Call:
         self.is_cancelled = False
         self.is_trial = False
         self.trace: Trace | None = None
+        self.times: Times | None = None
 
     def finish(self, answer: Answer) -> None:
         """Settle this call alone."""

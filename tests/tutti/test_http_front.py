@@ -3,10 +3,11 @@
 import asyncio
 import gc
 import json
+import re
 import socket
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -362,8 +363,12 @@ def test_a_head_that_ends_oddly_is_not_kept(server: Running, end: bytes) -> None
     ("pool", "header"), [("gpu", b"tutti-pool: gpu\r\n"), ("a\r\nset-cookie: b", b""), ("", b""), (7, b"")]
 )
 def test_the_pool_that_answered_is_a_header_if_it_can_be(pool: object, header: bytes) -> None:
-    head = front._binary_head(10, 20, {"tutti_pool": pool})
-    assert head == front._binary_head(10, 20, {})[:-2] + header + b"\r\n"
+    head, plain = (
+        front._batch_head(10, 20, parameters, (0, None, 1, False))
+        for parameters in ({"tutti_pool": pool}, dict[str, str]())
+    )
+    before, after = plain.split(b"server-timing")
+    assert head == before + header + b"server-timing" + after
 
 
 def raw_infer(body: bytes) -> bytes:
@@ -479,7 +484,7 @@ def test_answers_that_nobody_reads_make_room_for_those_that_somebody_does(
     monkeypatch.setattr(front, "STALLED_S", -1.0)
     server.front.holding.limit = 60 * 2**20
     answer = b"HTTP/1.1 200 OK\r\ncontent-length: 33554432\r\n\r\n", bytes(32 * 2**20)
-    monkeypatch.setattr(server.front, "_encode", lambda call: list(answer))
+    monkeypatch.setattr(server.front, "_encode", lambda *_: list(answer))
     with server.connect() as silent:
         silent.sendall(raw_infer(one_input("x")))
         wait_until(lambda: server.front.holding.held)
@@ -533,3 +538,88 @@ def test_a_large_request_that_is_refused_leaves_nothing(
         connection.sendall(head.encode() + body)
         assert read_response(connection, bytearray())[0] == 400
         wait_until(lambda: bodies and bodies[0]() is None)
+
+
+def binary_infer(extra: bytes = b"") -> bytes:
+    tensor = {"name": "x", "shape": [1, 4], "datatype": "FP32", "parameters": {"binary_data_size": 16}}
+    header = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}}).encode()
+    return (
+        b"POST /v2/models/add_one/infer HTTP/1.1\r\nhost: t\r\n%binference-header-content-length: %d\r\n"
+        b"content-length: %d\r\n\r\n%b%b" % (extra, len(header), len(header) + 16, header, bytes(16))
+    )
+
+
+TIMING = re.compile(r"(?:queue;dur=(\d+\.\d\d), compute;dur=(\d+\.\d\d), )?total;dur=(\d+\.\d\d)")
+
+
+def phases(headers: dict[str, str]) -> tuple[float, float, float]:
+    """Milliseconds in the queue, of computing, and of all."""
+    match = TIMING.fullmatch(headers["server-timing"])
+    assert match is not None, headers
+    return float(match[1]), float(match[2]), float(match[3])
+
+
+@pytest.mark.parametrize("ask", [infer_request, binary_infer])
+def test_answers_say_where_the_time_went_and_have_ids_of_their_own(server: Running, ask: Callable[[], bytes]) -> None:
+    """Those that come together share a batch, and all but their ids."""
+    with server.connect() as connection:
+        buffer = bytearray()
+        seen = []
+        for _ in range(3):
+            connection.sendall(ask() * 20)
+            seen += [read_response(connection, buffer) for _ in range(20)]
+    assert {status for status, _, _ in seen} == {200}
+    for _, headers, _ in seen:
+        queue, compute, total = phases(headers)
+        assert queue + compute <= total + 0.02  # each is rounded down
+    ids = {headers["x-request-id"] for _, headers, _ in seen}
+    assert len(ids) == len(seen)
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (infer_request(extra=b"X-Request-ID: mine-1\r\n"), 200),
+        (binary_infer(b"x-request-id: mine-1\r\n"), 200),
+        (infer_request(request_id="mine-1"), 200),
+        (infer_request("nothing", extra=b"x-request-id: mine-1\r\n"), 404),
+        (b"POST /v2/models/add_one/infer HTTP/1.1\r\nx-request-id: mine-1\r\ncontent-length: 1\r\n\r\n{", 400),
+        (b"POST /v2/models/add_one/generate HTTP/1.1\r\nx-request-id: mine-1\r\ncontent-length: 2\r\n\r\n{}", 400),
+        (b"POST /v2/models/add_one/generate HTTP/1.1\r\nx-request-id: mine-1\r\ncontent-length: 1\r\n\r\n{", 400),
+        (b"GET /v2/models/add_one/infer HTTP/1.1\r\nx-request-id: mine-1\r\n\r\n", 405),
+        (b"GET /v2/nothing HTTP/1.1\r\nx-request-id: mine-1\r\n\r\n", 404),
+        (b"GET /v2 HTTP/1.1\r\nx-request-id: mine-1\r\n\r\n", 200),
+    ],
+)
+def test_a_clients_id_comes_back_with_every_answer(server: Running, request_: bytes, status: int) -> None:
+    with server.connect() as connection:
+        for _ in range(2):  # as it is read the first time, and as it is known
+            connection.sendall(request_)
+            got, headers, _ = read_response(connection, bytearray())
+            assert (got, headers["x-request-id"]) == (status, "mine-1")
+            if b"/models/" in request_ and got != 405:
+                assert TIMING.fullmatch(headers["server-timing"]), headers
+
+
+@pytest.mark.parametrize("sent", [b"two words", b"x" * 200, b"\xff", b""])
+def test_an_id_that_may_not_come_back_is_replaced(server: Running, sent: bytes) -> None:
+    _, headers, _ = exchange(server, infer_request(extra=b"x-request-id: %b\r\n" % sent))
+    assert re.fullmatch(r"[0-9a-f]+-[0-9a-f]+-[0-9a-f]+", headers["x-request-id"])
+
+
+def test_what_is_malformed_has_an_id_too(server: Running) -> None:
+    with server.connect() as connection:
+        connection.sendall(b"nonsense\r\n\r\n")
+        status, headers, _ = read_response(connection, bytearray())
+    assert (status, bool(headers["x-request-id"])) == (400, True)
+
+
+def test_a_request_that_waited_for_another_says_so(server: Running) -> None:
+    """The model takes one at a time, and as long as it is told."""
+    with server.connect() as connection:
+        connection.sendall(infer_request("slow", 0.2) + infer_request("slow", 0.01))
+        buffer = bytearray()
+        first, second = (phases(read_response(connection, buffer)[1]) for _ in range(2))
+    assert first[1] >= 200
+    assert second[0] >= 150  # both came together, and it has waited for the first to end
+    assert second[2] >= second[0] + second[1] - 0.02

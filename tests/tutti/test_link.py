@@ -16,14 +16,16 @@ import uvloop
 
 from tests.models import Repository, onnx_add_one
 from tests.serving import Gather, engine_over, infer, wait_until
+from tutti import rows
 from tutti.engine import Engine
 from tutti.errors import Cancelled, DeadlineExceeded, InferError, Internal, Unavailable
-from tutti.frontends import blocks, engine_link
+from tutti.frontends import blocks, bursts, engine_link
 from tutti.frontends.api import Api
 from tutti.frontends.engine_link import EngineSide
 from tutti.frontends.link import FrontEnd
+from tutti.statistics import BatchTimes
 from tutti.tracing import Tracer, parse_config
-from tutti.types import Answer, Call, InferRequest, InferResponse, Tensor, now_ns
+from tutti.types import Answer, Call, Columns, InferRequest, InferResponse, Raw, Spent, Tensor, now_ns
 
 WIDTH = 50_000
 TELL = """
@@ -448,3 +450,43 @@ def test_a_peer_cannot_truncate_what_is_mapped() -> None:
     with pytest.raises(PermissionError):
         os.ftruncate(arena.file, 4096)
     arena.close_file()
+
+
+def asked(front: FrontEnd, requests: Sequence[InferRequest]) -> list[Call]:
+    """The calls, settled."""
+    gather = Gather(len(requests))
+    calls = [Call(one, gather) for one in requests]
+    front(calls)
+    gather.wait()
+    return calls
+
+
+def test_the_engine_tells_where_the_time_went(link: Link) -> None:
+    front = link.front()
+    began = now_ns()
+    calls = [
+        *asked(front, [request(value=n) for n in range(8)]),
+        *asked(front, [request("unjoined") for _ in range(8)]),
+    ]
+    passed = now_ns() - began
+    for call in calls:
+        assert isinstance(call.times, Spent), call.answer
+        assert call.times.rows >= 1
+        assert 0 < call.times.compute_ns + call.times.queue_ns < passed
+        assert began <= call.arrived_ns <= began + passed
+    assert [call.times for call in asked(front, [request("nowhere")])] == [None]
+    assert [call.times for _ in range(2) for call in asked(front, [request("cached")])][1] == Spent(is_cached=True)
+
+
+def test_each_of_a_batch_is_told_how_long_it_has_waited() -> None:
+    columns = Columns([Tensor.of("y", np.zeros((4, 1), np.float32))])
+    calls = []
+    for number, (answer, arrived) in enumerate(zip(rows.parts("m", "1", columns, [1] * 4), (1, 1, 5, 8), strict=True)):
+        call = Call(InferRequest("m", {}), Gather(1), number)
+        call.answer, call.arrived_ns, call.times = answer, arrived, BatchTimes(10, 10, 30, 30, 4)
+        calls.append(call)
+    pieces: list[Raw] = []
+    (packed,) = bursts.pack_answers(calls, lambda _: None, pieces)
+    unpacking = bursts.Unpacking(memoryview(b"".join(pieces)), lambda *_: b"")
+    timed = packed.timed(unpacking.answers(packed))
+    assert [times for _, times in timed] == [Spent(queue, 20, 4) for queue in (9, 9, 5, 2)]

@@ -23,6 +23,7 @@ from tutti.types import (
     Raw,
     Shape,
     Sink,
+    Spent,
     Tensor,
 )
 
@@ -52,12 +53,26 @@ class Entry(NamedTuple):
 
 
 class Answered(NamedTuple):
-    """Answers to the requests numbered from `first`: of `sizes` rows each, joined, or one of any form."""
+    """Answers to the requests numbered from `first`: of `sizes` rows each, joined, or one of any form.
+
+    `spent` tells where their time went in the engine's process, None where nobody knows; `queues_ns`, which is empty
+    where all waited as long as the first, for how long each has waited.
+    """
 
     first: int
     sizes: tuple[int, ...]
     # (model, version, parameters, tensors, is_null), or an error.
     head: tuple[str, str, Parameters, tuple[Head, ...], bool] | InferError
+    spent: tuple[Any, ...] | None = None
+    queues_ns: tuple[int, ...] = ()
+
+    def timed(self, answers: Sequence[Answer]) -> list[tuple[Answer, Spent | None]]:
+        """The answers, in their order, each with where its time went."""
+        spent = Spent(*self.spent) if self.spent is not None else None
+        if spent is None or not self.queues_ns:
+            return [(answer, spent) for answer in answers]
+        each = {queue_ns: spent._replace(queue_ns=queue_ns) for queue_ns in set(self.queues_ns)}
+        return [(answer, each[queue_ns]) for answer, queue_ns in zip(answers, self.queues_ns, strict=True)]
 
 
 def groups(calls: Sequence[Call], now_ns: int) -> list[list[Call]]:
@@ -246,7 +261,7 @@ class Unpacking:
 
     def answers(self, answered: Answered) -> list[Answer]:
         """In the order of their numbers."""
-        _, sizes, head = answered
+        sizes, head = answered.sizes, answered.head
         if not isinstance(head, tuple):
             return [head]
         model, version, parameters, heads, is_null = head
@@ -273,15 +288,26 @@ def pack_answers(calls: Sequence[Call], lend: Lend, pieces: list[Raw]) -> list[A
     while at < len(calls):
         stop, first, sizes = _run(calls, at)
         answer: Any = calls[at].answer
+        times, arrived_ns = calls[at].times, calls[at].arrived_ns
+        spent = tuple(times.spent(arrived_ns)) if times is not None else None
         if isinstance(answer, InferError):
-            packed.append(Answered(first, (), answer))
+            packed.append(Answered(first, (), answer, spent))
         else:
             last: Any = calls[stop - 1].answer
             heads = tuple(_heads(answer, last.stop, lend, pieces))
             head = answer.model_name, answer.model_version, answer.parameters, heads, answer.is_null
-            packed.append(Answered(first, sizes, head))
+            queues_ns = _queues_ns(calls[at:stop], spent) if spent is not None and stop - at > 1 else ()
+            packed.append(Answered(first, sizes, head, spent, queues_ns))
         at = stop
     return packed
+
+
+def _queues_ns(calls: Sequence[Call], spent: tuple[Any, ...]) -> tuple[int, ...]:
+    """How long each of a batch has waited, where they have not arrived together."""
+    first_ns = calls[0].arrived_ns
+    if calls[-1].arrived_ns == first_ns:  # they are in the order of their numbers
+        return ()
+    return tuple([spent[0] + first_ns - call.arrived_ns for call in calls])
 
 
 def _run(calls: Sequence[Call], at: int) -> tuple[int, int, tuple[int, ...]]:

@@ -18,7 +18,7 @@ from urllib.parse import unquote_to_bytes
 import numpy as np
 
 from tutti.errors import InferError, InvalidArgument
-from tutti.frontends import compression, http_codec
+from tutti.frontends import answer_headers, compression, http_codec
 from tutti.frontends.api import Api, Elsewhere
 from tutti.frontends.gate import Gate
 from tutti.frontends.holding import STALLED_S, WRITE_TIMEOUT_S, Holding
@@ -35,7 +35,7 @@ from tutti.frontends.http_connection import (
 from tutti.frontends.http_status import REFUSED, status_of
 from tutti.frontends.limits import Limits
 from tutti.threads import Pool
-from tutti.types import POOL_PARAMETER, Call, InferRequest, Parameters, Raw, now_ns
+from tutti.types import POOL_PARAMETER, Call, InferRequest, Parameters, Raw, Times, now_ns
 
 _log = logging.getLogger(__name__)
 
@@ -140,7 +140,8 @@ class HttpFront:
 
     def settle(self, calls: Sequence[Call]) -> None:
         """Encode in the caller's thread, write on the loop: one trip for all of them."""
-        answered = [(call.token, self._encode(call)) for call in calls]
+        now = now_ns()
+        answered = [(call.token, self._encode(call, now)) for call in calls]
         if threading.get_ident() == self._thread:
             _deliver(answered)
             return
@@ -208,7 +209,9 @@ class HttpFront:
         exchange.body = b""  # inflated it may be large, and its client may not read the answer
         route = self._route(exchange.url)
         blamed = self._api.blamed(*route, error) if route is not None else error
-        exchange.connection.respond(exchange, status_of(blamed), blamed.message)
+        passed_s = self._loop.time() - exchange.connection.last_read
+        timing = answer_headers.TIMING_HEADER, answer_headers.total(int(passed_s * 1e9))
+        exchange.connection.respond(exchange, status_of(blamed), blamed.message, [timing])
 
     def _call(self, exchange: Exchange, may_take_long: bool = False) -> Call:
         """The exchange's request as a call. Raises _TakesLong where that is not for this thread."""
@@ -239,6 +242,7 @@ class HttpFront:
         header_length = head.header_length
         exchange.encoding = head.reply_coding
         exchange.timeout_ns = head.timeout_ns
+        exchange.request_id = head.request_id
         if head.coding and self._api.is_front_end:
             raise Elsewhere
         size = len(exchange.body) if header_length is None else header_length
@@ -255,23 +259,28 @@ class HttpFront:
             raise Elsewhere
         return request, reply
 
-    def _encode(self, call: Call) -> Response:
+    def _encode(self, call: Call, now: int) -> Response:
         exchange: Exchange = call.token
         assert self._api is not None
         try:
             response, shared = self._api.complete(call)
-            if exchange.keep_alive and not exchange.encoding and not call.request.id and not shared:
-                parts = http_codec.encode_part(response, exchange.reply, _binary_head)
+            is_plain = exchange.keep_alive and not exchange.encoding
+            if response.columns is not None and is_plain and not call.request.id and not shared:
+                sent = exchange.request_id
+                own = sent + _HEAD_END if sent else answer_headers.place(response.start)
+                about = (call.arrived_ns, call.times, now, not sent)
+                parts = http_codec.encode_part(response, exchange.reply, _batch_head, about, own)
                 if parts is not None:
                     return _pieces(parts)
             header_length, parts = http_codec.encode(response, call.request.id, exchange.reply, shared)
-            return _response(exchange, header_length, parts, response.parameters)
+            return _response(call, header_length, parts, response.parameters, now)
         except InferError as error:
             error.__traceback__ = None  # it leads to the call, which has the error: a cycle that keeps the tensors
-            return error_response(status_of(error), error.message, exchange.keep_alive)
+            return error_response(status_of(error), error.message, exchange.keep_alive, _about(call, now))
         except Exception as error:
             _log.exception("a response of model '%s' could not be encoded", call.request.model_name)
-            return error_response(500, f"internal error: {type(error).__name__}", exchange.keep_alive)
+            what = f"internal error: {type(error).__name__}"
+            return error_response(500, what, exchange.keep_alive, _about(call, now))
 
     async def _run_app(self, exchange: Exchange) -> None:
         """Let the app answer: in one piece, or as it comes where the app sends it in parts."""
@@ -326,19 +335,20 @@ def new_memory(size: int) -> memoryview:
 class InferHead:
     """What the headers of an infer request say: how long its JSON is, how it and its answer are compressed, its time.
 
-    `timeout_ns` is 0 where the client waits for as long as it takes.
+    `timeout_ns` is 0 where the client waits for as long as it takes; `request_id` is b"" where it has sent none.
     """
 
     header_length: int | None
     coding: str
     reply_coding: str
     timeout_ns: int
+    request_id: bytes
 
 
 def _infer_head(model: str, headers: Sequence[tuple[bytes, bytes]]) -> InferHead:
     header_length: int | None = None
     coding = reply_coding = ""
-    timeout_ns = 0
+    timeout_ns, request_id = 0, b""
     for key, value in headers:
         if key == b"inference-header-content-length":
             if not value.isdigit() or len(value) > 18:
@@ -351,7 +361,9 @@ def _infer_head(model: str, headers: Sequence[tuple[bytes, bytes]]) -> InferHead
         elif key in http_codec.TIMEOUT_HEADERS:
             given_ns = http_codec.timeout_ns(key, value)
             timeout_ns = min(timeout_ns or given_ns, given_ns)
-    return InferHead(header_length, coding, reply_coding, timeout_ns)
+        elif key == answer_headers.ID_HEADER:
+            request_id = answer_headers.id_of(value)
+    return InferHead(header_length, coding, reply_coding, timeout_ns, request_id)
 
 
 class _Reply:
@@ -370,6 +382,7 @@ class _Reply:
         if message["type"] == "http.response.start":
             self._status = message["status"]
             self._headers = [header for header in message.get("headers", ()) if header[0] != b"content-length"]
+            self._headers.append(exchange.known_as())
             return
         body: bytes = message.get("body", b"")
         is_last = not message.get("more_body", False)
@@ -423,9 +436,13 @@ def _pieces(parts: list[Raw]) -> Response:
     return b"".join(parts) if sum(map(len, parts)) < LARGE_RESPONSE_BYTES else parts
 
 
-def _response(exchange: Exchange, header_length: int | None, parts: list[Raw], parameters: Parameters) -> Response:
+def _response(call: Call, header_length: int | None, parts: list[Raw], parameters: Parameters, now: int) -> Response:
+    exchange: Exchange = call.token
     if header_length is not None and exchange.keep_alive and not exchange.encoding:
-        return _pieces([_binary_head(header_length, sum(map(len, parts)), parameters), *parts])
+        length, pool = sum(map(len, parts)), _pool_line(parameters) if parameters else b""
+        own = answer_headers.request_id(exchange.request_id, call.request.id)
+        timing = answer_headers.timing(call.arrived_ns, call.times, now)
+        return _pieces([_BINARY_HEAD % (header_length, length, pool, timing, own), _HEAD_END, *parts])
     body = b"".join(parts)
     headers = [_JSON_TYPE] if header_length is None else [_BINARY_TYPE]
     if header_length is not None:
@@ -435,24 +452,40 @@ def _response(exchange: Exchange, header_length: int | None, parts: list[Raw], p
         headers.append((b"content-encoding", exchange.encoding.encode()))
     if parameters and (pool := _pool(parameters)):
         headers.append((_POOL_HEADER, pool))
-    return response_head(200, headers, len(body), exchange.keep_alive) + body
+    return response_head(200, headers + _about(call, now), len(body), exchange.keep_alive) + body
 
 
 _JSON_TYPE = (b"content-type", b"application/json")
 _POOL_HEADER = b"tutti-pool"
 _POOL_NAME = re.compile(r"[a-z0-9_]{1,64}")
 _BINARY_TYPE = (b"content-type", b"application/octet-stream")
+_HEAD_END = b"\r\n\r\n"
+# Up to the request's id.
 _BINARY_HEAD = (
     b"HTTP/1.1 200 OK\r\ncontent-type: application/octet-stream\r\n"
-    b"inference-header-content-length: %d\r\ncontent-length: %d\r\n\r\n"
+    b"inference-header-content-length: %d\r\ncontent-length: %d\r\n%bserver-timing: %b\r\nx-request-id: %b"
 )
+_About = tuple[int, Times | None, int, bool]
+"""When its batch arrived, was executed and is answered, and whether its requests have ids of this process."""
 
 
-def _binary_head(header_length: int, length: int, parameters: Parameters) -> bytes:
-    head = _BINARY_HEAD % (header_length, length)
-    if parameters and (pool := _pool(parameters)):
-        return b"%b%b: %b\r\n\r\n" % (head[:-2], _POOL_HEADER, pool)
-    return head
+def _batch_head(header_length: int, length: int, parameters: Parameters, about: _About) -> bytes:
+    arrived_ns, times, now, is_own = about
+    pool = _pool_line(parameters) if parameters else b""
+    ids = answer_headers.new_ids() if is_own else b""
+    return _BINARY_HEAD % (header_length, length, pool, answer_headers.timing(arrived_ns, times, now), ids)
+
+
+def _about(call: Call, now: int) -> list[tuple[bytes, bytes]]:
+    """The headers that tell of a request: its id, and where its time went."""
+    exchange: Exchange = call.token
+    own = answer_headers.ID_HEADER, answer_headers.request_id(exchange.request_id, call.request.id)
+    return [(answer_headers.TIMING_HEADER, answer_headers.timing(call.arrived_ns, call.times, now)), own]
+
+
+def _pool_line(parameters: Parameters) -> bytes:
+    pool = _pool(parameters)
+    return b"%b: %b\r\n" % (_POOL_HEADER, pool) if pool else b""
 
 
 def _pool(parameters: Parameters) -> bytes:

@@ -15,7 +15,7 @@ from starlette.routing import Route
 
 from tutti.config import ModelConfig
 from tutti.errors import DeadlineExceeded, InferError, InvalidArgument, Unavailable
-from tutti.frontends import compression, generate, http_codec
+from tutti.frontends import answer_headers, compression, generate, http_codec
 from tutti.frontends.answers import Answers
 from tutti.frontends.api import Api
 from tutti.frontends.gate import Category, Gate
@@ -132,9 +132,14 @@ def metrics_app(
     )
 
 
-async def _infer_error(_: Request, error: Exception) -> Response:
+async def _infer_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, InferError)
-    return json_response({"error": error.message}, status_of(error))
+    response = json_response({"error": error.message}, status_of(error))
+    if "began_ns" in request.scope:  # an inference
+        call = request.scope.get("call")
+        passed = answer_headers.total(now_ns() - request.scope["began_ns"]).decode()
+        response.headers["server-timing"] = _timing(call) if call is not None else passed
+    return response
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -258,7 +263,8 @@ class _Routes:
             self._api.tracer.end(call)
         if len(found) != 1:
             raise InvalidArgument(f"model '{call.request.model_name}': {_ONE_ANSWER}")
-        return Response(generate.encode(found[0], call.request.id), media_type="application/json")
+        headers = {"server-timing": _timing(call)}
+        return Response(generate.encode(found[0], call.request.id), headers=headers, media_type="application/json")
 
     async def generate_stream(self, request: Request) -> Response:
         call, answers = await self._submit(request)
@@ -286,7 +292,9 @@ class _Routes:
                 answers.cancel()
                 self._api.tracer.end(call)
 
-        return StreamingResponse(events(), status, media_type="text/event-stream")
+        # How long the first answer took; of the others nobody knows yet.
+        headers = {"server-timing": _timing(call)}
+        return StreamingResponse(events(), status, headers, "text/event-stream")
 
     async def _decode(self, config: ModelConfig, version: str, body: bytes, encoding: str) -> InferRequest:
         """What may take long is decoded beside the loop, one after the other: so little is inflated at a time."""
@@ -304,12 +312,13 @@ class _Routes:
             return await asyncio.to_thread(generate.decode, config, version, body)
 
     async def _submit(self, request: Request) -> tuple[Call, Answers]:
+        request.scope["began_ns"] = now_ns()
         name, version = _model(request)
         config = self._api.engine.model(name, version).config
         sent = await self._decode(config, version, await request.body(), request.headers.get("content-encoding", ""))
         self._api.http.forward_headers(request.headers.items(), sent)
         answers = Answers()
-        call = answers.call(sent)
+        call = request.scope["call"] = answers.call(sent)
         for header in http_codec.TIMEOUT_HEADERS:
             value = request.headers.get(header.decode())
             if value is not None:
@@ -319,6 +328,10 @@ class _Routes:
             self._api.tracer.begin(call, request.headers.get("traceparent", ""), "HTTP")
         self._api.submit([call])
         return call, answers
+
+
+def _timing(call: Call) -> str:
+    return answer_headers.timing(call.arrived_ns, call.times, now_ns()).decode()
 
 
 def _model(request: Request) -> tuple[str, str]:

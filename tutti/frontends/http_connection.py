@@ -15,6 +15,7 @@ import httptools
 import orjson
 
 from tutti.errors import shown
+from tutti.frontends import answer_headers
 from tutti.frontends.holding import COUNTED_BYTES, Holding
 from tutti.frontends.http_codec import JSON_REPLY, ReplyFormat
 from tutti.frontends.limits import Limits
@@ -88,9 +89,15 @@ def response_head(status: int, headers: Sequence[tuple[bytes, bytes]], length: i
     return b"\r\n".join(lines) + b"\r\n\r\n"
 
 
-def error_response(status: int, message: str, keep_alive: bool) -> bytes:
+def error_response(
+    status: int, message: str, keep_alive: bool, about: Sequence[tuple[bytes, bytes]] | None = None
+) -> bytes:
+    """With the headers that tell of its request; where none are given, with an id for it."""
     body = orjson.dumps({"error": shown(message)})
-    headers = [(b"content-type", b"application/json")]
+    headers = [
+        (b"content-type", b"application/json"),
+        *(about or ((answer_headers.ID_HEADER, answer_headers.new_id()),)),
+    ]
     if status == 503:
         headers.append((b"retry-after", b"1"))
     return response_head(status, headers, len(body), keep_alive) + body
@@ -116,6 +123,7 @@ class Exchange:
         "method",
         "parts",
         "reply",
+        "request_id",
         "response",
         "task",
         "timeout_ns",
@@ -136,10 +144,19 @@ class Exchange:
         self.parts: list[bytes] | None = None
         self.reply: ReplyFormat = JSON_REPLY
         self.encoding = ""
+        # As the client sent it, where that may come back.
+        self.request_id = b""
         self.timeout_ns = 0
         self.response: Response | None = None
         # Of its body, then of its answer until that is written.
         self.held = 0
+
+    def known_as(self) -> tuple[bytes, bytes]:
+        """The header that has the request's id."""
+        if not self.request_id:
+            sent = next((value for name, value in self.headers if name == answer_headers.ID_HEADER), b"")
+            self.request_id = answer_headers.id_of(sent) or answer_headers.new_id()
+        return answer_headers.ID_HEADER, self.request_id
 
     def release(self) -> None:
         held, self.held = self.held, 0
@@ -507,9 +524,10 @@ class Connection(asyncio.Protocol):
 
     # responses
 
-    def respond(self, exchange: Exchange, status: int, message: str) -> None:
-        """Answer with an error."""
-        self.deliver(exchange, error_response(status, message, exchange.keep_alive))
+    def respond(self, exchange: Exchange, status: int, message: str, about: Sequence[tuple[bytes, bytes]] = ()) -> None:
+        """Answer with an error; `about` are headers that tell more of it."""
+        headers = [*about, exchange.known_as()]
+        self.deliver(exchange, error_response(status, message, exchange.keep_alive, headers))
 
     def deliver(self, exchange: Exchange, response: Response) -> None:
         """Write the response now, or when those before it have been written.
@@ -531,7 +549,7 @@ class Connection(asyncio.Protocol):
         if not self.holding.take(size):
             self._front.make_room(size)
             if not self.holding.take(size):
-                return error_response(503, self.holding.refusal, exchange.keep_alive)
+                return error_response(503, self.holding.refusal, exchange.keep_alive, [exchange.known_as()])
         exchange.held = size
         return response
 

@@ -169,6 +169,8 @@ class FrontEnd:
         now = now_ns()
         entries, pieces = [], list[Raw]()
         for group in groups(calls, now):
+            for call in group:
+                call.arrived_ns = now
             entries.append(tuple(pack(group, self._next, now, connection.lend, pieces)))
             self._open.update(enumerate(group, self._next))
             self._next += len(group)
@@ -202,10 +204,10 @@ class FrontEnd:
         by_sink: dict[int, list[Call]] = {}
         for values in entries:
             entry = Answered._make(values)
-            for number, answer in enumerate(unpacking.answers(entry), entry.first):
+            for number, (answer, times) in enumerate(entry.timed(unpacking.answers(entry)), entry.first):
                 call = self._open.pop(number, None)
                 if call is not None:
-                    call.answer = answer
+                    call.answer, call.times = answer, times
                     by_sink.setdefault(id(call.sink), []).append(call)
         for group in by_sink.values():
             group[0].sink.settle(group)

@@ -76,10 +76,10 @@ class Relay:
                 name = model[1].decode("utf-8", "replace")
                 exchange.connection.respond(exchange, 400, f"model '{name}' is not ready: {why}")
             else:
-                head = response_head(200 if path in _LIVE else 400, [], 0, exchange.keep_alive)
+                head = response_head(200 if path in _LIVE else 400, [exchange.known_as()], 0, exchange.keep_alive)
                 exchange.connection.deliver(exchange, head)
             return
-        response = error_response(503, why, exchange.keep_alive)
+        response = error_response(503, why, exchange.keep_alive, [exchange.known_as()])
         if exchange.method == b"HEAD":
             response = response[: response.index(b"\r\n\r\n") + 4]
         exchange.connection.deliver(exchange, response)
