@@ -335,6 +335,7 @@ class Graph:
         return names[id(tensor)]
 
     def _model(self, name: str, version: int) -> ModelConfig:
+        repository.check_known(self._root, name)
         return repository.open_model(self._root, name).config
 
     def _fresh(self, name: str) -> str:

@@ -3,15 +3,18 @@
 import argparse
 import importlib.util
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ensembles import graph, picture, show
 from ensembles.builder import Graph
-from tutti import explain_command, repository
+from tutti import explain_command, hints, repository
 from tutti.config import ModelConfig
-from tutti.errors import ConfigError
+from tutti.errors import ConfigError, reason
+
+_REPOSITORY = Path("model_repository")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -24,7 +27,10 @@ def main(arguments: Sequence[str]) -> int:
         "build": _build,
         "explain": explain_command.run,
     }
-    status: int = run[options.what](options)
+    try:
+        status: int = run[options.what](options)
+    except OSError as error:  # of a file that is written, or read
+        raise ConfigError(f"'{error.filename}': {reason(error)}") from None
     return status
 
 
@@ -38,20 +44,21 @@ def _parser() -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("name", nargs="?" if name == "check" else None, help="the ensemble")
-        command.add_argument("--repository", type=Path, default=Path("model_repository"), help="(default: %(default)s)")
+        command.add_argument("--repository", type=Path, default=_REPOSITORY, help="(default: %(default)s)")
         if name == "draw":
             command.add_argument("--output", type=Path, help="where to write it (default: NAME.svg)")
     text = "run one request, and show when each step ran, for how many rows, or why not: tutti explain, for any model"
     explain_command.add_arguments(commands.add_parser("explain", help=text, description=text))
     build = commands.add_parser("build", help="write config.pbtxt from a graph written in Python")
     build.add_argument("file", type=Path, help="a Python file with a function build(repository) -> Graph")
-    build.add_argument("--repository", type=Path, default=Path("model_repository"), help="(default: %(default)s)")
+    build.add_argument("--repository", type=Path, default=_REPOSITORY, help="(default: %(default)s)")
     build.add_argument("--check", action="store_true", help="fail if config.pbtxt is not what would be written")
     return parser
 
 
 def planned(root: Path, name: str) -> graph.Plan:
     """The checked plan of one of the repository's ensembles. Raises ConfigError."""
+    repository.check_known(root, name)
     config = repository.open_model(root, name).config
     if not config.is_ensemble:
         raise ConfigError(f"model '{name}' is no ensemble")
@@ -97,28 +104,56 @@ def _draw(options: argparse.Namespace) -> int:
 
 def _build(options: argparse.Namespace) -> int:
     made = graph_of(options.file, options.repository)
+    where = "" if options.repository == _REPOSITORY else f" --repository {options.repository}"
     text = f"# Written by `tutti ensemble build {options.file.as_posix()}`.\n{made.config()}"
     path = options.repository / made.name / "config.pbtxt"
     if options.check:
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
-            raise ConfigError(f"{path} is not what {options.file} makes: run tutti ensemble build {options.file}")
+            raise ConfigError(
+                f"{path} is not what {options.file} makes: run tutti ensemble build {options.file}{where}"
+            )
         return 0
     (path.parent / "1").mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
     print(path)
+    specs = repository.open_model(options.repository, made.name).config.inputs
+    print(f"try it: tutti explain {made.name} {' '.join(f'{spec.name}=...' for spec in specs)}{where}", file=sys.stderr)
     return 0
 
 
 def graph_of(file: Path, root: Path) -> Graph:
-    """What the file's `build` makes. Raises ConfigError."""
+    """What the file's `build` makes. Raises ConfigError, with the file's line where it comes from one."""
     spec = importlib.util.spec_from_file_location(f"tutti_graph_{file.stem}", file)
     if spec is None or spec.loader is None or not file.is_file():
-        raise ConfigError(f"{file}: expected a Python file")
+        near_by = hints.near(file)
+        raise ConfigError(f"{file}: expected a Python file" + (f"; did you mean {near_by}?" if near_by else ""))
+    repository.model_names(root)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "build"):
-        raise ConfigError(f"{file}: expected a function build(repository) -> Graph")
-    made = module.build(root)
-    if not isinstance(made, Graph):
-        raise ConfigError(f"{file}: build returned a {type(made).__name__}, no Graph")
+    try:
+        spec.loader.exec_module(module)
+        if not hasattr(module, "build"):
+            raise ConfigError("expected a function build(repository) -> Graph")
+        made = module.build(root)
+        if not isinstance(made, Graph):
+            raise ConfigError(f"build returned a {type(made).__name__}, no Graph")
+        made.config()
+    except Exception as error:
+        raise ConfigError(f"{_place(file, error)}: {_why(error)}") from None
     return made
+
+
+def _place(file: Path, error: Exception) -> str:
+    """Where in the file an error comes from, as FILE:LINE; the file where it is another's."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}:{error.lineno}" if error.lineno else str(file)
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == str(file.absolute())]
+    return f"{file}:{lines[-1]}" if lines else str(file)
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, ConfigError):
+        return str(error)
+    if isinstance(error, SyntaxError):
+        return f"{error.msg}: {(error.text or '').strip()}"
+    return f"{type(error).__name__}: {reason(error)}"

@@ -549,7 +549,7 @@ class _Planner:
                 found[name] = TensorType(self._datatypes[name], self._dims(name), default, own, is_items)
         for spec in self._config.outputs:
             if found[spec.name].made == "by row" and self._config.is_batched:
-                what = f"is not made for every row: needs parameters.tutti.default.{spec.name}"
+                what = f"is not made for every row: needs parameters.tutti.default.{spec.name} (in Python default=...)"
                 raise _fail(self._config, f"output '{spec.name}'", what)
         return found
 

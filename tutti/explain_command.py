@@ -4,7 +4,6 @@ Here in this process, from the repository; or with --url a server that runs, in 
 """
 
 import argparse
-import difflib
 import json
 import sys
 import threading
@@ -70,7 +69,7 @@ def _inputs(model: ModelConfig, texts: Sequence[str]) -> dict[str, Tensor]:
 
 def _told_here(options: argparse.Namespace) -> str:
     root, name = options.repository, options.name
-    check_known(root, name)
+    repository.check_known(root, name)
     inputs = _inputs(repository.open_model(root, name).config, options.inputs)
     engine = local.make_engine(root, _timer, ensembles.load)
     engine.load_all([name])
@@ -83,18 +82,6 @@ def _told_here(options: argparse.Namespace) -> str:
         return told
     finally:
         engine.close()
-
-
-def check_known(root: Path, name: str) -> None:
-    """Raises ConfigError for a model that the repository does not have, with what it has."""
-    names = repository.model_names(root)
-    if name not in names:
-        raise ConfigError(f"there is no model '{name}' in '{root}'; {_others(name, names)}")
-
-
-def _others(name: str, names: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, names, 1)
-    return f"did you mean {near[0]}?" if near else f"it has {', '.join(names) or 'none'}"
 
 
 def _explained(infer: Any, request: InferRequest) -> str:

@@ -3,6 +3,7 @@
 Layout, as Triton's: `<repository>/<model>/config.pbtxt` and `<repository>/<model>/<version>/...`.
 """
 
+import difflib
 import logging
 import os
 import re
@@ -19,6 +20,7 @@ from tutti.errors import ConfigError, TuttiError, reason
 _VERSION = re.compile(r"[1-9][0-9]{0,17}")
 _OVERRIDE_FILE = re.compile(r"[1-9][0-9]{0,17}(/[A-Za-z0-9_][A-Za-z0-9_.+-]*)+")
 _MAX_NAME = 255
+_MOST_NAMED = 20
 _log = logging.getLogger(__name__)
 
 
@@ -78,6 +80,15 @@ def model_names(root: Path) -> list[str]:
         return sorted(path.name for path in root.iterdir() if is_name(path.name) and _is_model(path))
     except OSError as error:
         raise ConfigError(f"model repository '{root}' cannot be read: {reason(error)}") from None
+
+
+def check_known(root: Path, name: str) -> None:
+    """Raises ConfigError for a model that the repository does not have, with what it has: for people at a shell."""
+    names = model_names(root)
+    if name not in names:
+        near = difflib.get_close_matches(name, names, 1)
+        what = f"did you mean {near[0]}?" if near else f"it has {', '.join(names[:_MOST_NAMED]) or 'none'}"
+        raise ConfigError(f"model '{name}': there is none of that name in '{root}'; {what}")
 
 
 def is_model(root: Path, name: str) -> bool:

@@ -104,14 +104,17 @@ def test_the_commands(built: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        (["check", "nope"], "no such folder"),
+        (["check", "nope"], "model 'nope': there is none of that name in"),
+        (["show", "gatd"], "did you mean gated?"),
+        (["explain", "gatd", "X=1"], "did you mean gated?"),
+        (["draw", "gated", "--output", "/nowhere/at.svg"], "'/nowhere/at.svg': No such file or directory"),
         (["check", "ten"], "is no ensemble"),
         (["show", "broken"], "its model is not available"),
-        (["explain", "gated", "Y=1"], "expected INPUT=VALUE with one of ['X']"),
+        (["explain", "gated", "Y=1"], "expected INPUT=VALUE, with one of X=JSON"),
         (["explain", "gated", "X=one"], "expected numbers in JSON"),
-        (["explain", "gated", "X=@nothing.npy"], "no file"),
-        (["explain", "gated", f"X=@{__file__}"], "is no .npy file of FP32"),
-        (["explain", "gated"], "missing required input(s) ['X'"),
+        (["explain", "gated", "X=@nothing.npy"], "'nothing.npy' cannot be read"),
+        (["explain", "gated", f"X=@{__file__}"], "expected an .npy file, a .wav file or numbers in JSON"),
+        (["explain", "gated"], "missing input 'X'"),
         (["build", "nothing.py"], "expected a Python file"),
     ],
 )
@@ -126,6 +129,37 @@ def test_mistakes_of_the_command(
     assert why in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("score > 15", "score > ", ":8: invalid syntax"),
+        ('"costly"', '"costy"', ":9: model 'costy': there is none of that name in"),
+        ('"costly"', '"costy"', "did you mean costly?"),
+        ('"costly", x=', '"costly", z=', ":9: step 'costly': the model has no input 'z'"),
+        ("return graph", "return grph", ":14: NameError: name 'grph' is not defined"),
+        ("return graph", "return 1", ": build returned a int, no Graph"),
+        ("def build(repository)", "def build()", "TypeError: build() takes 0 positional arguments"),
+        ("def build(", "def built(", "expected a function build(repository)"),
+        ("from ensembles", "from ensemble", ":2: ModuleNotFoundError: No module named 'ensemble'"),
+        ("with graph.where((score > 15) & ~(score == 50)):", "if score > 15:", ":8: TypeError: a condition"),
+        ("return graph", "return graph\0", "null bytes"),
+        ("return graph", "raise OSError('no')", ":14: OSError: no"),
+        (", default=-1", "", "(in Python default=...)"),
+    ],
+)
+def test_mistakes_in_a_graphs_file_are_told_with_their_line(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], old: str, new: str, says: str
+) -> None:
+    assert old in FILE
+    file = tmp_path / "wrong.py"
+    file.write_text(FILE.replace(old, new))
+    assert cli.main(["ensemble", "build", str(file), "--repository", str(root)]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(f"tutti: {file}") and says in err and len(err.splitlines()) == 1
+    assert cli.main(["ensemble", "build", str(file), "--repository", str(tmp_path / "none")]) == 1
+    assert f"model repository '{tmp_path / 'none'}' is not a folder" in capsys.readouterr().err
+
+
 def test_what_does_not_fit_is_refused_where_it_is_written(root: Path) -> None:
     graph = Graph("g", root, 8)
     x = graph.input("X", "FP32", [1])
@@ -133,7 +167,7 @@ def test_what_does_not_fit_is_refused_where_it_is_written(root: Path) -> None:
         graph.step("ten", z=x)
     with pytest.raises(ConfigError, match="the model has no output 'z'"):
         graph.step("ten", x=x)["z"]
-    with pytest.raises(ConfigError, match="no such folder"):
+    with pytest.raises(ConfigError, match="there is none of that name"):
         graph.step("nope", x=x)
     with pytest.raises(ConfigError, match="is a tensor of graph 'g'"):
         Graph("other", root, 8).step("ten", x=x)
