@@ -27,6 +27,8 @@ def main(arguments: Sequence[str]) -> int:
         "build": _build,
         "explain": explain_command.run,
     }
+    if options.what != "explain":
+        explain_command.check_folder(options.repository)
     try:
         status: int = run[options.what](options)
     except OSError as error:  # of a file that is written, or read

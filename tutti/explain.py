@@ -23,7 +23,7 @@ _OF_RAY = {
     "(tutti serve --ray), answer once, and have no sequences"
 }
 _OF_ANSWERS = ("tutti_pool", "tutti_shed")
-_STAGES = (
+STAGES = (
     ("queue_us", "QUEUE_START", "COMPUTE_START"),
     ("input_us", "COMPUTE_START", "COMPUTE_INPUT_END"),
     ("compute_us", "COMPUTE_INPUT_END", "COMPUTE_OUTPUT_START"),
@@ -89,7 +89,7 @@ class Facts:
         """How long each stage took that it has been through, in microseconds."""
         marks = self.marks
         return {
-            name: us(marks[last] - marks[first]) for name, first, last in _STAGES if first in marks and last in marks
+            name: us(marks[last] - marks[first]) for name, first, last in STAGES if first in marks and last in marks
         }
 
 

@@ -15,9 +15,9 @@ from typing import Any
 from urllib.parse import quote
 
 import ensembles
-from tutti import config, input_files, local, repository
+from tutti import config, hints, input_files, local, repository, trace_reading
 from tutti.config import ModelConfig
-from tutti.errors import ConfigError, InferError
+from tutti.errors import ConfigError, InferError, reason
 from tutti.explain import PARAMETER
 from tutti.frontends import http_codec
 from tutti.types import Call, InferRequest, InferResponse, Tensor
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", metavar="MODEL", help="the model, or the ensemble")
+    parser.add_argument("name", metavar="MODEL", nargs="?", default="", help="the model, or the ensemble")
     parser.add_argument(
         "inputs",
         nargs="*",
@@ -49,11 +49,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--url", help="ask the server there, as 127.0.0.1:8000, rather than load the model here")
     parser.add_argument("--json", action="store_true", help="as the protocol's parameter has it")
     parser.add_argument("--repeat", type=int, default=3, help="show the last of so many (default: %(default)s)")
+    parser.add_argument(
+        "--traces", type=Path, metavar="FILE", help="ask nothing: show the slowest requests of a server's trace file"
+    )
+    parser.add_argument("--id", default="", help="of the traces, those of the request with this id")
+    parser.add_argument("--slowest", type=int, default=3, help="how many traces are shown (default: %(default)s)")
 
 
 def run(options: argparse.Namespace) -> int:
+    if options.traces is not None:
+        return _show_traces(options)
+    if not options.name:
+        raise ConfigError("explain: expected MODEL INPUT=VALUE ..., or --traces FILE")
     told = _told_by_server(options) if options.url else _told_here(options)
     print(told if options.json else waterfall(json.loads(told)))
+    return 0
+
+
+def _show_traces(options: argparse.Namespace) -> int:
+    path = options.traces
+    try:
+        found = trace_reading.explained(path.read_text("utf-8", "replace"))
+    except OSError as error:
+        hint = f"; did you mean {hints.near(path)}?" if hints.near(path) and not path.exists() else ""
+        raise ConfigError(f"'{path}' cannot be read: {reason(error)}{hint}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"'{path}' is no trace file (see --trace-config): {error}") from None
+    shown = trace_reading.slowest(found, options.name, options.id, options.slowest)
+    if not shown:
+        names = ", ".join(sorted({one["model"] for one in found})) or "none that has ended"
+        raise ConfigError(f"'{path}' has no such request; it has requests to {names}")
+    print(json.dumps(shown) if options.json else "\n\n".join(map(waterfall, shown)))
     return 0
 
 
@@ -69,6 +95,7 @@ def _inputs(model: ModelConfig, texts: Sequence[str]) -> dict[str, Tensor]:
 
 def _told_here(options: argparse.Namespace) -> str:
     root, name = options.repository, options.name
+    check_folder(root)
     repository.check_known(root, name)
     inputs = _inputs(repository.open_model(root, name).config, options.inputs)
     engine = local.make_engine(root, _timer, ensembles.load)
@@ -82,6 +109,12 @@ def _told_here(options: argparse.Namespace) -> str:
         return told
     finally:
         engine.close()
+
+
+def check_folder(root: Path) -> None:
+    """Raises ConfigError where there is no repository."""
+    if not root.is_dir():
+        raise ConfigError(f"model repository '{root}' is not a folder: name it with --repository")
 
 
 def _explained(infer: Any, request: InferRequest) -> str:

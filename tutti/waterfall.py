@@ -16,16 +16,23 @@ def waterfall(explained: Mapping[str, Any], width: int = 40) -> str:
     """The parameter's JSON, read, as a table."""
     total = max(explained["total_us"], 0.1)
     what = explained.get("ensemble") or f"{explained['model']} version {explained['version']}"
-    head = f"{what}: {count(explained['rows'], 'row')} in {total:,.0f} us"
-    if "steps" in explained:
-        lines = [f"{'step':<{_NAME}} {'rows':>9} {'queue':>9} {'compute':>9} {'total us':>9} {'batch':>6}"]
-        lines += _steps(explained["steps"], total, width, 0.0, "")
-    else:
-        lines = _stages(explained, total, width)
+    rows = f"{count(explained['rows'], 'row')} " if "rows" in explained else ""
+    request = f"request '{explained['request_id']}' " if "request_id" in explained else ""
+    head = f"{what}: {request}{rows}in {total:,.0f} us"
+    lines = _table(explained["steps"], total, width) if "steps" in explained else _stages(explained, total, width)
+    if explained.get("steps_asked"):  # by a model of its own accord
+        lines += _table(explained["steps_asked"], total, width)
+    if "error" in explained:
+        lines.append(f"failed: {explained['error']}")
     if AT_REPLICA in explained:
         lines.append(f"of that at replica {explained.get('replica', '')}:")
         lines += ["  " + line for line in waterfall(explained[AT_REPLICA], width).split("\n")]
     return "\n".join([head, *lines])
+
+
+def _table(steps: Any, total: float, width: int) -> list[str]:
+    head = f"{'step':<{_NAME}} {'rows':>9} {'queue':>9} {'compute':>9} {'total us':>9} {'batch':>6}"
+    return [head, *_steps(steps, total, width, 0.0, "")]
 
 
 def _stages(explained: Mapping[str, Any], total: float, width: int) -> list[str]:
@@ -41,7 +48,8 @@ def _stages(explained: Mapping[str, Any], total: float, width: int) -> list[str]
 def _steps(steps: Any, total: float, width: int, start: float, indent: str) -> Iterator[str]:
     for step in steps:
         name = indent + step["step"]
-        rows = f"{step['rows']}/{step['of_rows']}" + (f" x{step['items']}" if "items" in step else "")
+        rows = f"{step['rows']}/{step['of_rows']}" if "of_rows" in step else ""
+        rows += f" x{step['items']}" if "items" in step else ""
         if "skipped" in step:
             yield f"{name:<{_NAME}} {rows:>9}  left out: {step['skipped']}"
             continue
@@ -61,6 +69,7 @@ def _where(step: Mapping[str, Any]) -> str:
     where = step.get("replica") or step.get("instance", "")
     told = [f"{where} on {device}" if where and device != "cpu" else where]
     told += [f"cache {step['cache']}"] if "cache" in step else []
+    told += [f"failed: {step['error'][:80]}"] if "error" in step else []
     told += [f"{step['waiting_requests']} waited before it"] if step.get("waiting_requests") else []
     return "".join(f" {one}" for one in told if one)
 
