@@ -17,7 +17,7 @@ PARAMETER = "tutti_explain"
 # Of an explanation, that of the replica it was executed by.
 AT_REPLICA = "at_replica"
 # Of requests, and of answers: names that begin so are ours.
-_OWN = "tutti_"
+OWN = "tutti_"
 _OF_RAY = {
     FALLBACK_PARAMETER: "is for pools of replicas, and would be ignored here: models have them that are served on Ray "
     "(tutti serve --ray), answer once, and have no sequences"
@@ -38,7 +38,7 @@ def is_asked(model: str, parameters: Mapping[str, Any], takes: Collection[str]) 
     """
     asked = False
     for name, value in parameters.items():
-        if not name.startswith(_OWN):
+        if not name.startswith(OWN):
             continue
         if name != PARAMETER and name not in takes:
             raise InvalidArgument(f"model '{model}': request parameter '{name[:100]}': {_why_not(name, takes)}")

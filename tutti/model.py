@@ -124,6 +124,11 @@ class Model:
         parameters = call.request.parameters
         if self._timeout_is_deadline:
             set_deadline(call, parameters.get("timeout"), now)
+        for name in parameters:  # most have none of ours: no more is spent on them
+            if name.startswith(explain.OWN):
+                break
+        else:
+            return
         if not explain.is_asked(self.config.name, parameters, self._served.takes):
             return
         if not isinstance(call.trace, Facts):  # else it is a step of what is explained

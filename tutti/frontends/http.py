@@ -216,14 +216,15 @@ class HttpFront:
     def _call(self, exchange: Exchange, may_take_long: bool = False) -> Call:
         """The exchange's request as a call. Raises _TakesLong where that is not for this thread."""
         assert self._api is not None
-        received_ns = now_ns() if self._api.tracer.is_on else 0
+        is_traced = self._api.tracer.is_on
+        received_ns = now_ns() if is_traced else 0
         request, exchange.reply = self._decode(exchange, may_take_long)
         call = Call(request, self, exchange)
         if exchange.timeout_ns:
             call.deadline_ns = now_ns() + exchange.timeout_ns
         if self._api.http.forward is not None:
             self._api.http.forward_headers(http_headers(exchange.headers).items(), request)
-        if self._api.tracer.is_on:
+        if is_traced:
             context = http_headers(exchange.headers).get("traceparent", "")
             self._api.tracer.begin(call, context, "HTTP", received_ns)
         exchange.call = call
