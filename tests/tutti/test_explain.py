@@ -229,7 +229,7 @@ def test_tutti_explain_takes_inputs_in_many_forms(folder: Path, capsys: pytest.C
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        (["add_on", "x=1"], "no model 'add_on' in"),
+        (["add_on", "x=1"], "model 'add_on': there is none of that name in"),
         (["add_on", "x=1"], "did you mean add_one?"),
         (["add_one"], "missing input 'x': expected x=JSON or @FILE (FP32 [4])"),
         (["add_one", "z=1"], "'z=1': expected INPUT=VALUE, with one of x="),
