@@ -19,16 +19,11 @@ _REPOSITORY = Path("model_repository")
 
 def main(arguments: Sequence[str]) -> int:
     """Run one of the commands; returns its exit status. Raises ConfigError for a graph that cannot run."""
+    if arguments[:1] == ["explain"]:
+        return explain_command.main(arguments[1:], "tutti ensemble explain")
     options = _parser().parse_args(arguments)
-    run: dict[str, Any] = {
-        "check": _check,
-        "show": _show,
-        "draw": _draw,
-        "build": _build,
-        "explain": explain_command.run,
-    }
-    if options.what != "explain":
-        explain_command.check_folder(options.repository)
+    run: dict[str, Any] = {"check": _check, "show": _show, "draw": _draw, "build": _build}
+    explain_command.check_folder(options.repository)
     try:
         status: int = run[options.what](options)
     except OSError as error:  # of a file that is written, or read
@@ -50,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
         if name == "draw":
             command.add_argument("--output", type=Path, help="where to write it (default: NAME.svg)")
     text = "run one request, and show when each step ran, for how many rows, or why not: tutti explain, for any model"
-    explain_command.add_arguments(commands.add_parser("explain", help=text, description=text))
+    commands.add_parser("explain", help=text)  # its flags are that command's
     build = commands.add_parser("build", help="write config.pbtxt from a graph written in Python")
     build.add_argument("file", type=Path, help="a Python file with a function build(repository) -> Graph")
     build.add_argument("--repository", type=Path, default=_REPOSITORY, help="(default: %(default)s)")

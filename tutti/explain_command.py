@@ -27,14 +27,14 @@ _TIMEOUT_S = 600.0
 _LENGTH_HEADER = "Inference-Header-Content-Length"
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str], prog: str = "tutti explain") -> int:
     """Run the command; returns its exit status. Raises ConfigError with what cannot be asked, or was refused."""
     parser = argparse.ArgumentParser(
-        prog="tutti explain",
+        prog=prog,
         description="Ask a model, or an ensemble, one request, and show where its time went.",
     )
     add_arguments(parser)
-    return run(parser.parse_args(arguments))
+    return run(parser.parse_intermixed_args(arguments))  # inputs may stand behind a flag
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

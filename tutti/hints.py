@@ -17,6 +17,8 @@ _FORMATS = {
     ".plan": ("tensorrt", "model.plan"),
     ".engine": ("tensorrt", "model.plan"),
 }
+# `tutti init` makes a model of them.
+_OF_INIT = frozenset([".onnx", ".pt", ".pth", ".pt2"])
 # Such a file is found without a configuration.
 _TELLING = frozenset(["model.onnx", "model.py"])
 _CHECKPOINT = ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json")
@@ -43,7 +45,7 @@ def unserved(root: Path) -> list[str]:
     if not models and not any(told):
         told.append(
             f"'{root}' holds no model; expected NAME/1/model.onnx, NAME/1/model.py, or NAME/{CONFIG} and a file of its "
-            "backend in NAME/1 ('tutti export --help' makes such folders)"
+            f"backend in NAME/1 ('tutti init {root} FILE' makes such a folder of a model's file)"
         )
     return [sentence for sentence in told if sentence]
 
@@ -70,7 +72,8 @@ def _reasons(path: Path) -> Iterator[str]:
     name, where = path.name, f"'{path.name}' is not served: "
     if not path.is_dir():
         if path.suffix in _FORMATS:
-            yield f"{where}a model is a folder; put the file at {path.stem}/1/{_FORMATS[path.suffix][1]}"
+            made = f", or let 'tutti init {path.parent} {path}' make it" if path.suffix in _OF_INIT else ""
+            yield f"{where}a model is a folder; put the file at {path.stem}/1/{_FORMATS[path.suffix][1]}{made}"
         return
     entries = _names(path)
     versions = repository.versions(path)
@@ -104,9 +107,13 @@ def _of_file(path: Path, where: str, version: int, file: str) -> Iterator[str]:
     if backend == "onnxruntime":
         yield f"{where}should be called model.onnx, or be named by default_model_filename in {path.name}/{CONFIG}"
         return
+    own = path / str(version) / file
+    init = (
+        f"'tutti init {path.parent} {own} --name {path.name} --force' writes it, or " if own.suffix in _OF_INIT else ""
+    )
     renamed = "" if file == usual else f' default_model_filename: "{file}"'
     yield (
-        f"{where}does not tell its tensors; write {path.name}/{CONFIG}, with names, types and sizes of its own: "
+        f"{where}does not tell its tensors; {init}write {path.name}/{CONFIG}, with names, types and sizes of its own: "
         f'backend: "{backend}" max_batch_size: 8{renamed} {_EXAMPLE} dynamic_batching {{}}'
     )
 

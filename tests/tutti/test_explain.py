@@ -226,6 +226,12 @@ def test_tutti_explain_takes_inputs_in_many_forms(folder: Path, capsys: pytest.C
     assert ("2 channels mixed" in err) == (given == "@stereo.wav")
 
 
+@pytest.mark.parametrize("command", [["explain"], ["ensemble", "explain"]])
+def test_inputs_may_stand_behind_flags(folder: Path, capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
+    assert cli.main([*command, "add_one", "--repository", str(folder), "x=[1,2,3,4]", "--json"]) == 0
+    assert '"add_one"' in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [

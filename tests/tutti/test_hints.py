@@ -11,8 +11,8 @@ from tutti import hints
 
 MODEL = "not served: "
 CASES = {
-    "nothing": ([], "holds no model; expected NAME/1/model.onnx"),
-    "a file": (["bert.onnx"], "a model is a folder; put the file at bert/1/model.onnx"),
+    "nothing": ([], "models FILE' makes such a folder of a model's file)"),
+    "a file": (["bert.onnx"], "a model is a folder; put the file at bert/1/model.onnx, or let 'tutti init "),
     "a file for a GPU": (["bert.plan"], "put the file at bert/1/model.plan"),
     "no version": (["bert/model.onnx"], "'model.onnx' belongs in a version's folder; put it at bert/1/model.onnx"),
     "no version, another name": (["bert/net.onnx"], "put it at bert/1/model.onnx"),
@@ -23,6 +23,10 @@ CASES = {
     ),
     "torch": (["net/1/model.pt"], 'write net/config.pbtxt, with names, types and sizes of its own: backend: "pytorch"'),
     "exported": (["net/1/model.pt2"], 'backend: "pytorch" max_batch_size: 8 input {'),
+    "exported, to be told by its file": (
+        ["net/1/model.pt2"],
+        "/net/1/model.pt2 --name net --force' writes it, or write",
+    ),
     "tensorrt": (["net/2/model.plan"], 'backend: "tensorrt" max_batch_size: 8 input'),
     "weights": (["net/1/best.pth"], 'default_model_filename: "best.pth"'),
     "a slip": (["net/config.pbtx", "net/1/model.plan"], "it has 'config.pbtx'; expected config.pbtxt"),
