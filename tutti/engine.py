@@ -465,6 +465,10 @@ class Engine:
         """How many models the start loads; 0 until that is known."""
         return len(self._starting)
 
+    def loading(self) -> int:
+        """How many of them have not ended."""
+        return len(self._late())
+
     def failures(self) -> list[str]:
         """Why models could not be loaded, one message each."""
         return [*self._failures.values(), *(f"model '{name}' is still being loaded" for name in self._late())]

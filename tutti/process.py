@@ -189,7 +189,7 @@ async def _tell_progress(engine: Engine) -> None:
         total = engine.starting()
         if not total:  # the repository is still being looked at
             continue
-        done, passed_s = len(engine.models()) + len(engine.failures()), time.monotonic() - start
+        done, passed_s = total - engine.loading(), time.monotonic() - start
         left = f", about {passed_s / done * (total - done):.0f} s left" if 0 < done < total else ""
         _log.info("loading: %d of %d models after %.0f s%s", done, total, passed_s, left)
 

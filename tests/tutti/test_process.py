@@ -1,7 +1,9 @@
-"""What the engine's process makes of what the driver reports of its GPUs."""
+"""What the engine's process makes of what the driver reports of its GPUs, and says while models load."""
 
+import asyncio
 import logging
 import queue
+from types import SimpleNamespace
 
 import pytest
 
@@ -27,3 +29,15 @@ def test_the_drivers_reports_fail_the_device_where_it_is_to_blame(
         close()
     assert failed.empty() and list(health.failures()) == ["cuda:1"]
     assert "device cuda:0: the driver reports Xid 31" in caplog.text
+
+
+def test_models_that_load_are_not_counted_as_loaded(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(process, "PROGRESS_S", 0)
+    left = iter([4, 3, 1])
+    engine = SimpleNamespace(starting=lambda: 4, loading=lambda: next(left))
+    with caplog.at_level(logging.INFO), pytest.raises(RuntimeError, match="StopIteration"):
+        asyncio.run(process._tell_progress(engine))
+    said = [record.message.partition(" models")[0] for record in caplog.records if "loading: " in record.message]
+    assert said == ["loading: 0 of 4", "loading: 1 of 4", "loading: 3 of 4"]
