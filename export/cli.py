@@ -1,16 +1,14 @@
 """`tutti export audio|text|vision SOURCE`: export one model into a repository, or say why not and exit non-zero."""
 
 import argparse
-import json
 import logging
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from export.names import VARIANTS
-from tutti import config, extras
+from tutti import extras
 from tutti.errors import TuttiError
 from tutti.scratch import Folder
 
@@ -168,7 +166,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _export(options: argparse.Namespace, work: Path) -> int:
-    from export import manifest, pipeline, sources
+    from export import commands, manifest, pipeline, sources
     from export.errors import ParityError
 
     source = sources.resolve(options.source)
@@ -183,6 +181,7 @@ def _export(options: argparse.Namespace, work: Path) -> int:
     known = [] if options.force or options.dry_run else manifest.unchanged(options.repository, key, options.version)
     if known:
         print(f"{label}: nothing has changed: {', '.join(known)} in {options.repository} (--force does it again)")
+        print("\n".join(commands.following(options.repository, known)))
         return 0
     product = _product(options, source, work)
     if options.dry_run:
@@ -262,6 +261,8 @@ def _report(outcome: "Outcome", options: argparse.Namespace) -> Path:
 
 
 def _tell(outcome: "Outcome", label: str, options: argparse.Namespace) -> None:
+    from export import commands
+
     for result in outcome.results:
         for one in result.comparisons:
             if one.cases:
@@ -277,21 +278,9 @@ def _tell(outcome: "Outcome", label: str, options: argparse.Namespace) -> None:
         print(f"{label}: held-out accuracy {outcome.accuracy:.3f}")
     if options.report is not None or outcome.measured:
         print(f"{label}: report: {_report(outcome, options)}")
-    print(f"{label}: published in {options.repository} ({outcome.seconds:.1f} s)")
-    print(f"\nserve it:  tutti serve {options.repository}")
-    command = _command(options)
-    if command:
-        print(f"ask it:    {command}")
-
-
-def _command(options: argparse.Namespace) -> str:
-    """For a shell: it asks the ensemble, where that takes texts only; a picture or a sound is no word to type."""
-    name = f"{options.name}_ensemble" if options.ensemble is None else options.ensemble
-    path = options.repository / name / "config.pbtxt"
-    if options.kind != "text" or not name or not path.is_file():
-        return ""
-    texts = {spec.name: "a text" for spec in config.load(path).inputs}
-    return f"curl -s http://127.0.0.1:8000/v2/models/{name}/generate -d {shlex.quote(json.dumps(texts))}"
+    names = [path.name for path in outcome.published]
+    print(f"{label}: published in {options.repository}: {', '.join(names)} ({outcome.seconds:.1f} s)")
+    print("\n".join(commands.following(options.repository, names)))
 
 
 if __name__ == "__main__":

@@ -16,8 +16,21 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
+from PIL import Image
 
-from export import cli, layout, manifest, parity, pipeline, profiling, report, sources, tensorrt, text_labelled
+from export import (
+    cli,
+    commands,
+    layout,
+    manifest,
+    parity,
+    pipeline,
+    profiling,
+    report,
+    sources,
+    tensorrt,
+    text_labelled,
+)
 from export import onnx as to_onnx
 from export.errors import ExportError, ParityError
 from export.graphs import Check, Graph, Product
@@ -26,6 +39,7 @@ from export.variants import Builder
 from tests.browser import look, needs_browser, unreadable
 from tests.export import checkpoints
 from tests.models import onnx_add_one
+from tests.serving import serving
 from tutti import config
 from tutti.config import TensorSpec
 from tutti.errors import ConfigError
@@ -462,6 +476,38 @@ def test_a_tokenizer_of_another_model_is_caught(
         assert "report: " in said
         assert "Nothing was published" in (tmp_path / "report.html").read_text()
         assert not (tmp_path / "models").exists()
+
+
+def test_what_is_told_to_type_works(tmp_path: Path, capsys: pytest.CaptureFixture[str], export: Export) -> None:
+    """The last lines of an export, typed as they are but for the port and the picture's name."""
+    models = tmp_path / "models"
+    assert export("vision", RESNET, "--image-size", "16", "--name", "pets") == 0
+    said = capsys.readouterr().out
+    names = said.partition(f"published in {models}: ")[2].partition(" (")[0].split(", ")
+    assert sorted(names) == ["pets_classifier", "pets_decoder", "pets_ensemble", "pets_labels"]
+    assert f"\nserve it:  tutti serve {models}\n" in said
+    ask = said.partition("ask it:    ")[2].strip()
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (20, 30)).save(picture)
+    with serving(models, tmp_path / "log") as served:
+        command = ask.replace("127.0.0.1:8000", served.http).replace("picture.png", str(picture))
+        assert command != ask
+        answer = subprocess.run(command, shell=True, capture_output=True, check=True, timeout=60).stdout
+    assert b'"name":"LABEL"' in answer, answer
+    assert b'"error"' not in answer
+
+
+def test_texts_and_tensors_are_asked_as_they_come(sample_repository: Path, tmp_path: Path) -> None:
+    (tmp_path / "a b").symlink_to(sample_repository)
+    url = "curl -s http://127.0.0.1:8000/v2/models"
+    body = '{"inputs": [{"name": "TEXT", "shape": [1, 1], "datatype": "BYTES", "data": ["some text"]}]}'
+    for names, ask in (
+        (["text_gate"], f"{url}/text_gate/infer -d '{body}'"),
+        (["text_gate", "speech_vad"], f"{url}/speech_vad"),
+    ):
+        serve, told = commands.following(tmp_path / "a b", names)
+        assert serve == f"serve it:  tutti serve '{tmp_path}/a b'"
+        assert told == f"ask it:    {ask}"
 
 
 def test_a_rerun_does_nothing_unless_something_has_changed(
