@@ -1,15 +1,13 @@
 """`tutti ensemble`: check, show, draw, explain and build the ensembles of a repository."""
 
 import argparse
-import importlib.util
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ensembles import graph, picture, show
-from ensembles.builder import Graph
+from ensembles.source import graph_of
 from tutti import explain_command, hints, repository
 from tutti.config import ModelConfig
 from tutti.errors import ConfigError, reason
@@ -82,8 +80,10 @@ def _check(options: argparse.Namespace) -> int:
         except ConfigError as error:
             failures += 1
             print(f"{name}: {error}", file=sys.stderr)
+    if not names:
+        raise ConfigError("; ".join(hints.unserved(options.repository)) or f"'{options.repository}' holds no model")
     if not checked and not failures:
-        print("no ensembles")
+        print(f"no ensembles among the {len(names)} models of {options.repository}")
     return 1 if failures else 0
 
 
@@ -116,41 +116,3 @@ def _build(options: argparse.Namespace) -> int:
     specs = repository.open_model(options.repository, made.name).config.inputs
     print(f"try it: tutti explain {made.name} {' '.join(f'{spec.name}=...' for spec in specs)}{where}", file=sys.stderr)
     return 0
-
-
-def graph_of(file: Path, root: Path) -> Graph:
-    """What the file's `build` makes. Raises ConfigError, with the file's line where it comes from one."""
-    spec = importlib.util.spec_from_file_location(f"tutti_graph_{file.stem}", file)
-    if spec is None or spec.loader is None or not file.is_file():
-        near_by = hints.near(file)
-        raise ConfigError(f"{file}: expected a Python file" + (f"; did you mean {near_by}?" if near_by else ""))
-    repository.model_names(root)
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        if not hasattr(module, "build"):
-            raise ConfigError("expected a function build(repository) -> Graph")
-        made = module.build(root)
-        if not isinstance(made, Graph):
-            raise ConfigError(f"build returned a {type(made).__name__}, no Graph")
-        made.config()
-    except Exception as error:
-        raise ConfigError(f"{_place(file, error)}: {_why(error)}") from None
-    return made
-
-
-def _place(file: Path, error: Exception) -> str:
-    """Where in the file an error comes from, as FILE:LINE; the file where it is another's."""
-    if isinstance(error, SyntaxError):
-        return f"{error.filename}:{error.lineno}" if error.lineno else str(file)
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in frames if frame.filename == str(file.absolute())]
-    return f"{file}:{lines[-1]}" if lines else str(file)
-
-
-def _why(error: Exception) -> str:
-    if isinstance(error, ConfigError):
-        return str(error)
-    if isinstance(error, SyntaxError):
-        return f"{error.msg}: {(error.text or '').strip()}"
-    return f"{type(error).__name__}: {reason(error)}"

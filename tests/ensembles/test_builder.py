@@ -132,12 +132,12 @@ def test_mistakes_of_the_command(
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [
-        ("score > 15", "score > ", ":8: invalid syntax"),
+        ("score > 15", "score > ", ":8:31: invalid syntax"),
         ('"costly"', '"costy"', ":9: model 'costy': there is none of that name in"),
         ('"costly"', '"costy"', "did you mean costly?"),
         ('"costly", x=', '"costly", z=', ":9: step 'costly': the model has no input 'z'"),
         ("return graph", "return grph", ":14: NameError: name 'grph' is not defined"),
-        ("return graph", "return 1", ": build returned a int, no Graph"),
+        ("return graph", "return 1", ": build returned 1: expected a Graph"),
         ("def build(repository)", "def build()", "TypeError: build() takes 0 positional arguments"),
         ("def build(", "def built(", "expected a function build(repository)"),
         ("from ensembles", "from ensemble", ":2: ModuleNotFoundError: No module named 'ensemble'"),
@@ -158,6 +158,74 @@ def test_mistakes_in_a_graphs_file_are_told_with_their_line(
     assert err.startswith(f"tutti: {file}") and says in err and len(err.splitlines()) == 1
     assert cli.main(["ensemble", "build", str(file), "--repository", str(tmp_path / "none")]) == 1
     assert f"model repository '{tmp_path / 'none'}' is not a folder" in capsys.readouterr().err
+
+
+WRONG_FILES = [
+    ("def build(repository):\n    return (1,\n", "{file}:2:12: '(' was never closed: return (1,"),
+    ("x = 1\n y = 2\n", "{file}:2:1: unexpected indent: y = 2"),
+    ("\0", "{file}: SyntaxError: source code string cannot contain null bytes"),
+    ("x = 1\n", "{file}: expected a function build(repository) -> Graph (docs/ensembles.md), there is none"),
+    ("build = 3\n", "{file}: expected a function build(repository) -> Graph (docs/ensembles.md), got 3"),
+    (
+        "def build(a, b): ...\n",
+        "{file}: TypeError: build() missing 1 required positional argument: 'b'; expected a fun",
+    ),
+    ("\nimport nothing_there\n", "{file}:2: ModuleNotFoundError: No module named 'nothing_there'"),
+    ("def build(_):\n    return 1 / 0\n", "{file}:2: ZeroDivisionError: division by zero"),
+    ("import sys\nsys.exit(3)\n", "{file}:2: SystemExit: 3"),
+    ("def build(_):\n    return 1\n", "{file}: build returned 1: expected a Graph"),
+    (FILE.replace("x=graph.input", "z=graph.input"), "{file}:7: step 'ten': the model has no input 'z', it has"),
+]
+
+
+@pytest.mark.parametrize(("text", "says"), WRONG_FILES)
+def test_a_file_that_makes_no_graph_is_told_with_its_line(
+    text: str, says: str, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "graph.py"
+    file.write_text(text)
+    assert cli.main(["ensemble", "build", str(file), "--repository", str(root)]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"tutti: {says.format(file=file)}")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("grph.py", "expected a Python file, got no such file; did you mean"),
+        (".", "expected a Python file, got a folder"),
+        ("graph.txt", "expected a Python file, got a file 'graph.txt'"),
+    ],
+)
+def test_what_is_no_python_file_is_named(
+    name: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for file in ("graph.py", "graph.txt"):
+        (tmp_path / file).write_text(FILE)
+    assert cli.main(["ensemble", "build", str(tmp_path / name)]) == 1
+    assert says in capsys.readouterr().err
+
+
+def test_checks_and_pictures_of_what_is_not_there(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    for arguments, status, says in (
+        (["check", "--repository", str(root)], 0, f"no ensembles among the 2 models of {root}"),
+        (["check", "--repository", str(tmp_path / "empty")], 1, f"'{tmp_path}/empty' holds no model; expected NAME/1/"),
+        (["check", "--repository", str(root / "ten")], 1, f"'{root}/ten' is a model's folder; its repository is the"),
+    ):
+        assert cli.main(["ensemble", *arguments]) == status
+        assert says in "".join(capsys.readouterr())
+
+
+def test_a_picture_that_cannot_be_written_is_named(built: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where = ["--repository", str(built), "--output"]
+    assert cli.main(["ensemble", "draw", "gated", *where, "/nowhere/x.svg"]) == 1
+    assert "tutti: '/nowhere/x.svg': No such file or directory\n" in capsys.readouterr().err
+    assert cli.main(["ensemble", "draw", "gated", *where, str(built)]) == 1
+    assert f"tutti: '{built}': Is a directory\n" in capsys.readouterr().err
 
 
 def test_what_does_not_fit_is_refused_where_it_is_written(root: Path) -> None:

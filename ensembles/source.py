@@ -1,0 +1,62 @@
+"""The Python file that a graph is written in: what it makes, or a line that says where it is wrong."""
+
+import importlib.util
+import traceback
+from pathlib import Path
+from typing import Any
+
+from ensembles.builder import Graph
+from tutti import hints
+from tutti.errors import ConfigError, reason
+
+_EXPECTED = "expected a function build(repository) -> Graph (docs/ensembles.md)"
+
+
+def graph_of(file: Path, root: Path) -> Graph:
+    """What the file's `build` makes of the repository `root`. Raises ConfigError, which names the file and the line."""
+    build = getattr(_module(file), "build", None)
+    if not callable(build):
+        raise ConfigError(f"{file}: {_EXPECTED}, {'there is none' if build is None else f'got {build!r:.40}'}")
+    try:
+        made = build(root)
+    except BaseException as error:
+        raise _wrong(file, error) from None
+    if not isinstance(made, Graph):
+        raise ConfigError(f"{file}: build returned {made!r:.40}: expected a Graph")
+    try:
+        made.config()
+    except ConfigError as error:
+        raise _wrong(file, error) from None
+    return made
+
+
+def _module(file: Path) -> Any:
+    if not file.is_file() or file.suffix != ".py":
+        near = hints.near(file) if not file.exists() else ""
+        got = "a folder" if file.is_dir() else "no such file" if not file.exists() else f"a file '{file.name}'"
+        raise ConfigError(f"{file}: expected a Python file, got {got}{f'; did you mean {near!r}?' if near else ''}")
+    spec = importlib.util.spec_from_file_location(f"tutti_graph_{file.stem}", file.absolute())
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException as error:
+        raise _wrong(file, error) from None
+    return module
+
+
+def _wrong(file: Path, error: BaseException) -> BaseException:
+    """A ConfigError with the place in the file where it came to be; what a person has stopped is left as it is."""
+    if isinstance(error, KeyboardInterrupt):
+        return error
+    if isinstance(error, SyntaxError) and error.filename == str(file.absolute()):
+        line = f": {' '.join((error.text or '').split())[:80]}" if error.text else ""
+        return ConfigError(f"{file}:{error.lineno or 1}:{error.offset or 1}: {error.msg}{line}")
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file.absolute())]
+    where = f"{file}:{frames[-1].lineno}" if frames else str(file)
+    if isinstance(error, ConfigError):
+        return ConfigError(f"{where}: {error}")
+    said = reason(error).partition("\n")[0]
+    advice = "" if frames or not isinstance(error, TypeError) else f"; {_EXPECTED}"
+    return ConfigError(f"{where}: {type(error).__name__}{f': {said}' if said else ''}{advice}")
