@@ -89,7 +89,9 @@ class Options(BaseModel):
     log_warning: bool = True
     log_error: bool = True
     log_file: str = ""
-    log_format: Literal["default", "ISO8601"] = "default"
+    log_format: Literal["default", "ISO8601", "json"] = "default"
+    log_slow_ms: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    access_log: str = ""
     trace_config: list[str] = []
     gateways: int = Field(default=1, ge=1)
     # Of nodes that gateways run on, as Ray counts them: {"gateway": 1}.
@@ -156,6 +158,8 @@ class Options(BaseModel):
                 changes[name] = value.resolve()
         if self.log_file:
             changes["log_file"] = str(Path(self.log_file).resolve())
+        if self.access_log not in ("", "-"):
+            changes["access_log"] = str(Path(self.access_log).resolve())
         changes["trace_config"] = [_with_absolute_path(item) for item in self.trace_config]
         return self.model_copy(update=changes)
 

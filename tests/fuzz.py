@@ -318,6 +318,9 @@ class _Transport:
     def can_write_eof(self) -> bool:
         return False
 
+    def get_extra_info(self, name: str) -> None:
+        """It has no peer."""
+
     def pause_reading(self) -> None: ...
     def resume_reading(self) -> None: ...
 
@@ -344,6 +347,9 @@ class _Front:
 
     def make_room(self, size: int) -> None:
         """Nobody is stalled."""
+
+    def refused(self, exchange: Exchange, status: int, message: str) -> None:
+        """There is no log."""
 
     def handle(self, exchange: Exchange) -> None:
         self.seen.append((exchange.method, exchange.url, list(exchange.headers), exchange.body, exchange.keep_alive))

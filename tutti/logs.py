@@ -1,13 +1,17 @@
 """Logging: how lines look, which pass, and Triton's log settings that clients may read and change.
 
-Control characters in a message are shown escaped: what a client sends cannot begin a line of its own.
+Control characters in a message are shown escaped: what a client sends cannot begin a line of its own. In JSON a line is
+an object, whatever names and messages contain.
 """
 
+import json
 import logging
+import sys
+import time
 from collections.abc import Mapping
 from typing import Any
 
-from tutti.errors import InvalidArgument, Unsupported
+from tutti.errors import InvalidArgument, Unsupported, sayable
 
 Settings = dict[str, bool | int | str]
 
@@ -15,17 +19,42 @@ _FORMATS = {
     "default": ("%(asctime)s %(levelname).1s %(name)s: %(message)s", None),
     "ISO8601": ("%(asctime)sZ %(levelname)s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S"),
 }
+FORMATS = (*_FORMATS, "json")
 _LEVELS = {"log_info": logging.INFO, "log_warning": logging.WARNING, "log_error": logging.ERROR}
 _ALL = (True, True, True)
-_CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), 127) if code not in (9,)} | {10: "\\n", 13: "\\r"}
+# C1 has another beginning of terminals' sequences, and Unicode two more ends of lines.
+_CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if code not in (9,)}
+_CONTROL |= {10: "\\n", 13: "\\r", 0x2028: "\\u2028", 0x2029: "\\u2029"}
+
+
+def one_line(text: str) -> str:
+    """The text with what would end its line, or be a terminal's command, escaped."""
+    return sayable(text).translate(_CONTROL)
+
+
+def utc(at_s: float) -> str:
+    """A time as ISO 8601 has it, to the millisecond."""
+    whole_s, ms = divmod(int(at_s * 1000), 1000)
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(whole_s))}.{ms:03d}Z"
 
 
 class _Formatter(logging.Formatter):
     """Keeps a message on its line; a traceback, which is ours, keeps its own."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
-        record.message = record.message.translate(_CONTROL)
+        record.message = one_line(record.message)
         return super().formatMessage(record)
+
+
+class _JsonFormatter(logging.Formatter):
+    """An object a line. What a record has as `fields` is in it, too, and a traceback as a text."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        said = {"time": utc(record.created), "level": record.levelname, "logger": record.name}
+        said["message"] = sayable(record.getMessage())
+        if record.exc_info:
+            said["exception"] = sayable(self.formatException(record.exc_info))
+        return json.dumps(said | getattr(record, "fields", {}))
 
 
 class Logs:
@@ -44,8 +73,13 @@ class Logs:
             "log_verbose_level": verbose,
             "log_format": log_format,
         }
-        self._handler = logging.FileHandler(file) if file else logging.StreamHandler()
+        self._handler: logging.StreamHandler[Any] = logging.StreamHandler(sys.stderr)
+        if file:
+            self._handler = logging.FileHandler(file, encoding="utf-8", errors="backslashreplace")
         self._handler.addFilter(self._passes)
+        # Whether clients, or who started the server, want to know of every request.
+        self.is_verbose = verbose > 0
+        self._shape()
 
     def install(self) -> None:
         """Take the process's logging over."""
@@ -75,16 +109,35 @@ class Logs:
             is_fine = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**32
             expected = "a whole number of 0 or more"
         elif key == "log_format":
-            is_fine, expected = isinstance(value, str) and value in _FORMATS, f"one of {', '.join(_FORMATS)}"
+            is_fine, expected = isinstance(value, str) and value in FORMATS, f"one of {', '.join(FORMATS)}"
         else:
             raise InvalidArgument(f"log setting {key[:100]!r}: expected one of {', '.join(self._settings)}")
         if not is_fine:
             raise InvalidArgument(f"log setting '{key}': expected {expected}, got {str(value)[:100]!r}")
 
+    @property
+    def is_json(self) -> bool:
+        return self._settings["log_format"] == "json"
+
+    def line(self, level: int, name: str, message: str, fields: Mapping[str, Any]) -> bytes:
+        """A line as the handler would write it, for who must not wait for others' lines; b"" where it does not pass."""
+        record = logging.LogRecord(name, level, "", 0, message, None, None)
+        record.fields = fields
+        return f"{self._handler.format(record)}\n".encode() if self._passes(record) else b""
+
+    @property
+    def stream(self) -> Any:
+        """Where lines go."""
+        return self._handler.stream
+
     def _apply(self) -> None:
-        text, date = _FORMATS[str(self._settings["log_format"])]
-        self._handler.setFormatter(_Formatter(text, date))
-        logging.getLogger().setLevel(logging.DEBUG if self._settings["log_verbose_level"] else logging.INFO)
+        self._shape()
+        self.is_verbose = bool(self._settings["log_verbose_level"])
+        logging.getLogger().setLevel(logging.DEBUG if self.is_verbose else logging.INFO)
+
+    def _shape(self) -> None:
+        form = str(self._settings["log_format"])
+        self._handler.setFormatter(_JsonFormatter() if form == "json" else _Formatter(*_FORMATS[form]))
 
     def _passes(self, record: logging.LogRecord) -> bool:
         for key, level in reversed(_LEVELS.items()):

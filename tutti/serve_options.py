@@ -14,6 +14,7 @@ from tutti import SERVER_NAME, foreign_flags
 from tutti.frontends import keepalive
 from tutti.frontends.gate import CATEGORIES
 from tutti.frontends.limits import CASE_MATTERS, Limits
+from tutti.logs import FORMATS
 from tutti.operations import LOADS_AT_ONCE
 from tutti.reports import Supervised
 
@@ -276,7 +277,7 @@ def _add_logs(serve: argparse.ArgumentParser) -> None:
         type=_level,
         default=0,
         metavar="LEVEL",
-        help="1 or more: what is said while a fault is looked for, too (default: 0)",
+        help="1 or more: a line for each request, and what is said while a fault is looked for (default: 0)",
     )
     for name in ("info", "warning", "error"):
         logs.add_argument(
@@ -285,9 +286,9 @@ def _add_logs(serve: argparse.ArgumentParser) -> None:
     logs.add_argument("--log-file", default="", metavar="FILE", help="log there (default: to standard error)")
     logs.add_argument(
         "--log-format",
-        choices=("default", "ISO8601"),
+        choices=FORMATS,
         default="default",
-        help="how lines and their times look (default: default)",
+        help="how lines and their times look; json: an object a line, of the access log, too (default: default)",
     )
     for name, what in (("gpu", "GPUs"), ("cpu", "processors and memory")):
         logs.add_argument(
@@ -299,10 +300,23 @@ def _add_logs(serve: argparse.ArgumentParser) -> None:
         )
     logs.add_argument(
         "--metrics-interval-ms",
-        type=_milliseconds,
+        type=_interval_ms,
         default=1000.0,
         metavar="MS",
         help="how old what the page says of GPUs may be; the rest is of the moment (default: %(default)g)",
+    )
+    logs.add_argument(
+        "--log-slow-ms",
+        type=_milliseconds,
+        default=0.0,
+        metavar="MS",
+        help="warn of each request that took so long, and say where its time went (default: 0, of none)",
+    )
+    logs.add_argument(
+        "--access-log",
+        default="",
+        metavar="FILE",
+        help="a line for each request, - for standard output: id, model, status, sizes and times (docs/slow.md)",
     )
     logs.add_argument(
         "--trace-config",
@@ -456,6 +470,16 @@ def _seconds(text: str) -> float:
 
 
 def _milliseconds(text: str) -> float:
+    try:
+        ms = float(text)
+    except ValueError:
+        ms = math.nan
+    if not 0 <= ms < math.inf:
+        raise argparse.ArgumentTypeError(f"expected milliseconds, 0 or more, got '{text}'")
+    return ms
+
+
+def _interval_ms(text: str) -> float:
     """More than none."""
     try:
         return _seconds(text)

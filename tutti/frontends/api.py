@@ -23,6 +23,7 @@ from tutti.frontends.holding import Holding
 from tutti.frontends.limits import Limits
 from tutti.logs import Logs
 from tutti.model import Model
+from tutti.request_log import RequestLog
 from tutti.shared_memory import SharedMemory
 from tutti.statistics import Duration
 from tutti.threads import Pool
@@ -78,6 +79,7 @@ class Api:
         logs: Logs | None = None,
         is_front_end: bool = False,
         server_name: str = SERVER_NAME,
+        requests: RequestLog | None = None,
     ) -> None:
         """`is_front_end`: the engine is in another process, and only infer is known here."""
         self.engine = engine
@@ -90,6 +92,7 @@ class Api:
         self.shared_memory = shared_memory or SharedMemory()
         self.tracer = tracer or Tracer()
         self.logs = logs or Logs()
+        self.requests = requests or RequestLog(self.logs)
         # What may wait for long, as a load, has threads of its own: it must not use up others'.
         self.control = Pool(_MOST_CONTROL_CALLS, "control")
 
@@ -98,8 +101,9 @@ class Api:
         return await asyncio.get_running_loop().run_in_executor(self.control, do, *given)
 
     def close(self) -> None:
-        """Write what is left of the traces, and let go of clients' memory."""
+        """Write what is left of the traces and of the log of requests, and let go of clients' memory."""
         self.tracer.close()
+        self.requests.close()
         self.shared_memory.close()
 
     # inference

@@ -8,6 +8,7 @@ import asyncio
 import errno
 import json
 import logging
+import os
 import signal
 import socket
 import sys
@@ -55,6 +56,14 @@ def check_free(host: str, port: int, family: int = socket.AF_INET) -> None:
             raise taken
 
 
+def _standard_output() -> int:
+    """A descriptor of its own for it; -1 where there is none."""
+    try:
+        return os.dup(1)
+    except OSError:
+        return -1
+
+
 class FrontEnds:
     """Lives on one event loop. One that ends by itself is started anew."""
 
@@ -68,6 +77,8 @@ class FrontEnds:
         self._has_opened = False
         self._is_stopping = False
         self._failed = asyncio.Event()
+        # What this process writes to, they may; their own standard output leads here.
+        self._stdout = _standard_output()
 
     def reserve(self, host: str, port: int) -> int:
         """Hold a port for the processes, which share it. Raises OSError when another server has it."""
@@ -144,10 +155,12 @@ class FrontEnds:
 
     async def _keep(self, place: _Place, task: Path) -> None:
         while True:
-            command = [sys.executable, "-m", "tutti.frontends.worker", str(len(self._places)), str(task)]
+            worker = [sys.executable, "-m", "tutti.frontends.worker"]
+            command = [*worker, str(len(self._places)), str(task), str(self._stdout)]
+            passed = [self._stdout] if self._stdout >= 0 else []
             pipe = asyncio.subprocess.PIPE
             process = place.process = await asyncio.create_subprocess_exec(
-                *command, stdin=pipe, stdout=pipe, start_new_session=True
+                *command, stdin=pipe, stdout=pipe, pass_fds=passed, start_new_session=True
             )
             if self._is_stopping:
                 process.kill()

@@ -18,7 +18,7 @@ from typing import Any
 from pygrpc_native import EVENT_CALL, NativeGrpcFront
 
 from tutti.errors import InferError, Unavailable
-from tutti.frontends import grpc_codec, grpc_methods, http_codec, keepalive
+from tutti.frontends import grpc_codec, grpc_events, grpc_methods, http_codec, keepalive
 from tutti.frontends.api import Api, Elsewhere
 from tutti.frontends.gate import Category
 from tutti.frontends.grpc_guard import Guard
@@ -27,6 +27,7 @@ from tutti.frontends.grpc_methods import (
     MODEL_INFER,
     REFUSED,
     RESOURCE_EXHAUSTED,
+    RawAnswered,
     code_of,
     details_of,
     metadata_headers,
@@ -66,7 +67,7 @@ class GrpcFront:
         self._is_open = api.grpc.gate.is_open
         self._is_ending = False
         # Those that came after that.
-        self._late: list[int] = []
+        self._late: list[tuple[int, int, str]] = []
         self._max_message_size = min(api.limits.max_grpc_message_size, api.limits.max_inflight_bytes)
         self._guard = None
         if sys.platform == "linux":
@@ -108,6 +109,8 @@ class GrpcFront:
         self._missing: deque[int] = deque(maxlen=_LOOKS)
         # The sizes of the large ones among their requests.
         self._held: dict[int, int] = {}
+        # The sizes of all, while requests are noted.
+        self._sizes: dict[int, int] = {}
         self._thread = threading.Thread(target=self._receive, name="grpc", daemon=True)
 
     def start(self) -> int:
@@ -133,8 +136,9 @@ class GrpcFront:
         await self.drain(drain_s)
         self._is_ending, self._is_open = True, False
         await self.drain(grace_s)
-        for call_id in self._late:
-            self._front.fail(call_id, code_of(Unavailable("")), "the server is shutting down: try again later")
+        refusal = code_of(Unavailable("")), "the server is shutting down: try again later"
+        for call_id, index, peer in self._late:
+            self._refuse(call_id, self._paths[index], refusal, b"", peer)
         await asyncio.sleep(_LAST_S)  # what was answered last is on its way
 
     def refuse_open(self, error: InferError) -> None:
@@ -151,10 +155,13 @@ class GrpcFront:
 
     def settle(self, calls: Sequence[Call]) -> None:
         guard = self._guard
+        is_noted = self._api.requests.is_on
         for call in calls:
             _, peer = self._open.pop(call.token, _NOBODY)
             if self._held:
                 self._api.holding.give(self._held.pop(call.token, 0))
+            failure: tuple[int, str] | None = None
+            message = b""
             try:
                 response, shared = self._api.complete(call)
                 message = grpc_codec.encode(response, call.request.id, shared)
@@ -164,10 +171,15 @@ class GrpcFront:
                     self._respond(call.token, message)
             except InferError as error:
                 error.__traceback__ = None  # it leads to the call, which has the error: a cycle that keeps the tensors
-                self._front.fail(call.token, code_of(error), details_of(error))
+                failure = code_of(error), details_of(error)
             except Exception as error:
                 _log.exception("a response of model '%s' could not be encoded", call.request.model_name)
-                self._front.fail(call.token, INTERNAL, f"internal error: {type(error).__name__}")
+                failure = INTERNAL, f"internal error: {type(error).__name__}"
+            if failure is not None:
+                self._front.fail(call.token, *failure)
+            if is_noted or self._sizes:
+                sizes = self._sizes.pop(call.token, 0), len(message)
+                grpc_events.note_call(self._api.requests, call, failure, sizes, peer)
 
     def _give(self, guard: Guard, call_id: int, message: bytes, peer: str) -> None:
         """Answer, if that may be held until its client has read it."""
@@ -221,7 +233,7 @@ class GrpcFront:
                 burst = _BURST_OF_LARGE if guard.is_watching else _BURST
                 if guard.is_watching:
                     _tell(guard, events)
-                if guard.needs_peers:
+                if guard.needs_peers or self._api.requests.is_on:
                     receive = self._front.recv_batch_details
                 elif receive is not usual:
                     receive = usual
@@ -265,7 +277,7 @@ class GrpcFront:
         """
         api = self._api
         if (len(payload) > self._max_message_size or not self._is_open) and not self._may_pass(
-            call_id, "inference", payload, details
+            call_id, 0, "inference", payload, details
         ):
             return None
         if len(payload) >= COUNTED_BYTES and not api.holding.take(len(payload)):
@@ -290,15 +302,16 @@ class GrpcFront:
                 raise Elsewhere
             call = Call(request, self, call_id)
         except Elsewhere:
-            assert self._raw is not None
-            self._raw(MODEL_INFER, payload, left_ns, partial(self._answer_raw, call_id, _peer(timeout, details)))
+            peer = _peer(timeout, details)
+            self._ask_elsewhere(0, payload, left_ns, partial(self._answer_raw, call_id, peer), peer)
             return None
         except InferError as error:
-            self._front.fail(call_id, code_of(error), details_of(error))
+            self._refuse(call_id, MODEL_INFER, (code_of(error), details_of(error)), payload, _peer(timeout, details))
             return None
         except Exception as error:
             _log.exception("a ModelInfer message could not be decoded")
-            self._front.fail(call_id, INTERNAL, f"internal error: {type(error).__name__}")
+            failure = INTERNAL, f"internal error: {type(error).__name__}"
+            self._refuse(call_id, MODEL_INFER, failure, payload, _peer(timeout, details))
             return None
         if left_ns:
             call.deadline_ns = now_ns() + left_ns
@@ -308,9 +321,36 @@ class GrpcFront:
             headers = metadata_headers(details[0]) if details is not None else {}
             api.tracer.begin(call, headers.get("traceparent", ""), "GRPC")
         self._open[call_id] = call, _peer(timeout, details)
+        if api.requests.is_on:
+            self._sizes[call_id] = len(payload)
         if len(payload) >= COUNTED_BYTES:
             self._held[call_id] = len(payload)
         return call
+
+    def _refuse(self, call_id: int, path: str, failure: tuple[int, str], payload: bytes, peer: str) -> None:
+        """Answer a call that nobody was asked for."""
+        self._front.fail(call_id, *failure)
+        if self._api.requests.is_on:
+            grpc_events.note_method(
+                self._api.requests, path, failure, (len(payload), 0), peer, 0, *_target(path, payload)
+            )
+
+    def _ask_elsewhere(self, index: int, payload: bytes, left_ns: int, answered: RawAnswered, peer: str) -> None:
+        """Have the engine's process answer a call."""
+        assert self._raw is not None
+        method, path, log = self._methods[index], self._paths[index], self._api.requests
+        if not log.is_on or (method is not None and method.category == "health"):
+            self._raw(path, payload, left_ns, answered)
+            return
+        began_ns = now_ns()
+
+        def note(code: int, message: bytes, details: str) -> None:
+            answered(code, message, details)
+            failure = (code, details) if code else None
+            sizes, took_ns = (len(payload), len(message)), now_ns() - began_ns
+            grpc_events.note_method(log, path, failure, sizes, peer, took_ns, *_target(path, payload))
+
+        self._raw(path, payload, left_ns, note)
 
     def _answer_raw(self, call_id: int, peer: str | None, code: int, message: bytes, details: str) -> None:
         """`peer` is None for what is no infer request."""
@@ -323,43 +363,60 @@ class GrpcFront:
         else:
             self._front.respond(call_id, message)
 
-    def _may_pass(self, call_id: int, category: Category, payload: bytes, details: Any) -> bool:
+    def _may_pass(self, call_id: int, index: int, category: Category, payload: bytes, details: Any) -> bool:
         """Check size and gate; a call that may not pass is answered, one that came too late when the server ends."""
         if self._is_ending:
-            self._late.append(call_id)
+            self._late.append((call_id, index, _peer(None, details)))
             return False
+        refusal: tuple[int, str] | None = None
+        gate = self._api.grpc.gate
         if len(payload) > self._max_message_size:
             what = f"the message has {len(payload)} bytes, at most {self._max_message_size} pass"
-            self._front.fail(call_id, RESOURCE_EXHAUSTED, what)
-            return False
-        gate = self._api.grpc.gate
-        if not gate.is_open:
-            refusal = gate.check(category, metadata_headers(details[0] if details is not None else ()))
-            if refusal:
-                self._front.fail(call_id, *REFUSED[refusal])
-                return False
-        return True
+            refusal = RESOURCE_EXHAUSTED, what
+        elif not gate.is_open:
+            refused = gate.check(category, metadata_headers(details[0] if details is not None else ()))
+            refusal = REFUSED[refused] if refused else None
+        if refusal is not None:
+            self._refuse(call_id, self._paths[index], refusal, b"", _peer(None, details))
+        return refusal is None
 
     def _ask(self, call_id: int, index: int, payload: bytes, details: Any) -> None:
         method = self._methods[index]
         assert method is not None
-        if not self._may_pass(call_id, method.category, payload, details):
+        if not self._may_pass(call_id, index, method.category, payload, details):
             return
         if self._raw is not None:
-            self._raw(self._paths[index], payload, 0, partial(self._answer_raw, call_id, None))
+            answered = partial(self._answer_raw, call_id, None)
+            self._ask_elsewhere(index, payload, 0, answered, _peer(None, details))
         elif method.blocks:  # it must not hold up the receiving thread
-            self._api.control.submit(self._answer, call_id, method, payload)
+            self._api.control.submit(self._answer, call_id, index, payload, details)
         else:
-            self._answer(call_id, method, payload)
+            self._answer(call_id, index, payload, details)
 
-    def _answer(self, call_id: int, method: grpc_methods.Method, payload: bytes) -> None:
+    def _answer(self, call_id: int, index: int, payload: bytes, details: Any) -> None:
+        method = self._methods[index]
+        assert method is not None
+        began_ns, message = now_ns(), b""
+        failure: tuple[int, str] | None = None
         try:
-            self._front.respond(call_id, method.answer(payload))
+            message = method.answer(payload)
+            self._front.respond(call_id, message)
         except InferError as error:
-            self._front.fail(call_id, code_of(error), details_of(error))
+            failure = code_of(error), details_of(error)
         except Exception as error:
             _log.exception("a gRPC call failed")
-            self._front.fail(call_id, INTERNAL, f"internal error: {type(error).__name__}")
+            failure = INTERNAL, f"internal error: {type(error).__name__}"
+        if failure is not None:
+            self._front.fail(call_id, *failure)
+        if method.category != "health" and self._api.requests.is_on:
+            sizes, took_ns = (len(payload), len(message)), now_ns() - began_ns
+            peer = _peer(None, details)
+            grpc_events.note_method(self._api.requests, self._paths[index], failure, sizes, peer, took_ns)
+
+
+def _target(path: str, payload: bytes) -> tuple[str, ...]:
+    """(model, version, id) of an inference."""
+    return (*grpc_codec.target(payload), grpc_codec.id_of(payload)) if path == MODEL_INFER else ()
 
 
 def _peer(key: bytes | str | None, details: Any) -> str:

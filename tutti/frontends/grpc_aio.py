@@ -13,7 +13,7 @@ from typing import Any
 import grpc
 
 from tutti.errors import InferError
-from tutti.frontends import grpc_codec, grpc_methods
+from tutti.frontends import grpc_codec, grpc_events, grpc_methods
 from tutti.frontends.answers import Answers, Item
 from tutti.frontends.api import Api
 from tutti.frontends.gate import Category
@@ -134,6 +134,9 @@ class GrpcioFront:
         await self._check("inference", context)
         answers = Answers()
         self._open.add(answers)
+        failure: tuple[int, str] | None = None
+        call: Call | None = None
+        message = b""
         try:
             call = answers.call(self._decoded(payload))
             call.emit = None  # one answer only
@@ -141,16 +144,31 @@ class GrpcioFront:
             self._api.submit([call])
             await answers.get()
             response, shared = self._api.complete(call)
-            return grpc_codec.encode(response, call.request.id, shared)
+            message = grpc_codec.encode(response, call.request.id, shared)
         except InferError as error:
-            await context.abort(_STATUS[code_of(error)], details_of(error))
+            failure = code_of(error), details_of(error)
         except Exception as error:
             _log.exception("a ModelInfer call failed")
-            await context.abort(_STATUS[INTERNAL], f"internal error: {type(error).__name__}")
+            failure = INTERNAL, f"internal error: {type(error).__name__}"
         finally:
             self._open.discard(answers)
             answers.cancel()
-        raise AssertionError("aborted")
+        if self._api.requests.is_on:
+            self._note(call, failure, payload, message, context)
+        if failure is not None:
+            code, details = failure
+            await context.abort(_STATUS[code], details)
+        return message
+
+    def _note(
+        self, call: Call | None, failure: tuple[int, str] | None, payload: bytes, message: bytes, context: Any
+    ) -> None:
+        log, peer = self._api.requests, context.peer()
+        if call is not None:
+            grpc_events.note_call(log, call, failure, (len(payload), len(message)), peer)
+        elif failure is not None:
+            target = *grpc_codec.target(payload), grpc_codec.id_of(payload)
+            grpc_events.note_method(log, MODEL_INFER, failure, (len(payload), 0), peer, 0, *target)
 
     def _begin(self, call: Call, context: Any) -> None:
         left_s = context.time_remaining()
@@ -180,6 +198,8 @@ class GrpcioFront:
                     if ends_on_error:
                         raise
                     message = grpc_codec.encode_stream_error(details_of(error), item.call.request.id)
+                if item.is_final and self._api.requests.is_on:
+                    self._note_stream(item, len(message), context)
                 if message:
                     yield message
         except InferError as error:
@@ -188,6 +208,13 @@ class GrpcioFront:
             self._open.discard(answers)
             answers.cancel()
             reader.cancel()
+
+    def _note_stream(self, item: Item, size: int, context: Any) -> None:
+        """A request of a stream has its last answer, of `size` bytes."""
+        answer = item.answer
+        failure = (code_of(answer), details_of(answer)) if isinstance(answer, InferError) else None
+        sizes = sum(len(tensor.raw()) for tensor in item.call.request.inputs.values()), size
+        grpc_events.note_call(self._api.requests, item.call, failure, sizes, context.peer(), "stream")
 
     async def _read(
         self, requests: AsyncIterator[bytes], context: Any, answers: Answers, room: asyncio.Semaphore

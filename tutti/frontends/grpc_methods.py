@@ -43,6 +43,10 @@ REFUSED: dict[str, tuple[int, str]] = {
 }
 
 
+RawAnswered = Callable[[int, bytes, str], None]
+"""`answered(code, message, details)`: gRPC's status code, 0 for a serialized response, and the error's text."""
+
+
 def code_of(error: InferError) -> int:
     return next((_CODES[kind] for kind in type(error).__mro__ if kind in _CODES), INTERNAL)
 

@@ -18,7 +18,7 @@ from urllib.parse import unquote_to_bytes
 import numpy as np
 
 from tutti.errors import InferError, InvalidArgument
-from tutti.frontends import answer_headers, compression, http_codec
+from tutti.frontends import answer_headers, compression, http_codec, http_events
 from tutti.frontends.api import Api, Elsewhere
 from tutti.frontends.gate import Gate
 from tutti.frontends.holding import STALLED_S, WRITE_TIMEOUT_S, Holding
@@ -142,6 +142,9 @@ class HttpFront:
         """Encode in the caller's thread, write on the loop: one trip for all of them."""
         now = now_ns()
         answered = [(call.token, self._encode(call, now)) for call in calls]
+        assert self._api is not None
+        if self._api.requests.is_on:
+            http_events.note_calls(self._api.requests, calls, [response for _, response in answered], now)
         if threading.get_ident() == self._thread:
             _deliver(answered)
             return
@@ -149,6 +152,11 @@ class HttpFront:
             self._loop.call_soon_threadsafe(_deliver, answered)
         except RuntimeError:
             _log.debug("the loop is closed: %d answers are dropped", len(answered))
+
+    def refused(self, exchange: Exchange, status: int, message: str) -> None:
+        if self._api is not None and self._api.requests.is_on:
+            since_s = self._loop.time() - exchange.connection.last_read
+            http_events.note_refusal(self._api.requests, exchange, status, message, int(since_s * 1e9))
 
     def _route(self, url: bytes) -> tuple[str, str] | None:
         """(model, version) of an infer URL, else None."""
@@ -286,7 +294,8 @@ class HttpFront:
     async def _run_app(self, exchange: Exchange) -> None:
         """Let the app answer: in one piece, or as it comes where the app sends it in parts."""
         reply = _Reply(exchange)
-
+        scope = _scope(exchange)
+        began_ns = now_ns()
         is_received = False
 
         async def receive() -> dict[str, Any]:
@@ -298,7 +307,7 @@ class HttpFront:
             return {"type": "http.request", "body": bytes(body), "more_body": False}
 
         try:
-            await self._app(_scope(exchange), receive, reply.send)
+            await self._app(scope, receive, reply.send)
         except Exception as error:
             _log.exception("%s %s failed", exchange.method.decode("latin-1"), exchange.url.decode("latin-1"))
             if exchange.parts is None:
@@ -308,6 +317,10 @@ class HttpFront:
         finally:
             exchange.task = None
             exchange.release()
+            if self._api is not None and reply.status and self._api.requests.is_on:
+                call, took_ns = scope.get("call"), now_ns() - began_ns
+                answered = reply.status, reply.size, reply.error
+                http_events.note_reply(self._api.requests, exchange, answered, call, took_ns)
 
     def make_room(self, size: int) -> None:
         """Break with clients that read nothing of their answers, until there is room, if they are enough."""
@@ -373,7 +386,10 @@ class _Reply:
     def __init__(self, exchange: Exchange) -> None:
         self._held = b""
         self._exchange = exchange
-        self._status = 500
+        # 0 until it has begun; and the bytes of its body.
+        self.status = self.size = 0
+        # Where it is an error that comes in one piece.
+        self.error = b""
         self._headers: list[tuple[bytes, bytes]] = []
         self._is_begun = False
 
@@ -381,11 +397,12 @@ class _Reply:
         exchange = self._exchange
         connection = exchange.connection
         if message["type"] == "http.response.start":
-            self._status = message["status"]
+            self.status = message["status"]
             self._headers = [header for header in message.get("headers", ()) if header[0] != b"content-length"]
             self._headers.append(exchange.known_as())
             return
         body: bytes = message.get("body", b"")
+        self.size += len(body)
         is_last = not message.get("more_body", False)
         if exchange.is_http_1_0:
             self._held += body
@@ -393,13 +410,14 @@ class _Reply:
             if not is_last:
                 return
         if is_last and not self._is_begun:
-            head = response_head(self._status, self._headers, len(body), exchange.keep_alive)
+            self.error = body if self.status >= 400 else b""
+            head = response_head(self.status, self._headers, len(body), exchange.keep_alive)
             connection.deliver(exchange, head if exchange.method == b"HEAD" else head + body)
             return
         part = b""
         if not self._is_begun:
             self._is_begun = True
-            part = response_head(self._status, self._headers, None, exchange.keep_alive)
+            part = response_head(self.status, self._headers, None, exchange.keep_alive)
         if body:
             part += b"%x\r\n%b\r\n" % (len(body), body)
         if is_last:

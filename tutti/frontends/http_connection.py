@@ -9,7 +9,7 @@ import logging
 from collections import deque
 from collections.abc import Sequence
 from http import HTTPStatus
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import httptools
 import orjson
@@ -76,6 +76,9 @@ class Front(Protocol):
 
     def handle(self, exchange: "Exchange") -> None:
         """A complete request; `exchange.connection.deliver` answers it, now or later."""
+
+    def refused(self, exchange: "Exchange", status: int, message: str) -> None:
+        """An exchange has been answered with an error, before anybody was asked for its answer."""
 
 
 def response_head(status: int, headers: Sequence[tuple[bytes, bytes]], length: int | None, keep_alive: bool) -> bytes:
@@ -224,6 +227,8 @@ class Connection(asyncio.Protocol):
         self._unread = 0
         self.read_at = 0.0
         self._begun_at = 0.0
+        # The client's address, as the system says it.
+        self.peer: Any = None
         self._loop = asyncio.get_running_loop()
         self._parser = httptools.HttpRequestParser(self)
         self._transport: asyncio.Transport | None = None
@@ -244,6 +249,7 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's transports do not inherit from it
+        self.peer = transport.get_extra_info("peername")
         self.last_read = self._loop.time()
         self._front.connections.add(self)
 
@@ -527,6 +533,7 @@ class Connection(asyncio.Protocol):
     def respond(self, exchange: Exchange, status: int, message: str, about: Sequence[tuple[bytes, bytes]] = ()) -> None:
         """Answer with an error; `about` are headers that tell more of it."""
         headers = [*about, exchange.known_as()]
+        self._front.refused(exchange, status, message)
         self.deliver(exchange, error_response(status, message, exchange.keep_alive, headers))
 
     def deliver(self, exchange: Exchange, response: Response) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 from tutti.errors import Unavailable
 from tutti.frontends.api import Elsewhere
 from tutti.frontends.bursts import Answered, Unpacking, groups, pack
-from tutti.frontends.grpc_methods import HEALTH_CHECK, NOT_SERVING, SERVICE
+from tutti.frontends.grpc_methods import HEALTH_CHECK, NOT_SERVING, SERVICE, RawAnswered
 from tutti.frontends.link_end import End
 from tutti.types import Call, Raw, SharedRegion, now_ns, settle_all
 
@@ -37,9 +37,6 @@ _WITHOUT_ENGINE = {
     HEALTH_CHECK: NOT_SERVING,
 }
 _OF_SERVER = (SERVICE + "ServerLive", SERVICE + "ServerReady", HEALTH_CHECK)
-
-RawAnswered = Callable[[int, bytes, str], None]
-"""`answered(code, message, details)`: gRPC's status code, 0 for a serialized response, and the error's text."""
 
 
 class _Connection(End):

@@ -15,10 +15,13 @@ import orjson
 from tutti.frontends.gate import Gate
 from tutti.frontends.http import http_headers
 from tutti.frontends.http_connection import Exchange, error_response, response_head
+from tutti.frontends.http_events import CLIENT_HEADER, client_of
 from tutti.frontends.http_status import REFUSED
 from tutti.frontends.link import FrontEnd
 
-_HOP_HEADERS = frozenset({b"connection", b"keep-alive", b"content-length", b"transfer-encoding", b"expect"})
+_HOP_HEADERS = frozenset(
+    {b"connection", b"keep-alive", b"content-length", b"transfer-encoding", b"expect", CLIENT_HEADER}
+)
 _LIVE = (b"/v2/health/live", b"/-/healthz")
 _READY = b"/v2/health/ready"
 _MODEL_READY = re.compile(rb"/v2/models/([^/]+)(?:/versions/[0-9]+)?/ready")
@@ -79,10 +82,11 @@ class Relay:
                 head = response_head(200 if path in _LIVE else 400, [exchange.known_as()], 0, exchange.keep_alive)
                 exchange.connection.deliver(exchange, head)
             return
+        if exchange.method != b"HEAD":
+            exchange.connection.respond(exchange, 503, why)
+            return
         response = error_response(503, why, exchange.keep_alive, [exchange.known_as()])
-        if exchange.method == b"HEAD":
-            response = response[: response.index(b"\r\n\r\n") + 4]
-        exchange.connection.deliver(exchange, response)
+        exchange.connection.deliver(exchange, response[: response.index(b"\r\n\r\n") + 4])
 
 
 class _Broken(Exception):
@@ -93,6 +97,7 @@ def _request(exchange: Exchange) -> Sequence[Any]:
     version = b"1.0" if exchange.is_http_1_0 else b"1.1"
     head = [b"%s %s HTTP/%s" % (exchange.method, exchange.url, version)]
     head += [b"%s: %s" % header for header in exchange.headers if header[0] not in _HOP_HEADERS]
+    head.append(b"%s: %s" % (CLIENT_HEADER, client_of(exchange).encode()))
     head += [b"content-length: %d" % len(exchange.body), b"connection: close", b"", b""]
     return [b"\r\n".join(head), exchange.body]
 

@@ -17,7 +17,7 @@ from tutti.frontends.front_ends import check_free
 from tutti.frontends.grpc import GrpcFront
 from tutti.frontends.grpc_aio import GrpcioFront, TlsFiles
 from tutti.frontends.http import HttpFront
-from tutti.frontends.task import Task
+from tutti.frontends.task import Logging, Task
 from tutti.metrics import Collect, Metrics
 from tutti.scratch import Folder
 
@@ -174,7 +174,8 @@ class Server:
         if wanted.grpc_tls is not None or wanted.grpc_server != "native":
             raise ConfigError("front-end processes need the native gRPC server, without TLS")
         ports = wanted.http_port, wanted.grpc_port
-        return Task(folder, wanted.host, *ports, api.limits, api.http, api.grpc, wanted.http_tls).write()
+        logging = Logging(api.logs.settings(), *api.requests.wanted)
+        return Task(folder, wanted.host, *ports, api.limits, api.http, api.grpc, logging, wanted.http_tls).write()
 
     async def _start_behind(self, folder: Path) -> Addresses:
         """Here is only what front-end processes pass on, on Unix sockets, and the metrics."""
@@ -210,6 +211,7 @@ class Server:
         if self._sockets is not None:
             self._sockets.cleanup()
         await asyncio.sleep(_LAST_S)  # what was written last is on its way
+        self._api.requests.close(_LAST_S)
 
     async def stop(self, drain_s: float = 0.0) -> None:
         """Stop listening; open exchanges may end.

@@ -14,6 +14,7 @@ from tutti.frontends.gate import Gate
 from tutti.frontends.limits import CASE_MATTERS, Limits
 from tutti.frontends.server import Addresses, GrpcServer, Tls
 from tutti.logs import Logs
+from tutti.request_log import RequestLog
 from tutti.shared_memory import SharedMemory
 from tutti.tracing import Tracer
 
@@ -44,6 +45,8 @@ class Options(Protocol):
     grpc_header_forward_pattern: str | None
     grpc_server: GrpcServer
     trace_config: list[str]
+    access_log: str
+    log_slow_ms: float
 
 
 def make_api(engine: Engine, options: Options, logs: Logs) -> Api:
@@ -65,6 +68,7 @@ def make_api(engine: Engine, options: Options, logs: Logs) -> Api:
         Tracer(tracing.parse_config(options.trace_config)),
         logs,
         server_name=options.server_name,
+        requests=RequestLog(logs, options.access_log, options.log_slow_ms),
     )
 
 

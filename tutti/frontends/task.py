@@ -7,6 +7,25 @@ from typing import Any
 
 from tutti.frontends.api import Access
 from tutti.frontends.limits import Limits
+from tutti.logs import Logs, Settings
+from tutti.request_log import RequestLog
+
+
+@dataclass(frozen=True, slots=True)
+class Logging:
+    """What a front-end process logs, as the flags of the same names say."""
+
+    settings: Settings
+    access_log: str = ""
+    slow_ms: float = 0.0
+
+    def logs(self) -> Logs:
+        settings = self.settings
+        return Logs(int(settings["log_verbose_level"]), str(settings["log_file"]), str(settings["log_format"]))
+
+    def requests(self, logs: Logs, stdout: int) -> RequestLog:
+        """The log of requests; `stdout` is the server's standard output."""
+        return RequestLog(logs, self.access_log, self.slow_ms, stdout)
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +39,7 @@ class Task:
     limits: Limits
     http: Access
     grpc: Access
+    logging: Logging
     http_tls: Any = None
 
     def write(self) -> Path:

@@ -2,7 +2,8 @@
 
 What they decode goes over the link to the engine's process; everything but plain infer is passed on to it whole. It
 outlives that process: its supervisor tells it, on its standard input, of each engine, and ends with it. Run as a module
-with how many of its kind there are, and the path of a file that says what to do.
+with how many of its kind there are, the path of a file that says what to do, and the descriptor of the server's
+standard output, -1 where there is none.
 """
 
 import asyncio
@@ -27,19 +28,23 @@ from tutti.frontends.http import HttpFront
 from tutti.frontends.link import FrontEnd, RegionsElsewhere
 from tutti.frontends.relay import Relay
 from tutti.frontends.task import Task
+from tutti.logs import Logs
+from tutti.request_log import RequestLog
 
 _log = logging.getLogger(__name__)
 
 
-async def serve(task: Task) -> None:
-    """Serve until told to end, or until the supervisor has gone."""
+async def serve(task: Task, stdout: int) -> None:
+    """Serve until told to end, or until the supervisor has gone. `stdout` is its standard output, which is not ours."""
+    logs = task.logging.logs()
+    logs.install()
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
     link = FrontEnd(lambda: streams.refuse_soon())
     streams = Streams(task.folder / f"streams-{os.getpid()}", link)
-    ports = Ports(task, link, streams.path)
+    ports = Ports(task, link, streams.path, logs, task.logging.requests(logs, stdout))
     following = asyncio.create_task(follow(task.folder, link, streams, ports, stop))
     await stop.wait()
     following.cancel()
@@ -50,9 +55,10 @@ async def serve(task: Task) -> None:
 class Ports:
     """The HTTP and the gRPC server."""
 
-    def __init__(self, task: Task, link: FrontEnd, streams: Path) -> None:
+    def __init__(self, task: Task, link: FrontEnd, streams: Path, logs: Logs, requests: RequestLog) -> None:
         engine, regions = cast(Any, link), cast(Any, RegionsElsewhere())
-        api = Api(engine, task.limits, task.http, task.grpc, shared_memory=regions, is_front_end=True)
+        api = Api(engine, task.limits, task.http, task.grpc, regions, logs=logs, is_front_end=True, requests=requests)
+        self._requests = requests
         self._task = task
         self._grpc = GrpcFront(api, task.host, task.grpc_port, str(streams), link.ask_raw, shares_port=True)
         self._http = HttpFront(Relay(link, task.http.gate), api, link.memory)
@@ -73,6 +79,7 @@ class Ports:
         if self._is_open:
             await self._http.stop()
             self._grpc.stop()
+        self._requests.close()
 
 
 async def follow(folder: Path, link: FrontEnd, streams: "Streams", ports: Ports, stop: asyncio.Event) -> None:
@@ -172,4 +179,4 @@ class _Refusal(grpc.GenericRpcHandler):
 
 if __name__ == "__main__":
     told: Task = pickle.loads(Path(sys.argv[2]).read_bytes())
-    uvloop.run(serve(replace(told, limits=told.limits.of_each(int(sys.argv[1])))))
+    uvloop.run(serve(replace(told, limits=told.limits.of_each(int(sys.argv[1]))), int(sys.argv[3])))

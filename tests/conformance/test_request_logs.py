@@ -1,0 +1,124 @@
+"""The log of requests of real servers: a line for every request over either protocol, whatever process answers it."""
+
+import json
+import re
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tritonclient.grpc as grpc
+import tritonclient.http as http
+from tritonclient.utils import InferenceServerException
+
+from tests.models import Repository
+from tests.serving import Served, serving, wait_until
+from tutti.restarts import UNUSABLE
+
+pytestmark = pytest.mark.slow
+
+X = np.ones((1, 4), np.float32)
+CLIENT = re.compile(r"127\.0\.0\.1:\d+")
+
+
+def ask(module: Any, address: str, model: str, request_id: str, wide: int = 4) -> None:
+    tensor = module.InferInput("x", [1, wide], "FP32")
+    tensor.set_data_from_numpy(np.ones((1, wide), np.float32))
+    with module.InferenceServerClient(address) as client:
+        try:
+            client.infer(model, [tensor], request_id=request_id)
+        except InferenceServerException:
+            assert model != "add_one" or wide != 4
+
+
+def post(server: Served, path: str, body: bytes, request_id: str) -> tuple[int, dict[str, str]]:
+    """Status and headers."""
+    request = urllib.request.Request(f"http://{server.http}{path}", body, {"x-request-id": request_id})
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return answer.status, dict(answer.headers)
+    except urllib.error.HTTPError as error:
+        return error.code, dict(error.headers)
+
+
+def stream(server: Served, request_id: str) -> None:
+    tensor = grpc.InferInput("x", [1, 4], "FP32")
+    tensor.set_data_from_numpy(X)
+    with grpc.InferenceServerClient(server.grpc) as client:
+        client.start_stream(lambda result, error: None)
+        client.async_stream_infer("add_one", [tensor], request_id=request_id)
+        client.stop_stream()
+
+
+@pytest.mark.parametrize("flags", [(), ("--front-end-processes", "2")], ids=["one process", "front ends"])
+def test_every_request_has_a_line(tmp_path: Path, flags: tuple[str, ...]) -> None:
+    repository = Repository(tmp_path / "repository")
+    repository.add_onnx()
+    log, access = tmp_path / "log", tmp_path / "access"
+    given = ("--access-log", str(access), "--log-format", "json", "--log-slow-ms", "0.000001", *flags)
+    with serving(repository.root, log, *given) as server:
+        for module, address in ((http, server.http), (grpc, server.grpc)):
+            name = module.__name__.split(".")[1]
+            ask(module, address, "add_one", f"{name} fine")
+            ask(module, address, "add_one", f"{name}-fine")
+            ask(module, address, "add_one", f"{name}-narrow", wide=3)
+            ask(module, address, "nothing", f"{name}-unknown")
+        stream(server, "stream")
+        for what, path, body in (
+            ("generate", "/v2/models/add_one/generate", b'{"x": [1, 2, 3, 4]}'),
+            ("generate_stream", "/v2/models/add_one/generate_stream", b'{"x": [1, 2, 3, 4]}'),
+            ("broken", "/v2/models/add_one/generate", b"{"),
+            ("infer", "/v2/models/add_one/infer", b"{"),
+        ):
+            _, headers = post(server, path, body, what)
+            assert headers["x-request-id"] == what
+            assert "total;dur=" in headers["server-timing"]
+        wanted = {
+            "http-fine": 200, "http-narrow": 400, "http-unknown": 404, "grpc-fine": "OK", "grpc fine": "OK",
+            "grpc-narrow": "INVALID_ARGUMENT", "grpc-unknown": "NOT_FOUND", "stream": "OK", "generate": 200,
+            "generate_stream": 200, "broken": 400, "infer": 400,
+        }  # fmt: skip
+        seen: dict[str, Any] = {}
+
+        def has_all() -> bool:
+            seen.update((one.get("id", ""), one) for one in map(json.loads, access.read_text().splitlines()))
+            return set(wanted) <= set(seen)
+
+        wait_until(has_all)
+    for name, status in wanted.items():
+        one = seen[name]
+        assert (one["status"], one["model"]) == (status, "nothing" if "unknown" in name else "add_one")
+        assert one["bytes_in"] > 0
+        assert name == "stream" or CLIENT.fullmatch(one["client"])
+        if status in (200, "OK"):
+            assert one["batch_rows"] == 1
+            assert one["total_ms"] + 0.03 >= one["queue_ms"] + one["compute_ms"] > 0
+            assert one["bytes_out"] > 0
+        else:
+            assert one["error"]
+    said = [json.loads(one) for one in log.read_text().splitlines()]  # the server's own lines, too
+    slow = {one["id"]: one for one in said if one["logger"] == "tutti.requests" and one["level"] == "WARNING"}
+    assert slow["http-fine"]["message"].startswith("slow: http infer of model 'add_one' (id http-fine) took ")
+    assert {"http-fine", "grpc-fine", "generate", "stream"} <= set(slow)
+
+
+def test_the_access_log_may_go_to_standard_output(tmp_path: Path) -> None:
+    """Of the server, though its front-ends have another; logs stay where they were."""
+    repository = Repository(tmp_path / "repository")
+    repository.add_onnx()
+    with serving(repository.root, tmp_path / "log", "--access-log", "-", "--front-end-processes", "2") as server:
+        ask(http, server.http, "add_one", "here")
+        wait_until(lambda: " id=here " in (tmp_path / "log").read_text())
+
+
+def test_a_log_that_cannot_be_written_is_told_before_anything_is_loaded(tmp_path: Path) -> None:
+    Repository(tmp_path / "repository").add_onnx()
+    command = ["tutti", "serve", str(tmp_path / "repository"), "--access-log", str(tmp_path / "no" / "log")]
+    ended = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, timeout=60, cwd="/")
+    assert ended.returncode == UNUSABLE
+    assert f"--access-log {tmp_path}/no/log: No such file or directory" in ended.stderr
+    assert "loaded model" not in ended.stderr
