@@ -8,7 +8,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from tutti.errors import InvalidArgument, Unsupported, sayable
@@ -77,14 +77,19 @@ class Logs:
         if file:
             self._handler = logging.FileHandler(file, encoding="utf-8", errors="backslashreplace")
         self._handler.addFilter(self._passes)
-        # Whether clients, or who started the server, want to know of every request.
+        # Whether clients, or who started the server, want to know of every request; and who is told when that changes.
         self.is_verbose = verbose > 0
+        self._listeners: list[Callable[[], None]] = []
         self._shape()
 
     def install(self) -> None:
         """Take the process's logging over."""
         logging.basicConfig(handlers=[self._handler], force=True)
         self._apply()
+
+    def listen(self, changed: Callable[[], None]) -> None:
+        """Have `changed` called whenever settings have."""
+        self._listeners.append(changed)
 
     def settings(self) -> Settings:
         return dict(self._settings)
@@ -134,6 +139,8 @@ class Logs:
         self._shape()
         self.is_verbose = bool(self._settings["log_verbose_level"])
         logging.getLogger().setLevel(logging.DEBUG if self.is_verbose else logging.INFO)
+        for changed in self._listeners:
+            changed()
 
     def _shape(self) -> None:
         form = str(self._settings["log_format"])

@@ -71,7 +71,9 @@ class RequestLog:
         if access:
             self._access = Output(stdout) if access == STDOUT else Output(path=access)
         self._log = Output(stream=logs)
-        self._is_asked_for = bool(access or slow_ms)
+        self.is_on = False
+        self._look()
+        logs.listen(self._look)
         self._events: deque[Event] = deque()
         self._dropped = self._told = 0
         self._told_s = -_TELL_EVERY_S
@@ -80,9 +82,8 @@ class RequestLog:
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
 
-    @property
-    def is_on(self) -> bool:
-        return self._is_asked_for or self._logs.is_verbose
+    def _look(self) -> None:
+        self.is_on = self._access is not None or self._slow_ns > 0 or self._logs.is_verbose
 
     def wants(self, total_ns: int) -> bool:
         """Whether a request that took so long is to be noted."""

@@ -45,10 +45,8 @@ def place(number: int) -> bytes:
     return _PLACES[number] if number < len(_PLACES) else b"%x\r\n\r\n" % number
 
 
-def request_id(sent: bytes, own: str) -> bytes:
-    """The header's value: of what the client sent there, else of the request's own id, else a new one."""
-    if sent:
-        return sent
+def request_id(own: str) -> bytes:
+    """The header's value for a request that came without: its own id, where it has one, else a new one."""
     return (id_of(own.encode("utf-8", "replace")) if own else b"") or b"%b%x" % (_PREFIX, next(_numbers))
 
 

@@ -11,6 +11,7 @@ import ssl
 import threading
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote_to_bytes
@@ -458,10 +459,12 @@ def _pieces(parts: list[Raw]) -> Response:
 def _response(call: Call, header_length: int | None, parts: list[Raw], parameters: Parameters, now: int) -> Response:
     exchange: Exchange = call.token
     if header_length is not None and exchange.keep_alive and not exchange.encoding:
-        length, pool = sum(map(len, parts)), _pool_line(parameters) if parameters else b""
-        own = answer_headers.request_id(exchange.request_id, call.request.id)
+        start = _binary_start(header_length, sum(map(len, parts)))
+        if parameters:
+            start += _pool_line(parameters)
         timing = answer_headers.timing(call.arrived_ns, call.times, now)
-        return _pieces([_BINARY_HEAD % (header_length, length, pool, timing, own), _HEAD_END, *parts])
+        own = exchange.request_id or answer_headers.request_id(call.request.id)
+        return _pieces([start, _TIMING_LINE, timing, _ID_LINE, own, _HEAD_END, *parts])
     body = b"".join(parts)
     headers = [_JSON_TYPE] if header_length is None else [_BINARY_TYPE]
     if header_length is not None:
@@ -479,26 +482,32 @@ _POOL_HEADER = b"tutti-pool"
 _POOL_NAME = re.compile(r"[a-z0-9_]{1,64}")
 _BINARY_TYPE = (b"content-type", b"application/octet-stream")
 _HEAD_END = b"\r\n\r\n"
-# Up to the request's id.
+_TIMING_LINE, _ID_LINE = b"server-timing: ", b"\r\nx-request-id: "
 _BINARY_HEAD = (
     b"HTTP/1.1 200 OK\r\ncontent-type: application/octet-stream\r\n"
-    b"inference-header-content-length: %d\r\ncontent-length: %d\r\n%bserver-timing: %b\r\nx-request-id: %b"
+    b"inference-header-content-length: %d\r\ncontent-length: %d\r\n"
 )
 _About = tuple[int, Times | None, int, bool]
 """When its batch arrived, was executed and is answered, and whether its requests have ids of this process."""
 
 
+@lru_cache(maxsize=4096)
+def _binary_start(header_length: int, length: int) -> bytes:
+    """An answer's head up to what is its own."""
+    return _BINARY_HEAD % (header_length, length)
+
+
 def _batch_head(header_length: int, length: int, parameters: Parameters, about: _About) -> bytes:
     arrived_ns, times, now, is_own = about
-    pool = _pool_line(parameters) if parameters else b""
-    ids = answer_headers.new_ids() if is_own else b""
-    return _BINARY_HEAD % (header_length, length, pool, answer_headers.timing(arrived_ns, times, now), ids)
+    start = _binary_start(header_length, length) + (_pool_line(parameters) if parameters else b"")
+    timing = answer_headers.timing(arrived_ns, times, now)
+    return b"".join([start, _TIMING_LINE, timing, _ID_LINE, answer_headers.new_ids() if is_own else b""])
 
 
 def _about(call: Call, now: int) -> list[tuple[bytes, bytes]]:
     """The headers that tell of a request: its id, and where its time went."""
     exchange: Exchange = call.token
-    own = answer_headers.ID_HEADER, answer_headers.request_id(exchange.request_id, call.request.id)
+    own = answer_headers.ID_HEADER, exchange.request_id or answer_headers.request_id(call.request.id)
     return [(answer_headers.TIMING_HEADER, answer_headers.timing(call.arrived_ns, call.times, now)), own]
 
 
