@@ -1,5 +1,6 @@
 """What the README and docs/ say can be typed, and their examples, are true."""
 
+import csv
 import re
 import subprocess
 import sys
@@ -18,17 +19,31 @@ LINKS = [(page, link) for page in PAGES for link in re.findall(r"\]\(([^)#:]+)[^
 
 @pytest.mark.slow
 def test_the_examples_run_against_a_server(sample_repository: Path, tmp_path: Path) -> None:
+    texts = ["The farmers market opens at eight", "Act now and win a free phone", 'Tea, or "coffee"?'] * 5
+    with (tmp_path / "texts.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["text"], *([text] for text in texts)])
+    (first,), (sample, table) = examples("README.md"), examples("docs/sample.md")
     with serving(sample_repository, tmp_path / "log") as served:
-        scores, all_of_it = (printed(page, served.http) for page in ("README.md", "docs/sample.md"))
+        scores = printed(first, served.http, ROOT)
+        all_of_it = printed(sample, served.http, ROOT)
+        printed(table, served.http, tmp_path)
     assert len(re.findall(r"\d\.\d+(?:e-\d+)?", scores)) == 4, "a score for each label"
     assert len(re.findall(r"\[ ?\d+\.\d+ +\d+\.\d+ ?\]", all_of_it)) == 5, "five segments of speech"
+    with (tmp_path / "moderated.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["text"] for row in rows] == texts
+    assert float(rows[1]["spam"]) > 0.5 > float(rows[0]["score"])
 
 
-def printed(page: str, address: str) -> str:
-    """What the page's example in Python prints."""
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+def examples(page: str) -> list[str]:
+    """What a page shows in Python."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+def printed(example: str, address: str, folder: Path) -> str:
+    """What an example prints that is run in the folder."""
     code = example.replace("127.0.0.1:8000", address)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
