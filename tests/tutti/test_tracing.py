@@ -140,6 +140,7 @@ def test_timestamps_and_tensors(repository: Repository, tmp_path: Path) -> None:
     entries = json.loads((tmp_path / "trace").read_text())
     assert entries[0] == {
         "id": 1, "model_name": "add_one", "model_version": 1, "request_id": "r0", "batch_rows": 1,
+        "batch_requests": 1, "instance": "add_one_0", "device": "cpu",
     }  # fmt: skip
     names = [time["name"] for time in entries[1]["timestamps"]]
     assert names == [
