@@ -4,6 +4,7 @@ Without a log frequency all traces are in one file, an array of JSON that ends w
 can be read at any time, and after the server was killed. With one, every so many traces make a file.
 """
 
+import fcntl
 import json
 import logging
 import os
@@ -55,6 +56,8 @@ class JsonWriter:
         self._delay_s = self._waits_until_s = 0.0
         self._files = 0
         self._is_begun = False
+        # The file that says to other processes that the name is this one's.
+        self._claim: Any = None
 
     def write(self, record: Record) -> None:
         """Have a finished trace written, with its steps. Never blocks."""
@@ -120,6 +123,8 @@ class JsonWriter:
         if self._waits_until_s > time.monotonic():
             return
         try:
+            if self._claim is None:
+                self._claim_name()
             if self._log_frequency():
                 Path(f"{self._file}.{self._files}").write_bytes(b"[%b]" % b", ".join(texts))
                 self._files += 1
@@ -131,6 +136,30 @@ class JsonWriter:
             _log.error("traces are dropped for %g s, they cannot be written: %s", self._delay_s, error)
         else:
             self._delay_s = 0.0
+
+    def _claim_name(self) -> None:
+        """Take the files' name for this process; one of its own where another, as a second gateway, has that.
+
+        What an earlier server has left is kept as `file.before`: it may tell why that has ended.
+        """
+        path = Path(f"{self._file}.0" if self._log_frequency() else self._file)
+        claim = path.open("ab")
+        try:
+            fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            claim.close()
+            self._file = f"{self._file}-{os.getpid()}"
+            _log.warning("traces go to %s: another process writes to %s", self._file, path)
+            self._claim_name()
+            return
+        except OSError:  # a file system without locks
+            _log.debug("%s cannot be locked", path, exc_info=True)
+        if claim.tell() and not self._log_frequency():
+            path.replace(f"{path}.before")
+            claim.close()
+            self._claim_name()
+            return
+        self._claim = claim
 
     def _append(self, path: Path, entries: bytes) -> None:
         """Put entries into the file's array; a file that was moved away or emptied is begun anew."""

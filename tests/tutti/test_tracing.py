@@ -3,6 +3,8 @@
 import errno
 import json
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -112,6 +114,33 @@ def test_traces_that_come_too_fast_are_dropped_and_told(
     tracer.close()
     assert len(traced(tmp_path / "trace")) == 4
     assert "2 traces were dropped" in caplog.text
+
+
+@pytest.mark.parametrize("log_frequency", [0, 1])
+def test_what_another_server_has_written_is_kept(tmp_path: Path, log_frequency: int) -> None:
+    path = tmp_path / "trace"
+    first, second = (make(path, log_frequency=log_frequency) for _ in range(2))
+    trace(first, 4, 2)
+    first.close()
+    code = "import sys; from tests.tutti import test_tracing as t; t.write_two(sys.argv[1], int(sys.argv[2]))"
+    subprocess.run([sys.executable, "-c", code, str(path), str(log_frequency)], check=True, timeout=60)
+    other = min(one for one in tmp_path.iterdir() if "-" in one.name)
+    assert len(traced(other)) == (1 if log_frequency else 2)
+    trace(first, 4)
+    first.close()
+    assert len(traced(tmp_path / "trace.0" if log_frequency else path)) == (1 if log_frequency else 3)
+    if not log_frequency:  # the first has ended by now, and another server comes
+        first._writer._claim.close()  # type: ignore[attr-defined]
+        trace(second, 4)
+        second.close()
+        assert (len(traced(path)), len(traced(tmp_path / "trace.before"))) == (1, 3)
+
+
+def write_two(path: str, log_frequency: int) -> None:
+    """As a second process does."""
+    tracer = make(Path(path), log_frequency=log_frequency)
+    trace(tracer, 4, 2)
+    tracer.close()
 
 
 @pytest.mark.parametrize(
