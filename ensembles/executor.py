@@ -10,7 +10,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 from ensembles.axes import changed_inputs, changed_outputs
-from ensembles.explain import Explanation
+from ensembles.explain import Explanation, begun_ns
 from ensembles.frame import Frame, Group, stretch
 from ensembles.graph import Plan, Step
 from ensembles.solo import SoloExecutor, in_ensemble, in_turn, output_fault, wanted_outputs
@@ -155,7 +155,7 @@ class EnsembleExecutor:
         frame = Frame(self._plan, calls, steps, is_alike)
         parameters = calls[0].request.parameters
         if parameters and parameters.get(PARAMETER) in (True, "true"):
-            frame.explanation = Explanation(now_ns(), frame.rows)
+            frame.explanation = Explanation(begun_ns(calls[0]), frame.rows)
         return frame
 
     def _submit(self, ready: _Ready) -> None:

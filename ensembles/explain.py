@@ -8,8 +8,8 @@ from typing import Any
 
 import orjson
 
-from tutti.explain import AT_REPLICA, PARAMETER, Facts, us
-from tutti.types import Call, InferResponse, Spent, Times
+from tutti.explain import AT_REPLICA, PARAMETER, Explained, Facts, us
+from tutti.types import Call, InferResponse, Spent, Times, now_ns
 
 # What a step's model notes that is of use to people; of several requests, as the slowest had it.
 _TOLD = (
@@ -38,6 +38,21 @@ class StepsTimes:
             sums[name] = queue_ns + spent.queue_ns, compute_ns + spent.compute_ns
         steps = tuple([(name, *sum_ns) for name, sum_ns in sums.items()])
         return Spent(sum([step[1] for step in steps]), sum([step[2] for step in steps]), steps=steps)
+
+
+def begun_ns(call: Call) -> int:
+    """Since when a call's times are told: since the request came, also where the call is for a part of its graph."""
+    return call.trace.start_ns if isinstance(call.trace, Explained) else now_ns()
+
+
+def tell_decoupled(outer: Call, step: str, call: Call) -> None:
+    """Add a decoupled step, all of whose answers have come, to what is told of the request."""
+    if isinstance(outer.trace, Facts) and isinstance(call.trace, Facts):
+        begin_ns = begun_ns(outer)
+        told = Explanation(begin_ns, outer.rows)
+        entry = told.begun(step, call.arrived_ns, call.rows, 1, None)
+        told.ended(entry, now_ns(), [call.trace], 0)
+        told.tell(step, outer, now_ns())
 
 
 class Explanation:

@@ -12,9 +12,11 @@ from typing import Any
 
 from ensembles.axes import changed_inputs, changed_outputs
 from ensembles.executor import EnsembleExecutor, record
+from ensembles.explain import tell_decoupled
 from ensembles.graph import Plan, Step
 from ensembles.solo import in_ensemble
 from tutti.errors import Cancelled, InferError, Internal
+from tutti.explain import Facts
 from tutti.statistics import ModelStatistics
 from tutti.types import Answer, Call, Infer, InferRequest, InferResponse, Parameters, Sink, Tensor, now_ns
 
@@ -144,6 +146,8 @@ class _Run(Sink):
             elif tensors is None:
                 if not answer.is_null:
                     self._take(stage, place, answer)
+                if stage.step is not None and call.trace is not None:
+                    tell_decoupled(self.outer, stage.step.model_name, call)
                 self._put(place, None, is_end=True)
             else:
                 tensors.update((tensor.name, tensor) for tensor in answer.outputs)
@@ -191,6 +195,8 @@ class _Run(Sink):
             call.emit = lambda response: self._take(stage, place, response)
             if self.outer.trace is not None:
                 self.outer.trace.follow(call)
+                if isinstance(self.outer.trace, Facts):
+                    call.trace = Facts(call.trace)
         elif self._plan.is_batched:
             try:
                 call.rows = _rows(request.inputs.values())

@@ -5,14 +5,17 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import orjson
+
 from ray_app.autoscaling import Demand, Meter, Misses, row_s
 from ray_app.members import Member
 from ray_app.pools import Pool, Router
 from tutti.cost import Costs
 from tutti.errors import InferError, Internal, Unavailable
+from tutti.explain import AT_REPLICA, PARAMETER
 from tutti.scheduler import Scheduler, trace
 from tutti.statistics import BatchTimes, ModelStatistics
-from tutti.types import Answer, Call, Infer, now_ns, settle
+from tutti.types import Answer, Call, Infer, InferResponse, now_ns, settle
 
 _log = logging.getLogger(__name__)
 
@@ -49,6 +52,9 @@ class ReplicaInstance:
         rows = sum([call.rows for call in batch])
         start_ns = now_ns()
         by: Member | None = None
+        traced = [call for call in batch if call.trace is not None and PARAMETER not in call.request.parameters]
+        for call in traced:  # the replica is to tell of what it does
+            call.request.parameters = {**call.request.parameters, PARAMETER: True}
         member.begins(start_ns, self.costs.of(batch[0].key).mean_ns(rows))
         try:
             answers: Sequence[Answer]
@@ -71,10 +77,19 @@ class ReplicaInstance:
         times = BatchTimes(start_ns, start_ns, end_ns, end_ns)
         hop.statistics.record_batch(batch, times)
         trace(batch, times, **({} if by is None else {"pool": by.pool, "replica": by.name}))
+        for call in traced:
+            _note_told(call)
         try:
             settle(batch)
         finally:
             hop.scheduler.release(self)
+
+
+def _note_told(call: Call) -> None:
+    """Give a trace what the replica has told; the caller has not asked for it."""
+    told = call.answer.parameters.pop(PARAMETER, None) if isinstance(call.answer, InferResponse) else None
+    if isinstance(told, str) and call.trace is not None:
+        call.trace.note(AT_REPLICA, orjson.loads(told))
 
 
 class Hop:

@@ -96,7 +96,7 @@ class Facts:
 class Explained(Facts):
     """A call that is explained. As a sink, it is put before the call's own, to write the explanation."""
 
-    __slots__ = ("_call", "_emit", "_emitted", "_is_ensemble", "_shapes", "_sink", "_start_ns")
+    __slots__ = ("_call", "_emit", "_emitted", "_is_ensemble", "_shapes", "_sink", "start_ns")
 
     def __init__(self, call: Call, version: int, is_ensemble: bool) -> None:
         super().__init__(call.trace)
@@ -105,7 +105,7 @@ class Explained(Facts):
         self._emit = call.emit
         self._emitted = 0
         self._is_ensemble = is_ensemble
-        self._start_ns = now_ns()
+        self.start_ns = now_ns()
         self._shapes = {name: tensor.shape for name, tensor in call.request.inputs.items()}
         self.notes["version"] = str(version)
         call.trace = call.sink = self
@@ -132,13 +132,13 @@ class Explained(Facts):
     def _write(self, response: InferResponse) -> None:
         behind = response.parameters.get(PARAMETER)
         if isinstance(behind, str):  # of a replica, or of what runs a graph there
-            self.notes[AT_REPLICA] = orjson.loads(behind)
+            self.note(AT_REPLICA, orjson.loads(behind))
         response.parameters = {**response.parameters, PARAMETER: orjson.dumps(self.found()).decode()}
 
     def found(self) -> dict[str, Any]:
         """The explanation; times are microseconds since the request reached its model."""
         call, stages, notes = self._call, self.stages(), dict(self.notes)
-        total_us = us(now_ns() - self._start_ns)
+        total_us = us(now_ns() - self.start_ns)
         head: dict[str, Any] = {"model": call.request.model_name, "version": notes.pop("version")}
         if self._is_ensemble:
             head = {"ensemble": call.request.model_name, **head}

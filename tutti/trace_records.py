@@ -1,13 +1,20 @@
 """One request's trace while it is collected, and those of the steps within it. Knows nothing of where traces go."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from tutti.types import Call, InferResponse, Tensor, now_ns
+from tutti.explain import AT_REPLICA
+from tutti.types import Call, InferRequest, InferResponse, Tensor, now_ns
 
 # Of a larger tensor a trace has only so many elements: their text takes 20 bytes each.
 MAX_ELEMENTS = 64 * 1024
+# Of an explained step, what its trace says, and the activities that end its stages.
+_OF_STEPS = ("items", "batch_rows", "batch_requests", "instance", "device", "cache")
+_STAGES = (
+    ("queue_us", ("COMPUTE_START",)), ("input_us", ("COMPUTE_INPUT_END",)), ("compute_us", ("COMPUTE_OUTPUT_START",)),
+    ("output_us", ("COMPUTE_END",)),
+)  # fmt: skip
 # A step that runs for many items, or a model that asks others again and again, must not fill the memory.
 MAX_STEPS = 1000
 
@@ -24,7 +31,7 @@ class Record:
     ) -> None:
         """`numbers` gives the trace, and each step's within it, its id."""
         self.id = next(numbers)
-        self.request = call.request
+        self.request: InferRequest = call.request
         self.with_tensors = with_tensors
         self.context = context
         self.parent = parent
@@ -43,7 +50,9 @@ class Record:
         self.timestamps.append((activity, ns))
 
     def note(self, what: str, value: object) -> None:
-        if isinstance(value, int | float | str):
+        if what == AT_REPLICA and isinstance(value, dict):
+            self._was_elsewhere(value)
+        elif isinstance(value, int | float | str):
             self.notes[what] = value
 
     def follow(self, call: Call) -> None:
@@ -80,6 +89,36 @@ class Record:
             made = answer.outputs if isinstance(answer, InferResponse) else []
             self.tensors = [("TENSOR_QUEUE_INPUT", shown(tensor)) for tensor in call.request.inputs.values()]
             self.tensors += [("TENSOR_BACKEND_OUTPUT", shown(tensor)) for tensor in made]
+
+    def _was_elsewhere(self, explained: Mapping[str, Any]) -> None:
+        """A replica has told where its time went. Its clock is another: its part lies in the middle of our wait."""
+        times = dict(self.timestamps)
+        if "COMPUTE_START" not in times or "COMPUTE_END" not in times:
+            return
+        way_ns = times["COMPUTE_END"] - times["COMPUTE_START"] - round(1000 * explained["total_us"])
+        self.notes.update({what: explained[what] for what in ("instance", "device") if what in explained})
+        self._add_steps(explained.get("steps", []), times["COMPUTE_START"] + max(0, way_ns) // 2)
+
+    def _add_steps(self, steps: Sequence[Mapping[str, Any]], start_ns: int) -> None:
+        for told in steps:
+            begin_ns = start_ns + round(1000 * told["start_us"])
+            if "skipped" in told:
+                self.record(f"SKIPPED {told['step']}: {told['skipped']}", begin_ns)
+                continue
+            request = InferRequest(told["step"], {}, id=self.request.id)
+            step = Record(self._numbers, Call(request, self), False, self.context, self)
+            step.timestamps = [("REQUEST_START", begin_ns), ("QUEUE_START", begin_ns)]
+            at_ns = begin_ns
+            for stage, activities in _STAGES:
+                if stage in told:
+                    at_ns += round(1000 * told[stage])
+                    step.timestamps += [(activity, at_ns) for activity in activities]
+            end_us = told.get("end_us")
+            if end_us is not None:
+                step.record("REQUEST_END", max(at_ns, start_ns + round(1000 * end_us)))
+            step.notes = {what: told[what] for what in _OF_STEPS if what in told}
+            step._add_steps(told.get("steps", []), begin_ns)
+            self.steps.append(step)
 
     def sorted(self) -> list[tuple[str, int]]:
         """Its timestamps in their order."""

@@ -21,7 +21,7 @@ from tests.models import IN_PROCESS, Repository
 from tests.serving import Gather, engine_over
 from tutti.engine import Engine
 from tutti.tracing import TraceConfig, Tracer
-from tutti.types import Call, InferRequest, Tensor
+from tutti.types import Call, InferRequest, InferResponse, Tensor
 
 EXECUTED = [
     "REQUEST_START", "QUEUE_START", "COMPUTE_START", "COMPUTE_INPUT_END", "COMPUTE_OUTPUT_START", "COMPUTE_END",
@@ -171,6 +171,18 @@ def test_decoupled_steps_and_what_comes_after_them(models: Repository, tmp_path:
     (trace,) = told(models, tmp_path / "trace", [3])
     assert sorted(own["model_name"] for own in trace["steps"]) == ["down", "ten", "ten", "ten"]
     assert activities(trace) == OF_ENSEMBLE
+    with engine_over(models.root) as engine:
+        gather, answers = Gather(1), list[InferResponse]()
+        x = Tensor.of("X", np.array([[3]], np.float32))
+        last = Call(InferRequest("e", {"X": x}, parameters={"tutti_explain": True}), gather, None, answers.append)
+        engine([last])
+        gather.wait()
+    assert isinstance(last.answer, InferResponse)
+    explained = [json.loads(str(answer.parameters["tutti_explain"])) for answer in [*answers, last.answer]]
+    done = [[step["step"] for step in one["steps"]].count("ten") for one in explained]
+    assert done == sorted(done) and done[0] >= 1 and done[-1] == 3, "each tells what has been done so far"
+    (down,) = [step for step in explained[-1]["steps"] if step["step"] == "down"]
+    assert 0 <= down["start_us"] <= down["end_us"] <= explained[-1]["total_us"]
 
 
 @pytest.mark.parametrize("isolation", [IN_PROCESS, ""])

@@ -70,6 +70,14 @@ class Asker:
         result = self.client.infer("graph", [tensor], outputs=wanted, **{"client_timeout": 60, **more})
         return {name: result.as_numpy(name) for name in outputs}
 
+    def explained(self) -> dict[str, Any]:
+        tensor = grpcclient.InferInput("X", [1, 4], "FP32")
+        tensor.set_data_from_numpy(np.ones((1, 4), np.float32))
+        answer = self.client.infer("graph", [tensor], parameters={"tutti_explain": True}, client_timeout=60)
+        found = json.loads(answer.get_response().parameters["tutti_explain"].string_param)
+        assert isinstance(found, dict)
+        return found
+
 
 def expected(root: Path, arrays: list[np.ndarray]) -> list[dict[str, np.ndarray]]:
     with engine_over(root) as engine:
@@ -109,6 +117,11 @@ def test_by_the_kinds_of_instances(placed: Repository, tmp_path: Path) -> None:
         with pytest.raises(InferenceServerException) as failed:
             ask(np.full((1, 4), 2000, np.float32))
         assert "in ensemble 'graph', step 'prepare': input 'x' is too large" in str(failed.value)
+
+        told = ask.explained()
+        assert {step.get("pool") for step in told["steps"] if "skipped" not in step} == {"gpu", "cpu"}
+        (joined,) = [step for step in told["steps"] if step.get("at_replica", {}).get("steps")]
+        assert len(joined["at_replica"]["steps"]) == 2
 
         # A replica that comes back is told of the segment; until then the other pool has it, but for those who wait.
         for victim in replicas(served, "gpu"):

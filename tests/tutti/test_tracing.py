@@ -116,6 +116,36 @@ def test_traces_that_come_too_fast_are_dropped_and_told(
     assert "2 traces were dropped" in caplog.text
 
 
+def test_what_a_replica_tells_becomes_steps(tmp_path: Path) -> None:
+    """Its part lies in the middle of what was waited for it, whatever its clock says."""
+    tracer = make(tmp_path / "trace")
+    call = traced_call(4)
+    tracer.begin(call)
+    assert call.trace is not None
+    for name, ns in (("QUEUE_START", 10_000), ("COMPUTE_START", 20_000), ("COMPUTE_END", 120_000)):
+        call.trace.record(name, ns)
+    inner = {"step": "inner", "start_us": 1, "end_us": 9, "steps": [{"step": "deep", "start_us": 2, "end_us": 5}]}
+    ten = {"step": "ten", "start_us": 10, "end_us": 40, "queue_us": 5, "compute_us": 20, "batch_rows": 3}
+    left_out = {"step": "costly", "start_us": 41, "skipped": "not S > 1"}
+    call.trace.note("at_replica", {"total_us": 60, "steps": [inner, ten, left_out]})
+    tracer.end(call)
+    tracer.close()
+    entries = json.loads((tmp_path / "trace").read_text())
+    heads = [entry for entry in entries if "model_name" in entry]
+    ids = {head["model_name"]: head["id"] for head in heads}
+    parents = {head["model_name"]: head.get("parent_id") for head in heads}
+    assert parents == {"m": None, "inner": ids["m"], "deep": ids["inner"], "ten": ids["m"]}
+    times = {entry["id"]: {time["name"]: time["ns"] for time in entry["timestamps"]} for entry in entries[1::2]}
+    # 100 us were waited, 60 of them were the replica's: it began 20 us after.
+    assert times[ids["ten"]] == {
+        "REQUEST_START": 50_000, "QUEUE_START": 50_000, "COMPUTE_START": 55_000, "COMPUTE_OUTPUT_START": 75_000,
+        "REQUEST_END": 80_000,
+    }  # fmt: skip
+    assert times[ids["deep"]]["REQUEST_START"] == 43_000
+    assert times[ids["m"]]["SKIPPED costly: not S > 1"] == 81_000
+    assert next(head for head in heads if head["model_name"] == "ten")["batch_rows"] == 3
+
+
 @pytest.mark.parametrize("log_frequency", [0, 1])
 def test_what_another_server_has_written_is_kept(tmp_path: Path, log_frequency: int) -> None:
     path = tmp_path / "trace"
