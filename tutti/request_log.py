@@ -302,7 +302,7 @@ def slow(event: Event) -> str:
     """A sentence about a slow request: who, how long, and where the time went."""
     who = f"{event.protocol} {event.request}" + (f" of model '{event.model}'" if event.model else "")
     known = f" (id {event.id})" if event.id else ""
-    how = f"slow: {who}{known} took {_ms(event.total_ns):g} ms: {_where(event)}"
+    how = f"slow: {who}{known} took {_shown(event.total_ns)} ms: {_where(event)}"
     return how + (f"; it failed with {event.status}: {event.error[:_MOST_TEXT]}" if event.error else "")
 
 
@@ -314,13 +314,18 @@ def _where(event: Event) -> str:
         return "its answer was cached"
     batch = f" in a batch of {spent.rows} rows" if spent.rows > 1 else ""
     other_ns = event.total_ns - spent.queue_ns - spent.compute_ns
-    told = f"{_ms(spent.queue_ns):g} in the queue, {_ms(spent.compute_ns):g} executed{batch}"
+    told = f"{_shown(spent.queue_ns)} in the queue, {_shown(spent.compute_ns)} executed{batch}"
     if spent.steps:
         name, queue_ns, compute_ns = max(spent.steps, key=lambda step: step[1] + step[2])
-        longest = f"the longest step '{name}' waited {_ms(queue_ns):g} and was executed for {_ms(compute_ns):g}"
+        longest = f"the longest step '{name}' waited {_shown(queue_ns)} and was executed for {_shown(compute_ns)}"
         return f"all steps were {told}; {longest}"
-    return f"{told}, {_ms(max(0, other_ns)):g} elsewhere"
+    return f"{told}, {_shown(max(0, other_ns))} elsewhere"
 
 
 def _ms(ns: int) -> float:
-    return round(ns / 1e6, 2)
+    """As in the answer's headers."""
+    return ns // 10_000 / 100
+
+
+def _shown(ns: int) -> str:
+    return f"{_ms(ns):.2f}".rstrip("0").rstrip(".")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -81,6 +82,9 @@ def _command(process: psutil.Process) -> list[str]:
         return []
 
 
+TIMING = r"queue;dur=\d+\.\d\d, compute;dur=\d+\.\d\d, total;dur=\d+\.\d\d"
+
+
 def pool_headers(served: Served) -> set[str]:
     """What the header of answers in JSON and in binary says of the pool."""
     found = set()
@@ -91,6 +95,8 @@ def pool_headers(served: Served) -> set[str]:
         with urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode()), timeout=10) as answer:
             assert (answer.headers["inference-header-content-length"] is not None) == is_binary
             found.add(answer.headers["tutti-pool"])
+            assert re.fullmatch(TIMING, answer.headers["server-timing"])
+            assert answer.headers["x-request-id"]
     return found
 
 
@@ -102,7 +108,9 @@ def metrics(served: Served) -> str:
 @IGNORE
 def test_gpu_replicas_die_under_load_and_come_back(small: Repository, tmp_path: Path) -> None:
     """SIGKILL to the whole gpu pool: no request fails, the cpu pool answers and says so, the gpu pool takes over."""
-    with serving(small.root, tmp_path / "log", "--ray", "--num-gpus", "2") as served:
+    access = tmp_path / "access"
+    logged = ("--access-log", str(access), "--log-format", "json")
+    with serving(small.root, tmp_path / "log", "--ray", "--num-gpus", "2", *logged) as served:
         family = psutil.Process(served.process.pid).children(recursive=True)
         with Load(served) as load:
             wait_until(lambda: load.pools["gpu"] > 200)
@@ -123,6 +131,12 @@ def test_gpu_replicas_die_under_load_and_come_back(small: Repository, tmp_path: 
         )
         assert float(fallbacks.split()[-1]) == load.pools["cpu"]
         assert {process.pid for process in replicas(served, "gpu")}.isdisjoint(v.pid for v in victims)
+        wait_until(lambda: len(access.read_text().splitlines()) >= load.pools.total() + 2)
+    lines = [json.loads(line) for line in access.read_text().splitlines()]
+    asked = [line for line in lines if line["request"] == "infer"]
+    assert {line["pool"] for line in asked} == {"gpu", "cpu"}
+    assert {line["protocol"] for line in asked} == {"http", "grpc"}
+    assert all(line["compute_ms"] > 0 and line["client"].startswith("127.0.0.1:") for line in asked)
     assert served.process.returncode == 0
     _, alive = psutil.wait_procs(family, timeout=30)
     assert not alive, "processes were left behind"
