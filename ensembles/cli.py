@@ -11,6 +11,7 @@ from ensembles.source import graph_of
 from tutti import explain_command, hints, repository
 from tutti.config import ModelConfig
 from tutti.errors import ConfigError, reason
+from tutti.usage import Help, examples
 
 _REPOSITORY = Path("model_repository")
 
@@ -19,7 +20,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run one of the commands; returns its exit status. Raises ConfigError for a graph that cannot run."""
     if arguments[:1] == ["explain"]:
         return explain_command.main(arguments[1:], "tutti ensemble explain")
-    options = _parser().parse_args(arguments)
+    options = make_parser().parse_args(arguments)
     run: dict[str, Any] = {"check": _check, "show": _show, "draw": _draw, "build": _build}
     explain_command.check_folder(options.repository)
     try:
@@ -29,26 +30,63 @@ def main(arguments: Sequence[str]) -> int:
     return status
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="tutti ensemble", description="Look at the ensembles of a repository.")
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tutti ensemble",
+        description="Look at the ensembles of a repository, run them here, and build them.",
+        epilog=examples(
+            "tutti ensemble check --repository models", "tutti ensemble draw pipeline --output pipeline.svg"
+        ),
+        formatter_class=Help,
+    )
     commands = parser.add_subparsers(dest="what", required=True)
-    for name, text in (
-        ("check", "check one ensemble, or all, against the models they use"),
-        ("show", "inputs, steps in the order of their execution, conditions and outputs"),
-        ("draw", "the graph as a picture, SVG"),
+    for name, text, lines in (
+        (
+            "check",
+            "check one ensemble, or all, against the models they use",
+            ("tutti ensemble check", "tutti ensemble check pipeline --repository models"),
+        ),
+        (
+            "show",
+            "show inputs, steps in the order of their execution, conditions and outputs",
+            ("tutti ensemble show pipeline",),
+        ),
+        ("draw", "draw the graph as a picture, SVG", ("tutti ensemble draw pipeline --output pipeline.svg",)),
     ):
-        command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("name", nargs="?" if name == "check" else None, help="the ensemble")
-        command.add_argument("--repository", type=Path, default=_REPOSITORY, help="(default: %(default)s)")
+        description = f"{text[0].upper()}{text[1:]}."
+        command = commands.add_parser(
+            name, help=text, description=description, epilog=examples(*lines), formatter_class=Help
+        )
+        one = "the ensemble (default: all)" if name == "check" else "the ensemble"
+        command.add_argument("name", nargs="?" if name == "check" else None, help=one)
+        _add_repository(command)
         if name == "draw":
-            command.add_argument("--output", type=Path, help="where to write it (default: NAME.svg)")
-    text = "run one request, and show when each step ran, for how many rows, or why not: tutti explain, for any model"
-    commands.add_parser("explain", help=text)  # its flags are that command's
-    build = commands.add_parser("build", help="write config.pbtxt from a graph written in Python")
+            command.add_argument("--output", type=Path, metavar="FILE", help="where to write it (default: NAME.svg)")
+    text = "run one request here, and show when each step ran, for how many rows, or why not: tutti explain"
+    explain_command.add_to(commands, "tutti ensemble explain", text)
+    build = commands.add_parser(
+        "build",
+        help="write config.pbtxt from a graph written in Python",
+        description="Write config.pbtxt from a graph written in Python.",
+        epilog=examples("tutti ensemble build graph.py --repository models", "tutti ensemble build graph.py --check"),
+        formatter_class=Help,
+    )
     build.add_argument("file", type=Path, help="a Python file with a function build(repository) -> Graph")
-    build.add_argument("--repository", type=Path, default=_REPOSITORY, help="(default: %(default)s)")
-    build.add_argument("--check", action="store_true", help="fail if config.pbtxt is not what would be written")
+    _add_repository(build)
+    build.add_argument(
+        "--check", action="store_true", help="fail if config.pbtxt is not what would be written (default: write it)"
+    )
     return parser
+
+
+def _add_repository(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--repository",
+        type=Path,
+        default=_REPOSITORY,
+        metavar="FOLDER",
+        help="the folder of models (default: %(default)s)",
+    )
 
 
 def planned(root: Path, name: str) -> graph.Plan:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from export.errors import ExportError
+from export.errors import ExportError, first_line
 from export.graphs import Check
 from export.sources import Source
 
@@ -43,12 +43,6 @@ def told(source: Source) -> Iterator[None]:
         raise
     except Exception as error:
         raise ExportError(f"transformers cannot load '{source.given}': {first_line(error)}") from None
-
-
-def first_line(error: BaseException) -> str:
-    """What an exception says, in at most 300 characters of one line; its class where it says nothing."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__
 
 
 def configuration(source: Source) -> Any:

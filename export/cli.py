@@ -11,6 +11,7 @@ from export.names import VARIANTS
 from tutti import extras
 from tutti.errors import TuttiError
 from tutti.scratch import Folder
+from tutti.usage import Help, examples
 
 if TYPE_CHECKING:
     from export.graphs import Product
@@ -20,6 +21,18 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _SOURCE = "hub id, local folder or file, package:NAME/PATH, or config:TYPE[,key=value] (random weights)"
+_AUDIO_EXAMPLES = (
+    "tutti export audio openai/whisper-tiny --name speech --language en",
+    "tutti export audio ./my-wav2vec2 --samples ./recordings --variants fp16",
+)
+_TEXT_EXAMPLES = (
+    "tutti export text sentence-transformers/all-MiniLM-L6-v2 --name minilm",
+    "tutti export text ./my-bert --labelled labels.tsv --profile --latency-goal-ms 20",
+)
+_VISION_EXAMPLES = (
+    "tutti export vision microsoft/resnet-18 --name pets",
+    "tutti export vision openai/clip-vit-base-patch32 --labels cat,dog --dry-run",
+)
 _BACKENDS = {"onnx": "onnxruntime", "tensorrt": "tensorrt", "torch": "pytorch"}
 
 
@@ -98,58 +111,107 @@ def _wrong(options: argparse.Namespace) -> str:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="tutti export", description="Export a PyTorch model into a model repository.")
+    parser = argparse.ArgumentParser(
+        prog="tutti export",
+        description="Export a PyTorch model into a model repository, verified end to end.",
+        epilog=examples(
+            "tutti export text sentence-transformers/all-MiniLM-L6-v2 --name minilm",
+            "tutti export audio openai/whisper-tiny --name speech",
+            "tutti export vision ./my-resnet --labels cat,dog --variants fp16,int8",
+        ),
+        formatter_class=Help,
+    )
     kinds = parser.add_subparsers(dest="kind", required=True)
-    for kind, text, name in (
-        ("audio", "Whisper, AST, wav2vec 2.0, WavLM, CLAP, Silero VAD", "speech"),
-        ("text", "embeddings and classifiers of BERT's kind, with their tokenizers", "text"),
-        ("vision", "image classifiers, image embeddings and zero-shot classification", "image"),
+    for kind, text, name, lines in (
+        ("audio", "Whisper, AST, wav2vec 2.0, WavLM, CLAP, Silero VAD", "speech", _AUDIO_EXAMPLES),
+        ("text", "embeddings and classifiers of BERT's kind, with their tokenizers", "text", _TEXT_EXAMPLES),
+        ("vision", "image classifiers, image embeddings and zero-shot classification", "image", _VISION_EXAMPLES),
     ):
-        command = kinds.add_parser(kind, help=text)
+        command = kinds.add_parser(
+            kind, help=text, description=f"Export {text}.", epilog=examples(*lines), formatter_class=Help
+        )
         command.add_argument("source", metavar="SOURCE", help=_SOURCE)
-        command.add_argument("--name", default=name, help="prefix of the published models (default: %(default)s)")
-        command.add_argument("--repository", type=Path, default=Path("model_repository"))
-        command.add_argument("--version", type=int, default=1, help="of the models (default: %(default)s)")
         command.add_argument(
-            "--ensemble", help="name of the ensemble over all of it (default: NAME_ensemble; '': none)"
+            "--name", default=name, metavar="NAME", help="prefix of the published models (default: %(default)s)"
         )
         command.add_argument(
-            "--variants", type=lambda text: text.split(","), default=["fp32"],
+            "--repository", type=Path, default=Path("model_repository"), metavar="FOLDER",
+            help="where to publish; made where there is none (default: %(default)s)",
+        )  # fmt: skip
+        command.add_argument("--version", type=int, default=1, metavar="N", help="of the models (default: %(default)s)")
+        command.add_argument(
+            "--ensemble", metavar="NAME", help="name of the ensemble over all of it (default: NAME_ensemble; '': none)"
+        )
+        command.add_argument(
+            "--variants", type=lambda text: text.split(","), default=["fp32"], metavar="VARIANT[,VARIANT]",
             help="fp32,fp16,int8,torch,torch-fp16,torch-bf16,tensorrt: what is built, each verified (default: fp32)",
         )  # fmt: skip
         command.add_argument(
             "--format", choices=_BACKENDS, default="onnx", help="what is served (default: %(default)s)"
         )
-        command.add_argument("--cpu", choices=("fp32", "int8"), default="fp32", help="variant served on processors")
+        command.add_argument(
+            "--cpu",
+            choices=("fp32", "int8"),
+            default="fp32",
+            help="variant served on processors (default: %(default)s)",
+        )
         command.add_argument(
             "--gpu", choices=("fp32", "fp16", "bf16"),
             help="precision served on GPUs; bf16 with --format torch (default: fp16 if built, else bf16)",
         )  # fmt: skip
-        command.add_argument("--compute-capability", default="", help="build the plan for this GPU, as SM89")
         command.add_argument(
-            "--samples", type=Path, help="your own data to verify on: a text file, or a folder of files"
+            "--compute-capability",
+            default="",
+            metavar="SM",
+            help="build the plan for this GPU, as SM89 (default: this one)",
         )
-        command.add_argument("--profile", action="store_true", help="measure latencies, and configure by them")
-        command.add_argument("--latency-goal-ms", type=float, default=50.0, help="for --profile (default: %(default)s)")
-        command.add_argument("--report", type=Path, help="the page about it (default: NAME.export.html)")
-        command.add_argument("--dry-run", action="store_true", help="show what would be done")
-        command.add_argument("--force", action="store_true", help="also where nothing has changed since the last time")
+        command.add_argument(
+            "--samples", type=Path, metavar="PATH",
+            help="your own data to verify on: a text file, or a folder of files (default: made up)",
+        )  # fmt: skip
+        command.add_argument(
+            "--profile", action="store_true", help="measure latencies, and configure by them (default: not)"
+        )
+        command.add_argument(
+            "--latency-goal-ms", type=float, default=50.0, metavar="MS", help="for --profile (default: %(default)g)"
+        )
+        command.add_argument(
+            "--report", type=Path, metavar="FILE", help="the page about it (default: NAME.export.html)"
+        )
+        command.add_argument("--dry-run", action="store_true", help="show what would be done (default: do it)")
+        command.add_argument(
+            "--force", action="store_true",
+            help="do it also where nothing has changed since the last time (default: not)",
+        )  # fmt: skip
         if kind == "text":
             command.add_argument(
                 "--task", choices=("auto", "embedding", "classification", "ranking", "token-classification"),
                 default="auto", help="ranking: of pairs of texts (default: what the checkpoint's architecture says)",
             )  # fmt: skip
-            command.add_argument("--prompt", help="of the checkpoint's, by name; '' for none (default: its own)")
-            command.add_argument("--labelled", type=Path, help="tab-separated label, split, text: train a classifier")
+            command.add_argument(
+                "--prompt", metavar="NAME", help="of the checkpoint's, by name; '' for none (default: its own)"
+            )
+            command.add_argument(
+                "--labelled", type=Path, metavar="FILE",
+                help="tab-separated label, split, text: train a classifier (default: none)",
+            )  # fmt: skip
         if kind == "audio":
-            command.add_argument("--language", default="", help="Whisper: of the speech (default: told by the model)")
-            command.add_argument("--task", choices=("transcribe", "translate"), default="transcribe", help="Whisper")
+            command.add_argument(
+                "--language", default="", metavar="CODE", help="Whisper: of the speech (default: told by the model)"
+            )
+            command.add_argument(
+                "--task", choices=("transcribe", "translate"), default="transcribe",
+                help="Whisper: translate writes English (default: %(default)s)",
+            )  # fmt: skip
             command.add_argument(
                 "--input-type", choices=("fp32", "int16"), default="fp32",
                 help="how samples come: int16 is half of the bytes (default: %(default)s)",
             )  # fmt: skip
         if kind == "vision":
-            command.add_argument("--task", choices=("auto", "classification", "embedding"), default="auto")
+            command.add_argument(
+                "--task", choices=("auto", "classification", "embedding"), default="auto",
+                help="what is served of it (default: what the checkpoint's architecture says)",
+            )  # fmt: skip
             command.add_argument(
                 "--input-type", choices=("uint8", "fp32"), default="uint8",
                 help="how PIXELS come: as bytes, or normalised as the processor does it (default: %(default)s)",
@@ -158,10 +220,19 @@ def make_parser() -> argparse.ArgumentParser:
                 "--input-layout", choices=("chw", "hwc"), default="chw",
                 help="hwc: colours last, as pictures are decoded (default: %(default)s)",
             )  # fmt: skip
-            command.add_argument("--labels", help="zero-shot classes, separated by commas (CLIP, SigLIP)")
-            command.add_argument("--template", default="a photo of a {}.", help="the text for a zero-shot class")
-            command.add_argument("--train", choices=("digits",), help="train here, in under a minute")
-            command.add_argument("--image-size", type=int, help="height and width (default: the checkpoint's)")
+            command.add_argument(
+                "--labels", metavar="NAME[,NAME]", help="zero-shot classes, of CLIP and SigLIP (default: none)"
+            )
+            command.add_argument(
+                "--template", default="a photo of a {}.", metavar="TEXT",
+                help="the text for a zero-shot class (default: %(default)s)",
+            )  # fmt: skip
+            command.add_argument(
+                "--train", choices=("digits",), help="train here, in under a minute (default: as the checkpoint is)"
+            )
+            command.add_argument(
+                "--image-size", type=int, metavar="PIXELS", help="height and width (default: the checkpoint's)"
+            )
     return parser
 
 

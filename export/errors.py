@@ -8,6 +8,12 @@ TuttiError
 from tutti.errors import TuttiError
 
 
+def first_line(error: BaseException) -> str:
+    """What an exception says, in at most 300 characters of one line; its class where it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
+
+
 class ExportError(TuttiError):
     """The export cannot be done; the message says what was expected and what came."""
 

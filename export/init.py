@@ -18,11 +18,12 @@ from functools import partial
 from pathlib import Path
 
 from export import initial, served
-from export.errors import ExportError
+from export.errors import ExportError, first_line
 from export.initial import Draft
 from export.served import Staged
 from tutti import extras, hints, overview, repository
 from tutti.errors import TuttiError, reason
+from tutti.usage import Help, examples
 
 # A model that is asked with zeros of these sizes where its dims are free; the first that works proves it.
 _FREE_SIZES = (1, 8, 32, 224)
@@ -59,7 +60,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"tutti init: {where}{reason(error)}", file=sys.stderr)
     except Exception as error:  # what libraries raise on models that nobody here has seen
         what = f"'{options.source}' is not covered, or something is wrong with it"
-        print(f"tutti init: {what}: {type(error).__name__}: {initial.first_line(error)}", file=sys.stderr)
+        print(f"tutti init: {what}: {type(error).__name__}: {first_line(error)}", file=sys.stderr)
     return 1
 
 
@@ -68,6 +69,11 @@ def make_parser() -> argparse.ArgumentParser:
         prog="tutti init",
         description="Make a repository of a model: write its configuration, load it, and ask it. A pickle executes "
         "what is in it: give your own only.",
+        epilog=examples(
+            "tutti init models classifier.onnx",
+            "tutti init models net.pt --name pets --input x:FP32:3,224,224",
+        ),
+        formatter_class=Help,
     )
     parser.add_argument("repository", type=Path, help="the folder of models; made where there is none")
     parser.add_argument(
@@ -75,19 +81,23 @@ def make_parser() -> argparse.ArgumentParser:
         type=Path,
         help="an ONNX file, PyTorch's .pt2 or .pt, a pickle of scikit-learn's, or a checkpoint",
     )
-    parser.add_argument("--name", help="of the model (default: the file's)")
-    parser.add_argument("--version", type=int, default=1, help="of the model (default: %(default)s)")
+    parser.add_argument("--name", metavar="NAME", help="of the model (default: the file's)")
+    parser.add_argument("--version", type=int, default=1, metavar="N", help="of the model (default: %(default)s)")
     parser.add_argument(
-        "--max-batch-size", type=int, help="rows that are joined; 0 for none (default: 8 where a batch works)"
+        "--max-batch-size",
+        type=int,
+        metavar="ROWS",
+        help="rows that are joined; 0 for none (default: 8 where a batch works)",
     )
     parser.add_argument(
         "--input",
         action="append",
         default=[],
         metavar="NAME:TYPE:DIMS",
-        help="of TorchScript, which does not tell, as x:FP32:3,224,224, without the batch; repeat for more",
+        help="of TorchScript, which does not tell, as x:FP32:3,224,224, without the batch; repeat for more (default: "
+        "what the file tells)",
     )
-    parser.add_argument("--force", action="store_true", help="write over a model of that name")
+    parser.add_argument("--force", action="store_true", help="write over a model of that name (default: refuse to)")
     return parser
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from tritonclient.grpc import model_config_pb2 as pb
 
 from export import columns, maps
-from export.errors import ExportError
+from export.errors import ExportError, first_line
 from tutti.dtypes import NUMPY, Array, from_config, to_config
 from tutti.errors import ConfigError
 
@@ -465,9 +465,3 @@ def checkpoint_kind(folder: Path) -> str:
     raise ExportError(
         f"'{folder}' has no tokenizer and no {preparing}: say what it is with tutti export audio, text or vision"
     )
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in a line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__

@@ -15,8 +15,8 @@ import torch
 from torch.nn import functional as F
 
 from export import layout
-from export.checkpoint import first_line, named
-from export.errors import ExportError
+from export.checkpoint import named
+from export.errors import ExportError, first_line
 from export.features import LogMel, kernel
 from export.graphs import Arrays, Check, Graph, Product, with_arguments
 from export.sound import AUDIO_FILE, decoder_step, from_int16, in_int16, published, to_int16

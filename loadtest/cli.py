@@ -23,6 +23,19 @@ _HIGHEST_RATE = 1e6
 _EXITS = "exit status: 0 the goal is met, 1 it is missed, 2 nothing can be said (and why), 3 it is open"
 
 
+_EXAMPLES = {
+    "run": ("tutti loadtest run steady --url 127.0.0.1:8000", "tutti loadtest run my.yaml --output report --seed 7"),
+    "saturate": ("tutti loadtest saturate steady --start 100",),
+    "compare": ("tutti loadtest compare 127.0.0.1:8000 127.0.0.1:9000 steady --rounds 20",),
+    "replay": ("tutti loadtest replay trace.csv steady --speed 2",),
+    "worker": ("tutti loadtest worker --master-host 10.0.0.1",),
+}
+
+
+def _examples(*commands: str) -> str:
+    return "\n".join(["examples:", *(f"  {line}" for command in commands for line in _EXAMPLES[command])])
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status."""
     options = parse(sys.argv[1:] if arguments is None else arguments)
@@ -81,7 +94,8 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
     parser = argparse.ArgumentParser(
         prog="tutti loadtest",
         description="Open-loop load tests under Locust. What follows -- goes to Locust, as --expect-workers.",
-        epilog=_EXITS,
+        epilog=f"{_EXITS}\n\n{_examples('run', 'saturate', 'compare')}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -91,7 +105,7 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
             help=text,
             description=f"{text[0].upper()}{text[1:]}.",
             formatter_class=argparse.RawDescriptionHelpFormatter,
-            epilog=f"scenarios that come along:\n{names.listing()}\n\n{_EXITS}",
+            epilog=f"scenarios that come along:\n{names.listing()}\n\n{_EXITS}\n\n{_examples(name)}",
         )
 
     run = add("run", "run a scenario, and judge it by its goal")
@@ -99,27 +113,47 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
     saturate.add_argument(
         "--start", type=_rate, default=10.0, metavar="RATE", help="requests a second to begin with (default: 10)"
     )
-    saturate.add_argument("--seconds", type=_positive, default=10.0, help="of each probe (default: 10)")
     saturate.add_argument(
-        "--within", type=_share, default=0.03, help="until the bounds are this close, of 1 (default: 0.03)"
+        "--seconds", type=_positive, default=10.0, metavar="SECONDS", help="of each probe (default: 10)"
+    )
+    saturate.add_argument(
+        "--within",
+        type=_share,
+        default=0.03,
+        metavar="SHARE",
+        help="until the bounds are this close, of 1 (default: 0.03)",
     )
     compare = add("compare", "tell whether server B differs from server A, asked in turns")
     compare.add_argument("a", metavar="A", type=_address, help="HOST:PORT of one server")
     compare.add_argument("b", metavar="B", type=_address, help="HOST:PORT of the other")
-    compare.add_argument("--rounds", type=_rounds, default=10, help="that are compared, 3 or more (default: 10)")
-    compare.add_argument("--seconds", type=_positive, default=2.0, help="of each (default: 2)")
+    compare.add_argument(
+        "--rounds", type=_rounds, default=10, metavar="N", help="that are compared, 3 or more (default: 10)"
+    )
+    compare.add_argument("--seconds", type=_positive, default=2.0, metavar="SECONDS", help="of each (default: 2)")
     replay = add("replay", "send the arrivals of a trace: CSV, or an earlier run's Parquet")
     replay.add_argument("trace", metavar="TRACE", help="arrivals, or seconds and the rates from then on")
-    replay.add_argument("--speed", type=_positive, default=1.0, help="times as fast (default: 1)")
+    replay.add_argument("--speed", type=_positive, default=1.0, metavar="TIMES", help="times as fast (default: 1)")
     for command in (run, saturate, compare, replay):
         _add_common(command)
-    run.add_argument("--rate", type=_rate, help="requests a second, in place of the scenario's stages")
-    run.add_argument("--seconds", type=_positive, help="of that rate (default: of the scenario's first stage)")
+    run.add_argument(
+        "--rate", type=_rate, metavar="N", help="requests a second (default: as the scenario's stages have it)"
+    )
+    run.add_argument(
+        "--seconds", type=_positive, metavar="SECONDS", help="of that rate (default: of the scenario's first stage)"
+    )
     for command in (run, replay):
-        command.add_argument("--web", action="store_true", help="with Locust's web page, on port 8089")
-    worker = commands.add_parser("worker", help="send a share of a run whose master is on another machine")
-    worker.add_argument("--master-host", required=True, metavar="HOST")
-    worker.add_argument("--master-port", type=_port, default=5557, metavar="PORT", help="(default: 5557)")
+        command.add_argument(
+            "--web", action="store_true", help="with Locust's web page, on port 8089 (default: without)"
+        )
+    worker = commands.add_parser(
+        "worker",
+        help="send a share of a run whose master is on another machine",
+        description="Send a share of a run whose master is on another machine.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=_examples("worker"),
+    )
+    worker.add_argument("--master-host", required=True, metavar="HOST", help="the machine of the run (required)")
+    worker.add_argument("--master-port", type=_port, default=5557, metavar="PORT", help="of the run (default: 5557)")
     worker.add_argument("--raw", type=Path, metavar="FOLDER", help="for raw requests (default: a temporary one)")
     return parser, {"run": run, "saturate": saturate, "compare": compare, "replay": replay, "worker": worker}
 
@@ -129,17 +163,31 @@ def _add_common(command: argparse.ArgumentParser) -> None:
         "scenario", nargs="?", metavar="SCENARIO", help="YAML (docs/loadtest.md), or a name from below"
     )
     command.add_argument(
-        "--url", action="append", type=_address, metavar="HOST:PORT", help="in place of the scenario's (repeatable)"
+        "--url",
+        action="append",
+        type=_address,
+        metavar="HOST:PORT",
+        help="of the server, repeat for more (default: the scenario's)",
     )
-    command.add_argument("--model", metavar="NAME", help="asked in place of the scenario's, with seeded data that fit")
-    command.add_argument("--p99-ms", type=_positive, metavar="MS", help="the goal, in place of the scenario's")
-    command.add_argument("--protocol", choices=("http", "grpc", "grpc-stream"), help="in place of the scenario's")
     command.add_argument(
-        "--metrics", action="append", type=_address, metavar="HOST:PORT", help="the server's metrics (repeatable)"
+        "--model", metavar="NAME", help="asked with seeded data that fit (default: the scenario's, with its data)"
     )
-    command.add_argument("--seed", type=_seed)
+    command.add_argument("--p99-ms", type=_positive, metavar="MS", help="the goal (default: the scenario's)")
+    command.add_argument(
+        "--protocol", choices=("http", "grpc", "grpc-stream"), help="how to ask (default: the scenario's)"
+    )
+    command.add_argument(
+        "--metrics",
+        action="append",
+        type=_address,
+        metavar="HOST:PORT",
+        help="the server's metrics, repeat for more (default: the scenario's)",
+    )
+    command.add_argument("--seed", type=_seed, metavar="N", help="of arrivals and payloads (default: the scenario's)")
     command.add_argument("--processes", type=_processes, default=1, metavar="N", help="workers here (default: 1)")
-    command.add_argument("--output", type=Path, metavar="FOLDER", help="for the report, JSON and raw requests")
+    command.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="for the report, JSON and raw requests (default: none is written)"
+    )
 
 
 def _number(text: str, what: str) -> float:

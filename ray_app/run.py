@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from ray_app import environment, processes
-from ray_app.cli import checked, load_placement
 from ray_app.head import Head
 from ray_app.options import Options
+from ray_app.planning import checked, load_placement
 from tutti import restarts
 from tutti.errors import ConfigError
 from tutti.reports import Supervised, end_with

@@ -2,16 +2,14 @@
 
 import argparse
 import difflib
-import importlib
-import importlib.util
 import os
 import resource
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NoReturn
 
-from tutti import __version__, extras, scratch, serve_options
+from tutti import __version__, commands, scratch, serve_options
+from tutti.commands import COMMANDS, need
 from tutti.devices import present
 from tutti.errors import ConfigError, TuttiError
 from tutti.logs import Logs
@@ -20,40 +18,10 @@ from tutti.restarts import UNUSABLE
 MAX_FILES = 65536
 
 
-@dataclass(frozen=True, slots=True)
-class Command:
-    """One that another package has: `module.main(arguments)` runs it. `libraries` come with the extra of that name."""
-
-    help: str
-    module: str
-    extra: str = ""
-    libraries: tuple[str, ...] = ()
-
-    def run(self, name: str, arguments: Sequence[str]) -> int:
-        if not {"-h", "--help"} & set(arguments):  # help needs nothing
-            _needs(name, *self.libraries, extra=self.extra)
-        status: int = importlib.import_module(self.module).main(arguments)
-        return status
-
-
-COMMANDS = {
-    "top": Command("watch what a server does, by model and by pool", "tutti.top"),
-    "doctor": Command("what this machine has, and what it lacks", "tutti.doctor"),
-    "init": Command("make a repository of a model's file, and prove that it is served", "export.init"),
-    "export": Command("export a model into a repository", "export.cli"),
-    "explain": Command("ask a model one request, and show where its time went", "tutti.explain_command"),
-    "ensemble": Command("check, show, draw, explain and build ensembles", "ensembles.cli"),
-    "cluster": Command(
-        "plan and simulate pools of replicas on Ray", "ray_app.cli", "ray", ("ray", "psutil", "yaml", "pydantic")
-    ),
-    "loadtest": Command("load a server in open loop, and judge it by a goal", "loadtest.cli"),
-}
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     name, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    if name not in ("serve", *COMMANDS):
+    if name not in COMMANDS:
         _parse_general(name)
     try:
         return _serve(rest) if name == "serve" else COMMANDS[name].run(name, rest)
@@ -64,24 +32,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parse_general(argument: str) -> NoReturn:
     """What is asked without a command: help, the version; or the usage, and the command that was meant."""
-    shown = "\n".join(f"  {name:10} {text}" for name, text in _summary())
     parser = argparse.ArgumentParser(
         prog="tutti",
         usage="tutti COMMAND ...    (tutti COMMAND --help tells its flags)",
-        description="Serve a Triton model repository, export models into it, and see how well it serves.",
-        epilog=f"commands:\n{shown}",
+        description="Serve a Triton model repository, make one, and see how well it serves.",
+        epilog=commands.overview(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"tutti {__version__}")
+    parser.add_argument("--version", action="version", version=f"tutti {__version__}", help="show the version and exit")
     parser.parse_known_args([argument])
-    names = [name for name, _ in _summary()]
-    near = difflib.get_close_matches(argument, names, 1)
-    parser.error(f"no command '{argument}'; {f'did you mean {near[0]}?' if near else 'there are ' + ', '.join(names)}")
-
-
-def _summary() -> list[tuple[str, str]]:
-    serve = ("serve", "serve a model repository over HTTP and gRPC")
-    return [serve, *((name, command.help) for name, command in COMMANDS.items())]
+    near = difflib.get_close_matches(argument, COMMANDS, 1)
+    told = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
+    parser.error(f"no command '{argument}'; {told}")
 
 
 def allow_files() -> None:
@@ -126,7 +88,7 @@ def _serve(arguments: Sequence[str]) -> int:
     logs.install()
     scratch.clear_soon()
     if options.ray:
-        _needs("--ray", "ray", "psutil", extra="ray")
+        need("--ray", "ray", "psutil", extra="ray")
         if options.ray_address is None and options.engine_of is None:
             from ray_app import supervisor as clusters
 
@@ -146,12 +108,6 @@ def _serve(arguments: Sequence[str]) -> int:
     from tutti import process
 
     return process.serve(options, logs)
-
-
-def _needs(what: str, *libraries: str, extra: str) -> None:
-    missing = [name for name in libraries if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ConfigError(f"{what} needs {' and '.join(missing)}: {extras.install(extra)}")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import Literal
 
 from tutti import __version__, extras
 from tutti.devices import nvml, present
+from tutti.usage import Help, examples
 
 Verdict = Literal["ok", "note", "bad"]
 _EXTRAS = {
@@ -42,14 +43,22 @@ class Finding:
 
 def main(arguments: Sequence[str]) -> int:
     """Print what was found; returns 1 where something is bad."""
-    argparse.ArgumentParser(prog="tutti doctor", description="What this machine has of what tutti needs.").parse_args(
-        arguments
-    )
+    make_parser().parse_args(arguments)
     findings = list(examine())
     width = max(len(finding.subject) for finding in findings)
     for finding in findings:
         print(f"{finding.verdict:4}  {finding.subject:{width}}  {finding.text}")
     return 1 if any(finding.verdict == "bad" for finding in findings) else 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog="tutti doctor",
+        description="What this machine has of what tutti needs or could use, and what would mend what it lacks. The "
+        "exit status is 1 where something keeps it from working.",
+        epilog=examples("tutti doctor", "tutti doctor | grep -v ^ok  # what is not as it could be"),
+        formatter_class=Help,
+    )
 
 
 def examine() -> Iterator[Finding]:

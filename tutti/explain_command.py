@@ -21,23 +21,38 @@ from tutti.errors import ConfigError, InferError, reason
 from tutti.explain import PARAMETER
 from tutti.frontends import http_codec
 from tutti.types import Call, InferRequest, InferResponse, Tensor
+from tutti.usage import Help, examples
 from tutti.waterfall import waterfall
 
 _TIMEOUT_S = 600.0
+_DESCRIPTION = "Ask a model, or an ensemble, one request, and show where its time went."
 _LENGTH_HEADER = "Inference-Header-Content-Length"
 
 
 def main(arguments: Sequence[str], prog: str = "tutti explain") -> int:
     """Run the command; returns its exit status. Raises ConfigError with what cannot be asked, or was refused."""
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description="Ask a model, or an ensemble, one request, and show where its time went.",
+    return run(make_parser(prog).parse_intermixed_args(arguments))  # inputs may stand behind a flag
+
+
+def make_parser(prog: str = "tutti explain") -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=prog, formatter_class=Help, description=_DESCRIPTION, epilog=_examples(prog))
+    _add_arguments(parser)
+    return parser
+
+
+def add_to(commands: Any, prog: str, text: str) -> None:
+    """Put the command among others."""
+    parser = commands.add_parser(
+        prog.rsplit(" ", 1)[1], help=text, description=_DESCRIPTION, epilog=_examples(prog), formatter_class=Help
     )
-    add_arguments(parser)
-    return run(parser.parse_intermixed_args(arguments))  # inputs may stand behind a flag
+    _add_arguments(parser)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def _examples(prog: str) -> str:
+    return examples(f"{prog} text_encoder TEXT=hello", f"{prog} speech_vad AUDIO=@news.wav --url 127.0.0.1:8000")
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="MODEL", nargs="?", default="", help="the model, or the ensemble")
     parser.add_argument(
         "inputs",
@@ -45,15 +60,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="INPUT=VALUE",
         help="one row of an input: JSON or text, or @FILE: .npy, .wav or JSON for numbers, anything for BYTES",
     )
-    parser.add_argument("--repository", type=Path, default=Path("model_repository"), help="(default: %(default)s)")
-    parser.add_argument("--url", help="ask the server there, as 127.0.0.1:8000, rather than load the model here")
-    parser.add_argument("--json", action="store_true", help="as the protocol's parameter has it")
-    parser.add_argument("--repeat", type=int, default=3, help="show the last of so many (default: %(default)s)")
     parser.add_argument(
-        "--traces", type=Path, metavar="FILE", help="ask nothing: show the slowest requests of a server's trace file"
+        "--repository",
+        type=Path,
+        default=Path("model_repository"),
+        metavar="FOLDER",
+        help="the folder of models (default: %(default)s)",
     )
-    parser.add_argument("--id", default="", help="of the traces, those of the request with this id")
-    parser.add_argument("--slowest", type=int, default=3, help="how many traces are shown (default: %(default)s)")
+    parser.add_argument(
+        "--url", metavar="HOST:PORT", help="ask the server there (default: load the model here, and ask that)"
+    )
+    parser.add_argument("--json", action="store_true", help="as the protocol's parameter has it (default: as text)")
+    parser.add_argument(
+        "--repeat", type=int, default=3, metavar="N", help="show the last of so many requests (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--traces",
+        type=Path,
+        metavar="FILE",
+        help="show the slowest requests of a server's trace file (default: ask a request)",
+    )
+    parser.add_argument("--id", default="", metavar="ID", help="of the traces, the request with this id (default: all)")
+    parser.add_argument(
+        "--slowest", type=int, default=3, metavar="N", help="how many traces are shown (default: %(default)s)"
+    )
 
 
 def run(options: argparse.Namespace) -> int:

@@ -17,6 +17,7 @@ from tutti.frontends.limits import CASE_MATTERS, Limits
 from tutti.logs import FORMATS
 from tutti.operations import LOADS_AT_ONCE
 from tutti.reports import Supervised
+from tutti.usage import Help, examples
 
 # Of one machine's cores, front-ends that are processes of their own get a quarter, and no more than this.
 MAX_FRONT_ENDS = 4
@@ -40,6 +41,13 @@ def make_parser() -> argparse.ArgumentParser:
         prog="tutti serve",
         usage="tutti serve MODEL_REPOSITORY [flags]    (tutti serve --help lists them)",
         description="Serve a model repository over HTTP and gRPC.",
+        epilog=examples(
+            "tutti serve models",
+            "tutti serve models --check  # say what would be served, and what not and why",
+            "tutti serve models --host 0.0.0.0 --api-key-file keys.txt --model-control-mode poll",
+            "tutti serve models --ray --gpu-replicas 2 --cpu-replicas 1",
+        ),
+        formatter_class=Help,
     )
     for add in (_add_repository, _add_addresses, _add_execution, _add_processes, _add_access, _add_logs, _add_ray):
         add(parser)
@@ -62,7 +70,8 @@ def _add_repository(serve: argparse.ArgumentParser) -> None:
     models.add_argument(
         "--check",
         action="store_true",
-        help="load all models, say what is served and what is not and why, and end: with 0 where all could be, else 1",
+        help="load all models, say what is served and what is not and why, and end: with 0 where all could be, else 1 "
+        "(default: serve)",
     )
     models.add_argument(
         "--model-control-mode",
@@ -316,7 +325,7 @@ def _add_logs(serve: argparse.ArgumentParser) -> None:
         "--access-log",
         default="",
         metavar="FILE",
-        help="a line for each request, - for standard output: id, model, status, sizes and times (docs/slow.md)",
+        help="a line for each request, - for standard output: id, model, status, sizes and times (default: none)",
     )
     logs.add_argument(
         "--trace-config",

@@ -24,17 +24,18 @@ from urllib.parse import urlsplit
 from tutti import scrapes, top_table
 from tutti.restarts import UNUSABLE
 from tutti.scrapes import NotAServer, Rates, Scrape
+from tutti.usage import Help, examples
 
 _DEFAULT = "127.0.0.1:8002"
 # A server that has not answered within this is away.
 _TIMEOUT_S = 5.0
 _LEAST_INTERVAL_S = 0.1
 _MOST_BYTES = 256 << 20
-_EXAMPLES = """examples:
-  tutti top                          the server on this machine
-  tutti top gpu-box:8002 --once      one table, for a script or a report
-  tutti top --json | jq .requests    a line of JSON each second
-"""
+_EXAMPLES = examples(
+    "tutti top  # the server on this machine",
+    "tutti top gpu-box:8002 --once  # one table, for a report",
+    "tutti top --json | jq .requests",
+)
 
 
 class Away(Exception):
@@ -72,7 +73,7 @@ def make_parser() -> argparse.ArgumentParser:
         description="Show what a server does, by model and by pool, the busiest first: requests, failures and refusals "
         "a second, time in the queue and in execution, batches, replicas and devices. Ctrl-C ends it.",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
     parser.add_argument(
         "url",

@@ -2,6 +2,8 @@
 
 import pickle
 import shlex
+import subprocess
+import sys
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from export import columns, init, initial, maps
 from tests.export import checkpoints
 from tests.models import onnx_add_one
 from tests.serving import serving
+from tests.tutti.test_help import EXTRAS, WITHOUT_EXTRAS
 from tutti import cli, config
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(180)]
@@ -248,7 +251,7 @@ def test_what_is_there_is_written_over_only_when_asked(tmp_path: Path, capsys: p
     ("path", "name"),
     [
         ("resnet.onnx", "resnet"),
-        ("net.onnx", "models"),
+        ("adder.onnx", "models"),
         ("bert/model.onnx", "bert"),
         ("my net (2).onnx", "my_net__2"),
         ("ü.onnx", "ü"),
@@ -302,3 +305,14 @@ def test_a_frames_columns_are_inputs_of_their_own_kind(tmp_path: Path) -> None:
     ]
     iris(tmp_path / "iris.pkl")
     assert columns.of(joblib.load(tmp_path / "iris.pkl")) == []
+
+
+def test_an_onnx_file_needs_no_pytorch(tmp_path: Path) -> None:
+    """Nor any other library of the extras'."""
+    (tmp_path / "adder.onnx").write_bytes(onnx_add_one())
+    arguments = ["init", str(tmp_path / "models"), str(tmp_path / "adder.onnx")]
+    code = WITHOUT_EXTRAS % (EXTRAS, [arguments])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "models" / "adder" / "config.pbtxt").is_file()
+    assert "it answered in" in done.stdout

@@ -8,6 +8,7 @@ import os
 import pty
 import random
 import re
+import select
 import signal
 import socket
 import struct
@@ -327,7 +328,7 @@ class Terminal:
         """Until it has shown that since the last time."""
         begin, deadline = len(self.text), time.monotonic() + 60
         while not re.search(pattern, self.text[begin:]):
-            assert time.monotonic() < deadline, self.text
+            assert select.select([self._master], [], [], deadline - time.monotonic())[0], self.text
             self.text += os.read(self._master, 65536).decode()
 
     def interrupt(self) -> int:

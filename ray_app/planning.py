@@ -1,0 +1,111 @@
+"""What `tutti cluster` does: pools that are planned, explained and simulated; and placement files, as they are read."""
+
+import argparse
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from ray_app import gpu_rates, planner
+from ray_app.options import Options
+from ray_app.placement import PoolSpec, home
+from tutti import repository
+from tutti.errors import ConfigError
+
+
+def plan(options: argparse.Namespace) -> None:
+    if options.gpus < 0 or options.cpu_replicas < 0 or not 0 < options.gpu_memory_gb < math.inf:
+        raise ConfigError("expected 0 or more GPUs and replicas, and memory above 0")
+    folders, failures = repository.open_models(options.model_repository)
+    sizes = {one.config.name: _bytes_of(one.path, one.versions) for one in folders}
+    configs = {one.config.name: one.config for one in folders}
+    planned = planner.plan(configs, sizes, options.gpus, 1e3 * options.gpu_memory_gb, options.cpu_replicas)
+    text = yaml.safe_dump({"pools": [_as_written(pool) for pool in planned.pools]}, sort_keys=False)
+    if options.output is not None:
+        options.output.write_text(text, encoding="utf-8")
+    else:
+        print(text)
+    on_gpus = {name for pool in planned.pools if pool.num_gpus for name in pool.models}
+    rates = {name: gpu_rates.said(config) for name, config in configs.items() if name in on_gpus}
+    _show({name: "; ".join(filter(None, (why, rates.get(name)))) for name, why in planned.why.items()}, failures)
+
+
+def why(options: argparse.Namespace) -> None:
+    given = load_placement(options.placement) if options.placement is not None else {}
+    pools = checked({"model_repository": str(options.model_repository), **given}).pool_specs(options.gpus)
+    folders, failures = repository.open_models(options.model_repository)
+    configs = {folder.config.name: folder.config for folder in folders}
+    why = {}
+    for name, config in configs.items():
+        try:
+            place = home(config, pools, lambda step, _: configs[step])
+            why[name] = f"{' and '.join(place.pools) or 'in segments'}: {place.why}"
+        except ConfigError as error:
+            why[name] = str(error)
+    _show(why, failures)
+
+
+def _show(why: Any, failures: Any) -> None:
+    width = max((len(name) for name in [*why, *failures]), default=0)
+    for name, reason in sorted({**why, **{name: str(error) for name, error in failures.items()}}.items()):
+        print(f"{name:{width}}  {reason}")
+
+
+def _as_written(pool: PoolSpec) -> dict[str, Any]:
+    written: dict[str, Any] = {"name": pool.name, "replicas": pool.replicas, "num_cpus": pool.num_cpus}
+    if pool.num_gpus:
+        written["num_gpus"] = pool.num_gpus
+    return {**written, "models": list(pool.models)}
+
+
+def _bytes_of(path: Path, versions: Sequence[int]) -> int:
+    """Of the files that are loaded."""
+    found = (file for version in versions for file in (path / str(version)).rglob("*") if file.is_file())
+    return sum(file.stat().st_size for file in found if file.suffix != ".pyc")
+
+
+def simulate(options: argparse.Namespace) -> None:
+    from ray_app import simulation
+    from ray_app.scenario import Scenario
+
+    try:
+        given = yaml.safe_load(options.scenario.read_text(encoding="utf-8"))
+        if not isinstance(given, dict):
+            raise ConfigError(f"{options.scenario}: expected pools and a trace")
+        scenario = Scenario(**given)
+        begun = time.monotonic()
+        result = (simulation.simulate_fluid if options.fluid else simulation.simulate)(scenario)
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{options.scenario}: {error}") from None
+    except ValidationError as error:
+        raise ConfigError(f"{options.scenario}: {_problems(error)}") from None
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    print("\n".join([*result.lines(), f"simulated in {time.monotonic() - begun:.1f} s"]))
+
+
+def load_placement(path: Path) -> dict[str, Any]:
+    """What a placement file says. Raises ConfigError if it is none."""
+    try:
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"--placement {path}: {error}") from None
+    if not isinstance(given, dict) or set(given) != {"pools"}:
+        raise ConfigError(f"--placement {path}: expected 'pools' and a list of them")
+    return given
+
+
+def checked(given: dict[str, Any]) -> Options:
+    """Options of the application. Raises ConfigError naming what is wrong."""
+    try:
+        return Options(**given)
+    except ValidationError as error:
+        raise ConfigError(_problems(error)) from None
+
+
+def _problems(error: ValidationError) -> str:
+    return "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
