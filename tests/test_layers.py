@@ -49,7 +49,7 @@ LAYERS = {
     "ray_app.autoscaling": 2, "ray_app.health": 2, "ray_app.hops": 4, "ray_app.members": 1,
     "ray_app.options": 1, "ray_app.scenario": 1, "ray_app.simulation": 4, "ray_app.routing": 4, "ray_app.sticky": 4,
     "tutti.__main__": 5, "tutti.cli": 5, "tutti.serve_options": 5, "tutti.overview": 4, "tutti.hints": 2,
-    "tutti.usage": 0, "tutti.commands": 5, "ray_app.planning": 5,
+    "tutti.usage": 0, "tutti.commands": 5, "tutti.completion": 5, "ray_app.planning": 5,
     "tutti.scrapes": 1, "tutti.top_table": 2, "tutti.top": 5,
     "tutti.doctor": 5, "ray_app.app": 5, "ray_app.run": 5, "ray_app.cli": 5, "ray_app.planner": 1,
     "ray_app.processes": 1,

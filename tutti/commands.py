@@ -92,6 +92,12 @@ COMMANDS = {
         "tutti doctor",
         "tutti.doctor",
     ),
+    "completion": Command(
+        GROUPS[2],
+        "print what lets a shell complete commands and flags",
+        "source <(tutti completion bash)",
+        "tutti.completion",
+    ),
 }
 
 
