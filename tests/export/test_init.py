@@ -251,7 +251,7 @@ def test_what_is_there_is_written_over_only_when_asked(tmp_path: Path, capsys: p
     ("path", "name"),
     [
         ("resnet.onnx", "resnet"),
-        ("adder.onnx", "models"),
+        ("net.onnx", "models"),
         ("bert/model.onnx", "bert"),
         ("my net (2).onnx", "my_net__2"),
         ("ü.onnx", "ü"),
