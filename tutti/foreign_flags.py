@@ -114,10 +114,14 @@ REFUSED: Mapping[str, str] = {
 }  # fmt: skip
 
 
+# Where what such a flag says goes: nobody reads it.
+NOWHERE = "foreign"
+
+
 def add(parser: argparse.ArgumentParser) -> None:
     """Let a parser know them. They are not listed by its help: docs/protocol.md has the table."""
     others = parser.add_argument_group()
-    nothing: dict[str, Any] = {"dest": "foreign", "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+    nothing: dict[str, Any] = {"dest": NOWHERE, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
     for flag, own in ALIASES.items():
         same = parser._option_string_actions[own]
         others.add_argument(flag, type=same.type or str, **{**nothing, "dest": same.dest})

@@ -20,7 +20,7 @@ import uvloop
 import ensembles
 from tutti import collector, hints, local, overview, restarts
 from tutti.devices import allocator
-from tutti.devices.gpu_metrics import GpuMetrics
+from tutti.devices.gpu_metrics import INTERVAL_S, GpuMetrics
 from tutti.devices.health import health
 from tutti.devices.xid import is_of_device, watch_xid
 from tutti.ending import Ending, held_by, now
@@ -99,8 +99,8 @@ async def _serve(options: argparse.Namespace, logs: Logs, supervised: Supervised
     )
     engine.is_strict = options.strict_readiness
     engine.loads_at_once = options.model_load_thread_count or engine.loads_at_once
-    gpus = GpuMetrics(interval_s=options.metrics_interval_ms / 1000)
-    collect, sample = (gpus.collect, gpus.sample) if options.allow_gpu_metrics else (None, None)
+    gpus = GpuMetrics(interval_s=(options.metrics_interval_ms or 1e3 * INTERVAL_S) / 1e3)
+    collect, sample = (gpus.collect, gpus.sample) if options.allow_gpu_metrics is not False else (None, None)
     server = Server(setup.make_api(engine, options, logs), addresses, collect, sample, options.allow_cpu_metrics)
     if supervised is not None:
         supervised.report(task=str(server.write_task(supervised.folder.parent)))

@@ -299,20 +299,24 @@ def _add_logs(serve: argparse.ArgumentParser) -> None:
         default="default",
         help="how lines and their times look; json: an object a line, of the access log, too (default: default)",
     )
-    for name, what in (("gpu", "GPUs"), ("cpu", "processors and memory")):
-        logs.add_argument(
-            f"--allow-{name}-metrics",
-            type=_boolean,
-            default=True,
-            metavar="BOOL",
-            help=f"the machine's {what} on the metrics page (default: true)",
-        )
+    logs.add_argument(
+        "--allow-gpu-metrics",
+        type=_boolean,
+        metavar="BOOL",
+        help="the machine's GPUs on the metrics page (default: true, on Ray false)",
+    )
+    logs.add_argument(
+        "--allow-cpu-metrics",
+        type=_boolean,
+        default=True,
+        metavar="BOOL",
+        help="the machine's processors and memory on the metrics page (default: true)",
+    )
     logs.add_argument(
         "--metrics-interval-ms",
         type=_interval_ms,
-        default=1000.0,
         metavar="MS",
-        help="how old what the page says of GPUs may be; the rest is of the moment (default: %(default)g)",
+        help="how old what the page says of GPUs may be; the rest is of the moment (default: 1000)",
     )
     logs.add_argument(
         "--log-slow-ms",
@@ -417,6 +421,9 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
         parser.error("--allow-client-cuda-shm does not go with --ray: the gateway has no GPU")
     if options.model_load_thread_count is not None and options.ray:
         parser.error("--model-load-thread-count does not go with --ray: replicas load by themselves")
+    if options.ray and (options.allow_gpu_metrics or options.metrics_interval_ms is not None):
+        flag = "--allow-gpu-metrics" if options.allow_gpu_metrics else "--metrics-interval-ms"
+        parser.error(f"{flag} does not go with --ray: the gateway has no GPUs to show")
     for setting in keepalive.SETTINGS:
         needs_grpcio = not setting.is_native and not any((options.grpc_use_ssl, options.grpc_use_ssl_mutual))
         if getattr(options, setting.dest) is not None and needs_grpcio and options.grpc_server != "grpcio":

@@ -17,9 +17,10 @@ from ray_app.members import PoolStatus, another
 from ray_app.options import Options
 from ray_app.placement import plan_pools
 from tests.serving import Gather
-from tutti import config, serve_options, wire
+from tutti import config, foreign_flags, serve_options, wire
 from tutti.batching import BatchingPolicy
 from tutti.errors import ConfigError, InferError, InvalidArgument
+from tutti.frontends import keepalive
 from tutti.statistics import ModelStatistics
 from tutti.types import Answer, Call, InferRequest, InferResponse, Tensor
 
@@ -223,17 +224,25 @@ REFUSED = {
     "allow_client_cuda_shm": ["--allow-client-cuda-shm"],
     "rate_limit": ["--rate-limit", "execution_count"],
     "rate_limit_resource": ["--rate-limit-resource", "r:1"],
+    "model_load_thread_count": ["--model-load-thread-count", "2"],
+    "allow_gpu_metrics": ["--allow-gpu-metrics", "true"],
+    "metrics_interval_ms": ["--metrics-interval-ms", "5"],
 }
 # Of flags whose values must be of a form, and not the default.
 VALUES = {
     "http_restricted_api": "health:k=v", "grpc_restricted_protocol": "health:k=v", "trace_config": "rate=1",
     "model_control_mode": "explicit", "load_model": "a", "grpc_server": "grpcio", "log_format": "ISO8601",
-    "exit_on_error": "false", "cache_config": "local,size=7", "model_repository": "models",
+    "exit_on_error": "false", "strict_readiness": "false", "log_info": "false", "log_warning": "false",
+    "log_error": "false", "allow_http": "false", "allow_grpc": "false", "allow_metrics": "false",
+    "allow_cpu_metrics": "false", "grpc_keepalive_permit_without_calls": "false",
+    "cache_config": "local,size=7", "model_repository": "models",
 }  # fmt: skip
 
 
 def serve_actions() -> dict[str, argparse.Action]:
-    return {one.dest: one for one in serve_options.make_parser()._actions if one.dest != "help"}
+    """By their names; those of other servers that are refused have none."""
+    actions = serve_options.make_parser()._actions
+    return {one.dest: one for one in actions if one.dest not in ("help", foreign_flags.NOWHERE)}
 
 
 def arguments_for(action: argparse.Action) -> list[str]:
@@ -242,6 +251,8 @@ def arguments_for(action: argparse.Action) -> list[str]:
         return []
     value = VALUES.get(action.dest, "7" if action.type is not None or action.dest.endswith("name") else "x")
     flags = [action.option_strings[0]] if action.nargs == 0 else [action.option_strings[0], value]
+    if action.dest in {setting.dest for setting in keepalive.SETTINGS}:
+        flags += ["--grpc-server", "grpcio"]
     return [*flags, "--model-control-mode", "explicit"] if action.dest == "load_model" else flags
 
 
@@ -258,7 +269,9 @@ def test_no_flag_is_ignored_on_ray(name: str, capsys: pytest.CaptureFixture[str]
         assert name in read_in("ray_app/run.py", "tutti/cli.py", "tutti/serve_options.py")
         return
     assert name in Options.model_fields
-    assert name in read_in("ray_app", "tutti/frontends/setup.py", "ray_app/options.py")
+    read = read_in("ray_app", "tutti/frontends/setup.py", "ray_app/options.py")
+    assert "given" in read, "which reads those of connections"
+    assert name in read | {setting.dest for setting in keepalive.SETTINGS}
     files = [f"--{one}-{file}" for one in ("http", "grpc") for file in ("server-cert", "server-key", "root-cert")]
     files = [argument for flag in files for argument in (flag, "f")]  # which TLS needs
     before, after = (
