@@ -1,7 +1,6 @@
 """The composition root on Ray: the gateway's and the pools' deployments, bound into one Serve application."""
 
 import os
-from pathlib import Path
 from typing import Any
 
 from ray_app import environment
@@ -12,14 +11,13 @@ import ray  # noqa: E402
 from ray import serve  # noqa: E402
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig  # noqa: E402
 
-from ray_app import journal  # noqa: E402
+from ray_app import checks, journal  # noqa: E402
 from ray_app.autoscaling import SERVE_SETTINGS  # noqa: E402
 from ray_app.gateway import Gateway  # noqa: E402
 from ray_app.journal import RayStore  # noqa: E402
 from ray_app.options import Options  # noqa: E402
-from ray_app.placement import PoolSpec, models_for  # noqa: E402
+from ray_app.placement import GATEWAY_CPUS, PoolSpec, check_cpus, models_for  # noqa: E402
 from ray_app.replica import Replica, ReplicaOptions  # noqa: E402
-from tutti import repository  # noqa: E402
 
 _HEALTH_CHECK_PERIOD_S = 1.0
 # After three times this a gateway that no other one of its machine watches is replaced.
@@ -30,11 +28,13 @@ def build(arguments: Options) -> Any:
     """The application. Raises ConfigError when the cluster cannot hold the replicas asked for."""
     nodes = [node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]]
     environment.require_authentication(nodes, os.environ.get("RAY_AUTH_MODE"))
-    pools = arguments.pool_specs(ray.cluster_resources().get("GPU", 0))
+    resources = ray.cluster_resources()
+    pools = arguments.pool_specs(resources.get("GPU", 0))
+    if not arguments.autoscaled_cluster:
+        check_cpus(pools, arguments.gateways, resources.get("CPU", 0))
     arguments = arguments.with_absolute_paths()
+    configs = checks.models(arguments, pools)
     _forget_what_has_ended(arguments.journal)
-    folders, _ = repository.open_models(Path(arguments.model_repository), arguments.start_models())
-    configs = {folder.config.name: folder.config for folder in folders}
     handles = {
         pool.name: _deployment(pool).bind(
             ReplicaOptions(
@@ -56,7 +56,7 @@ def build(arguments: Options) -> Any:
         name="gateway",
         num_replicas=arguments.gateways,
         graceful_shutdown_timeout_s=arguments.exit_timeout_secs,
-        ray_actor_options={"num_cpus": 0.1, "resources": arguments.gateway_resources},
+        ray_actor_options={"num_cpus": GATEWAY_CPUS, "resources": arguments.gateway_resources},
         max_ongoing_requests=100,
         health_check_period_s=_HEALTH_CHECK_PERIOD_S,
         health_check_timeout_s=_GATEWAY_TIMEOUT_S,

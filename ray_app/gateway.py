@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
@@ -14,28 +15,35 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from ray import serve
 
 from ray_app import routing, watch
+from ray_app.checks import METRICS_PORTS
 from ray_app.control import Change, Control
 from ray_app.engine import make_engine
 from ray_app.journal import Journal, RayStore, gateway_name, owner_key
 from ray_app.members import PoolStatus
+from ray_app.news import News, Writer
 from ray_app.options import Options
-from ray_app.placement import PoolSpec
+from ray_app.overview import Loads, Overview, table
+from ray_app.placement import PoolSpec, home
 from ray_app.pools import Pool, Router
 from ray_app.watch import BEAT_S, MISSED, Watch
-from tutti import collector, local
+from tutti import collector, hints, local
+from tutti.config import ModelConfig
 from tutti.errors import ConfigError
 from tutti.frontends import setup
 from tutti.frontends.server import Addresses, Server
 from tutti.logs import Logs, Settings
+from tutti.overview import example
 
 _log = logging.getLogger(__name__)
 
 
 FOLLOW_INTERVAL_S = 0.25
+# Replicas that are there may take so long to be heard of, and segments to reach them.
+_SETTLE_S = 3.0
+# How long replicas may take to say what they have loaded.
+_LOADS_TIMEOUT_S = 10.0
 # When a gateway ends, clients get so long to go elsewhere.
 DRAIN_S = 2.0
-# Gateways of one machine, those of an update among them, take the first free port from the metrics port on.
-_METRICS_PORTS = 16
 
 
 class ClusterLogs(Logs):
@@ -63,8 +71,19 @@ class Gateway:
         self, options: Options, specs: Sequence[PoolSpec], **handles: Any
     ) -> None:
         """`handles` are the pools' deployments, by their names."""
-        loop = asyncio.get_running_loop()
         context = serve.get_replica_context()
+        self._has_ended = False
+        self._full_s = 0.0
+        async with Writer(News(RayStore(), context.app_name), context.replica_id.unique_id, "gateway"):
+            await self._start(options, specs, handles, context)
+        self._router.spawn(self._tell_when_begun())
+
+    async def _start(
+        self, options: Options, specs: Sequence[PoolSpec], handles: Mapping[str, Any], context: Any
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        self._options = options
+        self._specs = specs
         pools = [_pool(spec, handles[spec.name]) for spec in specs]
         self._store = RayStore()
         self._store.replace(owner_key(options.journal), context.app_name.encode())
@@ -89,12 +108,13 @@ class Gateway:
         await asyncio.to_thread(self._follow, changes)
         self._router.spawn(self._follow_forever())
         api = setup.make_api(self._engine, options, logs)
-        shared = replace(setup.addresses(options), shares_ports=True, metrics_ports=_METRICS_PORTS)
+        shared = replace(setup.addresses(options), shares_ports=True, metrics_ports=METRICS_PORTS)
         if not _others(context):  # with which to share
             shared.check_free()
         self._engine.is_strict = options.strict_readiness
         self._server = Server(api, shared, lambda: pool_metrics(pools), shows_host=options.allow_cpu_metrics)
         self._taken = await self._server.start()
+        self._url = replace(self._taken, http_tls=shared.http_tls).url
         if options.model_control_mode == "poll":
             self._router.spawn(self._poll_forever(options.repository_poll_secs))
         self._router.spawn(_watch_forever(f"{self._taken.host}-{self._taken.http_port}"))
@@ -110,8 +130,78 @@ class Gateway:
             pool.status.is_up or pool.may_be_empty for pool in self._router.pools
         )
 
+    def has_begun(self) -> bool:
+        """Whether it is ready; or never will be: all replicas have what they could load, and serve that."""
+        is_full = self._is_full()
+        self._full_s = (self._full_s or time.monotonic()) if is_full else 0.0
+        gives_up = is_full and not self._options.exit_on_error and time.monotonic() - self._full_s > _SETTLE_S
+        return self.is_ready() or gives_up
+
+    def _is_full(self) -> bool:
+        pools = zip(self._router.pools, self._specs, strict=True)
+        return all(len(pool.status.up) >= spec.replicas for pool, spec in pools)
+
+    def unready(self) -> str:
+        """Why it is not ready."""
+        missing = [f"pool '{pool.status.name}' has no replica" for pool in self._router.pools if not pool.status.is_up]
+        models = [model for model in self._engine.models() if not model.is_ready()]
+        return "; ".join([*missing, *(f"model '{one.config.name}': {one.reason()}" for one in models)])
+
+    async def overview(self) -> Overview:
+        """What is served and where, and what is not and why, for people."""
+        until_s = time.monotonic() + _SETTLE_S
+        while not self._is_full() and time.monotonic() < until_s:  # Serve has told the command of them before
+            await asyncio.sleep(FOLLOW_INTERVAL_S)
+        models = self._engine.models()
+        found = await asyncio.gather(*(self._loads(pool) for pool in self._router.pools))
+        loads = [one for pool in found for one in pool]
+        pools = {m.config.name: home(m.config, self._specs, self._config_of).pools for m in models}
+        statuses = {pool.status.name: pool.status for pool in self._router.pools}
+        failures = [*self._engine.failures(), *(failure for one in loads for failure in one.failures)]
+        return Overview(
+            self._options.model_repository,
+            len(models),
+            tuple(table(models, pools, self._specs, statuses, loads)),
+            tuple(dict.fromkeys(failures)),
+            tuple(await asyncio.to_thread(self._hints)),
+            example(models, self._url),
+        )
+
+    def _config_of(self, name: str, version: str) -> ModelConfig:
+        return self._engine.model(name, version).config
+
+    def _hints(self) -> list[str]:
+        is_all = self._options.model_control_mode != "explicit"
+        return hints.unserved(Path(self._options.model_repository)) if is_all else []
+
+    async def _tell_when_begun(self) -> None:
+        while not self.has_begun():
+            await asyncio.sleep(FOLLOW_INTERVAL_S)
+        log, taken = _to_driver(), self._taken
+        ports = taken.http_port, taken.grpc_port, taken.metrics_port
+        log.info("listening on %s: http %s, grpc %s, metrics %s", taken.host, *ports)
+        (await self.overview()).tell(log)
+
+    async def _loads(self, pool: Pool) -> list[Loads]:
+        """Of the pool's replicas, where they say so in time."""
+        if not pool.status.is_up:  # it would be waited for
+            return []
+        try:
+            async with asyncio.timeout(_LOADS_TIMEOUT_S):
+                found: list[Loads] = await pool.broadcast("loads").results_async()
+                return found
+        except Exception as error:
+            _log.debug("pool '%s' does not tell of its models: %s", pool.status.name, error)
+            return []
+
+    async def finish(self) -> None:
+        """Stop listening, and let open requests end: the application ends as a whole, nobody is to go elsewhere."""
+        self._has_ended = True
+        await self._server.stop()
+
     async def __del__(self) -> None:
-        await self._server.stop(DRAIN_S)
+        if not self._has_ended:
+            await self._server.stop(DRAIN_S)
         self._router.stop()
 
     def _follow(self, changes: Sequence[Change]) -> None:
@@ -151,6 +241,14 @@ class Gateway:
                     await asyncio.to_thread(self._store.clear, f"poll/{self._journal.name}/{turn - 2}")
             except Exception:
                 _log.exception("the repository could not be polled")
+
+
+def _to_driver() -> logging.Logger:
+    """A log that `serve run` shows: what a replica writes to sys.stderr Serve keeps in a file of its own."""
+    log = _log.getChild("start")
+    if sys.__stderr__ is not None and not log.handlers:
+        log.addHandler(logging.StreamHandler(sys.__stderr__))
+    return log
 
 
 async def _watch_forever(group: str) -> None:

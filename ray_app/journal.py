@@ -39,7 +39,7 @@ class RayStore:
         was_there: bool = self._kv._internal_kv_put(key, value, overwrite=False, namespace=self._NAMESPACE)
         return not was_there
 
-    def get(self, key: str) -> bytes | None:
+    def get(self, key: str | bytes) -> bytes | None:
         found: bytes | None = self._kv._internal_kv_get(key, namespace=self._NAMESPACE)
         return found
 
@@ -48,6 +48,11 @@ class RayStore:
 
     def clear(self, prefix: str) -> None:
         self._kv._internal_kv_del(prefix, del_by_prefix=True, namespace=self._NAMESPACE)
+
+    def under(self, prefix: str) -> list[bytes]:
+        """The values of all keys that begin so."""
+        keys = self._kv._internal_kv_list(prefix, namespace=self._NAMESPACE)
+        return [value for key in keys if (value := self.get(key)) is not None]
 
 
 class Journal:

@@ -13,6 +13,9 @@ from fnmatch import fnmatchcase
 from tutti.config import ModelConfig
 from tutti.errors import ConfigError, TuttiError
 
+# Of a core, for a gateway.
+GATEWAY_CPUS = 0.1
+
 ConfigOf = Callable[[str, str], ModelConfig]
 """(model name, version) -> its configuration. Raises a TuttiError when there is none."""
 
@@ -100,6 +103,17 @@ def check_pools(pools: Sequence[PoolSpec], gpus: float) -> tuple[PoolSpec, ...]:
     if needed > gpus:
         raise ConfigError(f"pools: their replicas need {needed:g} GPUs, the cluster has {gpus:g}")
     return tuple(pools)
+
+
+def check_cpus(pools: Sequence[PoolSpec], gateways: int, cpus: float) -> None:
+    """Raises ConfigError where not all replicas find room: Serve would wait for it without an end."""
+    needed = sum(pool.replicas * pool.num_cpus for pool in pools) + gateways * GATEWAY_CPUS
+    if needed > cpus + 1e-6:
+        asked = " and ".join(f"{pool.replicas} of {pool.num_cpus:g} in {pool.name}" for pool in pools if pool.replicas)
+        raise ConfigError(
+            f"pools: their replicas need {needed:g} CPUs with the gateways ({asked}), the cluster has {cpus:g}: "
+            "ask for fewer replicas, or a smaller num_cpus in a placement file"
+        )
 
 
 def home(config: ModelConfig, pools: Sequence[PoolSpec], config_of: ConfigOf) -> Home:

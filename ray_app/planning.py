@@ -13,8 +13,8 @@ from pydantic import ValidationError
 from ray_app import gpu_rates, planner
 from ray_app.options import Options
 from ray_app.placement import PoolSpec, home
-from tutti import repository
-from tutti.errors import ConfigError
+from tutti import hints, repository
+from tutti.errors import ConfigError, reason
 
 
 def plan(options: argparse.Namespace) -> None:
@@ -26,7 +26,10 @@ def plan(options: argparse.Namespace) -> None:
     planned = planner.plan(configs, sizes, options.gpus, 1e3 * options.gpu_memory_gb, options.cpu_replicas)
     text = yaml.safe_dump({"pools": [_as_written(pool) for pool in planned.pools]}, sort_keys=False)
     if options.output is not None:
-        options.output.write_text(text, encoding="utf-8")
+        try:
+            options.output.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"--output {options.output}: {reason(error)}") from None
     else:
         print(text)
     on_gpus = {name for pool in planned.pools if pool.num_gpus for name in pool.models}
@@ -51,8 +54,8 @@ def why(options: argparse.Namespace) -> None:
 
 def _show(why: Any, failures: Any) -> None:
     width = max((len(name) for name in [*why, *failures]), default=0)
-    for name, reason in sorted({**why, **{name: str(error) for name, error in failures.items()}}.items()):
-        print(f"{name:{width}}  {reason}")
+    for name, told in sorted({**why, **{name: str(error) for name, error in failures.items()}}.items()):
+        print(f"{name:{width}}  {told}")
 
 
 def _as_written(pool: PoolSpec) -> dict[str, Any]:
@@ -92,10 +95,15 @@ def load_placement(path: Path) -> dict[str, Any]:
     """What a placement file says. Raises ConfigError if it is none."""
     try:
         given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"--placement {path}: {error}") from None
+    except FileNotFoundError:
+        near = hints.near(path)
+        raise ConfigError(f"--placement {path}: no such file{f'; did you mean {near}?' if near else ''}") from None
+    except (OSError, UnicodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"--placement {path}: {reason(error)}") from None
     if not isinstance(given, dict) or set(given) != {"pools"}:
-        raise ConfigError(f"--placement {path}: expected 'pools' and a list of them")
+        raise ConfigError(
+            f"--placement {path}: expected 'pools:' and a list of them, and nothing else (docs/cluster.md)"
+        )
     return given
 
 

@@ -11,6 +11,9 @@ from pathlib import Path
 from ray_app.autoscaling import METRIC, Wanted
 from ray_app.control import Change
 from ray_app.health import INFERENCE_TIMEOUT_S, Prober, Pulse
+from ray_app.journal import RayStore
+from ray_app.news import News, Writer
+from ray_app.overview import Loads
 from tutti import restarts, wire
 from tutti.devices.health import health
 from tutti.errors import ConfigError
@@ -104,10 +107,15 @@ class Replica:
         health.listen(self._failed)
         # What does not end must not keep the others from being served, unless all must be.
         patience_s = None if options.exits_on_error else options.control_timeout_s
-        await asyncio.to_thread(self._engine.load_all, options.models, patience_s)
-        if self._engine.failures() and options.exits_on_error:
-            raise ConfigError("; ".join(self._engine.failures()))
+        news = News(RayStore(), serve.get_replica_context().app_name)
+        async with Writer(news, self._id, pool, self._progress):
+            await asyncio.to_thread(self._engine.load_all, options.models, patience_s)
+            if self._engine.failures() and options.exits_on_error:
+                raise ConfigError("; ".join(self._engine.failures()))
         collector.settle()
+
+    def _progress(self) -> tuple[int, int]:
+        return len(self._engine.models()) + len(self._engine.failures()), self._engine.starting()
 
     async def infer(self, message: wire.BatchMessage, generation: int, to: str = "") -> wire.AnswerMessage | str:
         """Answers to a batch, in order; a request's error is its answer, never an exception.
@@ -202,6 +210,15 @@ class Replica:
             return Description(self._id, self._name, (), self._generation)
         ready = [f"{m.config.name}/{m.version}" for m in self._engine.models() if m.is_ready()]
         return Description(self._id, self._name, (*ready, *self._segments), self._generation)
+
+    async def loads(self) -> Loads:
+        """For people: what has been loaded here, and what could not be."""
+        models = {f"{model.config.name}/{model.version}": model for model in self._engine.models()}
+        return Loads(
+            {key: model.instances for key, model in models.items()},
+            {key: model.load_s for key, model in models.items()},
+            tuple(self._engine.failures()),
+        )
 
     async def check_health(self) -> None:
         """Asked by Serve: raises when models are not ready or do not execute any more; it is replaced then."""

@@ -7,12 +7,14 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from ray_app import environment, processes
+from ray_app import checks, environment, news, processes
 from ray_app.head import Head
+from ray_app.journal import RayStore
+from ray_app.news import News
 from ray_app.options import Options
 from ray_app.planning import checked, load_placement
 from tutti import restarts
@@ -25,8 +27,13 @@ _log = logging.getLogger("tutti")
 
 APP = "tutti"
 READY_TIMEOUT_S = 120.0
+# How often a server that starts says how far it is.
+PROGRESS_S = 5.0
 _LOOK_INTERVAL_S = 0.5
+# What Ray has begun to end, it may end so long.
+_LAST_S = 3.0
 # What Ray says where the machine is too busy: it waits for half a minute, whatever its settings say.
+_STOPPING_EARLY = "stopping, though the cluster is still being started"
 _SLOW_START = "timed out during startup"
 
 
@@ -46,14 +53,17 @@ def serve_on_ray(options: argparse.Namespace) -> int:
         environment.stay_on_loopback()
     status = 0
     try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.ask())
+        application = _checked(options)
         _start_ray(options, is_ours)
-        for number in (signal.SIGINT, signal.SIGTERM):  # after ray.init, which sets handlers of its own
+        for number in (signal.SIGINT, signal.SIGTERM):  # ray.init has set handlers of its own
             signal.signal(number, lambda *_: stop.ask())
         watch = _HeadWatch(is_ours)
         threading.Thread(target=watch.run, args=(stop, supervised), name="watch", daemon=True).start()
         with _loop() as loop:
             try:
-                _run(options, stop, loop)
+                _run(options, application, stop, loop)
             except Exception as error:
                 if lost := watch.lost():
                     raise ClusterLost(f"{lost} ({error})") from None
@@ -61,9 +71,9 @@ def serve_on_ray(options: argparse.Namespace) -> int:
             finally:
                 stop.asked.set()
                 watch.close()
-                _stop_serving(options.exit_timeout_secs, is_ours)
-    except (SystemExit, KeyboardInterrupt):  # Ray's handlers: asked to stop before it has started
-        status = 0
+                _stop_serving(options.exit_timeout_secs, stop)
+    except (SystemExit, KeyboardInterrupt):  # Ray's handlers, while it starts
+        _log.info(_STOPPING_EARLY)
     except ClusterLost as lost:
         stop.end_lost(str(lost), supervised)
     except ConfigError as error:  # as without Ray
@@ -86,6 +96,8 @@ class _Stop:
     def __init__(self, timeout_s: float, is_ours: bool) -> None:
         """`is_ours` is the cluster, which then ends, too."""
         self.is_ours = is_ours
+        # Whether the application is on the cluster, and whether it serves.
+        self.has_deployed = False
         self.is_serving = False
         self.asked = threading.Event()
         self._timeout_s = timeout_s
@@ -95,8 +107,8 @@ class _Stop:
             _log.error("asked to stop again: ending at once")
             self._end(1)
         self.asked.set()
-        if self.is_ours and not self.is_serving:
-            _log.info("stopping, though the cluster is still being started")
+        if not self.has_deployed or (self.is_ours and not self.is_serving):
+            _log.info(_STOPPING_EARLY)
             self._end(0)
         threading.Thread(target=self._end_late, name="exit", daemon=True).start()
 
@@ -151,41 +163,143 @@ def _what_is_wrong() -> str:
     return "its head takes this node for dead" if dead else ""
 
 
-def _start_ray(options: argparse.Namespace, is_ours: bool) -> None:
-    import ray
+def _checked(options: argparse.Namespace) -> Options:
+    """The application's options. Raises ConfigError for what would keep it from serving."""
+    application = application_options(options)
+    checks.files_and_flags(application, options.num_gpus)
+    if options.ray_address is None:
+        checks.ports(application)
+    elif options.ray_address != "auto":
+        checks.address(options.ray_address)
+    return application
 
+
+@contextmanager
+def _telling(what: str) -> Iterator[None]:
+    """Say what is waited for, and for how long by now."""
+    has_ended, start_s = threading.Event(), time.monotonic()
+
+    def tell() -> None:
+        while not has_ended.wait(PROGRESS_S):
+            _log.info("%s: %.0f s by now", what, time.monotonic() - start_s)
+
+    _log.info("%s", what)
+    threading.Thread(target=tell, name="progress", daemon=True).start()
     try:
-        ray.init(
-            address="local" if is_ours else options.ray_address,
-            num_gpus=options.num_gpus if is_ours else None,
-            include_dashboard=False if is_ours else None,
-            log_to_driver=bool(options.log_verbose),
-            logging_level=logging.WARNING,
-            runtime_env={"env_vars": environment.SETTINGS},
-        )
-    except Exception as error:
-        if _SLOW_START in str(error):  # nobody's mistake
-            raise ClusterLost("it has not started in the time that Ray gives it") from None
-        raise
+        yield
+    finally:
+        has_ended.set()
 
 
-def _run(options: argparse.Namespace, stop: _Stop, loop: asyncio.AbstractEventLoop) -> None:
+def _start_ray(options: argparse.Namespace, is_ours: bool) -> None:
+    with _telling("starting Ray on this machine" if is_ours else f"joining the cluster at {options.ray_address}"):
+        import ray
+
+        if not options.log_verbose:
+            _quieten()
+        try:
+            ray.init(
+                address="local" if is_ours else _address(options.ray_address),
+                num_gpus=options.num_gpus if is_ours else None,
+                include_dashboard=False if is_ours else None,
+                log_to_driver=bool(options.log_verbose),
+                logging_level=logging.WARNING,
+                runtime_env={"env_vars": environment.SETTINGS},
+            )
+        except Exception as error:
+            if _SLOW_START in str(error):  # nobody's mistake
+                raise ClusterLost("it has not started in the time that Ray gives it") from None
+            if not is_ours and not isinstance(error, ConfigError):
+                what = str(error).strip().splitlines() or [type(error).__name__]
+                raise ConfigError(f"--ray-address {options.ray_address}: {what[0]}") from None
+            raise
+
+
+def _address(text: str) -> str:
+    """That of the cluster's head. Raises ConfigError where none answers; ConnectionError where "auto" finds none."""
+    if text != "auto":
+        return text
+    from ray._private import services
+
+    found: str = services.canonicalize_bootstrap_address_or_die(text)
+    checks.address(found)
+    return found
+
+
+def _quieten() -> None:
+    """What Ray and Serve say of themselves, but for warnings: this command says what of it concerns people.
+
+    That a cluster of this machine's asks for a token is Ray's default, and no warning.
+    """
+    from ray import serve  # noqa: F401  # it sets the level
+
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+
+
+def _run(options: argparse.Namespace, application: Options, stop: _Stop, loop: asyncio.AbstractEventLoop) -> None:
     from ray import serve
 
     from ray_app.app import build
 
-    # Serve's own proxies stay off: the gateway owns the ports.
-    serve.start(proxy_location="Disabled")
-    try:
-        handle = serve.run(build(application_options(options)), name=APP, route_prefix=None)
-    except RuntimeError as error:
-        raise ConfigError(f"{error} {_reasons()}") from None
+    with _telling("starting Ray Serve"):
+        # Serve's own proxies stay off: the gateway owns the ports.
+        serve.start(proxy_location="Disabled")
+        store = News(RayStore(), APP)
+        store.forget()
+        target = serve.RunTarget(build(application), name=APP, route_prefix=None)
+        stop.has_deployed = True
+        (handle,) = serve.run_many([target], wait_for_applications_running=False)
+    _wait_until_running(store, stop)
     asyncio.run_coroutine_threadsafe(_report_ready(handle, stop.asked), loop).result()
     stop.is_serving = True
     if options.engine_of is not None:
         options.engine_of.report(ready=True)
     stop.asked.wait()
-    _log.info("stopping")
+    _log.info("stopping: open requests may end")
+    if stop.is_ours:
+        finishing = asyncio.run_coroutine_threadsafe(_finish(handle), loop)
+        _within(options.exit_timeout_secs, lambda: finishing.result())
+
+
+async def _finish(handle: Any) -> None:
+    """Have all gateways answer what they have."""
+    await handle.broadcast("finish").results_async()
+
+
+def _wait_until_running(store: News, stop: _Stop) -> None:
+    """Until all replicas are there, saying how far they are. Raises ConfigError with the reason where one cannot start.
+
+    Serve would try that again, and in the end tell where in its code that was.
+    """
+    from ray import serve
+
+    start_s = told_s = time.monotonic()
+    warned: set[str] = set()
+    while not stop.asked.wait(_LOOK_INTERVAL_S):
+        application, starts = serve.status().applications[APP], store.read()
+        if failures := dict.fromkeys(start.failure for start in starts if start.failure):
+            raise ConfigError("; ".join(failures))
+        if application.status == "RUNNING":
+            return
+        if application.status == "DEPLOY_FAILED":
+            raise ConfigError(f"{_summary(application.message)} {_reasons(application)}")
+        if time.monotonic() - told_s >= PROGRESS_S:
+            told_s = time.monotonic()
+            _log.info("starting replicas: %s; %.0f s by now", _states(application, starts), told_s - start_s)
+            for message in {one.message for one in application.deployments.values() if one.message} - warned:
+                warned.add(message)
+                _log.warning("%s", _summary(message))
+
+
+def _states(application: Any, starts: Sequence[news.Start]) -> str:
+    """How many replicas of each deployment are there, and how many models they have loaded."""
+    told = []
+    for name, one in application.deployments.items():
+        counts = one.replica_states
+        told.append(f"{counts.get('RUNNING', 0)} of {sum(counts.values())} in {name}")
+    loaded = news.progress(starts)
+    return ", ".join(told) + (f"; {loaded}" if loaded else "")
 
 
 def application_options(options: argparse.Namespace) -> Options:
@@ -200,31 +314,38 @@ def application_options(options: argparse.Namespace) -> Options:
     return checked({**given, "model_repository": str(options.model_repository)})
 
 
-def _reasons() -> str:
-    """What Serve says of each deployment that is not healthy: the constructor's error is in there."""
-    from ray import serve
+def _reasons(application: Any) -> str:
+    """What Serve says of each deployment that is not healthy."""
+    return "; ".join(f"{name}: {_summary(one.message)}" for name, one in application.deployments.items() if one.message)
 
-    application = serve.status().applications.get(APP)
-    deployments = application.deployments if application else {}
-    return "; ".join(f"{name}: {one.message}" for name, one in deployments.items() if one.message)
+
+def _summary(message: str) -> str:
+    """Its first line; and of a traceback the last one, too, which says what has been raised."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()] or [""]
+    return lines[0] if len(lines) < 3 else f"{lines[0]} {lines[-1]}"
 
 
 async def _report_ready(handle: Any, stop: threading.Event) -> None:
-    """Say where the gateway listens, and wait for its first pool. Raises TimeoutError when none comes up."""
+    """Say where the gateway listens and what it serves, once it does. Raises TimeoutError where that never comes."""
     taken = await handle.addresses.remote()
     ports = f"http {taken.http_port}, grpc {taken.grpc_port}, metrics {taken.metrics_port}"
     _log.info("listening on %s: %s", taken.host, ports)
-    async with asyncio.timeout(READY_TIMEOUT_S):
-        while not stop.is_set() and not await handle.is_ready.remote():
-            await asyncio.sleep(0.1)
-    _log.info("ready on Ray")
+    until_s = time.monotonic() + READY_TIMEOUT_S
+    while not stop.is_set() and not await handle.has_begun.remote():
+        if time.monotonic() > until_s:
+            raise TimeoutError(f"not ready within {READY_TIMEOUT_S:g} s: {await handle.unready.remote()}")
+        await asyncio.sleep(0.1)
+    if not stop.is_set():
+        (await handle.overview.remote()).tell(_log)
 
 
-def _stop_serving(timeout_s: float, is_ours: bool) -> None:
+def _stop_serving(timeout_s: float, stop: _Stop) -> None:
+    """A cluster of this process's own ends with its processes, an application on another one by itself."""
     import ray
     from ray import serve
 
-    _within(timeout_s, serve.shutdown if is_ours else lambda: serve.delete(APP))
+    if stop.has_deployed and not stop.is_ours:
+        _within(timeout_s, lambda: serve.delete(APP))
     _within(timeout_s, ray.shutdown)
 
 
@@ -233,13 +354,22 @@ def _within(timeout_s: float, work: Callable[[], object]) -> None:
 
     It has where a signal went to the whole process group, as systemd and timeout(1) send it.
     """
-    thread = threading.Thread(target=work, daemon=True)
+
+    def run() -> None:
+        try:
+            work()
+        except Exception as error:
+            _log.debug("not all has stopped as it should: %s", error)
+
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     deadline = time.monotonic() + timeout_s
-    while thread.is_alive() and time.monotonic() < deadline and not processes.has_dead_children():
+    while thread.is_alive() and time.monotonic() < deadline:
         thread.join(0.2)
+        if processes.has_dead_children():
+            deadline = min(deadline, time.monotonic() + _LAST_S)
     if thread.is_alive():
-        _log.warning("the cluster is gone or does not stop: ending its processes")
+        _log.debug("the cluster is gone or does not stop: its processes are ended")
 
 
 @contextmanager

@@ -88,7 +88,7 @@ def _serve(arguments: Sequence[str]) -> int:
     logs.install()
     scratch.clear_soon()
     if options.ray:
-        need("--ray", "ray", "psutil", extra="ray")
+        need("--ray", "ray", "fastapi", "uvicorn", "psutil", "yaml", "pydantic", extra="ray")
         if options.ray_address is None and options.engine_of is None:
             from ray_app import supervisor as clusters
 

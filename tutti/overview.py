@@ -16,16 +16,24 @@ _VALUES: Mapping[str, object] = {"BOOL": False, "BYTES": "text", "FP32": 0.0, "F
 
 def table(models: Iterable[Model]) -> list[str]:
     """The models as aligned lines, the names of the columns first."""
-    rows = [_COLUMNS, *(_row(model) for model in models)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
+    return aligned([_COLUMNS, *(_row(model) for model in models)])
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows as lines with their columns below each other."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _row(model: Model) -> tuple[str, ...]:
     config = model.config
-    batch = f"up to {config.max_batch_size}" if config.max_batch_size > 1 else "none"
     instances = "its steps'" if config.is_ensemble else model.instances
-    return config.name, str(model.version), config.backend, instances, batch, f"{model.load_s:.2f} s"
+    return config.name, str(model.version), config.backend, instances, batch(config), f"{model.load_s:.2f} s"
+
+
+def batch(config: ModelConfig) -> str:
+    """How many rows are executed together."""
+    return f"up to {config.max_batch_size}" if config.max_batch_size > 1 else "none"
 
 
 def example(models: Sequence[Model], url: str) -> str:

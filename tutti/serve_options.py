@@ -416,7 +416,8 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
     if options.ray and ((options.front_end_processes or 1) > 1 or options.supervise):
         parser.error("--front-end-processes and --supervise do not go with --ray")
     if options.check and options.ray:
-        parser.error("--check does not go with --ray: it loads the models on this machine")
+        what = "it loads the models in this process; leave --ray out, and ask 'tutti cluster why' for their pools"
+        parser.error(f"--check does not go with --ray: {what}")
     if options.allow_client_cuda_shm and options.ray:
         parser.error("--allow-client-cuda-shm does not go with --ray: the gateway has no GPU")
     if options.model_load_thread_count is not None and options.ray:

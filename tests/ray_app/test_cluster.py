@@ -138,6 +138,10 @@ def test_gpu_replicas_die_under_load_and_come_back(small: Repository, tmp_path: 
     assert {line["protocol"] for line in asked} == {"http", "grpc"}
     assert all(line["compute_ms"] > 0 and line["client"].startswith("127.0.0.1:") for line in asked)
     assert served.process.returncode == 0
+    log = (tmp_path / "log").read_text()
+    assert re.search(r"add_one +1 +onnxruntime +2 in gpu, 1 in cpu +1 on ", log)
+    assert f"try: curl -s http://{served.http}/v2/models/add_one/infer" in log
+    assert log.rstrip().endswith("stopping: open requests may end"), "Ray has said nothing that alarms"
     _, alive = psutil.wait_procs(family, timeout=30)
     assert not alive, "processes were left behind"
 
@@ -148,7 +152,9 @@ def test_a_repository_that_cannot_be_served_says_why(small: Repository, tmp_path
     command += ["--grpc-port", "0", "--metrics-port", "0"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == UNUSABLE
-    assert "onnxruntime cannot load model.onnx" in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if " I " not in line]
+    assert "cannot serve on Ray: model 'add_one': onnxruntime cannot load model.onnx" in line
+    assert "Traceback" not in line
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +181,9 @@ def serve_run(sample_repository: Path, tmp_path_factory: pytest.TempPathFactory)
                 return client.is_ready()
 
             wait_until(is_ready, timeout_s=120)
+            shown = f"try: curl -s http://{addresses[0]}/v2/models/"
+            wait_until(lambda: shown in log.read_text(), timeout_s=60)  # the gateway's, in the driver's log
+            assert re.search(r"text_encoder +1 +onnxruntime +1 in cpu +1 on cpu ", log.read_text())
             yield Served(*addresses, process)
             children = psutil.Process(process.pid).children(recursive=True)
         finally:

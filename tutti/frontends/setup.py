@@ -47,6 +47,19 @@ class Options(Protocol):
     trace_config: list[str]
     access_log: str
     log_slow_ms: float
+    cache_config: str
+
+
+def check(options: Options) -> None:
+    """Raises ConfigError for a flag that does not make sense, or a file of one that cannot be used; starts nothing."""
+    _api_keys(options.api_key_file)
+    gate.parse_restricted(options.http_restricted_api)
+    gate.parse_restricted(options.grpc_restricted_protocol, gate.GRPC_HEADER_PREFIX)
+    tracing.parse_config(options.trace_config)
+    cache_size(options.cache_config)
+    for tls in (_tls(options, "http"), _tls(options, "grpc")):
+        if tls is not None:
+            tls.context()
 
 
 def make_api(engine: Engine, options: Options, logs: Logs) -> Api:

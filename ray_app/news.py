@@ -1,0 +1,129 @@
+"""What replicas and gateways that start say of themselves: how far they are, and why they cannot.
+
+Nobody can ask them, since Serve lets nobody reach one that is not there yet, and what it tells of one that has failed
+is a traceback. So they write it into the cluster's key-value store, where the command that starts them reads it.
+"""
+
+import asyncio
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Protocol
+
+from tutti.errors import TuttiError
+
+_log = logging.getLogger(__name__)
+
+WRITE_INTERVAL_S = 1.0
+
+
+class Store(Protocol):
+    """Key -> value, for all processes of the cluster."""
+
+    def replace(self, key: str, value: bytes) -> None: ...
+
+    def clear(self, prefix: str) -> None: ...
+
+    def under(self, prefix: str) -> list[bytes]:
+        """The values of all keys that begin so."""
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """A process that starts, for `seconds` now: it has loaded `done` of `total` models, or `failure` says why not."""
+
+    deployment: str
+    seconds: float = 0.0
+    done: int = 0
+    total: int = 0
+    failure: str = ""
+
+
+class News:
+    """Those of one application's processes. Its methods block."""
+
+    def __init__(self, store: Store, app: str) -> None:
+        self._store = store
+        self._prefix = f"start/{app}/"
+
+    def tell(self, process: str, start: Start) -> None:
+        """`process` is its name, of all of the application's."""
+        self._store.replace(f"{self._prefix}{process}", json.dumps(asdict(start)).encode())
+
+    def forget(self, process: str = "") -> None:
+        """One that has started has no news any more; "" is for all of an earlier start."""
+        self._store.clear(f"{self._prefix}{process}")
+
+    def read(self) -> list[Start]:
+        return [Start(**json.loads(entry)) for entry in self._store.under(self._prefix)]
+
+
+class Writer:
+    """Of one process, on its event loop: `async with`, while it starts. Why that has failed stays to be read.
+
+    Nothing starts worse where the store cannot be written.
+    """
+
+    def __init__(
+        self, news: News, process: str, deployment: str, progress: Callable[[], tuple[int, int]] = lambda: (0, 0)
+    ) -> None:
+        """`progress` says how many models are done, of how many."""
+        self._news = news
+        self._process = process
+        self._deployment = deployment
+        self._progress = progress
+        self._start_s = time.monotonic()
+        self._lock = threading.Lock()
+        self._has_ended = False
+        self._writing: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> "Writer":
+        self._writing = asyncio.create_task(self._write_forever())
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        assert self._writing is not None
+        self._writing.cancel()
+        await asyncio.to_thread(self._end, str(error) if isinstance(error, TuttiError | OSError) else "")
+
+    async def _write_forever(self) -> None:
+        while True:
+            await asyncio.to_thread(self._write)
+            await asyncio.sleep(WRITE_INTERVAL_S)
+
+    def _write(self) -> None:
+        with self._lock, _best_effort():
+            if not self._has_ended:  # a thread is not cancelled with who waits for it
+                seconds = time.monotonic() - self._start_s
+                self._news.tell(self._process, Start(self._deployment, seconds, *self._progress()))
+
+    def _end(self, failure: str) -> None:
+        with self._lock, _best_effort():
+            self._has_ended = True
+            if failure:
+                self._news.tell(self._process, Start(self._deployment, failure=failure))
+            else:
+                self._news.forget(self._process)
+
+
+@contextmanager
+def _best_effort() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        _log.debug("how far the start is cannot be written: %s", error)
+
+
+def progress(starts: Sequence[Start]) -> str:
+    """For people: of each deployment, how far the one is that has most to do still; "" where nobody says."""
+    told = {}
+    for start in sorted(starts, key=lambda one: one.done - one.total, reverse=True):
+        if start.done < start.total:
+            left_s = start.seconds / start.done * (start.total - start.done) if start.done else 0
+            left = f", about {left_s:.0f} s left" if left_s else ""
+            told[start.deployment] = f"{start.deployment} has loaded {start.done} of {start.total} models{left}"
+    return "; ".join(told[name] for name in sorted(told))

@@ -1,0 +1,212 @@
+"""What a person is told of `tutti serve --ray` as it starts, and what is refused before Ray is."""
+
+import asyncio
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import pytest
+
+from ray_app import checks, news, run
+from ray_app.members import Member, PoolStatus
+from ray_app.news import News, Start, Writer
+from ray_app.overview import Loads, table
+from ray_app.placement import PoolSpec, check_cpus
+from tests.models import Repository
+from tests.serving import engine_over
+from tutti import serve_options
+from tutti.errors import ConfigError
+from tutti.restarts import UNUSABLE
+
+
+@pytest.fixture
+def taken() -> Iterator[int]:
+    """A port that somebody listens on, who never says a word."""
+    with socket.create_server(("127.0.0.1", 0)) as one:
+        yield one.getsockname()[1]
+
+
+def refused(root: Path, *flags: str) -> str:
+    options = serve_options.parse([str(root), "--ray", "--http-port", "0", "--grpc-port", "0", *flags])
+    with pytest.raises(ConfigError) as error:
+        run._checked(options)
+    return str(error.value)
+
+
+def test_what_cannot_be_served_is_said_before_ray_is_started(repository: Repository, tmp_path: Path) -> None:
+    repository.add_onnx()
+    repository.add("broken", "max_batch_size: -3", {})
+    said = refused(repository.root)
+    assert "model 'broken'" in said
+    assert "max_batch_size" in said
+    assert "is not a folder" in refused(tmp_path / "nowhere")
+    options = serve_options.parse([str(repository.root), "--ray", "--exit-on-error", "false", "--http-port", "0"])
+    assert not run._checked(options).exit_on_error, "the others are served"
+
+
+@pytest.mark.parametrize("flag", ["--http-port", "--grpc-port"])
+def test_a_port_that_is_taken_is_said_before_ray_is_started(repository: Repository, taken: int, flag: str) -> None:
+    assert f"cannot listen: 127.0.0.1:{taken}: Address already in use" in refused(repository.root, flag, str(taken))
+
+
+def test_a_placement_is_read_before_ray_is_started(repository: Repository, tmp_path: Path) -> None:
+    repository.add_onnx("one")
+    file = tmp_path / "pools.yaml"
+    assert "no such file" in refused(repository.root, "--placement", str(file))
+    file.write_text('pools: [{name: front, models: ["t*"]}]')
+    assert "model 'one': no pool takes it: front does not list it" in refused(repository.root, "--placement", str(file))
+    near = refused(repository.root, "--placement", str(tmp_path / "pool.yaml"))
+    assert f"did you mean {file}?" in near
+    file.write_text("pools: [{name: gpu, num_gpus: 4, models: ['*']}]")
+    options = serve_options.parse([str(repository.root), "--ray", "--http-port", "0", "--placement", str(file)])
+    assert run._checked(options).pools, "nobody knows yet how many GPUs there are"
+    assert "the cluster has 1" in refused(repository.root, "--placement", str(file), "--num-gpus", "1")
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--api-key-file", "no.keys"], "--api-key-file no.keys: No such file"),
+        (["--trace-config", "rate"], "--trace-config rate: expected KEY=VALUE"),
+        (["--cache-config", "redis"], "--cache-config"),
+        (["--http-restricted-api", "nothing:a=b"], "nothing"),
+        (["--http-use-ssl", "--http-server-cert", "no.pem", "--http-server-key", "no.key"], "no.pem"),
+        (["--ray-address", "ray://127.0.0.1:10001"], "expected HOST:PORT of the cluster's head"),
+        (["--ray-address", "somewhere"], "expected HOST:PORT of the cluster's head"),
+        (["--ray-address", "127.0.0.1:1"], "no cluster answers there: Connection refused"),
+        (["--ray-address", "127.0.0.1:999999"], "no cluster answers there"),
+    ],
+)
+def test_flags_are_checked_before_ray_is_started(repository: Repository, flags: list[str], says: str) -> None:
+    assert says in refused(repository.root, *flags)
+
+
+def test_an_address_of_something_else_is_no_cluster(
+    repository: Repository, taken: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "_ANSWER_TIMEOUT_S", 0.2)
+    assert "not the head of a Ray cluster" in refused(repository.root, "--ray-address", f"127.0.0.1:{taken}")
+    with grpc_server() as port:
+        assert "not the head of a Ray cluster" in refused(repository.root, "--ray-address", f"127.0.0.1:{port}")
+
+
+class grpc_server:  # noqa: N801
+    """One that speaks gRPC and has no method."""
+
+    def __enter__(self) -> int:
+        self._threads = ThreadPoolExecutor(1)
+        self._server = grpc.server(self._threads)
+        port = self._server.add_insecure_port("127.0.0.1:0")
+        self._server.start()
+        return int(port)
+
+    def __exit__(self, *_: object) -> None:
+        self._server.stop(None).wait()
+        self._threads.shutdown()
+
+
+def test_the_command_says_it_in_one_line_and_ends_with_2(repository: Repository, taken: int) -> None:
+    command = [sys.executable, "-m", "tutti", "serve", str(repository.root), "--ray", "--http-port", str(taken)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == UNUSABLE
+    (line,) = done.stderr.splitlines()
+    assert line.endswith(f"cannot serve on Ray: cannot listen: 127.0.0.1:{taken}: Address already in use")
+
+
+def test_replicas_that_find_no_room_are_refused() -> None:
+    pools = [PoolSpec("gpu", 2, 2.0, 1.0), PoolSpec("cpu", 1, 0.5, 0.0)]
+    check_cpus(pools, 2, 4.7)
+    with pytest.raises(ConfigError, match=r"need 4.7 CPUs .*2 of 2 in gpu and 1 of 0.5 in cpu.* the cluster has 4:"):
+        check_cpus(pools, 2, 4)
+
+
+class Memory:
+    """A store in this process."""
+
+    def __init__(self) -> None:
+        self.entries: dict[str, bytes] = {}
+        self.has_entries = threading.Event()
+
+    def replace(self, key: str, value: bytes) -> None:
+        self.entries[key] = value
+        self.has_entries.set()
+
+    def clear(self, prefix: str) -> None:
+        self.entries = {key: value for key, value in self.entries.items() if not key.startswith(prefix)}
+
+    def under(self, prefix: str) -> list[bytes]:
+        return [value for key, value in self.entries.items() if key.startswith(prefix)]
+
+
+def test_one_that_starts_tells_how_far_it_is_and_then_nothing() -> None:
+    store = Memory()
+
+    async def start() -> list[Start]:
+        async with Writer(News(store, "app"), "one", "cpu", lambda: (1, 3)):
+            await asyncio.to_thread(store.has_entries.wait, 60)
+            return News(store, "app").read()
+
+    (told,) = asyncio.run(start())
+    assert (told.deployment, told.done, told.total, told.failure) == ("cpu", 1, 3, "")
+    assert News(store, "app").read() == []
+
+
+def test_why_one_cannot_start_stays_to_be_read() -> None:
+    store = Memory()
+
+    async def start(error: Exception) -> None:
+        async with Writer(News(store, "app"), "one", "cpu"):
+            raise error
+
+    with pytest.raises(ConfigError):
+        asyncio.run(start(ConfigError("model 'm': no file")))
+    assert [one.failure for one in News(store, "app").read()] == ["model 'm': no file"]
+    assert News(store, "another").read() == []
+    News(store, "app").forget()
+    with pytest.raises(ValueError, match="of ours"):
+        asyncio.run(start(ValueError("a mistake of ours")))
+    assert News(store, "app").read() == [], "Serve has the traceback"
+
+
+def test_a_store_that_fails_keeps_nobody_from_starting() -> None:
+    class Failing(Memory):
+        def replace(self, key: str, value: bytes) -> None:
+            raise ConnectionError
+
+        clear = replace  # type: ignore[assignment]
+
+    async def start() -> str:
+        async with Writer(News(Failing(), "app"), "one", "cpu"):
+            await asyncio.sleep(0)
+        return "started"
+
+    assert asyncio.run(start()) == "started"
+
+
+def test_progress_is_of_the_replica_that_has_most_to_do() -> None:
+    starts = [Start("gpu", 10, 3, 4), Start("gpu", 10, 1, 4), Start("cpu", 10, 0, 2), Start("gateway")]
+    told = news.progress(starts)
+    assert told == "cpu has loaded 0 of 2 models; gpu has loaded 1 of 4 models, about 30 s left"
+    assert news.progress([Start("gateway")]) == ""
+
+
+def test_the_table_says_where_each_model_is(repository: Repository) -> None:
+    repository.add_onnx("both")
+    repository.add_onnx("single", max_batch_size=1, extra="")
+    specs = [PoolSpec("gpu", 0, 1, 1, max_replicas=4), PoolSpec("cpu", 2, 1, 0)]
+    members = {name: Member(name, "cpu", models=frozenset(["both/1"]), is_up=True) for name in ("a", "b")}
+    statuses = {"gpu": PoolStatus("gpu"), "cpu": PoolStatus("cpu", members)}
+    loads = [Loads({"both/1": "2 on cpu"}, {"both/1": seconds}) for seconds in (0.5, 1.25)]
+    with engine_over(repository.root) as engine:
+        homes = {"both": ("gpu", "cpu"), "single": ("cpu",)}
+        head, first, second = table(engine.models(), homes, specs, statuses, loads)
+    assert head.split()[:4] == ["model", "version", "backend", "replicas"]
+    assert " 0 of 0 to 4 in gpu, 2 in cpu  2 on cpu " in first
+    assert first.endswith("up to 8  1.25 s"), "the replica that took longest"
+    assert second.split("  ")[-1].strip() == "-"
+    assert " 0 in cpu " in second, "no replica could load it"
