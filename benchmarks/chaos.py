@@ -263,7 +263,7 @@ def recovery_s(fault: Fault, following_s: float, outcomes: list[Outcome], normal
 
 
 def report(
-    outcomes: list[Outcome], retries: int, faults: Faults, rate: float, seconds: float
+    outcomes: list[Outcome], retries: int, faults: Faults, rate: float, share: float, seconds: float
 ) -> tuple[list[str], bool]:
     """Lines of the report, and whether all went well."""
     kinds = Counter("wrong" if one.kind == "ok" and one.version != 1 else one.kind for one in outcomes)
@@ -271,7 +271,7 @@ def report(
     normal_s = quiet[int(0.99 * (len(quiet) - 1))]
     all_s = sorted(one.done_s - one.due_s for one in outcomes if one.kind == "ok")
     lines = [
-        f"{len(outcomes):,} requests in {seconds:.0f} s at {rate:.0f} /s, 60% of what was done without faults: "
+        f"{len(outcomes):,} requests in {seconds:.0f} s at {rate:.0f} /s, {share:.0%} of what was done without faults: "
         f"{kinds['ok']:,} right, {kinds['wrong']} wrong, {kinds['failed']} failed "
         f"({kinds['failed'] / len(outcomes):.4%}), {kinds['poison']} poison; asked again by the client: {retries}",
         f"p99 {normal_s * 1e3:.0f} ms before the first fault, {all_s[int(0.99 * len(all_s))] * 1e3:.0f} ms over all; "
@@ -295,7 +295,7 @@ def report(
 def _run(cluster: Cluster, options: argparse.Namespace) -> tuple[list[str], bool]:
     warm, _ = LoadProcess(cluster.http, cluster.grpc, [(4.0, 0.0)], clients=96).result(30)
     capacity = len([one for one in warm if 1 < one.done_s < 4]) / 3
-    rate = 0.6 * capacity
+    rate = options.share * capacity
     print(f"capacity {capacity:.0f} /s, load {rate:.0f} /s", flush=True)
     seconds = 60 * options.minutes
     load = LoadProcess(cluster.http, cluster.grpc, [(seconds, rate)], options.seed)
@@ -312,7 +312,7 @@ def _run(cluster: Cluster, options: argparse.Namespace) -> tuple[list[str], bool
             print(
                 f"{second:4} s: {len(ms)} due, p50 {ms[len(ms) // 2]:.0f}, p99 {ms[int(0.99 * (len(ms) - 1))]:.0f} ms"
             )
-    return report(outcomes, retries, faults, rate, seconds)
+    return report(outcomes, retries, faults, rate, options.share, seconds)
 
 
 def main() -> int:
@@ -320,6 +320,9 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=15.0)
     parser.add_argument("--faults", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--share", type=float, default=0.6, help="of what is done without faults, as load (default: %(default)s)"
+    )
     parser.add_argument("--only", action="append", help="a kind of fault; default: every kind")
     parser.add_argument("--seconds-by", action="store_true", help="show each second's latencies, too")
     parser.add_argument("--report", type=Path, help="write the report there, too")

@@ -141,6 +141,10 @@ class Gateway:
         pools = zip(self._router.pools, self._specs, strict=True)
         return all(len(pool.status.up) >= spec.replicas for pool, spec in pools)
 
+    def replicas(self) -> dict[str, int]:
+        """How many each pool has, by its name."""
+        return {pool.status.name: len(pool.status.up) for pool in self._router.pools}
+
     def unready(self) -> str:
         """Why it is not ready."""
         missing = [f"pool '{pool.status.name}' has no replica" for pool in self._router.pools if not pool.status.is_up]

@@ -82,8 +82,8 @@ def simulate(options: argparse.Namespace) -> None:
         scenario = Scenario(**given)
         begun = time.monotonic()
         result = (simulation.simulate_fluid if options.fluid else simulation.simulate)(scenario)
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{options.scenario}: {error}") from None
+    except (OSError, UnicodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{options.scenario}: {reason(error)}") from None
     except ValidationError as error:
         raise ConfigError(f"{options.scenario}: {_problems(error)}") from None
     except ValueError as error:

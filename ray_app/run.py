@@ -7,16 +7,17 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from ray_app import checks, environment, news, processes
+from ray_app import checks, environment, processes
 from ray_app.head import Head
 from ray_app.journal import RayStore
 from ray_app.news import News
 from ray_app.options import Options
 from ray_app.planning import checked, load_placement
+from ray_app.starting import APP, quieten, report_ready, tell_pools, telling, wait_until_running
 from tutti import restarts
 from tutti.errors import ConfigError
 from tutti.reports import Supervised, end_with
@@ -25,10 +26,6 @@ environment.apply()  # before ray.serve is imported
 
 _log = logging.getLogger("tutti")
 
-APP = "tutti"
-READY_TIMEOUT_S = 120.0
-# How often a server that starts says how far it is.
-PROGRESS_S = 5.0
 _LOOK_INTERVAL_S = 0.5
 # What Ray has begun to end, it may end so long.
 _LAST_S = 3.0
@@ -56,7 +53,7 @@ def serve_on_ray(options: argparse.Namespace) -> int:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.ask())
         application = _checked(options)
-        _start_ray(options, is_ours)
+        _start_ray(options, stop)
         for number in (signal.SIGINT, signal.SIGTERM):  # ray.init has set handlers of its own
             signal.signal(number, lambda *_: stop.ask())
         watch = _HeadWatch(is_ours)
@@ -174,29 +171,13 @@ def _checked(options: argparse.Namespace) -> Options:
     return application
 
 
-@contextmanager
-def _telling(what: str) -> Iterator[None]:
-    """Say what is waited for, and for how long by now."""
-    has_ended, start_s = threading.Event(), time.monotonic()
-
-    def tell() -> None:
-        while not has_ended.wait(PROGRESS_S):
-            _log.info("%s: %.0f s by now", what, time.monotonic() - start_s)
-
-    _log.info("%s", what)
-    threading.Thread(target=tell, name="progress", daemon=True).start()
-    try:
-        yield
-    finally:
-        has_ended.set()
-
-
-def _start_ray(options: argparse.Namespace, is_ours: bool) -> None:
-    with _telling("starting Ray on this machine" if is_ours else f"joining the cluster at {options.ray_address}"):
+def _start_ray(options: argparse.Namespace, stop: _Stop) -> None:
+    is_ours = stop.is_ours
+    with telling("starting Ray on this machine" if is_ours else f"joining the cluster at {options.ray_address}"):
         import ray
 
         if not options.log_verbose:
-            _quieten()
+            quieten(stop.asked)
         try:
             ray.init(
                 address="local" if is_ours else _address(options.ray_address),
@@ -226,23 +207,12 @@ def _address(text: str) -> str:
     return found
 
 
-def _quieten() -> None:
-    """What Ray and Serve say of themselves, but for warnings: this command says what of it concerns people.
-
-    That a cluster of this machine's asks for a token is Ray's default, and no warning.
-    """
-    from ray import serve  # noqa: F401  # it sets the level
-
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
-
-
 def _run(options: argparse.Namespace, application: Options, stop: _Stop, loop: asyncio.AbstractEventLoop) -> None:
     from ray import serve
 
     from ray_app.app import build
 
-    with _telling("starting Ray Serve"):
+    with telling("starting Ray Serve"):
         # Serve's own proxies stay off: the gateway owns the ports.
         serve.start(proxy_location="Disabled")
         store = News(RayStore(), APP)
@@ -250,11 +220,12 @@ def _run(options: argparse.Namespace, application: Options, stop: _Stop, loop: a
         target = serve.RunTarget(build(application), name=APP, route_prefix=None)
         stop.has_deployed = True
         (handle,) = serve.run_many([target], wait_for_applications_running=False)
-    _wait_until_running(store, stop)
-    asyncio.run_coroutine_threadsafe(_report_ready(handle, stop.asked), loop).result()
+    wait_until_running(store, stop.asked)
+    asyncio.run_coroutine_threadsafe(report_ready(handle, stop.asked), loop).result()
     stop.is_serving = True
     if options.engine_of is not None:
         options.engine_of.report(ready=True)
+    asyncio.run_coroutine_threadsafe(tell_pools(handle, stop.asked), loop)
     stop.asked.wait()
     _log.info("stopping: open requests may end")
     if stop.is_ours:
@@ -267,41 +238,6 @@ async def _finish(handle: Any) -> None:
     await handle.broadcast("finish").results_async()
 
 
-def _wait_until_running(store: News, stop: _Stop) -> None:
-    """Until all replicas are there, saying how far they are. Raises ConfigError with the reason where one cannot start.
-
-    Serve would try that again, and in the end tell where in its code that was.
-    """
-    from ray import serve
-
-    start_s = told_s = time.monotonic()
-    warned: set[str] = set()
-    while not stop.asked.wait(_LOOK_INTERVAL_S):
-        application, starts = serve.status().applications[APP], store.read()
-        if failures := dict.fromkeys(start.failure for start in starts if start.failure):
-            raise ConfigError("; ".join(failures))
-        if application.status == "RUNNING":
-            return
-        if application.status == "DEPLOY_FAILED":
-            raise ConfigError(f"{_summary(application.message)} {_reasons(application)}")
-        if time.monotonic() - told_s >= PROGRESS_S:
-            told_s = time.monotonic()
-            _log.info("starting replicas: %s; %.0f s by now", _states(application, starts), told_s - start_s)
-            for message in {one.message for one in application.deployments.values() if one.message} - warned:
-                warned.add(message)
-                _log.warning("%s", _summary(message))
-
-
-def _states(application: Any, starts: Sequence[news.Start]) -> str:
-    """How many replicas of each deployment are there, and how many models they have loaded."""
-    told = []
-    for name, one in application.deployments.items():
-        counts = one.replica_states
-        told.append(f"{counts.get('RUNNING', 0)} of {sum(counts.values())} in {name}")
-    loaded = news.progress(starts)
-    return ", ".join(told) + (f"; {loaded}" if loaded else "")
-
-
 def application_options(options: argparse.Namespace) -> Options:
     """What the flags say to the application. Raises ConfigError naming what is wrong.
 
@@ -312,31 +248,6 @@ def application_options(options: argparse.Namespace) -> Options:
     if options.placement is not None:
         given |= load_placement(options.placement)
     return checked({**given, "model_repository": str(options.model_repository)})
-
-
-def _reasons(application: Any) -> str:
-    """What Serve says of each deployment that is not healthy."""
-    return "; ".join(f"{name}: {_summary(one.message)}" for name, one in application.deployments.items() if one.message)
-
-
-def _summary(message: str) -> str:
-    """Its first line; and of a traceback the last one, too, which says what has been raised."""
-    lines = [line.strip() for line in message.splitlines() if line.strip()] or [""]
-    return lines[0] if len(lines) < 3 else f"{lines[0]} {lines[-1]}"
-
-
-async def _report_ready(handle: Any, stop: threading.Event) -> None:
-    """Say where the gateway listens and what it serves, once it does. Raises TimeoutError where that never comes."""
-    taken = await handle.addresses.remote()
-    ports = f"http {taken.http_port}, grpc {taken.grpc_port}, metrics {taken.metrics_port}"
-    _log.info("listening on %s: %s", taken.host, ports)
-    until_s = time.monotonic() + READY_TIMEOUT_S
-    while not stop.is_set() and not await handle.has_begun.remote():
-        if time.monotonic() > until_s:
-            raise TimeoutError(f"not ready within {READY_TIMEOUT_S:g} s: {await handle.unready.remote()}")
-        await asyncio.sleep(0.1)
-    if not stop.is_set():
-        (await handle.overview.remote()).tell(_log)
 
 
 def _stop_serving(timeout_s: float, stop: _Stop) -> None:

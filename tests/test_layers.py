@@ -55,7 +55,7 @@ LAYERS = {
     "ray_app.processes": 1,
     "ray_app.watch": 1,
     "ray_app.head": 1, "ray_app.supervisor": 4,
-    "ray_app.checks": 4, "ray_app.news": 1, "ray_app.overview": 4,
+    "ray_app.checks": 4, "ray_app.news": 1, "ray_app.overview": 4, "ray_app.starting": 4,
     "ray_app.gpu_rates": 4,
 }  # fmt: skip
 ROOTS = {
@@ -72,6 +72,7 @@ HEAVY = {
     "ray": {
         "ray_app.app",
         "ray_app.run",
+        "ray_app.starting",
         "ray_app.replica",
         "ray_app.routing",
         "ray_app.gateway",

@@ -126,7 +126,7 @@ async def load(served: Served, rate: float, replicas: int) -> list[str]:
             answer = await client.infer("sleeper", [tensor], client_timeout=120)
             assert answer.as_numpy("y").tolist() == [[2.0]]
         except Exception as error:
-            failures.append(repr(error))
+            failures.append(f"{type(error).__name__}: {error}")
 
     start = time.monotonic()
     tasks = set()

@@ -14,6 +14,8 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.timeout(400)
 def test_every_kind_of_fault() -> None:
     command = [sys.executable, "-m", "benchmarks.chaos", "--minutes", "2", "--faults", "10"]
+    # Others may take most of the machine once its capacity has been measured: what cannot be done in time is no loss.
+    command += ["--share", "0.2"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=380, check=False)
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     assert "1 poison" in done.stdout

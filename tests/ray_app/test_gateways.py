@@ -148,7 +148,7 @@ class Load:
             try:
                 answer = client.infer("times", [tensor]).as_numpy("y")
             except Exception as error:
-                self.failures.append(f"{protocol}: {error!r} {error}")
+                self.failures.append(f"{protocol}: {type(error).__name__}: {error}")
                 continue
             if np.unique(answer).size != 1:
                 self.failures.append(f"mixed: {answer}")
