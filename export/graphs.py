@@ -3,13 +3,15 @@
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
-import torch
 
 from export.layout import Entry
 from tutti.types import Shape
+
+if TYPE_CHECKING:  # it takes seconds, and `tutti init` of an ONNX file does without
+    import torch
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 Reference = Callable[[Arrays], Arrays]
@@ -42,10 +44,12 @@ LIMITS: Mapping[str, Limits] = {
 }
 
 
-def with_arguments(module: torch.nn.Module, names: Sequence[str]) -> torch.nn.Module:
+def with_arguments(module: "torch.nn.Module", names: Sequence[str]) -> "torch.nn.Module":
     """`module`, called with tensors by position, by a forward that names them: exporters bind axes by these names."""
 
-    def forward(self: Any, *given: torch.Tensor, **more: torch.Tensor) -> Any:
+    import torch
+
+    def forward(self: Any, *given: "torch.Tensor", **more: "torch.Tensor") -> Any:
         return self.inner(*given, *(more[name] for name in names[len(given) :]))
 
     parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("self", *names)]
@@ -76,8 +80,8 @@ class Graph:
     """
 
     name: str
-    module: torch.nn.Module
-    example: Mapping[str, torch.Tensor]
+    module: "torch.nn.Module"
+    example: Mapping[str, "torch.Tensor"]
     outputs: tuple[str, ...]
     axes: Mapping[str, Mapping[int, str]]
     cases: Sequence[Arrays]

@@ -31,7 +31,7 @@ _FREE_SIZES = (1, 8, 32, 224)
 _ROWS = 3
 # Where `tutti serve` listens.
 _URL = "http://127.0.0.1:8000"
-_EXTRAS = {"torch": "pytorch", "sklearn": "sklearn", "skl2onnx": "sklearn", "joblib": "sklearn", "onnx": "export"}
+_EXTRAS = {"torch": "pytorch", "sklearn": "sklearn", "skl2onnx": "sklearn", "joblib": "sklearn", "onnx": "sklearn"}
 # Names of files that say nothing of the model in them.
 _NAMELESS = frozenset(["model", "best", "last", "checkpoint", "pytorch_model", "net", "network", "export", "exported"])
 

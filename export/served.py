@@ -8,20 +8,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 import ensembles
 from export.errors import ExportError, first_line
+from export.graphs import Check, Limits, Trial
 from tutti import local
 from tutti.dtypes import Array, from_numpy
 from tutti.engine import Engine
 from tutti.model import Model
 from tutti.types import Call, InferRequest, InferResponse, Tensor
-
-if TYPE_CHECKING:  # with PyTorch, which tutti init does without
-    from export.graphs import Check, Limits, Trial
 
 _WAIT_S = 300
 
@@ -77,7 +75,7 @@ def _timer(delay_s: float, callback: Callable[[], None]) -> None:
     later.start()
 
 
-def check(folder: Path, ensemble: str, trials: "Sequence[Trial]", limits: "Limits") -> "Check":
+def check(folder: Path, ensemble: str, trials: "Sequence[Trial]", limits: Limits) -> Check:
     """Whether the ensemble over `folder` answers each trial as it expects. Sizes of errors are shares of the range."""
     from export.graphs import Check
 
@@ -97,7 +95,7 @@ def check(folder: Path, ensemble: str, trials: "Sequence[Trial]", limits: "Limit
     return Check("served", True, f"'{ensemble}' answers as the checkpoint's own pipeline, but for {worst:.1e}: {what}")
 
 
-def _compare(expected: Mapping[str, Any], got: Mapping[str, Any], limits: "Limits") -> tuple[str, float]:
+def _compare(expected: Mapping[str, Any], got: Mapping[str, Any], limits: Limits) -> tuple[str, float]:
     """(what is wrong, the greatest error as a share of the output's range)."""
     worst = 0.0
     for name, right in expected.items():
