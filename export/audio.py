@@ -122,7 +122,7 @@ def product(
         raise ExportError(f"--samples {samples}: expected a folder of WAV files")
     if source.is_local and source.path.is_file():
         return silero.product(source, name, ensemble, samples, datatype)
-    config = checkpoint.configuration(source)
+    config = checkpoint.configuration(source, "audio")
     kind, head = config.model_type, checkpoint.task_of(config)
     if source.location is not None:
         if kind == "whisper" and head in ("", "ConditionalGeneration"):
@@ -159,8 +159,12 @@ def _classifier(
 ) -> Product:
     """NAME_classifier, from samples to scores; and the ensemble from a file's bytes to labels."""
     known, kind = ("audio-spectrogram-transformer", *_WAVEFORM), config.model_type
+    if kind in ("whisper", "clap"):
+        what = f"'{source.given}': of {kind} a checkpoint is needed, a folder or a hub id"
+        raise ExportError(f"{what}; random weights, by config:TYPE, are made of {', '.join(known)}")
     if kind not in known:
-        raise ExportError(f"expected whisper, clap, {', '.join(known)} or Silero's file, got '{kind}'")
+        covered = f"Whisper, CLAP, {', '.join(known)} and Silero's file"
+        raise ExportError(f"'{source.given}' is a {kind}: `tutti export audio` covers {covered}")
     loaded, extractor = _load(source, config, "AutoModelForAudioClassification")
     function = checkpoint.function_of(loaded.model.config, is_one_sigmoid=False)
     labels = checkpoint.labels(loaded.model.config)

@@ -5,6 +5,7 @@ at: one that the answers depend on must come from the checkpoint, and one that t
 those are is seen in the gradients of an answer. Knows nothing of families.
 """
 
+import difflib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,6 +33,9 @@ class Loaded:
     unread: tuple[str, ...] = ()
 
 
+_TAKES = {"audio": "sounds", "vision": "pictures", "text": "texts"}
+
+
 @contextmanager
 def told(source: Source) -> Iterator[None]:
     """Whatever transformers raises on reading a checkpoint -> ExportError, in a sentence."""
@@ -45,18 +49,42 @@ def told(source: Source) -> Iterator[None]:
         raise ExportError(f"transformers cannot load '{source.given}': {first_line(error)}") from None
 
 
-def configuration(source: Source) -> Any:
-    """The checkpoint's, or one made of `config:TYPE`."""
-    from transformers import AutoConfig
+def configuration(source: Source, kind: str) -> Any:
+    """The checkpoint's, or one made of `config:TYPE`. Raises ExportError where another command than `kind` takes it."""
+    from transformers import CONFIG_MAPPING, AutoConfig
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     # What it says of missing weights is looked at here, and told; what it says of training and sharding is of no use.
     transformers_logging.set_verbosity_error()
     with told(source):
-        if source.location is None:
-            return AutoConfig.for_model(source.config_type, **dict(source.options))
-        return AutoConfig.from_pretrained(source.location)
+        if source.location is not None:
+            config = AutoConfig.from_pretrained(source.location)
+        elif source.config_type in CONFIG_MAPPING:
+            config = AutoConfig.for_model(source.config_type, **dict(source.options))
+        else:
+            near = difflib.get_close_matches(source.config_type, CONFIG_MAPPING.keys(), 1)
+            what = f"; did you mean 'config:{near[0]}'?" if near else ", as config:bert"
+            raise ValueError(f"expected config:TYPE with a type that it knows{what}")
+    own = _kind_of(config.model_type)
+    if own not in ("", kind):
+        what = f"'{source.given}' is a {config.model_type}, which takes {_TAKES[own]}"
+        raise ExportError(f"{what}: tutti export {own} {source.given}")
+    return config
+
+
+def _kind_of(model_type: str) -> str:
+    """The command that takes models of a type; "" where several do, or nobody knows."""
+    from transformers.models.auto import modeling_auto as known
+
+    kinds = {
+        "audio": {*known.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES, "clap"},
+        "vision": {*known.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES},
+        "text": {*known.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, *known.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES},
+    }
+    pairs = known.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES  # with an encoder for texts and one for images
+    found = [kind for kind, types in kinds.items() if model_type in types and model_type not in pairs]
+    return found[0] if len(found) == 1 else ""
 
 
 def architecture(config: Any) -> str:

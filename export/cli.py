@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from export.names import VARIANTS
 from tutti import extras
 from tutti.errors import TuttiError
+from tutti.progress import Work
 from tutti.scratch import Folder
 from tutti.usage import Help, examples
 
@@ -237,8 +238,30 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _export(options: argparse.Namespace, work: Path) -> int:
-    from export import commands, manifest, pipeline, sources
     from export.errors import ParityError
+
+    label = f"{options.kind} '{options.name}'"
+    try:
+        with Work(label) as progress:
+            made = _made(options, work, label, progress)
+    except ParityError as error:
+        from export import pipeline
+
+        found = pipeline.stopped(error)
+        if found is not None:
+            print(f"tutti export: report: {_report(found, options)}", file=sys.stderr)
+        raise
+    if isinstance(made, list):
+        print("\n".join(made))
+    else:
+        _tell(made, label, options)
+    return 0
+
+
+def _made(options: argparse.Namespace, work: Path, label: str, progress: Work) -> "Outcome | list[str]":
+    """What came of it, or lines for a person where nothing was to be done. Raises ParityError."""
+    progress.step(f"read {options.source}")
+    from export import commands, manifest, pipeline, sources
 
     source = sources.resolve(options.source)
     own = _options(options)
@@ -248,25 +271,14 @@ def _export(options: argparse.Namespace, work: Path) -> int:
         tensorrt.load_library()  # fail before minutes of work
     given = {name: value for name, value in vars(options).items() if name not in _NO_INPUTS}
     key = manifest.key(source, given)
-    label = f"{options.kind} '{options.name}'"
     known = [] if options.force or options.dry_run else manifest.unchanged(options.repository, key, options.version)
     if known:
-        print(f"{label}: nothing has changed: {', '.join(known)} in {options.repository} (--force does it again)")
-        print("\n".join(commands.following(options.repository, known)))
-        return 0
+        unchanged = f"nothing has changed: {', '.join(known)} in {options.repository} (--force does it again)"
+        return [f"{label}: {unchanged}", *commands.following(options.repository, known)]
     product = _product(options, source, work)
     if options.dry_run:
-        print("\n".join([f"{label}: {source.provenance}", *pipeline.plan_lines(product, own, options.repository)]))
-        return 0
-    try:
-        outcome = pipeline.run(product, source, options.name, options.repository, own, work, key)
-    except ParityError as error:
-        found = pipeline.stopped(error)
-        if found is not None:
-            print(f"tutti export: report: {_report(found, options)}", file=sys.stderr)
-        raise
-    _tell(outcome, label, options)
-    return 0
+        return [f"{label}: {source.provenance}", *pipeline.plan_lines(product, own, options.repository)]
+    return pipeline.run(product, source, options.name, options.repository, own, work, key, progress)
 
 
 # What changes nothing in what is made.

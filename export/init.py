@@ -23,6 +23,7 @@ from export.initial import Draft
 from export.served import Staged
 from tutti import extras, hints, overview, repository
 from tutti.errors import TuttiError, reason
+from tutti.progress import Work
 from tutti.usage import Help, examples
 
 # A model that is asked with zeros of these sizes where its dims are free; the first that works proves it.
@@ -116,7 +117,8 @@ def _init(options: argparse.Namespace) -> int:
     if source.is_dir() and (source / "config.json").is_file():
         return _export(source, name, options)
     with tempfile.TemporaryDirectory(prefix="tutti-init-") as work:
-        draft, proof = _proved(source, name, Path(work), options)
+        with Work(f"tutti init: {name}") as progress:
+            draft, proof = _proved(source, name, Path(work), options, progress)
         _publish(Path(work) / "models" / name, target)
     _tell(draft, proof, target, options)
     if options.name is None and source.stem.lower() in _NAMELESS:
@@ -150,9 +152,11 @@ def _export(source: Path, name: str, options: argparse.Namespace) -> int:
     return cli.main(given)
 
 
-def _proved(source: Path, name: str, work: Path, options: argparse.Namespace) -> tuple[Draft, Proof]:
+def _proved(source: Path, name: str, work: Path, options: argparse.Namespace, progress: Work) -> tuple[Draft, Proof]:
     """What is to be published, and how it was proved; without a batch where it fails with one."""
+    progress.step(f"read {source}", total=2)
     draft = initial.read(source, name, work, options.input, options.max_batch_size)
+    progress.step("load it and ask it")
     try:
         return draft, _prove(draft, name, work, options.version)
     except ExportError as error:

@@ -4,9 +4,8 @@ Nothing reaches the repository unless all of it is well.
 """
 
 import json
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from export.sources import Source
 from export.variants import Builder, Result
 from tutti import bounds, config, dtypes, lengths
 from tutti.config import TensorSpec
+from tutti.progress import Work
 from tutti.types import Shape
 
 
@@ -69,29 +69,23 @@ class Outcome:
         return found + [f"{check.what}: {check.why}" for check in self.checks if not check.is_well]
 
 
-class Progress:
-    """A line for each step that takes its time."""
-
-    def __init__(self, total: int, show: Callable[[str], None] | None = None) -> None:
-        self._total = total
-        self._done = 0
-        self._start = time.monotonic()
-        self._show = show or (lambda line: print(line, file=sys.stderr, flush=True))
-
-    def step(self, what: str) -> None:
-        self._done += 1
-        self._show(f"[{self._done}/{self._total}] {time.monotonic() - self._start:5.1f} s  {what}")
-
-
 def run(
-    product: Product, source: Source, name: str, repository: Path, options: Options, work: Path, key: str = ""
+    product: Product,
+    source: Source,
+    name: str,
+    repository: Path,
+    options: Options,
+    work: Path,
+    key: str = "",
+    progress: Work | None = None,
 ) -> Outcome:
-    """Export a product; `key` tells a rerun of it.
+    """Export a product; `key` tells a rerun of it. The first step that `progress` was told of has made the product.
 
     Raises ParityError carrying the outcome when something is not well; nothing is published then.
     """
     started = time.monotonic()
-    progress = Progress(len(product.graphs) * (len(options.variants) + options.profiles) + 2)
+    total = 1 + len(product.graphs) * (len(options.variants) + options.profiles) + 2
+    progress = progress or Work(name)
     provenance = product.provenance or source.provenance
     outcome = Outcome(name, source, options, accuracy=product.accuracy, provenance=provenance, key=key)
     entries: dict[str, Entry] = {}
@@ -101,14 +95,14 @@ def run(
         builder = Builder(graph, folder, options.compute_capability)
         outcome.results.append(builder.result)
         for variant in options.variants:
-            progress.step(f"{graph.name}: {variant}")
+            progress.step(f"{graph.name}: {variant}", total)
             builder.make(variant)
         if options.profiles:
-            progress.step(f"{graph.name}: profile")
+            progress.step(f"{graph.name}: profile", total)
             outcome.measured[graph.name] = measure(builder.result)
         if not graph.host:
             entries[graph.name] = _entry(builder.result, options, outcome.measured.get(graph.name, []))
-    progress.step("checks")
+    progress.step("checks", total)
     found = {result.graph.name: result for result in outcome.results}
     outcome.checks += [check(found) for check in product.checks]
     _stop_if(outcome)
@@ -119,7 +113,7 @@ def run(
     if product.ensemble is not None:
         ensemble = product.ensemble(entries)
         entries[ensemble.name] = ensemble
-    progress.step("publish")
+    progress.step("publish", total)
     with Staging(repository) as staging:
         _stage(staging, entries, outcome, work)
         outcome.checks += _look_at(staging.folder, entries, outcome)

@@ -34,7 +34,7 @@ def load(source: Source, task: str = "auto", prompt: str | None = None) -> Encod
     `task` auto is what its architecture says. Raises ExportError for what is not covered, or not the checkpoint's.
     """
     recipe = sentences.read(source, prompt)
-    config = checkpoint.configuration(recipe.source)
+    config = checkpoint.configuration(recipe.source, "text")
     kind = _kind(config, source) if task == "auto" else {"token-classification": "tokens"}.get(task, task)
     if task == "auto" and recipe.is_told and kind != "embedding":
         kind = "embedding"

@@ -105,7 +105,7 @@ def load(source: Source, image_size: int | None, task: str) -> tuple[Loaded, Pre
     """
     from transformers import AutoModel, AutoModelForImageClassification
 
-    config = checkpoint.configuration(source)
+    config = checkpoint.configuration(source, "vision")
     kind = _kind(config, source) if task == "auto" else task
     family = AutoModelForImageClassification if kind == "classification" else AutoModel
     loaded = checkpoint.load(family, source, config)

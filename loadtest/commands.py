@@ -25,11 +25,11 @@ from loadtest.arrivals import length_s
 from loadtest.errors import RunError, ScenarioError
 from loadtest.payloads import messages
 from loadtest.process import stop
-from loadtest.progress import Progress, clock
 from loadtest.runner import Result
 from loadtest.scenario import Scenario, Stage
 from loadtest.search import PROBE_REQUESTS
 from loadtest.slo import Verdict
+from tutti.progress import Progress, clock
 
 # Of a probe, beside its seconds: the generator's start and end.
 _AROUND_S = 3.0

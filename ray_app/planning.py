@@ -15,6 +15,7 @@ from ray_app.options import Options
 from ray_app.placement import PoolSpec, home
 from tutti import hints, repository
 from tutti.errors import ConfigError, reason
+from tutti.progress import Work, clock
 
 
 def plan(options: argparse.Namespace) -> None:
@@ -81,7 +82,8 @@ def simulate(options: argparse.Namespace) -> None:
             raise ConfigError(f"{options.scenario}: expected pools and a trace")
         scenario = Scenario(**given)
         begun = time.monotonic()
-        result = (simulation.simulate_fluid if options.fluid else simulation.simulate)(scenario)
+        with Work(f"simulating {clock(scenario.load().seconds)}") as progress:
+            result = (simulation.simulate_fluid if options.fluid else simulation.simulate)(scenario, progress.at)
     except (OSError, UnicodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{options.scenario}: {reason(error)}") from None
     except ValidationError as error:

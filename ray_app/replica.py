@@ -108,14 +108,11 @@ class Replica:
         # What does not end must not keep the others from being served, unless all must be.
         patience_s = None if options.exits_on_error else options.control_timeout_s
         news = News(RayStore(), serve.get_replica_context().app_name)
-        async with Writer(news, self._id, pool, self._progress):
+        async with Writer(news, self._id, pool, self._engine.started):
             await asyncio.to_thread(self._engine.load_all, options.models, patience_s)
             if self._engine.failures() and options.exits_on_error:
                 raise ConfigError("; ".join(self._engine.failures()))
         collector.settle()
-
-    def _progress(self) -> tuple[int, int]:
-        return len(self._engine.models()) + len(self._engine.failures()), self._engine.starting()
 
     async def infer(self, message: wire.BatchMessage, generation: int, to: str = "") -> wire.AnswerMessage | str:
         """Answers to a batch, in order; a request's error is its answer, never an exception.

@@ -30,6 +30,9 @@ from tutti import config, local, types, wire
 from tutti.statistics import ModelStatistics
 from tutti.types import Call, InferRequest, InferResponse, Tensor
 
+Tell = Callable[[float], None]
+"""(the share of the time that is simulated, from 0 to 1) -> nothing."""
+
 MODEL = "model"
 KEY = f"{MODEL}/1"
 # Serve's controller looks this often.
@@ -350,20 +353,20 @@ def model_config(scenario: Scenario) -> config.ModelConfig:
     return config.parse(text, MODEL)
 
 
-def simulate(scenario: Scenario) -> Result:
-    """Every request of it. Not for many: a few tens of thousands take a second."""
+def simulate(scenario: Scenario, progress: Tell = lambda _share: None) -> Result:
+    """Every request of it, telling the share that is done. Not for many: a few tens of thousands take a second."""
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         loop = runner.get_loop()
         types.set_clock(lambda: int(loop.time() * 1e9))
         logging.disable(logging.WARNING)  # of replicas that come and go
         try:
-            return runner.run(_simulate(scenario, scenario.load()))
+            return runner.run(_simulate(scenario, scenario.load(), progress))
         finally:
             types.set_clock()
             logging.disable(logging.NOTSET)
 
 
-async def _simulate(scenario: Scenario, load: Load) -> Result:
+async def _simulate(scenario: Scenario, load: Load, progress: Tell) -> Result:
     loop = asyncio.get_running_loop()
     rng = random.Random(scenario.seed)
     deployments = {spec.name: _Deployment(spec, scenario, loop) for spec in scenario.pools}
@@ -383,6 +386,7 @@ async def _simulate(scenario: Scenario, load: Load) -> Result:
 
     async def control() -> None:
         while True:
+            progress(min(1.0, (loop.time() - start) / max(load.seconds, 1e-9)))
             for one in deployments.values():
                 one.control()
                 result.note(one.spec.name, len(one.replicas), _CONTROL_S if loop.time() - start < load.seconds else 0.0)
@@ -450,7 +454,7 @@ class _Learned:
         return self._known[index, count]
 
 
-def simulate_fluid(scenario: Scenario) -> Result:
+def simulate_fluid(scenario: Scenario, progress: Tell = lambda _share: None) -> Result:
     """By half seconds: requests are an amount that waits, and is served at the pools' pace, first come first served.
 
     Requests go to the first pool that has replicas; that others help out when it is late is left out.
@@ -463,6 +467,7 @@ def simulate_fluid(scenario: Scenario) -> Result:
     backlog = 0.0
     for tick in range(math.ceil(load.seconds / _TICK_S)):
         now = tick * _TICK_S
+        progress(now / load.seconds)
         came = load.rate(now) * _TICK_S  # that they come in crowds and gaps is in what was learned
         result.requests += came
         backlog += came

@@ -12,7 +12,7 @@ PACKAGES = ("tutti", "ensembles", "ray_app", "export", "loadtest", "demo", "benc
 LAYERS = {
     "tutti": 0, "tutti.extras": 0, "tutti.types": 0, "tutti.dtypes": 0, "tutti.errors": 0,
     "tutti.batching": 1, "tutti.bounds": 1, "tutti.cost": 1, "tutti.lengths": 1, "tutti.padding": 1, "tutti.ragged": 1,
-    "tutti.files": 1, "tutti.operations": 1, "tutti.wire": 1, "tutti.config": 1, "tutti.rows": 1,
+    "tutti.files": 1, "tutti.progress": 0, "tutti.operations": 1, "tutti.wire": 1, "tutti.config": 1, "tutti.rows": 1,
     "tutti.scratch": 1, "tutti.lifeline": 1, "tutti.threads": 1, "tutti.ending": 1,
     "tutti.rate_limiting": 1, "tutti.rate_limits": 2,
     "ensembles.axes": 1,

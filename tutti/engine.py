@@ -461,13 +461,10 @@ class Engine:
             return False
         return all(model.is_ready() for model in self.models())
 
-    def starting(self) -> int:
-        """How many models the start loads; 0 until that is known."""
-        return len(self._starting)
-
-    def loading(self) -> int:
-        """How many of them have not ended."""
-        return len(self._late())
+    def started(self) -> tuple[int, int]:
+        """Of how many models the loading at the start has ended, and how many it loads; (0, 0) until that is known."""
+        loads = self._starting.values()
+        return sum(ended.is_set() for ended in loads), len(loads)
 
     def failures(self) -> list[str]:
         """Why models could not be loaded, one message each."""

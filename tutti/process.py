@@ -29,6 +29,7 @@ from tutti.errors import DeviceLost
 from tutti.frontends import setup
 from tutti.frontends.server import Server
 from tutti.logs import Logs
+from tutti.progress import clock
 from tutti.rate_limiting import parse_supply
 from tutti.rate_limits import RateLimits
 from tutti.reports import Supervised, end_with
@@ -186,12 +187,12 @@ async def _tell_progress(engine: Engine) -> None:
     start = time.monotonic()
     while True:
         await asyncio.sleep(PROGRESS_S)
-        total = engine.starting()
+        done, total = engine.started()
         if not total:  # the repository is still being looked at
             continue
-        done, passed_s = total - engine.loading(), time.monotonic() - start
-        left = f", about {passed_s / done * (total - done):.0f} s left" if 0 < done < total else ""
-        _log.info("loading: %d of %d models after %.0f s%s", done, total, passed_s, left)
+        passed_s = time.monotonic() - start
+        left = f", about {clock(passed_s / done * (total - done))} left" if 0 < done < total else ""
+        _log.info("loading: %d of %d models after %s%s", done, total, clock(passed_s, is_up=False), left)
 
 
 def _cannot_listen(error: OSError) -> int:

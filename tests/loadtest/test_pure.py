@@ -1,6 +1,5 @@
 """Arrivals, histograms, verdicts and searches: no server, no clock."""
 
-import io
 import json
 import math
 import random
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from loadtest import arrivals, charts, progress, report, runner, sampler, scenario, search, slo
+from loadtest import arrivals, charts, report, runner, sampler, scenario, search, slo
 from loadtest.histogram import Histogram
 from loadtest.payloads import Payloads, TensorInfo, messages
 from loadtest.scenario import Goal, Scenario, ScenarioError, Sizes, Stage
@@ -476,15 +475,3 @@ def test_searches_know_how_many_probes_are_left() -> None:
     assert search.probes_left(100, math.inf, 0.03) is None
     assert search.probes_left(100, 200, 0.03) == 5
     assert search.probes_left(195, 200, 0.03) == 0
-
-
-def test_progress_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = [0.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0] + 10)
-    out = io.StringIO()
-    shown = progress.Progress(out)
-    for second in range(11):
-        clock[0] = float(second)
-        shown.show(f"at {second}")
-    assert out.getvalue() == "at 0\nat 5\nat 10\n"
-    assert [progress.clock(seconds) for seconds in (0, 39.2, 185, 7800)] == ["0 s", "40 s", "3 min 05 s", "2 h 10 min"]

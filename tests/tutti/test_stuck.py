@@ -203,10 +203,11 @@ def test_models_that_hang_at_the_start_are_not_waited_for(repository: Repository
     assert is_served(engine, "ready")
     assert not engine.is_ready()
     assert any("hanging0' is still being loaded" in why for why in engine.failures())
-    assert (engine.starting(), engine.loading()) == (7, 6)
+    wait_until(lambda: engine.started() == (1, 7))
     Gate.opened.set()
     wait_until(engine.is_ready)
     assert engine.failures() == []
+    wait_until(lambda: engine.started() == (7, 7))
     engine.close()
 
 

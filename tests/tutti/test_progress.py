@@ -1,0 +1,129 @@
+"""Progress: what a line says, when it comes, and what is left of it on a terminal and in a log."""
+
+import io
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tutti import progress
+
+ROOT = Path(__file__).parents[2]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def at_times(monkeypatch: pytest.MonkeyPatch, out: io.StringIO) -> str:
+    """What is written of a line that is told each half second, for eleven seconds."""
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0] + 10)
+    shown = progress.Progress(out)
+    for number in range(23):
+        clock[0] = number / 2
+        shown.show(f"at {number / 2:g}" + "." * (number == 0))
+    shown.clear()
+    return out.getvalue()
+
+
+def test_a_log_has_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert at_times(monkeypatch, io.StringIO()) == "at 0.\nat 5\nat 10\n"
+
+
+def test_a_terminal_has_one_line_that_is_written_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    told = at_times(monkeypatch, Terminal())
+    assert told.startswith("\rat 0.\rat 0.5\rat 1  \rat 1.5")
+    assert told.endswith("\rat 11  \r" + " " * 5 + "\r")
+    assert "\n" not in told
+    monkeypatch.setenv("TERM", "dumb")
+    assert "\r" not in at_times(monkeypatch, Terminal())
+
+
+def test_no_line_is_longer_than_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "20")
+    out = Terminal()
+    progress.Progress(out).show("x" * 50)
+    assert out.getvalue() == "\r" + "x" * 18 + "…"
+    assert progress.cut("short", 5) == "short"
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        (("export", "", 0, 0, 0.0, 3.9, 3.9), "export, 3 s"),
+        (("export", "fp32", 0, 4, 0.0, 3.0, 3.0), "export [1/4], 3 s: fp32"),
+        (("export", "int8", 1, 4, 0.0, 12.0, 2.0), "export [2/4], 12 s, about 28 s left: int8"),
+        (("export", "int8", 1, 4, 0.0, 95.0, 85.0), "export [2/4], 1 min 35 s, about 20 s left: int8"),
+        (("export", "all", 3, 4, 0.0, 95.0, 5.0), "export [4/4], 1 min 35 s, about 25 s left: all"),
+        (("simulate", "", 0, 0, 0.25, 10.0, 10.0), "simulate, 25%, 10 s, about 30 s left"),
+        (("x", "b", 1, 3, 0.5, 20.0, 10.0), "x [2/3], 50%, 20 s, about 25 s left: b"),
+    ],
+)
+def test_what_a_line_says(given: tuple[str, str, int, int, float, float, float], line: str) -> None:
+    assert progress.told(*given) == line
+
+
+def test_times_are_told_as_people_do() -> None:
+    assert [progress.clock(s) for s in (0, 39.2, 185, 7800)] == ["0 s", "40 s", "3 min 05 s", "2 h 10 min"]
+    assert progress.clock(59.9, is_up=False) == "59 s"
+
+
+def test_short_work_is_not_told_of() -> None:
+    out = io.StringIO()
+    with progress.Work("work", out=out) as work:
+        work.step("one", total=2)
+        work.step("two")
+    assert out.getvalue() == ""
+
+
+WORK = """
+import sys, threading
+from tutti.progress import Work
+with Work("export", 3) as work:
+    work.step("fp32")
+    work.step("int8")
+    assert not sys.stdin.readline()  # until whoever looks has seen a line
+print("published")
+"""
+
+
+def test_a_terminal_is_told_of_long_work_and_left_clean() -> None:
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-c", WORK], stdin=subprocess.PIPE, stdout=theirs, stderr=theirs, cwd=ROOT,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "79"},
+    ) as process:  # fmt: skip
+        os.close(theirs)
+        seen = b""
+        while not re.search(rb"\rexport \[2/3\], \d+ s(, about \d+ s left)?: int8", seen):
+            seen += os.read(ours, 1024)
+        assert process.stdin is not None
+        process.stdin.close()
+        try:
+            while part := os.read(ours, 1024):
+                seen += part
+        except OSError:  # how a terminal of Linux ends
+            pass
+    os.close(ours)
+    assert seen.endswith(b" \rpublished\r\n")
+    assert b"\n" not in seen.removesuffix(b"published\r\n")
+    assert process.returncode == 0
+
+
+def test_commands_of_others_are_told_of_and_their_failures_shown() -> None:
+    own = "import sys; print('found it', flush=True); sys.stdin.read(); sys.exit(int(sys.argv[1]))"
+    for status in (0, 3):
+        command = [sys.executable, "-m", "tutti.progress", "installing", sys.executable, "-c", own, str(status)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+        assert done.returncode == status
+        assert done.stdout == ""
+        if status:
+            assert done.stderr.endswith("found it\ninstalling: it ended with status 3\n")
