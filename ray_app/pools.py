@@ -9,7 +9,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +31,8 @@ MAX_PROBES_PER_S = 100
 CANCEL_INTERVAL_S = 0.1
 MAX_SENDS = 3
 NO_REPLICA_TIMEOUT_S = 10.0
+# Whoever has lost a batch may be given it again after this: it is not about to be found dead then.
+AGAIN_S = 1.0
 
 
 Watch = Callable[[str, Callable[[list[str], str], None]], None]
@@ -373,7 +375,10 @@ class Router:
         except asyncio.CancelledError:
             if not send.cancelled() or (task := asyncio.current_task()) is None or task.cancelling():
                 raise
-            raise (_Silent("it does not answer") if member.is_hung else _Lost("it died")) from None
+            if member.is_hung:
+                raise _Silent("it does not answer") from None
+            self._lost(pool, member)
+            raise _Lost("it died") from None
         except InferError:
             raise
         except Exception as error:
@@ -417,16 +422,24 @@ class Router:
             pool.status.fallbacks += requests
 
     async def _another(self, key: str, pools: Sequence[Pool], tried: Sequence[Member]) -> Member:
+        """A replica for what was lost by those `tried`, who are asked again where they are up and no other is.
+
+        One that has answered nothing for a while need not be dead: on a busy machine it may be the only one there is.
+        """
         statuses = [pool.status for pool in pools]
         patience_s = max(pool.patience_s for pool in pools)
-        try:
-            async with asyncio.timeout(patience_s), self._changed:
-                while (member := another(statuses, key, tried)) is None:
-                    self.call_for(pools)
-                    await self._changed.wait()
-                return member
-        except TimeoutError:
-            raise Unavailable(f"no replica is up, waited {patience_s:g} s") from None
+        start_s = self._loop.time()
+        again_s, end_s = start_s + AGAIN_S, start_s + patience_s
+        async with self._changed:
+            while (now_s := self._loop.time()) < end_s:
+                member = another(statuses, key, tried if now_s < again_s else ())
+                if member is not None:
+                    return member
+                self.call_for(pools)
+                with suppress(TimeoutError):
+                    async with asyncio.timeout_at(again_s if now_s < again_s < end_s else end_s):
+                        await self._changed.wait()
+        raise Unavailable(f"no replica is up, waited {patience_s:g} s")
 
     def call_for(self, pools: Sequence[Pool]) -> None:
         """Requests wait, and there is no replica: let Serve know, which then starts one."""

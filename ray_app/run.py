@@ -255,6 +255,7 @@ def _stop_serving(timeout_s: float, stop: _Stop) -> None:
     import ray
     from ray import serve
 
+    logging.getLogger("ray").setLevel(logging.ERROR)  # it warns of the thread that it is shut down in
     if stop.has_deployed and not stop.is_ours:
         _within(timeout_s, lambda: serve.delete(APP))
     _within(timeout_s, ray.shutdown)

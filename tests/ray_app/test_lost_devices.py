@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ray_app import pools
 from ray_app.members import Member, PoolStatus
 from ray_app.pools import MAX_SENDS, Pool, Router
 from tests.serving import Gather
@@ -85,6 +86,45 @@ def test_what_was_answered_stays_where_no_replica_is_left_for_the_rest() -> None
     replicas = Replicas(1)
     found = answers(replicas, [call(1), call(POISON)], patience_s=0.05)
     assert values(found) == [-1, Unavailable]
+
+
+class Silent:
+    """A replica that once does not answer, as one on a machine that is too busy, and is heard of again."""
+
+    def __init__(self, member: Member) -> None:
+        self.asked = 0
+        self._member = member
+
+    async def remote(self, message: wire.BatchMessage, generation: int, to: str) -> wire.AnswerMessage:
+        self.asked += 1
+        if self.asked == 1:
+            self._member.missed()
+            self._member.missed()
+            asyncio.get_running_loop().call_later(0, self._heard, to)
+            raise asyncio.CancelledError
+        (sent,) = wire.unpack_calls(message, Gather(1), 0)
+        return wire.pack_answers([InferResponse("m", "1", [sent.request.inputs["x"]])])
+
+    def _heard(self, to: str) -> None:
+        self._member.saw(to, ["m/1"], 0)
+
+
+def test_one_that_is_heard_of_again_gets_what_it_has_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pools, "AGAIN_S", 0.01)
+
+    async def run() -> tuple[list[Answer], int]:
+        status = PoolStatus("cpu")
+        (member,) = status.present(["r0"])
+        member.saw("r0", ["m/1"], 0)
+        silent = Silent(member)
+        pool = Pool(status, silent)
+        router = Router([pool], asyncio.get_running_loop())
+        found, _ = await router.infer([call(7)], "m/1", [pool], member)
+        return found, silent.asked
+
+    (answer,), asked = asyncio.run(run())
+    assert isinstance(answer, InferResponse)
+    assert asked == 2
 
 
 def test_nobody_is_asked_for_one_who_has_gone() -> None:
