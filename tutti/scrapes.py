@@ -252,7 +252,7 @@ def _model(change: _Change, name: str, is_step: bool) -> ModelRates:
         change.a_second("tutti_deadline_misses", model=name) if change.has("tutti_deadline_misses") else None,
         change.a_second("nv_inference_request_duration_us", model=name) / 1e6,
         change.now("nv_inference_pending_request_count", model=name),
-        mean_ms("nv_inference_queue_duration_us"),
+        None if change.has("tutti_ensemble_step", model=name) else mean_ms("nv_inference_queue_duration_us"),
         mean_ms(*_EXECUTION),
         change.quantile_ms(_REQUEST_TIME, 0.5, name),
         change.quantile_ms(_REQUEST_TIME, 0.99, name),

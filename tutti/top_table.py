@@ -90,7 +90,7 @@ def lines(rates: Rates, width: int, colour: bool, height: int | None = None) -> 
 
 def _total(rates: Rates) -> str:
     steps = sum(model.is_step for model in rates.models)
-    without = f", without the {steps} steps of ensembles" if steps else ""
+    without = f", without the {steps} {'step' if steps == 1 else 'steps'} of ensembles" if steps else ""
     return f"{rate(rates.requests)} requests/s, {rate(rates.failed)} failed, {rate(rates.refused)} refused{without}"
 
 

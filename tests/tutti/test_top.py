@@ -106,6 +106,7 @@ def test_a_servers_own_page_has_all_of_it(repository: Repository) -> None:
     assert models["whole"].requests == models["add_one"].requests == 3.0
     step = models["add_one"]
     assert step.is_step and step.is_ready and not models["whole"].is_step
+    assert models["whole"].queue_ms is None and models["whole"].execution_ms is not None
     assert step.batch is not None and step.batch >= 1.0
     assert None not in (step.queue_ms, step.execution_ms, step.p50_ms, step.p99_ms, step.queue_p99_ms, step.queued)
     assert [device.name for device in rates.devices] == ["cpu"]
