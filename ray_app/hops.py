@@ -52,7 +52,8 @@ class ReplicaInstance:
         rows = sum([call.rows for call in batch])
         start_ns = now_ns()
         by: Member | None = None
-        traced = [call for call in batch if call.trace is not None and PARAMETER not in call.request.parameters]
+        watched = [call for call in batch if call.trace is not None]
+        traced = [call for call in watched if PARAMETER not in call.request.parameters]
         for call in traced:  # the replica is to tell of what it does
             call.request.parameters = {**call.request.parameters, PARAMETER: True}
         member.begins(start_ns, self.costs.of(batch[0].key).mean_ns(rows))
@@ -76,7 +77,8 @@ class ReplicaInstance:
             call.answer = answer
         times = BatchTimes(start_ns, start_ns, end_ns, end_ns)
         hop.statistics.record_batch(batch, times)
-        trace(batch, times, **({} if by is None else {"pool": by.pool, "replica": by.name}))
+        if watched:
+            trace(batch, times, **({} if by is None else {"pool": by.pool, "replica": by.name}))
         for call in traced:
             _note_told(call)
         try:

@@ -196,7 +196,8 @@ class Sequences:
         end_ns = now_ns()
         times = BatchTimes(start_ns, start_ns, end_ns, end_ns)
         self._statistics.record_batch(batch, times)
-        trace(batch, times, pool=pin.pool.status.name, replica=pin.replica.name)
+        if any(call.trace is not None for call in batch):
+            trace(batch, times, pool=pin.replica.pool, replica=pin.replica.name)
         return is_lost
 
     def _sweep(self) -> None:
