@@ -30,9 +30,4 @@ def _ask(asked: ModelConfig) -> str:
     if len(names) == 1 and names[0] in _FILES:
         header = "-H 'Inference-Header-Content-Length: 0'"
         return f"curl -s --output - --data-binary @{_FILES[names[0]]} {header} {url}/infer"
-    inputs = [
-        {"name": spec.name, "shape": shape, "datatype": "BYTES", "data": ["some text"]}
-        for spec in asked.inputs
-        for shape in [[1 if size < 0 else size for size in asked.wire_shape(spec)]]
-    ]
-    return f"curl -s {url}/infer -d {shlex.quote(json.dumps({'inputs': inputs}))}"
+    return f"curl -s {url}/generate -d {shlex.quote(json.dumps(dict.fromkeys(names, 'a text')))}"

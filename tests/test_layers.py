@@ -169,7 +169,10 @@ def test_export_imports_only_the_pure_layers_of_the_server(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(name for name in MODULES if name.startswith("loadtest")))
 def test_loadtest_imports_no_server_code(name: str) -> None:
-    own = imports(name) - {"tutti.extras"}  # how its libraries are installed
+    own = imports(name) - {
+        "tutti.extras",
+        "tutti.progress",
+    }  # how its libraries are installed, and how progress is told
     assert not {other for other in own if other.split(".")[0] in ("tutti", "ensembles", "ray_app", "export")}
 
 

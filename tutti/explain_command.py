@@ -20,6 +20,7 @@ from tutti.config import ModelConfig
 from tutti.errors import ConfigError, InferError, reason
 from tutti.explain import PARAMETER
 from tutti.frontends import http_codec
+from tutti.progress import Work
 from tutti.types import Call, InferRequest, InferResponse, Tensor
 from tutti.usage import Help, examples
 from tutti.waterfall import waterfall
@@ -129,7 +130,8 @@ def _told_here(options: argparse.Namespace) -> str:
     repository.check_known(root, name)
     inputs = _inputs(repository.open_model(root, name).config, options.inputs)
     engine = local.make_engine(root, _timer, ensembles.load)
-    engine.load_all([name])
+    with Work(f"loading '{name}'"):
+        engine.load_all([name])
     try:
         if engine.failures():
             raise ConfigError("; ".join(engine.failures()))

@@ -507,9 +507,8 @@ def test_what_is_told_to_type_works(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_texts_and_tensors_are_asked_as_they_come(sample_repository: Path, tmp_path: Path) -> None:
     (tmp_path / "a b").symlink_to(sample_repository)
     url = "curl -s http://127.0.0.1:8000/v2/models"
-    body = '{"inputs": [{"name": "TEXT", "shape": [1, 1], "datatype": "BYTES", "data": ["some text"]}]}'
     for names, ask in (
-        (["text_gate"], f"{url}/text_gate/infer -d '{body}'"),
+        (["text_gate"], f"{url}/text_gate/generate -d '" + '{"TEXT": "a text"}' + "'"),
         (["text_gate", "speech_vad"], f"{url}/speech_vad"),
     ):
         serve, told = commands.following(tmp_path / "a b", names)
