@@ -179,6 +179,17 @@ def test_the_image_copies_what_there_is_and_installs_it(tmp_path: Path) -> None:
     assert all(flag in shown.stdout for flag in flags)
 
 
+@pytest.mark.parametrize(("given", "swaps"), [("ray,gpu,tracing", True), ("ray,tracing", False), ("gpu", True)])
+def test_an_image_for_gpus_has_one_onnxruntime(given: str, swaps: bool) -> None:
+    """No extra can remove the wheel for processors: the recipe does, with a pip that only says what it is asked."""
+    image = (DEPLOY / "Dockerfile").read_text()
+    (line,) = re.findall(r"^RUN (case .*?esac)$", image, re.MULTILINE | re.DOTALL)
+    command = f"pip() {{ echo pip $*; }}; EXTRAS={given}; {line}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True)
+    asked = ["pip uninstall -y onnxruntime onnxruntime-gpu", "pip install --no-cache-dir onnxruntime-gpu"]
+    assert done.stdout.splitlines() == (asked if swaps else [])
+
+
 def named_metrics(expression: str) -> set[str]:
     return set(re.findall(r"\b((?:nv|tutti)_[a-z_]+)", expression))
 
