@@ -36,8 +36,9 @@ def ask(module: Any, address: str, model: str, request_id: str, wide: int = 4) -
 
 
 def post(server: Served, path: str, body: bytes, request_id: str) -> tuple[int, dict[str, str]]:
-    """Status and headers."""
-    request = urllib.request.Request(f"http://{server.http}{path}", body, {"x-request-id": request_id})
+    """Status and headers. Nobody can say that he is another."""
+    headers = {"x-request-id": request_id, "tutti-client": "somebody"}
+    request = urllib.request.Request(f"http://{server.http}{path}", body, headers)
     try:
         with urllib.request.urlopen(request, timeout=30) as answer:
             return answer.status, dict(answer.headers)

@@ -9,6 +9,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,10 @@ from tutti.frontends import http_api
 from tutti.frontends import http_connection as http
 from tutti.frontends.api import Api
 from tutti.frontends.http import HttpFront
+from tutti.frontends.http_codec import BINARY_REPLY
+from tutti.frontends.http_connection import Exchange
 from tutti.frontends.limits import Limits
+from tutti.types import Call, Columns, InferRequest, InferResponse, Tensor
 
 MAX_BODY = 10_000
 
@@ -363,12 +367,24 @@ def test_a_head_that_ends_oddly_is_not_kept(server: Running, end: bytes) -> None
     ("pool", "header"), [("gpu", b"tutti-pool: gpu\r\n"), ("a\r\nset-cookie: b", b""), ("", b""), (7, b"")]
 )
 def test_the_pool_that_answered_is_a_header_if_it_can_be(pool: object, header: bytes) -> None:
-    head, plain = (
-        front._batch_head(10, 20, parameters, (0, None, 1, False))
-        for parameters in ({"tutti_pool": pool}, dict[str, str]())
-    )
+    head, plain = (head_of(parameters) for parameters in ({"tutti_pool": pool}, dict[str, str]()))
     before, after = plain.split(b"server-timing")
     assert head == before + header + b"server-timing" + after
+
+
+def head_of(parameters: Any) -> bytes:
+    """What precedes the id of an answer that has these parameters."""
+    exchange = Exchange(None, b"POST", b"/", True)  # type: ignore[arg-type]
+    exchange.request_id, exchange.reply = b"mine", BINARY_REPLY
+    call = Call(InferRequest("m", {}), None, exchange)  # type: ignore[arg-type]
+    columns = Columns([Tensor.of("y", np.zeros((2, 1), np.float32))])
+    response = InferResponse.of_part("m", "1", columns, 0, 1)
+    response.parameters = parameters
+    mates = front._Mates(1)
+    assert mates.have(call, response, exchange)
+    length = len(mates.header)
+    response.parameters = {}
+    return mates.head.replace(b"%d" % length, b"LENGTH").replace(b"%d" % (length + 4), b"LENGTH")
 
 
 def raw_infer(body: bytes) -> bytes:

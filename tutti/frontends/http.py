@@ -36,7 +36,7 @@ from tutti.frontends.http_connection import (
 from tutti.frontends.http_status import REFUSED, status_of
 from tutti.frontends.limits import Limits
 from tutti.threads import Pool
-from tutti.types import POOL_PARAMETER, Call, InferRequest, Parameters, Raw, Times, now_ns
+from tutti.types import POOL_PARAMETER, Call, Columns, InferRequest, InferResponse, Parameters, Raw, now_ns
 
 _log = logging.getLogger(__name__)
 
@@ -142,7 +142,8 @@ class HttpFront:
     def settle(self, calls: Sequence[Call]) -> None:
         """Encode in the caller's thread, write on the loop: one trip for all of them."""
         now = now_ns()
-        answered = [(call.token, self._encode(call, now)) for call in calls]
+        mates = _Mates(now)
+        answered = [(call.token, self._encode(call, mates)) for call in calls]
         assert self._api is not None
         if self._api.requests.is_on:
             http_events.note_calls(self._api.requests, calls, [response for _, response in answered], now)
@@ -269,28 +270,29 @@ class HttpFront:
             raise Elsewhere
         return request, reply
 
-    def _encode(self, call: Call, now: int) -> Response:
+    def _encode(self, call: Call, mates: "_Mates") -> Response:
         exchange: Exchange = call.token
         assert self._api is not None
         try:
             response, shared = self._api.complete(call)
-            is_plain = exchange.keep_alive and not exchange.encoding
-            if response.columns is not None and is_plain and not call.request.id and not shared:
+            columns = response.columns
+            is_plain = exchange.keep_alive and not exchange.encoding and not call.request.id and not shared
+            if columns is not None and is_plain and mates.have(call, response, exchange):
+                start, stop = response.start, response.stop
                 sent = exchange.request_id
-                own = sent + _HEAD_END if sent else answer_headers.place(response.start)
-                about = (call.arrived_ns, call.times, now, not sent)
-                parts = http_codec.encode_part(response, exchange.reply, _batch_head, about, own)
-                if parts is not None:
-                    return _pieces(parts)
+                own = sent + _HEAD_END if sent else answer_headers.place(start)
+                data = [raw[start * size : stop * size] for size, raw in columns.raws]
+                pieces: list[Raw] = [mates.head, own, mates.header, *data]
+                return pieces if mates.is_large else b"".join(pieces)
             header_length, parts = http_codec.encode(response, call.request.id, exchange.reply, shared)
-            return _response(call, header_length, parts, response.parameters, now)
+            return _response(call, header_length, parts, response.parameters, mates.now_ns)
         except InferError as error:
             error.__traceback__ = None  # it leads to the call, which has the error: a cycle that keeps the tensors
-            return error_response(status_of(error), error.message, exchange.keep_alive, _about(call, now))
+            return error_response(status_of(error), error.message, exchange.keep_alive, _about(call, mates.now_ns))
         except Exception as error:
             _log.exception("a response of model '%s' could not be encoded", call.request.model_name)
             what = f"internal error: {type(error).__name__}"
-            return error_response(500, what, exchange.keep_alive, _about(call, now))
+            return error_response(500, what, exchange.keep_alive, _about(call, mates.now_ns))
 
     async def _run_app(self, exchange: Exchange) -> None:
         """Let the app answer: in one piece, or as it comes where the app sends it in parts."""
@@ -487,8 +489,6 @@ _BINARY_HEAD = (
     b"HTTP/1.1 200 OK\r\ncontent-type: application/octet-stream\r\n"
     b"inference-header-content-length: %d\r\ncontent-length: %d\r\n"
 )
-_About = tuple[int, Times | None, int, bool]
-"""When its batch arrived, was executed and is answered, and whether its requests have ids of this process."""
 
 
 @lru_cache(maxsize=4096)
@@ -497,11 +497,47 @@ def _binary_start(header_length: int, length: int) -> bytes:
     return _BINARY_HEAD % (header_length, length)
 
 
-def _batch_head(header_length: int, length: int, parameters: Parameters, about: _About) -> bytes:
-    arrived_ns, times, now, is_own = about
-    start = _binary_start(header_length, length) + (_pool_line(parameters) if parameters else b"")
-    timing = answer_headers.timing(arrived_ns, times, now)
-    return b"".join([start, _TIMING_LINE, timing, _ID_LINE, answer_headers.new_ids() if is_own else b""])
+class _Mates:
+    """What answers that are settled together have in common: nearly always all but their ids and their data."""
+
+    # Up to the answer's id, and from there to its data. Most are made for one answer that needs nothing of this.
+    head = header = b""
+    is_large = False
+    # Of the last answer that was looked at.
+    _columns: Columns | None = None
+    _reply: ReplyFormat | None = None
+    _arrived_ns = _rows = 0
+    _parameters: Parameters | None = None
+    _is_own = False
+
+    def __init__(self, now_ns: int) -> None:
+        self.now_ns = now_ns
+
+    def have(self, call: Call, response: InferResponse, exchange: Exchange) -> bool:
+        """Whether it is an answer all in binary: then `head` and `header` are its own."""
+        if (
+            response.columns is self._columns
+            and exchange.reply is self._reply
+            and call.arrived_ns == self._arrived_ns
+            and response.stop - response.start == self._rows
+            and response.parameters == self._parameters
+            and (not exchange.request_id) is self._is_own
+        ):
+            return True
+        found = http_codec.part_header(response, exchange.reply)
+        if found is None:
+            return False
+        self.header, size = found
+        self._columns, self._reply, self._arrived_ns = response.columns, exchange.reply, call.arrived_ns
+        self._rows, self._parameters = response.stop - response.start, response.parameters
+        self._is_own = not exchange.request_id
+        timing = answer_headers.timing(call.arrived_ns, call.times, self.now_ns)
+        length = len(self.header) + size
+        start = _binary_start(len(self.header), length) + _pool_line(response.parameters)
+        ids = answer_headers.new_ids() if self._is_own else b""
+        self.head = b"".join([start, _TIMING_LINE, timing, _ID_LINE, ids])
+        self.is_large = len(self.head) + length >= LARGE_RESPONSE_BYTES
+        return True
 
 
 def _about(call: Call, now: int) -> list[tuple[bytes, bytes]]:

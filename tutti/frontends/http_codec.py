@@ -6,10 +6,10 @@ Sizes and positions are bytes. Rules follow Triton's binary tensor data extensio
 import json
 import math
 import re
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 import orjson
@@ -301,38 +301,29 @@ def encode(
     return len(header), [header, *binaries]
 
 
-About = TypeVar("About", bound=Hashable)
-MakeHead = Callable[[int, int, Parameters, About], bytes]
-"""(JSON header's length, body's length, the response's parameters, what else is told) -> what precedes the body."""
+def part_header(response: InferResponse, reply: ReplyFormat) -> tuple[bytes, int] | None:
+    """The JSON header of a part of a batch whose outputs all go as binary, and their bytes; None for other responses.
 
-
-def encode_part(
-    response: InferResponse, reply: ReplyFormat, head: MakeHead[About], about: About, own: bytes
-) -> list[Raw] | None:
-    """Head, header and data of a part of a batch whose outputs all go as binary; None for any other response.
-
-    What batch-mates have in common is made once; `own`, the head's end, is this answer's.
+    What batch-mates have in common is made once.
     """
     columns = response.columns
     if columns is None:
         return None
     start, stop = response.start, response.stop
     parameters = orjson.dumps(response.parameters) if response.parameters else b""
-    key = (reply, stop - start, parameters, about)
-    shared = columns.memo.get(key)
-    if shared is None:
-        outputs = columns.part(start, stop)
-        described = tuple([(t.name, t.datatype, t.shape, len(t.raw())) for t in outputs])
-        size = sum(item[3] for item in described)
-        shared = b"", b""
-        if size and reply.all_binary(outputs):
-            header = _binary_header(response.model_name, response.model_version, parameters, described)
-            shared = head(len(header), len(header) + size, response.parameters, about), header
-        columns.memo[key] = shared
-    first, second = shared
-    if not first:
-        return None
-    return [first, own, second, *[raw[start * size : stop * size] for size, raw in columns.raws]]
+    key = (reply, stop - start, parameters)
+    header: tuple[bytes, int] | None
+    if key in columns.memo:
+        header = columns.memo[key]
+        return header
+    outputs = columns.part(start, stop)
+    described = tuple([(t.name, t.datatype, t.shape, len(t.raw())) for t in outputs])
+    size = sum(item[3] for item in described)
+    header = None
+    if size and reply.all_binary(outputs):
+        header = _binary_header(response.model_name, response.model_version, parameters, described), size
+    columns.memo[key] = header
+    return header
 
 
 # Responses of one model repeat all but their data: what does not change is serialized once.
