@@ -119,6 +119,7 @@ def test_the_access_log_may_go_to_standard_output(tmp_path: Path) -> None:
 def test_a_log_that_cannot_be_written_is_told_before_anything_is_loaded(tmp_path: Path) -> None:
     Repository(tmp_path / "repository").add_onnx()
     command = ["tutti", "serve", str(tmp_path / "repository"), "--access-log", str(tmp_path / "no" / "log")]
+    command += ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"]
     ended = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, timeout=60, cwd="/")
     assert ended.returncode == UNUSABLE
     assert f"--access-log {tmp_path}/no/log: No such file or directory" in ended.stderr
