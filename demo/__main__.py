@@ -18,6 +18,7 @@ from demo.client import Arrays, Client, Item, as_bytes, load_items
 from demo.picture import draw
 from export import digits
 from loadtest.process import free_ports, stop, wait_until_ready
+from tutti.progress import Work
 
 REPOSITORY = Path("model_repository")
 LABELLED = Path("export/data/moderation.tsv")
@@ -46,7 +47,8 @@ def start_server(log: Any) -> tuple[subprocess.Popen[bytes], list[Client]]:
         "--http-port", str(http_port), "--grpc-port", str(grpc_port), "--metrics-port", str(metrics_port),
     ]  # fmt: skip
     server = subprocess.Popen(command, stdout=log, stderr=log)
-    wait_until_ready(server, f"http://127.0.0.1:{http_port}/v2/health/ready", Path(log.name))
+    with Work(f"tutti serve {REPOSITORY} --ray"):
+        wait_until_ready(server, f"http://127.0.0.1:{http_port}/v2/health/ready", Path(log.name))
     return server, [Client("http", f"127.0.0.1:{http_port}"), Client("grpc", f"127.0.0.1:{grpc_port}")]
 
 
@@ -114,12 +116,16 @@ def check_quality(
     clips = {tuple(map(tuple, item.segments_s)): answer["SEGMENTS"][0] for item, answer in answered}
     known = sum(2 * len(segments) for segments in clips)
     found = sum(boundaries_found(segments, got) for segments, got in clips.items())
-    texts, expected = held_out_texts()
-    embedded = in_batches(clients[1], ("text_tokenizer", "text_encoder", "text_classifier"), as_bytes(texts), "TEXT")
+    with Work("held-out quality", 2) as progress:
+        progress.step("texts")
+        texts, expected = held_out_texts()
+        models = ("text_tokenizer", "text_encoder", "text_classifier")
+        embedded = in_batches(clients[1], models, as_bytes(texts), "TEXT", progress)
+        progress.step("digits")
+        _, _, pictures, numbers = digits.load()
+        files = as_bytes([digits.to_png(picture) for picture in pictures])
+        scored = in_batches(clients[0], ("image_decoder", "image_classifier"), files, "IMAGE", progress)
     text_right = sum(labels[int(scores.argmax())] == label for scores, label in zip(embedded, expected, strict=True))
-    _, _, pictures, numbers = digits.load()
-    files = as_bytes([digits.to_png(picture) for picture in pictures])
-    scored = in_batches(clients[0], ("image_decoder", "image_classifier"), files, "IMAGE")
     digits_right = sum(int(scores.argmax()) == number for scores, number in zip(scored, numbers, strict=True))
     print(f"\n{'held-out quality':<44} {'right':>11}  {'share':>6}  required")
     for what, right, total, required in (
@@ -139,11 +145,12 @@ def held_out_texts() -> tuple[list[bytes], list[str]]:
 
 
 def in_batches(
-    client: Client, models: Sequence[str], rows: np.ndarray[Any, Any], name: str
+    client: Client, models: Sequence[str], rows: np.ndarray[Any, Any], name: str, progress: Work
 ) -> list[np.ndarray[Any, Any]]:
     """Rows through one model after another, BATCH at a time; the last model's only output, row by row."""
     results: list[np.ndarray[Any, Any]] = []
     for at in range(0, len(rows), BATCH):
+        progress.at(at / len(rows))
         outputs: Arrays = {name: rows[at : at + BATCH]}
         for model in models:
             outputs, _ = client.infer(model, outputs)
@@ -162,10 +169,12 @@ def main() -> int:
         try:
             answered = run_items(clients, labels, checks)
             check_quality(clients, answered, labels, checks)
-            draw(answered, labels, PICTURE)
+            with Work("drawing"):
+                draw(answered, labels, PICTURE)
             print(f"\npicture: {PICTURE}")
         finally:
-            stop_server(server, checks)
+            with Work("stopping the server"):
+                stop_server(server, checks)
     for failure in checks.failures:
         print(f"WRONG: {failure}")
     print("all answers are right" if not checks.failures else f"{len(checks.failures)} checks failed")

@@ -17,6 +17,8 @@ from typing import IO, TextIO
 # A terminal's line changes so often, in seconds; a log gets a new line so often.
 _TERMINAL_S = 0.5
 _LOG_S = 5.0
+# What a terminal takes to erase the rest of a line: another process may have written a longer one.
+_ERASE = "\x1b[K"
 # Work that is done sooner than this is not told of.
 _SILENT_S = 2.0
 
@@ -29,7 +31,7 @@ class Progress:
         self._is_terminal = self._out.isatty() and os.environ.get("TERM") != "dumb"
         self._every_s = _TERMINAL_S if self._is_terminal else _LOG_S
         self._next_s = 0.0
-        self._width = 0
+        self._is_shown = False
 
     def show(self, text: str) -> None:
         """Unless the last was a moment ago."""
@@ -39,18 +41,18 @@ class Progress:
         self._next_s = now + self._every_s
         if self._is_terminal:
             text = cut(text, shutil.get_terminal_size().columns - 1)
-            self._out.write("\r" + text.ljust(self._width))
-            self._width = len(text)
+            self._out.write("\r" + text + _ERASE)
+            self._is_shown = True
         else:
             self._out.write(text + "\n")
         self._out.flush()
 
     def clear(self) -> None:
         """Take the line from a terminal; the next is shown at once."""
-        if self._width:
-            self._out.write("\r" + " " * self._width + "\r")
+        if self._is_shown:
+            self._out.write("\r" + _ERASE)
             self._out.flush()
-        self._width, self._next_s = 0, 0.0
+        self._is_shown, self._next_s = False, 0.0
 
 
 class Work:

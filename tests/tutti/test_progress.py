@@ -39,8 +39,8 @@ def test_a_log_has_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_terminal_has_one_line_that_is_written_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     told = at_times(monkeypatch, Terminal())
-    assert told.startswith("\rat 0.\rat 0.5\rat 1  \rat 1.5")
-    assert told.endswith("\rat 11  \r" + " " * 5 + "\r")
+    assert told.startswith("\rat 0.\x1b[K\rat 0.5\x1b[K\rat 1\x1b[K\rat 1.5")
+    assert told.endswith("\rat 11\x1b[K\r\x1b[K")
     assert "\n" not in told
     monkeypatch.setenv("TERM", "dumb")
     assert "\r" not in at_times(monkeypatch, Terminal())
@@ -51,7 +51,7 @@ def test_no_line_is_longer_than_the_terminal(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("COLUMNS", "20")
     out = Terminal()
     progress.Progress(out).show("x" * 50)
-    assert out.getvalue() == "\r" + "x" * 18 + "…"
+    assert out.getvalue() == "\r" + "x" * 18 + "…\x1b[K"
     assert progress.cut("short", 5) == "short"
 
 
@@ -113,7 +113,7 @@ def test_a_terminal_is_told_of_long_work_and_left_clean() -> None:
         except OSError:  # how a terminal of Linux ends
             pass
     os.close(ours)
-    assert seen.endswith(b" \rpublished\r\n")
+    assert seen.endswith(b"\r\x1b[Kpublished\r\n")
     assert b"\n" not in seen.removesuffix(b"published\r\n")
     assert process.returncode == 0
 
