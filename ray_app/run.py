@@ -221,12 +221,15 @@ def _run(options: argparse.Namespace, application: Options, stop: _Stop, loop: a
         stop.has_deployed = True
         (handle,) = serve.run_many([target], wait_for_applications_running=False)
     wait_until_running(store, stop.asked)
+    if stop.asked.is_set():
+        return
     asyncio.run_coroutine_threadsafe(report_ready(handle, stop.asked), loop).result()
     stop.is_serving = True
     if options.engine_of is not None:
         options.engine_of.report(ready=True)
-    asyncio.run_coroutine_threadsafe(tell_pools(handle, stop.asked), loop)
+    telling_pools = asyncio.run_coroutine_threadsafe(tell_pools(handle, stop.asked), loop)
     stop.asked.wait()
+    telling_pools.cancel()  # a call once Ray is shut down would start it anew
     _log.info("stopping: open requests may end")
     if stop.is_ours:
         finishing = asyncio.run_coroutine_threadsafe(_finish(handle), loop)
@@ -255,7 +258,6 @@ def _stop_serving(timeout_s: float, stop: _Stop) -> None:
     import ray
     from ray import serve
 
-    logging.getLogger("ray").setLevel(logging.ERROR)  # it warns of the thread that it is shut down in
     if stop.has_deployed and not stop.is_ours:
         _within(timeout_s, lambda: serve.delete(APP))
     _within(timeout_s, ray.shutdown)

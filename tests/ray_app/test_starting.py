@@ -1,6 +1,8 @@
 """What a person is told of `tutti serve --ray` as it starts, and what is refused before Ray is."""
 
 import asyncio
+import importlib.util
+import logging
 import socket
 import subprocess
 import sys
@@ -12,7 +14,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from ray_app import checks, news, run
+from ray_app import checks, news, run, starting
 from ray_app.members import Member, PoolStatus
 from ray_app.news import News, Start, Writer
 from ray_app.overview import Loads, table
@@ -20,6 +22,7 @@ from ray_app.placement import PoolSpec, check_cpus
 from tests.models import Repository
 from tests.serving import engine_over
 from tutti import serve_options
+from tutti.cli import main
 from tutti.errors import ConfigError
 from tutti.restarts import UNUSABLE
 
@@ -118,11 +121,70 @@ def test_the_command_says_it_in_one_line_and_ends_with_2(repository: Repository,
     assert line.endswith(f"cannot serve on Ray: cannot listen: 127.0.0.1:{taken}: Address already in use")
 
 
+@pytest.mark.parametrize("library", ["ray", "fastapi", "psutil"])
+def test_a_library_that_is_missing_is_said_in_a_line(
+    repository: Repository, library: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ray without what its own extra `serve` brings, too."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == library else find(name))
+    assert main(["serve", str(repository.root), "--ray"]) == UNUSABLE
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"tutti: --ray needs {library}: pip install ")
+
+
 def test_replicas_that_find_no_room_are_refused() -> None:
     pools = [PoolSpec("gpu", 2, 2.0, 1.0), PoolSpec("cpu", 1, 0.5, 0.0)]
     check_cpus(pools, 2, 4.7)
     with pytest.raises(ConfigError, match=r"need 4.7 CPUs .*2 of 2 in gpu and 1 of 0.5 in cpu.* the cluster has 4:"):
         check_cpus(pools, 2, 4)
+
+
+def test_what_ray_prints_is_a_line_of_the_log_until_the_end(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # it comes back
+    stop = threading.Event()
+    with caplog.at_level(logging.INFO, "tutti"):
+        starting.quieten(stop)
+        print("\x1b[33m(raylet)\x1b[0m A worker died. " + "Lease ID: " * 50)
+        stop.set()
+        print("(raylet) Another one died.")
+    (record,) = caplog.records
+    assert record.getMessage().startswith("Ray: (raylet) A worker died. Lease")
+    assert len(record.getMessage()) < 250
+
+
+class Counting:
+    """A handle of gateways, which say these one after the other; None: nobody answers."""
+
+    def __init__(self, *told: dict[str, int] | None) -> None:
+        self.told = list(told)
+        self.stop = threading.Event()
+        self.replicas = self
+
+    async def remote(self) -> dict[str, int]:
+        counts = self.told.pop(0)
+        if not self.told:
+            self.stop.set()
+        if counts is None:
+            raise ConnectionError
+        return counts
+
+
+def test_pools_are_told_of_when_they_have_changed(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one gateway says alone, before the other has heard of it, is said once."""
+    monkeypatch.setattr(starting, "_POOLS_INTERVAL_S", 0.0)
+    two, one = {"cpu": 2}, {"cpu": 1}
+    handle = Counting(two, two, one, two, one, None, one, one, two, two, two)
+    with caplog.at_level(logging.INFO, "tutti"):
+        asyncio.run(starting.tell_pools(handle, handle.stop))
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("WARNING", "pool 'cpu' has 1 replicas, it had 2"),
+        ("INFO", "pool 'cpu' has 2 replicas, it had 1"),
+    ]
 
 
 class Memory:
