@@ -1,16 +1,14 @@
 """What shells complete: real ones, asked with the words of a line. Only bash is everywhere; the others are skipped."""
 
 import os
-import pty
 import re
-import select
 import shutil
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
+from tests.terminal import Terminal
 from tests.tutti.test_help import parsers
 from tutti import completion
 from tutti.cli import main
@@ -123,30 +121,15 @@ def test_fish(line: str, expected: set[str], is_all: bool, known: list[Place], f
 
 def test_a_tab_in_a_real_bash(known: list[Place], folder: Path) -> None:
     (folder / "script").write_text(completion.bash(known))
-    process, terminal = pty.fork()
-    if process == 0:
-        os.chdir(folder)
-        os.execvpe("bash", ["bash", "--norc", "--noprofile", "-i"], {**os.environ, "PS1": "> ", "TERM": "dumb"})
-    seen = ""
-
-    def read_until(pattern: str) -> None:
-        nonlocal seen
-        deadline = time.monotonic() + 60
-        while not re.search(pattern, seen):
-            assert select.select([terminal], [], [], deadline - time.monotonic())[0], seen
-            seen += os.read(terminal, 65536).decode(errors="replace")
-        seen = ""
-
-    os.write(terminal, b"source ./script && echo has been $((6 * 7))\n")
-    read_until("has been 42")
-    os.write(terminal, b"tutti ser\t--model-control-mode=exp\t")
-    read_until("tutti serve --model-control-mode=explicit")
-    os.write(terminal, b"--api-key-file fi\t")
-    read_until(r"--api-key-file file\\ one")
-    os.write(terminal, b"\x03exit\n")
-    read_until("exit")
-    os.close(terminal)
-    assert os.waitpid(process, 0)[0] == process
+    terminal = Terminal(["bash", "--norc", "--noprofile", "-i"], folder, PS1="> ", TERM="dumb")
+    terminal.press("source ./script && echo has been $((6 * 7))\n")
+    terminal.read_until("has been 42")
+    terminal.press("tutti ser\t--model-control-mode=exp\t")
+    terminal.read_until("tutti serve --model-control-mode=explicit")
+    terminal.press("--api-key-file fi\t")
+    terminal.read_until(r"--api-key-file file\\ one")
+    terminal.press("\x15exit 3\n")  # instead of that line
+    assert terminal.end() == 3
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

@@ -1,22 +1,15 @@
 """`tutti top`: from two looks at a server to a table, and the loop in a terminal."""
 
 import argparse
-import fcntl
 import io
 import json
-import os
-import pty
 import random
 import re
-import select
 import signal
 import socket
-import struct
 import subprocess
 import sys
-import termios
 import threading
-import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +20,7 @@ import pytest
 
 from tests.models import Repository
 from tests.serving import Served, engine_over, infer, serving
+from tests.terminal import Terminal
 from tests.tutti.test_metrics_page import ENSEMBLE
 from tutti import scrapes, top, top_table
 from tutti.cli import main
@@ -310,39 +304,6 @@ def test_what_makes_no_sense_is_refused(arguments: list[str], capsys: pytest.Cap
     assert "expected" in capsys.readouterr().err or arguments[0].startswith("--api")
 
 
-class Terminal:
-    """`tutti top` in a terminal of 80 columns."""
-
-    def __init__(self, *arguments: str) -> None:
-        self._master, slave = pty.openpty()
-        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-        environment = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES", "NO_COLOR")}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tutti", "top", *arguments], stdin=slave, stdout=slave, stderr=slave,
-            env={**environment, "TERM": "xterm"}, start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-        )  # fmt: skip
-        os.close(slave)
-        self.text = ""
-
-    def read_until(self, pattern: str) -> None:
-        """Until it has shown that since the last time."""
-        begin, deadline = len(self.text), time.monotonic() + 60
-        while not re.search(pattern, self.text[begin:]):
-            assert select.select([self._master], [], [], deadline - time.monotonic())[0], self.text
-            self.text += os.read(self._master, 65536).decode()
-
-    def interrupt(self) -> int:
-        os.write(self._master, b"\x03")
-        while True:
-            try:
-                self.text += os.read(self._master, 65536).decode()
-            except OSError:  # its end has been closed
-                break
-        os.close(self._master)
-        return self.process.wait(timeout=60)
-
-
 @contextmanager
 def loaded(served: Served) -> Iterator[None]:
     """Requests one after the other, as long as this lasts and the server does."""
@@ -368,7 +329,8 @@ def loaded(served: Served) -> Iterator[None]:
 def test_a_real_server_is_watched_in_a_terminal(repository: Repository, tmp_path: Path) -> None:
     repository.add_onnx()
     with serving(repository.root, tmp_path / "log") as served, loaded(served):
-        terminal = Terminal(served.metrics, "--interval", "0.2")
+        command = [sys.executable, "-m", "tutti", "top", served.metrics, "--interval", "0.2"]
+        terminal = Terminal(command, TERM="xterm")
         terminal.read_until(r"add_one +[0-9.]*[1-9]")
         command = [sys.executable, "-m", "tutti", "top", served.http, "--once", "--json"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
@@ -376,7 +338,8 @@ def test_a_real_server_is_watched_in_a_terminal(repository: Repository, tmp_path
         assert model["name"] == "add_one" and model["requests"] > 0 and model["execution_ms"] is not None
         served.process.send_signal(signal.SIGTERM)
         terminal.read_until("waiting for the server: ")
-        assert terminal.interrupt() == 0
+        terminal.press("\x03")
+        assert terminal.end() == 0
     assert terminal.text.startswith("\x1b[?1049h\x1b[?25l")
     end = terminal.text.rpartition("\x1b[?25h\x1b[?1049l")[2]
     assert "add_one" in end and "\x1b[H" not in end, "the last table stays on the terminal as it was"
