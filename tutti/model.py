@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from tutti import explain
 from tutti.config import ModelConfig, TensorSpec
 from tutti.errors import InferError, InvalidArgument, Unavailable, Unsupported
-from tutti.explain import Explained, Facts
+from tutti.explain import OWN, Explained, Facts
 from tutti.scheduler import HANG_S
 from tutti.statistics import ModelStatistics
 from tutti.types import Call, Infer, InferRequest, Shape, Tensor, now_ns, settle, settle_all
@@ -99,9 +99,14 @@ class Model:
         now = now_ns()
         for call in calls:
             call.arrived_ns = now
+            parameters = call.request.parameters
+            if parameters and self._timeout_is_deadline:
+                set_deadline(call, parameters.get("timeout"), now)
             try:
-                if call.request.parameters:
-                    self._heed(call, now)
+                for name in parameters:
+                    if name.startswith(OWN):  # few have one: no more is spent on the others
+                        self._heed(call)
+                        break
                 call.rows, call.key = self._check(call.request)
                 if self.config.is_decoupled and call.emit is None:
                     raise Unsupported(
@@ -119,17 +124,9 @@ class Model:
         if passed:
             self._served.infer(passed)
 
-    def _heed(self, call: Call, now: int) -> None:
-        """What a request's parameters say to the server. Raises InvalidArgument for those of ours that do not fit."""
-        parameters = call.request.parameters
-        if self._timeout_is_deadline:
-            set_deadline(call, parameters.get("timeout"), now)
-        for name in parameters:  # most have none of ours: no more is spent on them
-            if name.startswith(explain.OWN):
-                break
-        else:
-            return
-        if not explain.is_asked(self.config.name, parameters, self._served.takes):
+    def _heed(self, call: Call) -> None:
+        """Do what parameters of ours ask for. Raises InvalidArgument for those that do not fit."""
+        if not explain.is_asked(self.config.name, call.request.parameters, self._served.takes):
             return
         if not isinstance(call.trace, Facts):  # else it is a step of what is explained
             Explained(call, self.version, self.config.is_ensemble)
