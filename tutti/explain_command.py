@@ -71,6 +71,13 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--url", metavar="HOST:PORT", help="ask the server there (default: load the model here, and ask that)"
     )
+    parser.add_argument(
+        "--header",
+        action="append",
+        default=[],
+        metavar="'NAME: VALUE'",
+        help="with --url, a header, as of an API key (default: none)",
+    )
     parser.add_argument("--json", action="store_true", help="as the protocol's parameter has it (default: as text)")
     parser.add_argument(
         "--repeat", type=int, default=3, metavar="N", help="show the last of so many requests (default: %(default)s)"
@@ -183,17 +190,25 @@ def _timer(delay_s: float, callback: Any) -> None:
 def _told_by_server(options: argparse.Namespace) -> str:
     base = options.url if "://" in options.url else f"http://{options.url}"
     model = f"{base.rstrip('/')}/v2/models/{quote(options.name, safe='')}"
-    shown = config.parse_json(_fetched(f"{model}/config"), options.name)
+    headers = dict(map(_header, options.header))
+    shown = config.parse_json(_fetched(f"{model}/config", None, headers), options.name)
     inputs = _inputs(shown, options.inputs)
     head, parts = _request(inputs)
-    body, headers = b"".join([head, *parts]), {_LENGTH_HEADER: str(len(head))}
+    body = b"".join([head, *parts])
     told = b""
     for _ in range(max(1, options.repeat)):
-        told = _fetched(f"{model}/infer", body, headers)
+        told = _fetched(f"{model}/infer", body, {**headers, _LENGTH_HEADER: str(len(head))})
     answer = json.loads(told)
     if PARAMETER not in answer.get("parameters", {}):
         raise ConfigError(f"the server at {options.url} does not explain requests; is it tutti?")
     return str(answer["parameters"][PARAMETER])
+
+
+def _header(text: str) -> tuple[str, str]:
+    name, colon, value = text.partition(":")
+    if not colon or not name.strip():
+        raise ConfigError(f"--header '{text[:60]}': expected NAME: VALUE")
+    return name.strip(), value.strip()
 
 
 def _request(inputs: Mapping[str, Tensor]) -> tuple[bytes, list[bytes]]:
@@ -211,10 +226,10 @@ def _request(inputs: Mapping[str, Tensor]) -> tuple[bytes, list[bytes]]:
     return json.dumps(head).encode(), parts
 
 
-def _fetched(url: str, body: bytes | None = None, headers: Mapping[str, str] | None = None) -> bytes:
+def _fetched(url: str, body: bytes | None, headers: Mapping[str, str]) -> bytes:
     """The JSON of an answer. Raises ConfigError with what the server, or the network, says."""
     try:
-        request = urllib.request.Request(url, body, dict(headers or {}))
+        request = urllib.request.Request(url, body, dict(headers))
         with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:
             length = answer.headers.get(_LENGTH_HEADER)
             data: bytes = answer.read()

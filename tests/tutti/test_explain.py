@@ -270,10 +270,17 @@ def test_a_server_explains_over_every_door(
 ) -> None:
     repository.add_onnx()
     (tmp_path / "x.json").write_text("[1, 2, 3, 4]")
-    with serving(repository.root, tmp_path / "log") as served:
-        assert cli.main(["explain", "add_one", f"x=@{tmp_path / 'x.json'}", "--url", served.http]) == 0
+    restricted = ("--http-restricted-api", "model-config:who=me")
+    with serving(repository.root, tmp_path / "log", *restricted) as served:
+        asked = ["explain", "add_one", f"x=@{tmp_path / 'x.json'}", "--url", served.http]
+        assert cli.main(asked) == 1
+        assert "restricted" in capsys.readouterr().err
+        assert cli.main([*asked, "--header", "who"]) == 1
+        assert "expected NAME: VALUE" in capsys.readouterr().err
+        asked += ["--header", "who: me"]
+        assert cli.main(asked) == 0
         assert "by add_one_0 on cpu" in capsys.readouterr().out
-        assert cli.main(["explain", "add_on", "x=[1]", "--url", served.http]) == 1
+        assert cli.main(["explain", "add_on", *asked[2:]]) == 1
         assert "add_on" in capsys.readouterr().err
         for library, url in ((httpclient, served.http), (grpcclient, served.grpc)):
             tensor = library.InferInput("x", [1, 4], "FP32")
