@@ -65,6 +65,7 @@ def test_nobody_is_told_to_install_by_a_name_that_is_not_ours() -> None:
 
 
 def test_two_onnxruntimes_are_warned_of(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    onnxruntime._warn_of_two.cache_clear()  # a model was loaded before
     monkeypatch.setattr(extras, "folder", lambda _: "/site-packages")
     for _ in range(2):
         onnxruntime._warn_of_two()
