@@ -18,7 +18,7 @@ from demo.client import Arrays, Client, Item, as_bytes, load_items
 from demo.picture import draw
 from export import digits
 from loadtest.process import free_ports, stop, wait_until_ready
-from tutti.progress import Work
+from tutti.progress import Work, last_line
 
 REPOSITORY = Path("model_repository")
 LABELLED = Path("export/data/moderation.tsv")
@@ -47,8 +47,9 @@ def start_server(log: Any) -> tuple[subprocess.Popen[bytes], list[Client]]:
         "--http-port", str(http_port), "--grpc-port", str(grpc_port), "--metrics-port", str(metrics_port),
     ]  # fmt: skip
     server = subprocess.Popen(command, stdout=log, stderr=log)
-    with Work(f"tutti serve {REPOSITORY} --ray"):
-        wait_until_ready(server, f"http://127.0.0.1:{http_port}/v2/health/ready", Path(log.name))
+    ready = f"http://127.0.0.1:{http_port}/v2/health/ready"
+    with Work(f"tutti serve {REPOSITORY} --ray") as work:
+        wait_until_ready(server, ready, Path(log.name), lambda: work.say(last_line(log.fileno())))
     return server, [Client("http", f"127.0.0.1:{http_port}"), Client("grpc", f"127.0.0.1:{grpc_port}")]
 
 

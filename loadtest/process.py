@@ -12,6 +12,7 @@ import subprocess
 import threading
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 # A cluster on a busy machine takes more than one try.
@@ -34,8 +35,13 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def wait_until_ready(process: "subprocess.Popen[bytes]", url: str, log: Path | None = None) -> None:
-    """Poll `url` until it answers 200. Raises RuntimeError with the end of the log if that does not come to pass."""
+def wait_until_ready(
+    process: "subprocess.Popen[bytes]", url: str, log: Path | None = None, look: Callable[[], None] = lambda: None
+) -> None:
+    """Poll `url` until it answers 200, and `look` meanwhile.
+
+    Raises RuntimeError with the end of the log if that does not come to pass.
+    """
     pause = threading.Event()
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline and process.poll() is None:
@@ -43,6 +49,7 @@ def wait_until_ready(process: "subprocess.Popen[bytes]", url: str, log: Path | N
             with urllib.request.urlopen(url, timeout=5):
                 return
         except OSError:
+            look()
             pause.wait(0.05)
     tail = log.read_text(errors="replace")[-_LOG_TAIL:] if log is not None else ""
     raise RuntimeError(f"the server did not start (exit status {process.poll()}):\n{tail}")

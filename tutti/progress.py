@@ -5,18 +5,20 @@ For every command; knows none of them. `python -m tutti.progress WHAT COMMAND...
 
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
-from typing import IO, TextIO
+from collections.abc import Sequence
+from typing import TextIO
 
 # A terminal's line changes so often, in seconds; a log gets a new line so often.
 _TERMINAL_S = 0.5
 _LOG_S = 5.0
+_TIME = re.compile(r"^\d{4}-\d\d-\d\d[T ][\d:.,]+\s+")
 # What a terminal takes to erase the rest of a line: another process may have written a longer one.
 _ERASE = "\x1b[K"
 # Work that is done sooner than this is not told of.
@@ -130,8 +132,10 @@ def left_s(done: int, total: int, share: float, passed_s: float, step_s: float) 
         return own + average * max(0, total - done - 1)
     if not done or total <= done:
         return None
-    average = (passed_s - step_s) / done
-    return max(0.0, average - step_s) + average * (total - done - 1)
+    average, more = (passed_s - step_s) / done, total - done - 1
+    if step_s > average and not more:
+        return None
+    return max(0.0, average - step_s) + average * more
 
 
 def clock(seconds: float, is_up: bool = True) -> str:
@@ -149,7 +153,7 @@ def cut(text: str, width: int) -> str:
     return text if len(text) <= width else text[: max(0, width - 1)] + "…"
 
 
-def run(what: str, command: Sequence[str], last: Callable[[str], str] = str.strip) -> int:
+def run(what: str, command: Sequence[str]) -> int:
     """Run a command of somebody else, telling what it said last; all of it where it fails. Returns its status."""
     with tempfile.TemporaryFile() as log, Work(what) as work:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
@@ -159,7 +163,7 @@ def run(what: str, command: Sequence[str], last: Callable[[str], str] = str.stri
                     status = process.wait(_TERMINAL_S / 2)
                     break
                 except subprocess.TimeoutExpired:
-                    work.say(last(_last_line(log)))
+                    work.say(last_line(log.fileno()))
         finally:
             if process.poll() is None:
                 process.terminate()
@@ -172,11 +176,14 @@ def run(what: str, command: Sequence[str], last: Callable[[str], str] = str.stri
     return status
 
 
-def _last_line(log: IO[bytes]) -> str:
-    """What a process has written last into a file that it shares, and whose place is its own."""
-    size = os.fstat(log.fileno()).st_size
-    lines = os.pread(log.fileno(), 4096, max(0, size - 4096)).decode(errors="replace").split("\n")
-    return next((line for line in reversed(lines) if line.strip()), "")
+def last_line(file: int) -> str:
+    """What somebody has written last into an open file, without the time before it.
+
+    Where the file is read and written next stays as it is.
+    """
+    size = os.fstat(file).st_size
+    lines = os.pread(file, 4096, max(0, size - 4096)).decode(errors="replace").split("\n")
+    return next((_TIME.sub("", line).strip() for line in reversed(lines) if line.strip()), "")
 
 
 if __name__ == "__main__":

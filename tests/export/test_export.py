@@ -40,7 +40,7 @@ from tests.browser import look, needs_browser, unreadable
 from tests.export import checkpoints
 from tests.models import onnx_add_one
 from tests.serving import serving
-from tutti import config
+from tutti import config, progress
 from tutti.config import TensorSpec
 from tutti.errors import ConfigError
 
@@ -485,11 +485,16 @@ def test_a_tokenizer_of_another_model_is_caught(
         assert not (tmp_path / "models").exists()
 
 
-def test_what_is_told_to_type_works(tmp_path: Path, capsys: pytest.CaptureFixture[str], export: Export) -> None:
-    """The last lines of an export, typed as they are but for the port and the picture's name."""
+def test_what_is_told_to_type_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], export: Export
+) -> None:
+    """The last lines of an export, typed as they are but for the port and the picture's name; and lines before them."""
+    monkeypatch.setattr(progress, "_SILENT_S", 0.0)
+    monkeypatch.setattr(progress, "_LOG_S", 0.0)
     models = tmp_path / "models"
     assert export("vision", RESNET, "--image-size", "16", "--name", "pets") == 0
-    said = capsys.readouterr().out
+    said, told = capsys.readouterr()
+    assert re.search(r"^vision 'pets' \[2/4\], \d+ s.*: pets_classifier: fp32$", told, re.MULTILINE), told
     names = said.partition(f"published in {models}: ")[2].partition(" (")[0].split(", ")
     assert sorted(names) == ["pets_classifier", "pets_decoder", "pets_ensemble", "pets_labels"]
     assert f"\nserve it:  tutti serve {models}\n" in said

@@ -63,6 +63,7 @@ def test_no_line_is_longer_than_the_terminal(monkeypatch: pytest.MonkeyPatch) ->
         (("export", "int8", 1, 4, 0.0, 12.0, 2.0), "export [2/4], 12 s, about 28 s left: int8"),
         (("export", "int8", 1, 4, 0.0, 95.0, 85.0), "export [2/4], 1 min 35 s, about 20 s left: int8"),
         (("export", "all", 3, 4, 0.0, 95.0, 5.0), "export [4/4], 1 min 35 s, about 25 s left: all"),
+        (("export", "all", 3, 4, 0.0, 95.0, 50.0), "export [4/4], 1 min 35 s: all"),
         (("simulate", "", 0, 0, 0.25, 10.0, 10.0), "simulate, 25%, 10 s, about 30 s left"),
         (("x", "b", 1, 3, 0.5, 20.0, 10.0), "x [2/3], 50%, 20 s, about 25 s left: b"),
     ],
@@ -116,6 +117,19 @@ def test_a_terminal_is_told_of_long_work_and_left_clean() -> None:
     assert seen.endswith(b"\r\x1b[Kpublished\r\n")
     assert b"\n" not in seen.removesuffix(b"published\r\n")
     assert process.returncode == 0
+
+
+def test_the_last_line_of_a_log_is_without_its_time(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    for text, line in (
+        ("", ""),
+        ("one\n2026-11-27 05:07:54,534\tWARNING two words\n\n", "WARNING two words"),
+        ("x\n" * 9_000 + "Collecting torch==2.13\n", "Collecting torch==2.13"),
+    ):
+        log.write_text(text)
+        with log.open("rb") as file:
+            assert progress.last_line(file.fileno()) == line
+            assert file.tell() == 0
 
 
 def test_commands_of_others_are_told_of_and_their_failures_shown() -> None:
