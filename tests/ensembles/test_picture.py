@@ -129,10 +129,10 @@ def test_edges_end_beside_the_text_that_names_them() -> None:
             assert edge.told.startswith(start[: len(edge.told)]) or start.split(",")[0] in edge.told, (beside, edge)
 
 
-def test_the_sample_in_the_documentation() -> None:
-    root = Path(__file__).parents[2]
-    drawn = picture.draw(planned(root / "model_repository", "content_intelligence"))
-    assert (root / "docs/content_intelligence.svg").read_text(encoding="utf-8") == drawn, "draw it anew"
+def test_the_sample_in_the_documentation(sample_repository: Path) -> None:
+    shown = Path(__file__).parents[2] / "docs" / "content_intelligence.svg"
+    drawn = picture.draw(planned(sample_repository, "content_intelligence"))
+    assert shown.read_text(encoding="utf-8") == drawn, "tutti ensemble draw content_intelligence --output docs/..."
 
 
 @needs_browser
