@@ -162,13 +162,14 @@ class Gateway:
         pools = {m.config.name: home(m.config, self._specs, self._config_of).pools for m in models}
         statuses = {pool.status.name: pool.status for pool in self._router.pools}
         failures = [*self._engine.failures(), *(failure for one in loads for failure in one.failures)]
+        ready = [model for model in models if model.is_ready()]
         return Overview(
             self._options.model_repository,
-            len(models),
+            len(ready),
             tuple(table(models, pools, self._specs, statuses, loads)),
             tuple(dict.fromkeys(failures)),
             tuple(await asyncio.to_thread(self._hints)),
-            example(models, self._url),
+            example(ready, self._url),
         )
 
     def _config_of(self, name: str, version: str) -> ModelConfig:

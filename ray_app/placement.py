@@ -13,6 +13,8 @@ from fnmatch import fnmatchcase
 from tutti.config import ModelConfig
 from tutti.errors import ConfigError, TuttiError
 
+# How long requests wait where a pool has lost its last replica.
+PATIENCE_S = 30.0
 # Of a core, for a gateway.
 GATEWAY_CPUS = 0.1
 
@@ -45,8 +47,11 @@ class PoolSpec:
 
     @property
     def patience_s(self) -> float:
-        """How long requests wait for a replica: one that has to be started takes its time."""
-        return 120.0 if self.may_be_empty else 10.0
+        """How long requests wait for a replica: one that has to be started takes its time.
+
+        One that takes a dead one's place is there in five seconds, or twenty on a busy machine.
+        """
+        return 120.0 if self.may_be_empty else PATIENCE_S
 
     def names(self, model: str) -> bool:
         """Whether it lists the model, not just everything."""

@@ -23,6 +23,7 @@ import numpy as np
 from ray_app.autoscaling import METRIC, SERVE_SETTINGS, Demand, Steady, policy, wanted
 from ray_app.fallback import FALLBACK, of_model
 from ray_app.members import PoolStatus
+from ray_app.placement import PATIENCE_S
 from ray_app.pools import Pool, Router
 from ray_app.replica import Description
 from ray_app.scenario import Load, Scenario, SimulatedPool, Stretch
@@ -247,7 +248,7 @@ class _Deployment:
             apply=SimpleNamespace(remote=self._apply),
             broadcast=lambda _: SimpleNamespace(results_async=self._nothing),
             may_be_empty=bool(spec.max_replicas) and not spec.min_replicas,
-            patience_s=120.0 if spec.max_replicas and not spec.min_replicas else 10.0,
+            patience_s=120.0 if spec.max_replicas and not spec.min_replicas else PATIENCE_S,
         )
         self.changed: Callable[[list[str], str], None] = lambda *_: None
         self._most_rows = scenario.max_batch_size
