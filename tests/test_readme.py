@@ -83,3 +83,13 @@ def test_the_table_names_every_method_of_the_clients(kind: str) -> None:
         if len(cells) == 5 and cells[column]:
             answered.update(re.findall(r"`([a-z_]+)`", cells[0]))
     assert public_methods(kind) <= answered
+
+
+def test_every_test_that_a_page_names_is_there() -> None:
+    page = (ROOT / "docs" / "first_hour.md").read_text()
+    there = {
+        name for path in (ROOT / "tests").rglob("test_*.py") for name in re.findall(r"def (test_\w+)", path.read_text())
+    }
+    named = re.findall(r"`(test_\w+)`", page)
+    assert len(named) > 60
+    assert not set(named) - there
