@@ -2,16 +2,19 @@
 
 import argparse
 import difflib
+import io
 import os
 import resource
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
 from tutti import __version__, commands, scratch, serve_options
+from tutti.arguments import Terse, plain, shown
 from tutti.commands import COMMANDS, need
 from tutti.devices import present
-from tutti.errors import ConfigError, TuttiError
+from tutti.errors import MAX_MESSAGE, ConfigError, TuttiError, reason
 from tutti.logs import Logs
 from tutti.restarts import UNUSABLE
 
@@ -21,18 +24,31 @@ MAX_FILES = 65536
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     name, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot show ends no command
+            stream.reconfigure(errors="backslashreplace")
     if name not in COMMANDS:
         _parse_general(name)
     try:
         return _serve(rest) if name == "serve" else COMMANDS[name].run(name, rest)
     except TuttiError as error:
-        print(f"tutti: {error}", file=sys.stderr)
+        print(f"tutti: {plain(error, MAX_MESSAGE)}", file=sys.stderr)
         return UNUSABLE if name == "serve" else 1
+    except BrokenPipeError:  # as of `| head`: who reads has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        where = f"{shown(error.filename)}: " if error.filename else ""
+        print(f"tutti {name}: {where}{plain(reason(error))}", file=sys.stderr)
+        return UNUSABLE
+    except KeyboardInterrupt:
+        print(f"tutti {name}: stopped by hand", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 def _parse_general(argument: str) -> NoReturn:
     """What is asked without a command: help, the version; or the usage, and the command that was meant."""
-    parser = argparse.ArgumentParser(
+    parser = Terse(
         prog="tutti",
         usage="tutti COMMAND ...    (tutti COMMAND --help tells its flags)",
         description="Serve a Triton model repository, make one, and see how well it serves.",
@@ -41,9 +57,9 @@ def _parse_general(argument: str) -> NoReturn:
     )
     parser.add_argument("--version", action="version", version=f"tutti {__version__}", help="show the version and exit")
     parser.parse_known_args([argument])
-    near = difflib.get_close_matches(argument, COMMANDS, 1)
+    near = difflib.get_close_matches(argument[:100], COMMANDS, 1)
     told = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
-    parser.error(f"no command '{argument}'; {told}")
+    parser.error(f"no command {shown(argument)}; {told}")
 
 
 def allow_files() -> None:
@@ -80,6 +96,7 @@ def _lone(options: argparse.Namespace) -> str:
 
 def _serve(arguments: Sequence[str]) -> int:
     options = serve_options.parse(arguments)
+    _check_log_file(options.log_file)
     # Processes are started with exec: gRPC need not prepare for a fork, nor say that it has not.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     allow_files()
@@ -108,6 +125,16 @@ def _serve(arguments: Sequence[str]) -> int:
     from tutti import process
 
     return process.serve(options, logs)
+
+
+def _check_log_file(path: str) -> None:
+    """Raises ConfigError for one that cannot be written, as a FIFO from which nobody reads."""
+    if not path:
+        return
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK, 0o666))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--log-file {shown(path)}: {reason(error)}") from None
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from tutti import __version__, extras
+from tutti.arguments import Parser
 from tutti.devices import nvml, present
 from tutti.usage import Help, examples
 
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
+    return Parser(
         prog="tutti doctor",
         description="What this machine has of what tutti needs or could use, and what would mend what it lacks. The "
         "exit status is 1 where something keeps it from working.",

@@ -15,7 +15,8 @@ from typing import Any
 from urllib.parse import quote
 
 import ensembles
-from tutti import config, hints, input_files, local, repository, trace_reading
+from tutti import config, files, hints, input_files, local, repository, trace_reading
+from tutti.arguments import Terse, whole
 from tutti.config import ModelConfig
 from tutti.errors import ConfigError, InferError, reason
 from tutti.explain import PARAMETER
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str], prog: str = "tutti explain") -> int:
 
 
 def make_parser(prog: str = "tutti explain") -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=prog, formatter_class=Help, description=_DESCRIPTION, epilog=_examples(prog))
+    parser = Terse(prog=prog, formatter_class=Help, description=_DESCRIPTION, epilog=_examples(prog))
     _add_arguments(parser)
     return parser
 
@@ -80,7 +81,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="as the protocol's parameter has it (default: as text)")
     parser.add_argument(
-        "--repeat", type=int, default=3, metavar="N", help="show the last of so many requests (default: %(default)s)"
+        "--repeat",
+        type=whole(1, 10_000),
+        default=3,
+        metavar="N",
+        help="show the last of so many requests (default: %(default)s)",
     )
     parser.add_argument(
         "--traces",
@@ -90,7 +95,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--id", default="", metavar="ID", help="of the traces, the request with this id (default: all)")
     parser.add_argument(
-        "--slowest", type=int, default=3, metavar="N", help="how many traces are shown (default: %(default)s)"
+        "--slowest",
+        type=whole(1, 10_000),
+        default=3,
+        metavar="N",
+        help="how many traces are shown (default: %(default)s)",
     )
 
 
@@ -107,7 +116,7 @@ def run(options: argparse.Namespace) -> int:
 def _show_traces(options: argparse.Namespace) -> int:
     path = options.traces
     try:
-        found = trace_reading.explained(path.read_text("utf-8", "replace"))
+        found = trace_reading.explained(files.read_text(path))
     except OSError as error:
         hint = f"; did you mean {hints.near(path)}?" if hints.near(path) and not path.exists() else ""
         raise ConfigError(f"'{path}' cannot be read: {reason(error)}{hint}") from None

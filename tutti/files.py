@@ -4,6 +4,7 @@ Regular files only: opening a FIFO would wait for its writer, and a device may h
 kept: in a text they are lone surrogates, which `to_bytes` makes the same bytes again.
 """
 
+import codecs
 import errno
 import os
 import stat
@@ -16,19 +17,45 @@ _BYTE_ORDER_MARK = "\ufeff"
 
 def read_bytes(path: Path, most_bytes: int | None = None) -> bytes:
     """The content of a regular file. Raises OSError for anything else, and for more than `most_bytes`."""
-    number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(number, "rb") as file:
-        if not stat.S_ISREG(os.fstat(number).st_mode):
-            raise OSError(errno.EINVAL, "it is not a regular file")
-        content = file.read(-1 if most_bytes is None else most_bytes + 1)
+    content = read_head(path, -1 if most_bytes is None else most_bytes + 1)
     if most_bytes is not None and len(content) > most_bytes:
         raise OSError(errno.EFBIG, f"it has more than {most_bytes} bytes")
     return content
 
 
+def read_head(path: Path, count: int) -> bytes:
+    """The first bytes of a regular file, all for -1. Raises OSError for anything else."""
+    try:
+        number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except ValueError as error:  # a path with a zero in it
+        raise OSError(errno.EINVAL, str(error)) from None
+    with os.fdopen(number, "rb") as file:
+        mode = os.fstat(number).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, "it is not a regular file")
+        return file.read(count)
+
+
 def read_text(path: Path) -> str:
     """A text of at most MAX_TEXT_BYTES, without its byte order mark. Raises OSError as `read_bytes` does."""
     return to_text(read_bytes(path, MAX_TEXT_BYTES)).removeprefix(_BYTE_ORDER_MARK)
+
+
+def read_utf8(path: Path) -> str:
+    """The same where every character counts. Raises OSError, too, for what is not UTF-8, naming the byte."""
+    content = read_bytes(path, MAX_TEXT_BYTES)
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise OSError(errno.EILSEQ, "it is in UTF-16; expected UTF-8")
+    if b"\0" in content:
+        raise OSError(errno.EILSEQ, f"byte {content.index(0)} is a zero; expected a text in UTF-8")
+    try:
+        return content.decode("utf-8").removeprefix(_BYTE_ORDER_MARK)
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        what = f"line {line}, byte {error.start}: {content[error.start]:#04x} is no UTF-8"
+        raise OSError(errno.EILSEQ, what) from None
 
 
 def to_text(content: bytes) -> str:

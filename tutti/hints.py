@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tutti import repository
+from tutti.paths import near as near
 
 CONFIG = "config.pbtxt"
 # The backend of a file that needs a configuration to be served, and what it is to be called.
@@ -48,16 +49,6 @@ def unserved(root: Path) -> list[str]:
             f"backend in NAME/1 ('tutti init {root} FILE' makes such a folder of a model's file)"
         )
     return [sentence for sentence in told if sentence]
-
-
-def near(path: Path) -> str:
-    """The path of a file beside one that is not there, and of almost its name; "" for none."""
-    try:
-        names = _names(path.parent)
-    except OSError:
-        return ""
-    found = difflib.get_close_matches(path.name, names, 1)
-    return str(path.parent / found[0]) if found else ""
 
 
 def _of(path: Path) -> str:

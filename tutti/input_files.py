@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from tutti import files
 from tutti.config import TensorSpec
 from tutti.dtypes import NUMPY, Array
 from tutti.errors import ConfigError, reason
@@ -81,7 +82,7 @@ def _array(spec: TensorSpec, value: str) -> tuple[Array, str]:
         raise ConfigError(f"input '{spec.name}': to read the file write {spec.name}=@{value}")
     try:
         return _of_json(spec, value), ""
-    except (ValueError, TypeError, OverflowError) as error:
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise ConfigError(
             f"input '{spec.name}': expected numbers in JSON, or @FILE, got '{value[:40]}': {error}"
         ) from None
@@ -89,7 +90,7 @@ def _array(spec: TensorSpec, value: str) -> tuple[Array, str]:
 
 def _of_file(spec: TensorSpec, path: Path) -> tuple[Array, str]:
     try:
-        data = path.read_bytes()
+        data = files.read_bytes(path)
     except OSError as error:
         hint = f"; did you mean {near(path)}?" if not path.exists() and near(path) else ""
         raise ConfigError(f"input '{spec.name}': '{path}' cannot be read: {reason(error)}{hint}") from None
@@ -97,7 +98,7 @@ def _of_file(spec: TensorSpec, path: Path) -> tuple[Array, str]:
         return _element(spec, data), ""
     try:
         return _numbers(spec, path, data)
-    except (ValueError, TypeError, OverflowError, EOFError, wave.Error) as error:
+    except (ValueError, TypeError, OverflowError, EOFError, RecursionError, wave.Error) as error:
         raise ConfigError(f"input '{spec.name}': '{path}' is not {spec.datatype}: {error}") from None
 
 
@@ -113,7 +114,7 @@ def _numbers(spec: TensorSpec, path: Path, data: bytes) -> tuple[Array, str]:
         raise ConfigError(f"{takes}, and '{path}' is {kind}: {cure}")
     try:
         return _of_json(spec, data.decode()), ""
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         what = f"expected an .npy file, a .wav file or numbers in JSON: {error}"
         raise ConfigError(f"input '{spec.name}': '{path}': {what}") from None
 

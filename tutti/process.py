@@ -162,7 +162,8 @@ def _verdict(engine: Engine, options: argparse.Namespace) -> int:
     _show(engine)
     count = len(engine.failures())
     if options.check:
-        return 1 if count else 0
+        is_empty = not engine.models() and options.model_control_mode != "explicit"
+        return 1 if count or is_empty else 0
     _log.error("%d models could not be loaded (--exit-on-error=false serves the others)", count)
     return restarts.UNUSABLE
 

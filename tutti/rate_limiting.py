@@ -6,10 +6,11 @@ the one with the least goes first. What it needs is kept from those behind it, o
 that share nothing with it go on.
 """
 
+import re
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from tutti.errors import ConfigError
+from tutti.errors import ConfigError, sayable
 
 GLOBAL = -1
 """The device of a resource that all devices share."""
@@ -56,8 +57,9 @@ def parse_supply(given: Iterable[str]) -> dict[tuple[str, int | None], int]:
     supply: dict[tuple[str, int | None], int] = {}
     for text in given:
         name, *numbers = text.split(":")
-        if not name or len(numbers) not in (1, 2) or not all(n.isascii() and n.isdecimal() for n in numbers):
-            raise ConfigError(f"--rate-limit-resource: expected NAME:COUNT or NAME:COUNT:DEVICE, got '{text}'")
+        if not name or len(numbers) not in (1, 2) or not all(re.fullmatch("[0-9]{1,9}", n) for n in numbers):
+            what = "expected NAME:COUNT or NAME:COUNT:DEVICE"
+            raise ConfigError(f"--rate-limit-resource: {what}, got '{sayable(text)[:200]}'")
         key = (name, int(numbers[1]) if len(numbers) == 2 else None)
         supply[key] = max(supply.get(key, 0), int(numbers[0]))
     return supply

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tutti import config, files
+from tutti import config, contents, files
 from tutti.config import ModelConfig
 from tutti.errors import ConfigError, TuttiError, reason
 
@@ -135,6 +135,8 @@ def _complete(path: Path, proto: Any) -> None:
         return
     proto.backend = backend
     file = file_of(path / str(present[-1]) / filename)
+    if what := contents.mistaken_for_model(file):
+        raise ConfigError(f"model '{path.name}': {present[-1]}/{filename}: it is {what.removeprefix('it is ')}")
     if backend == "onnxruntime" and (not proto.input or not proto.output):
         from tutti.backends import onnxruntime
 
@@ -177,7 +179,9 @@ def _named(error: Exception) -> str:
 
 def _open(path: Path, name: str, override: str | None) -> ModelFolder:
     if not path.is_dir():
-        raise ConfigError(f"model '{name}': no such folder in the repository")
+        near = difflib.get_close_matches(name, model_names(path.parent), 1)
+        advice = f"; did you mean '{near[0]}'?" if near else ""
+        raise ConfigError(f"model '{name}': no such folder in the repository{advice}")
     complete = partial(_complete, path)
     if override is None:
         model_config = config.load(path / "config.pbtxt", complete)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 from tutti import SERVER_NAME, foreign_flags
+from tutti.arguments import Terse, shown
 from tutti.frontends import keepalive
 from tutti.frontends.gate import CATEGORIES
 from tutti.frontends.limits import CASE_MATTERS, Limits
@@ -37,7 +38,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Terse(
         prog="tutti serve",
         usage="tutti serve MODEL_REPOSITORY [flags]    (tutti serve --help lists them)",
         description="Serve a model repository over HTTP and gRPC.",
@@ -404,6 +405,8 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
     if len(named) != 1:
         several = "; links to models in one folder will do" if len(named) > 1 else ""
         parser.error(f"expected one model repository: MODEL_REPOSITORY or --model-repository PATH{several}")
+    if not options.server_name or not options.server_name.isprintable():
+        parser.error(f"argument --server-name: expected a name, got {shown(options.server_name)}")
     options.model_repository = named[0]
     if not options.allow_http and not options.allow_grpc:
         parser.error("--allow-http and --allow-grpc are both false: expected one of them at least")
@@ -461,8 +464,8 @@ def _whole(least: int, most: float, expected: str) -> Callable[[str], int]:
     """A parser of whole numbers in a range, which is told in words to who gives another."""
 
     def parse(text: str) -> int:
-        if not re.fullmatch("[0-9]+", text) or not least <= int(text) <= most:
-            raise argparse.ArgumentTypeError(f"expected {expected}, got '{text}'")
+        if not re.fullmatch("[0-9]{1,18}", text) or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {shown(text)}")
         return int(text)
 
     return parse
@@ -475,14 +478,16 @@ _count_or_none = _whole(0, math.inf, "0 or more")
 _number = _whole(0, 2**31 - 1, "a whole number from 0 to 2147483647")
 
 
+_MAX_SECONDS = 1e9
+# Of what is started, as front-ends: more are a slip, which would take the machine with it.
+_MOST_PROCESSES = 1024
+
+
 def _seconds(text: str) -> float:
-    """More than none."""
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not 0 < seconds < math.inf:
-        raise argparse.ArgumentTypeError(f"expected seconds, more than 0, got '{text}'")
+    """More than none, and no more than Python's timers take."""
+    seconds = float(text) if re.fullmatch(r"[0-9]*\.?[0-9]+([eE][+-]?[0-9]{1,3})?", text) else math.nan
+    if not 0 < seconds <= _MAX_SECONDS:
+        raise argparse.ArgumentTypeError(f"expected seconds, more than 0, got {shown(text)}")
     return seconds
 
 
@@ -511,13 +516,15 @@ def _level(text: str) -> int:
 
 def _boolean(text: str) -> bool:
     if text.lower() not in ("true", "false", "1", "0"):
-        raise argparse.ArgumentTypeError(f"expected true or false, got '{text}'")
+        raise argparse.ArgumentTypeError(f"expected true or false, got {shown(text)}")
     return text.lower() in ("true", "1")
 
 
 def _count_or_auto(text: str) -> int | None:
     """None for auto."""
-    return None if text == "auto" else _whole(1, math.inf, "1 or more, or auto")(text)
+    return (
+        None if text == "auto" else _whole(1, _MOST_PROCESSES, f"1 or more, or auto (at most {_MOST_PROCESSES})")(text)
+    )
 
 
 def _unknown(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> str:
@@ -526,5 +533,5 @@ def _unknown(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> str:
     told = []
     for argument in arguments:
         near = difflib.get_close_matches(argument.partition("=")[0], known, 1) if argument.startswith("-") else []
-        told.append(f"'{argument}'" + (f" (did you mean {near[0]}?)" if near else ""))
+        told.append(shown(argument) + (f" (did you mean {near[0]}?)" if near else ""))
     return f"unknown: {', '.join(told)}"

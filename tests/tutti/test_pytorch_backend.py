@@ -212,7 +212,7 @@ PLAIN = CONFIG.format(backend='backend: "pytorch"', a="a", b="b", y="y", z="z")
         (
             CONFIG.format(backend='backend: "pytorch"', a="a", b="b", y="y", z="z"),
             b"junk",
-            "PyTorch cannot load model.pt",
+            "1/model.pt is a text: expected what torch.export.save or torch.jit.save made",
         ),
         (
             CONFIG.format(backend='backend: "pytorch"', a="I__0", b="I__2", y="y", z="z"),

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from tutti import repository, rows
+from tutti import contents, repository, rows
 from tutti.backends import parameters
 from tutti.config import JOINING, InstanceGroup, ModelConfig
 from tutti.devices.nvml import gpu_count
@@ -19,6 +19,13 @@ if TYPE_CHECKING:
     from tutti.backends.on_device import DeviceWork
 
 SUPPORTED = (*JOINING, "python")
+# What backends load where a configuration names no file.
+_FILES = {
+    "onnxruntime": ("model.onnx",),
+    "pytorch": ("model.pt", "model.pt2"),
+    "tensorrt": ("model.plan",),
+    "python": ("model.py",),
+}
 _NEEDS = {"torch": "PyTorch (pip install torch)", "tensorrt": "TensorRT"}
 
 
@@ -35,6 +42,7 @@ def load(folder: ModelFolder, version: int, infer: Infer) -> list[Backend]:
     name = folder.config.backend
     if name not in SUPPORTED:
         raise ConfigError(f"model '{folder.config.name}': backend: '{name}' is not one of {', '.join(SUPPORTED)}")
+    _check_contents(folder, version)
     try:
         module = cast(BackendModule, importlib.import_module(f"tutti.backends.{name}"))
     except ModuleNotFoundError as error:
@@ -49,6 +57,22 @@ def load(folder: ModelFolder, version: int, infer: Infer) -> list[Backend]:
         if config.padding.inputs:
             loaded = [_around(Padded(config, backend), backend) for backend in loaded]
     return loaded
+
+
+def _check_contents(folder: ModelFolder, version: int) -> None:
+    """Raises ConfigError for a model's file that is missing, or is none: its library would be slow to say less."""
+    config = folder.config
+    usual = (config.model_filename,) if config.model_filename else _FILES[config.backend]
+    names = [*usual, *filter(None, (config.cpu_filename, config.gpu_filename))]
+    paths = {name: repository.file_of(folder.version_path(version) / name) for name in names}
+    there = {name: path for name, path in paths.items() if path.is_file()}
+    if not there:
+        version_file(folder, version, usual[0])
+    for name, path in there.items():
+        if what := contents.mistaken_for_model(path):
+            raise ConfigError(f"model '{config.name}': {version}/{name} is {what}")
+        if config.backend == "pytorch" and (what := contents.mistaken_for_program(path)):
+            raise ConfigError(f"model '{config.name}': {version}/{name} {what}")
 
 
 def _around(wrapper: "_Wrapped", backend: Backend) -> Backend:
@@ -229,7 +253,21 @@ def model_file(folder: ModelFolder, version: int, default: str) -> Path:
 
 def version_file(folder: ModelFolder, version: int, name: str) -> Path:
     """A file in the version's folder. Raises ConfigError if it is not there."""
-    path = repository.file_of(folder.version_path(version) / name).resolve()
+    given = repository.file_of(folder.version_path(version) / name)
+    try:
+        path = given.resolve()
+    except (OSError, RuntimeError):  # a link that leads to itself
+        path = given
     if not path.is_relative_to(folder.path.resolve()) or not path.is_file():
-        raise ConfigError(f"model '{folder.config.name}': version {version} has no file '{name}'")
+        raise ConfigError(f"model '{folder.config.name}': version {version} has no file '{name}'{_instead(given)}")
     return path
+
+
+def _instead(path: Path) -> str:
+    """What is there in the place of a file, or beside it."""
+    if path.is_symlink():
+        return f": it is a link to '{path.readlink()}', and no file of its folder"
+    if path.exists():
+        return ", but a folder" if path.is_dir() else ", but what is no regular file"
+    there = sorted(entry.name for entry in path.parent.iterdir())[:5] if path.parent.is_dir() else []
+    return f"; there are {', '.join(map(repr, there))}" if there else ""

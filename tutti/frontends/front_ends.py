@@ -37,7 +37,7 @@ class _Place:
 
 
 def check_free(host: str, port: int, family: int = socket.AF_INET) -> None:
-    """Raises OSError when another server listens on a port that is to be shared.
+    """Raises OSError when another server listens on a port that is to be shared, or the host is not this machine.
 
     Connections that have been closed may hold it: whether anybody listens, a connection tells.
     """
@@ -46,6 +46,8 @@ def check_free(host: str, port: int, family: int = socket.AF_INET) -> None:
         try:
             alone.bind((host, port))
             return
+        except (UnicodeError, TypeError):  # which it is, the socket's own encoding decides
+            raise OSError(errno.EINVAL, "expected an address, or the name of a host") from None
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
                 raise
@@ -81,10 +83,12 @@ class FrontEnds:
         self._stdout = _standard_output()
 
     def reserve(self, host: str, port: int) -> int:
-        """Hold a port for the processes, which share it. Raises OSError when another server has it."""
+        """Hold a port for the processes, which share it. Raises OSError when another server has it, naming it."""
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        if port:
+        try:
             check_free(host, port, family)
+        except OSError as error:
+            raise OSError(error.errno, f"{host}:{port}: {error.strerror}") from None
         one = socket.socket(family)
         # Connections that the last server closed hold the port for a minute: only a socket with the option that
         # server's had may have it before, and that server may have been of another kind.

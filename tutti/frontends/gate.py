@@ -4,11 +4,12 @@ Names of the APIs are tritonserver's, for `--http-restricted-api` and `--grpc-re
 """
 
 import hmac
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from tutti.errors import ConfigError
+from tutti.errors import ConfigError, sayable
 
 Category = Literal[
     "health", "metadata", "inference", "shared-memory", "model-config", "model-repository", "statistics", "trace",
@@ -16,6 +17,9 @@ Category = Literal[
 ]  # fmt: skip
 CATEGORIES: tuple[str, ...] = get_args(Category)
 GRPC_HEADER_PREFIX = "triton-grpc-protocol-"
+
+# What RFC 9110 has a header's name be.
+_HEADER = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 
 Refusal = Literal["", "restricted", "unauthenticated"]
 
@@ -58,17 +62,23 @@ def _equal(given: str, expected: str) -> bool:
 
 def parse_restricted(arguments: Sequence[str], header_prefix: str = "") -> dict[str, tuple[str, str]]:
     """`API[,API]...:KEY=VALUE` of each flag. Raises ConfigError for an unknown API, or one that is named twice."""
+    flag = "--grpc-restricted-protocol" if header_prefix else "--http-restricted-api"
     restricted: dict[str, tuple[str, str]] = {}
     for argument in arguments:
         names, colon, pair = argument.partition(":")
         key, equals, value = pair.partition("=")
         if not colon or not equals or not key or not value:
-            raise ConfigError(f"restricted API '{argument}': expected API[,API]...:KEY=VALUE")
+            raise ConfigError(f"{flag} '{sayable(argument)}': expected API[,API]...:KEY=VALUE")
+        if not _HEADER.fullmatch(key):
+            raise ConfigError(f"{flag} '{sayable(argument)}': expected the name of a header, got '{sayable(key)}'")
+        if not (value.isascii() and value.isprintable()):
+            what = "expected the value of a header, of ASCII characters that can be seen"
+            raise ConfigError(f"{flag} '{sayable(key)}': {what}, got {value!a}")
         for name in names.split(","):
             if name not in CATEGORIES:
-                raise ConfigError(f"restricted API '{name}': expected one of {', '.join(CATEGORIES)}")
+                raise ConfigError(f"{flag}: '{sayable(name)}' is no API: expected one of {', '.join(CATEGORIES)}")
             if name in restricted:
-                raise ConfigError(f"restricted API '{name}' is given more than once")
+                raise ConfigError(f"{flag}: '{name}' is given more than once")
             restricted[name] = (header_prefix + key.lower(), value)
     return restricted
 

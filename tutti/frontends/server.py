@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tutti.errors import ConfigError, InferError, Unavailable
+from tutti import files
+from tutti.errors import ConfigError, InferError, Unavailable, reason, sayable
 from tutti.frontends import http_api
 from tutti.frontends.api import Api
 from tutti.frontends.engine_link import EngineSide
@@ -41,13 +42,20 @@ class Tls:
         """For HTTP. Raises ConfigError when a file cannot be used."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
+        for what, path in (("certificate", self.certificate), ("key", self.key), ("root", self.root_certificate)):
+            if path is not None:
+                _check_pem(path, what)
         try:
-            context.load_cert_chain(self.certificate, self.key)
-            if self.root_certificate is not None:
+            context.load_cert_chain(self.certificate, self.key, password=_ask_nobody)
+        except (OSError, ValueError) as error:
+            what = f"no certificate and its key: {_of_openssl(error)}"
+            raise ConfigError(f"TLS: {sayable(self.certificate)}, {sayable(self.key)}: {what}") from None
+        if self.root_certificate is not None:
+            try:
                 context.load_verify_locations(self.root_certificate)
-                context.verify_mode = ssl.CERT_REQUIRED
-        except (OSError, ssl.SSLError) as error:
-            raise ConfigError(f"TLS: {self.certificate}, {self.key}: {error}") from None
+            except (OSError, ValueError) as error:
+                raise ConfigError(f"TLS: {sayable(self.root_certificate)}: {_of_openssl(error)}") from None
+            context.verify_mode = ssl.CERT_REQUIRED
         return context
 
     def files(self) -> TlsFiles:
@@ -57,6 +65,27 @@ class Tls:
         return TlsFiles(
             self.certificate.read_bytes(), self.key.read_bytes(), None if root is None else root.read_bytes()
         )
+
+
+def _check_pem(path: Path, what: str) -> None:
+    """Raises ConfigError for what is no file in PEM, which OpenSSL would not name, or would wait for."""
+    try:
+        text = files.read_utf8(path)
+    except OSError as error:
+        raise ConfigError(f"TLS: {what} '{sayable(path)}': {reason(error)}") from None
+    kind = "KEY" if what == "key" else "CERTIFICATE"
+    if f"{kind}-----" not in text:
+        raise ConfigError(f"TLS: {what} '{sayable(path)}': expected a file in PEM, with -----BEGIN {kind}-----")
+
+
+def _ask_nobody() -> str:
+    """Of a key with a password OpenSSL would ask the terminal."""
+    raise ValueError("the key has a password; expected one without, as openssl pkey -in KEY -out OTHER makes it")
+
+
+def _of_openssl(error: Exception) -> str:
+    """What it says, without the line of its source."""
+    return (getattr(error, "reason", None) or reason(error)).lower().replace("_", " ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +122,7 @@ class Addresses:
         doors = () if is_behind else ((self.host, self.http_port), (self.grpc_host or self.host, self.grpc_port))
         metrics = (self.metrics_host or self.host, self.metrics_port if self.metrics_ports == 1 else None)
         for host, port in (*doors, metrics):
-            if port:
+            if port is not None:  # any that is free needs the address, too
                 try:
                     check_free(host, port, socket.AF_INET6 if ":" in host else socket.AF_INET)
                 except OSError as error:

@@ -4,10 +4,10 @@ import re
 from pathlib import Path
 from typing import Protocol
 
-from tutti import tracing
+from tutti import files, tracing
 from tutti.devices.ipc import CudaIpc
 from tutti.engine import Engine
-from tutti.errors import ConfigError, reason
+from tutti.errors import ConfigError, reason, sayable
 from tutti.frontends import gate, keepalive
 from tutti.frontends.api import Access, Api
 from tutti.frontends.gate import Gate
@@ -86,6 +86,7 @@ def make_api(engine: Engine, options: Options, logs: Logs) -> Api:
 
 
 def addresses(options: Options) -> Addresses:
+    """Raises ConfigError when a file of a certificate cannot be used."""
     host = options.http_address or options.host
     return Addresses(
         host,
@@ -112,9 +113,9 @@ def _api_keys(path: Path | None) -> tuple[str, ...]:
     if path is None:
         return ()
     try:
-        return gate.parse_api_keys(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--api-key-file {path}: {reason(error)}") from None
+        return gate.parse_api_keys(files.read_utf8(path))
+    except (OSError, ValueError, ConfigError) as error:
+        raise ConfigError(f"--api-key-file {sayable(path)}: {reason(error)}") from None
 
 
 def _pattern(text: str | None) -> re.Pattern[str] | None:
@@ -130,4 +131,6 @@ def _tls(options: Options, protocol: str) -> Tls | None:
     if not is_mutual and not getattr(options, f"{protocol}_use_ssl"):
         return None
     root = getattr(options, f"{protocol}_root_cert") if is_mutual else None
-    return Tls(getattr(options, f"{protocol}_server_cert"), getattr(options, f"{protocol}_server_key"), root)
+    tls = Tls(getattr(options, f"{protocol}_server_cert"), getattr(options, f"{protocol}_server_key"), root)
+    tls.context()  # before anything is loaded
+    return tls
