@@ -9,6 +9,7 @@ from typing import Any
 from ensembles import graph, picture, show
 from ensembles.source import graph_of
 from tutti import explain_command, hints, repository
+from tutti.arguments import Parser
 from tutti.config import ModelConfig
 from tutti.errors import ConfigError, reason
 from tutti.usage import Help, examples
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="tutti ensemble",
         description="Look at the ensembles of a repository, run them here, and build them.",
         epilog=examples(
@@ -106,11 +107,11 @@ def _config_of(root: Path, name: str, version: str) -> ModelConfig:
 
 
 def _check(options: argparse.Namespace) -> int:
-    names = [options.name] if options.name else repository.model_names(options.repository)
+    names = [options.name] if options.name is not None else repository.model_names(options.repository)
     failures = checked = 0
     for name in names:
         try:
-            if not options.name and not repository.open_model(options.repository, name).config.is_ensemble:
+            if options.name is None and not repository.open_model(options.repository, name).config.is_ensemble:
                 continue
             checked += 1
             plan = planned(options.repository, name)

@@ -1,12 +1,12 @@
 """The Python file that a graph is written in: what it makes, or a line that says where it is wrong."""
 
-import importlib.util
 import traceback
+import types
 from pathlib import Path
 from typing import Any
 
 from ensembles.builder import Graph
-from tutti import hints
+from tutti import files, hints
 from tutti.errors import ConfigError, reason
 
 _EXPECTED = "expected a function build(repository) -> Graph (docs/ensembles.md)"
@@ -35,12 +35,10 @@ def _module(file: Path) -> Any:
         near = hints.near(file) if not file.exists() else ""
         got = "a folder" if file.is_dir() else "no such file" if not file.exists() else f"a file '{file.name}'"
         raise ConfigError(f"{file}: expected a Python file, got {got}{f'; did you mean {near!r}?' if near else ''}")
-    spec = importlib.util.spec_from_file_location(f"tutti_graph_{file.stem}", file.absolute())
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
+    module = types.ModuleType(f"tutti_graph_{file.stem}")
+    module.__file__ = str(file.absolute())
+    try:  # it leaves no compiled file beside it, as an import would
+        exec(compile(files.read_bytes(file, files.MAX_TEXT_BYTES), file.absolute(), "exec"), vars(module))
     except BaseException as error:
         raise _wrong(file, error) from None
     return module

@@ -7,7 +7,11 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from tutti.arguments import Parser, positive, whole
 from tutti.usage import Help, examples
+
+# Of GPUs or replicas: more are a slip.
+_MOST = 1_000_000
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -20,7 +24,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="tutti cluster",
         description="Plan and simulate pools of replicas on Ray.",
         epilog=examples(
@@ -43,10 +47,16 @@ def make_parser() -> argparse.ArgumentParser:
         "tutti cluster plan models --gpus 4 --gpu-memory-gb 80 --output pools.yaml",
     )
     plan.add_argument("model_repository", type=Path, help="the folder of models")
-    plan.add_argument("--gpus", type=int, required=True, metavar="N", help="of the cluster (required)")
-    plan.add_argument("--gpu-memory-gb", type=float, default=24.0, metavar="GB", help="of each (default: %(default)g)")
+    plan.add_argument("--gpus", type=whole(0, _MOST), required=True, metavar="N", help="of the cluster (required)")
     plan.add_argument(
-        "--cpu-replicas", type=int, default=1, metavar="N", help="replicas without a GPU (default: %(default)s)"
+        "--gpu-memory-gb", type=positive, default=24.0, metavar="GB", help="of each (default: %(default)g)"
+    )
+    plan.add_argument(
+        "--cpu-replicas",
+        type=whole(0, _MOST),
+        default=1,
+        metavar="N",
+        help="replicas without a GPU (default: %(default)s)",
     )
     plan.add_argument("--output", type=Path, metavar="FILE", help="write the placement there (default: show it)")
     why = add(
@@ -56,7 +66,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     why.add_argument("model_repository", type=Path, help="the folder of models")
     why.add_argument("--placement", type=Path, metavar="FILE", help="as for tutti serve (default: its pools)")
-    why.add_argument("--gpus", type=int, default=0, metavar="N", help="of the cluster (default: %(default)s)")
+    why.add_argument(
+        "--gpus", type=whole(0, _MOST), default=0, metavar="N", help="of the cluster (default: %(default)s)"
+    )
     simulate = add(
         "simulate",
         "tell how pools would do under a load, in simulated time",

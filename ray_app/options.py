@@ -10,6 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ray_app.placement import PoolSpec, check_pools, plan_pools
 from tutti import SERVER_NAME
 
+# Of one pool: more are a slip.
+MOST_REPLICAS = 1_000_000
+
 
 class PoolOptions(BaseModel):
     """One pool of replicas, in order of preference; `models` are names or patterns of those it takes.
@@ -17,12 +20,12 @@ class PoolOptions(BaseModel):
     With `max_replicas` it has as many as its work needs, and begins with `replicas` (default: `min_replicas`).
     """
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     name: str
-    replicas: int | None = None
-    min_replicas: int = Field(default=0, ge=0)
-    max_replicas: int = Field(default=0, ge=0)
+    replicas: int | None = Field(default=None, le=MOST_REPLICAS)
+    min_replicas: int = Field(default=0, ge=0, le=MOST_REPLICAS)
+    max_replicas: int = Field(default=0, ge=0, le=MOST_REPLICAS)
     num_cpus: float = 0.1
     num_gpus: float = 0.0
     models: list[str] = ["*"]

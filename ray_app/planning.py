@@ -8,19 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from ray_app import gpu_rates, planner
-from ray_app.options import Options
+from ray_app import documents, gpu_rates, planner
+from ray_app.options import Options, PoolOptions
 from ray_app.placement import PoolSpec, home
-from tutti import hints, repository
+from tutti import repository
+from tutti.arguments import plain, shown
 from tutti.errors import ConfigError, reason
 from tutti.progress import Work, clock
 
+_KINDS: dict[str, type[BaseModel]] = {"": Options, "pools": PoolOptions}
+
 
 def plan(options: argparse.Namespace) -> None:
-    if options.gpus < 0 or options.cpu_replicas < 0 or not 0 < options.gpu_memory_gb < math.inf:
-        raise ConfigError("expected 0 or more GPUs and replicas, and memory above 0")
     folders, failures = repository.open_models(options.model_repository)
     sizes = {one.config.name: _bytes_of(one.path, one.versions) for one in folders}
     configs = {one.config.name: one.config for one in folders}
@@ -40,7 +41,11 @@ def plan(options: argparse.Namespace) -> None:
 
 def why(options: argparse.Namespace) -> None:
     given = load_placement(options.placement) if options.placement is not None else {}
-    pools = checked({"model_repository": str(options.model_repository), **given}).pool_specs(options.gpus)
+    try:
+        pools = checked({"model_repository": str(options.model_repository), **given}).pool_specs(options.gpus)
+    except ConfigError as error:
+        where = f"--placement {plain(options.placement)}: " if options.placement is not None else ""
+        raise ConfigError(f"{where}{error}") from None
     folders, failures = repository.open_models(options.model_repository)
     configs = {folder.config.name: folder.config for folder in folders}
     why = {}
@@ -74,38 +79,34 @@ def _bytes_of(path: Path, versions: Sequence[int]) -> int:
 
 def simulate(options: argparse.Namespace) -> None:
     from ray_app import simulation
-    from ray_app.scenario import Scenario
+    from ray_app.scenario import Bursts, Scenario, SimulatedPool, Stretch
 
+    kinds: dict[str, type[BaseModel]] = {"": Scenario, "pools": SimulatedPool, "bursts": Bursts, "trace": Stretch}
     try:
-        given = yaml.safe_load(options.scenario.read_text(encoding="utf-8"))
-        if not isinstance(given, dict):
-            raise ConfigError(f"{options.scenario}: expected pools and a trace")
-        scenario = Scenario(**given)
+        scenario = Scenario(**documents.read(options.scenario, "pools and a trace (docs/cluster.md)"))
         begun = time.monotonic()
         with Work(f"simulating {clock(scenario.load().seconds)}") as progress:
             result = (simulation.simulate_fluid if options.fluid else simulation.simulate)(scenario, progress.at)
-    except (OSError, UnicodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{options.scenario}: {reason(error)}") from None
     except ValidationError as error:
-        raise ConfigError(f"{options.scenario}: {_problems(error)}") from None
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+        raise ConfigError(f"{plain(options.scenario)}: {documents.problems(error, kinds)}") from None
+    except (ConfigError, ValueError) as error:
+        raise ConfigError(f"{plain(options.scenario)}: {error}") from None
     print("\n".join([*result.lines(), f"simulated in {time.monotonic() - begun:.1f} s"]))
 
 
 def load_placement(path: Path) -> dict[str, Any]:
-    """What a placement file says. Raises ConfigError if it is none."""
+    """What a placement file says. Raises ConfigError if it is none, or has pools that no cluster can have."""
     try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        near = hints.near(path)
-        raise ConfigError(f"--placement {path}: no such file{f'; did you mean {near}?' if near else ''}") from None
-    except (OSError, UnicodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"--placement {path}: {reason(error)}") from None
-    if not isinstance(given, dict) or set(given) != {"pools"}:
-        raise ConfigError(
-            f"--placement {path}: expected 'pools:' and a list of them, and nothing else (docs/cluster.md)"
-        )
+        given = documents.read(path, "'pools:' and a list of them")
+        if set(given) != {"pools"} or not isinstance(given["pools"], list):
+            got = ", ".join(map(shown, given)) or "nothing"
+            expected = "expected 'pools:' and a list of them, and nothing else (docs/cluster.md)"
+            raise ConfigError(f"{expected}, got {got}")
+        Options(model_repository="", autoscaled_cluster=True, **given).pool_specs(math.inf)
+    except ValidationError as error:
+        raise ConfigError(f"--placement {plain(path)}: {documents.problems(error, _KINDS)}") from None
+    except ConfigError as error:
+        raise ConfigError(f"--placement {plain(path)}: {error}") from None
     return given
 
 
@@ -114,8 +115,4 @@ def checked(given: dict[str, Any]) -> Options:
     try:
         return Options(**given)
     except ValidationError as error:
-        raise ConfigError(_problems(error)) from None
-
-
-def _problems(error: ValidationError) -> str:
-    return "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
+        raise ConfigError(documents.problems(error, _KINDS)) from None

@@ -1,6 +1,7 @@
 """What a simulation is of: pools of replicas and how fast they are, and the requests that come. Pure."""
 
 import csv
+import io
 import itertools
 import math
 import random
@@ -12,10 +13,12 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ray_app.options import PoolOptions
+from tutti import files
+from tutti.errors import reason
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class SimulatedPool(PoolOptions):
@@ -141,17 +144,18 @@ def _points(path: Path) -> list[tuple[float, float]]:
     """Raises ValueError naming the line."""
     points: list[tuple[float, float]] = []
     try:
-        with path.open(newline="") as file:
-            for number, row in enumerate(csv.reader(file), 1):
-                try:
-                    second, rate = map(float, row)
-                except ValueError:
-                    raise ValueError(f"{path}:{number}: expected SECOND,RATE, got {','.join(row)[:80]!r}") from None
-                if rate < 0 or (points and second <= points[-1][0]):
-                    raise ValueError(f"{path}:{number}: expected rising seconds, and a rate of 0 or more")
-                points.append((second, rate))
+        text = files.read_utf8(path)
     except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from None
+        raise ValueError(f"trace {path}: {reason(error)}") from None
+    for number, row in enumerate(csv.reader(io.StringIO(text, newline="")), 1):
+        try:
+            second, rate = map(float, row)
+        except ValueError:
+            raise ValueError(f"{path}:{number}: expected SECOND,RATE, got {','.join(row)[:80]!r}") from None
+        is_rising = not points or second > points[-1][0]
+        if not (0 <= rate < math.inf and abs(second) < math.inf and is_rising):
+            raise ValueError(f"{path}:{number}: expected rising seconds, and a rate of 0 or more")
+        points.append((second, rate))
     if len(points) < 2:
         raise ValueError(f"{path}: expected two lines or more")
     return points

@@ -1,0 +1,60 @@
+"""What people write for clusters in YAML: read, or refused with the file, the place and what was expected."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from tutti import files, paths
+from tutti.arguments import plain
+from tutti.errors import ConfigError, reason
+
+# Of a file with more mistakes, the others are counted.
+_MOST_PROBLEMS = 3
+
+
+def read(path: Path, expected: str) -> dict[str, Any]:
+    """The mapping that a file is. Raises ConfigError; `expected` says of what, as in "pools and a list of them"."""
+    try:
+        given = yaml.safe_load(files.read_utf8(path))
+    except OSError as error:
+        raise ConfigError(f"{reason(error)}: expected {expected}, in YAML{paths.meant(path)}") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
+        raise ConfigError(f"{where}no YAML: {plain(error.problem or error.context)}") from None
+    except RecursionError:
+        raise ConfigError("no YAML: it is nested too deep") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"no YAML: {plain(' '.join(str(error).split()))}") from None
+    if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
+        what = "an empty file" if given is None else f"{type(given).__name__}"
+        raise ConfigError(
+            f"expected {expected}, got {what if not isinstance(given, dict) else 'keys that are no text'}"
+        )
+    return given
+
+
+def problems(error: ValidationError, kinds: Mapping[str, type[BaseModel]]) -> str:
+    """What is wrong, by field. `kinds` are the models by the first part of a field's path, "" that of the file."""
+    told = [_told(one["loc"], one["type"], one["msg"], kinds) for one in error.errors(include_url=False)]
+    more = f"; and {len(told) - _MOST_PROBLEMS} more" if len(told) > _MOST_PROBLEMS else ""
+    return "; ".join(told[:_MOST_PROBLEMS]) + more
+
+
+def _told(where: tuple[int | str, ...], kind: str, message: str, kinds: Mapping[str, type[BaseModel]]) -> str:
+    field = plain(".".join(map(str, where)))
+    if kind != "extra_forbidden":
+        return f"{field}: {message.removeprefix('Value error, ')}" if field else message.removeprefix("Value error, ")
+    model = kinds.get(str(where[0]) if len(where) > 1 else "")
+    return f"{field}: no such field{_instead(str(where[-1]), model.model_fields if model is not None else ())}"
+
+
+def _instead(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), 1)
+    if near:
+        return f"; did you mean '{near[0]}'?"
+    return f"; expected one of {', '.join(known)}" if known else ""
