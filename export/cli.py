@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from export import refusals
 from export.names import VARIANTS
 from tutti import extras
+from tutti.arguments import Parser, positive, whole
 from tutti.errors import TuttiError
 from tutti.progress import Work
 from tutti.scratch import Folder
@@ -41,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one export; returns the exit status: 0 only if everything was verified and published."""
     parser = make_parser()
     options = parser.parse_args(arguments)
-    wrong = _wrong(options)
+    wrong = refusals.wrong(options)
     if wrong:
         print(f"tutti export: {wrong}", file=sys.stderr)
         return 2
@@ -82,11 +84,12 @@ def _short(error: Exception) -> str:
 def _page_of(options: argparse.Namespace, why: str) -> None:
     """The page of an export that was refused before anything was built."""
     from export import sources
-    from export.graphs import Check
-    from export.pipeline import Outcome
 
     try:
-        source = sources.resolve(options.source)
+        source = sources.resolve(options.source)  # before seconds of imports
+        from export.graphs import Check
+        from export.pipeline import Outcome
+
         outcome = Outcome(options.name, source, _options(options), checks=[Check("source", False, why)])
         outcome.provenance = source.provenance
         print(f"tutti export: report: {_report(outcome, options)}", file=sys.stderr)
@@ -94,25 +97,8 @@ def _page_of(options: argparse.Namespace, why: str) -> None:
         print(f"tutti export: no report: {error}", file=sys.stderr)
 
 
-def _wrong(options: argparse.Namespace) -> str:
-    unknown = sorted(set(options.variants) - set(VARIANTS))
-    if unknown:
-        return f"--variants: expected some of {', '.join(VARIANTS)}, got '{unknown[0]}'"
-    if options.compute_capability and "tensorrt" not in (*options.variants, options.format):
-        return "--compute-capability needs --format tensorrt, or tensorrt among --variants"
-    if options.gpu == "bf16" and options.format != "torch":
-        return f"--gpu bf16 needs --format torch, got --format {options.format}: its processors compute no bfloat16"
-    if options.kind == "audio" and options.input_type == "int16" and "tensorrt" in (*options.variants, options.format):
-        return "--input-type int16: TensorRT has no whole numbers of 16 bits: expected fp32 for plans"
-    if options.kind == "vision" and (options.input_type, options.input_layout) == ("fp32", "hwc"):
-        return "--input-layout hwc needs --input-type uint8: processors make FP32 pictures with the colours first"
-    if options.latency_goal_ms <= 0:
-        return f"--latency-goal-ms: expected more than 0, got {options.latency_goal_ms:g}"
-    return ""
-
-
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="tutti export",
         description="Export a PyTorch model into a model repository, verified end to end.",
         epilog=examples(
@@ -129,8 +115,9 @@ def make_parser() -> argparse.ArgumentParser:
         ("vision", "image classifiers, image embeddings and zero-shot classification", "image", _VISION_EXAMPLES),
     ):
         command = kinds.add_parser(
-            kind, help=text, description=f"Export {text}.", epilog=examples(*lines), formatter_class=Help
-        )
+            kind, help=text, description=f"Export {text}.", epilog=examples(*lines), formatter_class=Help,
+            usage=f"tutti export {kind} SOURCE [flags]    (tutti export {kind} --help lists them)",
+        )  # fmt: skip
         command.add_argument("source", metavar="SOURCE", help=_SOURCE)
         command.add_argument(
             "--name", default=name, metavar="NAME", help="prefix of the published models (default: %(default)s)"
@@ -139,7 +126,9 @@ def make_parser() -> argparse.ArgumentParser:
             "--repository", type=Path, default=Path("model_repository"), metavar="FOLDER",
             help="where to publish; made where there is none (default: %(default)s)",
         )  # fmt: skip
-        command.add_argument("--version", type=int, default=1, metavar="N", help="of the models (default: %(default)s)")
+        command.add_argument(
+            "--version", type=whole(1, 10**17), default=1, metavar="N", help="of the models (default: %(default)s)"
+        )
         command.add_argument(
             "--ensemble", metavar="NAME", help="name of the ensemble over all of it (default: NAME_ensemble; '': none)"
         )
@@ -174,7 +163,7 @@ def make_parser() -> argparse.ArgumentParser:
             "--profile", action="store_true", help="measure latencies, and configure by them (default: not)"
         )
         command.add_argument(
-            "--latency-goal-ms", type=float, default=50.0, metavar="MS", help="for --profile (default: %(default)g)"
+            "--latency-goal-ms", type=positive, default=50.0, metavar="MS", help="for --profile (default: %(default)g)"
         )
         command.add_argument(
             "--report", type=Path, metavar="FILE", help="the page about it (default: NAME.export.html)"
@@ -232,7 +221,10 @@ def make_parser() -> argparse.ArgumentParser:
                 "--train", choices=("digits",), help="train here, in under a minute (default: as the checkpoint is)"
             )
             command.add_argument(
-                "--image-size", type=int, metavar="PIXELS", help="height and width (default: the checkpoint's)"
+                "--image-size",
+                type=whole(1, 8192),
+                metavar="PIXELS",
+                help="height and width (default: the checkpoint's)",
             )
     return parser
 
@@ -261,9 +253,11 @@ def _export(options: argparse.Namespace, work: Path) -> int:
 def _made(options: argparse.Namespace, work: Path, label: str, progress: Work) -> "Outcome | list[str]":
     """What came of it, or lines for a person where nothing was to be done. Raises ParityError."""
     progress.step(f"read {options.source}")
-    from export import commands, manifest, pipeline, sources
+    from export import sources
 
-    source = sources.resolve(options.source)
+    source = sources.resolve(options.source)  # before seconds of imports
+    from export import commands, manifest, pipeline
+
     own = _options(options)
     if "tensorrt" in own.variants:
         from export import tensorrt

@@ -6,6 +6,7 @@ Face's is `tutti export`'s, which knows its tokenizer and verifies it; here it i
 
 import argparse
 import json
+import os
 import re
 import shlex
 import shutil
@@ -21,7 +22,8 @@ from export import initial, served
 from export.errors import ExportError, first_line
 from export.initial import Draft
 from export.served import Staged
-from tutti import extras, hints, overview, repository
+from tutti import contents, extras, overview, paths, repository
+from tutti.arguments import Parser, shown, whole
 from tutti.errors import TuttiError, reason
 from tutti.progress import Work
 from tutti.usage import Help, examples
@@ -66,7 +68,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="tutti init",
         description="Make a repository of a model: write its configuration, load it, and ask it. A pickle executes "
         "what is in it: give your own only.",
@@ -83,10 +85,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="an ONNX file, PyTorch's .pt2 or .pt, a pickle of scikit-learn's, or a checkpoint",
     )
     parser.add_argument("--name", metavar="NAME", help="of the model (default: the file's)")
-    parser.add_argument("--version", type=int, default=1, metavar="N", help="of the model (default: %(default)s)")
+    parser.add_argument(
+        "--version", type=whole(1, 10**17), default=1, metavar="N", help="of the model (default: %(default)s)"
+    )
     parser.add_argument(
         "--max-batch-size",
-        type=int,
+        type=whole(0),
         metavar="ROWS",
         help="rows that are joined; 0 for none (default: 8 where a batch works)",
     )
@@ -104,13 +108,13 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _init(options: argparse.Namespace) -> int:
     source: Path = options.source
-    if not source.exists():
-        near = hints.near(source)
-        raise ExportError(f"no file '{source}'" + (f"; did you mean '{near}'?" if near else ""))
-    name = options.name or _name_of(source)
-    if options.version < 1:
-        raise ExportError(f"--version: expected 1 or more, got {options.version}")
-    repository.check_name(name)
+    if not source.is_dir() and not source.is_file():
+        what = f": {contents.of(source)}" if os.path.lexists(source) else paths.meant(source)
+        raise ExportError(f"no file {shown(source)}{what}")
+    name = _name_of(source) if options.name is None else options.name
+    if not repository.is_name(name):
+        raise ExportError(f"--name: expected what a folder can be called, got {shown(name)}")
+    paths.check_writable(options.repository)
     target = options.repository / name
     if target.exists() and not options.force:
         raise ExportError(f"'{target}' exists; --force writes over it, --name gives another")
@@ -216,17 +220,16 @@ def _command(models: Staged, draft: Draft, name: str) -> str:
 def _publish(made: Path, target: Path) -> None:
     """Put the model where it belongs in one step: a server that polls never sees half of it."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    staged = target.parent / f".{target.name}.tutti-init"
-    shutil.rmtree(staged, ignore_errors=True)
-    shutil.copytree(made, staged)
-    if target.exists():
+    with tempfile.TemporaryDirectory(prefix=".tutti-init-", dir=target.parent) as folder:
+        staged = Path(folder) / "model"
+        shutil.copytree(made, staged)
+        if not target.exists():
+            staged.rename(target)
+            return
         for version in staged.iterdir():  # other versions stay
             old = target / version.name
             shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
             version.rename(old)
-        staged.rmdir()
-    else:
-        staged.rename(target)
 
 
 def _tell(draft: Draft, proof: Proof, target: Path, options: argparse.Namespace) -> None:

@@ -8,7 +8,6 @@ import json
 import re
 import shutil
 import warnings
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,18 +19,20 @@ from tritonclient.grpc import model_config_pb2 as pb
 
 from export import columns, maps
 from export.errors import ExportError, first_line
+from tutti import contents, files
 from tutti.dtypes import NUMPY, Array, from_config, to_config
-from tutti.errors import ConfigError
+from tutti.errors import ConfigError, reason
 
 Ask = Callable[[Mapping[str, Array]], Mapping[str, Array]]
 Shape = tuple[int, ...]
 
 _MAX_BATCH_SIZE = 8
 _KINDS = {".onnx": "onnx", ".pt2": "exported", ".pt": "scripted", ".pth": "scripted", ".ts": "scripted"}
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".onnx")
+# Or packed, as joblib does; a pickle of the first protocol is a text that ends with a full stop.
+_MAY_BE_PICKLES = ("a pickle", "packed")
 _PICKLES = frozenset([".pkl", ".pickle", ".joblib"])
 _CHECKED_ROWS = 100
-# What torch.export.save puts into its archive, now and before.
-_OF_EXPORTED = ("models/model.json", "serialized_exported_program.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,29 +167,25 @@ def _kind(source: Path) -> str:
     """By the suffix, and by the first bytes where it may be of two kinds."""
     suffix = source.suffix.lower()
     if suffix in _PICKLES:
+        what = contents.of(source)
+        is_pickle = what.startswith(_MAY_BE_PICKLES) or (what == "a text" and files.read_bytes(source).endswith(b"."))
+        if what and not is_pickle:
+            raise ExportError(f"'{source.name}': expected a pickle of scikit-learn's, and it is {what}")
         return "pickle"
     if suffix not in _KINDS:
         known = ", ".join([*_KINDS, *sorted(_PICKLES)])
-        raise ExportError(f"'{source.name}': expected a file that ends with one of {known}")
+        what = contents.of(source)
+        is_told = f", and it is {what}" if what else ""
+        raise ExportError(f"'{source.name}': expected a file that ends with one of {known}{is_told}")
+    if what := contents.mistaken_for_model(source):
+        raise ExportError(f"'{source.name}' is {what}")
     kind = _KINDS[suffix]
     if kind in ("exported", "scripted"):
-        names = _zipped(source)
-        if any(name.endswith(_OF_EXPORTED) for name in names):
-            return "exported"
-        if not any(name.endswith("constants.pkl") for name in names):
-            raise ExportError(
-                f"'{source.name}' holds weights without a program, as torch.save makes it: load it into its module in "
-                "Python, and save what torch.export.export(module, example) gives with torch.export.save as .pt2"
-            )
+        if what := contents.mistaken_for_program(source):  # before PyTorch is imported
+            raise ExportError(f"'{source.name}' {what}")
+        is_exported = any(name.endswith(contents.OF_EXPORTED) for name in contents.zipped(source))
+        return "exported" if is_exported else "scripted"
     return kind
-
-
-def _zipped(source: Path) -> list[str]:
-    try:
-        with zipfile.ZipFile(source) as archive:
-            return archive.namelist()
-    except (zipfile.BadZipFile, OSError):
-        return []
 
 
 def _onnx(source: Path, name: str, work: Path, origin: str = "") -> Draft:
@@ -255,8 +252,10 @@ def _scripted(source: Path, inputs: Sequence[str]) -> Draft:
     strangers = [one.name for one in fields if one.name not in names]
     if strangers:
         raise ExportError(f"--input {strangers[0]}: forward takes {', '.join(names)}")
-    given = [torch.zeros((2, *(8 if dim < 0 else dim for dim in one.dims)), dtype=_torch_type(one)) for one in fields]
     try:
+        given = [
+            torch.zeros((2, *(8 if dim < 0 else dim for dim in one.dims)), dtype=_torch_type(one)) for one in fields
+        ]
         with torch.inference_mode():
             answer = module(*given)
     except Exception as error:
@@ -271,7 +270,7 @@ def _scripted(source: Path, inputs: Sequence[str]) -> Draft:
 
 def _field(text: str) -> Field:
     """Of NAME:TYPE:DIMS. Raises ExportError."""
-    match = re.fullmatch(r"([^:]+):([A-Za-z0-9]+):(-?\d+(?:,-?\d+)*)", text)
+    match = re.fullmatch(r"([^:]+):([A-Za-z0-9]+):(-?[0-9]{1,10}(?:,-?[0-9]{1,10})*)", text)
     datatype = match[2].upper().removeprefix("TYPE_") if match else ""
     datatype = {"STRING": "BYTES"}.get(datatype, datatype)
     if match is None or datatype not in NUMPY or datatype == "BYTES":
@@ -332,7 +331,8 @@ def _pickled(source: Path, name: str, work: Path) -> Draft:
     except ModuleNotFoundError:
         raise
     except Exception as error:
-        raise ExportError(f"'{source.name}': expected a pickle of scikit-learn's: {first_line(error)}") from None
+        what = f"joblib cannot load it ({type(error).__name__}: {first_line(error)})"
+        raise ExportError(f"'{source.name}': expected a pickle of scikit-learn's: {what}") from None
     if not hasattr(model, "predict") and not hasattr(model, "transform"):
         raise ExportError(f"'{source.name}' holds a {type(model).__name__}: expected a fitted model of scikit-learn's")
     width: int | None = getattr(model, "n_features_in_", None)
@@ -452,10 +452,15 @@ def _differing(got: Array, wanted: Array) -> int:
 def checkpoint_kind(folder: Path) -> str:
     """text, vision or audio: by what prepares its inputs. Raises ExportError where that is not told."""
     names = {path.name for path in folder.iterdir()}
+    if "config.json" in names:
+        _json(folder / "config.json")
+    for path in sorted(folder.iterdir()):
+        if path.suffix in _WEIGHTS and (what := contents.of(path)) and "LFS" in what:
+            raise ExportError(f"'{path}' is {what}")
     preparing = "preprocessor_config.json"
     told = {}
     if preparing in names:
-        told = json.loads((folder / preparing).read_text(encoding="utf-8"))
+        told = _json(folder / preparing)
     if "sampling_rate" in told or "feature_size" in told:
         return "audio"
     if "image_mean" in told or "image_processor_type" in told or "crop_size" in told:
@@ -465,3 +470,16 @@ def checkpoint_kind(folder: Path) -> str:
     raise ExportError(
         f"'{folder}' has no tokenizer and no {preparing}: say what it is with tutti export audio, text or vision"
     )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """Raises ExportError for what is no object."""
+    try:
+        told = json.loads(files.read_utf8(path))
+    except OSError as error:
+        raise ExportError(f"'{path}': {reason(error)}") from None
+    except (ValueError, RecursionError) as error:
+        raise ExportError(f"'{path}': no JSON: {first_line(error)}") from None
+    if not isinstance(told, dict):
+        raise ExportError(f"'{path}': expected an object, got {type(told).__name__}")
+    return told

@@ -76,12 +76,15 @@ def resolve(text: str) -> Source:
 
 def _in_package(text: str) -> Path:
     name, _, inside = text.partition("/")
-    spec = importlib.util.find_spec(name)
+    try:
+        spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    except (ImportError, ValueError):
+        spec = None
     if spec is None or not spec.submodule_search_locations:
-        raise ExportError(f"package '{name}' is not installed")
+        raise ExportError(f"'package:{text}': package '{name}' is not installed")
     path = Path(spec.submodule_search_locations[0]) / inside
-    if not path.exists():
-        raise ExportError(f"package '{name}' has no '{inside}'")
+    if not inside or ".." in Path(inside).parts or not path.exists():
+        raise ExportError(f"'package:{text}': package '{name}' has no '{inside}'")
     return path
 
 

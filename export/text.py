@@ -12,10 +12,11 @@ from export import layout, lengths, onnx, text_trials
 from export.ensemble import chain, entities_step, labels_step
 from export.errors import ExportError
 from export.graphs import Arrays, Check, Claim, Graph, Product
+from export.labelled import read as read_labelled
 from export.sources import Source
 from export.text_checkpoint import load
 from export.text_encoder import MAX_BATCH_SIZE, Encoder, example_of
-from export.text_labelled import check_accuracy, gate_step, head_graph, read_labelled, train_head
+from export.text_labelled import check_accuracy, gate_step, head_graph, train_head
 from export.text_tokenizer import check_step, check_tokenizer, tokenizer_step
 from export.variants import Result
 

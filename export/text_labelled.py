@@ -1,9 +1,7 @@
 """What a labelled file trains: a head over an encoder's embeddings, and a cheap gate before the encoder."""
 
-import csv
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,44 +10,16 @@ import numpy as np
 import torch
 
 from export import layout, onnx
-from export.errors import ExportError
 from export.graphs import Arrays, Check, Graph
+from export.labelled import Labelled
 from export.text_encoder import MAX_BATCH_SIZE, TEXT, Encoder
 from export.variants import Result
 from tutti.config import TensorSpec
 
 GATE_FEATURES = 16_384
 GATE_RISK = 0.2
-_MIN_LABELLED = 20
 # Of the head's accuracy with another variant of the encoder.
 _MAX_ACCURACY_COST = 0.05
-
-
-@dataclass(frozen=True, slots=True)
-class Labelled:
-    """A labelled file: tab-separated `label`, `split` (train or test) and `text`."""
-
-    labels: tuple[str, ...]
-    texts: dict[str, list[str]]
-    targets: dict[str, list[int]]
-
-
-def read_labelled(path: Path) -> Labelled:
-    """Raises ExportError naming the line that is wrong. Labels keep the order of their first appearance."""
-    labels: list[str] = []
-    texts: dict[str, list[str]] = {"train": [], "test": []}
-    targets: dict[str, list[int]] = {"train": [], "test": []}
-    with path.open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE):
-            if row.get("split") not in texts or not row.get("label") or not row.get("text"):
-                raise ExportError(f"{path.name}: expected label, split (train or test) and text, got {row}")
-            if row["label"] not in labels:
-                labels.append(row["label"])
-            texts[row["split"]].append(row["text"])
-            targets[row["split"]].append(labels.index(row["label"]))
-    if len(labels) < 2 or min(len(texts["train"]), len(texts["test"])) < _MIN_LABELLED:
-        raise ExportError(f"{path.name}: expected at least 2 labels and {_MIN_LABELLED} texts in each split")
-    return Labelled(tuple(labels), texts, targets)
 
 
 class Head(torch.nn.Module):

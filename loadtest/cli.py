@@ -6,6 +6,7 @@ Light: help, usage and the list of scenarios need no extra; `loadtest.commands` 
 import argparse
 import importlib.util
 import math
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -191,42 +192,40 @@ def _add_common(command: argparse.ArgumentParser) -> None:
 
 
 def _number(text: str, what: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
+    # Python takes digits of other scripts, underscores and spaces, too.
+    value = float(text) if re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?", text) else math.nan
     if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"expected {what}, got '{text}'")
+        raise argparse.ArgumentTypeError(f"expected {what}, got {text[:80]!r}")
     return value
 
 
 def _positive(text: str) -> float:
     value = _number(text, "a number above 0")
     if value <= 0:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got '{text}'")
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text[:80]!r}")
     return value
 
 
 def _rate(text: str) -> float:
     value = _positive(text)
     if value > _HIGHEST_RATE:
-        raise argparse.ArgumentTypeError(f"expected {_HIGHEST_RATE:,.0f} requests a second at most, got '{text}'")
+        raise argparse.ArgumentTypeError(f"expected {_HIGHEST_RATE:,.0f} requests a second at most, got {text[:80]!r}")
     return value
 
 
 def _share(text: str) -> float:
     value = _positive(text)
     if value >= 1:
-        raise argparse.ArgumentTypeError(f"expected a share between 0 and 1, as 0.03, got '{text}'")
+        raise argparse.ArgumentTypeError(f"expected a share between 0 and 1, as 0.03, got {text[:80]!r}")
     return value
 
 
 def _whole(text: str, low: int, high: int | None = None) -> int:
     what = f"a whole number from {low}" + (f" to {high}" if high is not None else " on")
     if not (text.isascii() and text.isdecimal() and len(text) < 12):
-        raise argparse.ArgumentTypeError(f"expected {what}, got '{text}'")
+        raise argparse.ArgumentTypeError(f"expected {what}, got {text[:80]!r}")
     if int(text) < low or (high is not None and int(text) > high):
-        raise argparse.ArgumentTypeError(f"expected {what}, got '{text}'")
+        raise argparse.ArgumentTypeError(f"expected {what}, got {text[:80]!r}")
     return int(text)
 
 

@@ -29,8 +29,8 @@ from export import (
     report,
     sources,
     tensorrt,
-    text_labelled,
 )
+from export import labelled as labelled_files
 from export import onnx as to_onnx
 from export.errors import ExportError, ParityError
 from export.graphs import Check, Graph, Product
@@ -389,11 +389,11 @@ def test_a_labelled_file_that_is_wrong_is_refused(tmp_path: Path, content: str) 
     path = tmp_path / "labels.tsv"
     path.write_text(content)
     with pytest.raises(ExportError, match=r"labels\.tsv"):
-        text_labelled.read_labelled(path)
+        labelled_files.read(path)
 
 
 def test_the_labelled_sentences_of_the_repository() -> None:
-    labelled = text_labelled.read_labelled(ROOT / "export" / "data" / "moderation.tsv")
+    labelled = labelled_files.read(ROOT / "export" / "data" / "moderation.tsv")
     sentences = labelled.texts["train"] + labelled.texts["test"]
     assert len(labelled.labels) >= 3
     assert len(sentences) >= 300

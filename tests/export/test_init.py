@@ -191,7 +191,7 @@ def folder(path: Path) -> None:
 REFUSED: dict[str, tuple[str, Any, list[str], str]] = {
     "weights alone": ("w.pt", weights, [], "'w.pt' holds weights without a program, as torch.save makes it"),
     "no graph": ("x.onnx", nonsense, [], "model 'x': onnxruntime cannot load x.onnx"),
-    "no program": ("x.pt2", nonsense, [], "'x.pt2' holds weights without a program"),
+    "no program": ("x.pt2", nonsense, [], "'x.pt2' is a text: expected what torch.export.save or"),
     "no pickle": ("x.pkl", nonsense, [], "'x.pkl': expected a pickle of scikit-learn's"),
     "another pickle": ("x.pkl", pickled_list, [], "'x.pkl' holds a list: expected a fitted model"),
     "another file": ("x.csv", nonsense, [], "'x.csv': expected a file that ends with one of .onnx, .pt2"),
@@ -204,8 +204,7 @@ REFUSED: dict[str, tuple[str, Any, list[str], str]] = {
     "inputs told twice": ("o.onnx", odd, ["--input", "x:FP32:4"], "--input is for TorchScript"),
     "a batch where none is": ("p.pt2", fixed, ["--max-batch-size", "4"], "not all tensors have a free first axis"),
     "a batch that fails": ("s.onnx", rows_made_one, ["--max-batch-size", "4"], "model 's'"),
-    "a path as name": ("o.onnx", odd, ["--name", "../o"], "model '../o': not a valid model name"),
-    "no version": ("o.onnx", odd, ["--version", "0"], "--version: expected 1 or more, got 0"),
+    "a path as name": ("o.onnx", odd, ["--name", "../o"], "--name: expected what a folder can be called, got '../o'"),
 }
 
 
