@@ -35,8 +35,8 @@ def test_models_that_load_are_not_counted_as_loaded(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(process, "PROGRESS_S", 0)
-    left = iter([4, 3, 1])
-    engine = SimpleNamespace(starting=lambda: 4, loading=lambda: next(left))
+    done = iter([0, 1, 3])
+    engine = SimpleNamespace(started=lambda: (next(done), 4))
     with caplog.at_level(logging.INFO), pytest.raises(RuntimeError, match="StopIteration"):
         asyncio.run(process._tell_progress(engine))
     said = [record.message.partition(" models")[0] for record in caplog.records if "loading: " in record.message]
