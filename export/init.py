@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from export import initial, served
 from export.errors import ExportError, first_line
 from export.initial import Draft
 from export.served import Staged
-from tutti import contents, extras, overview, paths, repository
+from tutti import config, contents, extras, overview, paths, repository
 from tutti.arguments import Parser, shown, whole
 from tutti.errors import TuttiError, reason
 from tutti.progress import Work
@@ -116,18 +116,32 @@ def _init(options: argparse.Namespace) -> int:
         raise ExportError(f"--name: expected what a folder can be called, got {shown(name)}")
     paths.check_writable(options.repository)
     target = options.repository / name
-    if target.exists() and not options.force:
-        raise ExportError(f"'{target}' exists; --force writes over it, --name gives another")
+    kept = _kept(target, options)
     if source.is_dir() and (source / "config.json").is_file():
         return _export(source, name, options)
     with tempfile.TemporaryDirectory(prefix="tutti-init-") as work:
         with Work(f"tutti init: {name}") as progress:
-            draft, proof = _proved(source, name, Path(work), options, progress)
+            draft, proof = _proved(source, name, Path(work), options, kept, progress)
         _publish(Path(work) / "models" / name, target)
     _tell(draft, proof, target, options)
+    if kept:
+        print(f"{target}/config.pbtxt is as it was: --force writes it anew")
     if options.name is None and source.stem.lower() in _NAMELESS:
         print(f"it is called '{name}' after its folder: --name gives another")
     return 0
+
+
+def _kept(target: Path, options: argparse.Namespace) -> list[Path]:
+    """The files beside the versions, which another version is added to: they may have been edited.
+
+    Raises ExportError where something would be written over.
+    """
+    if options.force or not target.exists():
+        return []
+    if (target / str(options.version)).exists() or not (target / "config.pbtxt").is_file():
+        what = "--force writes over it and its configuration, --version adds another, --name gives another model"
+        raise ExportError(f"'{target / str(options.version)}' exists; {what}")
+    return [one for one in target.iterdir() if one.is_file()]
 
 
 def _name_of(source: Path) -> str:
@@ -141,6 +155,9 @@ def _export(source: Path, name: str, options: argparse.Namespace) -> int:
     """Let `tutti export` do it, which verifies the whole pipeline."""
     from export import cli
 
+    for flag, value in (("--input", options.input), ("--max-batch-size", options.max_batch_size)):
+        if value:
+            raise ExportError(f"{flag} is of files, and '{source}' is a checkpoint: its configuration says that")
     kind = initial.checkpoint_kind(source)
     print(f"'{source}' is a checkpoint: tutti export {kind} {source} --name {name} --repository {options.repository}")
     given = [
@@ -156,25 +173,33 @@ def _export(source: Path, name: str, options: argparse.Namespace) -> int:
     return cli.main(given)
 
 
-def _proved(source: Path, name: str, work: Path, options: argparse.Namespace, progress: Work) -> tuple[Draft, Proof]:
+def _proved(
+    source: Path, name: str, work: Path, options: argparse.Namespace, kept: Sequence[Path], progress: Work
+) -> tuple[Draft, Proof]:
     """What is to be published, and how it was proved; without a batch where it fails with one."""
     progress.step(f"read {source}", total=2)
     draft = initial.read(source, name, work, options.input, options.max_batch_size)
     progress.step("load it and ask it")
+    if kept:
+        most = config.load(kept[0].parent / "config.pbtxt").max_batch_size
+        is_alone = draft.max_batch_size and not most
+        draft = draft.unbatched("as before") if is_alone else replace(draft, max_batch_size=most)
     try:
-        return draft, _prove(draft, name, work, options.version)
+        return draft, _prove(draft, name, work, options.version, kept)
     except ExportError as error:
-        if not draft.max_batch_size or options.max_batch_size is not None:
+        if kept or not draft.max_batch_size or options.max_batch_size is not None:
             raise
         alone = draft.unbatched(f"with {_ROWS} rows at a time it fails: {error}")
-        return alone, _prove(alone, name, work, options.version)
+        return alone, _prove(alone, name, work, options.version, kept)
 
 
-def _prove(draft: Draft, name: str, work: Path, version: int) -> Proof:
+def _prove(draft: Draft, name: str, work: Path, version: int, kept: Sequence[Path]) -> Proof:
     """Write the model into work/models, load it and ask it. Raises ExportError."""
     folder = work / "models" / name
     shutil.rmtree(folder, ignore_errors=True)
     draft.write(folder, version)
+    for one in kept:
+        shutil.copy(one, folder)
     with served.staged(work / "models") as models:
         failures = []
         for size in _FREE_SIZES if draft.has_free_sizes else _FREE_SIZES[:1]:
@@ -197,7 +222,7 @@ def _asked(models: Staged, draft: Draft, name: str, size: int) -> str:
         models.ask(name, draft.example(size, _ROWS))
         told.append(f"and with {_ROWS} rows")
     if draft.check is not None:
-        told.append(draft.check(partial(models.ask, name)))
+        told.append(draft.check(draft, partial(models.ask, name)))
     return "; ".join(told)
 
 

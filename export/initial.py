@@ -63,7 +63,7 @@ class Draft:
     # What an input is asked with, where zeros and "text" may be refused.
     known: Mapping[str, Any] = field(default_factory=dict, compare=False)
     # Says that the answers are right, or raises ExportError; None where nobody knows.
-    check: Callable[[Ask], str] | None = field(default=None, compare=False)
+    check: Callable[["Draft", Ask], str] | None = field(default=None, compare=False)
 
     @property
     def has_free_sizes(self) -> bool:
@@ -352,7 +352,7 @@ def _pickled(source: Path, name: str, work: Path) -> Draft:
     draft = _onnx(path, name, work, f"{source.name}, a {type(model).__name__} of scikit-learn's")
     rows = _named_rows(named) if named else {"X": _rows(model, width)}
     known = {name: column[0, 0] for name, column in rows.items()} if named else {}
-    return replace(draft, known=known, check=partial(_compared, model, rows, draft))
+    return replace(draft, known=known, check=partial(_compared, model, rows))
 
 
 def _conversion(model: Any) -> dict[int, dict[str, object]]:

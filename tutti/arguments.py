@@ -41,6 +41,21 @@ class Terse(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         super().error(plain(message, _MAX_MESSAGE))
 
+    def unknown(self, arguments: Sequence[str]) -> NoReturn:
+        """End with the arguments that are none of the command's, and with the flags that may have been meant."""
+        known = [flag for action in self._actions for flag in action.option_strings]
+        told = []
+        for argument in arguments:
+            flag = argument.partition("=")[0]
+            told.append(shown(argument) + (near(flag, known, "{}") if argument.startswith("-") else ""))
+        self.error(f"unknown: {', '.join(told)}")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            names = [str(choice) for choice in action.choices]
+            what = f"{shown(value)} is none of {', '.join(names)}{near(str(value), names)}"
+            raise argparse.ArgumentError(action, what)
+
 
 class Parser(Terse):
     """One whose commands end with their own usage where a flag is unknown, and with the flags that may have been meant.
@@ -51,16 +66,8 @@ class Parser(Terse):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         options, rest = super().parse_known_args(args, namespace)
         if rest and self._subparsers is None:
-            self.error(self._unknown(rest))
+            self.unknown(rest)
         return options, rest
-
-    def _unknown(self, arguments: Sequence[str]) -> str:
-        known = [flag for action in self._actions for flag in action.option_strings]
-        told = []
-        for argument in arguments:
-            flag = argument.partition("=")[0]
-            told.append(shown(argument) + (near(flag, known, "{}") if argument.startswith("-") else ""))
-        return f"unknown: {', '.join(told)}"
 
 
 def near(name: str, known: Iterable[str], form: str = "'{}'") -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tutti import commands
+from tutti.arguments import Parser
 from tutti.usage import Help, examples
 
 # What stands for a file or a folder in usage.
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="tutti completion",
         description="Print what lets a shell complete commands, flags, choices and files at a tab. Add the line to the "
         "shell's own file, or keep the script in a file: it changes with a new version of tutti only.",

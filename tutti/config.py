@@ -429,7 +429,10 @@ def _fill_defaults(proto: Any) -> None:
 
 
 def as_json(message: Any) -> dict[str, Any]:
-    """A configuration as Triton's JSON: proto field names, enum names, numbers as numbers, unset messages left out."""
+    """A configuration as Triton's JSON: proto field names, enum names, numbers as numbers.
+
+    What has a presence, as messages and alternatives of each other, is left out where it is not set.
+    """
     shown: dict[str, Any] = {}
     for one in message.DESCRIPTOR.fields:
         value = getattr(message, one.name)
@@ -437,7 +440,7 @@ def as_json(message: Any) -> dict[str, Any]:
             shown[one.name] = {key: as_json(v) if isinstance(v, Message) else v for key, v in value.items()}
         elif one.is_repeated:
             shown[one.name] = [_json_value(one, item) for item in value]
-        elif one.message_type is None or message.HasField(one.name):
+        elif not one.has_presence or message.HasField(one.name):
             shown[one.name] = _json_value(one, value)
     return shown
 

@@ -33,10 +33,14 @@ _LENGTH_HEADER = "Inference-Header-Content-Length"
 
 def main(arguments: Sequence[str], prog: str = "tutti explain") -> int:
     """Run the command; returns its exit status. Raises ConfigError with what cannot be asked, or was refused."""
-    return run(make_parser(prog).parse_intermixed_args(arguments))  # inputs may stand behind a flag
+    parser = make_parser(prog)
+    options, rest = parser.parse_known_intermixed_args(arguments)  # inputs may stand behind a flag
+    if rest:
+        parser.unknown(rest)
+    return run(options)
 
 
-def make_parser(prog: str = "tutti explain") -> argparse.ArgumentParser:
+def make_parser(prog: str = "tutti explain") -> Terse:
     parser = Terse(prog=prog, formatter_class=Help, description=_DESCRIPTION, epilog=_examples(prog))
     _add_arguments(parser)
     return parser

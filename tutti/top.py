@@ -22,6 +22,7 @@ from typing import NoReturn, Protocol, TextIO
 from urllib.parse import urlsplit
 
 from tutti import scrapes, top_table
+from tutti.arguments import Parser
 from tutti.restarts import UNUSABLE
 from tutti.scrapes import NotAServer, Rates, Scrape
 from tutti.usage import Help, examples
@@ -68,7 +69,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="tutti top",
         description="Show what a server does, by model and by pool, the busiest first: requests, failures and refusals "
         "a second, time in the queue and in execution, batches, replicas and devices. Ctrl-C ends it.",

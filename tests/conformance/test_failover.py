@@ -145,7 +145,7 @@ def running(repository: Repository, tmp_path: Path, *flags: str) -> Iterator[Ser
     with serving(repository.root, log, *(flags or ("--supervise",))) as served:
         server = Server(served, log)
         assert server.engine() and server.workers()
-        (task,) = {Path(line.split()[-1]) for line in commands("tutti.frontends.worker", served.process.pid).values()}
+        (task,) = {Path(line.split()[-2]) for line in commands("tutti.frontends.worker", served.process.pid).values()}
         yield server
     # The engines' command lines have the repository's path, all the others' that of the sockets.
     wait_until(lambda: not commands(str(repository.root)) and not commands(str(task.parent)), timeout_s=10)

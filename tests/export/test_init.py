@@ -43,9 +43,9 @@ class Convolution(torch.nn.Module):
         return self.linear(self.convolution(picture).mean((2, 3)))
 
 
-def iris(path: Path) -> None:
+def iris(path: Path, features: int = 4) -> None:
     rng = np.random.default_rng(0)
-    rows = rng.standard_normal((60, 4))
+    rows = rng.standard_normal((60, features))
     joblib.dump(make_pipeline(StandardScaler(), LogisticRegression()).fit(rows, (rows[:, 0] > 0) + 1), path)
 
 
@@ -244,6 +244,33 @@ def test_what_is_there_is_written_over_only_when_asked(tmp_path: Path, capsys: p
     assert "--force writes over it" in capsys.readouterr().err
     assert init.main([*command, "--version", "2", "--force"]) == 0
     assert sorted(path.name for path in (tmp_path / "models" / "m").iterdir()) == ["1", "2", "config.pbtxt"]
+
+
+@pytest.mark.parametrize("most", [0, 5])
+def test_another_version_leaves_the_configuration_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], most: int
+) -> None:
+    iris(tmp_path / "m.pkl")
+    command = [str(tmp_path / "models"), str(tmp_path / "m.pkl")]
+    assert init.main([*command, "--max-batch-size", str(most)]) == 0
+    path = tmp_path / "models" / "m" / "config.pbtxt"
+    edited = path.read_text() + "# Mine.\n"
+    path.write_text(edited)
+    assert init.main([*command, "--version", "2"]) == 0
+    assert "config.pbtxt is as it was: --force writes it anew" in capsys.readouterr().out
+    assert path.read_text() == edited
+    assert (path.parent / "2" / "model.onnx").is_file()
+    iris(tmp_path / "other.pkl", features=2)
+    other = [str(tmp_path / "models"), str(tmp_path / "other.pkl"), "--name", "m", "--version", "3"]
+    assert init.main(other) == 1, "it does not fit"
+    assert "input 'X': configured with shape" in capsys.readouterr().err
+    assert not (path.parent / "3").exists()
+
+
+def test_what_a_checkpoint_says_itself_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoints.text(tmp_path / "tone", "bert", is_classifier=True)
+    assert init.main([str(tmp_path / "models"), str(tmp_path / "tone"), "--max-batch-size", "4"]) == 1
+    assert "--max-batch-size is of files, and" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
