@@ -1,11 +1,15 @@
 """One request's trace while it is collected, and those of the steps within it. Knows nothing of where traces go."""
 
 import itertools
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from tutti.errors import InferError
 from tutti.explain import AT_REPLICA
 from tutti.types import Call, InferRequest, InferResponse, Tensor, now_ns
+
+_log = logging.getLogger(__name__)
 
 # Of a larger tensor a trace has only so many elements: their text takes 20 bytes each.
 MAX_ELEMENTS = 64 * 1024
@@ -51,7 +55,10 @@ class Record:
 
     def note(self, what: str, value: object) -> None:
         if what == AT_REPLICA and isinstance(value, dict):
-            self._was_elsewhere(value)
+            try:
+                self._was_elsewhere(value)
+            except Exception as error:  # another's: whatever it is, callers wait
+                _log.debug("what a replica has told is not understood: %r", error)
         elif isinstance(value, int | float | str):
             self.notes[what] = value
 
@@ -67,8 +74,11 @@ class Record:
     def settle(self, calls: Sequence[Call]) -> None:
         """A step's call has its answer."""
         for call in calls:
-            self.end(call)
             call.sink = self._sink
+            try:
+                self.end(call)
+            except Exception:  # the trace is not whole then: the answer is more than that
+                _log.exception("a step's trace could not be ended")
         self._sink.settle(calls)
 
     def end(self, call: Call) -> None:
@@ -137,17 +147,15 @@ def numbers() -> Iterator[int]:
 
 
 def shown(tensor: Tensor) -> dict[str, Any]:
-    """A tensor as Triton's traces have it. One that is on a device stays there."""
-    elements = Tensor(tensor.name, tensor.datatype, tensor.shape, tensor.data).array().reshape(-1)
+    """A tensor as Triton's traces have it. One that is on a device stays there; of bytes that are none, why not."""
+    about = {"name": tensor.name, "shape": ",".join(map(str, tensor.shape)), "dtype": tensor.datatype}
+    try:
+        elements = Tensor(tensor.name, tensor.datatype, tensor.shape, tensor.data).array().reshape(-1)
+    except (InferError, ValueError) as error:
+        return {**about, "data": "", "not_shown": str(error)}
     values = ",".join([_text(value) for value in elements[:MAX_ELEMENTS].tolist()])
     cut = {"elements_left_out": len(elements) - MAX_ELEMENTS} if len(elements) > MAX_ELEMENTS else {}
-    return {
-        **cut,
-        "name": tensor.name,
-        "data": values,
-        "shape": ",".join(map(str, tensor.shape)),
-        "dtype": tensor.datatype,
-    }
+    return {**cut, **about, "data": values}
 
 
 def _text(value: object) -> str:

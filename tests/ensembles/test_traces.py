@@ -20,6 +20,8 @@ from tests.ensembles.test_extensions import (
 from tests.models import IN_PROCESS, Repository
 from tests.serving import Gather, engine_over
 from tutti.engine import Engine
+from tutti.errors import InferError
+from tutti.trace_records import Record
 from tutti.tracing import TraceConfig, Tracer
 from tutti.types import Call, InferRequest, InferResponse, Tensor
 
@@ -194,3 +196,44 @@ def test_requests_of_python_models_are_steps(models: Repository, tmp_path: Path,
     (ten,) = asks["steps"]
     assert (asks["model_name"], activities(asks)) == ("asks", EXECUTED)
     assert (ten["model_name"], activities(ten)) == ("ten", EXECUTED)
+
+
+def test_bytes_that_are_none_are_answered_and_told(models: Repository, tmp_path: Path) -> None:
+    """Whoever sent them has an answer, of an ensemble, too, and the trace says what could not be shown."""
+    text = "data_type: TYPE_STRING dims: 1"
+    said = f'backend: "python" input {{ name: "x" {text} }} output {{ name: "y" {text} }}' + IN_PROCESS
+    models.add_python(
+        "say", said, 'return pb_utils.InferenceResponse([pb_utils.get_input_tensor_by_name(request, "x")])'
+    )
+    graph = ensemble(step("say", "Y"), output("Y", text), f'input {{ name: "X" {text} }}')
+    models.add("e", graph.replace("max_batch_size: 8", ""), {".keep": ""})
+    tracer = Tracer(TraceConfig(file=str(tmp_path / "trace"), levels=("TIMESTAMPS", "TENSORS"), rate=1))
+    with engine_over(models.root) as engine:
+        assert not engine.failures(), engine.failures()
+        gather = Gather(1)
+        call = Call(InferRequest("e", {"X": Tensor("X", "BYTES", (1,), b"\x02\0\0\0A")}), gather)
+        tracer.begin(call)
+        engine([call])
+        gather.wait()
+        tracer.end(call)
+    tracer.close()
+    assert isinstance(call.answer, InferError)
+    entries = json.loads((tmp_path / "trace").read_text())
+    assert [entry["model_name"] for entry in entries if "model_name" in entry] == ["e", "say"]
+    shown = [entry["tensor"] for entry in entries if "tensor" in entry]
+    assert [(one["name"], one["data"]) for one in shown] == [("X", ""), ("x", "")]
+    assert "tensor 'x'" in shown[1]["not_shown"]
+
+
+def test_a_step_is_answered_whatever_its_trace_meets(
+    models: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(record: Record, call: Call) -> None:
+        raise RuntimeError("no trace of this")
+
+    models.add("e", ensemble(step("ten", "Y"), output("Y")), {".keep": ""})
+    monkeypatch.setattr(Record, "end", fails)
+    tracer = Tracer(TraceConfig(file=str(tmp_path / "trace"), levels=("TIMESTAMPS",), rate=1))
+    with engine_over(models.root) as engine:
+        (call,) = ask(engine, tracer, [2])
+    assert isinstance(call.answer, InferResponse)
