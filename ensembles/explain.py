@@ -8,7 +8,7 @@ from typing import Any
 
 import orjson
 
-from tutti.explain import AT_REPLICA, PARAMETER, Explained, Facts, us
+from tutti.explain import AT_REPLICA, PARAMETER, Explained, Facts, told_in, us
 from tutti.types import Call, InferResponse, Spent, Times, now_ns
 
 # What a step's model notes that is of use to people; of several requests, as the slowest had it.
@@ -79,9 +79,9 @@ class Explanation:
 
     def answered(self, entry: dict[str, Any] | None, answer: InferResponse) -> None:
         """One of a step's requests is back: a replica has told of it."""
-        told = answer.parameters.get(PARAMETER)
-        if entry is not None and isinstance(told, str):
-            entry[AT_REPLICA] = orjson.loads(told)
+        told = told_in(answer) if entry is not None else None
+        if entry is not None and told is not None:
+            entry[AT_REPLICA] = told
 
     def ended(self, entry: dict[str, Any], at_ns: int, times: Sequence[Facts], shed: int) -> None:
         """The step's requests are back; the longest of each stage counts."""

@@ -5,14 +5,12 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import orjson
-
 from ray_app.autoscaling import Demand, Meter, Misses, row_s
 from ray_app.members import Member
 from ray_app.pools import Pool, Router
 from tutti.cost import Costs
 from tutti.errors import InferError, Internal, Unavailable
-from tutti.explain import AT_REPLICA, PARAMETER
+from tutti.explain import AT_REPLICA, PARAMETER, told_in
 from tutti.scheduler import Scheduler, trace
 from tutti.statistics import BatchTimes, ModelStatistics
 from tutti.types import Answer, Call, Infer, InferResponse, now_ns, settle
@@ -89,9 +87,12 @@ class ReplicaInstance:
 
 def _note_told(call: Call) -> None:
     """Give a trace what the replica has told; the caller has not asked for it."""
-    told = call.answer.parameters.pop(PARAMETER, None) if isinstance(call.answer, InferResponse) else None
-    if isinstance(told, str) and call.trace is not None:
-        call.trace.note(AT_REPLICA, orjson.loads(told))
+    if not isinstance(call.answer, InferResponse):
+        return
+    told = told_in(call.answer)
+    call.answer.parameters.pop(PARAMETER, None)
+    if told is not None and call.trace is not None:
+        call.trace.note(AT_REPLICA, told)
 
 
 class Hop:

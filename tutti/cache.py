@@ -5,6 +5,7 @@ Holds the responses of one process, within a size in bytes; `Cached` puts it in 
 
 import hashlib
 import itertools
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -12,6 +13,8 @@ from collections.abc import Callable, Sequence
 from tutti.explain import PARAMETER
 from tutti.statistics import ModelStatistics
 from tutti.types import Call, Infer, InferRequest, InferResponse, Sink, Spent, Tensor, now_ns, settle
+
+_log = logging.getLogger(__name__)
 
 _ENTRY_OVERHEAD = 512
 # What of a request's parameters is for queues and servers, and decides no answer.
@@ -120,8 +123,12 @@ class Cached:
             settle(hits)
 
     def keep(self, key: bytes, call: Call) -> None:
-        if isinstance(call.answer, InferResponse):
+        if not isinstance(call.answer, InferResponse):
+            return
+        try:
             self._cache.put(key, call.answer)
+        except Exception:  # an output that cannot be read: who waits for the answer is to know
+            _log.exception("an answer of model '%s' could not be kept", call.answer.model_name)
 
 
 class _Keep:

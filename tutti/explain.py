@@ -5,13 +5,17 @@ tells it through the call's trace. Knows nothing of ensembles: what executes one
 """
 
 import difflib
-from collections.abc import Callable, Collection, Mapping, Sequence
+import logging
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import orjson
 
 from tutti.errors import InferError, InvalidArgument, NotFound
 from tutti.types import FALLBACK_PARAMETER, Call, InferResponse, Shape, Trace, now_ns
+
+_log = logging.getLogger(__name__)
 
 PARAMETER = "tutti_explain"
 # Of an explanation, that of the replica it was executed by.
@@ -58,6 +62,16 @@ def _why_not(name: str, takes: Collection[str]) -> str:
     known = sorted({PARAMETER, *takes})
     near = difflib.get_close_matches(name, known, 1)
     return f"is not known; {f'did you mean {near[0]}?' if near else 'there is ' + ' and '.join(known)}"
+
+
+def told_in(answer: InferResponse) -> dict[str, Any] | None:
+    """What an answer tells of how it came about; None where it does not: a model may set that parameter to anything."""
+    told = answer.parameters.get(PARAMETER)
+    try:
+        found = orjson.loads(told) if isinstance(told, str) else None
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
 
 
 class Facts:
@@ -116,23 +130,33 @@ class Explained(Facts):
         """The call has its answer."""
         for call in calls:
             call.sink, call.trace, call.emit = self._sink, self.also, self._emit
-            if isinstance(call.answer, InferResponse):
-                self._write(call.answer)
-            elif call.answer is not None:
-                call.answer = self._told(call.answer)
+            with self._best_effort():
+                if isinstance(call.answer, InferResponse):
+                    self._write(call.answer)
+                elif call.answer is not None:
+                    call.answer = self._told(call.answer)
         self._sink.settle(calls)
 
     def _one_of_several(self, response: InferResponse) -> None:
         assert self._emit is not None
         self._emitted += 1
         self.notes["answer"] = self._emitted
-        self._write(response)
+        with self._best_effort():
+            self._write(response)
         self._emit(response)
 
+    @contextmanager
+    def _best_effort(self) -> Iterator[None]:
+        """Whoever waits has the answer without an explanation rather than none."""
+        try:
+            yield
+        except Exception:
+            _log.exception("an answer of model '%s' could not be explained", self._call.request.model_name)
+
     def _write(self, response: InferResponse) -> None:
-        behind = response.parameters.get(PARAMETER)
-        if isinstance(behind, str):  # of a replica, or of what runs a graph there
-            self.note(AT_REPLICA, orjson.loads(behind))
+        behind = told_in(response)
+        if behind is not None:  # of a replica, or of what runs a graph there
+            self.note(AT_REPLICA, behind)
         response.parameters = {**response.parameters, PARAMETER: orjson.dumps(self.found()).decode()}
 
     def found(self) -> dict[str, Any]:

@@ -905,7 +905,10 @@ class InOrder:
             while self._waiting and self._waiting[0].is_answered:
                 ready = self._waiting.popleft()
                 ready.call.sink = ready.sink
-                settle([ready.call])  # under the lock: another thread must not overtake
+                try:
+                    settle([ready.call])  # under the lock: another thread must not overtake
+                except Exception:  # those behind it have their answers, too
+                    _log.exception("an answer could not be handed over")
 
 
 class _Turn:

@@ -1,14 +1,19 @@
 """What the response cache must not give: answers of other parameters, of what was loaded before, of a sequence."""
 
+from collections.abc import Sequence
+
 import pytest
 
 import ensembles
 from tests.models import Repository
-from tests.serving import engine_over, infer, timer
+from tests.serving import Gather, engine_over, infer, timer
 from tests.tutti.test_model_config import x, y
 from tutti import config, local
+from tutti.cache import Cached, ResponseCache
 from tutti.engine import Engine
 from tutti.errors import ConfigError
+from tutti.statistics import ModelStatistics
+from tutti.types import Call, InferResponse, Tensor, settle
 
 CACHED = """
     backend: "python" max_batch_size: 4
@@ -76,3 +81,22 @@ def test_a_reload_forgets_what_was_answered_before(repository: Repository, model
 def test_answers_of_a_sequence_are_not_cached() -> None:
     with pytest.raises(ConfigError, match=r"response_cache\.enable: an answer depends on its sequence"):
         config.parse(CACHED + "sequence_batching {}", "m")
+
+
+def test_an_answer_that_cannot_be_kept_is_given() -> None:
+    def infer_wrong(calls: Sequence[Call]) -> None:
+        for call in calls:
+            call.answer = InferResponse("m", "1", [Tensor("y", "FP32", (1,), Lost())])  # type: ignore[arg-type]
+        settle(calls)
+
+    gather = Gather(1)
+    Cached(infer_wrong, ResponseCache(1000), ModelStatistics())([call := Call(x("m", 1), gather)])
+    gather.wait()
+    assert isinstance(call.answer, InferResponse)
+
+
+class Lost:
+    """What was on a device that has failed."""
+
+    def array(self) -> object:
+        raise RuntimeError("the device has failed")

@@ -299,3 +299,59 @@ def test_a_server_explains_over_every_door(
             assert json.loads(json.load(page)["tutti_explain"])["rows"] == 1
     assert cli.main(["explain", "add_one", "x=[1]", "--url", served.http]) == 1
     assert "cannot be asked" in capsys.readouterr().err
+
+
+def answered(answer: Any, trace: Any = None) -> Call:
+    """A call that is explained, as it is when it has its answer."""
+    call = Call(ask(tutti_explain=True), Gather(1))
+    call.trace = trace
+    explain.Explained(call, 1, False)
+    call.finish(answer)
+    assert isinstance(call.sink, Gather)
+    call.sink.wait()
+    return call
+
+
+@pytest.mark.parametrize("own", ["yes please", "[1]", '"text"', '{"steps": 3}', 7])
+def test_a_model_may_have_a_parameter_of_that_name(own: Any, tmp_path: Path) -> None:
+    """Its request is answered all the same: explained, where it asked for that."""
+    tracer = Tracer(TraceConfig(file=str(tmp_path / "trace"), levels=("TIMESTAMPS",), rate=1))
+    traced = Call(ask(), Gather(1))
+    tracer.begin(traced)
+    assert traced.trace is not None
+    for name, ns in (("COMPUTE_START", 1), ("COMPUTE_END", 2)):
+        traced.trace.record(name, ns)
+    for trace in (None, traced.trace):
+        call = answered(InferResponse("add_one", "1", [], {explain.PARAMETER: own}), trace)
+        assert told(call.answer)["model"] == "add_one"
+
+
+def test_an_answer_that_cannot_be_explained_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(explained: explain.Explained) -> dict[str, Any]:
+        raise RuntimeError("no explanation of this")
+
+    monkeypatch.setattr(explain.Explained, "found", fails)
+    response, error = InferResponse("add_one", "1", []), Unavailable("full")
+    assert answered(response).answer is response
+    assert answered(error).answer is error
+
+
+def test_a_step_may_have_a_parameter_of_that_name(repository: Repository) -> None:
+    both = 'input { name: "x" data_type: TYPE_FP32 dims: 4 } output { name: "y" data_type: TYPE_FP32 dims: 4 }'
+    repository.add_python(
+        "says",
+        f'backend: "python" max_batch_size: 8 {both}' + IN_PROCESS,
+        """
+        y = pb_utils.Tensor("y", pb_utils.get_input_tensor_by_name(request, "x").as_numpy())
+        return pb_utils.InferenceResponse([y], parameters={"tutti_explain": "yes please"})
+        """,
+    )
+    maps = 'input_map { key: "x" value: "x" } output_map { key: "y" value: "y" }'
+    steps = f'step {{ model_name: "says" model_version: -1 {maps} }}'
+    repository.add(
+        "graph", f'platform: "ensemble" max_batch_size: 8 {both} ensemble_scheduling {{ {steps} }}', {".keep": ""}
+    )
+    with engine_over(repository.root) as engine:
+        assert not engine.failures(), engine.failures()
+        for model in ("says", "graph"):
+            assert told(infer(engine, [ask(model, tutti_explain=True)])[0])["model"] == model

@@ -429,3 +429,19 @@ def test_order_is_kept_where_a_settling_submits_again() -> None:
     done.start()
     done.join(5)
     assert answered == ["first", "second"]
+
+
+def test_an_answer_that_cannot_be_handed_over_holds_up_no_other() -> None:
+    """Those behind it have their answers already, and no other call may come that would hand them over."""
+    gather = Gather(1)
+
+    class Broken:
+        def settle(self, calls: Sequence[Call]) -> None:
+            raise RuntimeError("nobody there")
+
+    def backwards(calls: Sequence[Call]) -> None:
+        for call in reversed(calls):
+            call.finish(InferResponse("m", "1", []))
+
+    InOrder(backwards)([Call(InferRequest("m", {}), Broken()), Call(InferRequest("m", {}), gather)])
+    gather.wait()
