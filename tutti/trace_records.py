@@ -7,7 +7,7 @@ from typing import Any
 
 from tutti.errors import InferError
 from tutti.explain import AT_REPLICA
-from tutti.types import Call, InferRequest, InferResponse, Tensor, now_ns
+from tutti.types import Call, InferRequest, InferResponse, Sink, Tensor, now_ns
 
 _log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class Record:
         # Of the front-end that took the request: "HTTP", "GRPC".
         self.protocol = ""
         self._numbers = numbers
-        self._sink = call.sink
+        self._sink: Sink | None = call.sink
 
     def record(self, activity: str, ns: int) -> None:
         self.timestamps.append((activity, ns))
@@ -73,17 +73,22 @@ class Record:
 
     def settle(self, calls: Sequence[Call]) -> None:
         """A step's call has its answer."""
+        sink = self._sink
+        assert sink is not None
         for call in calls:
-            call.sink = self._sink
+            call.sink = sink
             try:
                 self.end(call)
             except Exception:  # the trace is not whole then: the answer is more than that
                 _log.exception("a step's trace could not be ended")
-        self._sink.settle(calls)
+        sink.settle(calls)
 
     def end(self, call: Call) -> None:
         """The call has its answer. Shows tensors now: their memory may be another's once it is handed on."""
         answer = call.answer
+        # Traces wait to be written: what they say of a request is little, and its tensors, which sinks may know, large.
+        self.request = InferRequest(call.request.model_name, {}, id=call.request.id)
+        self._sink = None
         if self.steps and not any(name == "QUEUE_START" for name, _ in self.timestamps):
             self.record("QUEUE_START", call.arrived_ns or self.timestamps[0][1])
         if self.protocol:

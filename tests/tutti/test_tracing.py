@@ -1,11 +1,13 @@
 """Which requests are traced, and what Triton's trace files look like."""
 
 import errno
+import gc
 import json
 import signal
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -126,6 +128,25 @@ def test_traces_that_come_too_fast_are_dropped_and_told(
     tracer.close()
     assert len(traced(tmp_path / "trace")) == 4
     assert "2 traces were dropped" in caplog.text
+
+
+def test_traces_that_wait_keep_no_tensors(tmp_path: Path) -> None:
+    """Of the request, of the steps within it, or of those that asked for them."""
+    waiting: list[Record] = []
+    tracer = make(tmp_path / "trace")
+    tracer._writer = SimpleNamespace(write=waiting.append)  # type: ignore[assignment]
+    outer, step = traced_call(4), traced_call(4)
+    tracer.begin(outer)
+    assert outer.trace is not None
+    outer.trace.follow(step)
+    kept = [weakref.ref(call.request.inputs["x"].data) for call in (outer, step)]  # type: ignore[arg-type]
+    step.sink.settle([step])
+    tracer.end(outer)
+    assert len(waiting) == 1 and len(list(waiting[0].all())) == 2
+    assert all(ref() is not None for ref in kept)
+    del outer, step
+    gc.collect()
+    assert not any(ref() is not None for ref in kept)
 
 
 def test_what_a_replica_tells_becomes_steps(tmp_path: Path) -> None:
