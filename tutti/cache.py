@@ -62,7 +62,9 @@ class ResponseCache:
         size = _ENTRY_OVERHEAD + sum(len(tensor.raw()) for tensor in outputs)
         if size > self._size:
             return
-        copy = InferResponse(response.model_name, response.model_version, outputs, dict(response.parameters))
+        # Where one request's time went is its caller's own, as a replica tells it in its answer.
+        parameters = {name: value for name, value in response.parameters.items() if name != PARAMETER}
+        copy = InferResponse(response.model_name, response.model_version, outputs, parameters)
         with self._lock:
             old = self._entries.pop(key, None)
             if old is not None:

@@ -100,3 +100,22 @@ class Lost:
 
     def array(self) -> object:
         raise RuntimeError("the device has failed")
+
+
+def test_what_one_request_was_told_no_other_is() -> None:
+    """A replica explains where it is asked to: in its answer's parameters, of which the others are the answer's."""
+    asked: list[Call] = []
+
+    def replica(calls: Sequence[Call]) -> None:
+        for call in calls:
+            told = {"tutti_explain": '{"model": "m"}'} if "tutti_explain" in call.request.parameters else {}
+            call.answer = InferResponse("m", "1", [], {"tutti_pool": "cpu", **told})
+        asked.extend(calls)
+        settle(calls)
+
+    cached = Cached(replica, ResponseCache(10_000), ModelStatistics())
+    first, again = infer(cached, [x("m", 1, tutti_explain=True)]), infer(cached, [x("m", 1)])
+    assert len(asked) == 1
+    assert [one.parameters for one in (*first, *again) if isinstance(one, InferResponse)] == [
+        {"tutti_pool": "cpu", "tutti_explain": '{"model": "m"}'}, {"tutti_pool": "cpu"},
+    ]  # fmt: skip
