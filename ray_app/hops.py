@@ -10,7 +10,7 @@ from ray_app.members import Member
 from ray_app.pools import Pool, Router
 from tutti.cost import Costs
 from tutti.errors import InferError, Internal, Unavailable
-from tutti.explain import AT_REPLICA, PARAMETER, told_in
+from tutti.explain import AT_REPLICA, PARAMETER, told_in, untold
 from tutti.scheduler import Scheduler, trace
 from tutti.statistics import BatchTimes, ModelStatistics
 from tutti.types import Answer, Call, Infer, InferResponse, now_ns, settle
@@ -86,13 +86,14 @@ class ReplicaInstance:
 
 
 def _note_told(call: Call) -> None:
-    """Give a trace what the replica has told; the caller has not asked for it."""
-    if not isinstance(call.answer, InferResponse):
-        return
-    told = told_in(call.answer)
-    call.answer.parameters.pop(PARAMETER, None)
-    if told is not None and call.trace is not None:
-        call.trace.note(AT_REPLICA, told)
+    """Give a trace what the replica has told; the caller has not asked for it, and gets nothing of it."""
+    if isinstance(call.answer, InferResponse):
+        told = told_in(call.answer)
+        call.answer.parameters.pop(PARAMETER, None)
+        if told is not None and call.trace is not None:
+            call.trace.note(AT_REPLICA, told)
+    elif call.answer is not None:
+        call.answer = untold(call.answer)
 
 
 class Hop:

@@ -74,6 +74,13 @@ def told_in(answer: InferResponse) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
+def untold(error: InferError) -> InferError:
+    """An error as it is for who has not asked: without the explanation in brackets that a replica has put behind it."""
+    text = str(error.args[0]) if error.args else ""
+    head, mark, _ = text.rpartition(f" [{PARAMETER}: ")
+    return type(error)(head) if mark and text.endswith("]") else error
+
+
 class Facts:
     """What one call met on its way: the times of its stages, and what was noted. A call's trace."""
 

@@ -1,0 +1,93 @@
+"""Parameters of ours on their way through a gateway: what is asked of a replica, and what its answer says of that."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from ray_app.fallback import of_model
+from ray_app.members import PoolStatus
+from ray_app.pools import Pool, Router
+from tests.serving import Gather
+from tutti import config, wire
+from tutti.errors import Internal, InvalidArgument
+from tutti.explain import PARAMETER, Explained
+from tutti.local import loop_timer
+from tutti.statistics import ModelStatistics
+from tutti.trace_records import Record, numbers
+from tutti.types import Answer, Call, InferRequest, InferResponse, Tensor
+
+TEXT = """
+backend: "python" max_batch_size: 8
+input { name: "x" data_type: TYPE_FP32 dims: 1 } output { name: "y" data_type: TYPE_FP32 dims: 1 }
+"""
+X = Tensor.of("x", np.zeros((1, 1), np.float32))
+
+
+class Replica:
+    """Answers requests as `answer` says, with explanations for those that ask for one."""
+
+    def __init__(self, answer: Callable[[], Answer]) -> None:
+        self.parameters: list[dict[str, Any]] = []
+        self._answer = answer
+
+    async def remote(self, message: wire.BatchMessage, generation: int, to: str) -> wire.AnswerMessage:
+        calls = wire.unpack_calls(message, Gather(1), 0)
+        self.parameters += [dict(call.request.parameters) for call in calls]
+        for call in calls:
+            if PARAMETER in call.request.parameters:
+                Explained(call, 1, False)
+            call.finish(self._answer())
+        return wire.pack_answers([call.answer for call in calls if call.answer is not None])
+
+
+def infer(replica: Replica, *calls: Call) -> list[Any]:
+    """Their answers, by way of a gateway's hop to the replica."""
+
+    async def run() -> None:
+        loop = asyncio.get_running_loop()
+        pool = Pool(PoolStatus("gpu"), replica)
+        (member,) = pool.status.present(["r"])
+        member.saw("r", ["m/1"], 0)
+        router = Router([pool], loop)
+        way = of_model(config.parse(TEXT, "m"), "m/1", router, [pool], ModelStatistics(), loop_timer(loop))
+        way(calls)
+        await asyncio.gather(*(asyncio.to_thread(call.token.wait) for call in calls))
+        way.close()
+        router.stop()
+
+    asyncio.run(run())
+    return [call.answer for call in calls]
+
+
+def traced_and_not() -> tuple[Sequence[Call], Record]:
+    """A traced call that does not ask to be explained, and one that does."""
+    calls = []
+    for parameters in ({}, {PARAMETER: True}):
+        gather = Gather(1)
+        calls.append(Call(InferRequest("m", {"x": X}, parameters=dict(parameters)), gather, gather))
+    calls[0].trace = record = Record(numbers(), calls[0], False)
+    return calls, record
+
+
+def test_who_has_not_asked_is_told_nothing_of_a_failure() -> None:
+    """A traced request is explained to its trace only, also where it fails."""
+    calls, _ = traced_and_not()
+    replica = Replica(lambda: Internal("the model [v2: x] fails"))
+    traced, asked = infer(replica, *calls)
+    assert [PARAMETER in parameters for parameters in replica.parameters] == [True, True]
+    assert (type(traced), traced.message) == (Internal, "the model [v2: x] fails")
+    assert asked.message.startswith("the model [v2: x] fails [tutti_explain: ")
+
+
+def test_errors_that_are_not_explained_are_as_they_are() -> None:
+    calls, _ = traced_and_not()
+    assert [one.message for one in infer(Replica(lambda: InvalidArgument("no [x]")), *calls)] == ["no [x]", "no [x]"]
+
+
+def test_who_has_not_asked_is_told_nothing_of_an_answer() -> None:
+    calls, record = traced_and_not()
+    traced, asked = infer(Replica(lambda: InferResponse("m", "1", [X])), *calls)
+    assert PARAMETER not in traced.parameters and PARAMETER in asked.parameters
+    assert record.notes["replica"]
