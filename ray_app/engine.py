@@ -68,7 +68,7 @@ def make_engine(
         infer = PlacedExecutor(
             checked,
             str(version),
-            engine,
+            fallback.ToSteps(engine),
             statistics,
             lambda step: home(config_of(step.model_name, step.version), specs, config_of).pools or None,
             segments.serve,

@@ -19,10 +19,11 @@ from ray_app.hops import Hop
 from ray_app.pools import Pool, Router
 from tutti.batching import BatchingPolicy, BatchQueue
 from tutti.config import DEFAULT_MAX_QUEUED_ROWS, ModelConfig
-from tutti.errors import ConfigError
+from tutti.engine import Engine
+from tutti.errors import ConfigError, InferError
 from tutti.scheduler import Scheduler, Timer
 from tutti.statistics import ModelStatistics
-from tutti.types import FALLBACK_PARAMETER, Call, Infer
+from tutti.types import FALLBACK_PARAMETER, Call, Infer, InferRequest
 
 FALLBACK = "tutti.fallback"
 # Which share of a lower pool's slots for a model may be taken while the preferred pool is up, but busy.
@@ -101,6 +102,27 @@ def of_model(
         return Hop(scheduler, config.name, key, router, own, statistics, most_rows, batch_rows, least_rows)
 
     return Fallback(config, pools, hop)
+
+
+class ToSteps:
+    """A graph's way to its models. What is asked of the graph is asked of those only that heed it, as pools do."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def __call__(self, calls: Sequence[Call]) -> None:
+        for call in calls:
+            request = call.request
+            if FALLBACK_PARAMETER in request.parameters and not self._heeds(request):
+                kept = {name: value for name, value in request.parameters.items() if name != FALLBACK_PARAMETER}
+                request.parameters = kept
+        self._engine(calls)
+
+    def _heeds(self, request: InferRequest) -> bool:
+        try:
+            return FALLBACK_PARAMETER in self._engine.model(request.model_name, request.model_version).takes
+        except InferError:  # the engine says so itself
+            return True
 
 
 class Segments:

@@ -74,6 +74,11 @@ class Model:
         self._entering = 0
         self._is_closed = False
 
+    @property
+    def takes(self) -> Collection[str]:
+        """Of requests' parameters of ours, beside tutti_explain, those that are heeded."""
+        return self._served.takes
+
     def __call__(self, calls: Sequence[Call]) -> None:
         if not self.take(calls):
             settle_all(calls, Unavailable(f"model '{self.config.name}' is being unloaded"))

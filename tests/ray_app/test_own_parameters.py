@@ -2,13 +2,18 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 
+from ray_app.engine import make_engine
 from ray_app.fallback import of_model
 from ray_app.members import PoolStatus
+from ray_app.placement import PoolSpec
 from ray_app.pools import Pool, Router
+from tests.models import Repository
 from tests.serving import Gather
 from tutti import config, wire
 from tutti.errors import Internal, InvalidArgument
@@ -23,6 +28,7 @@ backend: "python" max_batch_size: 8
 input { name: "x" data_type: TYPE_FP32 dims: 1 } output { name: "y" data_type: TYPE_FP32 dims: 1 }
 """
 X = Tensor.of("x", np.zeros((1, 1), np.float32))
+Y = Tensor.of("y", np.zeros((1, 1), np.float32))
 
 
 class Replica:
@@ -88,6 +94,67 @@ def test_errors_that_are_not_explained_are_as_they_are() -> None:
 
 def test_who_has_not_asked_is_told_nothing_of_an_answer() -> None:
     calls, record = traced_and_not()
-    traced, asked = infer(Replica(lambda: InferResponse("m", "1", [X])), *calls)
+    traced, asked = infer(Replica(lambda: InferResponse("m", "1", [Y])), *calls)
     assert PARAMETER not in traced.parameters and PARAMETER in asked.parameters
     assert record.notes["replica"]
+
+
+class Stream:
+    """A decoupled model's answers to each request: one."""
+
+    def __init__(self) -> None:
+        self.parameters: list[dict[str, Any]] = []
+
+    def remote(self, message: wire.BatchMessage, generation: int, to: str) -> "Stream":
+        calls = wire.unpack_calls(message, Gather(1), 0)
+        self.parameters += [dict(call.request.parameters) for call in calls]
+        return self
+
+    async def __aiter__(self) -> Any:
+        yield wire.pack_answers([InferResponse("m", "1", [Y])]), True
+
+
+DECOUPLED = "model_transaction_policy { decoupled: true }"
+
+
+@pytest.mark.parametrize("value", [False, "true"])
+def test_what_is_asked_of_a_graph_is_asked_of_steps_that_heed_it(repository: Repository, value: object) -> None:
+    """A decoupled step has no word on other pools: its graph takes one, for the others."""
+    repository.add("many", TEXT + DECOUPLED, {"model.py": "# replicas have it"})
+    repository.add("one", TEXT, {"model.py": "# replicas have it"})
+    steps = "".join(
+        f'step {{ model_name: "{model}" model_version: -1 input_map {{ key: "x" value: "{read}" }} '
+        f'output_map {{ key: "y" value: "{made}" }} }} '
+        for model, read, made in (("many", "x", "s"), ("one", "s", "y"))
+    )
+    graph = TEXT.replace('backend: "python"', 'platform: "ensemble"')
+    repository.add("graph", f"{graph} ensemble_scheduling {{ {steps} }}", {".keep": ""})
+    specs = [PoolSpec("gpu", 1, 1, 1, ("many",)), PoolSpec("cpu", 1, 1, 0, ("one",))]
+    replica, stream = Replica(lambda: InferResponse("m", "1", [Y])), Stream()
+
+    async def run() -> tuple[Call, Call]:
+        loop = asyncio.get_running_loop()
+        pools = [Pool(PoolStatus(spec.name), replica, stream=stream) for spec in specs]
+        for pool in pools:
+            (member,) = pool.status.present(["r"])
+            member.saw("r", ["many/1", "one/1"], 0)
+        router = Router(pools, loop)
+        control = SimpleNamespace(models=lambda *_: None)
+        engine = make_engine(repository.root, False, 0, specs, router, loop_timer(loop), control)  # type: ignore[arg-type]
+        await asyncio.to_thread(engine.load_all)
+        assert not engine.failures(), engine.failures()
+        calls = []
+        for model in ("graph", "many"):
+            gather = Gather(1)
+            request = InferRequest(model, {"x": X}, parameters={"tutti_fallback": value})  # type: ignore[dict-item]
+            calls.append(Call(request, gather, gather, lambda _: None))
+            engine(calls[-1:])
+            await asyncio.to_thread(gather.wait)
+        await asyncio.to_thread(engine.close)
+        router.stop()
+        return calls[0], calls[1]
+
+    graph_call, alone = asyncio.run(run())
+    assert isinstance(graph_call.answer, InferResponse), graph_call.answer
+    assert replica.parameters == [{"tutti_fallback": value}] and stream.parameters == [{}]
+    assert isinstance(alone.answer, InvalidArgument) and "would be ignored" in alone.answer.message
