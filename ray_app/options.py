@@ -78,14 +78,14 @@ class Options(BaseModel):
     grpc_root_cert: Path | None = None
     grpc_server: Literal["native", "grpcio"] = "native"
     front_end_processes: int = Field(default=1, ge=1, le=1)  # the gateway is one
-    grpc_keepalive_time: int | None = Field(default=None, ge=0)
-    grpc_keepalive_timeout: int | None = Field(default=None, ge=0)
+    grpc_keepalive_time: int | None = Field(default=None, ge=1, le=2**31 - 1)
+    grpc_keepalive_timeout: int | None = Field(default=None, ge=1, le=2**31 - 1)
     grpc_keepalive_permit_without_calls: bool | None = None
-    grpc_http2_max_pings_without_data: int | None = Field(default=None, ge=0)
-    grpc_http2_min_recv_ping_interval_without_data: int | None = Field(default=None, ge=0)
-    grpc_http2_max_ping_strikes: int | None = Field(default=None, ge=0)
-    grpc_max_connection_age: int | None = Field(default=None, ge=0)
-    grpc_max_connection_age_grace: int | None = Field(default=None, ge=0)
+    grpc_http2_max_pings_without_data: int | None = Field(default=None, ge=0, le=2**31 - 1)
+    grpc_http2_min_recv_ping_interval_without_data: int | None = Field(default=None, ge=0, le=2**31 - 1)
+    grpc_http2_max_ping_strikes: int | None = Field(default=None, ge=0, le=2**31 - 1)
+    grpc_max_connection_age: int | None = Field(default=None, ge=0, le=2**31 - 1)
+    grpc_max_connection_age_grace: int | None = Field(default=None, ge=0, le=2**31 - 1)
     allow_cpu_metrics: bool = True
     log_verbose: int = 0
     log_info: bool = True

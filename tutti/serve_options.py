@@ -276,7 +276,7 @@ def _add_access(serve: argparse.ArgumentParser) -> None:
         help="grpcio is slower; it is used in any case with --grpc-use-ssl (default: native)",
     )
     for setting in keepalive.SETTINGS:
-        kind = _boolean if setting.unit == "BOOL" else _number
+        kind = _boolean if setting.unit == "BOOL" else _number_from(setting.least)
         access.add_argument(setting.flag, type=kind, metavar=setting.unit, help=setting.help)
 
 
@@ -471,11 +471,14 @@ def _whole(least: int, most: float, expected: str) -> Callable[[str], int]:
     return parse
 
 
+def _number_from(least: int) -> Callable[[str], int]:
+    return _whole(least, 2**31 - 1, f"a whole number from {least} to 2147483647")
+
+
 _port = _whole(0, 65535, "a port from 0 (any that is free) to 65535")
 _size = _whole(1, math.inf, "bytes, which must be greater than 0")
 _count = _whole(1, math.inf, "1 or more")
 _count_or_none = _whole(0, math.inf, "0 or more")
-_number = _whole(0, 2**31 - 1, "a whole number from 0 to 2147483647")
 
 
 _MAX_SECONDS = 1e9

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from ray_app import run, sticky
 from ray_app.fallback import MIN_HOP_ROWS, hop_policy
@@ -317,3 +318,14 @@ def test_flags_that_would_be_ignored_are_refused(
 def test_pools_say_how_many_replicas_they_have() -> None:
     with pytest.raises(ValueError, match="pools say how many replicas they have: expected no cpu_replicas"):
         Options(model_repository="m", pools=[{"name": "a"}], cpu_replicas=2)  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("setting", keepalive.SETTINGS, ids=lambda setting: str(setting.name))
+def test_serve_yaml_takes_the_same_settings_of_connections(setting: keepalive.Setting) -> None:
+    taken = [True, False] if setting.unit == "BOOL" else [setting.least, 2**31 - 1]
+    for value in taken:
+        options = Options.model_validate({"model_repository": "models", setting.dest: value})
+        assert keepalive.given(options) == ((setting.name, value),)
+    for wrong in ["maybe"] if setting.unit == "BOOL" else [setting.least - 1, 2**31]:
+        with pytest.raises(ValidationError, match=setting.dest):
+            Options.model_validate({"model_repository": "models", setting.dest: wrong})

@@ -14,6 +14,9 @@ from tests.serving import engine_over, serving
 from tutti import cli, foreign_flags, serve_options
 from tutti.devices.gpu_metrics import GpuMetrics
 from tutti.frontends import keepalive, setup
+from tutti.frontends.api import Api
+from tutti.frontends.grpc import GrpcFront
+from tutti.frontends.limits import Limits
 from tutti.frontends.server import Addresses
 from tutti.logs import Logs
 from tutti.metrics import Metrics
@@ -177,6 +180,30 @@ def test_settings_of_connections_reach_the_servers_that_have_them(capsys: pytest
         else:
             assert f"{setting.flag} needs --grpc-server grpcio" in refusal(capsys, f"{setting.flag}=1")
         assert keepalive.native(((setting.name, 1),)) == ({setting.name: 1} if setting.is_native else {})
+
+
+@pytest.mark.parametrize("value", ["least", "most"])
+@pytest.mark.parametrize("setting", keepalive.SETTINGS, ids=lambda setting: str(setting.name))
+def test_a_server_starts_with_each_of_them(repository: Repository, setting: keepalive.Setting, value: str) -> None:
+    """With the lowest value that is taken, and the highest."""
+    given = {"least": setting.least, "most": 2**31 - 1}[value]
+    text = ("true" if given else "false") if setting.unit == "BOOL" else str(given)
+    if setting.is_native:
+        options = serve_options.parse(["models", setting.flag, text])
+        with engine_over(repository.root) as engine:
+            front = GrpcFront(Api(engine, Limits(grpc_settings=keepalive.given(options))), "127.0.0.1", 0)
+            front.start()
+            front.stop()
+    else:
+        options = serve_options.parse(["models", "--grpc-server", "grpcio", setting.flag, text])
+        assert keepalive.native(keepalive.given(options)) == {}
+
+
+def test_settings_that_no_server_takes_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for setting in keepalive.SETTINGS:
+        if setting.unit != "BOOL":
+            for wrong in (setting.least - 1, 2**31):
+                assert f"expected a whole number from {setting.least} to" in refusal(capsys, f"{setting.flag}={wrong}")
 
 
 def test_a_server_does_what_they_say(repository: Repository, tmp_path: Path) -> None:

@@ -6,13 +6,17 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One flag. `name` is that of the channel argument `grpc.NAME`; the native server knows some by the same name."""
+    """One flag. `name` is that of the channel argument `grpc.NAME`; the native server knows some by the same name.
+
+    Of numbers, `least` is the lowest that servers take.
+    """
 
     flag: str
     name: str
     unit: Literal["MS", "N", "BOOL"]
     help: str
     is_native: bool = False
+    least: int = 0
 
     @property
     def dest(self) -> str:
@@ -23,11 +27,11 @@ class Setting:
 SETTINGS = (
     Setting(
         "--grpc-keepalive-time", "keepalive_time_ms", "MS",
-        "ping a gRPC client that has been silent for so long (default: 7200000, 2 hours)", is_native=True,
+        "ping a gRPC client that has been silent for so long (default: 7200000, 2 hours)", is_native=True, least=1,
     ),
     Setting(
         "--grpc-keepalive-timeout", "keepalive_timeout_ms", "MS",
-        "close its connection where no answer has come after so long (default: 20000)", is_native=True,
+        "close its connection where no answer has come after so long (default: 20000)", is_native=True, least=1,
     ),
     Setting(
         "--grpc-keepalive-permit-without-calls", "keepalive_permit_without_calls", "BOOL",
@@ -63,6 +67,6 @@ def given(options: object) -> tuple[tuple[str, int], ...]:
 
 
 def native(settings: tuple[tuple[str, int], ...]) -> dict[str, int]:
-    """Those of the settings that the native server has, by its names."""
-    known = {setting.name for setting in SETTINGS if setting.is_native}
-    return {name: value for name, value in settings if name in known}
+    """Those of the settings that the native server has, by its names; it takes no number for what is true or false."""
+    known = {setting.name: setting for setting in SETTINGS if setting.is_native}
+    return {name: bool(value) if known[name].unit == "BOOL" else value for name, value in settings if name in known}
