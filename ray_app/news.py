@@ -19,6 +19,8 @@ from tutti.errors import TuttiError
 _log = logging.getLogger(__name__)
 
 WRITE_INTERVAL_S = 1.0
+# Who says nothing new for so long is gone: what kills a process as it loads leaves what it has said.
+_SILENT_S = 10 * WRITE_INTERVAL_S
 
 
 class Store(Protocol):
@@ -49,17 +51,28 @@ class News:
     def __init__(self, store: Store, app: str) -> None:
         self._store = store
         self._prefix = f"start/{app}/"
+        # What was read last, and since when it has been there by this process's clock: others' may be wrong.
+        self._seen: dict[bytes, float] = {}
 
     def tell(self, process: str, start: Start) -> None:
         """`process` is its name, of all of the application's."""
         self._store.replace(f"{self._prefix}{process}", json.dumps(asdict(start)).encode())
+
+    def tell_failure(self, process: str, start: Start) -> None:
+        """Why `process` does not start. Of a deployment the last one stays: Serve tries for ever."""
+        self.tell(f"failure/{start.deployment}", start)
+        self.forget(process)
 
     def forget(self, process: str = "") -> None:
         """One that has started has no news any more; "" is for all of an earlier start."""
         self._store.clear(f"{self._prefix}{process}")
 
     def read(self) -> list[Start]:
-        return [Start(**json.loads(entry)) for entry in self._store.under(self._prefix)]
+        """Of those that go on with it, and of those that have failed."""
+        now_s = time.monotonic()
+        self._seen = {entry: self._seen.get(entry, now_s) for entry in self._store.under(self._prefix)}
+        starts = [(Start(**json.loads(entry)), now_s - since_s) for entry, since_s in self._seen.items()]
+        return [start for start, silent_s in starts if start.failure or silent_s < _SILENT_S]
 
 
 class Writer:
@@ -105,7 +118,7 @@ class Writer:
         with self._lock, _best_effort():
             self._has_ended = True
             if failure:
-                self._news.tell(self._process, Start(self._deployment, failure=failure))
+                self._news.tell_failure(self._process, Start(self._deployment, failure=failure))
             else:
                 self._news.forget(self._process)
 

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import grpc
 import pytest
@@ -233,6 +234,39 @@ def test_why_one_cannot_start_stays_to_be_read() -> None:
     with pytest.raises(ValueError, match="of ours"):
         asyncio.run(start(ValueError("a mistake of ours")))
     assert News(store, "app").read() == [], "Serve has the traceback"
+
+
+def test_one_that_fails_again_and_again_leaves_one_reason() -> None:
+    """Serve tries for ever, each time with a process of another name."""
+    store = Memory()
+
+    async def start(process: str, deployment: str, error: str) -> None:
+        async with Writer(News(store, "app"), process, deployment, lambda: (3, 10)):
+            await asyncio.to_thread(store.has_entries.wait, 60)
+            raise ConfigError(error)
+
+    for number in range(5):
+        for deployment in ("cpu", "cpu2"):
+            with pytest.raises(ConfigError):
+                asyncio.run(start(f"{deployment}-{number}", deployment, f"{deployment} fails, {number}"))
+    assert len(store.entries) == 2
+    assert sorted(one.failure for one in News(store, "app").read()) == ["cpu fails, 4", "cpu2 fails, 4"]
+
+
+def test_one_that_was_killed_as_it_loaded_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 1000.0
+    monkeypatch.setattr(news, "time", SimpleNamespace(monotonic=lambda: now_s))
+    store = Memory()
+    reader, writer = News(store, "app"), News(store, "app")
+    writer.tell("killed", Start("cpu", 30.0, 3, 10))
+    writer.tell_failure("failed", Start("gpu", failure="no file"))
+    for second in range(30):
+        writer.tell("alive", Start("cpu", second, 5, 10))
+        told = [(one.done, one.failure) for one in reader.read()]
+        assert (5, "") in told and (0, "no file") in told
+        now_s += news.WRITE_INTERVAL_S
+    assert (3, "") not in told
+    assert "5 of 10" in news.progress(reader.read())
 
 
 def test_a_store_that_fails_keeps_nobody_from_starting() -> None:
