@@ -117,7 +117,7 @@ class Gateway:
         self._url = replace(self._taken, http_tls=shared.http_tls).url
         if options.model_control_mode == "poll":
             self._router.spawn(self._poll_forever(options.repository_poll_secs))
-        self._router.spawn(_watch_forever(f"{self._taken.host}-{self._taken.http_port}"))
+        self._router.spawn(_watch_forever(watch.group(self._taken, shared.grpc_host)))
         collector.settle()
 
     def addresses(self) -> Addresses:

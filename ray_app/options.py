@@ -108,7 +108,10 @@ class Options(BaseModel):
 
     @model_validator(mode="after")
     def _check_gateways(self) -> "Options":
-        if self.gateways > 1 and not (self.http_port and self.grpc_port and self.metrics_port):
+        ports = [
+            getattr(self, f"{door}_port") for door in ("http", "grpc", "metrics") if getattr(self, f"allow_{door}")
+        ]
+        if self.gateways > 1 and not all(ports):
             raise ValueError(f"{self.gateways} gateways share their ports: expected no port 0")
         if self.gateways > 1 and self.allow_client_shm:
             raise ValueError("shared memory is registered with one gateway: expected 1 gateway, or no allow_client_shm")
@@ -129,7 +132,7 @@ class Options(BaseModel):
     def journal(self) -> str:
         """The name under which gateways of this application, those of its next update too, keep what they change."""
         repository = hashlib.sha256(str(Path(self.model_repository).resolve()).encode()).hexdigest()[:16]
-        return f"{repository}-{self.http_port}"
+        return f"{repository}-{self.http_port}" if self.allow_http else f"{repository}-grpc-{self.grpc_port}"
 
     def pool_specs(self, gpus: float) -> tuple[PoolSpec, ...]:
         """The pools asked for, or those of `gpu_replicas` and `cpu_replicas`, on a cluster of so many GPUs.

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Protocol
 
 _log = logging.getLogger(__name__)
 
@@ -41,6 +42,27 @@ class Missed:
             seen[process] = beat, missed + 1 if beat == before else 0
         self._seen = seen
         return [process for process, (_, missed) in seen.items() if missed == self._limit]
+
+
+class Taken(Protocol):
+    """Where a gateway listens."""
+
+    @property
+    def host(self) -> str: ...
+    @property
+    def http_port(self) -> int | None: ...
+    @property
+    def grpc_port(self) -> int | None: ...
+
+
+def group(taken: Taken, grpc_host: str = "") -> str:
+    """Of the gateways that share ports with this one, by HTTP's; by gRPC's, where they leave that out.
+
+    Gateways of other applications on this machine are in groups of their own: nobody kills another's.
+    """
+    if taken.http_port is not None:
+        return f"{taken.host}-{taken.http_port}"
+    return f"{grpc_host or taken.host}-grpc-{taken.grpc_port}"
 
 
 class Watch:

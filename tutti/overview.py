@@ -39,9 +39,12 @@ def batch(config: ModelConfig) -> str:
 def example(models: Sequence[Model], url: str) -> str:
     """A command for a shell that asks a model, or for its metadata where no request is short; "" without models.
 
+    It is for the server at `url`, over HTTP: "" where that is "".
     The model with the fewest input elements is asked. Zeros are numbers to any model, where a text may be no picture:
     one that takes bytes is asked only where no other is, as is a step of an ensemble.
     """
+    if not url:
+        return ""
     steps = {step.model_name for model in models for step in model.config.steps}
     configs = [model.config for model in models if not model.config.is_decoupled and not model.config.sequences]
     short = [config for config in configs if _elements(config) <= MAX_ELEMENTS]

@@ -133,7 +133,7 @@ async def _serve(options: argparse.Namespace, logs: Logs, supervised: Supervised
         in_thread(_hint, options)  # a look at a slow disk, for which nobody waits
         _log.info("ready: %d models from %s", len(engine.models()), options.model_repository)
         command = overview.example(engine.models(), replace(taken, http_tls=addresses.http_tls).url)
-        if command and taken.http_port is not None:
+        if command:
             _log.info("try: %s", command)
         if supervised is not None:
             supervised.report(ready=True)

@@ -17,11 +17,14 @@ import tritonclient.http as httpclient
 from loadtest.process import free_ports, stop
 from ray_app.journal import Journal
 from ray_app.options import Options
+from ray_app.watch import group
 from tests.models import Repository
 from tests.ray_app.conftest import Application
 from tests.ray_app.test_cluster import replicas
 from tests.serving import Served, wait_until
 from tutti.engine import Override
+from tutti.frontends import setup
+from tutti.frontends.server import Addresses
 
 ON_RAY = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(280)]
 
@@ -86,6 +89,24 @@ def test_what_gateways_cannot_share_is_refused() -> None:
         Options(model_repository="r", gateways=2, allow_client_shm=True)
     with pytest.raises(ValueError, match="the gateway has none"):
         Options(model_repository="r", allow_client_cuda_shm=True)
+    for door in ("http", "grpc", "metrics"):  # a door that is not there has no port to share
+        Options.model_validate({"model_repository": "r", "gateways": 2, f"{door}_port": 0, f"allow_{door}": False})
+
+
+def test_gateways_without_http_are_told_apart_by_grpc() -> None:
+    """Those of several applications on one machine: they neither watch each other nor share what they change."""
+    groups, journals = set(), set()
+    for doors in ({"grpc_port": 1}, {"grpc_port": 2}, {"grpc_port": 1, "grpc_address": "127.0.0.2"}):
+        options = Options.model_validate({"model_repository": "r", "allow_http": False, **doors})
+        wanted = setup.addresses(options)
+        assert wanted.http_port is None
+        groups.add(group(Addresses(wanted.host, None, wanted.grpc_port, 3), wanted.grpc_host))
+        journals.add(options.journal)
+    assert groups == {"127.0.0.1-grpc-1", "127.0.0.1-grpc-2", "127.0.0.2-grpc-1"}
+    assert len(journals) == 2
+    with_http = Options(model_repository="r", http_port=1)
+    assert group(Addresses("127.0.0.1", 1, 2, 3), "127.0.0.2") == "127.0.0.1-1"
+    assert with_http.journal not in journals
 
 
 TIMES = """
@@ -228,6 +249,7 @@ import ray
 from ray import serve
 from ray_app.app import build
 from ray_app.options import Options
+from ray_app.watch import group
 ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False,
          runtime_env={{"env_vars": environment.SETTINGS}})
 serve.start(proxy_location="Disabled")

@@ -80,6 +80,14 @@ def test_without_models_there_is_nothing_to_try() -> None:
     assert overview.example([], "http://h:1") == ""
 
 
+def test_no_command_asks_where_nobody_listens(repository: Repository) -> None:
+    repository.add_onnx()
+    with engine_over(repository.root) as engine:
+        for port in (1, None):
+            command = overview.example(engine.models(), Addresses(http_port=port).url)
+            assert ("http://127.0.0.1:1/" in command) if port else not command
+
+
 def test_a_client_of_this_machine_gets_an_address() -> None:
     assert Addresses("0.0.0.0", 1).url == "http://127.0.0.1:1"
     assert Addresses("::", 1).url == "http://[::1]:1"

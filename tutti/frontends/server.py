@@ -110,7 +110,9 @@ class Addresses:
 
     @property
     def url(self) -> str:
-        """Where a client on this machine asks over HTTP."""
+        """Where a client on this machine asks over HTTP; "" where none can."""
+        if self.http_port is None:
+            return ""
         host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(
             self.host, f"[{self.host}]" if ":" in self.host else self.host
         )
