@@ -61,7 +61,7 @@ def test_a_port_that_is_taken_is_said_before_ray_is_started(repository: Reposito
 def test_a_placement_is_read_before_ray_is_started(repository: Repository, tmp_path: Path) -> None:
     repository.add_onnx("one")
     file = tmp_path / "pools.yaml"
-    assert "no such file" in refused(repository.root, "--placement", str(file))
+    assert "No such file" in refused(repository.root, "--placement", str(file))
     file.write_text('pools: [{name: front, models: ["t*"]}]')
     assert "model 'one': no pool takes it: front does not list it" in refused(repository.root, "--placement", str(file))
     near = refused(repository.root, "--placement", str(tmp_path / "pool.yaml"))
