@@ -65,7 +65,7 @@ def test_a_placement_is_read_before_ray_is_started(repository: Repository, tmp_p
     file.write_text('pools: [{name: front, models: ["t*"]}]')
     assert "model 'one': no pool takes it: front does not list it" in refused(repository.root, "--placement", str(file))
     near = refused(repository.root, "--placement", str(tmp_path / "pool.yaml"))
-    assert f"did you mean {file}?" in near
+    assert f"did you mean '{file}'?" in near
     file.write_text("pools: [{name: gpu, num_gpus: 4, models: ['*']}]")
     options = serve_options.parse([str(repository.root), "--ray", "--http-port", "0", "--placement", str(file)])
     assert run._checked(options).pools, "nobody knows yet how many GPUs there are"
