@@ -4,6 +4,7 @@ Whoever answers a request only puts an event into a queue; a thread of its own w
 costs lines, which are counted and told of later, and never holds up a request. Knows nothing of protocols.
 """
 
+import functools
 import json
 import logging
 import os
@@ -12,12 +13,15 @@ import stat
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Concatenate, NamedTuple, ParamSpec
 
 from tutti.errors import ConfigError, reason, sayable
 from tutti.logs import Logs, one_line, utc
 from tutti.types import Spent
+
+_log = logging.getLogger(__name__)
+_P = ParamSpec("_P")
 
 STDOUT = "-"
 NAME = "tutti.requests"
@@ -76,6 +80,7 @@ class RequestLog:
         logs.listen(self._look)
         self._events: deque[Event] = deque()
         self._dropped = self._told = 0
+        self._why = ""
         self._told_s = -_TELL_EVERY_S
         self._wake = threading.Event()
         self._is_closing = threading.Event()
@@ -99,6 +104,11 @@ class RequestLog:
             self._wake.set()
             if self._thread is None:
                 self._start()
+
+    def missed(self, count: int = 1) -> None:
+        """Count lines that could not be made: an error of ours, which is told where it was caught."""
+        self._dropped += count
+        self._why = "they could not be made, which is an error of the server's own"
 
     def close(self, timeout_s: float = 1.0) -> None:
         """Write what waits, if that takes no longer."""
@@ -147,7 +157,7 @@ class RequestLog:
         if lost == self._told or (now_s - self._told_s < _TELL_EVERY_S and not self._is_closing.is_set()):
             return
         outputs = [one for one in (self._access, self._log) if one is not None and one.why]
-        why = outputs[0].why if outputs else "they came faster than they could be written"
+        why = outputs[0].why if outputs else self._why or "they came faster than they could be written"
         what = f"{lost - self._told} lines of the request log were left out: {why}"
         before = self._log.lost
         self._log.write([self._logs.line(logging.WARNING, NAME, what, {})])
@@ -155,6 +165,20 @@ class RequestLog:
             self._told, self._told_s = lost, now_s
         else:  # it cannot be told there either
             self._log.lost = before
+
+
+def harmless(note: Callable[Concatenate[RequestLog, _P], None]) -> Callable[Concatenate[RequestLog, _P], None]:
+    """For what makes events: where that fails the line is lost, and never the answer that it is about."""
+
+    @functools.wraps(note)
+    def guarded(log: RequestLog, /, *args: _P.args, **more: _P.kwargs) -> None:
+        try:
+            note(log, *args, **more)
+        except Exception:
+            _log.exception("a line of the request log could not be made")
+            log.missed()
+
+    return guarded
 
 
 class Output:

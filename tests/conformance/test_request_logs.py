@@ -15,7 +15,7 @@ import tritonclient.grpc as grpc
 import tritonclient.http as http
 from tritonclient.utils import InferenceServerException
 
-from tests.models import Repository
+from tests.models import IN_PROCESS, Repository
 from tests.serving import Served, serving, wait_until
 from tutti.restarts import UNUSABLE
 
@@ -124,3 +124,51 @@ def test_a_log_that_cannot_be_written_is_told_before_anything_is_loaded(tmp_path
     assert ended.returncode == UNUSABLE
     assert f"--access-log {tmp_path}/no/log: No such file or directory" in ended.stderr
     assert "loaded model" not in ended.stderr
+
+
+LARGE = np.arange(40_000, dtype=np.float32).reshape(1, -1)  # more than is written in one piece
+_SAME = """
+    y = pb_utils.Tensor("y", pb_utils.get_input_tensor_by_name(request, "x").as_numpy())
+    return pb_utils.InferenceResponse([y])
+"""
+_TENSORS = 'input { name: "x" data_type: TYPE_FP32 dims: -1 } output { name: "y" data_type: TYPE_FP32 dims: -1 }'
+
+
+@pytest.mark.parametrize("flags", [(), ("--front-end-processes", "1")], ids=["one process", "front end"])
+def test_large_answers_come_and_have_their_lines(tmp_path: Path, flags: tuple[str, ...]) -> None:
+    repository = Repository(tmp_path / "repository")
+    for name, config in (
+        ("batched", "max_batch_size: 8 dynamic_batching {}"),
+        ("unbatched", ""),
+        ("cached", "max_batch_size: 8 response_cache { enable: true }"),
+    ):
+        repository.add_python(name, f'backend: "python" {config} {_TENSORS} {IN_PROCESS}', _SAME)
+    access = tmp_path / "access"
+    given = ("--access-log", str(access), "--log-format", "json", "--cache-config", "local,size=10000000", *flags)
+    wanted: dict[str, int | str] = {}
+    with serving(repository.root, tmp_path / "log", *given) as server:
+        for model in ("batched", "unbatched", "cached", "cached"):
+            for module, address in ((http, server.http), (grpc, server.grpc)):
+                for way in ("binary", "json", "") if module is http else ("binary",):
+                    name = f"{module.__name__}-{model}-{way}-{len(wanted)}" if way else ""
+                    got = ask_for_large(module, address, model, name, is_binary=way != "json")
+                    np.testing.assert_array_equal(got, LARGE if model != "unbatched" else LARGE[0])
+                    wanted |= {name: 200 if module is http else "OK"} if name else {}
+
+        def seen() -> list[dict[str, Any]]:
+            lines = map(json.loads, access.read_text().splitlines())
+            return [one for one in lines if one["request"] == "infer"]
+
+        wait_until(lambda: len(seen()) >= 16)
+    assert wanted.items() <= {one["id"]: one["status"] for one in seen()}.items()
+    assert all(one["bytes_out"] > LARGE.nbytes for one in seen())
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+def ask_for_large(module: Any, address: str, model: str, request_id: str, is_binary: bool) -> Any:
+    data = LARGE[0] if model == "unbatched" else LARGE
+    tensor = module.InferInput("x", list(data.shape), "FP32")
+    tensor.set_data_from_numpy(data)
+    asked = [http.InferRequestedOutput("y", binary_data=is_binary)] if module is http else None
+    with module.InferenceServerClient(address) as client:
+        return client.infer(model, [tensor], request_id=request_id, outputs=asked).as_numpy("y")

@@ -8,16 +8,19 @@ import shlex
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from tests.serving import wait_until
+from tests.serving import Gather, wait_until
 from tutti import request_log
 from tutti.errors import ConfigError
+from tutti.frontends import grpc_events, http_events
+from tutti.frontends.http_connection import Exchange
 from tutti.logs import Logs
 from tutti.request_log import Event, RequestLog, line, slow
-from tutti.types import Spent
+from tutti.types import Call, InferRequest, Raw, Spent
 
 MS = 1_000_000
 NASTY = [
@@ -250,3 +253,16 @@ def test_the_servers_own_lines_are_json_too(logs_to: Open, tmp_path: Path, nasty
     assert (one["level"], one["logger"]) == ("ERROR", "tutti.x")
     assert one["message"] == nasty.encode("utf-8", "backslashreplace").decode()
     assert "ValueError" in one["exception"]
+
+
+def test_what_cannot_be_told_is_lost_and_nothing_else(logs_to: Open, tmp_path: Path) -> None:
+    log = RequestLog(logs_to(tmp_path / "log"), str(tmp_path / "access"))
+    broken, whole = Call(InferRequest("m", {}), Gather(0)), Call(InferRequest("m", {}), Gather(0))
+    whole.token = Exchange(SimpleNamespace(peer=("127.0.0.1", 5)), b"POST", b"/", True)  # type: ignore[arg-type]
+    answer: list[Raw] = [b"HTTP/1.1 200 OK\r\n", b"x-request-id: ", b"whole", b"\r\n\r\n", memoryview(b"data")]
+    http_events.note_calls(log, [broken, whole, whole], [b"", answer, b"".join(answer)], 0)
+    grpc_events.note_call(log, broken, (-99, "no code"), (1, 2), "")
+    grpc_events.note_method(log, "/path", (-99, "no code"), (1, 2), "", 0)
+    log.close(20)
+    assert [(one["id"], one["bytes_out"]) for one in read(tmp_path / "access")] == [("whole", 4)] * 2
+    assert read(tmp_path / "log")[-1]["message"].startswith("3 lines of the request log were left out: they could not")

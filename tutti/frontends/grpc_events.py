@@ -4,7 +4,7 @@ import re
 import time
 
 from tutti.frontends.http_events import about
-from tutti.request_log import Event, RequestLog
+from tutti.request_log import Event, RequestLog, harmless
 from tutti.types import Call, now_ns
 
 _NAMES = (
@@ -16,6 +16,7 @@ _NAMES = (
 _PEER = re.compile(r"ipv[46]:(?:%5B|\[)?(.*?)(?:%5D|\])?:(\d+)")
 
 
+@harmless
 def note_call(
     log: RequestLog,
     call: Call,
@@ -39,6 +40,7 @@ def note_call(
     )  # fmt: skip
 
 
+@harmless
 def note_method(
     log: RequestLog,
     path: str,

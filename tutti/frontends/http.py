@@ -466,7 +466,7 @@ def _response(call: Call, header_length: int | None, parts: list[Raw], parameter
             start += _pool_line(parameters)
         timing = answer_headers.timing(call.arrived_ns, call.times, now)
         own = exchange.request_id or answer_headers.request_id(call.request.id)
-        return _pieces([start, _TIMING_LINE, timing, _ID_LINE, own, _HEAD_END, *parts])
+        return _pieces([b"".join([start, _TIMING_LINE, timing, _ID_LINE, own, _HEAD_END]), *parts])
     body = b"".join(parts)
     headers = [_JSON_TYPE] if header_length is None else [_BINARY_TYPE]
     if header_length is not None:

@@ -14,7 +14,7 @@ import orjson
 
 from tutti.errors import InferError
 from tutti.frontends.http_connection import Exchange, Response
-from tutti.request_log import Event, RequestLog
+from tutti.request_log import Event, RequestLog, harmless
 from tutti.types import POOL_PARAMETER, Answer, Call, InferResponse
 
 # How a front-end process tells the engine's who has asked it.
@@ -29,22 +29,27 @@ def note_calls(log: RequestLog, calls: Sequence[Call], responses: Sequence[Respo
     at_s = time.time()
     for call, response in zip(calls, responses, strict=True):
         total_ns = now_ns - call.arrived_ns if call.arrived_ns else 0
-        if not log.wants(total_ns):
-            continue
-        exchange: Exchange = call.token
-        head, size = _head(response)
-        model, version, pool, error = about(call.request.model_name, call.request.model_version, call.answer)
-        status = int(head[9:12])
-        if status >= 400 and not error:  # the answer could not be encoded
-            error = _message((b"".join(response) if isinstance(response, list) else response)[len(head) :])
-        log.note(
-            Event(
-                at_s, _id(head), "http", "infer", model, version, status, _bytes_in(exchange), size, total_ns,
-                call.times.spent(call.arrived_ns) if call.times is not None else None, pool, client_of(exchange), error,
-            )
-        )  # fmt: skip
+        if log.wants(total_ns):
+            _note_call(log, call, response, at_s, total_ns)
 
 
+@harmless
+def _note_call(log: RequestLog, call: Call, response: Response, at_s: float, total_ns: int) -> None:
+    exchange: Exchange = call.token
+    head, size = _head(response)
+    model, version, pool, error = about(call.request.model_name, call.request.model_version, call.answer)
+    status = int(head[9:12])
+    if status >= 400 and not error:  # the answer could not be encoded
+        error = _message((b"".join(response) if isinstance(response, list) else response)[len(head) :])
+    log.note(
+        Event(
+            at_s, _id(head), "http", "infer", model, version, status, _bytes_in(exchange), size, total_ns,
+            call.times.spent(call.arrived_ns) if call.times is not None else None, pool, client_of(exchange), error,
+        )
+    )  # fmt: skip
+
+
+@harmless
 def note_refusal(log: RequestLog, exchange: Exchange, status: int, message: str, total_ns: int) -> None:
     """A request that was answered with an error before any model was asked."""
     if log.wants(total_ns):
@@ -58,6 +63,7 @@ def note_refusal(log: RequestLog, exchange: Exchange, status: int, message: str,
         )  # fmt: skip
 
 
+@harmless
 def note_reply(
     log: RequestLog, exchange: Exchange, reply: tuple[int, int, bytes], call: Call | None, total_ns: int
 ) -> None:
@@ -125,10 +131,14 @@ def _sent(exchange: Exchange, header: bytes) -> bytes:
 
 def _head(response: Response) -> tuple[bytes, int]:
     """An answer's head, and how many bytes its body has."""
-    if isinstance(response, list):
-        begun, size = b"".join(response[:2])[:_HEAD_BYTES], sum(map(len, response))
-    else:
+    if not isinstance(response, list):
         begun, size = response[:_HEAD_BYTES], len(response)
+    else:
+        begun, size = b"", sum(map(len, response))
+        for piece in response:  # however many it has been written in
+            begun += bytes(piece[:_HEAD_BYTES])
+            if b"\r\n\r\n" in begun:
+                break
     end = begun.find(b"\r\n\r\n") + 4
     return begun[:end], size - end
 
