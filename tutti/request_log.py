@@ -130,22 +130,38 @@ class RequestLog:
             self._wake.wait(_TELL_EVERY_S if self._lost() > self._told else None)
             self._is_closing.wait(_TOGETHER_S)
             self._wake.clear()
-            while self._events:
-                self._write([self._events.popleft() for _ in range(min(_AT_ONCE, len(self._events)))])
-            self._tell()
+            try:
+                while self._events:
+                    self._write([self._events.popleft() for _ in range(min(_AT_ONCE, len(self._events)))])
+                self._tell()
+            except Exception:  # whatever it is, later requests are noted
+                _log.exception("the request log could not be written")
             if self._is_closing.is_set() and not self._events:
                 return
 
     def _write(self, events: Sequence[Event]) -> None:
         if self._access is not None:
-            self._access.write([line(event, self._logs.is_json) for event in events])
-        said: list[bytes] = []
+            self._access.write(self._made(events, lambda event: [line(event, self._logs.is_json)]))
+        self._log.write([one for one in self._made(events, self._said) if one])
+
+    def _made(self, events: Sequence[Event], make: Callable[[Event], list[bytes]]) -> list[bytes]:
+        """The lines of all events but those that cannot be made: these are counted."""
+        lines: list[bytes] = []
         for event in events:
-            if 0 < self._slow_ns <= event.total_ns:
-                said.append(self._logs.line(logging.WARNING, NAME, slow(event), fields(event)))
-            if self._logs.is_verbose:
-                said.append(self._logs.line(logging.DEBUG, NAME, _as_text(fields(event)), fields(event)))
-        self._log.write([one for one in said if one])
+            try:
+                lines += make(event)
+            except Exception:
+                _log.exception("a line of the request log could not be made")
+                self.missed()
+        return lines
+
+    def _said(self, event: Event) -> list[bytes]:
+        said = []
+        if 0 < self._slow_ns <= event.total_ns:
+            said.append(self._logs.line(logging.WARNING, NAME, slow(event), fields(event)))
+        if self._logs.is_verbose:
+            said.append(self._logs.line(logging.DEBUG, NAME, _as_text(fields(event)), fields(event)))
+        return said
 
     def _lost(self) -> int:
         return self._dropped + self._log.lost + (self._access.lost if self._access is not None else 0)
@@ -219,7 +235,7 @@ class Output:
                 self._put(file, b"\n" + piece if self._is_cut else piece)
                 for _ in range(count):
                     left.popleft()
-        except (OSError, ValueError) as error:
+        except Exception as error:  # a stream may be gone in other ways than by the system's word
             self.lost += len(left)
             self.why = reason(error)
             self._delay_s = min(max(2 * self._delay_s, _LEAST_DELAY_S), _GREATEST_DELAY_S)

@@ -266,3 +266,41 @@ def test_what_cannot_be_told_is_lost_and_nothing_else(logs_to: Open, tmp_path: P
     log.close(20)
     assert [(one["id"], one["bytes_out"]) for one in read(tmp_path / "access")] == [("whole", 4)] * 2
     assert read(tmp_path / "log")[-1]["message"].startswith("3 lines of the request log were left out: they could not")
+
+
+def test_an_event_that_is_none_costs_its_own_line(logs_to: Open, tmp_path: Path) -> None:
+    log = RequestLog(logs_to(tmp_path / "log"), str(tmp_path / "access"))
+    log.note(event(total_ns="long"))
+    log.note(event(id="beside"))
+    wait_until(lambda: "beside" in (tmp_path / "access").read_text())
+    log.note(event(id="after"))
+    log.close(20)
+    assert [one["id"] for one in read(tmp_path / "access")] == ["beside", "after"]
+    assert read(tmp_path / "log")[-1]["message"].startswith("1 lines of the request log were left out: they could not")
+
+
+@pytest.mark.parametrize("broken", ["_descriptor", "_tell"])
+def test_the_log_goes_on_after_any_error(
+    logs_to: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    monkeypatch.setattr(request_log, "_LEAST_DELAY_S", 0.0)
+    log = RequestLog(logs_to(tmp_path / "log"), str(tmp_path / "access"))
+    owner: Any = log if broken == "_tell" else log._access
+    whole = getattr(owner, broken)
+    failed = threading.Event()
+
+    def fail_once() -> Any:
+        if failed.is_set():
+            return whole()
+        failed.set()
+        raise RuntimeError("once")
+
+    monkeypatch.setattr(owner, broken, fail_once)
+    log.note(event(id="first"))
+    assert failed.wait(20)
+    log.note(event(id="next"))
+    wait_until(lambda: "next" in (tmp_path / "access").read_text())
+    log.close(20)
+    assert ("first" in (tmp_path / "access").read_text()) == (broken == "_tell")
+    if broken == "_descriptor":
+        assert read(tmp_path / "log")[-1]["message"] == "1 lines of the request log were left out: once"
