@@ -14,6 +14,8 @@ import ensembles
 from loadtest.process import START_TIMEOUT_S, free_ports, server_name, stop, wait_until_ready
 from tutti import local
 from tutti.engine import Engine
+from tutti.logs import Logs
+from tutti.request_log import Event, RequestLog
 from tutti.types import Answer, Call, Infer, InferRequest
 
 
@@ -50,6 +52,22 @@ class Gather:
         with self._condition:
             assert self._condition.wait_for(lambda: self._left <= 0, timeout=60), f"{self._left} calls never settled"
             assert self._left == 0, "a call was settled more than once"
+
+
+class Noted(RequestLog):
+    """A log of requests that keeps its events; it wants all that take at least `from_ns`."""
+
+    def __init__(self, from_ns: int = 0) -> None:
+        super().__init__(Logs())
+        self.is_on = True
+        self.events: list[Event] = []
+        self._from_ns = from_ns
+
+    def wants(self, total_ns: int) -> bool:
+        return total_ns >= self._from_ns
+
+    def note(self, event: Event) -> None:
+        self.events.append(event)
 
 
 def infer(serve: Infer, requests: Sequence[InferRequest]) -> list[Answer]:

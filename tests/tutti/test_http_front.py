@@ -16,7 +16,7 @@ import pytest
 import uvloop
 
 from tests.models import Repository
-from tests.serving import engine_over, wait_until
+from tests.serving import Noted, engine_over, wait_until
 from tutti.engine import Engine
 from tutti.frontends import http as front
 from tutti.frontends import http_api
@@ -639,3 +639,28 @@ def test_a_request_that_waited_for_another_says_so(server: Running) -> None:
     assert first[1] >= 200
     assert second[0] >= 150  # both came together, and it has waited for the first to end
     assert second[2] >= second[0] + second[1] - 0.02
+
+
+@pytest.mark.parametrize("is_app", [False, True], ids=["infer", "app"])
+def test_a_large_answer_for_which_there_is_no_room_is_noted_as_refused(
+    server: Running, monkeypatch: pytest.MonkeyPatch, is_app: bool
+) -> None:
+    assert server.front._api is not None
+    log = server.front._api.requests = Noted()
+    large = b"HTTP/1.1 200 OK\r\ncontent-length: 100000\r\n\r\n", bytes(100_000)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": large[1]})
+
+    monkeypatch.setattr(server.front, "_encode", lambda *_: list(large))
+    monkeypatch.setattr(server.front, "_app", app)
+    sent = b"GET /large HTTP/1.1\r\nhost: t\r\n\r\n" if is_app else raw_infer(one_input("x"))
+    for limit, status in ((2**20, 200), (10_000, 503)):
+        server.front.holding.limit = limit
+        (got, body), *_ = ask(server, sent)
+        wait_until(lambda: log.events)
+        event = log.events.pop()
+        assert got == event.status == status
+        assert event.bytes_out == len(body)
+        assert event.error == (json.loads(body)["error"] if status == 503 else "")

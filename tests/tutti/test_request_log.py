@@ -260,7 +260,7 @@ def test_what_cannot_be_told_is_lost_and_nothing_else(logs_to: Open, tmp_path: P
     broken, whole = Call(InferRequest("m", {}), Gather(0)), Call(InferRequest("m", {}), Gather(0))
     whole.token = Exchange(SimpleNamespace(peer=("127.0.0.1", 5)), b"POST", b"/", True)  # type: ignore[arg-type]
     answer: list[Raw] = [b"HTTP/1.1 200 OK\r\n", b"x-request-id: ", b"whole", b"\r\n\r\n", memoryview(b"data")]
-    http_events.note_calls(log, [broken, whole, whole], [b"", answer, b"".join(answer)], 0)
+    http_events.note_calls(log, [(broken, b""), (whole, answer), (whole, b"".join(answer))], 0)
     grpc_events.note_call(log, broken, (-99, "no code"), (1, 2), "")
     grpc_events.note_method(log, "/path", (-99, "no code"), (1, 2), "", 0)
     log.close(20)

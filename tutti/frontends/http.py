@@ -11,7 +11,7 @@ import ssl
 import threading
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote_to_bytes
@@ -22,7 +22,7 @@ from tutti.errors import InferError, InvalidArgument
 from tutti.frontends import answer_headers, compression, http_codec, http_events
 from tutti.frontends.api import Api, Elsewhere
 from tutti.frontends.gate import Gate
-from tutti.frontends.holding import STALLED_S, WRITE_TIMEOUT_S, Holding
+from tutti.frontends.holding import COUNTED_BYTES, STALLED_S, WRITE_TIMEOUT_S, Holding
 from tutti.frontends.http_codec import ReplyFormat
 from tutti.frontends.http_connection import (
     LARGE_RESPONSE_BYTES,
@@ -145,15 +145,34 @@ class HttpFront:
         mates = _Mates(now)
         answered = [(call.token, self._encode(call, mates)) for call in calls]
         assert self._api is not None
+        deliver = _deliver
         if self._api.requests.is_on:
-            http_events.note_calls(self._api.requests, calls, [response for _, response in answered], now)
+            deliver = partial(self._deliver_noted, self._note(calls, answered, now), now)
         if threading.get_ident() == self._thread:
-            _deliver(answered)
+            deliver(answered)
             return
         try:
-            self._loop.call_soon_threadsafe(_deliver, answered)
+            self._loop.call_soon_threadsafe(deliver, answered)
         except RuntimeError:
             _log.debug("the loop is closed: %d answers are dropped", len(answered))
+
+    def _note(self, calls: Sequence[Call], answered: "_Answered", now: int) -> list[tuple[Call, Response]]:
+        """Note all answers but large ones, which are returned: whether there is room for them shows on the loop."""
+        assert self._api is not None
+        small: list[tuple[Call, Response]] = []
+        large: list[tuple[Call, Response]] = []
+        for call, (_, response) in zip(calls, answered, strict=True):
+            is_large = isinstance(response, list) or len(response) >= COUNTED_BYTES
+            (large if is_large else small).append((call, response))
+        http_events.note_calls(self._api.requests, small, now)
+        return large
+
+    def _deliver_noted(self, large: Sequence[tuple[Call, Response]], now: int, answered: "_Answered") -> None:
+        assert self._api is not None
+        _deliver(answered)
+        if large:
+            given = [(call, call.token.response or response) for call, response in large]
+            http_events.note_calls(self._api.requests, given, now)
 
     def refused(self, exchange: Exchange, status: int, message: str) -> None:
         if self._api is not None and self._api.requests.is_on:
@@ -415,7 +434,11 @@ class _Reply:
         if is_last and not self._is_begun:
             self.error = body if self.status >= 400 else b""
             head = response_head(self.status, self._headers, len(body), exchange.keep_alive)
-            connection.deliver(exchange, head if exchange.method == b"HEAD" else head + body)
+            answer = head if exchange.method == b"HEAD" else head + body
+            connection.deliver(exchange, answer)
+            if isinstance(exchange.response, bytes) and exchange.response is not answer:  # there was no room for it
+                head, _, self.error = exchange.response.partition(b"\r\n\r\n")
+                self.status, self.size = int(head[9:12]), len(self.error)
             return
         part = b""
         if not self._is_begun:
@@ -558,7 +581,10 @@ def _pool(parameters: Parameters) -> bytes:
     return pool.encode() if isinstance(pool, str) and _POOL_NAME.fullmatch(pool) else b""
 
 
-def _deliver(answered: Sequence[tuple[Exchange, Response]]) -> None:
+_Answered = Sequence[tuple[Exchange, Response]]
+
+
+def _deliver(answered: _Answered) -> None:
     for exchange, response in answered:
         try:
             exchange.connection.deliver(exchange, response)

@@ -150,6 +150,7 @@ class Exchange:
         # As the client sent it, where that may come back.
         self.request_id = b""
         self.timeout_ns = 0
+        # What was delivered, which may be a refusal in the place of what should have been.
         self.response: Response | None = None
         # Of its body, then of its answer until that is written.
         self.held = 0

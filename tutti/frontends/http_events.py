@@ -24,10 +24,10 @@ _OF_MODEL = re.compile(rb"/v2/models/([^/]+)(?:/versions/([0-9]{1,19}))?/(infer|
 _HEAD_BYTES = 2048
 
 
-def note_calls(log: RequestLog, calls: Sequence[Call], responses: Sequence[Response], now_ns: int) -> None:
+def note_calls(log: RequestLog, answered: Sequence[tuple[Call, Response]], now_ns: int) -> None:
     """Infer requests that have been answered together."""
     at_s = time.time()
-    for call, response in zip(calls, responses, strict=True):
+    for call, response in answered:
         total_ns = now_ns - call.arrived_ns if call.arrived_ns else 0
         if log.wants(total_ns):
             _note_call(log, call, response, at_s, total_ns)
