@@ -27,7 +27,6 @@ from tutti.frontends.grpc_methods import (
     MODEL_INFER,
     REFUSED,
     RESOURCE_EXHAUSTED,
-    RawAnswered,
     code_of,
     details_of,
     metadata_headers,
@@ -166,7 +165,7 @@ class GrpcFront:
                 response, shared = self._api.complete(call)
                 message = grpc_codec.encode(response, call.request.id, shared)
                 if guard is not None and (len(message) >= COUNTED_BYTES or guard.is_owing):
-                    self._give(guard, call.token, message, peer)
+                    failure = self._give(guard, call.token, message, peer)
                 else:
                     self._respond(call.token, message)
             except InferError as error:
@@ -178,24 +177,25 @@ class GrpcFront:
             if failure is not None:
                 self._front.fail(call.token, *failure)
             if is_noted or self._sizes:
-                sizes = self._sizes.pop(call.token, 0), len(message)
+                sizes = self._sizes.pop(call.token, 0), len(message) if failure is None else 0
                 grpc_events.note_call(self._api.requests, call, failure, sizes, peer)
 
-    def _give(self, guard: Guard, call_id: int, message: bytes, peer: str) -> None:
-        """Answer, if that may be held until its client has read it."""
+    def _give(self, guard: Guard, call_id: int, message: bytes, peer: str) -> tuple[int, str] | None:
+        """Answer, if that may be held until its client has read it; else why not."""
         size = len(message)
         limit = self._api.holding.limit
         if size > limit:  # trying again would not help
             what = f"the answer has {size} bytes, all that are held at a time at most {limit} (--max-inflight-bytes)"
-            self._front.fail(call_id, RESOURCE_EXHAUSTED, what)
-            return
+            return RESOURCE_EXHAUSTED, what
+        failure: tuple[int, str] | None = None
         self._largest = max(self._largest, size)
         self._given += size  # before: the guard takes no more to be owed than has been given
         if guard.may_give(peer, size):
             self._respond(call_id, message)
         else:
-            self._front.fail(call_id, code_of(Unavailable("")), self._api.holding.refusal)
+            failure = code_of(Unavailable("")), self._api.holding.refusal
         self._given -= size
+        return failure
 
     def _respond(self, call_id: int, message: bytes) -> None:
         size = len(message)
@@ -281,7 +281,8 @@ class GrpcFront:
         ):
             return None
         if len(payload) >= COUNTED_BYTES and not api.holding.take(len(payload)):
-            self._front.fail(call_id, code_of(Unavailable("")), api.holding.refusal)
+            refusal = code_of(Unavailable("")), api.holding.refusal
+            self._refuse(call_id, MODEL_INFER, refusal, payload, _peer(timeout, details))
             return None
         call: Call | None = None
         try:
@@ -303,7 +304,7 @@ class GrpcFront:
             call = Call(request, self, call_id)
         except Elsewhere:
             peer = _peer(timeout, details)
-            self._ask_elsewhere(0, payload, left_ns, partial(self._answer_raw, call_id, peer), peer)
+            self._ask_elsewhere(call_id, 0, payload, left_ns, peer)
             return None
         except InferError as error:
             self._refuse(call_id, MODEL_INFER, (code_of(error), details_of(error)), payload, _peer(timeout, details))
@@ -331,37 +332,40 @@ class GrpcFront:
         """Answer a call that nobody was asked for."""
         self._front.fail(call_id, *failure)
         if self._api.requests.is_on:
-            grpc_events.note_method(
-                self._api.requests, path, failure, (len(payload), 0), peer, 0, *_target(path, payload)
-            )
+            grpc_events.note_refusal(self._api.requests, path, failure, payload, peer)
 
-    def _ask_elsewhere(self, index: int, payload: bytes, left_ns: int, answered: RawAnswered, peer: str) -> None:
+    def _ask_elsewhere(self, call_id: int, index: int, payload: bytes, left_ns: int, peer: str) -> None:
         """Have the engine's process answer a call."""
         assert self._raw is not None
-        method, path, log = self._methods[index], self._paths[index], self._api.requests
-        if not log.is_on or (method is not None and method.category == "health"):
-            self._raw(path, payload, left_ns, answered)
-            return
-        began_ns = now_ns()
+        method, path = self._methods[index], self._paths[index]
+        outside: grpc_events.Outside | None = None
+        if self._api.requests.is_on and (method is None or method.category != "health"):
+            outside = grpc_events.outside(path, payload, peer)
+        owed_by = peer if method is None else None
+        self._raw(path, payload, left_ns, partial(self._answer_raw, call_id, owed_by, outside))
 
-        def note(code: int, message: bytes, details: str) -> None:
-            answered(code, message, details)
-            failure = (code, details) if code else None
-            sizes, took_ns = (len(payload), len(message)), now_ns() - began_ns
-            grpc_events.note_method(log, path, failure, sizes, peer, took_ns, *_target(path, payload))
-
-        self._raw(path, payload, left_ns, note)
-
-    def _answer_raw(self, call_id: int, peer: str | None, code: int, message: bytes, details: str) -> None:
-        """`peer` is None for what is no infer request."""
-        if code:
-            self._front.fail(call_id, code, details)
-        elif self._guard is not None and peer is not None and len(message) >= COUNTED_BYTES:
-            self._give(self._guard, call_id, message, peer)
-        elif peer is not None:
+    def _answer_raw(
+        self,
+        call_id: int,
+        peer: str | None,
+        outside: grpc_events.Outside | None,
+        code: int,
+        message: bytes,
+        details: str,
+    ) -> None:
+        """`peer` is None for what is no infer request, `outside` where nobody wants to know of the call."""
+        failure = (code, details) if code else None
+        if failure is None and self._guard is not None and peer is not None and len(message) >= COUNTED_BYTES:
+            failure = self._give(self._guard, call_id, message, peer)
+        elif failure is None and peer is not None:
             self._respond(call_id, message)
-        else:
+        elif failure is None:
             self._front.respond(call_id, message)
+        if failure is not None:
+            self._front.fail(call_id, *failure)
+        if outside is not None:
+            size = len(message) if failure is None else 0
+            grpc_events.note_outside(self._api.requests, outside, failure, size)
 
     def _may_pass(self, call_id: int, index: int, category: Category, payload: bytes, details: Any) -> bool:
         """Check size and gate; a call that may not pass is answered, one that came too late when the server ends."""
@@ -377,7 +381,7 @@ class GrpcFront:
             refused = gate.check(category, metadata_headers(details[0] if details is not None else ()))
             refusal = REFUSED[refused] if refused else None
         if refusal is not None:
-            self._refuse(call_id, self._paths[index], refusal, b"", _peer(None, details))
+            self._refuse(call_id, self._paths[index], refusal, payload, _peer(None, details))
         return refusal is None
 
     def _ask(self, call_id: int, index: int, payload: bytes, details: Any) -> None:
@@ -386,8 +390,7 @@ class GrpcFront:
         if not self._may_pass(call_id, index, method.category, payload, details):
             return
         if self._raw is not None:
-            answered = partial(self._answer_raw, call_id, None)
-            self._ask_elsewhere(index, payload, 0, answered, _peer(None, details))
+            self._ask_elsewhere(call_id, index, payload, 0, _peer(None, details))
         elif method.blocks:  # it must not hold up the receiving thread
             self._api.control.submit(self._answer, call_id, index, payload, details)
         else:
@@ -412,11 +415,6 @@ class GrpcFront:
             sizes, took_ns = (len(payload), len(message)), now_ns() - began_ns
             peer = _peer(None, details)
             grpc_events.note_method(self._api.requests, self._paths[index], failure, sizes, peer, took_ns)
-
-
-def _target(path: str, payload: bytes) -> tuple[str, ...]:
-    """(model, version, id) of an inference."""
-    return (*grpc_codec.target(payload), grpc_codec.id_of(payload)) if path == MODEL_INFER else ()
 
 
 def _peer(key: bytes | str | None, details: Any) -> str:

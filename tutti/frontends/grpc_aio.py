@@ -96,31 +96,38 @@ class GrpcioFront:
             HEALTH_WATCH: grpc.unary_stream_rpc_method_handler(self._watch),
         }
         for path, method in grpc_methods.methods(self._api).items():
-            routes[path] = grpc.unary_unary_rpc_method_handler(self._unary(method))
+            routes[path] = grpc.unary_unary_rpc_method_handler(self._unary(path, method))
         return routes
 
-    def _unary(self, method: grpc_methods.Method) -> Any:
+    def _unary(self, path: str, method: grpc_methods.Method) -> Any:
         async def answer(payload: bytes, context: Any) -> bytes:
-            await self._check(method.category, context)
+            await self._check(method.category, path, payload, context)
+            began_ns, message = now_ns(), b""
+            failure: tuple[int, str] | None = None
             try:
-                if method.blocks:
-                    return await self._api.in_thread(method.answer, payload)
-                return method.answer(payload)
+                message = await self._api.in_thread(method.answer, payload) if method.blocks else method.answer(payload)
             except InferError as error:
-                await context.abort(_STATUS[code_of(error)], details_of(error))
+                failure = code_of(error), details_of(error)
             except Exception as error:
                 _log.exception("a gRPC call failed")
-                await context.abort(_STATUS[INTERNAL], f"internal error: {type(error).__name__}")
-            raise AssertionError("aborted")
+                failure = INTERNAL, f"internal error: {type(error).__name__}"
+            if method.category != "health" and self._api.requests.is_on:
+                sizes, took_ns = (len(payload), len(message)), now_ns() - began_ns
+                grpc_events.note_method(self._api.requests, path, failure, sizes, context.peer(), took_ns)
+            if failure is not None:
+                await context.abort(_STATUS[failure[0]], failure[1])
+            return message
 
         return answer
 
-    async def _check(self, category: Category, context: Any) -> None:
+    async def _check(self, category: Category, path: str, payload: bytes, context: Any) -> None:
         gate = self._api.grpc.gate
         if gate.is_open:
             return
         refusal = gate.check(category, metadata_headers(context.invocation_metadata()))
         if refusal:
+            if self._api.requests.is_on:
+                grpc_events.note_refusal(self._api.requests, path, REFUSED[refusal], payload, context.peer())
             code, message = REFUSED[refusal]
             await context.abort(_STATUS[code], message)
 
@@ -131,7 +138,7 @@ class GrpcioFront:
             raise self._api.blamed(*grpc_codec.target(payload), error) from None
 
     async def _infer(self, payload: bytes, context: Any) -> bytes:
-        await self._check("inference", context)
+        await self._check("inference", MODEL_INFER, payload, context)
         answers = Answers()
         self._open.add(answers)
         failure: tuple[int, str] | None = None
@@ -167,8 +174,7 @@ class GrpcioFront:
         if call is not None:
             grpc_events.note_call(log, call, failure, (len(payload), len(message)), peer)
         elif failure is not None:
-            target = *grpc_codec.target(payload), grpc_codec.id_of(payload)
-            grpc_events.note_method(log, MODEL_INFER, failure, (len(payload), 0), peer, 0, *target)
+            grpc_events.note_refusal(log, MODEL_INFER, failure, payload, peer)
 
     def _begin(self, call: Call, context: Any) -> None:
         left_s = context.time_remaining()
@@ -182,7 +188,7 @@ class GrpcioFront:
 
     async def _stream(self, requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
         """Requests are taken as they come; each answer goes out as soon as it is there, with its request's id."""
-        await self._check("inference", context)
+        await self._check("inference", MODEL_STREAM_INFER, b"", context)
         ends_on_error = metadata_headers(context.invocation_metadata()).get("triton_grpc_error", "").lower() == "true"
         answers = Answers()
         self._open.add(answers)
@@ -196,9 +202,10 @@ class GrpcioFront:
                     message = self._shown(item)
                 except InferError as error:
                     if ends_on_error:
+                        self._note_stream(item, 0, context)
                         raise
                     message = grpc_codec.encode_stream_error(details_of(error), item.call.request.id)
-                if item.is_final and self._api.requests.is_on:
+                if item.is_final:
                     self._note_stream(item, len(message), context)
                 if message:
                     yield message
@@ -211,10 +218,8 @@ class GrpcioFront:
 
     def _note_stream(self, item: Item, size: int, context: Any) -> None:
         """A request of a stream has its last answer, of `size` bytes."""
-        answer = item.answer
-        failure = (code_of(answer), details_of(answer)) if isinstance(answer, InferError) else None
-        sizes = sum(len(tensor.raw()) for tensor in item.call.request.inputs.values()), size
-        grpc_events.note_call(self._api.requests, item.call, failure, sizes, context.peer(), "stream")
+        if self._api.requests.is_on:
+            grpc_events.note_streamed(self._api.requests, item.call, item.answer, size, context.peer())
 
     async def _read(
         self, requests: AsyncIterator[bytes], context: Any, answers: Answers, room: asyncio.Semaphore
@@ -253,7 +258,7 @@ class GrpcioFront:
 
     async def _watch(self, payload: bytes, context: Any) -> AsyncIterator[bytes]:
         """grpc.health.v1 Watch: the status now, and whenever it changes."""
-        await self._check("health", context)
+        await self._check("health", HEALTH_WATCH, b"", context)
         shown = b""
         while not context.cancelled():
             try:

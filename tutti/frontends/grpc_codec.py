@@ -73,11 +73,19 @@ def decode(payload: bytes, regions: Regions = NO_REGIONS) -> InferRequest:
 
 def target(payload: bytes) -> tuple[str, str]:
     """(model, version) of a request that may not decode; nothing where it does not say."""
+    return named(payload)[:2]
+
+
+def named(payload: bytes) -> tuple[str, str, str]:
+    """(model, version, id) of a request that may be wrong in any way; nothing where it does not say.
+
+    Quick, however large its tensors are: they are not copied.
+    """
     try:
-        message = pb.ModelInferRequest.FromString(payload)
+        message = pb.ModelInferRequest.FromString(_take_raw_inputs(payload)[0])
     except Exception:
-        return "", ""
-    return message.model_name, message.model_version
+        return "", "", ""
+    return message.model_name, message.model_version, message.id
 
 
 def _take_raw_inputs(payload: bytes) -> tuple[bytes, list[memoryview] | None]:
@@ -274,10 +282,7 @@ def encode_stream_error(message: str, request_id: str) -> bytes:
 
 def id_of(payload: bytes) -> str:
     """The id of a request that may be wrong in any way; "" when it cannot be told."""
-    try:
-        return str(pb.ModelInferRequest.FromString(payload).id)
-    except Exception:
-        return ""
+    return named(payload)[2]
 
 
 def _bad(model: str, why: str) -> InvalidArgument:

@@ -2,10 +2,14 @@
 
 import re
 import time
+from typing import NamedTuple
 
+from tutti.errors import InferError
+from tutti.frontends import grpc_codec
+from tutti.frontends.grpc_methods import MODEL_INFER, code_of, details_of
 from tutti.frontends.http_events import about
 from tutti.request_log import Event, RequestLog, harmless
-from tutti.types import Call, now_ns
+from tutti.types import Answer, Call, now_ns
 
 _NAMES = (
     "OK", "CANCELLED", "UNKNOWN", "INVALID_ARGUMENT", "DEADLINE_EXCEEDED", "NOT_FOUND", "ALREADY_EXISTS",
@@ -41,25 +45,74 @@ def note_call(
 
 
 @harmless
+def note_streamed(log: RequestLog, call: Call, answer: Answer, size: int, peer: str) -> None:
+    """A request of a stream; its last answer has `size` bytes."""
+    failure = (code_of(answer), details_of(answer)) if isinstance(answer, InferError) else None
+    sizes = sum(len(tensor.raw()) for tensor in call.request.inputs.values()), size
+    note_call(log, call, failure, sizes, peer, "stream")
+
+
+@harmless
+def note_refusal(log: RequestLog, path: str, failure: tuple[int, str], payload: bytes, peer: str) -> None:
+    """A call that nobody was asked for. It took no time."""
+    if log.wants(0):
+        _note_method(log, path, failure, (len(payload), 0), peer, 0, _target(path, payload))
+
+
+class Outside(NamedTuple):
+    """What is kept of a call that another process answers: never its message, which may be large."""
+
+    path: str
+    peer: str
+    began_ns: int
+    bytes_in: int
+    target: tuple[str, str, str]
+
+
+def outside(path: str, payload: bytes, peer: str) -> Outside:
+    """Of a call that comes now."""
+    return Outside(path, peer, now_ns(), len(payload), _target(path, payload))
+
+
+@harmless
+def note_outside(log: RequestLog, call: Outside, failure: tuple[int, str] | None, bytes_out: int) -> None:
+    """The other process has answered."""
+    took_ns = now_ns() - call.began_ns
+    if log.wants(took_ns):
+        _note_method(log, call.path, failure, (call.bytes_in, bytes_out), call.peer, took_ns, call.target)
+
+
+@harmless
 def note_method(
+    log: RequestLog, path: str, failure: tuple[int, str] | None, sizes: tuple[int, int], peer: str, total_ns: int
+) -> None:
+    """A call that is no inference; `sizes` are the bytes of its request and its answer."""
+    if log.wants(total_ns):
+        _note_method(log, path, failure, sizes, peer, total_ns, ("", "", ""))
+
+
+def _note_method(
     log: RequestLog,
     path: str,
     failure: tuple[int, str] | None,
     sizes: tuple[int, int],
     peer: str,
     total_ns: int,
-    *target: str,
+    target: tuple[str, str, str],
 ) -> None:
-    """A call of which only the outside is known; `target` is (model, version, id) where it is an inference."""
-    if log.wants(total_ns):
-        code, details = failure or (0, "")
-        model, version, request_id = target or ("", "", "")
-        log.note(
-            Event(
-                time.time(), request_id, "grpc", name_of(path), model, version, _NAMES[code], *sizes, total_ns, None,
-                "", client_of(peer), details,
-            )
-        )  # fmt: skip
+    code, details = failure or (0, "")
+    model, version, request_id = target
+    log.note(
+        Event(
+            time.time(), request_id, "grpc", name_of(path), model, version, _NAMES[code], *sizes, total_ns, None, "",
+            client_of(peer), details,
+        )
+    )  # fmt: skip
+
+
+def _target(path: str, payload: bytes) -> tuple[str, str, str]:
+    """(model, version, id) of an inference."""
+    return grpc_codec.named(payload) if path == MODEL_INFER else ("", "", "")
 
 
 def name_of(path: str) -> str:
