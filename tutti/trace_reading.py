@@ -101,10 +101,11 @@ def _stages(times: Mapping[str, int]) -> dict[str, float]:
 
 
 def slowest(found: Sequence[dict[str, Any]], model: str, request_id: str, count: int) -> list[dict[str, Any]]:
-    """Of requests, those to a model and with an id, where one is given: so many, the slowest first."""
+    """Of requests, those to a model and with an id, the request's or its answer's: so many, the slowest first."""
     kept = [
         one
         for one in found
-        if (not model or one["model"] == model) and (not request_id or one.get("request_id") == request_id)
+        if (not model or one["model"] == model)
+        and (not request_id or request_id in (one.get("request_id"), one.get("answer_id")))
     ]
     return sorted(kept, key=lambda one: -one["total_us"])[: max(1, count)]

@@ -17,7 +17,8 @@ def waterfall(explained: Mapping[str, Any], width: int = 40) -> str:
     total = max(explained["total_us"], 0.1)
     what = explained.get("ensemble") or f"{explained['model']} version {explained['version']}"
     rows = f"{count(explained['rows'], 'row')} " if "rows" in explained else ""
-    request = f"request '{explained['request_id']}' " if "request_id" in explained else ""
+    known_as = explained.get("request_id") or explained.get("answer_id")
+    request = f"request '{known_as}' " if known_as else ""
     head = f"{what}: {request}{rows}in {total:,.0f} us"
     lines = _table(explained["steps"], total, width) if "steps" in explained else _stages(explained, total, width)
     if explained.get("steps_asked"):  # by a model of its own accord

@@ -209,7 +209,7 @@ class HttpClient(Client):
             return "unavailable", text
         assert response.status == 200, text
         assert json.loads(text)["outputs"][0]["data"] == [1.0] * 4
-        # Routes that the engine answers leave the connection open, too.
+        # Routes that the engine answers leave the connection open, too; this one is answered without it.
         self._connection.request("GET", "/v2/health/live")
         live = self._connection.getresponse()
         live.read()

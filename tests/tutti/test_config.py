@@ -125,6 +125,32 @@ def test_version_policies() -> None:
     assert some.select([1, 2, 3]) == [1]
 
 
+SAMPLE = sorted((Path(__file__).parents[2] / "model_repository").glob("*/config.pbtxt"))
+ALTERNATIVES = """
+    backend: "python" max_batch_size: 2
+    model_warmup {
+      name: "w" inputs { key: "x" value { data_type: TYPE_FP32 dims: [ 1, 3 ] zero_data: true } }
+    }
+    sequence_batching {
+      state {
+        input_name: "s" output_name: "t" data_type: TYPE_FP32 dims: 1
+        initial_state { name: "i" data_type: TYPE_FP32 dims: 1 data_file: "f" }
+      }
+    }
+"""
+
+
+def test_what_clients_get_they_can_load() -> None:
+    """Of alternatives, as the data of a warm-up, only the one that is set may be there."""
+    assert len(SAMPLE) > 10
+    for name, text in [("m", ALTERNATIVES + TENSORS), *((path.parent.name, path.read_text()) for path in SAMPLE)]:
+        proto = config.parse(text, name).proto
+        assert config.parse_json(json.dumps(config.as_json(proto)), name).proto == proto
+    assert config.as_json(parse(ALTERNATIVES + TENSORS).proto)["model_warmup"][0]["inputs"]["x"] == {
+        "data_type": "TYPE_FP32", "dims": [1, 3], "zero_data": True,
+    }  # fmt: skip
+
+
 def test_as_json_keeps_numbers_numbers_and_leaves_unset_messages_out() -> None:
     shown = config.as_json(parse('backend: "b" max_batch_size: 2' + TENSORS).proto)
     assert shown["input"][0]["dims"] == [-1, 3]

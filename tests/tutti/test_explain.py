@@ -265,6 +265,26 @@ def test_tutti_explain_says_what_is_wrong(
     assert "Traceback" not in err and "allow_pickle" not in err and len(err.splitlines()) == 1
 
 
+def test_a_request_is_found_in_traces_by_the_id_of_its_answer(
+    repository: Repository, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    repository.add_onnx()
+    body = {"inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [1, 2, 3, 4]}]}
+    file = tmp_path / "traces"
+    tracing = [f"--trace-config={one}" for one in (f"triton,file={file}", "level=TIMESTAMPS", "rate=1")]
+    with serving(repository.root, tmp_path / "log", *tracing) as served:
+        url = f"http://{served.http}/v2/models/add_one/infer"
+        for more, headers in (({}, {}), ({}, {"x-request-id": "order-7"}), ({"id": "mine"}, {"x-request-id": "yours"})):
+            request = urllib.request.Request(url, json.dumps({**body, **more}).encode(), headers)
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                known = {answer.headers["x-request-id"], *more.values()}
+            assert not headers or headers["x-request-id"] in known
+            for name in known:
+                wait_until(lambda name=name: name in file.read_text())
+                assert cli.main(["explain", "--traces", str(file), "--id", name]) == 0
+                assert capsys.readouterr().out.startswith("add_one version 1: request '")
+
+
 def test_a_server_explains_over_every_door(
     repository: Repository, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -256,6 +256,9 @@ class HttpFront:
         if is_traced:
             context = http_headers(exchange.headers).get("traceparent", "")
             self._api.tracer.begin(call, context, "HTTP", received_ns)
+            if call.trace is not None:  # it is known by the answer's id, as in logs
+                exchange.request_id = exchange.request_id or answer_headers.request_id(request.id)
+                call.trace.note("answer_id", exchange.request_id.decode())
         exchange.call = call
         exchange.body = b""
         return call

@@ -53,8 +53,9 @@ class Relay:
                 reader, writer = await asyncio.open_unix_connection(str(folder / "http"), limit=_MAX_HEAD_BYTES)
                 writer.writelines(_request(exchange))
                 await _pass_on(reader, exchange)
-        except (OSError, EOFError, asyncio.LimitOverrunError):
-            if path in _LIVE and self._link.is_announced:
+        except (OSError, EOFError, asyncio.LimitOverrunError) as error:
+            # One that has ended is replaced; only one that does not answer is no sign of life.
+            if path in _LIVE and self._link.is_announced and isinstance(error, TimeoutError):
                 exchange.connection.respond(exchange, 503, "the engine's process does not answer")
             elif exchange.parts is None:
                 self._answer(exchange, path)
