@@ -86,7 +86,7 @@ def test_the_table_names_every_method_of_the_clients(kind: str) -> None:
 
 
 def test_every_test_that_a_page_names_is_there() -> None:
-    page = (ROOT / "docs" / "first_hour.md").read_text()
+    page = (ROOT / "docs" / "newcomers.md").read_text()
     there = {
         name for path in (ROOT / "tests").rglob("test_*.py") for name in re.findall(r"def (test_\w+)", path.read_text())
     }
