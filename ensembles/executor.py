@@ -13,11 +13,11 @@ from ensembles.axes import changed_inputs, changed_outputs
 from ensembles.explain import Explanation, begun_ns
 from ensembles.frame import Frame, Group, stretch
 from ensembles.graph import Plan, Step
-from ensembles.solo import SoloExecutor, in_ensemble, in_turn, output_fault, wanted_outputs
+from ensembles.solo import SoloExecutor, as_error, in_ensemble, in_turn, output_fault, wanted_outputs
 from tutti import rows
 from tutti.cost import Costs
 from tutti.dtypes import Array
-from tutti.errors import Cancelled, DeadlineExceeded, InferError, Internal, Unavailable
+from tutti.errors import Cancelled, DeadlineExceeded, InferError, Unavailable
 from tutti.explain import PARAMETER, Facts
 from tutti.statistics import ModelStatistics
 from tutti.types import Answer, Call, Infer, InferRequest, InferResponse, Tensor, now_ns, settle
@@ -437,7 +437,7 @@ class EnsembleExecutor:
     def _end_all(self, frame: Frame, step: Step, error: Exception, ended: list[Call]) -> None:
         if not isinstance(error, InferError | ValueError):
             _log.exception("ensemble '%s': step '%s' cannot go on", self._plan.name, step.model_name)
-        what = error if isinstance(error, InferError) else Internal(f"{type(error).__name__}: {error}")
+        what = as_error(error)
         for index in range(len(frame.calls)):
             self._end(frame, index, step, what, ended)
         frame.columns.clear()

@@ -34,6 +34,11 @@ def in_turn(submit: Callable[[Any], None], ready: Any) -> None:
         _here.waiting = None
 
 
+def as_error(error: Exception) -> InferError:
+    """What a request is told of what has been raised while its graph was gone through."""
+    return error if isinstance(error, InferError) else Internal(f"{type(error).__name__}: {error}")
+
+
 def output_fault(step: Step, given: Sequence[Tensor | None], rows: int) -> InferError | None:
     """Why the graph cannot go on with a step's outputs, which are those it wants."""
     if step.axes_out and rows != 1 and any(axis.is_added for axis in step.axes_out):
@@ -150,7 +155,10 @@ class SoloExecutor:
                 if not solo.is_over:
                     if call.times is not None:
                         solo.times.add(step.model_name, call.times, call.arrived_ns)
-                    self._take_back(solo, step, call.answer, ready)
+                    try:
+                        self._take_back(solo, step, call.answer, ready)
+                    except Exception as error:  # as what is on a device that has failed
+                        self._fail(solo, step, as_error(error))
                     if solo.is_over:
                         ended.append(solo.call)
         if ready:
@@ -178,7 +186,11 @@ class SoloExecutor:
                         inputs[model_name] = Tensor(model_name, tensor.datatype, tensor.shape, tensor.data)
                         shapes.append(tensor.shape)
             if step.axes_in:
-                inputs = changed_inputs(step.axes_in, inputs)
+                try:
+                    inputs = changed_inputs(step.axes_in, inputs)
+                except Exception as error:
+                    self._end_with(solo, step, as_error(error))
+                    continue
             request = InferRequest(
                 step.model_name, inputs, step.version, parent.id, step.wanted, parent.parameters, {}, {},
                 None if solo.is_odd else (self._marks[step.index], *shapes), step.staying,
@@ -194,6 +206,9 @@ class SoloExecutor:
         error: InferError = DeadlineExceeded("the request's deadline passed before this step")
         if solo.call.is_cancelled:
             error = Cancelled("the request was cancelled by its caller")
+        self._end_with(solo, step, error)
+
+    def _end_with(self, solo: _Solo, step: Step, error: InferError) -> None:
         with solo.lock:
             if solo.is_over:
                 return

@@ -14,7 +14,7 @@ from ensembles.axes import changed_inputs, changed_outputs
 from ensembles.executor import EnsembleExecutor, record
 from ensembles.explain import tell_decoupled
 from ensembles.graph import Plan, Step
-from ensembles.solo import in_ensemble
+from ensembles.solo import as_error, in_ensemble
 from tutti.errors import Cancelled, InferError, Internal
 from tutti.explain import Facts
 from tutti.statistics import ModelStatistics
@@ -181,7 +181,11 @@ class _Run(Sink):
             if tensor is not None:
                 inputs[model_name] = Tensor(model_name, tensor.datatype, tensor.shape, tensor.data)
         if step.axes_in:
-            inputs = changed_inputs(step.axes_in, inputs)
+            try:
+                inputs = changed_inputs(step.axes_in, inputs)
+            except Exception as error:  # as what is on a device that has failed
+                self._put(place, self._told(step, as_error(error)), is_end=True)
+                return
         if any(name not in tensors for name in step.required):  # of an optional input, which is not there
             self._put(place, None, is_end=True)
             return
@@ -212,7 +216,11 @@ class _Run(Sink):
         step, then = stage.step, stage.then
         assert step is not None
         assert then is not None
-        given = changed_outputs(step.axes_out, response.outputs) if step.axes_out else response.outputs
+        try:
+            given = changed_outputs(step.axes_out, response.outputs) if step.axes_out else response.outputs
+        except Exception as error:
+            self._put(place, self._told(step, as_error(error)), is_end=False)
+            return
         by_name = {tensor.name: tensor for tensor in given if tensor is not None}
         own = _Place()
         if not self._enter(step, place, own):

@@ -17,7 +17,7 @@ from tutti.batching import BatchLimit, BatchQueue, Cut, Decision
 from tutti.config import ModelConfig, SequenceControl, SequencePolicy, SequenceState
 from tutti.cost import Costs
 from tutti.errors import Cancelled, DeadlineExceeded, InferError, InvalidArgument, Unavailable
-from tutti.scheduler import Scheduler, Timer
+from tutti.scheduler import Scheduler, Timer, as_infer_error
 from tutti.statistics import ModelStatistics
 from tutti.types import RAW_TYPES, Call, InferRequest, InferResponse, Tensor, now_ns, settle, settle_all
 
@@ -219,7 +219,10 @@ class SequenceBatcher:
                 outer, sequence, is_end = inner.token
                 answer = inner.answer
                 if isinstance(answer, InferResponse):
-                    answer = self._keep_states(sequence, outer, answer)
+                    try:
+                        answer = self._keep_states(sequence, outer, answer)
+                    except Exception as error:  # as states on a device that has failed
+                        answer = as_infer_error(f"model '{self._config.name}': a state", error)
                 outer.answer, outer.times = answer, inner.times
                 outers.append(outer)
                 touched += self._finished(sequence, is_end)

@@ -1,11 +1,19 @@
 """Ensembles without a batch of their own over models with one: as in Triton, a first axis is the models' affair."""
 
-import numpy as np
+from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
+import pytest
+
+from ensembles import graph
+from ensembles.placed import executor_of
 from tests.models import Repository
 from tests.serving import Gather, engine_over, infer
+from tutti import config
 from tutti.errors import InferError
-from tutti.types import Call, InferRequest, InferResponse, Tensor
+from tutti.statistics import ModelStatistics
+from tutti.types import Call, InferRequest, InferResponse, Tensor, settle
 
 MODEL = """
     backend: "python" max_batch_size: %d
@@ -148,3 +156,40 @@ def test_a_row_goes_through_a_decoupled_model_without_a_batch(repository: Reposi
         engine([Call(request("twice", [0, 1]), gather, None, answers.append)])
         gather.wait()
     assert [made(answer) for answer in answers] == [[[12, 13]], [[13, 14]]]
+
+
+class Lost:
+    """What was on a device that has failed."""
+
+    nbytes = 8
+
+    def array(self) -> Any:
+        raise RuntimeError("the device has failed")
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("where", ["input", "output"])
+@pytest.mark.parametrize("is_decoupled", [False, True])
+def test_a_tensor_whose_axis_cannot_be_changed_is_answered(is_decoupled: bool, where: str, count: int) -> None:
+    """Alone, among others, and in a graph with a decoupled step."""
+    policy = "model_transaction_policy { decoupled: true }" if is_decoupled else ""
+    single = config.parse(MODEL % (0, "2", "2") + policy, "single")
+    step = 'model_name: "single" model_version: -1 input_map { key: "x" value: "x" } output_map { key: "y" value: "y" }'
+    plan = graph.plan(config.parse(GRAPH % (8, "2", "2", f"{{ {step} }}"), "graph"), lambda *_: single)
+    assert plan.steps[0].axes_in and plan.steps[0].axes_out
+    lost = {where: Lost()}
+
+    def serve(calls: Sequence[Call]) -> None:
+        for call in calls:
+            call.answer = InferResponse("single", "1", [Tensor("y", "FP32", (2,), lost.get("output", bytes(8)))])  # type: ignore[arg-type]
+        settle(calls)
+
+    x = Tensor("x", "FP32", (1, 2), lost.get("input", bytes(8)))  # type: ignore[arg-type]
+    calls = [Call(InferRequest("graph", {"x": x}), Gather(1), None, lambda _: None) for _ in range(count)]
+    executor_of(plan, "1", serve, ModelStatistics())(calls)
+    for call in calls:
+        assert isinstance(call.sink, Gather)
+        call.sink.wait()
+        assert isinstance(call.answer, InferError)
+        assert "in ensemble 'graph', step 'single'" in call.answer.message
+        assert "the device has failed" in call.answer.message

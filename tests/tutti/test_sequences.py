@@ -7,8 +7,9 @@ import pytest
 
 from tests.models import Repository
 from tests.serving import Gather, engine_over, infer, wait_until
+from tutti import sequences
 from tutti.engine import Engine
-from tutti.errors import DeadlineExceeded, InferError, InvalidArgument
+from tutti.errors import DeadlineExceeded, InferError, Internal, InvalidArgument
 from tutti.types import Call, InferRequest, InferResponse, Tensor, now_ns
 
 CONTROLS = """
@@ -205,6 +206,19 @@ def test_a_state_may_begin_with_a_file(repository: Repository) -> None:
     (folder / "seven").write_bytes(np.int32(7).tobytes())
     with engine_over(repository.root) as engine:
         assert sums_of(engine, 1, [1, 2]) == [8, 10]
+
+
+def test_a_state_that_cannot_be_kept_is_told(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> InferResponse:
+        raise RuntimeError("the device has failed")
+
+    add_state_model(repository)
+    with engine_over(repository.root) as engine:
+        with monkeypatch.context() as patched:
+            patched.setattr(sequences.SequenceBatcher, "_keep_states", fails)
+            (answer,) = infer(engine, [request(1, 1, start=True)])
+        assert isinstance(answer, Internal) and "the device has failed" in answer.message
+        assert sums_of(engine, 1, [1, 2]) == [1, 3], "the sequence may begin anew"
 
 
 def test_unloading_answers_what_waits(repository: Repository) -> None:
