@@ -37,16 +37,7 @@ def build(arguments: Options) -> Any:
     _forget_what_has_ended(arguments.journal)
     handles = {
         pool.name: _deployment(pool).bind(
-            ReplicaOptions(
-                arguments.model_repository,
-                tuple(models_for(pool, pools, configs)),
-                arguments.exit_on_error,
-                arguments.log_verbose,
-                arguments.log_format,
-                pool.has_gpu,
-                arguments.hang_timeout_secs,
-                arguments.control_timeout_secs,
-            ),
+            ReplicaOptions.of(arguments, models_for(pool, pools, configs), pool.has_gpu),
             pool.name,
         )
         for pool in pools

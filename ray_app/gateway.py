@@ -50,8 +50,7 @@ class ClusterLogs(Logs):
     """Log settings of all gateways and every replica."""
 
     def __init__(self, options: Options, control: Control) -> None:
-        kinds = options.log_info, options.log_warning, options.log_error
-        super().__init__(options.log_verbose, options.log_file, options.log_format, kinds)
+        super().__init__(options.log_verbose, options.log_file, options.log_format, options.log_kinds)
         self._control = control
 
     def update(self, changes: Mapping[str, Any]) -> Settings:

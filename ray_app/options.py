@@ -134,6 +134,11 @@ class Options(BaseModel):
         repository = hashlib.sha256(str(Path(self.model_repository).resolve()).encode()).hexdigest()[:16]
         return f"{repository}-{self.http_port}" if self.allow_http else f"{repository}-grpc-{self.grpc_port}"
 
+    @property
+    def log_kinds(self) -> tuple[bool, bool, bool]:
+        """Whether lines of info, warnings and errors pass."""
+        return self.log_info, self.log_warning, self.log_error
+
     def pool_specs(self, gpus: float) -> tuple[PoolSpec, ...]:
         """The pools asked for, or those of `gpu_replicas` and `cpu_replicas`, on a cluster of so many GPUs.
 

@@ -13,10 +13,12 @@ from ray_app.control import Change
 from ray_app.health import INFERENCE_TIMEOUT_S, Prober, Pulse
 from ray_app.journal import RayStore
 from ray_app.news import News, Writer
+from ray_app.options import Options
 from ray_app.overview import Loads
 from tutti import restarts, wire
 from tutti.devices.health import health
 from tutti.errors import ConfigError
+from tutti.logs import Logs
 from tutti.types import FALLBACK_PARAMETER, Call, Infer, now_ns
 
 _log = logging.getLogger(__name__)
@@ -28,16 +30,35 @@ CARRY_S = 0.2
 
 @dataclass(frozen=True, slots=True)
 class ReplicaOptions:
-    """What a replica loads at its start; `models` None is everything."""
+    """What a replica loads at its start; `models` None is everything. `log_kinds` are info, warnings and errors."""
 
     model_repository: str
     models: tuple[str, ...] | None
     exits_on_error: bool
     log_verbose: int
     log_format: str
+    log_kinds: tuple[bool, bool, bool]
     has_gpu: bool
     hang_timeout_s: float
     control_timeout_s: float
+
+    @classmethod
+    def of(cls, options: Options, models: Sequence[str], has_gpu: bool) -> "ReplicaOptions":
+        """As the application's options have it."""
+        return cls(
+            options.model_repository,
+            tuple(models),
+            options.exit_on_error,
+            options.log_verbose,
+            options.log_format,
+            options.log_kinds,
+            has_gpu,
+            options.hang_timeout_secs,
+            options.control_timeout_secs,
+        )
+
+    def logs(self) -> Logs:
+        return Logs(self.log_verbose, log_format=self.log_format, kinds=self.log_kinds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +98,6 @@ class Replica:
 
         import ensembles
         from tutti import collector, local
-        from tutti.logs import Logs
 
         self._loop = asyncio.get_running_loop()
         self._id: str = serve.get_replica_context().replica_id.unique_id
@@ -91,7 +111,7 @@ class Replica:
         self._generation = 0
         self._wanted = Wanted()
         self._applying = asyncio.Lock()
-        self._logs = Logs(options.log_verbose, log_format=options.log_format)
+        self._logs = options.logs()
         self._logs.install()
         # The gateway decides what may be loaded, and keeps the response cache.
         self._engine = local.make_engine(

@@ -17,6 +17,7 @@ from ray_app.fallback import MIN_HOP_ROWS, hop_policy
 from ray_app.members import PoolStatus, another
 from ray_app.options import Options
 from ray_app.placement import plan_pools
+from ray_app.replica import ReplicaOptions
 from tests.serving import Gather
 from tutti import config, foreign_flags, serve_options, wire
 from tutti.batching import BatchingPolicy
@@ -329,3 +330,14 @@ def test_serve_yaml_takes_the_same_settings_of_connections(setting: keepalive.Se
     for wrong in ["maybe"] if setting.unit == "BOOL" else [setting.least - 1, 2**31]:
         with pytest.raises(ValidationError, match=setting.dest):
             Options.model_validate({"model_repository": "models", setting.dest: wrong})
+
+
+def test_replicas_log_what_the_flags_say() -> None:
+    options = Options(
+        model_repository="m", log_verbose=2, log_format="json", log_info=False, log_warning=True, log_error=False
+    )
+    logs = ReplicaOptions.of(options, ["a"], has_gpu=False).logs()
+    assert logs.settings() == {
+        "log_file": "", "log_info": False, "log_warning": True, "log_error": False, "log_verbose_level": 2,
+        "log_format": "json",
+    }  # fmt: skip

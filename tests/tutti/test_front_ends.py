@@ -1,12 +1,15 @@
-"""The ports of front-end processes: what may hold them, and what may not."""
+"""The ports of front-end processes: what may hold them, and what may not. And what they log."""
 
 import asyncio
+import itertools
 import socket
 
 import pytest
 
 from tutti.frontends.front_ends import FrontEnds
 from tutti.frontends.limits import Limits
+from tutti.frontends.task import Logging
+from tutti.logs import Logs
 
 _OPTIONS = {
     "alone": (socket.SO_REUSEADDR,),
@@ -52,3 +55,9 @@ def test_a_port_where_another_server_listens_may_not(other: str) -> None:
 def test_each_process_may_hold_its_share_but_at_least_one_request(processes: int, share: int) -> None:
     limits = Limits(max_input_size=100, max_inflight_bytes=400)
     assert limits.of_each(processes).max_inflight_bytes == share
+
+
+@pytest.mark.parametrize("kinds", list(itertools.product([True, False], repeat=3)))
+def test_front_end_processes_log_what_the_flags_say(kinds: tuple[bool, bool, bool]) -> None:
+    settings = Logs(2, "", "json", kinds).settings()
+    assert Logging(settings).logs().settings() == settings

@@ -21,7 +21,8 @@ class Logging:
 
     def logs(self) -> Logs:
         settings = self.settings
-        return Logs(int(settings["log_verbose_level"]), str(settings["log_file"]), str(settings["log_format"]))
+        kinds = bool(settings["log_info"]), bool(settings["log_warning"]), bool(settings["log_error"])
+        return Logs(int(settings["log_verbose_level"]), str(settings["log_file"]), str(settings["log_format"]), kinds)
 
     def requests(self, logs: Logs, stdout: int) -> RequestLog:
         """The log of requests; `stdout` is the server's standard output."""
