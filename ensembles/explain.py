@@ -18,13 +18,18 @@ _TOLD = (
 )  # fmt: skip
 
 
+_NOTHING = 0, Spent()
+
+
 class StepsTimes:
     """When the steps of a graph were executed. What steps add, they add one at a time."""
 
-    __slots__ = ("_each",)
+    __slots__ = ("_each", "_known")
 
     def __init__(self) -> None:
         self._each: list[tuple[str, Times, int]] = []
+        # What was told last, and of how many it was made: all requests of a frame ask for the same.
+        self._known: tuple[int, Spent] = _NOTHING
 
     def add(self, step: str, times: Times, arrived_ns: int) -> None:
         """A request of the step has been executed, which arrived there then."""
@@ -32,8 +37,16 @@ class StepsTimes:
 
     def spent(self, arrived_ns: int) -> Spent:
         """Where the time of a request to the graph went. What ran beside each other is added up."""
+        count, known = self._known
+        if count != len(self._each):  # both at once: steps may be added, and others ask, meanwhile
+            count = len(self._each)
+            known = self._sum(count)
+            self._known = count, known
+        return known
+
+    def _sum(self, count: int) -> Spent:
         sums: dict[str, tuple[int, int]] = {}
-        for name, times, at_ns in self._each:
+        for name, times, at_ns in self._each[:count]:
             spent, (queue_ns, compute_ns) = times.spent(at_ns), sums.get(name, (0, 0))
             sums[name] = queue_ns + spent.queue_ns, compute_ns + spent.compute_ns
         steps = tuple([(name, *sum_ns) for name, sum_ns in sums.items()])

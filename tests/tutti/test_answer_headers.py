@@ -64,6 +64,28 @@ def test_a_step_that_was_executed_twice_is_told_once() -> None:
     assert steps().spent(0) == Spent(2 * MS, 6 * MS, steps=(("a", 1 * MS, 4 * MS), ("b", 1 * MS, 2 * MS)))
 
 
+class _Asked:
+    """Times that count who asks."""
+
+    asked = 0
+
+    def spent(self, arrived_ns: int) -> Spent:
+        self.asked += 1
+        return Spent(MS, MS)
+
+
+def test_what_many_requests_share_is_added_up_once() -> None:
+    """A frame's requests all ask, for their answers' headers and for the log, and each of many pieces would count."""
+    times, piece = StepsTimes(), _Asked()
+    assert times.spent(0) == Spent()
+    for count in (1, 2, 3):
+        times.add("a", piece, 0)
+        before = piece.asked
+        told = [times.spent(arrived_ns) for arrived_ns in range(10)]
+        assert set(told) == {Spent(count * MS, count * MS, steps=(("a", count * MS, count * MS),))}
+        assert piece.asked - before == count
+
+
 def test_times_differ_by_batch_though_they_are_equal() -> None:
     one, two = BatchTimes(1, 2, 3, 4), BatchTimes(1, 2, 3, 4)
     assert len({one, two, steps(), steps()}) == 4  # they are keys of what a batch's answers share
