@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -14,6 +15,7 @@ from tritonclient.grpc import service_pb2_grpc
 from tests.models import Repository
 from tests.serving import engine_over, wait_until
 from tutti.engine import Engine
+from tutti.frontends import grpc as grpc_front
 from tutti.frontends.api import Api
 from tutti.frontends.grpc import GrpcFront
 from tutti.frontends.limits import Limits
@@ -161,6 +163,26 @@ def test_a_front_that_ends_answers_what_is_inside_and_refuses_what_comes(reposit
             front.stop()
             assert inside.result().model_name == "slow"
             assert error.code() == grpc.StatusCode.UNAVAILABLE and "is shutting down" in error.details()
+
+
+def test_who_comes_while_the_last_answers_go_out_is_refused_too(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    front = GrpcFront(Api(server.engine), "127.0.0.1", 0)
+    came = []
+    with grpc.insecure_channel(f"127.0.0.1:{front.start()}") as channel:
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+
+        async def sleep(_: float) -> None:
+            came.append(stub.ModelInfer.future(request(), timeout=20))
+            wait_until(lambda: front._late)
+
+        monkeypatch.setattr(grpc_front, "asyncio", SimpleNamespace(sleep=sleep))
+        asyncio.run(front.finish(0.0, 0.0))
+        assert not front._late
+        (late,) = came
+        assert late.code() == grpc.StatusCode.UNAVAILABLE and "is shutting down" in late.details()
+        front.stop()
 
 
 def test_who_asks_again_while_a_front_ends_is_answered_by_the_next(repository: Repository) -> None:

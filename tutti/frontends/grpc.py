@@ -66,7 +66,7 @@ class GrpcFront:
         self._is_open = api.grpc.gate.is_open
         self._is_ending = False
         # Those that came after that.
-        self._late: list[tuple[int, int, str]] = []
+        self._late: deque[tuple[int, int, str]] = deque()
         self._max_message_size = min(api.limits.max_grpc_message_size, api.limits.max_inflight_bytes)
         self._guard = None
         if sys.platform == "linux":
@@ -135,10 +135,15 @@ class GrpcFront:
         await self.drain(drain_s)
         self._is_ending, self._is_open = True, False
         await self.drain(grace_s)
-        refusal = code_of(Unavailable("")), "the server is shutting down: try again later"
-        for call_id, index, peer in self._late:
-            self._refuse(call_id, self._paths[index], refusal, b"", peer)
+        self._refuse_late()
         await asyncio.sleep(_LAST_S)  # what was answered last is on its way
+        self._refuse_late()  # who came meanwhile, for the same reason not before
+
+    def _refuse_late(self) -> None:
+        refusal = code_of(Unavailable("")), "the server is shutting down: try again later"
+        while self._late:
+            call_id, index, peer = self._late.popleft()
+            self._refuse(call_id, self._paths[index], refusal, b"", peer)
 
     def refuse_open(self, error: InferError) -> None:
         """Answer the calls that are inside with an error."""
