@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tutti import config, contents, files
+from tutti import config, contents, files, paths
 from tutti.config import ModelConfig
 from tutti.errors import ConfigError, TuttiError, reason
 
@@ -76,7 +76,7 @@ def model_names(root: Path) -> list[str]:
     """Names of the model folders, sorted. Raises ConfigError if `root` is no folder, or cannot be read."""
     try:
         if not root.is_dir():
-            raise ConfigError(f"model repository '{root}' is not a folder")
+            raise ConfigError(f"model repository '{root}' is not a folder{paths.meant(root)}")
         return sorted(path.name for path in root.iterdir() if is_name(path.name) and _is_model(path))
     except OSError as error:
         raise ConfigError(f"model repository '{root}' cannot be read: {reason(error)}") from None
