@@ -205,6 +205,8 @@ class Graph:
     @contextmanager
     def where(self, condition: Expression) -> Iterator[None]:
         """All steps made inside run only for rows for which it holds."""
+        if not isinstance(condition, Expression):
+            raise ConfigError(f"where: expected a comparison of tensors, as RISK > 0.5, got {condition!r}")
         self._where.append(condition)
         try:
             yield

@@ -174,7 +174,8 @@ class Frame:
         if step.unless is not None and self.decided(step.unless).all():
             return f"decided: {step.unless.text}"
         if step.when is not None and not self.holds(step.when).any():
-            return f"not {step.when.text}"
+            text = step.when.text
+            return f"not ({text})" if " or " in text or " and " in text else f"not {text}"
         return "no items" if step.each is not None and self.chosen(step) is None else "no row has all its inputs"
 
     def decided(self, condition: conditions.Condition) -> Array:

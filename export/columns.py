@@ -3,7 +3,7 @@
 A ColumnTransformer picks columns of a data frame by name, and so does its ONNX graph.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,16 @@ def of(model: Any) -> list[Column]:
             continue  # dropped or passed on as they are; or picked by number
         known.update((name, column) for name, column in zip(names, _columns(transformer, names), strict=True))
     return [known.get(name, Column(name, "float")) for name in map(str, model.feature_names_in_)]
+
+
+def rename(graph: Any, named: Sequence[Column]) -> None:
+    """Give an ONNX graph's inputs their columns' names again: the converter leaves letters, digits and _ of them."""
+    for field, column in zip(graph.input, named, strict=False):
+        for node in graph.node:
+            for index, name in enumerate(node.input):
+                if name == field.name:
+                    node.input[index] = column.name
+        field.name = column.name
 
 
 def _columns(transformer: Any, names: list[str]) -> Iterator[Column]:

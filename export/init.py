@@ -126,6 +126,7 @@ def _init(options: argparse.Namespace) -> int:
     _tell(draft, proof, target, options)
     if kept:
         print(f"{target}/config.pbtxt is as it was: --force writes it anew")
+        print("the newest version is served, all with: version_policy { all { } }")
     if options.name is None and source.stem.lower() in _NAMELESS:
         print(f"it is called '{name}' after its folder: --name gives another")
     return 0

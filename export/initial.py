@@ -347,6 +347,7 @@ def _pickled(source: Path, name: str, work: Path) -> Draft:
         raise ExportError(
             f"'{source.name}', a {type(model).__name__}: skl2onnx does not convert it: {first_line(error)}"
         ) from None
+    columns.rename(made.graph, named)
     path = work / "model.onnx"
     path.write_bytes(made.SerializeToString())
     draft = _onnx(path, name, work, f"{source.name}, a {type(model).__name__} of scikit-learn's")

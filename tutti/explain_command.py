@@ -108,6 +108,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    _check(options)
     if options.traces is not None:
         return _show_traces(options)
     if not options.name:
@@ -115,6 +116,20 @@ def run(options: argparse.Namespace) -> int:
     told = _told_by_server(options) if options.url else _told_here(options)
     print(told if options.json else waterfall(json.loads(told)))
     return 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Raises ConfigError for what would be ignored."""
+    if options.url == "":
+        raise ConfigError("explain: --url: expected HOST:PORT, got ''")
+    for what, is_given, needs, has_it in (
+        ("--header", options.header, "goes with --url", options.url),
+        ("--id", options.id, "goes with --traces", options.traces),
+        ("--url", options.url, "does not go with --traces", not options.traces),
+        ("INPUT=VALUE", options.inputs, "does not go with --traces", not options.traces),
+    ):
+        if is_given and not has_it:
+            raise ConfigError(f"explain: {what} {needs}")
 
 
 def _show_traces(options: argparse.Namespace) -> int:

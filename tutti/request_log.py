@@ -276,7 +276,9 @@ class Output:
         return (at.st_dev, at.st_ino) != (own.st_dev, own.st_ino)
 
     def _open(self) -> None:
-        self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        # A pipe without a reader is an error at once: opening it would wait for one.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK
+        self._file = os.open(self._path, flags, 0o644)
 
 
 def _piece(lines: Iterable[bytes], file: int) -> tuple[int, bytes]:

@@ -136,6 +136,11 @@ def test_mistakes_of_the_command(
         ('"costly"', '"costy"', ":9: model 'costy': there is none of that name in"),
         ('"costly"', '"costy"', "did you mean costly?"),
         ('"costly", x=', '"costly", z=', ":9: step 'costly': the model has no input 'z'"),
+        (
+            "with graph.where((score > 15) & ~(score == 50)):",
+            "with graph.where('score > 15'):",
+            ":8: where: expected a",
+        ),
         ("return graph", "return grph", ":14: NameError: name 'grph' is not defined"),
         ("return graph", "return 1", ": build returned 1: expected a Graph"),
         ("def build(repository)", "def build()", "TypeError: build() takes 0 positional arguments"),

@@ -305,6 +305,21 @@ def test_a_checkpoint_is_of_what_prepares_its_inputs(files: dict[str, str], kind
     assert initial.checkpoint_kind(tmp_path) == kind
 
 
+@pytest.mark.parametrize(
+    "names", [("monthly spend", "plan"), ("Age (years)", "größe"), ("2024", "c.d"), ("a b", "a_b")]
+)
+def test_columns_keep_their_names(names: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(0)
+    values, kinds = rng.standard_normal(60), rng.choice(["basic", "gold"], 60)
+    frame = pyarrow.table(dict(zip(names, (values, kinds), strict=True)))
+    encode = OneHotEncoder(handle_unknown="ignore")
+    picking = ColumnTransformer([("n", StandardScaler(), [names[0]]), ("k", encode, [names[1]])])
+    joblib.dump(make_pipeline(picking, LogisticRegression()).fit(frame, values > 0), tmp_path / "m.pkl")
+    assert init.main([str(tmp_path / "models"), str(tmp_path / "m.pkl")]) == 0, capsys.readouterr().err
+    made = config.load(tmp_path / "models" / "m" / "config.pbtxt")
+    assert [one.name for one in made.inputs] == list(names)
+
+
 def test_a_map_becomes_the_tensor_that_it_was_made_of(tmp_path: Path) -> None:
     with_maps(tmp_path / "iris.onnx")
     (told,) = maps.taken_off(tmp_path / "iris.onnx", tmp_path / "plain.onnx")

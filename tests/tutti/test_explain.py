@@ -236,6 +236,10 @@ def test_inputs_may_stand_behind_flags(folder: Path, capsys: pytest.CaptureFixtu
     ("given", "says"),
     [
         (["add_on", "x=1"], "model 'add_on': there is none of that name in"),
+        (["add_one", "x=1", "--id", "a"], "--id goes with --traces"),
+        (["add_one", "x=1", "--header", "a: b"], "--header goes with --url"),
+        (["add_one", "x=1", "--traces", "t"], "INPUT=VALUE does not go with --traces"),
+        (["add_one", "x=1", "--url", ""], "--url: expected HOST:PORT, got ''"),
         (["add_on", "x=1"], "did you mean add_one?"),
         (["add_one"], "missing input 'x': expected x=JSON or @FILE (FP32 [4])"),
         (["add_one", "z=1"], "'z=1': expected INPUT=VALUE, with one of x="),
@@ -269,15 +273,22 @@ def test_a_request_is_found_in_traces_by_the_id_of_its_answer(
     repository: Repository, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     repository.add_onnx()
-    body = {"inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [1, 2, 3, 4]}]}
+    infer = {"inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [1, 2, 3, 4]}]}
     file = tmp_path / "traces"
     tracing = [f"--trace-config={one}" for one in (f"triton,file={file}", "level=TIMESTAMPS", "rate=1")]
     with serving(repository.root, tmp_path / "log", *tracing) as served:
-        url = f"http://{served.http}/v2/models/add_one/infer"
-        for more, headers in (({}, {}), ({}, {"x-request-id": "order-7"}), ({"id": "mine"}, {"x-request-id": "yours"})):
-            request = urllib.request.Request(url, json.dumps({**body, **more}).encode(), headers)
+        url = f"http://{served.http}/v2/models/add_one/"
+        for route, body, headers in (
+            ("infer", infer, {}),
+            ("infer", infer, {"x-request-id": "order-7"}),
+            ("infer", {**infer, "id": "mine"}, {"x-request-id": "yours"}),
+            ("generate", {"x": [1, 2, 3, 4]}, {}),
+            ("generate", {"x": [1, 2, 3, 4]}, {"x-request-id": "order-8"}),
+            ("generate", {"x": [1, 2, 3, 4], "id": "its own"}, {}),
+        ):
+            request = urllib.request.Request(url + route, json.dumps(body).encode(), headers)
             with urllib.request.urlopen(request, timeout=60) as answer:
-                known = {answer.headers["x-request-id"], *more.values()}
+                known = {answer.headers["x-request-id"], str(body.get("id", answer.headers["x-request-id"]))}
             assert not headers or headers["x-request-id"] in known
             for name in known:
                 wait_until(lambda name=name: name in file.read_text())

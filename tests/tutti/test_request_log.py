@@ -238,6 +238,9 @@ def test_a_cut_line_does_not_spoil_the_next(logs_to: Open, tmp_path: Path, monke
 def test_a_file_that_cannot_be_written_is_told_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"--access-log {tmp_path}: Is a directory"):
         RequestLog(Logs(), str(tmp_path))
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match="No such device"):  # nobody reads it: opening would wait
+        RequestLog(Logs(), str(tmp_path / "pipe"))
 
 
 @pytest.mark.parametrize("nasty", NASTY)

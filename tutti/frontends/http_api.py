@@ -326,6 +326,11 @@ class _Routes:
                 call.deadline_ns = min(call.deadline_ns or deadline_ns, deadline_ns)
         if self._api.tracer.is_on:
             self._api.tracer.begin(call, request.headers.get("traceparent", ""), "HTTP")
+        exchange = request.scope.get("exchange")
+        if exchange is not None:
+            _, known_as = exchange.known_as(call.request.id)
+            if call.trace is not None:
+                call.trace.note("answer_id", known_as.decode())
         self._api.submit([call])
         return call, answers
 

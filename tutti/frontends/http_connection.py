@@ -155,11 +155,11 @@ class Exchange:
         # Of its body, then of its answer until that is written.
         self.held = 0
 
-    def known_as(self) -> tuple[bytes, bytes]:
-        """The header that has the request's id."""
+    def known_as(self, own: str = "") -> tuple[bytes, bytes]:
+        """The header that has the request's id: the client's header, else the `own` one of its body, else a new one."""
         if not self.request_id:
             sent = next((value for name, value in self.headers if name == answer_headers.ID_HEADER), b"")
-            self.request_id = answer_headers.id_of(sent) or answer_headers.new_id()
+            self.request_id = answer_headers.id_of(sent) or answer_headers.request_id(own)
         return answer_headers.ID_HEADER, self.request_id
 
     def release(self) -> None:
