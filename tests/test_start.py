@@ -25,6 +25,7 @@ from tests.wheels import ROOT, Installed
 
 START = (ROOT / "docs" / "start.md").read_text(encoding="utf-8")
 # By exit status. A machine that is busy may not let a run be judged: that there is a verdict is what counts here.
+_PROGRESS = re.compile(r"^.* \[\d+/\d+\], .*\n", re.MULTILINE)  # of what takes more than two seconds
 _VERDICTS = ("PASS", "FAIL", "INVALID", "INCONCLUSIVE")
 
 
@@ -162,8 +163,9 @@ class Shell:
             self.own(command), shell=True, cwd=self.folder, env=self.environment, text=True, check=False,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=400,
         )  # fmt: skip
-        assert done.returncode == status(done.stdout), f"$ {command}\n{done.stdout}"
-        printed = done.stdout.replace(f"127.0.0.1:{self.ports[0]}", "127.0.0.1:8000")
+        printed = _PROGRESS.sub("", done.stdout)
+        assert done.returncode == status(printed), f"$ {command}\n{done.stdout}"
+        printed = printed.replace(f"127.0.0.1:{self.ports[0]}", "127.0.0.1:8000")
         return printed if not printed or printed.endswith("\n") else f"{printed}\n"
 
     def own(self, command: str) -> str:

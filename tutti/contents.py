@@ -71,18 +71,23 @@ def of(path: Path) -> str:
 
 
 def mistaken_for_model(path: Path) -> str:
-    """The same of what no backend loads; "" for what may be a model, as zip archives, pickles and texts are."""
-    what = of(path)
+    """The same of what no backend loads; "" for what may be a model, as zip archives, pickles and texts are.
+
+    What is missing the backend tells itself; a program may be empty.
+    """
+    is_told = path.is_file() and (path.suffix != ".py" or path.stat().st_size > 0)
+    what = of(path) if is_told else ""
     return "" if what in _MAY_BE_MODELS else what
 
 
 def mistaken_for_program(path: Path) -> str:
     """Why PyTorch cannot execute a file, to stand after its name, as far as its archive tells; "" where it may."""
     names = zipped(path)
-    if any(name.endswith((*OF_EXPORTED, "constants.pkl")) for name in names):
-        return ""
-    if any(name.endswith("data.pkl") for name in names):
+    has_program = any(name.endswith((*OF_EXPORTED, "constants.pkl")) for name in names)
+    if not has_program and any(name.endswith("data.pkl") for name in names):
         return f"holds weights without a program, as torch.save makes it: {EXPORT_IT}"
+    if names:  # as packages of AOTInductor are: PyTorch knows
+        return ""
     return f"is {of(path) or 'something else'}: expected what torch.export.save or torch.jit.save made"
 
 

@@ -291,7 +291,7 @@ def test_a_request_is_found_in_traces_by_the_id_of_its_answer(
                 known = {answer.headers["x-request-id"], str(body.get("id", answer.headers["x-request-id"]))}
             assert not headers or headers["x-request-id"] in known
             for name in known:
-                wait_until(lambda name=name: name in file.read_text())
+                wait_until(lambda name=name: file.exists() and name in file.read_text())
                 assert cli.main(["explain", "--traces", str(file), "--id", name]) == 0
                 assert capsys.readouterr().out.startswith("add_one version 1: request '")
 

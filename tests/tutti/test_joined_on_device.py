@@ -155,7 +155,7 @@ def test_batches_are_halved_where_memory_is_too_little(repository: Repository, m
         return made
 
     monkeypatch.setattr(backends, "load", load)
-    repository.add("m", TEXT, {"model.onnx": b""})
+    repository.add("m", TEXT, {"model.onnx": b"none"})
     with engine_over(repository.root) as engine:
         answers = infer(engine, [request(n) for n in range(8)])
         assert [float(a.tensor("y").array()[0, 0]) for a in answers if isinstance(a, InferResponse)] == [

@@ -226,7 +226,7 @@ def test_threads_never_hold_more_than_there_is(seed: int) -> None:
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--rate-limit", "sometimes"], "invalid choice: 'sometimes'"),
+        (["--rate-limit", "sometimes"], "'sometimes' is none of off, execution_count"),
         (["--rate-limit-resource", "R:1"], "--rate-limit-resource needs --rate-limit execution_count"),
         (["--rate-limit", "execution_count", "--ray"], "--rate-limit does not go with --ray"),
     ],
