@@ -169,7 +169,8 @@ class Explained(Facts):
     def found(self) -> dict[str, Any]:
         """The explanation; times are microseconds since the request reached its model."""
         call, stages, notes = self._call, self.stages(), dict(self.notes)
-        total_us = us(now_ns() - self.start_ns)
+        # The queue may have begun before this did.
+        total_us = max(us(now_ns() - self.start_ns), round(sum(stages.values()), 1))
         head: dict[str, Any] = {"model": call.request.model_name, "version": notes.pop("version")}
         if self._is_ensemble:
             head = {"ensemble": call.request.model_name, **head}
