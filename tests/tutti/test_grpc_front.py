@@ -155,7 +155,7 @@ def test_a_front_that_ends_answers_what_is_inside_and_refuses_what_comes(reposit
                 await asyncio.sleep(0)
                 with pytest.raises(grpc.RpcError) as refused:
                     await asyncio.to_thread(stub.ModelInfer, request(), timeout=20)
-                assert inside.done(), "who is refused earlier asks the same server again"
+                assert not front._open, "who is refused earlier asks the same server again"
                 await ending
                 return refused.value
 
