@@ -139,9 +139,12 @@ def _kept(target: Path, options: argparse.Namespace) -> list[Path]:
     """
     if options.force or not target.exists():
         return []
-    if (target / str(options.version)).exists() or not (target / "config.pbtxt").is_file():
+    version = target / str(options.version)
+    if not (target / "config.pbtxt").is_file():
+        raise ExportError(f"'{target}' exists, and has no config.pbtxt; --force writes over it, --name gives another")
+    if version.exists():
         what = "--force writes over it and its configuration, --version adds another, --name gives another model"
-        raise ExportError(f"'{target / str(options.version)}' exists; {what}")
+        raise ExportError(f"'{version}' exists; {what}")
     return [one for one in target.iterdir() if one.is_file()]
 
 

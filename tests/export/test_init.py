@@ -246,6 +246,13 @@ def test_what_is_there_is_written_over_only_when_asked(tmp_path: Path, capsys: p
     assert sorted(path.name for path in (tmp_path / "models" / "m").iterdir()) == ["1", "2", "config.pbtxt"]
 
 
+def test_a_folder_that_is_no_model_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    odd(tmp_path / "m.onnx")
+    (tmp_path / "models" / "m").mkdir(parents=True)
+    assert init.main([str(tmp_path / "models"), str(tmp_path / "m.onnx")]) == 1
+    assert f"'{tmp_path}/models/m' exists, and has no config.pbtxt" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("most", [0, 5])
 def test_another_version_leaves_the_configuration_as_it_is(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], most: int
