@@ -342,7 +342,9 @@ def _pickled(source: Path, name: str, work: Path) -> Draft:
     if not types:
         types = [("X", StringTensorType([None, 1]) if width is None else FloatTensorType([None, width]))]
     try:
-        made = skl2onnx.to_onnx(model, initial_types=types, options=_conversion(model))
+        # The newest of these operators that all its converters know.
+        opset = {"": skl2onnx.__max_supported_opset__, "ai.onnx.ml": 3}
+        made = skl2onnx.to_onnx(model, initial_types=types, options=_conversion(model), target_opset=opset)
     except Exception as error:
         raise ExportError(
             f"'{source.name}', a {type(model).__name__}: skl2onnx does not convert it: {first_line(error)}"
@@ -396,13 +398,17 @@ def _named_rows(named: Sequence[columns.Column]) -> dict[str, Array]:
 
 def _as_fitted(model: Any, rows: Mapping[str, Array]) -> Any:
     """Rows as the model itself takes them: an array, a list of texts, or a data frame."""
-    told = {
-        name: [value.decode() for value in column[:, 0]] if column.dtype == object else column
-        for name, column in rows.items()
-    }
+    told = {name: _as_python(column) for name, column in rows.items()}
     if list(told) == ["X"] and not columns.of(model):
         return told["X"]
     return _frame({name: np.ravel(column) for name, column in told.items()})
+
+
+def _as_python(column: Array) -> Any:
+    """Texts as a list; numbers in 64 bits, since some, as KMeans, take no others than they were fitted on."""
+    if column.dtype == object:
+        return [value.decode() for value in column[:, 0]]
+    return column.astype(np.float64) if column.dtype == np.float32 else column
 
 
 def _frame(told: Mapping[str, Array]) -> Any:

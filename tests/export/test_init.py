@@ -17,7 +17,9 @@ import pytest
 import skl2onnx
 import torch
 from onnx import TensorProto, helper
+from sklearn.cluster import KMeans
 from sklearn.compose import ColumnTransformer
+from sklearn.ensemble import IsolationForest
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -47,6 +49,14 @@ def iris(path: Path, features: int = 4) -> None:
     rng = np.random.default_rng(0)
     rows = rng.standard_normal((60, features))
     joblib.dump(make_pipeline(StandardScaler(), LogisticRegression()).fit(rows, (rows[:, 0] > 0) + 1), path)
+
+
+def clusters(path: Path) -> None:
+    joblib.dump(KMeans(3, n_init=1).fit(np.random.default_rng(0).standard_normal((60, 4))), path)
+
+
+def outliers(path: Path) -> None:
+    joblib.dump(IsolationForest(n_estimators=5).fit(np.random.default_rng(0).standard_normal((60, 4))), path)
 
 
 def texts(path: Path) -> None:
@@ -121,6 +131,8 @@ COVERED: dict[str, tuple[str, Any, list[str], str, int]] = {
     "scikit-learn, texts": ("texts.pickle", texts, [], "its answers to 100 random rows are scikit-learn's", 8),
     "scikit-learn, no classifier": ("scaler.joblib", scaler, [], "rows are scikit-learn's", 8),
     "scikit-learn, columns": ("churn.pkl", churn, [], "its answers to 100 random rows are scikit-learn's", 8),
+    "clusters": ("clusters.pkl", clusters, [], "its answers to 100 random rows are scikit-learn's", 8),
+    "outliers": ("outliers.pkl", outliers, [], "its answers to 100 random rows are scikit-learn's", 8),
     "maps of classes": ("iris.onnx", with_maps, [], "the numbers now, in the order 1, 2", 8),
     "torch.export": ("picture.pt2", exported, [], "input  picture  FP32  [3, 16, 16]", 8),
     "torch.export, fixed": ("picture.pt2", fixed, [], "(torch.export's dynamic_shapes frees them)", 0),
