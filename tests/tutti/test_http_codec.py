@@ -77,7 +77,19 @@ def test_a_repeated_header_is_parsed_once_and_answers_alike() -> None:
         assert (request.outputs, request.parameters) == (plain.outputs, plain.parameters)
         assert (reply.default_is_binary, reply.binary) == (plain_reply.default_is_binary, plain_reply.binary)
         request.parameters.clear()  # a request's own: the next one must not see it
-    assert cache.get(json.dumps(header).encode()) is not None
+    assert cache.find(payload, length) is not None
+
+
+def test_headers_of_one_length_are_told_apart() -> None:
+    cache = HeaderCache()
+    sent = [body(x(parameters={"binary_data_size": 8}) | {"parameters": {"n": n}}, b"\0" * 8) for n in range(3)]
+    assert len({length for _, length in sent}) == 1
+    for turn in (0, 0, 1, 1, 2, 0, 2, 1, 0):
+        request, _ = http_codec.decode("m", "", *sent[turn], cache)
+        assert request.parameters == {"n": turn}
+        held, length = sent[turn]
+        assert cache.find(memoryview(held), length) is cache.find(held, length) is not None
+        assert cache.find(held + b"\0", length) is cache.find(held[:-1], length) is None
 
 
 def test_a_repeated_header_with_other_data_is_checked_again() -> None:
@@ -95,7 +107,7 @@ def test_headers_that_cannot_repeat_are_not_kept() -> None:
     for header, data in ((with_id, b"\0" * 8), (x(data=[1, 2]), b"")):
         payload, length = body(header, data)
         http_codec.decode("m", "", payload, length, cache)
-        assert cache.get(payload[:length]) is None
+        assert cache.find(payload, length) is None
     for number in range(HeaderCache.MAX_HEADERS + 10):
         payload, length = body({**x(parameters={"binary_data_size": 8}), "parameters": {"n": number}}, b"\0" * 8)
         http_codec.decode("m", "", payload, length, cache)
@@ -230,7 +242,7 @@ def test_long_headers_are_not_kept() -> None:
         header = json.dumps({"inputs": [tensor]}).encode()
         for _ in range(2):
             http_codec.decode("m", "", header + bytes(4), len(header), cache)
-        assert (cache.get(header) is not None) == is_kept
+        assert (cache.find(header + bytes(4), len(header)) is not None) == is_kept
 
 
 @pytest.mark.parametrize("parameters", [{}, {"tutti_pool": "gpu"}, {"n": 1}, {"n": True}])

@@ -54,9 +54,13 @@ def request_id(own: str) -> bytes:
 
 
 @lru_cache(maxsize=8192)
-def _phases(queue: int, compute: int, total: int) -> bytes:
-    shown = queue / 100, compute / 100, total / 100
-    return b"queue;dur=%.2f, compute;dur=%.2f, total;dur=%.2f" % shown
+def _ms(hundredths: int) -> bytes:
+    return b"%.2f" % (hundredths / 100)
+
+
+def _phases(queue_ns: int, compute_ns: int, total_ns: int) -> bytes:
+    shown = _ms(queue_ns // 10_000), _ms(compute_ns // 10_000), _ms(total_ns // 10_000)
+    return b"queue;dur=%b, compute;dur=%b, total;dur=%b" % shown
 
 
 def timing(arrived_ns: int, times: Times | None, now_ns: int) -> bytes:
@@ -64,15 +68,15 @@ def timing(arrived_ns: int, times: Times | None, now_ns: int) -> bytes:
     passed_ns = now_ns - arrived_ns if arrived_ns else 0
     if type(times) is BatchTimes:  # nearly always, and once for each batch at least
         start_ns = times.start_ns
-        return _phases((start_ns - arrived_ns) // 10_000, (times.end_ns - start_ns) // 10_000, passed_ns // 10_000)
+        return _phases(start_ns - arrived_ns, times.end_ns - start_ns, passed_ns)
     if times is None:
         return total(passed_ns)
     spent = times.spent(arrived_ns)
     if spent.is_cached:
         return b"cache;desc=hit, " + total(passed_ns)
-    return _phases(spent.queue_ns // 10_000, spent.compute_ns // 10_000, passed_ns // 10_000)
+    return _phases(spent.queue_ns, spent.compute_ns, passed_ns)
 
 
 def total(passed_ns: int) -> bytes:
     """The header's value where no more is known than how long it took."""
-    return b"total;dur=%.2f" % (passed_ns // 10_000 / 100)
+    return b"total;dur=%b" % _ms(passed_ns // 10_000)

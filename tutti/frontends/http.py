@@ -122,7 +122,8 @@ class HttpFront:
 
     def handle(self, exchange: Exchange) -> None:
         """A complete request. Infer requests wait for the end of this turn of the loop."""
-        if self._api is not None and self._route(exchange.url) is not None:
+        is_known = exchange.head is not None and exchange.head.infer is not None
+        if self._api is not None and (is_known or self._route(exchange.url) is not None):
             if not self._api.http.gate.is_open and not self._may_infer(self._api.http.gate, exchange):
                 return
             if exchange.method != b"POST":
@@ -264,15 +265,15 @@ class HttpFront:
         return call
 
     def _decode(self, exchange: Exchange, may_take_long: bool) -> tuple[InferRequest, ReplyFormat]:
-        route = self._route(exchange.url)
-        assert route is not None and self._api is not None
-        name, version = route
+        assert self._api is not None
         head = exchange.head.infer if exchange.head is not None else None
-        if not isinstance(head, InferHead):
-            head = _infer_head(name, exchange.headers)
+        if type(head) is not InferHead:
+            route = self._route(exchange.url)
+            assert route is not None
+            head = _infer_head(*route, exchange.headers)
             if exchange.head is not None:
                 exchange.head.infer = head
-        header_length = head.header_length
+        name, version, header_length = head.model, head.version, head.header_length
         exchange.encoding = head.reply_coding
         exchange.timeout_ns = head.timeout_ns
         exchange.request_id = head.request_id
@@ -372,11 +373,13 @@ def new_memory(size: int) -> memoryview:
 
 @dataclass(frozen=True, slots=True)
 class InferHead:
-    """What the headers of an infer request say: how long its JSON is, how it and its answer are compressed, its time.
+    """What an infer request's head says: its model, its JSON's length, how it and its answer are compressed, its time.
 
     `timeout_ns` is 0 where the client waits for as long as it takes; `request_id` is b"" where it has sent none.
     """
 
+    model: str
+    version: str
     header_length: int | None
     coding: str
     reply_coding: str
@@ -384,7 +387,7 @@ class InferHead:
     request_id: bytes
 
 
-def _infer_head(model: str, headers: Sequence[tuple[bytes, bytes]]) -> InferHead:
+def _infer_head(model: str, version: str, headers: Sequence[tuple[bytes, bytes]]) -> InferHead:
     header_length: int | None = None
     coding = reply_coding = ""
     timeout_ns, request_id = 0, b""
@@ -402,7 +405,7 @@ def _infer_head(model: str, headers: Sequence[tuple[bytes, bytes]]) -> InferHead
             timeout_ns = min(timeout_ns or given_ns, given_ns)
         elif key == answer_headers.ID_HEADER:
             request_id = answer_headers.id_of(value)
-    return InferHead(header_length, coding, reply_coding, timeout_ns, request_id)
+    return InferHead(model, version, header_length, coding, reply_coding, timeout_ns, request_id)
 
 
 class _Reply:
@@ -535,6 +538,7 @@ class _Mates:
     _arrived_ns = _rows = 0
     _parameters: Parameters | None = None
     _is_own = False
+    _start = _ids = b""
 
     def __init__(self, now_ns: int) -> None:
         self.now_ns = now_ns
@@ -542,27 +546,36 @@ class _Mates:
     def have(self, call: Call, response: InferResponse, exchange: Exchange) -> bool:
         """Whether it is an answer all in binary: then `head` and `header` are its own."""
         if (
-            response.columns is self._columns
-            and exchange.reply is self._reply
-            and call.arrived_ns == self._arrived_ns
-            and response.stop - response.start == self._rows
-            and response.parameters == self._parameters
-            and (not exchange.request_id) is self._is_own
+            response.columns is not self._columns
+            or exchange.reply is not self._reply
+            or response.stop - response.start != self._rows
+            or response.parameters != self._parameters
+            or (not exchange.request_id) is not self._is_own
         ):
+            if not self._begin(response, exchange):
+                return False
+        elif call.arrived_ns == self._arrived_ns:
             return True
+        self._arrived_ns = call.arrived_ns
+        timing = answer_headers.timing(call.arrived_ns, call.times, self.now_ns)
+        self.head = b"%bserver-timing: %b\r\nx-request-id: %b" % (self._start, timing, self._ids)
+        return True
+
+    def _begin(self, response: InferResponse, exchange: Exchange) -> bool:
+        """Make what does not depend on the time; False for an answer that is not all in binary."""
         found = http_codec.part_header(response, exchange.reply)
         if found is None:
             return False
         self.header, size = found
-        self._columns, self._reply, self._arrived_ns = response.columns, exchange.reply, call.arrived_ns
+        self._columns, self._reply = response.columns, exchange.reply
         self._rows, self._parameters = response.stop - response.start, response.parameters
         self._is_own = not exchange.request_id
-        timing = answer_headers.timing(call.arrived_ns, call.times, self.now_ns)
+        self._ids = answer_headers.new_ids() if self._is_own else b""
         length = len(self.header) + size
-        start = _binary_start(len(self.header), length) + _pool_line(response.parameters)
-        ids = answer_headers.new_ids() if self._is_own else b""
-        self.head = b"".join([start, _TIMING_LINE, timing, _ID_LINE, ids])
-        self.is_large = len(self.head) + length >= LARGE_RESPONSE_BYTES
+        self._start = _binary_start(len(self.header), length)
+        if response.parameters:
+            self._start += _pool_line(response.parameters)
+        self.is_large = length >= LARGE_RESPONSE_BYTES
         return True
 
 

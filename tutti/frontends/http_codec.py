@@ -115,9 +115,18 @@ class HeaderCache:
 
     def __init__(self) -> None:
         self._known: dict[bytes, Header] = {}
+        # The last one that was found: to compare costs less than to look up, and most follow their like.
+        self._last: tuple[bytes, Header | None] = b"", None
 
-    def get(self, header: bytes) -> Header | None:
-        return self._known.get(header)
+    def find(self, body: Raw, length: int) -> Header | None:
+        """The header in the first `length` bytes of a body, where it is known and the body has the rest of it."""
+        last_text, header = self._last
+        if length != len(last_text) or type(body) is not bytes or not body.startswith(last_text):
+            text = bytes(body[:length])
+            header = self._known.get(text)
+            if header is not None:
+                self._last = text, header
+        return header if header is not None and header.data_size == len(body) - length else None
 
     def remember(self, header: bytes, request: InferRequest, reply: ReplyFormat) -> None:
         """Keep the header of a request that decoded, if another one may have the same."""
@@ -145,7 +154,10 @@ def decode(
 
     Raises InvalidArgument naming the model and the tensor.
     """
+    known = cache.find(body, header_length) if cache is not None and header_length is not None else None
     view = memoryview(body)
+    if known is not None:
+        return known.request(name, version, view[header_length:]), known.reply
     if header_length is None:
         return _decode(name, version, view, view[:0], regions)
     if header_length > len(view):
@@ -154,9 +166,6 @@ def decode(
     if cache is None:
         return _decode(name, version, view[:header_length], data, regions)
     header = bytes(view[:header_length])
-    known = cache.get(header)
-    if known is not None and known.data_size == len(data):
-        return known.request(name, version, data), known.reply
     request, reply = _decode(name, version, memoryview(header), data, regions)
     cache.remember(header, request, reply)
     return request, reply
