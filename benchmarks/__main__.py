@@ -284,41 +284,59 @@ def clips(run: Run) -> list[str]:
 
 
 def ray(run: Run) -> list[str]:
-    """One cluster at a time: they would take each other's cores."""
+    """One cluster at a time: they would take each other's cores. Ray Serve as it comes, and tuned."""
     folder = run.folder("ray")
     model = write_repository(folder / "repository", MLP)
     body, header_length = clients.infer_body()
     script = clients.http_script(folder / "ray.lua", body, header_length)
     plain_script = clients.http_script(folder / "plain.lua", body[header_length:], None)
     path = "/v2/models/mlp/infer"
-    plain: dict[int, list[tuple[Figures, Figures]]] = {64: [], 256: []}
+    counts = (64, 256)
+    plain: dict[tuple[bool, int], list[tuple[Figures, Figures]]] = {
+        (is_tuned, count): [] for is_tuned in (True, False) for count in counts
+    }
     triton: list[tuple[Figures, Figures]] = []
     for number in range(run.rounds):
         with serving(folder / "repository", folder / f"gateway-{number}.log", "--ray") as ours:
             clients.wrk(f"http://{ours.http}{path}", script, 64, run.seconds)
-            gateway = {count: clients.wrk(f"http://{ours.http}{path}", script, count, run.seconds) for count in plain}
-        with plain_ray_serve(model, folder / f"plain-{number}.log") as url:
-            clients.wrk(url, plain_script, 64, run.seconds)
-            for count, pairs in plain.items():
-                pairs.append((gateway[count], clients.wrk(url, plain_script, count, run.seconds)))
+            gateway = {count: clients.wrk(f"http://{ours.http}{path}", script, count, run.seconds) for count in counts}
+        for is_tuned in (True, False):
+            with plain_ray_serve(model, folder / f"plain-{number}.log", is_tuned) as url:
+                clients.wrk(url, plain_script, 64, run.seconds)
+                for count in counts:
+                    served = clients.wrk(url, plain_script, count, run.seconds)
+                    plain[is_tuned, count].append((gateway[count], served))
         with (
             tempfile.TemporaryDirectory(dir=folder) as own,
             tritonserver.running(folder / "repository", Path(own)) as theirs,
         ):
             clients.wrk(f"http://{theirs.http}{path}", script, 256, run.seconds)
             triton.append((gateway[256], clients.wrk(f"http://{theirs.http}{path}", script, 256, run.seconds)))
-    rows = [compared(f"HTTP through the gateway, {count} clients", pairs) for count, pairs in plain.items()]
+    rows = [
+        compared(f"{count} clients, beside {_RAY_SERVE[is_tuned]}", pairs) for (is_tuned, count), pairs in plain.items()
+    ]
     beside = compared("HTTP through the gateway, 256 clients", triton)
     return [*table(rows, "Ray Serve"), "", *table([beside], f"{TRITON}, one process")]
 
 
+_RAY_SERVE = {False: "Ray Serve", True: "Ray Serve, tuned"}
+
+
 @contextmanager
-def plain_ray_serve(model: Path, log: Path) -> Iterator[str]:
-    (port,) = free_ports(1)
+def plain_ray_serve(model: Path, log: Path, is_tuned: bool) -> Iterator[str]:
+    """Its URL. Tuned: optimized for throughput, and asked at its replica's own port, which no proxy stands before."""
+    proxy_port, own_port = free_ports(2)
+    tuning = {
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(own_port),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(own_port + 1),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+    }
     with log.open("wb") as file:
-        command = [sys.executable, "-m", "benchmarks.plain_ray_serve", str(model), str(port)]
-        process = subprocess.Popen(command, stdout=file, stderr=file, cwd=ROOT)
-        url = f"http://127.0.0.1:{port}/"
+        command = [sys.executable, "-m", "benchmarks.plain_ray_serve", str(model), str(proxy_port)]
+        environment = {**os.environ, **(tuning if is_tuned else {})}
+        process = subprocess.Popen(command, stdout=file, stderr=file, cwd=ROOT, env=environment)
+        url = f"http://127.0.0.1:{own_port if is_tuned else proxy_port}/"
         try:
             wait_until_ready(process, url + "-/ready", log)
             yield url
@@ -358,8 +376,9 @@ def lead(run: Run) -> list[str]:
             body_of = clients.http_script(folder / f"{peer.name}.lua", peer.body, None, peer.content_type)
             with peers.running(peer, model, folder / f"{peer.name}.log") as url:
                 measure(peer.name, url, body_of)
-        with plain_ray_serve(model, folder / f"plain-{number}.log") as url:
-            measure("Ray Serve", url, clients.http_script(folder / "plain.lua", raw, None))
+        for is_tuned, name in _RAY_SERVE.items():
+            with plain_ray_serve(model, folder / f"plain-{number}.log", is_tuned) as url:
+                measure(name, url, clients.http_script(folder / "plain.lua", raw, None))
     medians = {name: median(figures) for name, figures in found.items()}
     draw_lead(medians, RESULTS / "lead.svg")
     lines = ["| | requests/s | tutti makes | p50 / p99 ms |", "|---|---|---|---|"]
@@ -520,7 +539,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Run], list[str]]]] = {
     "overload": ("Overload: twice the capacity, open loop, deadlines of 100 ms", overloaded),
     "clips": ("Audio of mixed lengths, on the emulated accelerator", clips),
     "perf_analyzer": ("perf_analyzer as the client, for the record", perf_analyzer),
-    "ray": ("On Ray, beside a plain Ray Serve deployment behind Serve's HTTP proxy", ray),
+    "ray": ("On Ray, beside a plain Ray Serve deployment, as it comes and tuned", ray),
     "ensembles": (f"Ensembles of small models, beside their slowest step and beside {TRITON}", ensembles),
     "gate": ("A gate that one row in ten passes, before a step that costs ten times as much", gate),
     "shed": ("One and a half times what a graph can do, deadlines of 400 ms", shed),

@@ -1,6 +1,7 @@
-"""The other side of the Ray comparison: the same model as Ray Serve's users write it, behind Serve's HTTP proxy.
+"""The other side of the Ray comparison: the same model as Ray Serve's users write it.
 
-Raw bytes in and out, no protocol to parse, and `max_ongoing_requests` raised from its default of 5.
+Raw bytes in and out, no protocol to parse, and `max_ongoing_requests` raised from its default of 5. It is asked through
+Serve's HTTP proxy, or, where the environment turns on Serve's direct ingress, at its replica's own port.
 """
 
 import argparse
