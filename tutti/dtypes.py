@@ -55,14 +55,31 @@ def to_config(datatype: str) -> str:
     return "TYPE_STRING" if datatype == "BYTES" else f"TYPE_{datatype}"
 
 
+def as_bytes(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Elements of text as BYTES are everywhere: an object array of bytes. What is that already is not copied.
+
+    Who reads a tensor compares its elements with bytes, whichever backend made them.
+    """
+    elements = array.ravel().tolist()
+    if array.dtype == object and set(map(type, elements)) <= {bytes}:
+        return array
+    encoded = np.empty(len(elements), dtype=object)
+    encoded[:] = [_element(element) for element in elements]
+    return encoded.reshape(array.shape)
+
+
+def _element(value: Any) -> bytes:
+    if isinstance(value, bytes):
+        return value
+    return bytes(value) if isinstance(value, bytearray | memoryview) else str(value).encode()
+
+
 def encode_bytes(elements: Iterable[Any]) -> bytes:
     """BYTES elements in row-major order -> a 4-byte little-endian length and the bytes, per element."""
     parts = []
     for element in elements:
-        if isinstance(element, str):
-            element = element.encode()
-        elif not isinstance(element, bytes):
-            element = bytes(element) if isinstance(element, bytearray | memoryview) else str(element).encode()
+        if type(element) is not bytes:
+            element = _element(element)
         parts.append(_LENGTH.pack(len(element)))
         parts.append(element)
     return b"".join(parts)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.models import Repository
+from tests.models import IN_PROCESS, Repository, onnx_text
 from tests.serving import Gather, engine_over, infer
 from tutti import explain
 from tutti.engine import Engine
@@ -304,3 +304,41 @@ def test_mistakes_are_found_at_load(
     models.add("e", ensemble(*graph, **parameters), {".keep": ""})
     with engine_over(models.root) as engine, pytest.raises(AssertionError, match=why):
         assert not engine.failures(), engine.failures()[0]
+
+
+TEXT = "data_type: TYPE_STRING dims: [ 1 ]"
+ECHO = f"""
+    max_batch_size: 8 dynamic_batching {{}}
+    input {{ name: "x" {TEXT} RESHAPE }} output {{ name: "y" {TEXT} RESHAPE }}
+"""
+ECHO_OF_TEXT = """
+    x = pb_utils.get_input_tensor_by_name(request, "x").as_numpy()
+    assert all(type(element) is bytes for element in x.ravel())
+    texts = [[element.decode()] for element in x.ravel()]
+    return pb_utils.InferenceResponse([pb_utils.Tensor("y", np.array(texts, dtype=FORM))])
+"""
+
+
+@pytest.mark.parametrize("maker", ["onnxruntime", "object", "str"])
+@pytest.mark.parametrize("mode", ["", IN_PROCESS])
+def test_text_is_compared_whichever_backend_made_it(repository: Repository, maker: str, mode: str) -> None:
+    if maker == "onnxruntime":
+        config = 'backend: "onnxruntime" ' + ECHO.replace("RESHAPE", "reshape { shape: [ ] }")
+        repository.add("maker", config, {"model.onnx": onnx_text()})
+    else:
+        config = 'backend: "python" ' + ECHO.replace("RESHAPE", "") + mode
+        repository.add_python("maker", config, ECHO_OF_TEXT.replace("FORM", maker))
+    config = 'backend: "python" ' + ECHO.replace("RESHAPE", "") + mode
+    repository.add_python("reader", config, ECHO_OF_TEXT.replace("FORM", "object"))
+    repository.add(
+        "e",
+        ensemble(
+            step("maker", "S") + step("reader", "Y", "S"), output("Y", TEXT), f'input {{ name: "X" {TEXT} }}',
+            when__Y="S == 'urgent'", default__Y="none",
+        ),
+        {".keep": ""},
+    )  # fmt: skip
+    sent = np.array([[b"urgent"], [b"normal"], ["örtlich".encode()]], dtype=object)
+    with engine_over(repository.root) as engine:
+        (answer,) = infer(engine, [InferRequest("e", {"X": Tensor.of("X", sent)})])
+    assert shown(answer) == {"Y": [[b"urgent"], [b"none"], [b"none"]]}

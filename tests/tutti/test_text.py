@@ -50,6 +50,7 @@ def test_text_passes_an_onnx_graph_unchanged(repository: Repository, size: int, 
         assert isinstance(answer, InferResponse), answer
         made = answer.tensor("y")
         assert made.raw() == Tensor.of("y", np.array(elements, dtype=object)).raw()
+        assert made.array().reshape(-1).tolist() == elements  # bytes, whatever onnxruntime makes of them
         assert http_codec.texts("text", "y", made.array().reshape(-1)) == [element.decode() for element in elements]
     for answer in answers[len(sent) :]:
         assert isinstance(answer, InvalidArgument)

@@ -303,20 +303,20 @@ def makes_rows(config: ModelConfig, run: Run) -> bool | None:
 
 
 def trial_inputs(config: ModelConfig, count: int) -> dict[str, Array]:
-    """`count` rows of zeros, or of what the model takes that is nearest to them; "" for text."""
+    """`count` rows of zeros, or of what the model takes that is nearest to them; empty for text."""
     feed: dict[str, Array] = {}
     for spec in config.inputs:
         padded, limit = config.padding.inputs.get(spec.name), config.bounds.ranges.get(spec.name)
         size = padded.buckets[0] if padded is not None else _TRIAL_SIZE
         shape = (count, *(dim if dim > 0 else size for dim in spec.model_dims))
-        fill: str | int = "" if spec.datatype == "BYTES" else max(0, limit.low) if limit is not None else 0
+        fill: bytes | int = b"" if spec.datatype == "BYTES" else max(0, limit.low) if limit is not None else 0
         feed[spec.name] = np.full(shape, fill, NUMPY[spec.datatype])
     if config.sequences is not None:
         for control in config.sequences.controls:
-            fill = "" if control.datatype == "BYTES" else 0
+            fill = b"" if control.datatype == "BYTES" else 0
             feed[control.name] = np.full((count, 1), fill, NUMPY[control.datatype])
         for state in config.sequences.states:
-            fill = "" if state.datatype == "BYTES" else 0
+            fill = b"" if state.datatype == "BYTES" else 0
             feed[state.input_name] = np.full((count, *state.initial_dims), fill, NUMPY[state.datatype])
     return feed
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from tutti import backends, extras
+from tutti import backends, dtypes, extras
 from tutti.backends import joined, onnx_graph, onnx_providers, parameters
 from tutti.backends.joined import JoinedBackend
 from tutti.config import InstanceGroup, ModelConfig
@@ -204,8 +204,8 @@ class OnnxBackend(JoinedBackend):
         self._session = session
         self._text_inputs = frozenset(spec.name for spec in config.inputs if spec.datatype == "BYTES")
         # Text can be bound to no memory: such a model's tensors are passed as they are.
-        has_text = bool(self._text_inputs) or "BYTES" in self._datatypes.values()
-        self._is_bound = device != "cpu" and not has_text
+        self._text_outputs = frozenset(name for name, datatype in self._datatypes.items() if datatype == "BYTES")
+        self._is_bound = device != "cpu" and not self._text_inputs and not self._text_outputs
         inputs, outputs = (onnx_graph.nodes(given) for given in (session.get_inputs(), session.get_outputs()))
         self.names_rows = onnx_graph.names_rows(config, inputs, outputs)
         self._scalar_inputs = onnx_graph.scalars(inputs.values(), config.inputs)
@@ -222,6 +222,11 @@ class OnnxBackend(JoinedBackend):
             if _is_out_of_memory(error):
                 raise OutOfMemory(f"onnxruntime has no memory left on {self.device}: {error}") from None
             raise
+        if self._text_outputs:
+            arrays = [
+                dtypes.as_bytes(np.asarray(array)) if name in self._text_outputs else array
+                for name, array in zip(names, arrays, strict=True)
+            ]
         if self._scalar_outputs:
             shapes = self._scalar_outputs
             return [

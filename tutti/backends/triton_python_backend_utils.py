@@ -195,7 +195,8 @@ class Tensor:
     def _sent(self) -> _Tensor:
         data = self._data
         if isinstance(data, np.ndarray) and not self._datatype:
-            return _Tensor.of(self._name, _text_as_bytes(data))
+            is_text = data.dtype == object or data.dtype.kind in "SU"
+            return _Tensor.of(self._name, dtypes.as_bytes(data) if is_text else data)
         return _Tensor(self._name, self._datatype, tuple(data.shape), data)
 
     def _settle(self, stays: bool) -> None:
@@ -1065,7 +1066,3 @@ _REFERENCES_OF_ITS_OWN = 2
 def parameters_of(response: InferenceResponse) -> dict[str, Any]:
     """Not for models: a copy of a response's parameters."""
     return dict(response._parameters)
-
-
-def _text_as_bytes(array: Array) -> Array:
-    return array.astype(object) if array.dtype.kind in "SU" else array
