@@ -2,9 +2,10 @@
 
 import json
 
+KEY = "give the key, with --api-key-file FILE or in target.headers"
 _ADVICE = (
     (("HTTP 400", "INVALID_ARGUMENT"), "the inputs do not fit: give files, sizes or inputs in payloads"),
-    (("HTTP 401", "HTTP 403", "UNAUTHENTICATED", "PERMISSION_DENIED"), "give the key in target.headers"),
+    (("HTTP 401", "HTTP 403", "UNAUTHENTICATED", "PERMISSION_DENIED"), KEY),
     (("HTTP 404", "NOT_FOUND"), "is the model still loaded? Ask for another in payloads"),
     (("HTTP 429", "HTTP 503", "UNAVAILABLE", "RESOURCE_EXHAUSTED"), "the server refuses: look at its log"),
     (("no answer in time",), "raise timeout_s, or look at the server's log"),

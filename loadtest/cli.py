@@ -14,7 +14,7 @@ from pathlib import Path
 from loadtest import names
 from loadtest.addresses import address
 from loadtest.errors import ScenarioError
-from tutti import extras
+from tutti import api_keys, extras
 
 # What the extra `loadtest` installs: all but help needs them.
 LIBRARIES = ("locust", "pyarrow", "pydantic", "yaml", "hpack", "geventhttpclient")
@@ -184,6 +184,7 @@ def _add_common(command: argparse.ArgumentParser) -> None:
         metavar="HOST:PORT",
         help="the server's metrics, repeat for more (default: the scenario's)",
     )
+    api_keys.add_to(command)
     command.add_argument("--seed", type=_seed, metavar="N", help="of arrivals and payloads (default: the scenario's)")
     command.add_argument("--processes", type=_processes, default=1, metavar="N", help="workers here (default: 1)")
     command.add_argument(

@@ -9,6 +9,7 @@ import itertools
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import gevent
@@ -24,6 +25,7 @@ import tritonclient.grpc as grpcclient  # noqa: E402 - after gRPC has been told 
 import tritonclient.http as httpclient  # noqa: E402
 
 from loadtest.payloads import Payloads, TensorInfo  # noqa: E402
+from tutti import api_keys  # noqa: E402
 
 _seeds = itertools.count(1)
 # Kept to the end: a gRPC channel that the garbage collector closes blocks gevent's hub for good.
@@ -34,6 +36,7 @@ _clients: list[Any] = []
 def add_arguments(parser: Any) -> None:
     parser.add_argument("--http-url", default="127.0.0.1:8000", help="HTTP address of the server")
     parser.add_argument("--grpc-url", default="127.0.0.1:8001", help="gRPC address of the server")
+    parser.add_argument("--api-key-file", type=Path, help="show the server the first key of this file (default: none)")
     parser.add_argument("--model", action="append", help="only this model (repeatable; default: all that are ready)")
 
 
@@ -49,6 +52,7 @@ class TritonUser(User):
         options = environment.parsed_options
         self._client = self.library.InferenceServerClient(getattr(options, f"{self.protocol}_url"))
         _clients.append(self._client)
+        self._headers = api_keys.headers(options.api_key_file)
         self._payloads = Payloads(seed=next(_seeds))
         names = options.model or self._ready_models()
         self._models = itertools.cycle([(name, self._inputs(name)) for name in sorted(names)])
@@ -61,7 +65,7 @@ class TritonUser(User):
             tensor = self.library.InferInput(info.name, list(array.shape), info.datatype)
             tensor.set_data_from_numpy(array)
             tensors.append(tensor)
-        self._measure(name, lambda: self._client.infer(name, tensors))
+        self._measure(name, lambda: self._client.infer(name, tensors, headers=self._headers))
 
     def _measure(self, name: str, send: Callable[[], Any]) -> None:
         started = time.perf_counter()
@@ -89,10 +93,12 @@ class HttpUser(TritonUser):
     protocol = "http"
 
     def _ready_models(self) -> list[str]:
-        return [model["name"] for model in self._client.get_model_repository_index() if model.get("state") == "READY"]
+        index = self._client.get_model_repository_index(headers=self._headers)
+        return [model["name"] for model in index if model.get("state") == "READY"]
 
     def _inputs(self, name: str) -> list[TensorInfo]:
-        return [TensorInfo.of(tensor) for tensor in self._client.get_model_metadata(name)["inputs"]]
+        told = self._client.get_model_metadata(name, headers=self._headers)
+        return [TensorInfo.of(tensor) for tensor in told["inputs"]]
 
 
 class GrpcUser(TritonUser):
@@ -102,11 +108,12 @@ class GrpcUser(TritonUser):
     protocol = "grpc"
 
     def _ready_models(self) -> list[str]:
-        index = self._client.get_model_repository_index(as_json=True)
+        index = self._client.get_model_repository_index(headers=self._headers, as_json=True)
         return [model["name"] for model in index["models"] if model.get("state") == "READY"]
 
     def _inputs(self, name: str) -> list[TensorInfo]:
-        return [TensorInfo.of(tensor) for tensor in self._client.get_model_metadata(name, as_json=True)["inputs"]]
+        told = self._client.get_model_metadata(name, headers=self._headers, as_json=True)
+        return [TensorInfo.of(tensor) for tensor in told["inputs"]]
 
 
 @events.quit.add_listener

@@ -29,10 +29,14 @@ from loadtest.runner import Result
 from loadtest.scenario import Scenario, Stage
 from loadtest.search import PROBE_REQUESTS
 from loadtest.slo import Verdict
+from tutti import api_keys
+from tutti.errors import ConfigError
 from tutti.progress import Progress, clock
 
 # Of a probe, beside its seconds: the generator's start and end.
 _AROUND_S = 3.0
+# Each shows a key: a server looks at one of them only.
+_KEY_HEADERS = ("authorization", "x-api-key")
 # What machines read of each command.
 _JSON = {"run": "report.json", "replay": "report.json", "saturate": "saturate.json", "compare": "compare.json"}
 
@@ -73,10 +77,23 @@ def _load(options: argparse.Namespace, **changes: Any) -> Scenario:
     if options.p99_ms is not None:
         changes["slo"] = {"p99_ms": options.p99_ms}
     given = scenario.load(names.scenario(options.scenario), {**changes, **({"target": target} if target else {})})
+    given = _with_key(given, options.api_key_file)
     length_s(given)  # a trace that is none
     if options.output is not None:
         _make_folder(options.output)
     return given
+
+
+def _with_key(given: Scenario, path: Path | None) -> Scenario:
+    """The key of a file stands for the one that the scenario shows. Raises ScenarioError."""
+    if path is None:
+        return given
+    try:
+        shows = api_keys.headers(path)
+    except ConfigError as error:
+        raise ScenarioError(str(error)) from None
+    others = {name: value for name, value in given.target.headers.items() if name.lower() not in _KEY_HEADERS}
+    return given.model_copy(update={"target": given.target.model_copy(update={"headers": others | shows})})
 
 
 def _leave_unusable(options: argparse.Namespace, why: str) -> None:

@@ -2,9 +2,10 @@
 
     python -m loadtest.engine JOB.json
 
-A process of its own, without gevent: Locust's worker starts it, tells it on its standard input when to begin, and
-reads its progress (a line of JSON each half second) and its results. Latency counts from when a request was due, so
-that a server that stalls cannot stop the clock by keeping clients waiting.
+A process of its own, without gevent: Locust's worker starts it, tells it on its standard input the headers of requests
+(keys are in no file that is left behind), and then when to begin, and reads its progress (a line of JSON each half
+second) and its results. Latency counts from when a request was due, so that a server that stalls cannot stop the clock
+by keeping clients waiting.
 """
 
 import asyncio
@@ -285,6 +286,7 @@ def run(job: Job) -> dict[str, Any]:
 
 def main() -> int:
     given = json.loads(Path(sys.argv[1]).read_text())
+    given["scenario"]["target"]["headers"] = json.loads(sys.stdin.readline())
     scenario = Scenario(**given["scenario"])
     # A descriptor for each connection.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

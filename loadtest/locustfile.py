@@ -55,11 +55,14 @@ class Engine:
         self._name = scenario["payloads"][0]["model"] if len(scenario["payloads"]) == 1 else "mixed"
         job = folder / f"job.{shard}.json"
         raw = folder / f"requests.{shard}.parquet"
-        job.write_text(json.dumps({"scenario": scenario, "shard": shard, "shards": shards, "raw": str(raw)}))
+        headers = scenario["target"]["headers"]
+        kept = {**scenario, "target": {**scenario["target"], "headers": {}}}
+        job.write_text(json.dumps({"scenario": kept, "shard": shard, "shards": shards, "raw": str(raw)}))
         self.process = gevent.subprocess.Popen(
             [sys.executable, "-P", "-c", _ENTER, str(ROOT), str(job)],
             stdin=gevent.subprocess.PIPE, stdout=gevent.subprocess.PIPE, text=True, bufsize=1, start_new_session=True,
         )  # fmt: skip
+        self._tell(json.dumps(headers))
 
     def stop(self) -> None:
         if self.process.poll() is None:
@@ -71,7 +74,10 @@ class Engine:
                 yield json.loads(line)
 
     def begin(self, at: float) -> None:
-        self.process.stdin.write(f"{at!r}\n")
+        self._tell(repr(at))
+
+    def _tell(self, line: str) -> None:
+        self.process.stdin.write(f"{line}\n")
         self.process.stdin.flush()
 
     def show(self, progress: dict[str, Any]) -> None:

@@ -28,6 +28,8 @@ LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 # Locust's options that name files: from where the person stands, while Locust runs in an empty folder of its own.
 _FILES = ("--csv", "--html", "--json-file", "--logfile", "--config")
 _LOOK_S = 0.25
+# The scenario in that folder.
+_GIVEN = "scenario.json"
 Tell = Callable[[str, float], None]
 """(how far a run is, the seconds that are left of it) -> nothing."""
 
@@ -94,7 +96,7 @@ class Result:
         """For machines."""
         histogram, seen = self.histogram, self.seen
         return {
-            "scenario": json.loads(self.scenario.model_dump_json()),
+            "scenario": self.scenario.as_json(),
             "verdict": self.judgement.verdict.name,
             "reasons": list(self.judgement.reasons),
             "requests": seen.requests,
@@ -142,20 +144,20 @@ def run(
             return run(scenario, Path(own), processes, locust, progress)
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    given, result, log = folder / "scenario.json", folder / "result.json", folder / "locust.log"
+    result, log = folder / "result.json", folder / "locust.log"
     told = folder / "progress.json"
     here = scenario.model_copy(update={"folder": scenario.folder.resolve()})
-    given.write_text(here.model_dump_json())
+    (folder / "scenario.json").write_text(json.dumps(here.as_json()))
     for left in (result, told):  # of an earlier run into that folder
         left.unlink(missing_ok=True)
-    command = [sys.executable, "-P", "-m", "locust", "-f", str(LOCUSTFILE), "--scenario", str(given)]
+    command = [sys.executable, "-P", "-m", "locust", "-f", str(LOCUSTFILE), "--scenario", _GIVEN]
     command += ["--result", str(result), "--only-summary", *_workers(processes), *_page(locust), *_from_here(locust)]
     asked = {payload.model for payload in scenario.payloads}
     parts = server.parts(scenario) if scenario.target.metrics else []
     length = length_s(scenario)
-    with log.open("wb") as file, Sampler(scenario.target.metrics, asked, parts) as sampler:
+    with log.open("wb") as file, Sampler(scenario.target, asked, parts) as sampler:
         began = time.time()
-        status = _follow(command, file, lambda: _tell(told, length, progress))
+        status = _follow(command, here, file, lambda: _tell(told, length, progress))
     if not result.is_file():
         raise RunError(f"Locust ended with status {status} and left no result: {_last(log)}")
     workers = json.loads(result.read_text())["workers"]
@@ -193,10 +195,14 @@ def _from_here(locust: Sequence[str]) -> list[str]:
     return made
 
 
-def _follow(command: Sequence[str], log: IO[bytes], look: Callable[[], None]) -> int:
-    """Run a command to its end, in an empty folder, and `look` meanwhile; it ends with whoever waits for it."""
-    with tempfile.TemporaryDirectory(prefix="tutti-loadtest-") as empty:
-        process = subprocess.Popen(command, cwd=empty, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+def _follow(command: Sequence[str], scenario: Scenario, log: IO[bytes], look: Callable[[], None]) -> int:
+    """Run a command to its end, and `look` meanwhile; it ends with whoever waits for it.
+
+    It runs in a folder that has the scenario, keys included, and nothing else: nobody else reads that, and it goes.
+    """
+    with tempfile.TemporaryDirectory(prefix="tutti-loadtest-") as own:
+        (Path(own) / _GIVEN).write_text(scenario.model_dump_json())
+        process = subprocess.Popen(command, cwd=own, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         try:
             while True:
                 try:

@@ -10,6 +10,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from loadtest.scenario import Target
+
 _LINE = re.compile(r"^([a-z_]+)(?:\{(.*)\})? ([0-9.eE+-]+|NaN)$", re.MULTILINE)
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
 # Without a proxy, as the clients go.
@@ -106,9 +108,10 @@ def _pools(sample: Sample, name: str) -> float:
 class Sampler:
     """Reads the pages once a second while a run is on, in a thread."""
 
-    def __init__(self, addresses: Sequence[str], asked: Collection[str], parts: Collection[str]) -> None:
+    def __init__(self, target: Target, asked: Collection[str], parts: Collection[str]) -> None:
         self.rows: list[Row] = []
-        self._addresses = addresses
+        self._addresses = target.metrics
+        self._headers = dict(target.headers)
         self._asked, self._parts = asked, parts
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -129,7 +132,8 @@ class Sampler:
             pages = []
             for address in self._addresses:
                 try:
-                    with _OPENER.open(f"http://{address}/metrics", timeout=5) as page:
+                    asks = urllib.request.Request(f"http://{address}/metrics", headers=self._headers)
+                    with _OPENER.open(asks, timeout=5) as page:
                         pages.append(page.read().decode())
                 except (OSError, http.client.HTTPException, UnicodeDecodeError):
                     continue  # a server that is gone for a while is what some tests are about

@@ -1,5 +1,6 @@
 """What a load test is: a target, payloads, arrivals in stages, and the goal. Pure: read from YAML, checked, no more."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,6 +14,18 @@ from loadtest.errors import ScenarioError
 
 Protocol = Literal["http", "grpc", "grpc-stream"]
 Address = Annotated[str, AfterValidator(address)]
+
+
+def _of_one_line(header: str) -> str:
+    """What is said does not show it: it may be a key."""
+    if not (header.isascii() and header.isprintable()):
+        raise ValueError("expected ASCII characters that can be seen")
+    return header
+
+
+Header = Annotated[str, AfterValidator(_of_one_line)]
+# What stands for the value of a header in reports.
+NOT_SHOWN = "(not shown)"
 # Of numbers that are taken for a slip when they are higher.
 MOST_ROWS, MOST_SIZE = 1_000_000, 1 << 30
 
@@ -27,7 +40,7 @@ class Target(_Strict):
     protocol: Protocol = "http"
     urls: list[Address] = Field(default=["127.0.0.1:8000"], min_length=1)
     metrics: list[Address] = []
-    headers: dict[str, str] = {}
+    headers: dict[Header, Header] = {}
     shared_memory: bool = False
     connections: int = Field(default=4096, ge=1)
 
@@ -119,6 +132,12 @@ class Scenario(_Strict):
         if not self.stages and self.arrivals.trace is None:
             raise ValueError("stages: expected at least one, or arrivals.trace")
         return self
+
+    def as_json(self) -> dict[str, Any]:
+        """For files that are left behind: without the values of headers, which are keys."""
+        told: dict[str, Any] = json.loads(self.model_dump_json())
+        told["target"]["headers"] = dict.fromkeys(self.target.headers, NOT_SHOWN)
+        return told
 
 
 def load(path: Path, changes: dict[str, Any] | None = None) -> Scenario:

@@ -13,6 +13,7 @@ from urllib.parse import quote
 
 from loadtest import names
 from loadtest.addresses import split
+from loadtest.advice import KEY
 from loadtest.errors import RunError
 from loadtest.payloads import TensorInfo
 from loadtest.scenario import Scenario, Target
@@ -33,7 +34,7 @@ def check(scenario: Scenario) -> dict[tuple[str, str], list[TensorInfo]]:
             found[model, version] = _inputs(told, address, model)
             _check_outputs(scenario, told, model)
     for address in scenario.target.metrics:
-        _check_metrics(address)
+        _check_metrics(address, scenario.target.headers)
     return found
 
 
@@ -123,6 +124,8 @@ def _ask(
                 str(error.status()).removeprefix("StatusCode."),
                 str(error.message()).splitlines()[0].partition(";")[0],
             )
+        if status in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
+            raise RunError(f"{address} refuses ({status}: {said}): {KEY}")
         if status in ("UNAVAILABLE", "DEADLINE_EXCEEDED", "UNKNOWN", "INTERNAL"):
             raise RunError(f"{address} does not answer in gRPC ({said}): is it the HTTP port? (--protocol http)")
         index: Any = {}
@@ -137,7 +140,7 @@ def _ask_http(target: Target, address: str, path: str, model: str, patience_s: f
     if status == 200 and isinstance(said, dict):
         return said
     if status in (401, 403):
-        raise RunError(f"{address} refuses (HTTP {status}{_of(said)}): give the key in target.headers")
+        raise RunError(f"{address} refuses (HTTP {status}{_of(said)}): {KEY}")
     _, body = _http(address, "/v2/repository/index", target.headers, b"{}")
     index = _json(body)
     if not isinstance(index, list):
@@ -197,9 +200,11 @@ def _reach(address: str, what_to_do: str) -> None:
         raise RunError(f"nothing listens at {address} ({why}): {what_to_do}") from None
 
 
-def _check_metrics(address: str) -> None:
+def _check_metrics(address: str, headers: Mapping[str, str]) -> None:
     what_to_do = "name a server's metrics page with --metrics HOST:PORT, or leave it out"
     _reach(address, what_to_do)
-    status, body = _http(address, "/metrics", {})
+    status, body = _http(address, "/metrics", headers)
+    if status in (401, 403):
+        raise RunError(f"{address} refuses to tell its metrics (HTTP {status}): {KEY}")
     if status != 200 or b"nv_" not in body:
         raise RunError(f"{address} has no metrics at /metrics (HTTP {status}): {what_to_do}")

@@ -15,14 +15,15 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn, Protocol, TextIO
 from urllib.parse import urlsplit
 
-from tutti import scrapes, top_table
+from tutti import api_keys, scrapes, top_table
 from tutti.arguments import Parser
+from tutti.errors import ConfigError
 from tutti.restarts import UNUSABLE
 from tutti.scrapes import NotAServer, Rates, Scrape
 from tutti.usage import Help, examples
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str]) -> int:
     """Show what is asked for; returns the exit status: 0 once it is interrupted, UNUSABLE where there is no server."""
     parser = make_parser()
     options = parser.parse_args(arguments)
-    server = Server(_url(parser, options.url), _key(parser, options.api_key_file))
+    server = Server(_url(parser, options.url), _shown(parser, options.api_key_file))
     try:
         with _ended_by_signals():
             return watch(server, options, sys.stdout)
@@ -89,9 +90,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--once", action="store_true", help="show what one interval brings, and end (default: go on)")
     parser.add_argument("--json", action="store_true", help="a line of JSON for each interval (default: a table)")
-    parser.add_argument(
-        "--api-key-file", type=Path, metavar="FILE", help="show the server the first key of this file (default: none)"
-    )
+    api_keys.add_to(parser)
     return parser
 
 
@@ -118,23 +117,23 @@ def _url(parser: argparse.ArgumentParser, text: str) -> str:
     return whole.rstrip("/")
 
 
-def _key(parser: argparse.ArgumentParser, path: Path | None) -> str:
-    if path is None:
-        return ""
+def _shown(parser: argparse.ArgumentParser, key_file: Path | None) -> Mapping[str, str]:
+    """Headers that show a key."""
     try:
-        keys = path.read_text(encoding="ascii").split()
-    except (OSError, ValueError) as error:
-        parser.error(f"--api-key-file {path}: {getattr(error, 'strerror', None) or error}")
-    return keys[0] if keys else parser.error(f"--api-key-file {path}: expected a key, got an empty file")
+        return api_keys.headers(key_file)
+    except ConfigError as error:
+        parser.error(str(error))
 
 
 class Server:
     """Asks over HTTP, and remembers which page it is that the server has."""
 
-    def __init__(self, url: str, key: str = "", clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, url: str, headers: Mapping[str, str] | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.url = url
         self._clock = clock
-        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._headers = dict(headers or {})
         # None is between this machine and the server that is asked: a proxy of the environment would be.
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         has_path = urlsplit(url).path not in ("", "/")

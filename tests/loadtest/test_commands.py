@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ import pytest
 from loadtest import cli, commands, names, server
 from loadtest.errors import RunError
 from loadtest.process import free_ports
-from loadtest.scenario import Scenario
+from loadtest.sampler import Sampler
+from loadtest.scenario import Scenario, Target
 
 SCENARIO = "payloads: [{model: m}]\nstages: [{seconds: 1, rate: 10}]\nslo: {p99_ms: 100}\n"
 COMMANDS = ("run", "saturate", "compare", "replay", "worker")
@@ -56,11 +57,12 @@ def status_of(arguments: list[str]) -> int:
 
 
 @contextmanager
-def models(answers: dict[str, Any]) -> Iterator[str]:
-    """The address of a server that answers by path, and 404 as another kind of server would."""
+def models(answers: dict[str, Any], seen: Callable[[Mapping[str, str]], None] = lambda _: None) -> Iterator[str]:
+    """The address of a server that answers by path, and 404 as another kind of server would; `seen` gets headers."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            seen({name.lower(): value for name, value in self.headers.items()})
             status, told = answers.get(self.path, (404, "no such page"))
             body = told.encode() if isinstance(told, str) else json.dumps(told).encode()
             self.send_response(status)
@@ -279,7 +281,7 @@ METADATA = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [-1, 4]}], "ou
             "model 'pets' at {url}: not ready",
         ),
         ({}, "{url} answers /v2/models/pets with HTTP 404, as no server of models does: is it another port?"),
-        ({"/v2/models/pets": (401, {"error": "who?"})}, "refuses (HTTP 401: who?): give the key in target.headers"),
+        ({"/v2/models/pets": (401, {"error": "who?"})}, "refuses (HTTP 401: who?): give the key, with --api-key-file"),
         ({"/v2/models/pets": (200, {"inputs": [1]})}, "what it tells of model 'pets' is no metadata"),
     ],
 )
@@ -309,6 +311,47 @@ def test_one_that_speaks_no_http_and_one_without_metrics_are_named() -> None:
         payload = of(url).payloads[0].model_copy(update={"outputs": ["score"]})
         with pytest.raises(RunError, match="has the outputs scores, and no 'score'; did you mean 'scores'"):
             server.check(of(url).model_copy(update={"payloads": [payload]}))
+
+
+def test_metrics_may_want_a_key() -> None:
+    answers = {"/v2/models/pets": (200, METADATA), "/metrics": (401, "a key is needed")}
+    with models(answers) as url, pytest.raises(RunError) as error:
+        server.check(of(url, metrics=[url]))
+    assert f"{url} refuses to tell its metrics (HTTP 401): give the key" in str(error.value)
+
+
+def test_metrics_are_shown_the_key_all_the_while() -> None:
+    asked = threading.Event()
+
+    def seen(headers: Mapping[str, str]) -> None:
+        if headers.get("authorization") == "Bearer secret":
+            asked.set()
+
+    with models({"/metrics": (200, "nv_x 1")}, seen) as url:
+        target = Target(metrics=[url], headers={"authorization": "Bearer secret"})
+        with Sampler(target, ["pets"], ["pets"]):
+            assert asked.wait(60)
+
+
+def test_a_key_stands_for_the_scenarios_and_is_in_no_report(here: Path) -> None:
+    (here / "keys").write_text("# whose\n\nsecret\nanother\n")
+    shows = "target: {headers: {Authorization: Bearer old, X-Api-Key: old, x-tenant: a}}\n"
+    (here / "s.yaml").write_text(SCENARIO + shows)
+    made = commands._load(cli.parse(["run", "s.yaml", "--api-key-file", "keys"]))
+    assert made.target.headers == {"x-tenant": "a", "authorization": "Bearer secret"}
+    assert made.as_json()["target"]["headers"] == dict.fromkeys(made.target.headers, "(not shown)")
+    assert commands._load(cli.parse(["run", "s.yaml"])).target.headers["Authorization"] == "Bearer old"
+
+
+@pytest.mark.parametrize("content", [b"", b"# none\n", b"k\xc3\xa4y\n", b"a\x07b\n", b"\xff\n"])
+def test_a_file_without_a_key_is_named_and_not_shown(
+    content: bytes, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "keys").write_bytes(content)
+    assert status_of(["run", "s.yaml", "--api-key-file", "keys"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("tutti loadtest: --api-key-file keys: ")
+    assert not set(said) & {"\x07", "\xe4"}
 
 
 def test_the_parts_of_ensembles_do_the_work() -> None:

@@ -148,6 +148,28 @@ def test_inputs_in_shared_memory(protocol: str, tmp_path: Path, repository: Any)
     assert said["requests"] > 40
 
 
+def test_servers_with_keys_are_shown_one_which_no_report_has(
+    tmp_path: Path, repository: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    repository.add_onnx()
+    keys, key = tmp_path / "keys", "kept-to-itself-4711"
+    keys.write_text(f"# of the load test\n{key}\nof-others\n")
+    changes = {"payloads": [{"model": "add_one"}], "stages": [{"seconds": 1, "rate": 50}], "warmup_s": 0}
+    file = write(tmp_path, **changes)
+    with serving(repository.root, tmp_path / "log", "--api-key-file", str(keys), is_guarded=True) as served:
+        for protocol, url in (("http", served.http), ("grpc-stream", served.grpc)):
+            command = ["run", str(file), "--protocol", protocol, "--url", url, "--metrics", served.metrics]
+            out = tmp_path / "out" / protocol
+            assert cli.main(command) == 2
+            assert f"{url} refuses (" in (said := capfd.readouterr().err) and "--api-key-file" in said
+            assert cli.main([*command, "--api-key-file", str(keys), "--output", str(out)]) in JUDGED
+            told = json.loads((out / "report.json").read_text())
+            assert told["requests"] > 0 and told["errors"] == 0, told["error_texts"]
+    assert key not in "".join(capfd.readouterr())
+    left = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert left and not [path for path in left if key.encode() in path.read_bytes()]
+
+
 def test_a_generator_that_cannot_keep_up_says_so(tmp_path: Path) -> None:
     """Two connections to a server that takes its time: most requests could not be sent when they were due."""
     target = {"connections": 2}
