@@ -29,6 +29,7 @@ LAYERS = {
     "tutti.classification": 1, "tutti.frontends.answers": 2, "tutti.shared_memory": 2, "tutti.logs": 2,
     "tutti.tracing": 2, "tutti.trace_files": 2, "tutti.trace_spans": 2, "tutti.trace_records": 1, "tutti.segments": 1,
     "tutti.explain": 1, "tutti.waterfall": 1, "tutti.trace_reading": 1, "tutti.input_files": 2,
+    "tutti.explain_remote": 2,
     "tutti.explain_command": 4,
     "tutti.request_log": 2,
     "tutti.frontends": 1, "ray_app.placement": 1, "ray_app": 1, "ray_app.environment": 1,

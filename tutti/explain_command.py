@@ -7,28 +7,26 @@ import argparse
 import json
 import sys
 import threading
-import urllib.error
-import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import ensembles
-from tutti import config, files, hints, input_files, local, repository, trace_reading
-from tutti.arguments import Terse, whole
+from tutti import api_keys, files, hints, input_files, local, repository, trace_reading
+from tutti.arguments import Terse, positive, whole
 from tutti.config import ModelConfig
 from tutti.errors import ConfigError, InferError, reason
 from tutti.explain import PARAMETER
-from tutti.frontends import http_codec
+from tutti.explain_remote import Server
 from tutti.progress import Work
 from tutti.types import Call, InferRequest, InferResponse, Tensor
 from tutti.usage import Help, examples
 from tutti.waterfall import waterfall
 
-_TIMEOUT_S = 600.0
+# A model that takes longer is rare, and a server that hangs is not: whoever waits can say so.
+_TIMEOUT_S = 30.0
+_MOST_S = 1e6
 _DESCRIPTION = "Ask a model, or an ensemble, one request, and show where its time went."
-_LENGTH_HEADER = "Inference-Header-Content-Length"
 
 
 def main(arguments: Sequence[str], prog: str = "tutti explain") -> int:
@@ -83,6 +81,13 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="'NAME: VALUE'",
         help="with --url, a header, as of an API key (default: none)",
     )
+    api_keys.add_to(parser)
+    parser.add_argument(
+        "--timeout",
+        type=positive,
+        metavar="SECONDS",
+        help=f"with --url, for each answer (default: {_TIMEOUT_S:g})",
+    )
     parser.add_argument("--json", action="store_true", help="as the protocol's parameter has it (default: as text)")
     parser.add_argument(
         "--repeat",
@@ -124,6 +129,8 @@ def _check(options: argparse.Namespace) -> None:
         raise ConfigError("explain: --url: expected HOST:PORT, got ''")
     for what, is_given, needs, has_it in (
         ("--header", options.header, "goes with --url", options.url),
+        (api_keys.FLAG, options.api_key_file, "goes with --url", options.url),
+        ("--timeout", options.timeout, "goes with --url", options.url),
         ("--id", options.id, "goes with --traces", options.traces),
         ("--url", options.url, "does not go with --traces", not options.traces),
         ("INPUT=VALUE", options.inputs, "does not go with --traces", not options.traces),
@@ -170,9 +177,11 @@ def _told_here(options: argparse.Namespace) -> str:
     try:
         if engine.failures():
             raise ConfigError("; ".join(engine.failures()))
-        told = ""
-        for _ in range(max(1, options.repeat)):
-            told = _explained(engine.model(name), InferRequest(name, dict(inputs), parameters={PARAMETER: True}))
+        with Work(f"asking '{name}'") as work:
+            told = ""
+            for number in range(options.repeat):
+                work.step(f"request {number + 1}", options.repeat)
+                told = _explained(engine.model(name), InferRequest(name, dict(inputs), parameters={PARAMETER: True}))
         return told
     finally:
         engine.close()
@@ -216,62 +225,15 @@ def _timer(delay_s: float, callback: Any) -> None:
 
 
 def _told_by_server(options: argparse.Namespace) -> str:
-    base = options.url if "://" in options.url else f"http://{options.url}"
-    model = f"{base.rstrip('/')}/v2/models/{quote(options.name, safe='')}"
-    headers = dict(map(_header, options.header))
-    shown = config.parse_json(_fetched(f"{model}/config", None, headers), options.name)
-    inputs = _inputs(shown, options.inputs)
-    head, parts = _request(inputs)
-    body = b"".join([head, *parts])
-    told = b""
-    for _ in range(max(1, options.repeat)):
-        told = _fetched(f"{model}/infer", body, {**headers, _LENGTH_HEADER: str(len(head))})
-    answer = json.loads(told)
-    if PARAMETER not in answer.get("parameters", {}):
-        raise ConfigError(f"the server at {options.url} does not explain requests; is it tutti?")
-    return str(answer["parameters"][PARAMETER])
+    given = dict(map(_header, options.header))
+    shows = {name: value for name, value in api_keys.headers(options.api_key_file).items() if name not in given}
+    timeout_s = _TIMEOUT_S if options.timeout is None else options.timeout
+    server = Server(options.url, given | shows, min(timeout_s, _MOST_S))
+    return server.explained(options.name, lambda model: _inputs(model, options.inputs), options.repeat)
 
 
 def _header(text: str) -> tuple[str, str]:
     name, colon, value = text.partition(":")
     if not colon or not name.strip():
         raise ConfigError(f"--header '{text[:60]}': expected NAME: VALUE")
-    return name.strip(), value.strip()
-
-
-def _request(inputs: Mapping[str, Tensor]) -> tuple[bytes, list[bytes]]:
-    parts = [bytes(tensor.raw()) for tensor in inputs.values()]
-    shown = [
-        {
-            "name": tensor.name,
-            "datatype": tensor.datatype,
-            "shape": list(tensor.shape),
-            "parameters": {"binary_data_size": len(part)},
-        }
-        for tensor, part in zip(inputs.values(), parts, strict=True)
-    ]
-    head = {"inputs": shown, "parameters": {PARAMETER: True, "binary_data_output": True}}
-    return json.dumps(head).encode(), parts
-
-
-def _fetched(url: str, body: bytes | None, headers: Mapping[str, str]) -> bytes:
-    """The JSON of an answer. Raises ConfigError with what the server, or the network, says."""
-    try:
-        request = urllib.request.Request(url, body, dict(headers))
-        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:
-            length = answer.headers.get(_LENGTH_HEADER)
-            data: bytes = answer.read()
-            return data[: int(length)] if length else data
-    except urllib.error.HTTPError as error:
-        raise ConfigError(_refusal(error)) from None
-    except (OSError, ValueError) as error:
-        why = getattr(error, "reason", error)
-        raise ConfigError(f"{url} cannot be asked: {why}") from None
-
-
-def _refusal(error: urllib.error.HTTPError) -> str:
-    text = error.read()
-    try:
-        return str(http_codec.parse_json(text)["error"])
-    except (ValueError, KeyError, TypeError):
-        return f"{error.url}: {error.code} {error.reason}: {text[:200]!r}"
+    return name.strip().lower(), value.strip()

@@ -1,10 +1,14 @@
 """A request may ask where its time went, of any model; parameters of ours are never ignored."""
 
+import contextlib
 import io
 import json
+import socket
 import threading
 import urllib.request
 import wave
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +242,10 @@ def test_inputs_may_stand_behind_flags(folder: Path, capsys: pytest.CaptureFixtu
         (["add_on", "x=1"], "model 'add_on': there is none of that name in"),
         (["add_one", "x=1", "--id", "a"], "--id goes with --traces"),
         (["add_one", "x=1", "--header", "a: b"], "--header goes with --url"),
+        (["add_one", "x=1", "--timeout", "3"], "--timeout goes with --url"),
+        (["add_one", "x=1", "--api-key-file", "k"], "--api-key-file goes with --url"),
+        (["add_one", "x=1", "--url", "h:1", "--api-key-file", "k"], "--api-key-file k: No such file or directory"),
+        (["add_one", "x=1", "--url", "ftp://h"], "--url: expected HOST:PORT, got 'ftp://h'"),
         (["add_one", "x=1", "--traces", "t"], "INPUT=VALUE does not go with --traces"),
         (["add_one", "x=1", "--url", ""], "--url: expected HOST:PORT, got ''"),
         (["add_on", "x=1"], "did you mean add_one?"),
@@ -330,6 +338,65 @@ def test_a_server_explains_over_every_door(
             assert json.loads(json.load(page)["tutti_explain"])["rows"] == 1
     assert cli.main(["explain", "add_one", "x=[1]", "--url", served.http]) == 1
     assert "cannot be asked" in capsys.readouterr().err
+
+
+@contextmanager
+def speaking(*pieces: bytes) -> Iterator[str]:
+    """The address of a server that says this to whoever comes, and then neither says more nor hangs up."""
+    with socket.create_server(("127.0.0.1", 0)) as listening, contextlib.ExitStack() as open_ones:
+
+        def speak() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connection = open_ones.enter_context(listening.accept()[0])
+                    for piece in pieces:
+                        connection.sendall(piece)
+
+        thread = threading.Thread(target=speak, daemon=True)
+        thread.start()
+        try:
+            yield f"127.0.0.1:{listening.getsockname()[1]}"
+        finally:
+            listening.shutdown(socket.SHUT_RDWR)
+            thread.join()
+
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("pieces", "says"),
+    [
+        ([], "has not answered within 0.2 s: it is busy, or that is no HTTP port of a server; --timeout SECONDS"),
+        ([HEAD, b"{"], "has not answered within 0.2 s"),
+        ([HEAD, b"[1, 2, 3]"], "the configuration's JSON does not parse"),
+        ([b"hello\r\n\r\n"], "cannot be asked: hello"),
+        ([b"HTTP/1.1 401 No\r\nContent-Length: 15\r\n\r\n", b'{"error": "who"}'], "(--api-key-file FILE, or --header)"),
+    ],
+)
+def test_a_server_that_does_not_answer_is_not_waited_for(
+    pieces: list[bytes], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    timeout = "0.2" if "0.2 s" in says else "60"
+    with speaking(*pieces) as url:
+        assert cli.main(["explain", "add_one", "x=1", "--url", url, "--timeout", timeout]) == 1
+    assert says in capsys.readouterr().err
+
+
+def test_a_key_is_shown_to_the_server(
+    repository: Repository, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    repository.add_onnx()
+    keys = tmp_path / "keys"
+    keys.write_text("# mine\nsecret-4711\n")
+    with serving(repository.root, tmp_path / "log", "--api-key-file", str(keys), is_guarded=True) as served:
+        asked = ["explain", "add_one", "x=[1,2,3,4]", "--url", served.http]
+        assert cli.main(asked) == 1
+        assert "an API key is needed" in capsys.readouterr().err
+        assert cli.main([*asked, "--api-key-file", str(keys)]) == 0
+        assert "by add_one_0" in (said := "".join(capsys.readouterr())) and "4711" not in said
+        assert cli.main(["top", served.metrics, "--once", "--interval", "0.1", "--api-key-file", str(keys)]) == 0
+        assert "add_one" in (said := "".join(capsys.readouterr())) and "4711" not in said
 
 
 def answered(answer: Any, trace: Any = None) -> Call:
