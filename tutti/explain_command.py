@@ -7,12 +7,12 @@ import argparse
 import json
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ensembles
-from tutti import api_keys, files, hints, input_files, local, repository, trace_reading
+from tutti import api_keys, arguments, files, hints, input_files, local, repository, trace_reading
 from tutti.arguments import Terse, positive, whole
 from tutti.config import ModelConfig
 from tutti.errors import ConfigError, InferError, reason
@@ -29,10 +29,10 @@ _MOST_S = 1e6
 _DESCRIPTION = "Ask a model, or an ensemble, one request, and show where its time went."
 
 
-def main(arguments: Sequence[str], prog: str = "tutti explain") -> int:
+def main(given: Sequence[str], prog: str = "tutti explain") -> int:
     """Run the command; returns its exit status. Raises ConfigError with what cannot be asked, or was refused."""
     parser = make_parser(prog)
-    options, rest = parser.parse_known_intermixed_args(arguments)  # inputs may stand behind a flag
+    options, rest = parser.parse_known_intermixed_args(given)  # inputs may stand behind a flag
     if rest:
         parser.unknown(rest)
     return run(options)
@@ -100,7 +100,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--traces",
         type=Path,
         metavar="FILE",
-        help="show the slowest requests of a server's trace file (default: ask a request)",
+        help="show the slowest requests of a server's trace file, or MODEL's, those of ensembles that ask it included "
+        "(default: ask a request)",
     )
     parser.add_argument("--id", default="", metavar="ID", help="of the traces, the request with this id (default: all)")
     parser.add_argument(
@@ -142,7 +143,8 @@ def _check(options: argparse.Namespace) -> None:
 def _show_traces(options: argparse.Namespace) -> int:
     path = options.traces
     try:
-        found = trace_reading.explained(files.read_text(path))
+        text = files.read_text(path)
+        found = trace_reading.explained(text, options.name)
     except OSError as error:
         hint = f"; did you mean {hints.near(path)}?" if hints.near(path) and not path.exists() else ""
         raise ConfigError(f"'{path}' cannot be read: {reason(error)}{hint}") from None
@@ -150,10 +152,26 @@ def _show_traces(options: argparse.Namespace) -> int:
         raise ConfigError(f"'{path}' is no trace file (see --trace-config): {error}") from None
     shown = trace_reading.slowest(found, options.name, options.id, options.slowest)
     if not shown:
-        names = ", ".join(sorted({one["model"] for one in found})) or "none that has ended"
-        raise ConfigError(f"'{path}' has no such request; it has requests to {names}")
+        raise ConfigError(f"'{path}' has no such request; {_what_it_has(found, text, options.name)}")
     print(json.dumps(shown) if options.json else "\n\n".join(map(waterfall, shown)))
     return 0
+
+
+def _what_it_has(found: Sequence[Mapping[str, Any]], text: str, name: str) -> str:
+    """Of a trace file in which nothing was found."""
+    if why := trace_reading.left_out(text).get(name):
+        return f"'{name}' is a step that was left out: {why}"
+    names = {one["model"] for one in found}
+    steps = {step for one in found for step in _steps_of(one)} - names
+    also = f", with the steps {', '.join(sorted(steps))}" if steps else ""
+    told = ", ".join(sorted(names)) or "none that has ended"
+    return f"it has requests to {told}{also}{arguments.near(name, names | steps)}"
+
+
+def _steps_of(explained: Mapping[str, Any]) -> Iterator[str]:
+    for step in [*explained.get("steps", []), *explained.get("steps_asked", [])]:
+        yield step["step"]
+        yield from _steps_of(step)
 
 
 def _inputs(model: ModelConfig, texts: Sequence[str]) -> dict[str, Tensor]:

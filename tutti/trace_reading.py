@@ -14,12 +14,20 @@ _SKIPPED = "SKIPPED "
 _NOT_NOTES = frozenset(["id", "parent_id", "model_name", "model_version", "timestamps", "activity", "tensor"])
 
 
-def explained(text: str) -> list[dict[str, Any]]:
-    """One explanation for each request that has ended, in the order of the file.
+def explained(text: str, step: str = "") -> list[dict[str, Any]]:
+    """One explanation for each request that has ended, in the order of the file; behind them, if a model is named as
+    `step`, one for each time that it was a step of one.
 
-    Beside an explanation's own keys it has `request_id` and `error` where the trace has them. Raises ValueError for
-    what is no array of traces.
+    Beside an explanation's own keys it has `request_id` and `error` where the trace has them, and of a step `within`:
+    the models that have asked it, the request's first. Raises ValueError for what is no array of traces.
     """
+    requests = _requests(text)
+    steps = [told for request in requests for told in _named(request, step, [])] if step else []
+    return [*map(_of_request, requests), *steps]
+
+
+def _requests(text: str) -> list[dict[str, Any]]:
+    """The traces without a parent, those of their steps in `steps`."""
     traces: dict[int, dict[str, Any]] = {}
     for entry in _entries(text):
         if not isinstance(entry, dict) or not isinstance(entry.get("id"), int):
@@ -37,7 +45,32 @@ def explained(text: str) -> list[dict[str, Any]]:
             roots.append(trace)
         elif (above := traces.get(trace["parent_id"])) is not None:  # else the file has been cut before it
             above["steps"].append(trace)
-    return [_of_request(trace) for trace in roots]
+    return roots
+
+
+def _named(trace: Mapping[str, Any], step: str, within: Sequence[str]) -> list[dict[str, Any]]:
+    """Explanations of the steps below a trace that are of a model, known by the ids of the request."""
+    found, path = [], [*within, trace["model_name"]]
+    known_as = {key: trace[key] for key in ("request_id", "answer_id") if key in trace}
+    for below in trace["steps"]:
+        inner = {**below, **known_as}
+        if below["model_name"] == step:
+            found.append({**_of_request(inner), "within": path})
+        found += _named(inner, step, path)
+    return found
+
+
+def left_out(text: str) -> dict[str, str]:
+    """Of the steps that requests went without: why, the last time."""
+    found, waiting = dict[str, str](), _requests(text)
+    while waiting:
+        trace = waiting.pop()
+        waiting += trace["steps"]
+        for name in trace["times"]:
+            if name.startswith(_SKIPPED):
+                model, _, why = name.removeprefix(_SKIPPED).partition(": ")
+                found[model] = why
+    return found
 
 
 def _entries(text: str) -> list[Any]:

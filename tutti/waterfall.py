@@ -19,7 +19,8 @@ def waterfall(explained: Mapping[str, Any], width: int = 40) -> str:
     rows = f"{count(explained['rows'], 'row')} " if "rows" in explained else ""
     known_as = explained.get("request_id") or explained.get("answer_id")
     request = f"request '{known_as}' " if known_as else ""
-    head = f"{what}: {request}{rows}in {total:,.0f} us"
+    within = f"as a step of {' / '.join(explained['within'])}, " if "within" in explained else ""
+    head = f"{what}: {request}{within}{rows}in {total:,.0f} us"
     lines = _table(explained["steps"], total, width) if "steps" in explained else _stages(explained, total, width)
     if explained.get("steps_asked"):  # by a model of its own accord
         lines += _table(explained["steps_asked"], total, width)

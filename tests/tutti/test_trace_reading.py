@@ -60,7 +60,14 @@ def test_a_file_that_is_cut_is_read_as_far_as_it_goes() -> None:
 @pytest.mark.parametrize(
     ("content", "arguments", "says"),
     [
-        (json.dumps(ENTRIES), ["none"], "has no such request; it has requests to asks, e, ten"),
+        (
+            json.dumps(ENTRIES),
+            ["none"],
+            "has no such request; it has requests to asks, e, ten, with the steps costly, inner",
+        ),
+        (json.dumps(ENTRIES), ["inne"], "with the steps costly, inner (did you mean 'inner'?)"),
+        (json.dumps(ENTRIES), ["costly"], "has no such request; 'costly' is a step that was left out: not S > 15"),
+        (json.dumps(ENTRIES), ["inner", "--id", "fast"], "has no such request; it has requests to"),
         (json.dumps(ENTRIES), ["--id", "other"], "has no such request"),
         ("[]", [], "it has requests to none that has ended"),
         ("hello", [], "is no trace file (see --trace-config): expected an array in JSON"),
@@ -81,6 +88,24 @@ def test_what_cannot_be_shown_is_told(
     assert says in err and len(err.splitlines()) == 1
 
 
+def test_the_steps_of_ensembles_are_found_by_their_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "trace.json"
+    path.write_text(json.dumps(ENTRIES))
+    requests = trace_reading.explained(json.dumps(ENTRIES))
+    found = trace_reading.explained(json.dumps(ENTRIES), "ten")
+    assert found[:3] == requests
+    assert [(one["model"], one["within"], one["total_us"]) for one in found[3:]] == [
+        ("ten", ["e", "inner"], 20), ("ten", ["asks"], 20),
+    ]  # fmt: skip
+    assert cli.main(["explain", "ten", "--traces", str(path), "--id", "slow"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("ten version 1: request 'slow' as a step of e / inner, in 20 us\nqueue ")
+    assert "in a batch of 4 rows" in shown
+    assert cli.main(["explain", "inner", "--traces", str(path), "--json"]) == 0
+    (inner,) = json.loads(capsys.readouterr().out)
+    assert (inner["ensemble"], [step["step"] for step in inner["steps"]]) == ("inner", ["ten"])
+
+
 def test_the_slowest_come_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "trace.json"
     path.write_text(json.dumps(ENTRIES))
@@ -89,4 +114,4 @@ def test_the_slowest_come_first(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert shown.index("e: request 'slow'") < shown.index("asks version 1")
     assert "ten version 1" not in shown
     assert cli.main(["explain", "ten", "--traces", str(path), "--json"]) == 0
-    assert [one["total_us"] for one in json.loads(capsys.readouterr().out)] == [10]
+    assert [one["total_us"] for one in json.loads(capsys.readouterr().out)] == [20, 20, 10]
