@@ -8,8 +8,8 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -67,6 +67,10 @@ class ModelRates:
     cache_hits: float | None = None
     is_ready: bool = True
     is_step: bool = False
+    # In the sums of all models.
+    is_counted: bool = True
+    # It has answered, or failed to, and so may have asked its steps.
+    is_busy_ensemble: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +93,30 @@ class Device:
 
 
 @dataclass(frozen=True, slots=True)
+class Total:
+    """Sums over some models, a second."""
+
+    requests: float = 0.0
+    failed: float = 0.0
+    refused: float = 0.0
+
+    @classmethod
+    def of(cls, models: Iterable[ModelRates]) -> "Total":
+        chosen = list(models)
+        return cls(
+            sum(model.requests for model in chosen),
+            sum(model.failed for model in chosen),
+            sum(model.refused for model in chosen),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Rates:
-    """What happened in `seconds`. Models: the busiest first. `requests` leaves the steps of ensembles out."""
+    """What happened in `seconds`. Models: the busiest first.
+
+    `requests`, `failed` and `refused` are of all models but the steps of ensembles that were busy: a request to such a
+    step is an ensemble's, which counts, or was sent directly, and no metric tells which. `at_steps` has theirs.
+    """
 
     seconds: float
     requests: float
@@ -99,6 +125,9 @@ class Rates:
     models: tuple[ModelRates, ...] = ()
     pools: tuple[PoolRates, ...] = ()
     devices: tuple[Device, ...] = field(default=())
+    at_steps: Total = Total()
+    # False where the server does not tell which models are steps: all are counted, those of ensembles twice.
+    knows_steps: bool = True
 
 
 def parse_page(text: str, time_s: float) -> Scrape:
@@ -139,25 +168,57 @@ def _counters(model: Mapping[str, Any]) -> Iterable[tuple[str, float]]:
             yield time, float(part.get("ns", 0)) / 1000
 
 
-def rates(before: Scrape, after: Scrape) -> Rates:
-    """What happened between two looks. A counter that fell has begun anew, with its server, at 0."""
+def rates(before: Scrape, after: Scrape, lately_busy: Collection[str] = ()) -> Rates:
+    """What happened between two looks. A counter that fell has begun anew, with its server, at 0.
+
+    `lately_busy` names ensembles that were busy before: what they have begun may still ask their steps.
+    """
     seconds = after.time_s - before.time_s
     if seconds <= 0:
         raise ValueError(f"expected a look after the first, got one {-seconds:g} s before it")
     change = _Change(before, after, seconds)
     names = sorted({dict(labels)["model"] for labels in after.samples.get("nv_inference_request_success", ())})
-    steps = {dict(labels).get("step", "") for labels in after.samples.get("tutti_ensemble_step", ())}
-    models = sorted((_model(change, name, name in steps) for name in names), key=_idleness)
-    own = [model for model in models if not model.is_step]
+    models = _with_roles([_model(change, name) for name in names], _steps_of(after), lately_busy)
+    own = Total.of(model for model in models if model.is_counted)
     return Rates(
         seconds,
-        sum(model.requests for model in own),
-        sum(model.failed for model in own),
-        sum(model.refused for model in own),
-        tuple(models),
+        own.requests,
+        own.failed,
+        own.refused,
+        tuple(sorted(models, key=_idleness)),
         tuple(_pools(change)),
         tuple(_devices(after)),
+        Total.of(model for model in models if not model.is_counted),
+        # Only our own page has it.
+        "tutti_model_ready" in after.samples,
     )
+
+
+def _steps_of(scrape: Scrape) -> Mapping[str, set[str]]:
+    """The models below each ensemble."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for labels in map(dict, scrape.samples.get("tutti_ensemble_step", ())):
+        found[labels.get("model", "")].add(labels.get("step", ""))
+    return found
+
+
+def _with_roles(
+    models: Sequence[ModelRates], steps_of: Mapping[str, set[str]], lately_busy: Collection[str]
+) -> list[ModelRates]:
+    """The same, who know what they are to ensembles."""
+    active = {model.name for model in models if model.requests or model.failed or model.refused or model.cancelled}
+    steps = {step for below in steps_of.values() for step in below}
+    # An ensemble that is a step itself asks no more than those above it do, or counts as sent directly.
+    asked = {step for name in steps_of if name in active or name in lately_busy for step in steps_of[name]}
+    return [
+        replace(
+            model,
+            is_step=model.name in steps,
+            is_counted=model.name not in asked,
+            is_busy_ensemble=model.name in steps_of and model.name in active,
+        )
+        for model in models
+    ]
 
 
 def _idleness(model: ModelRates) -> tuple[float, float, str]:
@@ -230,7 +291,7 @@ def quantile_of(cumulative: Mapping[float, float], quantile: float) -> float | N
     return low
 
 
-def _model(change: _Change, name: str, is_step: bool) -> ModelRates:
+def _model(change: _Change, name: str) -> ModelRates:
     requests = change.grown("nv_inference_request_success", model=name)
     failure = "nv_inference_request_failure"
     refused = change.a_second(failure, model=name, reason="REJECTED")
@@ -260,7 +321,6 @@ def _model(change: _Change, name: str, is_step: bool) -> ModelRates:
         change.grown("nv_inference_count", model=name) / executions if executions else None,
         hits / looks if looks else None,
         change.least("tutti_model_ready", model=name) != 0,
-        is_step,
     )
 
 

@@ -32,6 +32,8 @@ _DEFAULT = "127.0.0.1:8002"
 # A server that has not answered within this is away.
 _TIMEOUT_S = 5.0
 _LEAST_INTERVAL_S = 0.1
+# What an ensemble has begun is taken to have ended when it has answered nothing for so long.
+_LATELY_S = 30.0
 _MOST_BYTES = 256 << 20
 _EXAMPLES = examples(
     "tutti top  # the server on this machine",
@@ -184,21 +186,36 @@ def watch(
 ) -> int:
     """Look, wait, look and show; the first look must succeed, later ones are waited for. Raises Away or NotAServer."""
     before = ask()
+    ensembles = _Ensembles()
     with _screen(out, options) as show:
         while True:
             pause(options.interval)
             try:
                 after = ask()
-                rates = scrapes.rates(before, after)
+                rates = scrapes.rates(before, after, ensembles.busy(before.time_s))
             except (Away, NotAServer) as error:
                 if options.once:
                     raise
                 show.away(str(error))
                 continue
             before = after
+            ensembles.note(rates, after.time_s)
             show.rates(rates)
             if options.once:
                 return 0
+
+
+class _Ensembles:
+    """When each was busy last: one that answers now and then asks its steps all the while."""
+
+    def __init__(self) -> None:
+        self._busy_s: dict[str, float] = {}
+
+    def note(self, rates: Rates, now_s: float) -> None:
+        self._busy_s |= {model.name: now_s for model in rates.models if model.is_busy_ensemble}
+
+    def busy(self, now_s: float) -> list[str]:
+        return [name for name, at_s in self._busy_s.items() if now_s - at_s < _LATELY_S]
 
 
 class Show(Protocol):

@@ -73,13 +73,15 @@ def lines(rates: Rates, width: int, colour: bool, height: int | None = None) -> 
     """The whole table: no line is wider than `width` columns, and there are `height` at most, if that is given."""
     paint = _paint if colour else _plain
     pools, devices = _pools(rates.pools, width), [_device(device, width) for device in rates.devices]
-    fixed = 4 + len(pools) + len(devices)
+    beside = _beside(rates)
+    fixed = 4 + len(beside) + len(pools) + len(devices)
     room = None if height is None else max(1, height - fixed)
     shown = rates.models if room is None or len(rates.models) <= room else rates.models[: max(0, room - 1)]
     left_out = len(rates.models) - len(shown)
     columns, name_width = _fitting(width, [model.name for model in rates.models])
     head = f"{'model':{name_width}}" + "".join(f"{column.title:>{column.width}}" for column in columns)
-    told = [_total(rates)[:width], paint(BOLD, head[:width]), *(_row(m, columns, name_width, paint) for m in shown)]
+    total = [line[:width] for line in (_total(rates), *beside)]
+    told = [*total, paint(BOLD, head[:width]), *(_row(m, columns, name_width, paint) for m in shown)]
     if not rates.models:
         told.append("no models"[:width])
     if left_out:
@@ -89,9 +91,18 @@ def lines(rates: Rates, width: int, colour: bool, height: int | None = None) -> 
 
 
 def _total(rates: Rates) -> str:
-    steps = sum(model.is_step for model in rates.models)
-    without = f", without the {steps} {'step' if steps == 1 else 'steps'} of ensembles" if steps else ""
-    return f"{rate(rates.requests)} requests/s, {rate(rates.failed)} failed, {rate(rates.refused)} refused{without}"
+    return f"{rate(rates.requests)} requests/s, {rate(rates.failed)} failed, {rate(rates.refused)} refused"
+
+
+def _beside(rates: Rates) -> list[str]:
+    """What the sums leave out, or have twice, in 80 columns."""
+    if not rates.knows_steps and len(rates.models) > 1:
+        return ["requests of ensembles count again at their steps, which this page does not tell"]
+    if all(model.is_counted for model in rates.models):
+        return []
+    own = rates.at_steps
+    numbers = f"{rate(own.requests)}/s, {rate(own.failed)} failed, {rate(own.refused)} refused"
+    return [f"+ {numbers} at steps: of ensembles, or sent directly"]
 
 
 def _fitting(width: int, names: Sequence[str]) -> tuple[list[Column], int]:

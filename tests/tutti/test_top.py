@@ -97,6 +97,8 @@ def test_a_servers_own_page_has_all_of_it(repository: Repository) -> None:
         rates = scrapes.rates(before, page(metrics.render()[0].decode(), 2.0))
     models = {model.name: model for model in rates.models}
     assert rates.requests == 3.0, "a step's requests are the ensemble's"
+    assert (rates.at_steps.requests, rates.at_steps.failed) == (3.0, 0.0)
+    assert "+ 3.00/s, 0 failed, 0 refused at steps: of ensembles, or sent directly" in table(rates)
     assert models["whole"].requests == models["add_one"].requests == 3.0
     step = models["add_one"]
     assert step.is_step and step.is_ready and not models["whole"].is_step
@@ -104,6 +106,76 @@ def test_a_servers_own_page_has_all_of_it(repository: Repository) -> None:
     assert step.batch is not None and step.batch >= 1.0
     assert None not in (step.queue_ms, step.execution_ms, step.p50_ms, step.p99_ms, step.queue_p99_ms, step.queued)
     assert [device.name for device in rates.devices] == ["cpu"]
+
+
+def table(rates: Rates) -> list[str]:
+    return top_table.lines(rates, 80, colour=False)
+
+
+def test_what_is_sent_to_a_step_directly_counts(repository: Repository) -> None:
+    repository.add_onnx()
+    repository.add("whole", ENSEMBLE.format(step="add_one"), {})
+    with engine_over(repository.root) as engine:
+        metrics = Metrics(engine)
+        looks = [page(metrics.render()[0].decode(), 0.0)]
+        for model, time_s in (("add_one", 2.0), ("whole", 4.0)):
+            infer(engine, [request(model) for _ in range(6)])
+            looks.append(page(metrics.render()[0].decode(), time_s))
+    directly = scrapes.rates(looks[0], looks[1])
+    assert (directly.requests, directly.at_steps.requests) == (3.0, 0.0), "no ensemble has answered anything"
+    assert table(directly)[0] == "3.00 requests/s, 0 failed, 0 refused"
+    assert not any("steps" in line for line in table(directly))
+    # An ensemble that answers rarely asks its steps all the while.
+    lately = scrapes.rates(looks[0], looks[1], ["whole"])
+    assert (lately.requests, lately.at_steps.requests) == (0.0, 3.0)
+
+
+STEPS = """
+# TYPE nv_inference_request_success counter
+nv_inference_request_success{model="whole",version="1"} %d
+nv_inference_request_success{model="inner",version="1"} %d
+nv_inference_request_success{model="ten",version="1"} %d
+nv_inference_request_success{model="alone",version="1"} %d
+nv_inference_request_failure{model="ten",reason="OTHER",version="1"} %d
+tutti_model_ready{model="ten",version="1"} 1
+tutti_ensemble_step{model="whole",step="inner",version="1"} 1
+tutti_ensemble_step{model="whole",step="ten",version="1"} 1
+tutti_ensemble_step{model="inner",step="ten",version="1"} 1
+"""
+
+
+@pytest.mark.parametrize(
+    ("grown", "counted", "at_steps"),
+    [
+        ((0, 0, 0, 0, 0), (0, 0), (0, 0)),
+        ((0, 0, 5, 1, 2), (6, 2), (0, 0)),
+        ((0, 3, 5, 0, 2), (3, 0), (5, 2)),
+        ((2, 2, 5, 1, 0), (3, 0), (7, 0)),
+    ],
+)
+def test_a_request_of_an_ensemble_counts_once(
+    grown: tuple[int, ...], counted: tuple[int, int], at_steps: tuple[int, int]
+) -> None:
+    rates = scrapes.rates(page(STEPS % ((0,) * 5), 0.0), page(STEPS % grown, 1.0))
+    assert ((rates.requests, rates.failed), (rates.at_steps.requests, rates.at_steps.failed)) == (counted, at_steps)
+    assert json.dumps(top_table.as_json(rates))
+
+
+def test_an_ensemble_is_busy_for_a_while_after_its_answer() -> None:
+    """Its step goes on, and it has answered nothing since."""
+    texts = [(STEPS % (0, 0, 0, 0, 0), 0.0), (STEPS % (1, 0, 1, 0, 0), 1.0), (STEPS % (1, 0, 9, 0, 0), 2.0)]
+    texts += [(STEPS % (1, 0, 9, 0, 0), 60.0), (STEPS % (1, 0, 19, 0, 0), 61.0)]
+    lines = shown(Looks(*(page(text, time_s) for text, time_s in texts)), json=True).splitlines()
+    told = [json.loads(line) for line in lines]
+    assert [(one["requests"], one["at_steps"]["requests"]) for one in told] == [(1, 1), (0, 8), (0, 0), (10, 0)]
+
+
+def test_a_page_that_does_not_tell_steps_is_said_so() -> None:
+    text = ALONE % ((0,) * 8)
+    others = scrapes.rates(page(text, 0.0), page(text, 1.0))
+    assert table(others)[1] == "requests of ensembles count again at their steps, which this page does not tell"
+    own = text + 'tutti_model_ready{model="m",version="1"} 1\n'
+    assert not any("ensembles" in line for line in table(scrapes.rates(page(own, 0.0), page(own, 1.0))))
 
 
 def test_pools_and_devices_have_theirs() -> None:
