@@ -18,13 +18,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from export import initial, served
+from export import existing, initial, served
 from export.errors import ExportError, first_line
 from export.initial import Draft
 from export.served import Staged
 from tutti import config, contents, extras, overview, paths, repository
 from tutti.arguments import Parser, shown, whole
-from tutti.errors import TuttiError, reason
+from tutti.errors import ConfigError, TuttiError, reason
 from tutti.progress import Work
 from tutti.usage import Help, examples
 
@@ -102,7 +102,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="of TorchScript, which does not tell, as x:FP32:3,224,224, without the batch; repeat for more (default: "
         "what the file tells)",
     )
-    parser.add_argument("--force", action="store_true", help="write over a model of that name (default: refuse to)")
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="write over a version that is there; its configuration stays where it fits, or is put beside (default: "
+        "refuse to)",
+    )
     return parser
 
 
@@ -121,11 +126,13 @@ def _init(options: argparse.Namespace) -> int:
         return _export(source, name, options)
     with tempfile.TemporaryDirectory(prefix="tutti-init-") as work:
         with Work(f"tutti init: {name}") as progress:
-            draft, proof = _proved(source, name, Path(work), options, kept, progress)
-        _publish(Path(work) / "models" / name, target)
+            draft, proof, why_not = _proved(source, name, Path(work), options, kept, progress)
+        moved = _publish(Path(work) / "models" / name, target, bool(kept) and not why_not)
     _tell(draft, proof, target, options)
-    if kept:
-        print(f"{target}/config.pbtxt is as it was: --force writes it anew")
+    if moved is not None:
+        print(f"{target}/config.pbtxt is a new one, the old one is beside it as {moved.name}: {why_not}")
+    elif kept:
+        print(f"{target}/config.pbtxt is as it was: change it there")
         print("the newest version is served, all with: version_policy { all { } }")
     if options.name is None and source.stem.lower() in _NAMELESS:
         print(f"it is called '{name}' after its folder: --name gives another")
@@ -133,17 +140,19 @@ def _init(options: argparse.Namespace) -> int:
 
 
 def _kept(target: Path, options: argparse.Namespace) -> list[Path]:
-    """The files beside the versions, which another version is added to: they may have been edited.
+    """The files beside the versions, as the configuration: they may have been edited, and versions go by them.
 
     Raises ExportError where something would be written over.
     """
-    if options.force or not target.exists():
+    if not target.exists():
         return []
     version = target / str(options.version)
     if not (target / "config.pbtxt").is_file():
+        if options.force:
+            return []
         raise ExportError(f"'{target}' exists, and has no config.pbtxt; --force writes over it, --name gives another")
-    if version.exists():
-        what = "--force writes over it and its configuration, --version adds another, --name gives another model"
+    if version.exists() and not options.force:
+        what = "--force writes over it, --version adds another, --name gives another model"
         raise ExportError(f"'{version}' exists; {what}")
     return [one for one in target.iterdir() if one.is_file()]
 
@@ -179,22 +188,43 @@ def _export(source: Path, name: str, options: argparse.Namespace) -> int:
 
 def _proved(
     source: Path, name: str, work: Path, options: argparse.Namespace, kept: Sequence[Path], progress: Work
-) -> tuple[Draft, Proof]:
-    """What is to be published, and how it was proved; without a batch where it fails with one."""
+) -> tuple[Draft, Proof, str]:
+    """What is to be published, how it was proved, and why not with the configuration that is there.
+
+    Without a batch where it fails with one.
+    """
     progress.step(f"read {source}", total=2)
     draft = initial.read(source, name, work, options.input, options.max_batch_size)
     progress.step("load it and ask it")
+    why_not = ""
     if kept:
-        most = config.load(kept[0].parent / "config.pbtxt").max_batch_size
-        is_alone = draft.max_batch_size and not most
-        draft = draft.unbatched("as before") if is_alone else replace(draft, max_batch_size=most)
+        target = kept[0].parent
+        try:
+            return *_proved_as_before(draft, name, work, options, kept), ""
+        except (ExportError, ConfigError) as error:
+            why_not = "; ".join([*existing.differences(target / "config.pbtxt", draft), str(error)])
+        others = existing.other_versions(target, options.version)
+        if not options.force or others:
+            raise ExportError(existing.refusal(target, why_not, others, options.version))
     try:
-        return draft, _prove(draft, name, work, options.version, kept)
+        return draft, _prove(draft, name, work, options.version, []), why_not
     except ExportError as error:
-        if kept or not draft.max_batch_size or options.max_batch_size is not None:
+        if not draft.max_batch_size or options.max_batch_size is not None:
             raise
         alone = draft.unbatched(f"with {_ROWS} rows at a time it fails: {error}")
-        return alone, _prove(alone, name, work, options.version, kept)
+        return alone, _prove(alone, name, work, options.version, []), why_not
+
+
+def _proved_as_before(
+    draft: Draft, name: str, work: Path, options: argparse.Namespace, kept: Sequence[Path]
+) -> tuple[Draft, Proof]:
+    """With the files beside the versions as they are. Raises ExportError, or ConfigError, where they do not fit."""
+    most = config.load(kept[0].parent / "config.pbtxt").max_batch_size
+    if options.max_batch_size not in (None, most):
+        raise ExportError(f"--max-batch-size {options.max_batch_size}: the configuration that is there has {most}")
+    is_alone = draft.max_batch_size and not most
+    draft = draft.unbatched("as before") if is_alone else replace(draft, max_batch_size=most)
+    return draft, _prove(draft, name, work, options.version, kept)
 
 
 def _prove(draft: Draft, name: str, work: Path, version: int, kept: Sequence[Path]) -> Proof:
@@ -246,19 +276,29 @@ def _command(models: Staged, draft: Draft, name: str) -> str:
     return f"curl -s {_URL}/v2/models/{name}/infer -d {shlex.quote(json.dumps({'inputs': inputs}))}"
 
 
-def _publish(made: Path, target: Path) -> None:
-    """Put the model where it belongs in one step: a server that polls never sees half of it."""
+def _publish(made: Path, target: Path, keeps_files: bool) -> Path | None:
+    """Put the model where it belongs: a server that polls never sees half of it. Other versions stay.
+
+    Where `keeps_files` the version alone, and all beside it stays as it is. Returns where an old configuration is now.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
+    moved: Path | None = None
     with tempfile.TemporaryDirectory(prefix=".tutti-init-", dir=target.parent) as folder:
         staged = Path(folder) / "model"
         shutil.copytree(made, staged)
         if not target.exists():
             staged.rename(target)
-            return
-        for version in staged.iterdir():  # other versions stay
-            old = target / version.name
-            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
-            version.rename(old)
+            return None
+        if not keeps_files and (target / "config.pbtxt").is_file():
+            moved = existing.put_beside(target / "config.pbtxt")
+        for new in staged.iterdir():
+            if keeps_files and new.is_file():
+                continue
+            place = target / new.name
+            if place.is_dir():
+                place.rename(Path(folder) / "old")
+            new.rename(place)
+    return moved
 
 
 def _tell(draft: Draft, proof: Proof, target: Path, options: argparse.Namespace) -> None:

@@ -254,8 +254,67 @@ def test_what_is_there_is_written_over_only_when_asked(tmp_path: Path, capsys: p
     assert "--name gives another" not in capsys.readouterr().out
     assert init.main(command) == 1
     assert "--force writes over it" in capsys.readouterr().err
+    version = tmp_path / "models" / "m" / "1"
+    (version / "stale").write_text("of the model that was there")
+    assert init.main([*command, "--force"]) == 0
+    assert [path.name for path in version.iterdir()] == ["model.onnx"]
     assert init.main([*command, "--version", "2", "--force"]) == 0
     assert sorted(path.name for path in (tmp_path / "models" / "m").iterdir()) == ["1", "2", "config.pbtxt"]
+
+
+def other_model(tmp_path: Path, features: int) -> list[str]:
+    """A command that gives model 'm' the pickle of another one."""
+    iris(tmp_path / "other.pkl", features)
+    return [str(tmp_path / "models"), str(tmp_path / "other.pkl"), "--name", "m"]
+
+
+@pytest.mark.parametrize("version", ["1", "2"])
+def test_force_leaves_a_configuration_that_fits_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], version: str
+) -> None:
+    assert init.main(other_model(tmp_path, 4)) == 0
+    path = tmp_path / "models" / "m" / "config.pbtxt"
+    edited = path.read_text().replace("max_batch_size: 8", "max_batch_size: 5") + "# Mine.\n"
+    path.write_text(edited)
+    (path.parent / "1" / "before").touch()
+    capsys.readouterr()
+    assert init.main([*other_model(tmp_path, 4), "--version", version, "--force"]) == 0
+    told = capsys.readouterr().out
+    assert "config.pbtxt is as it was: change it there" in told and "up to 5 rows" in told
+    assert path.read_text() == edited
+    assert (path.parent / "1" / "before").exists() == (version == "2")
+
+
+def test_force_breaks_no_other_version(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert init.main(other_model(tmp_path, 4)) == 0
+    folder = tmp_path / "models" / "m"
+    before = (folder / "config.pbtxt").read_bytes()
+    for flags in (["--version", "2"], ["--version", "2", "--force"]):
+        assert init.main([*other_model(tmp_path, 2), *flags]) == 1
+        told = capsys.readouterr().err
+        assert "version 2 does not fit it: input 'X': FP32 [4] there, FP32 [2] in the file" in told
+        assert "version 1 goes by it: --name gives the new one a model of its own" in told
+    assert init.main([*other_model(tmp_path, 4), "--version", "2", "--force", "--max-batch-size", "3"]) == 1
+    assert "--max-batch-size 3: the configuration that is there has 8" in capsys.readouterr().err
+    assert (folder / "config.pbtxt").read_bytes() == before
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "config.pbtxt"]
+
+
+@pytest.mark.parametrize("before", ["", "# Mine.\n", "name: "])
+def test_a_configuration_that_no_version_goes_by_is_put_beside(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], before: str
+) -> None:
+    assert init.main(other_model(tmp_path, 4)) == 0
+    path = tmp_path / "models" / "m" / "config.pbtxt"
+    path.write_text(edited := before + path.read_text())
+    assert init.main([*other_model(tmp_path, 2), "--version", "1", "--force"]) == 0
+    told = capsys.readouterr().out
+    assert "config.pbtxt is a new one, the old one is beside it as config.pbtxt.before: " in told
+    assert (path.parent / "config.pbtxt.before").read_text() == edited
+    assert [list(one.dims) for one in config.load(path).inputs] == [[2]]
+    assert init.main([*other_model(tmp_path, 3), "--force"]) == 0
+    assert (path.parent / "config.pbtxt.before").read_text() == edited, "nothing is lost by doing it again"
+    assert (path.parent / "config.pbtxt.before-2").exists()
 
 
 def test_a_folder_that_is_no_model_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -276,7 +335,7 @@ def test_another_version_leaves_the_configuration_as_it_is(
     edited = path.read_text() + "# Mine.\n"
     path.write_text(edited)
     assert init.main([*command, "--version", "2"]) == 0
-    assert "config.pbtxt is as it was: --force writes it anew" in capsys.readouterr().out
+    assert "config.pbtxt is as it was: change it there" in capsys.readouterr().out
     assert path.read_text() == edited
     assert (path.parent / "2" / "model.onnx").is_file()
     iris(tmp_path / "other.pkl", features=2)

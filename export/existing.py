@@ -1,0 +1,71 @@
+"""What a folder of a model has already: its configuration, which a person may have edited, and its other versions.
+
+Says how a model differs from a configuration, and keeps what would be written over.
+"""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+from export.initial import Draft, Field, Shape
+from tutti import config
+from tutti.config import TensorSpec
+from tutti.errors import ConfigError
+
+
+def differences(path: Path, draft: Draft) -> list[str]:
+    """Where the model's tensors are not those of a configuration, or another backend is meant; none where it is none.
+
+    Sizes that are free on either side fit all.
+    """
+    try:
+        known = config.load(path)
+    except ConfigError:
+        return []
+    found = []
+    if known.backend and known.backend != draft.backend:
+        found.append(f"backend: '{known.backend}' there, the file is of '{draft.backend}'")
+    is_batched = (known.max_batch_size > 0) == (draft.max_batch_size > 0)
+    for kind, there, own in (("input", known.inputs, draft.inputs), ("output", known.outputs, draft.outputs)):
+        found += _of_tensors(kind, there, own, is_batched)
+    return found
+
+
+def _of_tensors(kind: str, there: Sequence[TensorSpec], own: Sequence[Field], is_batched: bool) -> list[str]:
+    known, made = {one.name: one for one in there}, {one.name: one for one in own}
+    found = [f"{kind} '{name}': the file has none" for name in known if name not in made]
+    if kind == "input":  # outputs may be left out
+        found += [f"{kind} '{name}': the configuration has none" for name in made if name not in known]
+    for name in sorted(made.keys() & known.keys()):
+        old, new = known[name], made[name]
+        if old.datatype != new.datatype or (is_batched and not _fit(old.model_dims, new.dims)):
+            there_is, it_has = list(old.model_dims), list(new.dims)
+            found.append(f"{kind} '{name}': {old.datatype} {there_is} there, {new.datatype} {it_has} in the file")
+    return found
+
+
+def _fit(old: Shape, new: Shape) -> bool:
+    return len(old) == len(new) and all(a == b or -1 in (a, b) for a, b in zip(old, new, strict=True))
+
+
+def other_versions(target: Path, version: int) -> list[str]:
+    """Those that go by the same configuration."""
+    names = [one.name for one in target.iterdir() if one.is_dir() and one.name.isascii() and one.name.isdecimal()]
+    return sorted((name for name in names if int(name) != version), key=int)
+
+
+def refusal(target: Path, why: str, others: Sequence[str], version: int) -> str:
+    """Why a model cannot be a version beside others, and what to do."""
+    what = f"'{target}/config.pbtxt' stays as it is, and version {version} does not fit it: {why}"
+    if others:
+        some = f"version {others[0]} goes" if len(others) == 1 else f"versions {', '.join(others)} go"
+        return f"{what}; {some} by it: --name gives the new one a model of its own"
+    return f"{what}; --force writes another and puts that beside, --name gives another model"
+
+
+def put_beside(path: Path) -> Path:
+    """Give a file the first free name that says that it was there before."""
+    names = (f"{path.name}.before{f'-{number}' if number > 1 else ''}" for number in itertools.count(1))
+    place = next(path.with_name(name) for name in names if not path.with_name(name).exists())
+    path.rename(place)
+    return place
