@@ -134,7 +134,7 @@ def _init(options: argparse.Namespace) -> int:
     elif kept:
         print(f"{target}/config.pbtxt is as it was: change it there")
         print("the newest version is served, all with: version_policy { all { } }")
-    if options.name is None and source.stem.lower() in _NAMELESS:
+    if options.name is None and source.name.partition(".")[0].lower() in _NAMELESS:
         print(f"it is called '{name}' after its folder: --name gives another")
     return 0
 
@@ -159,6 +159,8 @@ def _kept(target: Path, options: argparse.Namespace) -> list[Path]:
 
 def _name_of(source: Path) -> str:
     stem = source.stem if source.is_file() else source.name
+    if initial.is_packed_pickle(source):
+        stem = Path(stem).stem
     if stem.lower() in _NAMELESS:
         stem = source.resolve().parent.name
     return re.sub(r"[^\w.+-]", "_", stem).strip("._-") or "model"

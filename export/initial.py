@@ -4,6 +4,7 @@ Reads ONNX, torch.export's and TorchScript's files, and pickles of scikit-learn'
 what is in it: it is to be one's own.
 """
 
+import importlib
 import json
 import re
 import shutil
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 from tritonclient.grpc import model_config_pb2 as pb
 
-from export import columns, maps
+from export import columns, estimators, maps
 from export.errors import ExportError, first_line
 from tutti import contents, files
 from tutti.dtypes import NUMPY, Array, from_config, to_config
@@ -31,7 +32,10 @@ _KINDS = {".onnx": "onnx", ".pt2": "exported", ".pt": "scripted", ".pth": "scrip
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".onnx")
 # Or packed, as joblib does; a pickle of the first protocol is a text that ends with a full stop.
 _MAY_BE_PICKLES = ("a pickle", "packed")
-_PICKLES = frozenset([".pkl", ".pickle", ".joblib"])
+_PICKLES = frozenset([".pkl", ".pickle", ".joblib", ".sav", ".p"])
+# What joblib appends where it packs, as in model.pkl.gz.
+_PACKED = frozenset([".gz", ".z", ".bz2", ".xz", ".lzma", ".lz4"])
+_LIBRARY = "sklearn"
 _CHECKED_ROWS = 100
 
 
@@ -159,14 +163,22 @@ def read(source: Path, name: str, work: Path, inputs: Sequence[str], max_batch_s
 
 
 def _candidates(folder: Path) -> str:
-    known = sorted(path.name for path in folder.iterdir() if path.suffix in (*_KINDS, *_PICKLES))
+    known = sorted(
+        path.name for path in folder.iterdir() if path.suffix in (*_KINDS, *_PICKLES) or is_packed_pickle(path)
+    )
     return f"; there are {', '.join(known[:5])} in it" if known else ""
+
+
+def is_packed_pickle(source: Path) -> bool:
+    """By its name, as model.pkl.gz."""
+    suffixes = [suffix.lower() for suffix in source.suffixes[-2:]]
+    return len(suffixes) == 2 and suffixes[0] in _PICKLES and suffixes[1] in _PACKED
 
 
 def _kind(source: Path) -> str:
     """By the suffix, and by the first bytes where it may be of two kinds."""
     suffix = source.suffix.lower()
-    if suffix in _PICKLES:
+    if suffix in _PICKLES or is_packed_pickle(source):
         what = contents.of(source)
         is_pickle = what.startswith(_MAY_BE_PICKLES) or (what == "a text" and files.read_bytes(source).endswith(b"."))
         if what and not is_pickle:
@@ -322,56 +334,63 @@ def _torch_type(one: Field) -> Any:
 
 def _pickled(source: Path, name: str, work: Path) -> Draft:
     """A fitted scikit-learn model, as ONNX, whose answers are compared with its own."""
-    import joblib
-    import skl2onnx
     from skl2onnx.common.data_types import FloatTensorType, Int64TensorType, StringTensorType
 
+    model = _unpickled(source)
     try:
-        model = joblib.load(source)
-    except ModuleNotFoundError:
-        raise
-    except Exception as error:
-        what = f"joblib cannot load it ({type(error).__name__}: {first_line(error)})"
-        raise ExportError(f"'{source.name}': expected a pickle of scikit-learn's: {what}") from None
-    if not hasattr(model, "predict") and not hasattr(model, "transform"):
-        raise ExportError(f"'{source.name}' holds a {type(model).__name__}: expected a fitted model of scikit-learn's")
+        model = estimators.answering(model)
+    except ExportError as error:
+        raise ExportError(f"'{source.name}' {error}") from None
     width: int | None = getattr(model, "n_features_in_", None)
     kinds = {"text": StringTensorType, "int64": Int64TensorType, "float": FloatTensorType}
     named = columns.of(model)
     types = [(one.name, kinds[one.kind]([None, 1])) for one in named]
     if not types:
         types = [("X", StringTensorType([None, 1]) if width is None else FloatTensorType([None, width]))]
+    kind = type(model).__name__
     try:
-        # The newest of these operators that all its converters know.
-        opset = {"": skl2onnx.__max_supported_opset__, "ai.onnx.ml": 3}
-        made = skl2onnx.to_onnx(model, initial_types=types, options=_conversion(model), target_opset=opset)
-    except Exception as error:
-        raise ExportError(
-            f"'{source.name}', a {type(model).__name__}: skl2onnx does not convert it: {first_line(error)}"
-        ) from None
-    columns.rename(made.graph, named)
-    path = work / "model.onnx"
-    path.write_bytes(made.SerializeToString())
-    draft = _onnx(path, name, work, f"{source.name}, a {type(model).__name__} of scikit-learn's")
-    rows = _named_rows(named) if named else {"X": _rows(model, width)}
+        made = estimators.to_onnx(model, types)
+        columns.rename(made.graph, named)
+        rows = _named_rows(named) if named else {"X": _rows(model, width)}
+        own = _own_answers(model, _as_fitted(model, rows))
+        _tell_widths(made.graph, own)
+        path = work / "model.onnx"
+        path.write_bytes(made.SerializeToString())
+        draft = _onnx(path, name, work, f"{source.name}, a {kind} of scikit-learn's")
+    except ExportError as error:
+        raise ExportError(f"'{source.name}', a {kind}: {error}") from None
+    except ConfigError as error:
+        raise ExportError(f"'{source.name}', a {kind}: as ONNX it is none: {error}; {estimators.OTHERWISE}") from None
     known = {name: column[0, 0] for name, column in rows.items()} if named else {}
-    return replace(draft, known=known, check=partial(_compared, model, rows))
+    return replace(draft, known=known, check=partial(_compared, own, rows))
 
 
-def _conversion(model: Any) -> dict[int, dict[str, object]]:
-    """skl2onnx's options: probabilities as a tensor, and a locale that every Linux has."""
-    options: dict[int, dict[str, object]] = {}
-    for step in _steps(model):
-        if hasattr(step, "vocabulary_"):
-            options[id(step)] = {"locale": "C.UTF-8"}
-    if hasattr(model, "predict_proba"):
-        options[id(model)] = {"zipmap": False}
-    return options
+def _unpickled(source: Path) -> Any:
+    """Raises ExportError, and ModuleNotFoundError for a library that is not here."""
+    import joblib
+
+    try:
+        return joblib.load(source)
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith(_LIBRARY + "."):
+            raise
+        if isinstance(error, ModuleNotFoundError | AttributeError) and _LIBRARY in str(error):
+            what = f"another version of scikit-learn than {_version(_LIBRARY)}, which is here, has made it"
+            raise ExportError(f"'{source.name}': {what}: {first_line(error)}") from None
+        what = f"joblib cannot load it ({type(error).__name__}: {first_line(error)})"
+        raise ExportError(f"'{source.name}': expected a pickle of scikit-learn's: {what}") from None
 
 
-def _steps(model: Any) -> list[Any]:
-    """Of a pipeline; else the model itself."""
-    return [step for _, step in model.steps] if hasattr(model, "steps") else [model]
+def _version(library: str) -> str:
+    return str(getattr(importlib.import_module(library), "__version__", ""))
+
+
+def _tell_widths(graph: Any, own: Sequence[Array]) -> None:
+    """Correct the sizes of outputs that the converter takes for 1, as of a forest of several targets."""
+    for output, answer in zip(graph.output, own, strict=False):
+        dims = output.type.tensor_type.shape.dim
+        if len(dims) == 2 and answer.ndim == 2 and dims[1].dim_value == 1 != answer.shape[1]:
+            dims[1].dim_value = answer.shape[1]
 
 
 def _rows(model: Any, width: int | None) -> Array:
@@ -379,7 +398,7 @@ def _rows(model: Any, width: int | None) -> Array:
     rng = np.random.default_rng(0)
     if width is not None:
         return rng.standard_normal((_CHECKED_ROWS, width)).astype(np.float32)
-    words = sorted(next((step.vocabulary_ for step in _steps(model) if hasattr(step, "vocabulary_")), {"text": 0}))
+    words = estimators.vocabulary(model) or ["text"]
     texts = [" ".join(rng.choice(words, 1 + index % 8)) for index in range(_CHECKED_ROWS)]
     return np.array([[text.encode()] for text in texts], dtype=object)
 
@@ -422,9 +441,8 @@ def _frame(told: Mapping[str, Array]) -> Any:
     return pandas.DataFrame(dict(told))
 
 
-def _compared(model: Any, rows: Mapping[str, Array], draft: Draft, ask: Ask) -> str:
+def _compared(own: Sequence[Array], rows: Mapping[str, Array], draft: Draft, ask: Ask) -> str:
     """That the answers to these rows are the model's own: numbers within 1e-4, and one row in 100 may differ."""
-    own = _own_answers(model, _as_fitted(model, rows))
     parts: list[list[Array]] = [[] for _ in draft.outputs]
     step = max(1, draft.max_batch_size)
     for start in range(0, _CHECKED_ROWS, step):
@@ -433,10 +451,14 @@ def _compared(model: Any, rows: Mapping[str, Array], draft: Draft, ask: Ask) -> 
             part.append(answers[one.name])
     for one, part, expected in zip(draft.outputs, parts, own, strict=False):
         got = np.concatenate([array.reshape(len(array), -1) for array in part])
-        wanted = expected.reshape(_CHECKED_ROWS, -1)
+        wanted = expected.reshape(len(expected), -1)
+        if got.shape != wanted.shape:
+            what = f"output '{one.name}' is {list(got.shape)} as ONNX, and {list(expected.shape)} of scikit-learn's"
+            raise ExportError(f"{what}; {estimators.OTHERWISE}")
         differing = _differing(got, wanted)
         if differing > 1:
-            raise ExportError(f"output '{one.name}' differs from scikit-learn's in {differing} of {_CHECKED_ROWS} rows")
+            what = f"output '{one.name}' differs from scikit-learn's in {differing} of {_CHECKED_ROWS} rows as ONNX"
+            raise ExportError(f"{what}; {estimators.OTHERWISE}")
     return f"its answers to {_CHECKED_ROWS} random rows are scikit-learn's"
 
 

@@ -1,10 +1,12 @@
 """From a model's file to a repository that serves it: five kinds of files, and what is none."""
 
 import pickle
+import re
 import shlex
 import subprocess
 import sys
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +19,28 @@ import pytest
 import skl2onnx
 import torch
 from onnx import TensorProto, helper
-from sklearn.cluster import KMeans
-from sklearn.compose import ColumnTransformer
-from sklearn.ensemble import IsolationForest
+from sklearn.calibration import CalibratedClassifierCV
+from sklearn.cluster import DBSCAN, KMeans
+from sklearn.compose import ColumnTransformer, TransformedTargetRegressor
+from sklearn.ensemble import (
+    IsolationForest,
+    RandomForestClassifier,
+    RandomForestRegressor,
+    StackingClassifier,
+    StackingRegressor,
+    VotingClassifier,
+    VotingRegressor,
+)
 from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.mixture import GaussianMixture
+from sklearn.model_selection import GridSearchCV, RandomizedSearchCV, TunedThresholdClassifierCV
+from sklearn.multioutput import MultiOutputClassifier
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import OneHotEncoder, StandardScaler
+from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, StandardScaler
+from sklearn.svm import LinearSVC
 
-from export import columns, init, initial, maps
+from export import columns, init, initial, maps, served
 from tests.export import checkpoints
 from tests.models import onnx_add_one
 from tests.serving import serving
@@ -76,6 +91,130 @@ def churn(path: Path) -> None:
     picking = ColumnTransformer([("n", StandardScaler(), ["age"]), ("c", OneHotEncoder(), ["plan", "door"])])
     fitted = make_pipeline(picking, LogisticRegression()).fit(pyarrow.table(drawn), drawn["age"] > 0)
     joblib.dump(fitted, path)
+
+
+ROWS = np.random.default_rng(0).standard_normal((120, 4))
+THREE = np.array(["a", "b", "c"])[np.digitize(ROWS[:, 0] + 0.3 * ROWS[:, 1], [-0.5, 0.5])]
+SUM = 2 * ROWS[:, 0] + ROWS[:, 1]
+SAID = ["a good day", "what a good night", "one bad day", "a bad, bad night"] * 3
+MOOD = ["+", "+", "-", "-"] * 3
+
+
+def members(of_classes: bool) -> list[tuple[str, Any]]:
+    if of_classes:
+        return [("line", LogisticRegression()), ("trees", RandomForestClassifier(5, random_state=0))]
+    return [("line", Ridge()), ("trees", RandomForestRegressor(5, random_state=0))]
+
+
+def text_pipeline() -> Any:
+    return make_pipeline(TfidfVectorizer(), LogisticRegression())
+
+
+# Models that are made of others, as people have them.
+MADE_OF_OTHERS: dict[str, Callable[[], Any]] = {
+    "voting, hard": lambda: VotingClassifier(members(True)).fit(ROWS, THREE),
+    "voting, soft": lambda: VotingClassifier(members(True), voting="soft", weights=[1, 2]).fit(ROWS, THREE),
+    "voting, numbers": lambda: VotingRegressor(members(False), weights=[1, 2]).fit(ROWS, SUM),
+    "voting in a pipeline": lambda: make_pipeline(StandardScaler(), VotingClassifier(members(True), voting="soft")).fit(
+        ROWS, THREE
+    ),
+    "voting on texts": lambda: VotingClassifier([("a", text_pipeline()), ("b", text_pipeline())], voting="soft").fit(
+        SAID, MOOD
+    ),
+    "stacking": lambda: StackingClassifier(members(True), cv=2).fit(ROWS, THREE),
+    "stacking, numbers": lambda: StackingRegressor(members(False), cv=2, passthrough=True).fit(ROWS, SUM),
+    "calibrated": lambda: CalibratedClassifierCV(LinearSVC(), cv=2).fit(ROWS, THREE),
+    "a search": lambda: GridSearchCV(LogisticRegression(), {"C": [0.1, 1]}, cv=2).fit(ROWS, THREE),
+    "a random search": lambda: RandomizedSearchCV(Ridge(), {"alpha": [0.1, 1]}, n_iter=2, cv=2).fit(ROWS, SUM),
+    "a search of texts": lambda: GridSearchCV(text_pipeline(), {"logisticregression__C": [1, 9]}, cv=2).fit(SAID, MOOD),
+    "a search in a pipeline": lambda: make_pipeline(
+        StandardScaler(), RandomizedSearchCV(Ridge(), {"alpha": [0.1, 1]}, n_iter=2, cv=2)
+    ).fit(ROWS, SUM),
+    "several targets": lambda: RandomForestRegressor(5).fit(ROWS, np.stack([SUM, -SUM], 1)),
+    "a mixture": lambda: GaussianMixture(3, random_state=0).fit(ROWS),
+}
+
+
+@pytest.mark.parametrize("case", MADE_OF_OTHERS)
+def test_models_that_are_made_of_others_answer_as_scikit_learn(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    joblib.dump(MADE_OF_OTHERS[case](), tmp_path / "m.pkl")
+    assert cli.main(["init", str(tmp_path / "models"), str(tmp_path / "m.pkl")]) == 0, capsys.readouterr().err
+    assert "its answers to 100 random rows are scikit-learn's" in capsys.readouterr().out
+
+
+# What no graph holds, and what is said.
+NOT_CONVERTED: dict[str, tuple[Callable[[], Any], str]] = {
+    "no converter": (
+        lambda: TransformedTargetRegressor(Ridge(), func=np.cbrt, inverse_func=np.sinh).fit(ROWS, SUM),
+        "skl2onnx does not convert it: it has no converter for TransformedTargetRegressor; the python backend serves",
+    ),
+    "a function": (
+        lambda: make_pipeline(FunctionTransformer(np.cbrt), Ridge()).fit(ROWS, SUM),
+        "unless the transform function is None (= identity); the python backend serves it as it is",
+    ),
+    "a threshold": (
+        lambda: TunedThresholdClassifierCV(LogisticRegression(), cv=2).fit(ROWS, SUM > 1.5),
+        "skl2onnx leaves its threshold out, and its labels would be others; the python backend serves it as it is",
+    ),
+    "lists of answers": (
+        lambda: MultiOutputClassifier(LogisticRegression()).fit(ROWS, np.stack([SUM > 0, SUM > 1], 1)),
+        "has type seq(tensor(float)), which is no tensor of Triton's; the python backend serves it as it is",
+    ),
+    "other shapes": (
+        lambda: RandomForestClassifier(5).fit(ROWS, np.stack([SUM > 0, SUM > 1], 1)),
+        "of scikit-learn's; the python backend serves it as it is",
+    ),
+    "a search that keeps none": (
+        lambda: GridSearchCV(Ridge(), {"alpha": [0.1, 1]}, cv=2, refit=False).fit(ROWS, SUM),
+        "'m.pkl' holds a GridSearchCV with refit=False, which keeps no model: fit it with refit=True",
+    ),
+    "not fitted": (LogisticRegression, "'m.pkl' holds a LogisticRegression that is not fitted: fit it before"),
+    "of its rows only": (lambda: DBSCAN().fit(ROWS), "'m.pkl' holds a DBSCAN, which has no predict and no transform"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_CONVERTED)
+def test_models_that_are_no_graph_are_told_why(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make, says = NOT_CONVERTED[case]
+    joblib.dump(make(), tmp_path / "m.pkl")
+    assert cli.main(["init", str(tmp_path / "models"), str(tmp_path / "m.pkl")]) == 1
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "models").exists()
+
+
+def test_a_pickle_of_another_version_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for module, name in (("sklearn.ensemble.forest", "RandomForestClassifier"), ("sklearn.svm._classes", "OldSVC")):
+        (tmp_path / "m.pkl").write_bytes(f"c{module}\n{name}\n.".encode())
+        assert cli.main(["init", str(tmp_path / "models"), str(tmp_path / "m.pkl")]) == 1
+        assert "another version of scikit-learn than" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "packed"),
+    [
+        ("wine.pkl", 3), ("wine.joblib", ("bz2", 3)), ("wine.sav", ("lzma", 3)), ("wine.p", 0), ("wine.pkl.gz", 0),
+        ("wine.joblib.z", 3), ("wine.PKL.xz", ("xz", 1)),
+    ],
+)  # fmt: skip
+def test_pickles_may_be_packed(file: str, packed: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    joblib.dump(LogisticRegression().fit(ROWS, THREE), tmp_path / file, compress=packed)
+    assert cli.main(["init", str(tmp_path / "models"), str(tmp_path / file)]) == 0, capsys.readouterr().err
+    assert "-> " + str(tmp_path / "models" / "wine" / "1" / "model.onnx") in capsys.readouterr().out
+
+
+def test_what_onnx_cannot_hold_is_served_by_python_as_the_docs_say(tmp_path: Path) -> None:
+    text = (Path(init.__file__).parents[1] / "docs" / "start.md").read_text(encoding="utf-8")
+    program, configuration = re.findall(r"^```(?:py|pbtxt)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    model = TransformedTargetRegressor(Ridge(), func=np.cbrt, inverse_func=np.sinh).fit(ROWS, SUM)
+    (tmp_path / "sums" / "1").mkdir(parents=True)
+    joblib.dump(model, tmp_path / "sums" / "1" / "model.pkl")
+    (tmp_path / "sums" / "1" / "model.py").write_text(program)
+    (tmp_path / "sums" / "config.pbtxt").write_text(configuration)
+    with served.staged(tmp_path) as models:
+        answer = models.ask("sums", {"X": ROWS[:5]})["y"]
+    assert answer[:, 0] == pytest.approx(model.predict(ROWS[:5]))
 
 
 def exported(path: Path) -> None:
