@@ -10,145 +10,30 @@
     print(graph.config())
 
 A step's keywords are its model's inputs. What a model does not have, a tensor that fits nothing, a cycle: every mistake
-raises ConfigError where it is made or, at the latest, from `config`.
+raises ConfigError where it is made or, where only the whole graph shows it, from `config`, as MistakeAt its place.
 """
 
+import difflib
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
+from ensembles import conditions, extensions
 from ensembles import graph as graphs
+from ensembles.conditions import ConditionError
+from ensembles.expressions import Expression, Tensor, Value, bare
+from ensembles.graph import GraphError
+from ensembles.places import MistakeAt, Place, here
 from tutti import config, repository
 from tutti.config import ModelConfig
-from tutti.dtypes import to_config
+from tutti.dtypes import NUMPY, to_config
 from tutti.errors import ConfigError
 
-Value = bool | int | float | str
-
-
-class Expression:
-    """A condition, or a number or text in one; combined with comparisons, + - * /, and & | ~ for and, or, not."""
-
-    def __init__(self, text: "str | _Text") -> None:
-        self._text = _Text([text]) if isinstance(text, str) else text
-
-    def render(self, names: Mapping[int, str]) -> str:
-        """In the language of conditions.py; `names` are the tensors' by identity."""
-        return "".join(names[id(part)] if isinstance(part, Tensor) else part for part in self._text.parts)
-
-    def __gt__(self, other: "Operand") -> "Expression":
-        return self._with(">", other)
-
-    def __ge__(self, other: "Operand") -> "Expression":
-        return self._with(">=", other)
-
-    def __lt__(self, other: "Operand") -> "Expression":
-        return self._with("<", other)
-
-    def __le__(self, other: "Operand") -> "Expression":
-        return self._with("<=", other)
-
-    def __eq__(self, other: object) -> "Expression":  # type: ignore[override]
-        return self._with("==", other)
-
-    def __ne__(self, other: object) -> "Expression":  # type: ignore[override]
-        return self._with("!=", other)
-
-    __hash__ = object.__hash__
-
-    def __add__(self, other: "Operand") -> "Expression":
-        return self._with("+", other)
-
-    def __sub__(self, other: "Operand") -> "Expression":
-        return self._with("-", other)
-
-    def __mul__(self, other: "Operand") -> "Expression":
-        return self._with("*", other)
-
-    def __truediv__(self, other: "Operand") -> "Expression":
-        return self._with("/", other)
-
-    def __and__(self, other: "Expression") -> "Expression":
-        return self._with("and", other)
-
-    def __or__(self, other: "Expression") -> "Expression":
-        return self._with("or", other)
-
-    def __invert__(self) -> "Expression":
-        return Expression(_Text(["not (", *self._parts(), ")"]))
-
-    def __bool__(self) -> bool:
-        raise TypeError("a condition is not true or false before a request comes: combine with & | ~")
-
-    def _parts(self) -> "list[str | Tensor]":
-        return self._text.parts
-
-    def _with(self, sign: str, other: object) -> "Expression":
-        return Expression(_Text(["(", *self._parts(), f" {sign} ", *_operand(other), ")"]))
-
-
-class _Text:
-    def __init__(self, parts: "Sequence[str | Tensor]") -> None:
-        self.parts = list(parts)
-
-
-Operand = Expression | Value
-
-
-def _operand(value: object) -> "list[str | Tensor]":
-    if isinstance(value, Expression):
-        return value._parts()
-    if isinstance(value, bool):
-        return ["true" if value else "false"]
-    if isinstance(value, int | float):
-        return [repr(value)]
-    if isinstance(value, str) and "'" not in value:
-        return [f"'{value}'"]
-    raise ConfigError(f"a condition takes numbers, text without quotes, true and false, got {value!r}")
-
-
-class Tensor(Expression):
-    """An ensemble tensor: alone in a condition, the one element that it has in a row."""
-
-    def __init__(self, graph: "Graph", name: str, datatype: str, dims: Sequence[int]) -> None:
-        super().__init__(_Text([self]))
-        self.graph = graph
-        self.name = name
-        self.datatype = datatype
-        self.dims = tuple(dims)
-
-    def __getitem__(self, index: int) -> Expression:
-        return Expression(_Text([self, f"[{index}]"]))
-
-    def given(self) -> Expression:
-        """Whether the row has it."""
-        return self._call("given")
-
-    def max(self) -> Expression:
-        return self._call("max")
-
-    def min(self) -> Expression:
-        return self._call("min")
-
-    def mean(self) -> Expression:
-        return self._call("mean")
-
-    def sum(self) -> Expression:
-        return self._call("sum")
-
-    def argmax(self) -> Expression:
-        return self._call("argmax")
-
-    def count(self) -> Expression:
-        """How many elements it has in a row."""
-        return self._call("count")
-
-    def _call(self, function: str) -> Expression:
-        return Expression(_Text([f"{function}(", self, ")"]))
+__all__ = ["Expression", "Graph", "Step", "Tensor"]
 
 
 @dataclass
@@ -165,33 +50,91 @@ class Step:
     is_optional: bool
     defaults: Mapping[str, Value]
     made: dict[str, Tensor] = field(default_factory=dict)
+    place: Place = ()
+
+    def __repr__(self) -> str:
+        return f"step '{self.model.name}', whose outputs are {', '.join(f'step[{name!r}]' for name in self._outputs())}"
 
     def __getitem__(self, output: str) -> Tensor:
         """Raises ConfigError for an output that the model does not have."""
-        spec = next((spec for spec in self.model.outputs if spec.name == output), None)
-        if spec is None:
-            names = [spec.name for spec in self.model.outputs]
-            raise ConfigError(f"step '{self.model.name}': the model has no output '{output}', it has {names}")
+        self._check_outputs([output])
         if output not in self.made:
+            spec = next(spec for spec in self.model.outputs if spec.name == output)
             dims = spec.dims
             if self.each and self.gather.get(output, "concat") == "concat":
                 dims = (-1, *dims)
             name = self.graph._fresh(f"{self.model.name}.{output}")
-            self.made[output] = Tensor(self.graph, name, spec.datatype, dims)
+            is_sure = self.model.is_batched == self.graph.is_batched
+            self.made[output] = Tensor(self.graph, name, spec.datatype, dims, is_sure)
         return self.made[output]
 
     def as_inputs(self) -> dict[str, Tensor]:
         """All outputs by their names, for a step whose inputs have the same ones."""
         return {spec.name: self[spec.name] for spec in self.model.outputs}
 
+    def _outputs(self) -> list[str]:
+        return [spec.name for spec in self.model.outputs]
+
+    def _check_outputs(self, names: Sequence[str]) -> None:
+        known = self._outputs()
+        for name in names:
+            if name not in known:
+                raise ConfigError(
+                    f"step '{self.model.name}': the model has no output '{name}', it has {known}{_near(name, known)}"
+                )
+
+    def _check(self) -> None:
+        """Raises ConfigError for options that do not fit the step."""
+        what = f"step '{self.model.name}'"
+        specs = {spec.name: spec for spec in self.model.inputs}
+        for name, tensor in self.inputs.items():
+            if tensor.datatype != specs[name].datatype:
+                raise ConfigError(f"{what}: input '{name}': expected {specs[name].datatype}, got {tensor!r}")
+        for name, spec in specs.items():
+            if name not in self.inputs and not spec.is_optional:
+                raise ConfigError(f"{what}: input '{name}' of the model is missing; it has {list(specs)}")
+        for item in self.each:
+            if not any(item is tensor for tensor in self.inputs.values()):
+                raise ConfigError(f"{what}: each: expected tensors among its inputs, got {item!r}")
+        self._check_outputs([*self.gather, *self.defaults])
+        for output, how in self.gather.items():
+            if how not in extensions.GATHERS:
+                raise ConfigError(
+                    f"{what}: gather of '{output}': expected {', '.join(extensions.GATHERS)}, got {how!r:.100}"
+                )
+        if self.gather and not self.each:
+            raise ConfigError(f"{what}: gather needs each=[...], the tensors whose items are gathered")
+        for output, value in self.defaults.items():
+            _check_value(f"{what}: default of '{output}'", value)
+
+
+class Where:
+    """What `where` gives, for a `with` statement."""
+
+    def __init__(self, graph: "Graph", condition: Expression) -> None:
+        self.place = here()
+        self.is_used = False
+        self._graph = graph
+        self._condition = condition
+
+    def __enter__(self) -> None:
+        self.is_used = True
+        self._graph._where.append(self._condition)
+
+    def __exit__(self, *_: object) -> None:
+        self._graph._where.pop()
+
 
 class Graph:
     """An ensemble while it is written."""
 
     def __init__(self, name: str, repository: Path, max_batch_size: int = 0) -> None:
+        """Raises ConfigError for a name that no ensemble of the repository can have."""
+        self.place = here()
         self.name = name
-        self._root = repository
-        self._max_batch_size = max_batch_size
+        self._root = _folder(repository)
+        _check_name(name, self._root)
+        self._max_batch_size = _whole(f"graph '{name}': max_batch_size", max_batch_size, 0)
         self._inputs: list[tuple[Tensor, bool]] = []
         self._steps: list[Step] = []
         self._outputs: list[tuple[str, Tensor]] = []
@@ -201,26 +144,38 @@ class Graph:
         self._deadline_ms = 0
         self._names: set[str] = set()
         self._where: list[Expression] = []
+        self._wheres: list[Where] = []
+        # Where it was written: what is of the graph itself, by its path in the configuration; defaults and items, by
+        # the identities of their tensors.
+        self._places: dict[str, Place] = {}
+        self._defaulted: dict[int, Place] = {}
 
-    @contextmanager
-    def where(self, condition: Expression) -> Iterator[None]:
+    def __repr__(self) -> str:
+        return f"graph '{self.name}'"
+
+    @property
+    def is_batched(self) -> bool:
+        return self._max_batch_size > 0
+
+    def where(self, condition: Expression) -> Where:
         """All steps made inside run only for rows for which it holds."""
-        if not isinstance(condition, Expression):
-            raise ConfigError(f"where: expected a comparison of tensors, as RISK > 0.5, got {condition!r}")
-        self._where.append(condition)
-        try:
-            yield
-        finally:
-            self._where.pop()
+        made = Where(self, self._condition("where", condition))
+        self._wheres.append(made)
+        return made
 
     def input(
         self, name: str, datatype: str, dims: Sequence[int], optional: bool = False, default: Value | None = None
     ) -> Tensor:
         """An input of the ensemble; dims without the batch axis. Without an optional one its branches are left out."""
-        tensor = Tensor(self, self._fresh(name), datatype, dims)
+        what = f"input {_named(name)}"
+        if name in self._names:
+            raise ConfigError(f"{what}: graph '{self.name}' has a tensor of that name already")
+        if datatype not in NUMPY:
+            near = _near(str(datatype).upper().removeprefix("TYPE_"), list(NUMPY))
+            raise ConfigError(f"{what}: expected a datatype of {', '.join(NUMPY)}, got {datatype!r:.100}{near}")
+        tensor = Tensor(self, self._fresh(name), datatype, _dims(what, dims))
         self._inputs.append((tensor, optional))
-        if default is not None:
-            self._defaults[id(tensor)] = (tensor, default)
+        self._note_default(what, tensor, default)
         return tensor
 
     def step(
@@ -243,41 +198,67 @@ class Graph:
         as `gather` says; it is left out where time is short if it is `optional`. `defaults` are outputs' values where
         it did not run.
         """
-        found = self._model(model, version)
-        names = [spec.name for spec in found.inputs]
+        if not isinstance(model, str):
+            raise ConfigError(f"step: expected the name of a model first, got {model!r:.100}")
+        what = f"step '{model}'"
+        for option, value in (("the inputs", given), ("gather", gather), ("defaults", defaults)):
+            if value is not None and not isinstance(value, Mapping):
+                raise ConfigError(f"{what}: {option}: expected them by name, as {{'NAME': ...}}, got {value!r:.100}")
+        if isinstance(each, Tensor) or not isinstance(each, Sequence) or not all(isinstance(t, Tensor) for t in each):
+            raise ConfigError(f"{what}: each: expected a list of tensors, as each=[boxes], got {each!r:.100}")
+        found = self._model(model, _whole(f"{what}: version", version, -1))
         inputs = {**(given or {}), **inputs}
-        for name, tensor in inputs.items():
-            if name not in names:
-                raise ConfigError(f"step '{model}': the model has no input '{name}', it has {names}")
-            if tensor.graph is not self:
-                raise ConfigError(f"step '{model}': input '{name}' is a tensor of graph '{tensor.graph.name}'")
+        self._check_inputs(found, inputs)
+        if when is not None:
+            self._condition(f"{what}: when", when)
         for condition in self._where:
             when = condition if when is None else condition & when
-        step = Step(self, found, version, inputs, when, tuple(each), gather or {}, optional, defaults or {})
+        step = Step(
+            self, found, version, inputs, when, tuple(each), gather or {}, optional, defaults or {}, place=here()
+        )
+        step._check()
         self._steps.append(step)
         return step
 
     def items(self, tensor: Tensor, count: Tensor) -> Tensor:
         """`tensor`, of which a row has as many items as `count` says."""
+        for one in (tensor, count):
+            self._own("items", one)
         self._items.append((tensor, count))
+        self._defaulted.setdefault(id(tensor), here())
         return tensor
 
     def output(self, name: str, tensor: Tensor, default: Value | None = None) -> None:
         """An output of the ensemble, and its value for rows for which nothing made it."""
+        what = f"output {_named(name)}"
+        self._own(what, tensor)
+        if any(tensor is own for own, _ in self._inputs):
+            raise ConfigError(f"{what}: expected a tensor that a step makes, got the graph's input '{tensor.name}'")
+        for other, own in self._outputs:
+            if name == other or tensor is own:
+                taken = f"the graph has an output '{name}'" if name == other else f"{tensor!r} is its output '{other}'"
+                raise ConfigError(f"{what}: {taken} already")
+        if any(name == own.name for own, _ in self._inputs):
+            raise ConfigError(f"{what}: the graph has an input of that name")
         self._outputs.append((name, tensor))
-        if default is not None:
-            self._defaults[id(tensor)] = (tensor, default)
+        self._places[f"output '{name}'"] = here()
+        self._note_default(what, tensor, default)
 
     def exit_when(self, condition: Expression) -> None:
         """Rows for which it holds are decided: they take no step that the condition does not need."""
-        self._exit = condition
+        self._exit = self._condition("exit_when", condition)
+        self._places["parameters.tutti.exit"] = here()
 
     def deadline_ms(self, milliseconds: int) -> None:
         """How long a request may take that does not say so itself."""
-        self._deadline_ms = milliseconds
+        self._deadline_ms = _whole("deadline_ms", milliseconds, 1)
+        self._places["parameters.tutti.deadline_ms"] = here()
 
     def proto(self) -> pb.ModelConfig:
         """Checked against the models. Raises ConfigError."""
+        for where in self._wheres:
+            if not where.is_used:
+                raise MistakeAt("where: expected a block, as `with graph.where(...):`, got no with", where.place)
         made = pb.ModelConfig(name=self.name, platform="ensemble", max_batch_size=self._max_batch_size)
         names = {id(tensor): name for name, tensor in self._outputs}
         for tensor, optional in self._inputs:
@@ -288,19 +269,18 @@ class Graph:
         for step in self._steps:
             for tensor in step.made.values():
                 names.setdefault(id(tensor), tensor.name)
-        quoted = {key: name if name.replace(".", "_").isidentifier() else f'"{name}"' for key, name in names.items()}
-        for key, value in self._parameters(names, quoted):
-            made.parameters[key].string_value = value
         for step in self._steps:
             if not step.made:
-                raise ConfigError(f"step '{step.model.name}': nothing takes its outputs")
+                raise MistakeAt(f"step '{step.model.name}': nothing takes its outputs", step.place)
+        for key, value in self._parameters(names, self._quoted(names)):
+            made.parameters[key].string_value = value
+        for step in self._steps:
             shown = made.ensemble_scheduling.step.add(model_name=step.model.name, model_version=step.version)
             for name, tensor in step.inputs.items():
                 shown.input_map[name] = self._name_of(tensor, names)
             for name, tensor in step.made.items():
                 shown.output_map[name] = names[id(tensor)]
-        parsed = config.parse(text_format.MessageToString(made), self.name)
-        graphs.plan(parsed, lambda name, version: self._model(name, int(version or -1)))
+        self._check(made, names)
         return made
 
     def config(self) -> str:
@@ -308,15 +288,49 @@ class Graph:
         text: str = text_format.MessageToString(self.proto())
         return text
 
+    def _check(self, made: pb.ModelConfig, names: Mapping[int, str]) -> None:
+        try:
+            parsed = config.parse(text_format.MessageToString(made), self.name)
+            graphs.plan(parsed, lambda name, version: self._model(name, int(version or -1)))
+        except GraphError as error:
+            raise MistakeAt(str(error), self._place_of(error.path, names)) from None
+        except ConfigError as error:
+            raise MistakeAt(str(error), self.place) from None
+
+    def _place_of(self, path: str, names: Mapping[int, str]) -> Place:
+        """Where it was written that a path of the configuration is about; the graph's own where that is not known."""
+        places = dict(self._places)
+        for index, step in enumerate(self._steps):
+            places.setdefault(f"step '{step.model.name}'", step.place)
+            places[f"step {index}"] = step.place
+            for tensor in step.made.values():
+                for kind in ("when", "each", "gather", "optional", "default"):
+                    places[f"parameters.tutti.{kind}.{names[id(tensor)]}"] = step.place
+        for key, place in self._defaulted.items():
+            for kind in ("default", "items"):
+                places[f"parameters.tutti.{kind}.{names[key]}"] = place
+        if path == "ensemble_scheduling.step" and self._steps:  # a cycle, which its last step closes
+            return self._steps[-1].place
+        return next((place for key, place in places.items() if path == key or path.startswith(f"{key} ")), self.place)
+
+    def _quoted(self, names: Mapping[int, str]) -> dict[int, str]:
+        """The tensors' names in conditions, where these read them."""
+        read = [*(step.when for step in self._steps), self._exit]
+        tensors = {id(tensor): tensor for when in read if when is not None for tensor in when.tensors()}
+        try:
+            return {key: conditions.quoted(self._name_of(tensor, names)) for key, tensor in tensors.items()}
+        except ConditionError as error:
+            raise MistakeAt(str(error), self.place) from None
+
     def _parameters(self, names: Mapping[int, str], quoted: Mapping[int, str]) -> Iterator[tuple[str, str]]:
         for step in self._steps:
             first = names[id(next(iter(step.made.values())))] if step.made else ""
             if step.when is not None:
-                yield f"tutti.when.{first}", _bare(step.when.render(quoted))
+                yield f"tutti.when.{first}", bare(step.when.render(quoted))
             if step.each:
                 yield f"tutti.each.{first}", ", ".join(self._name_of(tensor, names) for tensor in step.each)
             for output, how in step.gather.items():
-                yield f"tutti.gather.{names[id(step[output])]}", how
+                yield f"tutti.gather.{self._name_of(step[output], names)}", how
             if step.is_optional:
                 yield f"tutti.optional.{first}", "true"
             for output, value in step.defaults.items():
@@ -327,7 +341,7 @@ class Graph:
         for tensor, value in self._defaults.values():
             yield f"tutti.default.{self._name_of(tensor, names)}", _shown(value)
         if self._exit is not None:
-            yield "tutti.exit", _bare(self._exit.render(quoted))
+            yield "tutti.exit", bare(self._exit.render(quoted))
         if self._deadline_ms:
             yield "tutti.deadline_ms", str(self._deadline_ms)
 
@@ -338,7 +352,44 @@ class Graph:
 
     def _model(self, name: str, version: int) -> ModelConfig:
         repository.check_known(self._root, name)
-        return repository.open_model(self._root, name).config
+        folder = repository.open_model(self._root, name)
+        if version != -1 and version not in folder.versions:
+            raise ConfigError(f"model '{name}' has no version {version}, it has {list(folder.versions)}")
+        return folder.config
+
+    def _check_inputs(self, model: ModelConfig, inputs: Mapping[str, object]) -> None:
+        names = [spec.name for spec in model.inputs]
+        for name, tensor in inputs.items():
+            what = f"step '{model.name}': input '{name}'"
+            if name not in names:
+                near = _near(name, [*names, *_OPTIONS])
+                raise ConfigError(f"step '{model.name}': the model has no input '{name}', it has {names}{near}")
+            self._own(what, tensor)
+
+    def _own(self, what: str, tensor: object) -> None:
+        """Raises ConfigError for what is no tensor, or one of another graph."""
+        if not isinstance(tensor, Tensor):
+            raise ConfigError(f"{what}: expected a tensor, as step['NAME'] or graph.input(...), got {tensor!r:.100}")
+        if tensor.graph is not self:
+            raise ConfigError(f"{what}: '{tensor.name}' is a tensor of graph '{tensor.graph.name}'")
+
+    def _condition(self, what: str, condition: object) -> Expression:
+        """Raises ConfigError for what does not hold or not for a row of this graph."""
+        expected = f"{what}: expected a comparison of tensors, as step['RISK'] > 0.5"
+        if not isinstance(condition, Expression):
+            raise ConfigError(f"{expected}, got {condition!r:.100}")
+        for tensor in condition.tensors():
+            self._own(what, tensor)
+        kind = condition.kind()
+        if kind not in ("truth", None):
+            raise ConfigError(f"{expected}, got a {kind}: {condition!r}")
+        return condition
+
+    def _note_default(self, what: str, tensor: Tensor, value: Value | None) -> None:
+        if value is not None:
+            _check_value(f"{what}: default", value)
+            self._defaults[id(tensor)] = (tensor, value)
+            self._defaulted[id(tensor)] = here()
 
     def _fresh(self, name: str) -> str:
         made, number = name, 2
@@ -346,6 +397,10 @@ class Graph:
             made, number = f"{name}_{number}", number + 1
         self._names.add(made)
         return made
+
+
+# What a step takes beside its model's inputs.
+_OPTIONS = [name for name, one in inspect.signature(Graph.step).parameters.items() if one.kind is one.KEYWORD_ONLY]
 
 
 def _type(tensor: Tensor) -> int:
@@ -356,13 +411,52 @@ def _shown(value: Value) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _bare(text: str) -> str:
-    """Without the parentheses around all of it."""
-    if not text.startswith("(") or not text.endswith(")"):
-        return text
-    depth = 0
-    for index, sign in enumerate(text):
-        depth += (sign == "(") - (sign == ")")
-        if not depth and index < len(text) - 1:
-            return text
-    return text[1:-1]
+def _near(name: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(str(name), names, 1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _named(name: object) -> str:
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"expected a tensor's name as text, got {name!r:.100}")
+    return f"'{name}'"
+
+
+def _folder(path: object) -> Path:
+    if not isinstance(path, str | Path):
+        raise ConfigError(f"Graph: expected the repository's folder, as build(repository) gets it, got {path!r:.100}")
+    return Path(path)
+
+
+def _check_name(name: object, root: Path) -> None:
+    """Raises ConfigError for a name that is none, or that of a model which the graph would replace."""
+    if not isinstance(name, str) or not repository.is_name(name):
+        raise ConfigError(f"Graph: expected a name that a folder can have, got {name!r:.100}")
+    if repository.is_model(root, name) and not _may_be_ensemble(root, name):
+        raise ConfigError(f"graph '{name}': the repository has a model of that name, which is no ensemble")
+
+
+def _may_be_ensemble(root: Path, name: str) -> bool:
+    try:
+        return repository.open_model(root, name).config.is_ensemble
+    except ConfigError:  # it may have been one, and is mended now
+        return True
+
+
+def _whole(what: str, number: object, least: int) -> int:
+    if isinstance(number, bool) or not isinstance(number, int) or number < least:
+        raise ConfigError(f"{what}: expected a whole number, {least} or more, got {number!r:.100}")
+    return number
+
+
+def _dims(what: str, dims: object) -> tuple[int, ...]:
+    is_list = isinstance(dims, Sequence) and not isinstance(dims, str)
+    sizes = list(dims) if isinstance(dims, Sequence) else []
+    if not is_list or not all(isinstance(size, int) and (size > 0 or size == -1) for size in sizes):
+        raise ConfigError(f"{what}: expected dims as a list of sizes of at least 1, or -1 for any, got {dims!r:.100}")
+    return tuple(sizes)
+
+
+def _check_value(what: str, value: object) -> None:
+    if not isinstance(value, bool | int | float | str):
+        raise ConfigError(f"{what}: expected a number, text, True or False, got {value!r:.100}")

@@ -30,9 +30,10 @@ MAX_LENGTH = 1000
 MAX_DEPTH = 20
 FUNCTIONS = ("max", "min", "mean", "sum", "argmax", "count")
 _WORDS = {"and", "or", "not", "true", "false", "given", *FUNCTIONS}
+_NAME = r"[A-Za-z_][A-Za-z0-9_.]*"
 _TOKEN = re.compile(
     r"\s*(?:(?P<quoted>\"[^\"]*\")|(?P<number>\d+(?:\.\d*)?(?:[eE][+-]?\d+)?|\.\d+(?:[eE][+-]?\d+)?)|(?P<text>'[^']*')"
-    r"|(?P<name>[A-Za-z_][A-Za-z0-9_.]*)|(?P<sign><=|>=|==|!=|[<>()\[\]+*/-]))"
+    rf"|(?P<name>{_NAME})|(?P<sign><=|>=|==|!=|[<>()\[\]+*/-]))"
 )
 
 Kind = Literal["number", "truth", "text"]
@@ -85,14 +86,33 @@ def parse(text: str, specs: Specs) -> Condition:
     """Check a condition on tensors of the given kinds. Raises ConditionError."""
     if len(text) > MAX_LENGTH:
         raise ConditionError(f"expected at most {MAX_LENGTH} characters, got {len(text)}")
+    kind, evaluate, read = _parsed(text, specs)
+    if kind != "truth":
+        raise ConditionError(f"expected a comparison, got a {kind}: {text!r}")
+    names = tuple(dict.fromkeys(read))
+    return Condition(text, names, evaluate, {name: specs[name] for name in names})
+
+
+def kind_of(text: str, specs: Specs) -> Kind:
+    """What a condition, or a part of one, comes to. Raises ConditionError."""
+    return _parsed(text, specs)[0]
+
+
+def quoted(name: str) -> str:
+    """A tensor's name as a condition has it. Raises ConditionError for one that none can have."""
+    if re.fullmatch(_NAME, name) and name not in _WORDS:
+        return name
+    if '"' in name:
+        raise ConditionError(f"a condition cannot name a tensor with a double quote, got {name!r}")
+    return f'"{name}"'
+
+
+def _parsed(text: str, specs: Specs) -> "tuple[Kind, _Evaluate, list[str]]":
     parser = _Parser(text, specs)
     kind, evaluate = parser.condition(0)
     if parser.token is not None:
         raise parser.error("expected the end")
-    if kind != "truth":
-        raise ConditionError(f"expected a comparison, got a {kind}: {text!r}")
-    names = tuple(dict.fromkeys(parser.names))
-    return Condition(text, names, evaluate, {name: specs[name] for name in names})
+    return kind, evaluate, parser.names
 
 
 class _Parser:
@@ -165,7 +185,7 @@ class _Parser:
         self._advance()
         other, right = self._chain(("+", "-"), lambda: self._chain(("*", "/"), lambda: self._factor(depth)))
         if kind != other:
-            raise ConditionError(f"'{sign}' compares a {kind} with a {other}")
+            raise ConditionError(f"'{sign}' compares a {kind} with a {other}: expected two of one kind")
         if kind != "number" and sign not in ("==", "!="):
             raise ConditionError(f"'{sign}' compares numbers, got a {kind}")
         compare = _COMPARE[sign]

@@ -23,6 +23,15 @@ from tutti.types import Shape
 ConfigOf = Callable[[str, str], ModelConfig]
 """(model name, version) -> its configuration. Raises a TuttiError when there is none."""
 
+
+class GraphError(ConfigError):
+    """A graph that cannot run. `path` says what of its configuration is wrong, as "step 3 'gate' input_map 'x'"."""
+
+    def __init__(self, message: str, path: str = "") -> None:
+        super().__init__(message)
+        self.path = path
+
+
 # Whether a tensor is made for every row, for all rows of a request or none, or for some rows.
 Made = Literal["always", "by request", "by row"]
 
@@ -207,7 +216,7 @@ def plan(config: ModelConfig, config_of: ConfigOf) -> Plan:
     try:
         extra = extensions.parse(config.parameters)
     except ExtensionError as error:
-        raise ConfigError(f"ensemble '{config.name}': {error}") from None
+        raise GraphError(f"ensemble '{config.name}': {error}", str(error).partition(":")[0]) from None
     return _Planner(config, extra, config_of).plan()
 
 
@@ -599,5 +608,5 @@ def _may_merge(model: ModelConfig, config_of: ConfigOf) -> bool:
     )
 
 
-def _fail(config: ModelConfig, path: str, why: str) -> ConfigError:
-    return ConfigError(f"ensemble '{config.name}': {path}: {why}")
+def _fail(config: ModelConfig, path: str, why: str) -> GraphError:
+    return GraphError(f"ensemble '{config.name}': {path}: {why}", path)

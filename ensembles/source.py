@@ -1,11 +1,13 @@
 """The Python file that a graph is written in: what it makes, or a line that says where it is wrong."""
 
+import difflib
 import traceback
 import types
 from pathlib import Path
 from typing import Any
 
-from ensembles.builder import Graph
+from ensembles.builder import Graph, Step
+from ensembles.places import MistakeAt
 from tutti import files, hints
 from tutti.errors import ConfigError, reason
 
@@ -25,7 +27,7 @@ def graph_of(file: Path, root: Path) -> Graph:
         raise ConfigError(f"{file}: build returned {made!r:.40}: expected a Graph")
     try:
         made.config()
-    except ConfigError as error:
+    except BaseException as error:
         raise _wrong(file, error) from None
     return made
 
@@ -52,9 +54,21 @@ def _wrong(file: Path, error: BaseException) -> BaseException:
         line = f": {' '.join((error.text or '').split())[:80]}" if error.text else ""
         return ConfigError(f"{file}:{error.lineno or 1}:{error.offset or 1}: {error.msg}{line}")
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file.absolute())]
-    where = f"{file}:{frames[-1].lineno}" if frames else str(file)
+    lines = [line for name, line in error.place if name == str(file.absolute())] if isinstance(error, MistakeAt) else []
+    lines += [frame.lineno or 1 for frame in reversed(frames)]
+    where = f"{file}:{lines[0]}" if lines else str(file)
     if isinstance(error, ConfigError):
         return ConfigError(f"{where}: {error}")
     said = reason(error).partition("\n")[0]
-    advice = "" if frames or not isinstance(error, TypeError) else f"; {_EXPECTED}"
+    advice = _meant(error) if frames or not isinstance(error, TypeError) else f"; {_EXPECTED}"
     return ConfigError(f"{where}: {type(error).__name__}{f': {said}' if said else ''}{advice}")
+
+
+def _meant(error: BaseException) -> str:
+    """The name that an unknown attribute of the builder's own objects may have been."""
+    if not isinstance(error, AttributeError) or not type(error.obj).__module__.startswith("ensembles."):
+        return ""
+    known = [name for name in dir(error.obj) if not name.startswith("_")]
+    near = difflib.get_close_matches(error.name or "", known, 1)
+    told = f"; did you mean {near[0]}?" if near else ""
+    return told or (f"; it is {error.obj!r}" if isinstance(error.obj, Step) else "")

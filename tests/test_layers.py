@@ -20,6 +20,7 @@ LAYERS = {
     "ensembles.axes": 1,
     "ensembles.graph": 1, "ensembles.conditions": 1, "ensembles.extensions": 1, "ensembles.explain": 1,
     "ensembles.show": 1, "ensembles.picture": 1, "ensembles.frame": 1, "ensembles.builder": 2,
+    "ensembles.expressions": 1, "ensembles.places": 1,
     "ensembles.source": 4, "ensembles.cli": 4,
     "tutti.statistics": 1, "tutti.devices": 1, "tutti.collector": 1, "tutti.custom_metrics": 1,
     "tutti.host_metrics": 1,
