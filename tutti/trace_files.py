@@ -28,6 +28,8 @@ _TOGETHER_S = 0.02
 _FLUSH_S = 10.0
 _LEAST_DELAY_S, _GREATEST_DELAY_S = 1.0, 60.0
 _PIECE_BYTES = 1024 * 1024
+# Of a version: a longer one is no number of Triton's.
+_MOST_DIGITS = 19
 
 
 class JsonWriter:
@@ -194,8 +196,12 @@ def write_all(file: Any, data: bytes) -> None:
 
 
 def entries_of(record: Record) -> list[dict[str, Any]]:
-    """The objects that a trace is in Triton's files; what Triton's do not say is beside their names."""
-    head = {"id": record.id, "model_name": record.request.model_name, "model_version": int(record.version or 0)}
+    """The objects that a trace is in Triton's files; what Triton's do not say is beside their names.
+
+    A version is -1 where none was asked for and none is known, as in Triton's requests.
+    """
+    version = int(record.version) if record.version.isdecimal() and len(record.version) < _MOST_DIGITS else -1
+    head = {"id": record.id, "model_name": record.request.model_name, "model_version": version}
     if record.request.id:
         head["request_id"] = record.request.id
     if record.parent is not None:

@@ -2,7 +2,7 @@
 
 import itertools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tutti.errors import InferError
@@ -11,6 +11,8 @@ from tutti.types import Call, InferRequest, InferResponse, Sink, Tensor, now_ns
 
 _log = logging.getLogger(__name__)
 
+# The version that a request is for which has none in its answer, "" where nobody knows.
+VersionOf = Callable[[InferRequest], str]
 # Of a larger tensor a trace has only so many elements: their text takes 20 bytes each.
 MAX_ELEMENTS = 64 * 1024
 # Of an explained step, what its trace says, and the activities that end its stages.
@@ -31,7 +33,13 @@ class Record:
     """
 
     def __init__(
-        self, numbers: Iterator[int], call: Call, with_tensors: bool, context: str = "", parent: "Record | None" = None
+        self,
+        numbers: Iterator[int],
+        call: Call,
+        with_tensors: bool,
+        context: str = "",
+        parent: "Record | None" = None,
+        version_of: VersionOf = lambda request: request.model_version,
     ) -> None:
         """`numbers` gives the trace, and each step's within it, its id."""
         self.id = next(numbers)
@@ -48,6 +56,7 @@ class Record:
         # Of the front-end that took the request: "HTTP", "GRPC".
         self.protocol = ""
         self._numbers = numbers
+        self._version_of = version_of
         self._sink: Sink | None = call.sink
 
     def record(self, activity: str, ns: int) -> None:
@@ -67,7 +76,7 @@ class Record:
         if len(self.steps) >= MAX_STEPS:
             self.notes["steps_left_out"] = self.notes.get("steps_left_out", 0) + 1
             return
-        step = Record(self._numbers, call, self.with_tensors, self.context, self)
+        step = Record(self._numbers, call, self.with_tensors, self.context, self, self._version_of)
         self.steps.append(step)
         call.trace = call.sink = step
 
@@ -86,6 +95,7 @@ class Record:
     def end(self, call: Call) -> None:
         """The call has its answer. Shows tensors now: their memory may be another's once it is handed on."""
         answer = call.answer
+        asked = call.request
         # Traces wait to be written: what they say of a request is little, and its tensors, which sinks may know, large.
         self.request = InferRequest(call.request.model_name, {}, id=call.request.id)
         self._sink = None
@@ -100,6 +110,7 @@ class Record:
             self.version = answer.model_version
         elif answer is not None:
             self.error = answer.message
+            self.version = self._version_of(asked)
         if self.with_tensors:
             made = answer.outputs if isinstance(answer, InferResponse) else []
             self.tensors = [("TENSOR_QUEUE_INPUT", shown(tensor)) for tensor in call.request.inputs.values()]

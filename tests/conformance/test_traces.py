@@ -80,3 +80,35 @@ def test_the_same_traces(graphs: Repository, tmp_path: Path) -> None:
     assert [trace["model_name"] for trace in ours] == list(MODELS)
     by_model = sorted(theirs, key=lambda trace: MODELS.index(trace["model_name"]))
     assert [shape(trace) for trace in ours] == [shape(trace) for trace in by_model]
+
+
+FAILING = ("fails", "around")
+
+
+def test_what_fails_is_traced_with_its_version(graphs: Repository, tmp_path: Path) -> None:
+    """Of what is refused before it is executed Triton writes no trace."""
+    tritonserver.require()
+    io = f'max_batch_size: 8 input {{ name: "X" {SPEC} }} output {{ name: "Y" {SPEC} }}'
+    graphs.add_python("fails", f'backend: "python" {io}', "    raise ValueError('no')\n")
+    steps = step("fails", "X", "Y", "XY")
+    graphs.add("around", f'platform: "ensemble" {io} ensemble_scheduling {{ {steps} }}', {".keep": ""})
+
+    def fail(http: str) -> None:
+        for model in FAILING:
+            with pytest.raises(Exception, match="ValueError: no"):
+                Client("http", http).infer(model, {"X": np.zeros((1, 4), np.float32)})
+
+    theirs_at, ours_at = tmp_path / "theirs", tmp_path / "ours"
+    files = [theirs_at.with_name(f"theirs.{number}") for number in range(len(FAILING))]
+    with tritonserver.running(graphs.root, tmp_path, *flags(theirs_at, "triton,log-frequency=1")) as served:
+        fail(served.http)
+        wait_until(lambda: all(file.exists() for file in files))
+    with serving(graphs.root, tmp_path / "log", *flags(ours_at)) as served:
+        fail(served.http)
+
+    def versions(traces: list[dict[str, Any]]) -> list[Any]:
+        return sorted((trace["model_name"], trace["model_version"], versions(trace["steps"])) for trace in traces)
+
+    theirs = [trace for file in files for trace in nested(json.loads(file.read_text()))]
+    ours = nested(json.loads(ours_at.read_text()))
+    assert versions(ours) == versions(theirs) == [("around", 1, [("fails", 1, [])]), ("fails", 1, [])]

@@ -20,7 +20,8 @@ from tests.models import Repository
 from tests.serving import Gather, engine_over, serving, wait_until
 from tutti import trace_files, trace_records, tracing
 from tutti.engine import Engine
-from tutti.errors import ConfigError, InvalidArgument
+from tutti.errors import ConfigError, InferError, InvalidArgument
+from tutti.frontends.api import Api
 from tutti.trace_files import JsonWriter
 from tutti.trace_records import Record
 from tutti.tracing import TraceConfig, Tracer, parse_config
@@ -244,6 +245,47 @@ def test_timestamps_and_tensors(repository: Repository, tmp_path: Path) -> None:
     tensors = {entry["activity"]: entry["tensor"] for entry in entries[2:]}
     assert tensors["TENSOR_QUEUE_INPUT"] == {"name": "x", "data": "0.0,0.0,0.0,0.0", "shape": "1,4", "dtype": "FP32"}
     assert tensors["TENSOR_BACKEND_OUTPUT"]["data"] == "1.0,1.0,1.0,1.0"
+
+
+REFUSED = [
+    # (model, asked version, input, told version): the one asked for, else the one that would have answered, else -1
+    ("add_one", "7", "x", 7),
+    ("add_one", "1", "q", 1),
+    ("add_one", "", "q", 1),
+    ("add_one", "x", "x", -1),
+    ("add_one", "9" * 30, "x", -1),
+    ("nope", "", "x", -1),
+    ("nope", "3", "x", 3),
+    ("fails", "", "x", 1),
+]
+
+
+def test_a_refused_request_is_traced_with_the_version_that_it_was_for(repository: Repository, tmp_path: Path) -> None:
+    repository.add_onnx()
+    spec = "data_type: TYPE_FP32 dims: 4"
+    io = f'max_batch_size: 8 input {{ name: "x" {spec} }} output {{ name: "y" {spec} }}'
+    repository.add_python("fails", f'backend: "python" {io}', "    raise ValueError('no')\n")
+    maps = 'input_map { key: "x" value: "x" } output_map { key: "y" value: "y" }'
+    steps = f'ensemble_scheduling {{ step {{ model_name: "fails" model_version: -1 {maps} }} }}'
+    repository.add("around", f'platform: "ensemble" {io} {steps}', {".keep": ""})
+    tracer = make(tmp_path / "trace.json")
+    with engine_over(repository.root) as engine:
+        api = Api(engine, tracer=tracer)
+        for model, version, name, _ in [*REFUSED, ("around", "", "x", 1)]:
+            gather = Gather(1)
+            x = Tensor.of(name, np.zeros((1, 4), np.float32))
+            call = Call(InferRequest(model, {name: x}, model_version=version), gather)
+            tracer.begin(call)
+            api.submit([call])
+            gather.wait()
+            with pytest.raises(InferError):
+                api.complete(call)
+        tracer.close()
+    heads = [entry for entry in json.loads((tmp_path / "trace.json").read_text()) if "model_name" in entry]
+    told = [(head["model_name"], head["model_version"]) for head in heads]
+    wanted = [(model, version) for model, _, _, version in REFUSED]
+    assert told == [*wanted, ("around", 1), ("fails", 1)]
+    assert all(head["error"] for head in heads)
 
 
 def test_a_model_may_have_settings_of_its_own(repository: Repository, tmp_path: Path) -> None:

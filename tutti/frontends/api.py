@@ -91,6 +91,8 @@ class Api:
         self.grpc = grpc or Access()
         self.shared_memory = shared_memory or SharedMemory()
         self.tracer = tracer or Tracer()
+        if not is_front_end:
+            self.tracer.version_of = self._version_of
         self.logs = logs or Logs()
         self.requests = requests or RequestLog(self.logs)
         # What may wait for long, as a load, has threads of its own: it must not use up others'.
@@ -128,6 +130,15 @@ class Api:
         except InferError:
             pass
         return error
+
+    def _version_of(self, request: InferRequest) -> str:
+        """The version that a refused request has asked for, or the one that would have answered it."""
+        if request.model_version:
+            return request.model_version
+        try:
+            return str(self.engine.model(request.model_name).version)
+        except InferError:
+            return ""
 
     def complete(self, call: Call) -> tuple[InferResponse, Collection[str]]:
         """A settled call's response as its request asks for it, and the outputs that are now in shared memory."""
