@@ -45,10 +45,10 @@ class StepsTimes:
         return known
 
     def _sum(self, count: int) -> Spent:
-        sums: dict[str, tuple[int, int]] = {}
+        sums: dict[str, tuple[int, int, int]] = {}
         for name, times, at_ns in self._each[:count]:
-            spent, (queue_ns, compute_ns) = times.spent(at_ns), sums.get(name, (0, 0))
-            sums[name] = queue_ns + spent.queue_ns, compute_ns + spent.compute_ns
+            spent, (queue_ns, compute_ns, rows) = times.spent(at_ns), sums.get(name, (0, 0, 0))
+            sums[name] = queue_ns + spent.queue_ns, compute_ns + spent.compute_ns, max(rows, spent.rows)
         steps = tuple([(name, *sum_ns) for name, sum_ns in sums.items()])
         return Spent(sum([step[1] for step in steps]), sum([step[2] for step in steps]), steps=steps)
 

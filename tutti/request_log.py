@@ -311,7 +311,10 @@ def fields(event: Event) -> dict[str, Any]:
         shown["batch_rows"] = spent.rows
     if spent is not None and spent.steps:
         longest = sorted(spent.steps, key=lambda step: -step[1] - step[2])[:_MOST_STEPS]
-        shown["steps"] = {name: {"queue_ms": _ms(queue), "compute_ms": _ms(ns)} for name, queue, ns in longest}
+        shown["steps"] = {
+            name: {"queue_ms": _ms(queue), "compute_ms": _ms(ns), **({"batch_rows": rows} if rows else {})}
+            for name, queue, ns, rows in longest
+        }
     shown |= {"pool": event.pool[:_MOST_NAME], "client": event.client[:_MOST_NAME], "error": event.error[:_MOST_TEXT]}
     said = {key: sayable(value) if isinstance(value, str) else value for key, value in shown.items()}
     return {key: value for key, value in said.items() if value != ""}
@@ -328,7 +331,11 @@ def line(event: Event, is_json: bool) -> bytes:
 def _as_text(known: Mapping[str, Any]) -> str:
     shown = dict(known)
     if "steps" in shown:
-        each = [f"{name}:{step['queue_ms']:g}+{step['compute_ms']:g}" for name, step in shown["steps"].items()]
+        each = [
+            f"{name}:{step['queue_ms']:g}+{step['compute_ms']:g}"
+            + (f"/{step['batch_rows']}" if "batch_rows" in step else "")
+            for name, step in shown["steps"].items()
+        ]
         shown["steps"] = ",".join(each)
     return " ".join([f"{key}={_value(value)}" for key, value in shown.items()])
 
@@ -354,14 +361,17 @@ def _where(event: Event) -> str:
         return "it was not executed" if event.error else "where, is not known"
     if spent.is_cached:
         return "its answer was cached"
-    batch = f" in a batch of {spent.rows} rows" if spent.rows > 1 else ""
     other_ns = event.total_ns - spent.queue_ns - spent.compute_ns
-    told = f"{_shown(spent.queue_ns)} in the queue, {_shown(spent.compute_ns)} executed{batch}"
+    told = f"{_shown(spent.queue_ns)} in the queue, {_shown(spent.compute_ns)} executed{_batch(spent.rows)}"
     if spent.steps:
-        name, queue_ns, compute_ns = max(spent.steps, key=lambda step: step[1] + step[2])
+        name, queue_ns, compute_ns, rows = max(spent.steps, key=lambda step: step[1] + step[2])
         longest = f"the longest step '{name}' waited {_shown(queue_ns)} and was executed for {_shown(compute_ns)}"
-        return f"all steps were {told}; {longest}"
+        return f"all steps were {told}; {longest}{_batch(rows)}"
     return f"{told}, {_shown(max(0, other_ns))} elsewhere"
+
+
+def _batch(rows: int) -> str:
+    return f" in a batch of {rows} rows" if rows > 1 else ""
 
 
 def _ms(ns: int) -> float:

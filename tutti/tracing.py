@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 
 from tutti.errors import ConfigError, InvalidArgument, Unsupported
 from tutti.trace_files import JsonWriter
-from tutti.trace_records import Record, numbers
+from tutti.trace_records import Record, VersionOf, numbers
 from tutti.trace_spans import OpenTelemetryWriter
 from tutti.types import Call
 
@@ -115,6 +115,8 @@ class Tracer:
         if config.mode == "triton" and config.file:
             _check_file(Path(config.file))
         self._numbers = numbers()
+        # Whoever knows the models says which version a refused request was for.
+        self.version_of: VersionOf = lambda request: request.model_version
         self._writer: Writer = (
             OpenTelemetryWriter(config.url, config.resource)
             if config.mode == "opentelemetry"
@@ -210,7 +212,7 @@ class Tracer:
             if seen % values["trace_rate"] or 0 <= values["trace_count"] <= self._traced:
                 return
             self._traced += 1
-        record = Record(self._numbers, call, "TENSORS" in values["trace_level"], context)
+        record = Record(self._numbers, call, "TENSORS" in values["trace_level"], context, version_of=self.version_of)
         record.protocol = protocol
         if protocol:
             ((_, started_ns),) = record.timestamps

@@ -219,14 +219,15 @@ class Spent(NamedTuple):
     """Where a request's time went, as far as is known; nanoseconds.
 
     `rows` are those of the batch that it was executed in, 0 where that is not known. `steps` are an ensemble's: (name,
-    queued, computed). Those that ran beside each other are in both sums, which may exceed what the request took.
+    queued, computed, rows of its largest batch). Those that ran beside each other are in both sums, which may exceed
+    what the request took.
     """
 
     queue_ns: int = 0
     compute_ns: int = 0
     rows: int = 0
     is_cached: bool = False
-    steps: tuple[tuple[str, int, int], ...] = ()
+    steps: tuple[tuple[str, int, int, int], ...] = ()
 
     def spent(self, arrived_ns: int) -> "Spent":
         return self

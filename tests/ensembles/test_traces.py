@@ -237,3 +237,18 @@ def test_a_step_is_answered_whatever_its_trace_meets(
     with engine_over(models.root) as engine:
         (call,) = ask(engine, tracer, [2])
     assert isinstance(call.answer, InferResponse)
+
+
+def test_a_steps_batch_rows_are_told_of_requests_that_share_a_frame(models: Repository) -> None:
+    models.add("e", ensemble(step("ten", "Y"), output("Y")), {".keep": ""})
+    gather = Gather(2)
+    with engine_over(models.root) as engine:
+        assert not engine.failures(), engine.failures()
+        x = [Tensor.of("X", np.zeros((rows, 1), np.float32)) for rows in (1, 2)]
+        calls = [Call(InferRequest("e", {"X": tensor}), gather) for tensor in x]
+        engine(calls)
+        gather.wait()
+    for call in calls:
+        assert isinstance(call.answer, InferResponse) and call.times is not None
+        ((name, _, _, rows),) = call.times.spent(call.arrived_ns).steps
+        assert (name, rows) == ("ten", 3)

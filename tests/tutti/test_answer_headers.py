@@ -61,7 +61,7 @@ def test_a_call_that_came_nowhere_has_taken_no_time() -> None:
 
 
 def test_a_step_that_was_executed_twice_is_told_once() -> None:
-    assert steps().spent(0) == Spent(2 * MS, 6 * MS, steps=(("a", 1 * MS, 4 * MS), ("b", 1 * MS, 2 * MS)))
+    assert steps().spent(0) == Spent(2 * MS, 6 * MS, steps=(("a", 1 * MS, 4 * MS, 3), ("b", 1 * MS, 2 * MS, 0)))
 
 
 class _Asked:
@@ -82,7 +82,7 @@ def test_what_many_requests_share_is_added_up_once() -> None:
         times.add("a", piece, 0)
         before = piece.asked
         told = [times.spent(arrived_ns) for arrived_ns in range(10)]
-        assert set(told) == {Spent(count * MS, count * MS, steps=(("a", count * MS, count * MS),))}
+        assert set(told) == {Spent(count * MS, count * MS, steps=(("a", count * MS, count * MS, 0),))}
         assert piece.asked - before == count
 
 

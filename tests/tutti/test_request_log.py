@@ -60,7 +60,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("nasty", NASTY)
 def test_a_line_is_one_whatever_clients_send(nasty: str) -> None:
-    one = event(id=nasty, model=nasty, client=nasty, error=nasty, spent=Spent(MS, 2 * MS, 3, steps=((nasty, 1, 2),)))
+    one = event(id=nasty, model=nasty, client=nasty, error=nasty, spent=Spent(MS, 2 * MS, 3, steps=((nasty, 1, 2, 3),)))
     whole = line(one, is_json=True)
     assert json.loads(whole)["status"] == 200
     assert len(whole) < 4096 + 2 * 6000
@@ -86,10 +86,19 @@ def test_a_line_says_what_is_known() -> None:
 
 
 def test_of_many_steps_the_longest_are_told() -> None:
-    steps = tuple((f"step{n}", n * MS, 0) for n in range(100))
+    steps = tuple((f"step{n}", n * MS, 0, 0) for n in range(100))
     told = json.loads(line(event(spent=Spent(1, 1, steps=steps)), is_json=True))["steps"]
     assert list(told)[:2] == ["step99", "step98"]
     assert len(told) == 12
+
+
+def test_of_a_step_the_rows_of_its_batch_are_told() -> None:
+    one = event(spent=Spent(1, 1, steps=(("a", 3 * MS, 5 * MS, 24), ("b", 0, MS, 0))))
+    assert json.loads(line(one, is_json=True))["steps"] == {
+        "a": {"queue_ms": 3, "compute_ms": 5, "batch_rows": 24},
+        "b": {"queue_ms": 0, "compute_ms": 1},
+    }
+    assert b" steps=a:3+5/24,b:0+1 " in line(one, is_json=False)
 
 
 @pytest.mark.parametrize(
@@ -101,8 +110,13 @@ def test_of_many_steps_the_longest_are_told() -> None:
         ({}, "where, is not known"),
         ({"status": 503, "error": "no replica"}, "it was not executed; it failed with 503: no replica"),
         (
-            {"spent": Spent(10 * MS, 800 * MS, steps=(("a", 0, MS), ("b", 10 * MS, 799 * MS)))},
+            {"spent": Spent(10 * MS, 800 * MS, steps=(("a", 0, MS, 9), ("b", 10 * MS, 799 * MS, 1)))},
             "all steps were 10 in the queue, 800 executed; the longest step 'b' waited 10 and was executed for 799",
+        ),
+        (
+            {"spent": Spent(0, 800 * MS, steps=(("a", 0, MS, 0), ("b", 0, 799 * MS, 24)))},
+            "all steps were 0 in the queue, 800 executed; the longest step 'b' waited 0 and was executed for 799 in a "
+            "batch of 24 rows",
         ),
     ],
 )
