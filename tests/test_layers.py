@@ -43,6 +43,7 @@ LAYERS = {
     "tutti.frontends.http_connection": 4, "tutti.frontends.grpc": 4, "tutti.frontends.grpc_aio": 4,
     "tutti.frontends.grpc_methods": 4, "tutti.frontends.setup": 4,
     "tutti.frontends.http_events": 4, "tutti.frontends.grpc_events": 4,
+    "tutti.frontends.following": 4,
     "tutti.frontends.engine_link": 4, "tutti.frontends.link": 4, "tutti.frontends.task": 4,
     "tutti.frontends.front_ends": 1, "tutti.frontends.worker": 5,
     "tutti.frontends.keepalive": 0, "tutti.foreign_flags": 0,

@@ -121,7 +121,7 @@ def _serve(arguments: Sequence[str]) -> int:
 
         ports = options.http_port, options.grpc_port
         host = options.http_address or options.host
-        return supervisor.run(["serve", *arguments], host, *ports, count, options.exit_timeout_secs)
+        return supervisor.run(["serve", *arguments], host, *ports, count, options.exit_timeout_secs, logs)
     from tutti import process
 
     return process.serve(options, logs)

@@ -94,6 +94,10 @@ class Logs:
     def settings(self) -> Settings:
         return dict(self._settings)
 
+    def changeable(self) -> Settings:
+        """Those that `update` takes, for other processes of the server: each has its own file."""
+        return {name: value for name, value in self._settings.items() if name != "log_file"}
+
     def update(self, changes: Mapping[str, Any]) -> Settings:
         """Change some settings; returns all. Raises InvalidArgument for a name or value that does not fit.
 

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import uvloop
@@ -105,6 +106,8 @@ async def _serve(options: argparse.Namespace, logs: Logs, supervised: Supervised
     server = Server(setup.make_api(engine, options, logs), addresses, collect, sample, options.allow_cpu_metrics)
     if supervised is not None:
         supervised.report(task=str(server.write_task(supervised.folder.parent)))
+        logs.listen(partial(_tell_logs, supervised, logs))
+        _tell_logs(supervised, logs)
     names = (options.load_model or []) if is_explicit and "*" not in (options.load_model or []) else None
     if options.model_control_mode == "poll":
         await in_thread(engine.remember)
@@ -155,6 +158,11 @@ async def _serve(options: argparse.Namespace, logs: Logs, supervised: Supervised
     if left := engine.unfinished():
         now(1, f"this process ends, though not all has: {'; '.join(left)}")
     return 0
+
+
+def _tell_logs(supervised: Supervised, logs: Logs) -> None:
+    """How this process logs, clients may change: its supervisor's lines are beside its own."""
+    supervised.report(logs=logs.changeable())
 
 
 def _verdict(engine: Engine, options: argparse.Namespace) -> int:

@@ -1,6 +1,7 @@
 """What an engine's process tells its supervisor: JSON objects, one a line, through a pipe. And to end with it.
 
-Reports: `task` is the file that tells front-end processes what to do; `ready`; `failed` says which device, and why.
+Reports: `task` is the file that tells front-end processes what to do; `ready`; `failed` says which device, and why;
+`logs` are the settings of logs, as they are from now on.
 """
 
 import ctypes

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tutti.frontends.front_ends import FrontEnds
+from tutti.logs import Logs
 from tutti.reports import Supervised
 from tutti.restarts import UNUSABLE, End, Ended, Restarts
 from tutti.scratch import Folder
@@ -84,12 +85,13 @@ class EngineProcess:
 class Supervisor:
     """Lives on one event loop."""
 
-    def __init__(self, command: Sequence[str], front_ends: int, exit_timeout_s: float) -> None:
+    def __init__(self, command: Sequence[str], front_ends: int, exit_timeout_s: float, logs: Logs) -> None:
         """`command` starts an engine, once told where its sockets are and which ports it has in front of it.
 
-        Asked to stop, all processes end within `exit_timeout_s`.
+        Asked to stop, all processes end within `exit_timeout_s`. `logs` follow the engine's.
         """
         self._command = command
+        self._logs = logs
         self._exit_timeout_s = exit_timeout_s
         self._is_late = False
         self._front_ends = FrontEnds(front_ends)
@@ -174,6 +176,8 @@ class Supervisor:
                 elif "ready" in report:
                     engine.ready_at_s = asyncio.get_running_loop().time()
                     opening = asyncio.create_task(self._open(engine, addresses))
+                elif "logs" in report:
+                    self._logs.update(report["logs"])
                 elif "failed" in report:
                     engine.failure = engine.failure or report["failed"]
                     self._front_ends.close(engine.failure)
@@ -216,12 +220,18 @@ async def _within(timeout_s: float, work: Any) -> None:
 
 
 def run(
-    arguments: Sequence[str], host: str, http_port: int, grpc_port: int, front_ends: int, exit_timeout_s: float
+    arguments: Sequence[str],
+    host: str,
+    http_port: int,
+    grpc_port: int,
+    front_ends: int,
+    exit_timeout_s: float,
+    logs: Logs,
 ) -> int:
     """Serve as `tutti ARGUMENTS` says, in front-end processes and an engine's; returns the exit status."""
     command = [sys.executable, "-m", "tutti.cli", *arguments]
 
     async def serve() -> int:
-        return await Supervisor(command, front_ends, exit_timeout_s).run(host, http_port, grpc_port)
+        return await Supervisor(command, front_ends, exit_timeout_s, logs).run(host, http_port, grpc_port)
 
     return asyncio.run(serve())

@@ -6,7 +6,7 @@ Timestamps are of the monotonic clock in nanoseconds, as in Triton's files.
 import logging
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -123,6 +123,12 @@ class Tracer:
             else JsonWriter(config.file, self.log_frequency)
         )
         self.is_on = self._is_any_on()
+        # Who is told when settings have changed.
+        self._listeners: list[Callable[[], None]] = []
+
+    def listen(self, changed: Callable[[], None]) -> None:
+        """Have `changed` called whenever settings have."""
+        self._listeners.append(changed)
 
     @property
     def needs_headers(self) -> bool:
@@ -163,6 +169,8 @@ class Tracer:
             if "trace_count" in checked:
                 self._traced = 0
             self.is_on = self._is_any_on()
+        for changed in self._listeners:
+            changed()
         self._writer.flush()
         return self.settings(model)
 
@@ -195,10 +203,13 @@ class Tracer:
     def _is_any_on(self) -> bool:
         return any(values.get("trace_level", ["OFF"]) != ["OFF"] for values in (self._global, *self._by_model.values()))
 
-    def begin(self, call: Call, context: str = "", protocol: str = "", received_ns: int = 0) -> None:
+    def begin(
+        self, call: Call, context: str = "", protocol: str = "", received_ns: int = 0, started_ns: int = 0
+    ) -> None:
         """Trace the call if its turn has come. Ask `is_on` first.
 
-        `protocol` is that of the front-end that takes it, "HTTP" or "GRPC", which has begun to at `received_ns`.
+        `protocol` is that of the front-end that takes it, "HTTP" or "GRPC", which has begun to at `received_ns`. One in
+        another process has taken it at `started_ns`.
         """
         model = call.request.model_name
         with self._lock:
@@ -214,6 +225,8 @@ class Tracer:
             self._traced += 1
         record = Record(self._numbers, call, "TENSORS" in values["trace_level"], context, version_of=self.version_of)
         record.protocol = protocol
+        if started_ns:
+            record.timestamps = [("REQUEST_START", started_ns)]
         if protocol:
             ((_, started_ns),) = record.timestamps
             record.record(f"{protocol}_RECV_START", received_ns or started_ns)

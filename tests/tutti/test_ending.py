@@ -12,6 +12,7 @@ import pytest
 
 from tests.serving import wait_until
 from tutti import supervisor
+from tutti.logs import Logs
 from tutti.supervisor import Supervisor
 from tutti.threads import Pool
 
@@ -147,7 +148,7 @@ def test_a_supervised_engine_has_the_time_that_the_user_gives(
 
     monkeypatch.setattr(supervisor, "_within", noted)
     command = [sys.executable, "-c", ENGINE.format(on_stop)]
-    supervising = Supervisor(command, 0, exit_timeout_s)
+    supervising = Supervisor(command, 0, exit_timeout_s, Logs())
 
     async def serve() -> int:
         serving = asyncio.create_task(supervising.run("127.0.0.1", 0, 0))

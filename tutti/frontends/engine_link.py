@@ -17,6 +17,7 @@ from tutti.errors import InferError, Internal, Unavailable
 from tutti.frontends import grpc_codec
 from tutti.frontends.api import Api
 from tutti.frontends.bursts import Entry, Joined, Unpacking, pack_answers
+from tutti.frontends.following import Came, Follower, Leader
 from tutti.frontends.freed import INTERVAL_S, Freed
 from tutti.frontends.grpc_methods import INTERNAL, MODEL_INFER, Method, code_of, details_of, methods
 from tutti.frontends.holding import COUNTED_BYTES
@@ -26,6 +27,7 @@ from tutti.types import Answer, Call, InferResponse, Raw, now_ns
 _log = logging.getLogger(__name__)
 
 _MAX_SIGNATURES = 4096
+_UNKNOWN = Came("", "", 0, 0, {})
 # Front-ends that have sent within such a time send at once.
 _BESIDE_OTHERS_S = 0.001
 # One call for several requests takes no more of a batch than this: others are to fit in beside it.
@@ -51,6 +53,7 @@ class EngineSide:
         self._giving_back: asyncio.Task[None] | None = None
         self._meeting: set[asyncio.Task[None]] = set()
         self._signatures: dict[Hashable, Hashable] = {}
+        self.leader = Leader(api, self._ends)
 
     async def listen(self, path: Path) -> None:
         listener = socket.socket(socket.AF_UNIX)
@@ -161,7 +164,7 @@ class EngineSide:
             self._api.submit(calls)
 
 
-class EngineEnd(End):
+class EngineEnd(End, Follower):
     """One front-end process as the engine's process sees it. The sink of its calls.
 
     Their tokens are their numbers, or a Joined for several.
@@ -178,11 +181,14 @@ class EngineEnd(End):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        self._siblings.add(self)
+        self._siblings.add(self)  # before: of a change that comes now it is told afterwards
+        self._side.leader.tell([self])
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._siblings.discard(self)
+        self.has_ended = True
+        self._side.leader.look()
         self._side.forget(self)
         for call in list(self.open.values()):
             call.is_cancelled = True
@@ -199,11 +205,12 @@ class EngineEnd(End):
         kind = values[0]
         if kind == "infer":
             calls = self._side.calls(values[1], data, self)
+            is_traced, came = self._api.tracer.is_on, values[2] if len(values) > 2 else {}
             for call in calls:
                 token = call.token
                 self.open[token if type(token) is int else token.first] = call
-                if self._api.tracer.is_on:
-                    self._api.tracer.begin(call, "")
+                if is_traced and type(token) is int:
+                    Came(*came.get(token, _UNKNOWN)).begin(self._api.tracer, call)
             self._side.submit(calls, self)
         elif kind == "free":
             if self.arena is not None:
@@ -211,9 +218,13 @@ class EngineEnd(End):
         elif kind == "cancel":
             for number in values[1]:
                 self._cancel(number)
+        elif kind == "followed":
+            self.followed = values[1]
+            self._side.leader.look()
         else:
-            _, number, path, left_ns = values
-            self._begin_raw(number, path, left_ns, data)
+            _, number, path, left_ns, *told = values
+            came = Came(*told[0]) if told else Came.now("", "GRPC")
+            self._begin_raw(number, path, left_ns, data, came)
 
     def settle(self, calls: Sequence[Call]) -> None:
         plain: list[Call] = []
@@ -273,7 +284,7 @@ class EngineEnd(End):
         else:
             call.is_cancelled = True
 
-    def _begin_raw(self, number: int, path: str, left_ns: int, data: memoryview) -> None:
+    def _begin_raw(self, number: int, path: str, left_ns: int, data: memoryview, came: Came) -> None:
         """A serialized request of a unary gRPC method."""
         payload = bytes(data)
         if path != MODEL_INFER:
@@ -287,7 +298,7 @@ class EngineEnd(End):
         call.deadline_ns = now_ns() + left_ns if left_ns else 0
         self.open[number] = call
         if self._api.tracer.is_on:
-            self._api.tracer.begin(call, "", "GRPC")
+            came.begin(self._api.tracer, call)
         self._api.submit([call])
 
     def _end_raw(self, call: Call) -> None:

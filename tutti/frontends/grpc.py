@@ -20,6 +20,7 @@ from pygrpc_native import EVENT_CALL, NativeGrpcFront
 from tutti.errors import InferError, Unavailable
 from tutti.frontends import grpc_codec, grpc_events, grpc_methods, http_codec, keepalive
 from tutti.frontends.api import Api, Elsewhere
+from tutti.frontends.following import Came
 from tutti.frontends.gate import Category
 from tutti.frontends.grpc_guard import Guard
 from tutti.frontends.grpc_methods import (
@@ -227,9 +228,10 @@ class GrpcFront:
 
     def _receive(self) -> None:
         receive: Callable[[int], Any] = self._front.recv_batch
-        if self._api.grpc.needs_headers or self._api.tracer.needs_headers:
+        needs_headers = self._api.grpc.needs_headers
+        if needs_headers or self._api.tracer.needs_headers:
             receive = self._front.recv_batch_details
-        usual = receive
+        usual = self._front.recv_batch_details if needs_headers else self._front.recv_batch
         guard = self._guard
         # Who a call is from, the guard has to know only while it watches connections.
         burst = _BURST
@@ -238,7 +240,7 @@ class GrpcFront:
                 burst = _BURST_OF_LARGE if guard.is_watching else _BURST
                 if guard.is_watching:
                     _tell(guard, events)
-                if guard.needs_peers or self._api.requests.is_on:
+                if guard.needs_peers or self._api.requests.is_on or self._api.tracer.needs_headers:
                     receive = self._front.recv_batch_details
                 elif receive is not usual:
                     receive = usual
@@ -308,8 +310,8 @@ class GrpcFront:
                 raise Elsewhere
             call = Call(request, self, call_id)
         except Elsewhere:
-            peer = _peer(timeout, details)
-            self._ask_elsewhere(call_id, 0, payload, left_ns, peer)
+            came = Came.now(_context(details), "GRPC") if api.tracer.is_on else None
+            self._ask_elsewhere(call_id, 0, payload, left_ns, _peer(timeout, details), came)
             return None
         except InferError as error:
             self._refuse(call_id, MODEL_INFER, (code_of(error), details_of(error)), payload, _peer(timeout, details))
@@ -324,8 +326,7 @@ class GrpcFront:
         if api.grpc.forward is not None and details is not None:
             api.grpc.forward_headers(metadata_headers(details[0]).items(), call.request)
         if api.tracer.is_on:
-            headers = metadata_headers(details[0]) if details is not None else {}
-            api.tracer.begin(call, headers.get("traceparent", ""), "GRPC")
+            api.tracer.begin(call, _context(details), "GRPC")
         self._open[call_id] = call, _peer(timeout, details)
         if api.requests.is_on:
             self._sizes[call_id] = len(payload)
@@ -339,7 +340,9 @@ class GrpcFront:
         if self._api.requests.is_on:
             grpc_events.note_refusal(self._api.requests, path, failure, payload, peer)
 
-    def _ask_elsewhere(self, call_id: int, index: int, payload: bytes, left_ns: int, peer: str) -> None:
+    def _ask_elsewhere(
+        self, call_id: int, index: int, payload: bytes, left_ns: int, peer: str, came: Came | None = None
+    ) -> None:
         """Have the engine's process answer a call."""
         assert self._raw is not None
         method, path = self._methods[index], self._paths[index]
@@ -347,7 +350,7 @@ class GrpcFront:
         if self._api.requests.is_on and (method is None or method.category != "health"):
             outside = grpc_events.outside(path, payload, peer)
         owed_by = peer if method is None else None
-        self._raw(path, payload, left_ns, partial(self._answer_raw, call_id, owed_by, outside))
+        self._raw(path, payload, left_ns, partial(self._answer_raw, call_id, owed_by, outside), came)
 
     def _answer_raw(
         self,
@@ -427,6 +430,11 @@ def _peer(key: bytes | str | None, details: Any) -> str:
     if isinstance(key, str):
         return key
     return str(details[1]) if details is not None else ""
+
+
+def _context(details: Any) -> str:
+    """The trace that a call says it is part of, where its details are known."""
+    return metadata_headers(details[0]).get("traceparent", "") if details is not None else ""
 
 
 def _tell(guard: Guard, events: Sequence[Any]) -> None:

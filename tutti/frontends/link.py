@@ -21,8 +21,10 @@ import numpy as np
 from tutti.errors import Unavailable
 from tutti.frontends.api import Elsewhere
 from tutti.frontends.bursts import Answered, Unpacking, groups, pack
+from tutti.frontends.following import Came, Followed, TracesElsewhere
 from tutti.frontends.grpc_methods import HEALTH_CHECK, NOT_SERVING, SERVICE, RawAnswered
 from tutti.frontends.link_end import End
+from tutti.logs import Settings
 from tutti.types import Call, Raw, SharedRegion, now_ns, settle_all
 
 _log = logging.getLogger(__name__)
@@ -45,6 +47,8 @@ class _Connection(End):
     def __init__(self, owner: "FrontEnd") -> None:
         super().__init__()
         self._owner = owner
+        # What the engine's process wants followed is known.
+        self.follows = asyncio.Event()
 
     def handle(self, values: Any, data: memoryview) -> None:
         kind = values[0]
@@ -53,6 +57,10 @@ class _Connection(End):
         elif kind == "free":
             if self.arena is not None:
                 self.arena.given_back(values[1])
+        elif kind == "follow":
+            self._owner.follow(Followed(*values[2]))
+            self.follows.set()
+            self.send(("followed", values[1]))
         else:
             _, number, code, details = values
             self._owner.answered_raw(number, code, bytes(data), details)
@@ -63,6 +71,7 @@ class _Connection(End):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        self.follows.set()
         self._owner.lost(self)
 
     @property
@@ -82,9 +91,13 @@ class FrontEnd:
     reported to fail, after which it may not answer any more.
     """
 
-    def __init__(self, on_lost: Callable[[], None] = lambda: None) -> None:
-        """`on_lost` is called, on the loop, when there is no engine any more."""
+    def __init__(
+        self, on_lost: Callable[[], None] = lambda: None, on_logs: Callable[[Settings], object] = lambda _: None
+    ) -> None:
+        """`on_lost` is called, on the loop, when there is no engine any more; `on_logs` to log as the engine does."""
         self._on_lost = on_lost
+        self._on_logs = on_logs
+        self.traces = TracesElsewhere()
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
         self._connection: _Connection | None = None
@@ -114,6 +127,7 @@ class FrontEnd:
         except BaseException:
             connection.give_up(own)
             raise
+        await connection.follows.wait()
         before = self._connection
         if before is not None:  # it has been given up, and lives on
             self.lost(before)
@@ -150,6 +164,11 @@ class FrontEnd:
         else:
             self._loop.call_soon_threadsafe(self.send_arrived)
 
+    def follow(self, followed: Followed) -> None:
+        """On the loop: do as the engine's process does."""
+        self.traces.is_on, self.traces.needs_headers = followed.is_traced, followed.has_contexts
+        self._on_logs(followed.logs)
+
     def send_arrived(self) -> None:
         """On the loop: send what other threads have brought."""
         calls = []
@@ -163,7 +182,7 @@ class FrontEnd:
         if connection is None:
             settle_all(calls, self.refusal)
             return
-        now = now_ns()
+        now, first = now_ns(), self._next
         entries, pieces = [], list[Raw]()
         for group in groups(calls, now):
             for call in group:
@@ -171,9 +190,13 @@ class FrontEnd:
             entries.append(tuple(pack(group, self._next, now, connection.lend, pieces)))
             self._open.update(enumerate(group, self._next))
             self._next += len(group)
-        connection.send(("infer", entries), pieces)
+        if self.traces.is_on:
+            came = self.traces.came(self._open, range(first, self._next))
+            connection.send(("infer", entries, came), pieces)
+        else:
+            connection.send(("infer", entries), pieces)
 
-    def ask_raw(self, path: str, payload: bytes, left_ns: int, answered: RawAnswered) -> None:
+    def ask_raw(self, path: str, payload: bytes, left_ns: int, answered: RawAnswered, came: Came | None = None) -> None:
         """Have the engine's process answer a serialized request of a unary gRPC method."""
         number = next(self._numbers)
         with self._lock:
@@ -185,7 +208,8 @@ class FrontEnd:
         if is_mine or connection is None:
             self._refuse_raw(path, answered)
         else:
-            connection.send(("raw", number, path, left_ns), [payload])
+            told = (tuple(came),) if came is not None else ()
+            connection.send(("raw", number, path, left_ns, *told), [payload])
 
     def model(self, name: str, version: str) -> Any:
         """Nothing of models is known here."""

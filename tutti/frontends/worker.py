@@ -42,7 +42,7 @@ async def serve(task: Task, stdout: int) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
-    link = FrontEnd(lambda: streams.refuse_soon())
+    link = FrontEnd(lambda: streams.refuse_soon(), logs.update)
     streams = Streams(task.folder / f"streams-{os.getpid()}", link)
     ports = Ports(task, link, streams.path, logs, task.logging.requests(logs, stdout))
     following = asyncio.create_task(follow(task.folder, link, streams, ports, stop))
@@ -56,8 +56,10 @@ class Ports:
     """The HTTP and the gRPC server."""
 
     def __init__(self, task: Task, link: FrontEnd, streams: Path, logs: Logs, requests: RequestLog) -> None:
-        engine, regions = cast(Any, link), cast(Any, RegionsElsewhere())
-        api = Api(engine, task.limits, task.http, task.grpc, regions, logs=logs, is_front_end=True, requests=requests)
+        engine, regions, traces = cast(Any, link), cast(Any, RegionsElsewhere()), cast(Any, link.traces)
+        api = Api(
+            engine, task.limits, task.http, task.grpc, regions, traces, logs, is_front_end=True, requests=requests
+        )
         self._requests = requests
         self._task = task
         self._grpc = GrpcFront(api, task.host, task.grpc_port, str(streams), link.ask_raw, shares_port=True)
