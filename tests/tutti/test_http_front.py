@@ -5,6 +5,7 @@ import gc
 import json
 import re
 import socket
+import struct
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ import uvloop
 from tests.models import Repository
 from tests.serving import Noted, engine_over, wait_until
 from tutti.engine import Engine
+from tutti.errors import Unavailable
 from tutti.frontends import http as front
 from tutti.frontends import http_api
 from tutti.frontends import http_connection as http
@@ -664,3 +666,94 @@ def test_a_large_answer_for_which_there_is_no_room_is_noted_as_refused(
         assert got == event.status == status
         assert event.bytes_out == len(body)
         assert event.error == (json.loads(body)["error"] if status == 503 else "")
+
+
+def break_off(connection: socket.socket) -> None:
+    """Leave so that the server hears of it at once."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()
+
+
+def noted_by(server: Running) -> Noted:
+    assert server.front._api is not None
+    log = server.front._api.requests = Noted()
+    return log
+
+
+def test_a_client_that_left_before_its_answer_is_noted_so(server: Running) -> None:
+    log, slow = noted_by(server), server.engine.model("slow")
+    with server.connect() as first, server.connect() as second:
+        first.sendall(infer_request("slow", 0.2, request_id="first"))
+        wait_until(lambda: not slow._served.infer._free)  # type: ignore[attr-defined]
+        second.sendall(infer_request("slow", 0.0, request_id="second"))
+        wait_until(lambda: slow._served.infer.queued_rows() == 1)  # type: ignore[attr-defined]
+        break_off(second)
+        assert read_response(first, bytearray())[0] == 200
+    wait_until(lambda: len(log.events) == 2)
+    first_one, second_one = sorted(log.events, key=lambda event: event.id)
+    assert (first_one.status, first_one.error) == (200, "")
+    assert (second_one.status, second_one.bytes_out) == (499, 0)
+    assert "the client had gone" in second_one.error
+
+
+@pytest.mark.parametrize(("is_begun", "status"), [(False, 499), (True, 200)])
+def test_a_client_that_left_an_apps_answer_is_noted_so(
+    server: Running, monkeypatch: pytest.MonkeyPatch, is_begun: bool, status: int
+) -> None:
+    begun = threading.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        if is_begun:
+            await send({"type": "http.response.body", "body": b"part", "more_body": True})
+        begun.set()
+        await asyncio.Event().wait()
+
+    log = noted_by(server)
+    monkeypatch.setattr(server.front, "_app", app)
+    with server.connect() as connection:
+        connection.sendall(b"GET /endless HTTP/1.1\r\nhost: t\r\n\r\n")
+        assert begun.wait(20)
+        break_off(connection)
+    wait_until(lambda: log.events)
+    (event,) = log.events
+    assert (event.status, event.bytes_out) == (status, 4 if is_begun else 0)
+    assert "the client had gone" in event.error
+
+
+@pytest.mark.parametrize("has_answered", [False, True])
+def test_an_app_that_fails_is_noted_once(
+    server: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, has_answered: bool
+) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 418, "headers": []})
+        if has_answered:
+            await send({"type": "http.response.body", "body": b"sorry"})
+        raise RuntimeError
+
+    log = noted_by(server)
+    monkeypatch.setattr(server.front, "_app", app)
+    for count in (1, 2):
+        got, _, _ = exchange(server, b"GET /broken HTTP/1.1\r\nhost: t\r\n\r\n")
+        assert got == (418 if has_answered else 500)
+        wait_until(lambda count=count: len(log.events) >= count)  # type: ignore[misc]
+    assert [event.status for event in log.events] == [got, got]
+
+
+def test_what_a_server_that_stops_refuses_is_noted_once(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    log, slow, settled = noted_by(server), server.engine.model("slow"), threading.Event()
+    settle = server.front.settle
+
+    def seen(calls: Any) -> None:
+        settle(calls)
+        settled.set()
+
+    monkeypatch.setattr(server.front, "settle", seen)
+    with server.connect() as connection:
+        connection.sendall(infer_request("slow", 0.2))
+        wait_until(lambda: not slow._served.infer._free)  # type: ignore[attr-defined]
+        stopping = server.front.stop(0.0, 0.0, Unavailable("the server stops"))
+        asyncio.run_coroutine_threadsafe(stopping, server.loop).result(20)
+        assert read_response(connection, bytearray())[0] == 503
+        assert settled.wait(20)
+    assert [(event.status, event.error) for event in log.events] == [(503, "the server stops")]

@@ -275,7 +275,7 @@ def test_the_servers_own_lines_are_json_too(logs_to: Open, tmp_path: Path, nasty
 def test_what_cannot_be_told_is_lost_and_nothing_else(logs_to: Open, tmp_path: Path) -> None:
     log = RequestLog(logs_to(tmp_path / "log"), str(tmp_path / "access"))
     broken, whole = Call(InferRequest("m", {}), Gather(0)), Call(InferRequest("m", {}), Gather(0))
-    whole.token = Exchange(SimpleNamespace(peer=("127.0.0.1", 5)), b"POST", b"/", True)  # type: ignore[arg-type]
+    whole.token = Exchange(SimpleNamespace(peer=("127.0.0.1", 5), has_gone=False), b"POST", b"/", True)  # type: ignore[arg-type]
     answer: list[Raw] = [b"HTTP/1.1 200 OK\r\n", b"x-request-id: ", b"whole", b"\r\n\r\n", memoryview(b"data")]
     http_events.note_calls(log, [(broken, b""), (whole, answer), (whole, b"".join(answer))], 0)
     grpc_events.note_call(log, broken, (-99, "no code"), (1, 2), "")

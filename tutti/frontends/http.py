@@ -162,7 +162,9 @@ class HttpFront:
         assert self._api is not None
         small: list[tuple[Call, Response]] = []
         large: list[tuple[Call, Response]] = []
-        for call, (_, response) in zip(calls, answered, strict=True):
+        for call, (exchange, response) in zip(calls, answered, strict=True):
+            if exchange.response is not None:  # it was answered, and noted, when the server stopped
+                continue
             is_large = isinstance(response, list) or len(response) >= COUNTED_BYTES
             (large if is_large else small).append((call, response))
         http_events.note_calls(self._api.requests, small, now)
@@ -336,17 +338,26 @@ class HttpFront:
             await self._app(scope, receive, reply.send)
         except Exception as error:
             _log.exception("%s %s failed", exchange.method.decode("latin-1"), exchange.url.decode("latin-1"))
+            if exchange.response is not None:  # the app has answered, and tells of it so
+                return
             if exchange.parts is None:
                 exchange.connection.respond(exchange, 500, f"internal error: {type(error).__name__}")
+                reply.status = 0  # it was noted
             else:
                 exchange.connection.abort()  # half a response is out: only a broken connection tells the client
         finally:
             exchange.task = None
             exchange.release()
-            if self._api is not None and reply.status and self._api.requests.is_on:
-                call, took_ns = scope.get("call"), now_ns() - began_ns
-                answered = reply.status, reply.size, reply.error
-                http_events.note_reply(self._api.requests, exchange, answered, call, took_ns)
+            if self._api is not None and self._api.requests.is_on:
+                self._note_reply(exchange, reply, scope.get("call"), now_ns() - began_ns)
+
+    def _note_reply(self, exchange: Exchange, reply: "_Reply", call: Call | None, took_ns: int) -> None:
+        assert self._api is not None
+        if not reply.status and (exchange.response is not None or self._api.is_front_end):  # whoever answered notes it
+            return
+        is_begun = exchange.parts is not None or exchange.response is not None
+        answered = (reply.status, reply.size, reply.error) if is_begun else (0, 0, b"")
+        http_events.note_reply(self._api.requests, exchange, answered, call, took_ns)
 
     def make_room(self, size: int) -> None:
         """Break with clients that read nothing of their answers, until there is room, if they are enough."""

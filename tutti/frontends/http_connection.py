@@ -363,6 +363,11 @@ class Connection(asyncio.Protocol):
             self._front.heads.clear()
         exchange.head = self._front.heads[raw] = Head(exchange, length)
 
+    @property
+    def has_gone(self) -> bool:
+        """Its client is told nothing any more. From any thread."""
+        return self._transport is None
+
     def pause_writing(self) -> None:
         self._is_write_paused = True
         self._can_write.clear()

@@ -22,6 +22,9 @@ CLIENT_HEADER = b"tutti-client"
 _PROBES = frozenset({b"/v2/health/live", b"/v2/health/ready", b"/-/healthz"})
 _OF_MODEL = re.compile(rb"/v2/models/([^/]+)(?:/versions/([0-9]{1,19}))?/(infer|generate|generate_stream)")
 _HEAD_BYTES = 2048
+# What other servers' logs have for a client that was told nothing, since it had gone.
+GONE = 499
+GONE_MESSAGE = "the client had gone before its answer"
 
 
 def note_calls(log: RequestLog, answered: Sequence[tuple[Call, Response]], now_ns: int) -> None:
@@ -39,7 +42,9 @@ def _note_call(log: RequestLog, call: Call, response: Response, at_s: float, tot
     head, size = _head(response)
     model, version, pool, error = about(call.request.model_name, call.request.model_version, call.answer)
     status = int(head[9:12])
-    if status >= 400 and not error:  # the answer could not be encoded
+    if exchange.connection.has_gone:
+        status, size, error = GONE, 0, GONE_MESSAGE
+    elif status >= 400 and not error:  # the answer could not be encoded
         error = _message((b"".join(response) if isinstance(response, list) else response)[len(head) :])
     log.note(
         Event(
@@ -55,6 +60,8 @@ def note_refusal(log: RequestLog, exchange: Exchange, status: int, message: str,
     if log.wants(total_ns):
         _, sent_id = exchange.known_as()
         request, model, version = _target(exchange)
+        if exchange.connection.has_gone:
+            status, message = GONE, GONE_MESSAGE
         log.note(
             Event(
                 time.time(), sent_id.decode("latin-1"), "http", request, model, version, status, _bytes_in(exchange), 0,
@@ -67,7 +74,10 @@ def note_refusal(log: RequestLog, exchange: Exchange, status: int, message: str,
 def note_reply(
     log: RequestLog, exchange: Exchange, reply: tuple[int, int, bytes], call: Call | None, total_ns: int
 ) -> None:
-    """What is no infer request, but for probes: `reply` is (status, bytes, an error's body), `call` its inference."""
+    """What is no infer request, but for probes: `reply` is (status, bytes, an error's body), `call` its inference.
+
+    The status is 0 where nothing was sent, since the client had gone.
+    """
     status, size, failed = reply
     path = exchange.url.partition(b"?")[0]
     if path in _PROBES or not log.wants(total_ns):
@@ -78,6 +88,10 @@ def note_reply(
         model, version, pool, failure = about(model, version, call.answer)
         error = failure or error
         spent = call.times.spent(call.arrived_ns) if call.times is not None else None
+    if not status:
+        status, size, error = GONE, 0, GONE_MESSAGE
+    elif exchange.connection.has_gone and exchange.response is None:  # it has got a part
+        error = error or GONE_MESSAGE
     _, sent_id = exchange.known_as()
     log.note(
         Event(

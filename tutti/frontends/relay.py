@@ -8,16 +8,21 @@ import asyncio
 import re
 from asyncio import StreamReader
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import orjson
 
+from tutti.frontends import http_events
 from tutti.frontends.gate import Gate
+from tutti.frontends.holding import COUNTED_BYTES
 from tutti.frontends.http import http_headers
 from tutti.frontends.http_connection import Exchange, error_response, response_head
 from tutti.frontends.http_events import CLIENT_HEADER, client_of
 from tutti.frontends.http_status import REFUSED
 from tutti.frontends.link import FrontEnd
+from tutti.request_log import RequestLog
+from tutti.types import now_ns
 
 _HOP_HEADERS = frozenset(
     {b"connection", b"keep-alive", b"content-length", b"transfer-encoding", b"expect", CLIENT_HEADER}
@@ -33,11 +38,15 @@ PROBE_TIMEOUT_S = 2.0
 
 
 class Relay:
-    """An ASGI app, called with the exchange itself."""
+    """An ASGI app, called with the exchange itself.
 
-    def __init__(self, link: FrontEnd, gate: Gate) -> None:
+    What the engine's process answers, that notes in the log of requests; here, what it could not answer to the end.
+    """
+
+    def __init__(self, link: FrontEnd, gate: Gate, requests: RequestLog) -> None:
         self._link = link
         self._gate = gate
+        self._requests = requests
 
     async def __call__(self, scope: Any, _: Any, __: Any) -> None:
         exchange: Exchange = scope["exchange"]
@@ -48,11 +57,12 @@ class Relay:
             self._answer(exchange, path)
             return
         writer: asyncio.StreamWriter | None = None
+        passed = _Passed(exchange, now_ns())
         try:
             async with asyncio.timeout(PROBE_TIMEOUT_S if is_probe else None):
                 reader, writer = await asyncio.open_unix_connection(str(folder / "http"), limit=_MAX_HEAD_BYTES)
                 writer.writelines(_request(exchange))
-                await _pass_on(reader, exchange)
+                await _pass_on(reader, exchange, passed)
         except (OSError, EOFError, asyncio.LimitOverrunError) as error:
             # One that has ended is replaced; only one that does not answer is no sign of life.
             if path in _LIVE and self._link.is_announced and isinstance(error, TimeoutError):
@@ -61,7 +71,9 @@ class Relay:
                 self._answer(exchange, path)
             else:
                 exchange.connection.abort()  # half a response is out: only a broken connection tells the client
+                self._note(passed)
         except _Broken:
+            self._note(passed)
             event = b"data: %b\n\n" % orjson.dumps({"error": self._link.refusal.message})
             exchange.connection.deliver(exchange, b"%x\r\n%b\r\n0\r\n\r\n" % (len(event), event))
         finally:
@@ -86,8 +98,32 @@ class Relay:
         if exchange.method != b"HEAD":
             exchange.connection.respond(exchange, 503, why)
             return
+        if self._requests.is_on:
+            http_events.note_refusal(self._requests, exchange, 503, why, 0)
         response = error_response(503, why, exchange.keep_alive, [exchange.known_as()])
         exchange.connection.deliver(exchange, response[: response.index(b"\r\n\r\n") + 4])
+
+    def _note(self, passed: "_Passed") -> None:
+        """The engine's process has ended amid an answer, and with it what it would have noted."""
+        if self._requests.is_on:
+            answered = passed.status, passed.size, self._link.refusal.message.encode()
+            took_ns = now_ns() - passed.began_ns
+            http_events.note_reply(self._requests, passed.exchange, answered, None, took_ns)
+
+
+@dataclass(slots=True)
+class _Passed:
+    """What the client has got of an answer that comes in parts, as far as it is known."""
+
+    exchange: Exchange
+    began_ns: int
+    status: int = 0
+    size: int = 0
+
+    async def send(self, part: bytes, size: int) -> None:
+        """`size` bytes of it are of the body."""
+        await self.exchange.connection.send_part(self.exchange, part)
+        self.size += size
 
 
 class _Broken(Exception):
@@ -103,7 +139,7 @@ def _request(exchange: Exchange) -> Sequence[Any]:
     return [b"\r\n".join(head), exchange.body]
 
 
-async def _pass_on(reader: StreamReader, exchange: Exchange) -> None:
+async def _pass_on(reader: StreamReader, exchange: Exchange, passed: _Passed) -> None:
     """The response, as it comes. Raises EOFError when it breaks off, or _Broken for a stream of events."""
     raw = await reader.readuntil(b"\r\n\r\n")
     first, *lines = raw[:-4].split(b"\r\n")
@@ -111,38 +147,40 @@ async def _pass_on(reader: StreamReader, exchange: Exchange) -> None:
     if exchange.keep_alive:
         lines = [line for line in lines if not line.lower().startswith(b"connection:")]
     head = b"\r\n".join([first, *lines, b"", b""])
-    status = int(first.split(b" ")[1])
-    if exchange.method == b"HEAD" or status in _NO_BODY:
+    passed.status = int(first.split(b" ")[1])
+    if exchange.method == b"HEAD" or passed.status in _NO_BODY:
         exchange.connection.deliver(exchange, head)
     elif headers.get(b"transfer-encoding") == b"chunked":
-        await _pass_chunks(reader, exchange, head, headers.get(b"content-type", b"").startswith(b"text/event-stream"))
+        await _pass_chunks(reader, head, passed, headers.get(b"content-type", b"").startswith(b"text/event-stream"))
     else:
-        await _pass_length(reader, exchange, head, int(headers[b"content-length"]))
+        await _pass_length(reader, head, passed, int(headers[b"content-length"]))
 
 
-async def _pass_length(reader: StreamReader, exchange: Exchange, head: bytes, left: int) -> None:
-    if left <= _PART_BYTES:
+async def _pass_length(reader: StreamReader, head: bytes, passed: _Passed, left: int) -> None:
+    """In parts from where there might be no room for it: its status is out, and noted, in the engine's process."""
+    exchange = passed.exchange
+    if len(head) + left < COUNTED_BYTES:
         exchange.connection.deliver(exchange, head + await reader.readexactly(left))
         return
-    part = head
-    while left:
-        await exchange.connection.send_part(exchange, part)
-        part = await reader.readexactly(min(left, _PART_BYTES))
-        left -= len(part)
-    exchange.connection.deliver(exchange, part)
+    await passed.send(head, 0)
+    while left > _PART_BYTES:
+        await passed.send(await reader.readexactly(_PART_BYTES), _PART_BYTES)
+        left -= _PART_BYTES
+    exchange.connection.deliver(exchange, await reader.readexactly(left))
 
 
-async def _pass_chunks(reader: StreamReader, exchange: Exchange, head: bytes, is_of_events: bool) -> None:
-    await exchange.connection.send_part(exchange, head)
+async def _pass_chunks(reader: StreamReader, head: bytes, passed: _Passed, is_of_events: bool) -> None:
+    exchange = passed.exchange
+    await passed.send(head, 0)
     while True:
         try:
             line = await reader.readuntil(b"\r\n")
-            chunk = line + await reader.readexactly(int(line.partition(b";")[0], 16) + 2)
+            data = await reader.readexactly(int(line.partition(b";")[0], 16) + 2)
         except (EOFError, OSError):
             if is_of_events:
                 raise _Broken from None
             raise
         if line[:1] == b"0":
-            exchange.connection.deliver(exchange, chunk)
+            exchange.connection.deliver(exchange, line + data)
             return
-        await exchange.connection.send_part(exchange, chunk)
+        await passed.send(line + data, len(data) - 2)

@@ -63,7 +63,7 @@ class Ports:
         self._requests = requests
         self._task = task
         self._grpc = GrpcFront(api, task.host, task.grpc_port, str(streams), link.ask_raw, shares_port=True)
-        self._http = HttpFront(Relay(link, task.http.gate), api, link.memory)
+        self._http = HttpFront(Relay(link, task.http.gate, requests), api, link.memory)
         self._is_open = False
 
     async def open(self) -> None:
