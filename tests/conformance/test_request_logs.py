@@ -2,14 +2,20 @@
 
 import json
 import re
+import socket
+import struct
 import subprocess
 import sys
+import threading
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import tritonclient.grpc as grpc
 import tritonclient.http as http
@@ -172,3 +178,129 @@ def ask_for_large(module: Any, address: str, model: str, request_id: str, is_bin
     asked = [http.InferRequestedOutput("y", binary_data=is_binary)] if module is http else None
     with module.InferenceServerClient(address) as client:
         return client.infer(model, [tensor], request_id=request_id, outputs=asked).as_numpy("y")
+
+
+# Says in a folder that it has begun, and waits there until it may go on.
+_WAIT = """
+    import pathlib, threading
+    folder, name = pathlib.Path(FOLDER), request.request_id()
+    (folder / f"{name} begun").touch()
+    while not (folder / f"{name} may end").exists():
+        threading.Event().wait(0.005)
+    y = pb_utils.Tensor("y", pb_utils.get_input_tensor_by_name(request, "x").as_numpy())
+    return pb_utils.InferenceResponse([y])
+"""
+WAITING_S = 1.0
+
+
+def tensor_of(module: Any) -> Any:
+    made = module.InferInput("x", [1, 4], "FP32")
+    made.set_data_from_numpy(X)
+    return made
+
+
+def lines_of(access: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in access.read_text().splitlines()] if access.exists() else []
+
+
+def ids_of(access: Path) -> set[str]:
+    return {line.get("id", "") for line in lines_of(access)}
+
+
+class Leaving:
+    """Clients that ask a model that waits, and leave."""
+
+    def __init__(self, server: Served, folder: Path) -> None:
+        self._server = server
+        self._folder = folder
+
+    def begun(self, name: str) -> None:
+        wait_until((self._folder / f"{name} begun").exists)
+
+    def end(self, name: str) -> None:
+        (self._folder / f"{name} may end").touch()
+
+    @contextmanager
+    def noticed(self) -> Iterator[None]:
+        """Whoever leaves inside it has been noticed after it."""
+        before = self._descriptors()
+        yield
+        wait_until(lambda: self._descriptors() <= before)
+
+    def over_http(self, name: str, path: str, body: dict[str, Any]) -> None:
+        connection = socket.create_connection(self._server.http.split(":"), timeout=30)  # type: ignore[arg-type]
+        content = json.dumps({"id": name, **body}).encode()
+        head = f"POST /v2/models/waits/{path} HTTP/1.1\r\nhost: t\r\ncontent-length: {len(content)}\r\n\r\n"
+        connection.sendall(head.encode() + content)
+        self.begun(name)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.close()
+
+    def _descriptors(self) -> int:
+        """How many the processes have that clients may reach: one for each connection."""
+        own = psutil.Process(self._server.process.pid)
+        return sum(one.num_fds() for one in [own, *own.children()])
+
+    def in_time(self, name: str, **more: Any) -> None:
+        """Its own time passes."""
+        with (
+            grpc.InferenceServerClient(self._server.grpc) as client,
+            pytest.raises(InferenceServerException, match="Deadline"),
+        ):
+            client.infer("waits", [tensor_of(grpc)], request_id=name, client_timeout=WAITING_S, **more)
+        self.begun(name)
+
+    def cancelled(self, name: str, **more: Any) -> None:
+        ended = threading.Event()
+        with grpc.InferenceServerClient(self._server.grpc) as client:
+            asked = client.async_infer("waits", [tensor_of(grpc)], lambda **_: ended.set(), request_id=name, **more)
+            self.begun(name)
+            asked.cancel()
+            assert ended.wait(30)
+
+    def streamed(self, name: str) -> None:
+        with grpc.InferenceServerClient(self._server.grpc) as client:
+            client.start_stream(lambda **_: None)
+            client.async_stream_infer("waits", [tensor_of(grpc)], request_id=name)
+            self.begun(name)
+            client.stop_stream(cancel_requests=True)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [(), ("--grpc-server", "grpcio"), ("--front-end-processes", "2")],
+    ids=["one process", "grpcio", "front ends"],
+)
+def test_the_log_says_what_clients_were_told_that_left(tmp_path: Path, flags: tuple[str, ...]) -> None:
+    repository, folder, access = Repository(tmp_path / "repository"), tmp_path / "waits", tmp_path / "access"
+    folder.mkdir()
+    config = f'backend: "python" max_batch_size: 1 {_TENSORS} {IN_PROCESS}'
+    repository.add_python("waits", config, _WAIT.replace("FOLDER", repr(str(folder))))
+    data: dict[str, Any] = {"name": "x", "datatype": "FP32", "shape": [1, 4], "data": [1, 2, 3, 4]}
+    by_class = [grpc.InferRequestedOutput("y", class_count=1)]
+    wanted = {
+        "http": 499, "generate": 499, "late": "DEADLINE_EXCEEDED", "late-classes": "DEADLINE_EXCEEDED",
+        "cancelled": "CANCELLED", "cancelled-classes": "CANCELLED", "stream": "CANCELLED",
+    }  # fmt: skip
+    with serving(
+        repository.root, tmp_path / "log", "--access-log", str(access), "--log-format", "json", *flags
+    ) as server:
+        leaving = Leaving(server, folder)
+        for name, leave in (
+            ("http", lambda name: leaving.over_http(name, "infer", {"inputs": [data]})),
+            ("generate", lambda name: leaving.over_http(name, "generate", {"x": [1, 2, 3, 4]})),
+            ("cancelled", leaving.cancelled),
+            ("cancelled-classes", lambda name: leaving.cancelled(name, outputs=by_class)),
+            ("late", leaving.in_time),
+            ("late-classes", lambda name: leaving.in_time(name, outputs=by_class)),
+        ):
+            with leaving.noticed():
+                leave(name)
+            leaving.end(name)
+        leaving.streamed("stream")
+        wait_until(lambda: "stream" in ids_of(access))
+        leaving.end("stream")
+        wait_until(lambda: set(wanted) <= ids_of(access))
+    lines = [line for line in lines_of(access) if line.get("id") in wanted]
+    assert sorted((line["id"], line["status"]) for line in lines) == sorted(wanted.items())
+    assert all("the client had gone" in line["error"] and line["bytes_out"] == 0 for line in lines)

@@ -149,8 +149,11 @@ class GrpcFront:
     def refuse_open(self, error: InferError) -> None:
         """Answer the calls that are inside with an error."""
         for call_id in list(self._open):
-            if self._open.pop(call_id, None) is not None:
-                self._front.fail(call_id, code_of(error), details_of(error))
+            call, peer = self._open.pop(call_id, _NOBODY)
+            if call is not None:
+                failure = self._fail(call_id, (code_of(error), details_of(error)), call.deadline_ns)
+                if self._api.requests.is_on:
+                    self._note(call, failure, 0, peer)
 
     def stop(self) -> None:
         if self._guard is not None:
@@ -162,7 +165,7 @@ class GrpcFront:
         guard = self._guard
         is_noted = self._api.requests.is_on
         for call in calls:
-            _, peer = self._open.pop(call.token, _NOBODY)
+            known, peer = self._open.pop(call.token, _NOBODY)
             if self._held:
                 self._api.holding.give(self._held.pop(call.token, 0))
             failure: tuple[int, str] | None = None
@@ -173,7 +176,7 @@ class GrpcFront:
                 if guard is not None and (len(message) >= COUNTED_BYTES or guard.is_owing):
                     failure = self._give(guard, call.token, message, peer)
                 else:
-                    self._respond(call.token, message)
+                    failure = self._respond(call.token, message)
             except InferError as error:
                 error.__traceback__ = None  # it leads to the call, which has the error: a cycle that keeps the tensors
                 failure = code_of(error), details_of(error)
@@ -181,10 +184,17 @@ class GrpcFront:
                 _log.exception("a response of model '%s' could not be encoded", call.request.model_name)
                 failure = INTERNAL, f"internal error: {type(error).__name__}"
             if failure is not None:
-                self._front.fail(call.token, *failure)
-            if is_noted or self._sizes:
-                sizes = self._sizes.pop(call.token, 0), len(message) if failure is None else 0
-                grpc_events.note_call(self._api.requests, call, failure, sizes, peer)
+                failure = self._fail(call.token, failure, call.deadline_ns)
+            if (is_noted or self._sizes) and known is not None:  # else it was refused when the server stopped
+                self._note(call, failure, len(message), peer)
+
+    def _note(self, call: Call, failure: tuple[int, str] | None, size: int, peer: str) -> None:
+        sizes = self._sizes.pop(call.token, 0), size if failure is None else 0
+        grpc_events.note_call(self._api.requests, call, failure, sizes, peer)
+
+    def _fail(self, call_id: int, failure: tuple[int, str], deadline_ns: int = 0) -> tuple[int, str]:
+        """End a call with an error; returns what its client was told, which may have left."""
+        return failure if self._front.fail(call_id, *failure) else grpc_events.left(failure, deadline_ns)
 
     def _give(self, guard: Guard, call_id: int, message: bytes, peer: str) -> tuple[int, str] | None:
         """Answer, if that may be held until its client has read it; else why not."""
@@ -193,21 +203,23 @@ class GrpcFront:
         if size > limit:  # trying again would not help
             what = f"the answer has {size} bytes, all that are held at a time at most {limit} (--max-inflight-bytes)"
             return RESOURCE_EXHAUSTED, what
-        failure: tuple[int, str] | None = None
         self._largest = max(self._largest, size)
         self._given += size  # before: the guard takes no more to be owed than has been given
         if guard.may_give(peer, size):
-            self._respond(call_id, message)
+            failure = self._respond(call_id, message)
         else:
             failure = code_of(Unavailable("")), self._api.holding.refusal
         self._given -= size
         return failure
 
-    def _respond(self, call_id: int, message: bytes) -> None:
+    def _respond(self, call_id: int, message: bytes) -> tuple[int, str] | None:
+        """Answer; for a client that has left, what that is called."""
         size = len(message)
         self._given += size
-        if not self._front.respond(call_id, message):
-            self._given -= size
+        if self._front.respond(call_id, message):
+            return None
+        self._given -= size
+        return grpc_events.GONE
 
     def _under_way(self) -> int:
         """How many bytes of answers the native server has, at most. One thread at a time asks."""
@@ -336,7 +348,7 @@ class GrpcFront:
 
     def _refuse(self, call_id: int, path: str, failure: tuple[int, str], payload: bytes, peer: str) -> None:
         """Answer a call that nobody was asked for."""
-        self._front.fail(call_id, *failure)
+        failure = self._fail(call_id, failure)
         if self._api.requests.is_on:
             grpc_events.note_refusal(self._api.requests, path, failure, payload, peer)
 
@@ -348,7 +360,7 @@ class GrpcFront:
         method, path = self._methods[index], self._paths[index]
         outside: grpc_events.Outside | None = None
         if self._api.requests.is_on and (method is None or method.category != "health"):
-            outside = grpc_events.outside(path, payload, peer)
+            outside = grpc_events.outside(path, payload, peer, left_ns)
         owed_by = peer if method is None else None
         self._raw(path, payload, left_ns, partial(self._answer_raw, call_id, owed_by, outside), came)
 
@@ -366,11 +378,11 @@ class GrpcFront:
         if failure is None and self._guard is not None and peer is not None and len(message) >= COUNTED_BYTES:
             failure = self._give(self._guard, call_id, message, peer)
         elif failure is None and peer is not None:
-            self._respond(call_id, message)
-        elif failure is None:
-            self._front.respond(call_id, message)
+            failure = self._respond(call_id, message)
+        elif failure is None and not self._front.respond(call_id, message):
+            failure = grpc_events.GONE
         if failure is not None:
-            self._front.fail(call_id, *failure)
+            failure = self._fail(call_id, failure, outside.deadline_ns if outside is not None else 0)
         if outside is not None:
             size = len(message) if failure is None else 0
             grpc_events.note_outside(self._api.requests, outside, failure, size)
@@ -398,7 +410,7 @@ class GrpcFront:
         if not self._may_pass(call_id, index, method.category, payload, details):
             return
         if self._raw is not None:
-            self._ask_elsewhere(call_id, index, payload, 0, _peer(None, details))
+            self._ask_elsewhere(call_id, index, payload, _left_ns(details), _peer(None, details))
         elif method.blocks:  # it must not hold up the receiving thread
             self._api.control.submit(self._answer, call_id, index, payload, details)
         else:
@@ -411,16 +423,18 @@ class GrpcFront:
         failure: tuple[int, str] | None = None
         try:
             message = method.answer(payload)
-            self._front.respond(call_id, message)
+            if not self._front.respond(call_id, message):
+                failure = grpc_events.GONE
         except InferError as error:
             failure = code_of(error), details_of(error)
         except Exception as error:
             _log.exception("a gRPC call failed")
             failure = INTERNAL, f"internal error: {type(error).__name__}"
         if failure is not None:
-            self._front.fail(call_id, *failure)
+            left_ns = _left_ns(details)
+            failure = self._fail(call_id, failure, began_ns + left_ns if left_ns else 0)
         if method.category != "health" and self._api.requests.is_on:
-            sizes, took_ns = (len(payload), len(message)), now_ns() - began_ns
+            sizes, took_ns = (len(payload), len(message) if failure is None else 0), now_ns() - began_ns
             peer = _peer(None, details)
             grpc_events.note_method(self._api.requests, self._paths[index], failure, sizes, peer, took_ns)
 
@@ -430,6 +444,11 @@ def _peer(key: bytes | str | None, details: Any) -> str:
     if isinstance(key, str):
         return key
     return str(details[1]) if details is not None else ""
+
+
+def _left_ns(details: Any) -> int:
+    """How long a call's client waited when it came, where its details are known; 0 for as long as it takes."""
+    return max(1, int(details[2] * 1e9)) if details is not None and details[2] is not None else 0
 
 
 def _context(details: Any) -> str:

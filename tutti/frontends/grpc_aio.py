@@ -111,9 +111,13 @@ class GrpcioFront:
             except Exception as error:
                 _log.exception("a gRPC call failed")
                 failure = INTERNAL, f"internal error: {type(error).__name__}"
-            if method.category != "health" and self._api.requests.is_on:
-                sizes, took_ns = (len(payload), len(message)), now_ns() - began_ns
-                grpc_events.note_method(self._api.requests, path, failure, sizes, context.peer(), took_ns)
+            except asyncio.CancelledError:
+                failure = _left(context)
+                raise
+            finally:
+                if method.category != "health" and self._api.requests.is_on:
+                    sizes, took_ns = (len(payload), len(message)), now_ns() - began_ns
+                    grpc_events.note_method(self._api.requests, path, failure, sizes, context.peer(), took_ns)
             if failure is not None:
                 await context.abort(_STATUS[failure[0]], failure[1])
             return message
@@ -157,11 +161,14 @@ class GrpcioFront:
         except Exception as error:
             _log.exception("a ModelInfer call failed")
             failure = INTERNAL, f"internal error: {type(error).__name__}"
+        except asyncio.CancelledError:
+            failure = _left(context)
+            raise
         finally:
             self._open.discard(answers)
             answers.cancel()
-        if self._api.requests.is_on:
-            self._note(call, failure, payload, message, context)
+            if self._api.requests.is_on:
+                self._note(call, failure, payload, message, context)
         if failure is not None:
             code, details = failure
             await context.abort(_STATUS[code], details)
@@ -194,32 +201,39 @@ class GrpcioFront:
         self._open.add(answers)
         room = asyncio.Semaphore(_MAX_STREAM_CALLS)
         reader = asyncio.create_task(self._read(requests, context, answers, room))
+        failure: tuple[int, str] | None = None
         try:
             while (item := await answers.next()) is not None:
                 if item.is_final:
                     room.release()
+                failed: tuple[int, str] | None = None
                 try:
                     message = self._shown(item)
                 except InferError as error:
+                    failed = code_of(error), details_of(error)
                     if ends_on_error:
-                        self._note_stream(item, 0, context)
+                        self._note_stream(item, failed, 0, context)
                         raise
                     message = grpc_codec.encode_stream_error(details_of(error), item.call.request.id)
                 if item.is_final:
-                    self._note_stream(item, len(message), context)
+                    self._note_stream(item, failed, len(message), context)
                 if message:
                     yield message
         except InferError as error:
-            await context.abort(_STATUS[code_of(error)], details_of(error))
+            failure = code_of(error), details_of(error)
+            await context.abort(_STATUS[failure[0]], failure[1])
         finally:
             self._open.discard(answers)
             answers.cancel()
             reader.cancel()
+            if self._api.requests.is_on:
+                for call in list(answers.open):  # the stream has ended before they did
+                    grpc_events.note_streamed(self._api.requests, call, failure or _left(context), 0, context.peer())
 
-    def _note_stream(self, item: Item, size: int, context: Any) -> None:
+    def _note_stream(self, item: Item, failure: tuple[int, str] | None, size: int, context: Any) -> None:
         """A request of a stream has its last answer, of `size` bytes."""
         if self._api.requests.is_on:
-            grpc_events.note_streamed(self._api.requests, item.call, item.answer, size, context.peer())
+            grpc_events.note_streamed(self._api.requests, item.call, failure, size, context.peer())
 
     async def _read(
         self, requests: AsyncIterator[bytes], context: Any, answers: Answers, room: asyncio.Semaphore
@@ -269,6 +283,12 @@ class GrpcioFront:
                 shown = now
                 yield now
             await asyncio.sleep(_WATCH_S)
+
+
+def _left(context: Any) -> tuple[int, str]:
+    """What the client of a call has seen that has been cancelled: the end of its time, or its own."""
+    left_s = context.time_remaining()
+    return grpc_events.left(grpc_events.GONE, 0 if left_s is None else now_ns() + int(left_s * 1e9))
 
 
 class _Handler(grpc.GenericRpcHandler):

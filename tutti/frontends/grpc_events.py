@@ -4,12 +4,11 @@ import re
 import time
 from typing import NamedTuple
 
-from tutti.errors import InferError
 from tutti.frontends import grpc_codec
-from tutti.frontends.grpc_methods import MODEL_INFER, code_of, details_of
+from tutti.frontends.grpc_methods import MODEL_INFER
 from tutti.frontends.http_events import about
 from tutti.request_log import Event, RequestLog, harmless
-from tutti.types import Answer, Call, now_ns
+from tutti.types import Call, now_ns
 
 _NAMES = (
     "OK", "CANCELLED", "UNKNOWN", "INVALID_ARGUMENT", "DEADLINE_EXCEEDED", "NOT_FOUND", "ALREADY_EXISTS",
@@ -17,7 +16,18 @@ _NAMES = (
     "INTERNAL", "UNAVAILABLE", "DATA_LOSS", "UNAUTHENTICATED",
 )  # fmt: skip
 # As gRPC's own text has them, and grpcio's, which escapes IPv6.
+# A call whose client has left before its answer, as gRPC has it.
+GONE = 1, "the client had gone before its answer"
+_LATE = 4
+# The native server's clock begins as a call comes, ours when it is taken.
+_CLOCKS_NS = 10_000_000
 _PEER = re.compile(r"ipv[46]:(?:%5B|\[)?(.*?)(?:%5D|\])?:(\d+)")
+
+
+def left(failure: tuple[int, str], deadline_ns: int) -> tuple[int, str]:
+    """What the client of a call that ended with `failure` has seen, as it had left: the end of its time, or its own."""
+    seen = (_LATE, GONE[1]) if deadline_ns and now_ns() >= deadline_ns - _CLOCKS_NS else GONE
+    return failure if failure[0] == seen[0] else seen
 
 
 @harmless
@@ -45,9 +55,8 @@ def note_call(
 
 
 @harmless
-def note_streamed(log: RequestLog, call: Call, answer: Answer, size: int, peer: str) -> None:
-    """A request of a stream; its last answer has `size` bytes."""
-    failure = (code_of(answer), details_of(answer)) if isinstance(answer, InferError) else None
+def note_streamed(log: RequestLog, call: Call, failure: tuple[int, str] | None, size: int, peer: str) -> None:
+    """A request of a stream that has ended; its last answer has `size` bytes."""
     sizes = sum(len(tensor.raw()) for tensor in call.request.inputs.values()), size
     note_call(log, call, failure, sizes, peer, "stream")
 
@@ -67,11 +76,14 @@ class Outside(NamedTuple):
     began_ns: int
     bytes_in: int
     target: tuple[str, str, str]
+    # 0 for none.
+    deadline_ns: int
 
 
-def outside(path: str, payload: bytes, peer: str) -> Outside:
+def outside(path: str, payload: bytes, peer: str, left_ns: int = 0) -> Outside:
     """Of a call that comes now."""
-    return Outside(path, peer, now_ns(), len(payload), _target(path, payload))
+    now = now_ns()
+    return Outside(path, peer, now, len(payload), _target(path, payload), now + left_ns if left_ns else 0)
 
 
 @harmless
