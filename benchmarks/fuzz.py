@@ -19,8 +19,8 @@ import ensembles
 from tests import fuzz
 from tests.models import Repository
 from tests.serving import timer
-from tutti import local
-from tutti.frontends.api import Api
+from tutti.frontends.v2.api import Api
+from tutti.serving import local
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "fuzz.md"

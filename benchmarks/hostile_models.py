@@ -163,7 +163,7 @@ class _Server:
             "good", _HEAD + f"class TritonPythonModel:\n    def execute(self, requests):\n        {_GOOD}\n", ""
         )
         self._http, grpc, metrics = free_ports(3)
-        command = [sys.executable, "-m", "tutti.cli", "serve", str(root), "--model-control-mode=explicit"]
+        command = [sys.executable, "-m", "tutti.app.cli", "serve", str(root), "--model-control-mode=explicit"]
         ports = [f"--http-port={self._http}", f"--grpc-port={grpc}", f"--metrics-port={metrics}", "--load-model=good"]
         with log.open("wb") as file:
             self.process = subprocess.Popen([*command, *ports], stdout=file, stderr=file)

@@ -64,7 +64,16 @@ def fake(*flags: str) -> Iterator[dict[str, str]]:
 def tutti(folder: Path, *prefix: str) -> Iterator[dict[str, str]]:
     """`tutti serve` over a folder's models."""
     http, grpc = free_ports(2)
-    command = [*prefix, sys.executable, "-m", "tutti.cli", "serve", str(folder / "models"), "--http-port", str(http)]
+    command = [
+        *prefix,
+        sys.executable,
+        "-m",
+        "tutti.app.cli",
+        "serve",
+        str(folder / "models"),
+        "--http-port",
+        str(http),
+    ]
     with (folder / "tutti.log").open("wb") as log:
         process = subprocess.Popen([*command, "--grpc-port", str(grpc), "--metrics-port", "0"], stdout=log, stderr=log)
     try:

@@ -102,7 +102,7 @@ def serving(folder: Path, flags: Sequence[str]) -> Iterator[Server]:
     http_port, grpc_port, metrics_port = free_ports(3)
     ports = ["--http-port", str(http_port), "--grpc-port", str(grpc_port), "--metrics-port", str(metrics_port)]
     traces = ["--trace-config", f"triton,file={folder / 'trace'}"]
-    command = [sys.executable, "-m", "tutti.cli", "serve", str(root), *ports, *traces, *flags]
+    command = [sys.executable, "-m", "tutti.app.cli", "serve", str(root), *ports, *traces, *flags]
     log = folder / "log"
     with log.open("wb") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file)

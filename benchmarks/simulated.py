@@ -98,7 +98,7 @@ class Server:
         placement.write_text(f"pools: [{{name: {POOL}, min_replicas: 1, max_replicas: {MOST_REPLICAS}}}]\n")
         http, grpc, self._metrics = free_ports(3)
         self.address = f"127.0.0.1:{grpc}"
-        command = [sys.executable, "-m", "tutti.cli", "serve", str(folder / "models"), "--ray"]
+        command = [sys.executable, "-m", "tutti.app.cli", "serve", str(folder / "models"), "--ray"]
         command += ["--placement", str(placement), "--http-port", str(http), "--grpc-port", str(grpc)]
         log = folder / "tutti.log"
         with log.open("wb") as file:

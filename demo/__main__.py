@@ -18,7 +18,7 @@ from demo.client import Arrays, Client, Item, as_bytes, load_items
 from demo.picture import draw
 from export import digits
 from loadtest.process import free_ports, stop, wait_until_ready
-from tutti.progress import Work, last_line
+from tutti.console.progress import Work, last_line
 
 REPOSITORY = Path("model_repository")
 LABELLED = Path("export/data/moderation.tsv")
@@ -43,7 +43,7 @@ def start_server(log: Any) -> tuple[subprocess.Popen[bytes], list[Client]]:
     """`tutti serve --ray` on free ports. Raises RuntimeError with the end of its log when it does not come up."""
     http_port, grpc_port, metrics_port = free_ports(3)
     command = [
-        sys.executable, "-m", "tutti.cli", "serve", str(REPOSITORY), "--ray",
+        sys.executable, "-m", "tutti.app.cli", "serve", str(REPOSITORY), "--ray",
         "--http-port", str(http_port), "--grpc-port", str(grpc_port), "--metrics-port", str(metrics_port),
     ]  # fmt: skip
     server = subprocess.Popen(command, stdout=log, stderr=log)

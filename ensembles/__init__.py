@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 from ensembles.graph import plan, with_staying
 from ensembles.placed import executor_of
-from tutti.config import ModelConfig, as_decoupled
-from tutti.model import Model
-from tutti.repository import ModelFolder
-from tutti.statistics import ModelStatistics
-from tutti.types import Infer
+from tutti.core.types import Infer
+from tutti.observing.statistics import ModelStatistics
+from tutti.repository.config import ModelConfig, as_decoupled
+from tutti.repository.folders import ModelFolder
+from tutti.serving.model import Model
 
 
 def load(

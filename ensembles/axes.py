@@ -7,7 +7,7 @@ batch to a model without one as what it is. Knows shapes, and nothing of graphs.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tutti.types import RAW_TYPES, Shape, Tensor
+from tutti.core.types import RAW_TYPES, Shape, Tensor
 
 
 @dataclass(frozen=True, slots=True)

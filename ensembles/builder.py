@@ -28,10 +28,11 @@ from ensembles.conditions import ConditionError
 from ensembles.expressions import Expression, Tensor, Value, bare
 from ensembles.graph import GraphError
 from ensembles.places import MistakeAt, Place, here
-from tutti import config, repository
-from tutti.config import ModelConfig
-from tutti.dtypes import NUMPY, to_config
-from tutti.errors import ConfigError
+from tutti.core.dtypes import NUMPY, to_config
+from tutti.core.errors import ConfigError
+from tutti.repository import config
+from tutti.repository import folders as repository
+from tutti.repository.config import ModelConfig
 
 __all__ = ["Expression", "Graph", "Step", "Tensor"]
 

@@ -8,11 +8,12 @@ from typing import Any
 
 from ensembles import graph, picture, show
 from ensembles.source import graph_of
-from tutti import explain_command, hints, repository
-from tutti.arguments import Parser
-from tutti.config import ModelConfig
-from tutti.errors import ConfigError, reason
-from tutti.usage import Help, examples
+from tutti.app import explain
+from tutti.console.arguments import Parser
+from tutti.console.help_format import Help, examples
+from tutti.core.errors import ConfigError, reason
+from tutti.repository import folders, unserved
+from tutti.repository.config import ModelConfig
 
 _REPOSITORY = Path("model_repository")
 
@@ -20,10 +21,10 @@ _REPOSITORY = Path("model_repository")
 def main(arguments: Sequence[str]) -> int:
     """Run one of the commands; returns its exit status. Raises ConfigError for a graph that cannot run."""
     if arguments[:1] == ["explain"]:
-        return explain_command.main(arguments[1:], "tutti ensemble explain")
+        return explain.main(arguments[1:], "tutti ensemble explain")
     options = make_parser().parse_args(arguments)
     run: dict[str, Any] = {"check": _check, "show": _show, "draw": _draw, "build": _build}
-    explain_command.check_folder(options.repository)
+    explain.check_folder(options.repository)
     try:
         status: int = run[options.what](options)
     except OSError as error:  # of a file that is written, or read
@@ -64,7 +65,7 @@ def make_parser() -> argparse.ArgumentParser:
         if name == "draw":
             command.add_argument("--output", type=Path, metavar="FILE", help="where to write it (default: NAME.svg)")
     text = "run one request here, and show when each step ran, for how many rows, or why not: tutti explain"
-    explain_command.add_to(commands, "tutti ensemble explain", text)
+    explain.add_to(commands, "tutti ensemble explain", text)
     build = commands.add_parser(
         "build",
         help="write config.pbtxt from a graph written in Python",
@@ -92,26 +93,26 @@ def _add_repository(command: argparse.ArgumentParser) -> None:
 
 def planned(root: Path, name: str) -> graph.Plan:
     """The checked plan of one of the repository's ensembles. Raises ConfigError."""
-    repository.check_known(root, name)
-    config = repository.open_model(root, name).config
+    folders.check_known(root, name)
+    config = folders.open_model(root, name).config
     if not config.is_ensemble:
         raise ConfigError(f"model '{name}' is no ensemble")
     return graph.plan(config, lambda model, version: _config_of(root, model, version))
 
 
 def _config_of(root: Path, name: str, version: str) -> ModelConfig:
-    folder = repository.open_model(root, name)
+    folder = folders.open_model(root, name)
     if version and int(version) not in folder.versions:
         raise ConfigError(f"model '{name}' has no version {version}, it has {list(folder.versions)}")
     return folder.config
 
 
 def _check(options: argparse.Namespace) -> int:
-    names = [options.name] if options.name is not None else repository.model_names(options.repository)
+    names = [options.name] if options.name is not None else folders.model_names(options.repository)
     failures = checked = 0
     for name in names:
         try:
-            if options.name is None and not repository.open_model(options.repository, name).config.is_ensemble:
+            if options.name is None and not folders.open_model(options.repository, name).config.is_ensemble:
                 continue
             checked += 1
             plan = planned(options.repository, name)
@@ -120,7 +121,7 @@ def _check(options: argparse.Namespace) -> int:
             failures += 1
             print(f"{name}: {error}", file=sys.stderr)
     if not names:
-        raise ConfigError("; ".join(hints.unserved(options.repository)) or f"'{options.repository}' holds no model")
+        raise ConfigError("; ".join(unserved.unserved(options.repository)) or f"'{options.repository}' holds no model")
     if not checked and not failures:
         print(f"no ensembles among the {len(names)} models of {options.repository}")
     return 1 if failures else 0
@@ -152,6 +153,6 @@ def _build(options: argparse.Namespace) -> int:
     (path.parent / "1").mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
     print(path)
-    specs = repository.open_model(options.repository, made.name).config.inputs
+    specs = folders.open_model(options.repository, made.name).config.inputs
     print(f"try it: tutti explain {made.name} {' '.join(f'{spec.name}=...' for spec in specs)}{where}", file=sys.stderr)
     return 0

@@ -23,8 +23,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from tutti.dtypes import Array
-from tutti.types import Shape
+from tutti.core.dtypes import Array
+from tutti.core.types import Shape
 
 MAX_LENGTH = 1000
 MAX_DEPTH = 20

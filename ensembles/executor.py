@@ -14,13 +14,13 @@ from ensembles.explain import Explanation, begun_ns
 from ensembles.frame import Frame, Group, stretch
 from ensembles.graph import Plan, Step
 from ensembles.solo import SoloExecutor, as_error, in_ensemble, in_turn, output_fault, wanted_outputs
-from tutti import rows
-from tutti.cost import Costs
-from tutti.dtypes import Array
-from tutti.errors import Cancelled, DeadlineExceeded, InferError, Unavailable
-from tutti.explain import PARAMETER, Facts
-from tutti.statistics import ModelStatistics
-from tutti.types import Answer, Call, Infer, InferRequest, InferResponse, Tensor, now_ns, settle
+from tutti.core import rows
+from tutti.core.dtypes import Array
+from tutti.core.errors import Cancelled, DeadlineExceeded, InferError, Unavailable
+from tutti.core.types import Answer, Call, Infer, InferRequest, InferResponse, Tensor, now_ns, settle
+from tutti.observing.explanations import PARAMETER, Facts
+from tutti.observing.statistics import ModelStatistics
+from tutti.scheduling.cost import Costs
 
 _log = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import orjson
 
-from tutti.explain import AT_REPLICA, PARAMETER, Explained, Facts, told_in, us
-from tutti.types import Call, InferResponse, Spent, Times, now_ns
+from tutti.core.types import Call, InferResponse, Spent, Times, now_ns
+from tutti.observing.explanations import AT_REPLICA, PARAMETER, Explained, Facts, told_in, us
 
 # What a step's model notes that is of use to people; of several requests, as the slowest had it.
 _TOLD = (

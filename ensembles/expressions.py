@@ -8,7 +8,7 @@ import numpy as np
 
 from ensembles import conditions
 from ensembles.conditions import ConditionError, Kind
-from tutti.errors import ConfigError
+from tutti.core.errors import ConfigError
 
 Value = bool | int | float | str
 _BINDS = "; in Python & | ~ bind closer than comparisons: (a > 1) & (b > 2)"

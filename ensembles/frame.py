@@ -15,9 +15,9 @@ import numpy as np
 from ensembles import conditions
 from ensembles.explain import Explanation, StepsTimes
 from ensembles.graph import Plan, Step, TensorType
-from tutti import rows
-from tutti.dtypes import NUMPY, Array
-from tutti.types import Answer, Call, Columns, InferResponse, Shape, Tensor
+from tutti.core import rows
+from tutti.core.dtypes import NUMPY, Array
+from tutti.core.types import Answer, Call, Columns, InferResponse, Shape, Tensor
 
 
 class Column:

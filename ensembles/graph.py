@@ -15,10 +15,10 @@ from ensembles import conditions, extensions
 from ensembles.axes import Axis, shapes_fit
 from ensembles.conditions import Condition, ConditionError
 from ensembles.extensions import ExtensionError, Extensions
-from tutti.config import EnsembleStep, ModelConfig, TensorSpec
-from tutti.dtypes import NUMPY
-from tutti.errors import ConfigError
-from tutti.types import Shape
+from tutti.core.dtypes import NUMPY
+from tutti.core.errors import ConfigError
+from tutti.core.types import Shape
+from tutti.repository.config import EnsembleStep, ModelConfig, TensorSpec
 
 ConfigOf = Callable[[str, str], ModelConfig]
 """(model name, version) -> its configuration. Raises a TuttiError when there is none."""

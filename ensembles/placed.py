@@ -6,8 +6,8 @@ from ensembles.executor import EnsembleExecutor
 from ensembles.graph import Plan, Step
 from ensembles.segments import cut
 from ensembles.streams import StreamExecutor
-from tutti.statistics import ModelStatistics
-from tutti.types import Call, Infer, now_ns
+from tutti.core.types import Call, Infer, now_ns
+from tutti.observing.statistics import ModelStatistics
 
 ServeSegment = Callable[[Step, Plan, Hashable], Infer]
 """Has a segment served at a place. The step stands for it; its model's name is the segment's."""

@@ -2,7 +2,7 @@
 
 import traceback
 
-from tutti.errors import ConfigError
+from tutti.core.errors import ConfigError
 
 # (file, line) of the calls that lead to it, the innermost first.
 Place = tuple[tuple[str, int], ...]

@@ -8,8 +8,9 @@ from typing import Any
 
 from ensembles.builder import Graph, Step
 from ensembles.places import MistakeAt
-from tutti import files, hints
-from tutti.errors import ConfigError, reason
+from tutti.core import files
+from tutti.core.errors import ConfigError, reason
+from tutti.repository import unserved
 
 _EXPECTED = "expected a function build(repository) -> Graph (docs/ensembles.md)"
 
@@ -34,7 +35,7 @@ def graph_of(file: Path, root: Path) -> Graph:
 
 def _module(file: Path) -> Any:
     if not file.is_file() or file.suffix != ".py":
-        near = hints.near(file) if not file.exists() else ""
+        near = unserved.near(file) if not file.exists() else ""
         got = "a folder" if file.is_dir() else "no such file" if not file.exists() else f"a file '{file.name}'"
         raise ConfigError(f"{file}: expected a Python file, got {got}{f'; did you mean {near!r}?' if near else ''}")
     module = types.ModuleType(f"tutti_graph_{file.stem}")

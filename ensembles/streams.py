@@ -15,10 +15,10 @@ from ensembles.executor import EnsembleExecutor, record
 from ensembles.explain import tell_decoupled
 from ensembles.graph import Plan, Step
 from ensembles.solo import as_error, in_ensemble
-from tutti.errors import Cancelled, InferError, Internal
-from tutti.explain import Facts
-from tutti.statistics import ModelStatistics
-from tutti.types import Answer, Call, Infer, InferRequest, InferResponse, Parameters, Sink, Tensor, now_ns
+from tutti.core.errors import Cancelled, InferError, Internal
+from tutti.core.types import Answer, Call, Infer, InferRequest, InferResponse, Parameters, Sink, Tensor, now_ns
+from tutti.observing.explanations import Facts
+from tutti.observing.statistics import ModelStatistics
 
 # How often a step that waits for its answers to be taken looks whether its caller still waits.
 _LOOK_EVERY_S = 0.05

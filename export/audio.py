@@ -24,7 +24,7 @@ from export.graphs import Arrays, Check, Graph, Limits, Product, Trial
 from export.layout import Entry, step_file
 from export.sound import AUDIO_FILE, as_wav, decoder_step, in_int16, read
 from export.sources import Source
-from tutti.config import TensorSpec
+from tutti.repository.config import TensorSpec
 
 MAX_BATCH_SIZE = 16
 _WAVEFORM = ("wav2vec2", "wavlm", "hubert", "unispeech", "unispeech-sat", "wav2vec2-conformer")

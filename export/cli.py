@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 from export import refusals
 from export.names import VARIANTS
-from tutti import extras
-from tutti.arguments import Parser, positive, whole
-from tutti.errors import TuttiError
-from tutti.progress import Work
-from tutti.scratch import Folder
-from tutti.usage import Help, examples
+from tutti.console.arguments import Parser, positive, whole
+from tutti.console.help_format import Help, examples
+from tutti.console.progress import Work
+from tutti.core import extras
+from tutti.core.errors import TuttiError
+from tutti.core.temporary_folders import Folder
 
 if TYPE_CHECKING:
     from export.graphs import Product

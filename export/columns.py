@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tutti.dtypes import Array
+from tutti.core.dtypes import Array
 
 
 @dataclass(frozen=True, slots=True)

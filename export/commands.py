@@ -5,8 +5,8 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from tutti import config
-from tutti.config import ModelConfig
+from tutti.repository import config
+from tutti.repository.config import ModelConfig
 
 # Where `tutti serve` listens.
 URL = "http://127.0.0.1:8000"

@@ -5,7 +5,7 @@ TuttiError
     └── ParityError  the exported graph does not answer as PyTorch does
 """
 
-from tutti.errors import TuttiError
+from tutti.core.errors import TuttiError
 
 
 def first_line(error: BaseException) -> str:

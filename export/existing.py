@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from export.initial import Draft, Field, Shape
-from tutti import config
-from tutti.config import TensorSpec
-from tutti.errors import ConfigError
+from tutti.core.errors import ConfigError
+from tutti.repository import config
+from tutti.repository.config import TensorSpec
 
 
 def differences(path: Path, draft: Draft) -> list[str]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy.typing as npt
 
 from export.layout import Entry
-from tutti.types import Shape
+from tutti.core.types import Shape
 
 if TYPE_CHECKING:  # it takes seconds, and `tutti init` of an ONNX file does without
     import torch

@@ -17,7 +17,7 @@ from onnx import inliner
 
 from export.graphs import Arrays
 from export.onnx import tensor_specs
-from tutti.dtypes import NUMPY
+from tutti.core.dtypes import NUMPY
 
 _log = logging.getLogger(__name__)
 

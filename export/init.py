@@ -22,11 +22,13 @@ from export import existing, initial, served
 from export.errors import ExportError, first_line
 from export.initial import Draft
 from export.served import Staged
-from tutti import config, contents, extras, overview, paths, repository
-from tutti.arguments import Parser, shown, whole
-from tutti.errors import ConfigError, TuttiError, reason
-from tutti.progress import Work
-from tutti.usage import Help, examples
+from tutti.app import overview
+from tutti.console.arguments import Parser, shown, whole
+from tutti.console.help_format import Help, examples
+from tutti.console.progress import Work
+from tutti.core import extras, file_kinds, paths
+from tutti.core.errors import ConfigError, TuttiError, reason
+from tutti.repository import config, folders
 
 # A model that is asked with zeros of these sizes where its dims are free; the first that works proves it.
 _FREE_SIZES = (1, 8, 32, 224)
@@ -114,10 +116,10 @@ def make_parser() -> argparse.ArgumentParser:
 def _init(options: argparse.Namespace) -> int:
     source: Path = options.source
     if not source.is_dir() and not source.is_file():
-        what = f": {contents.of(source)}" if os.path.lexists(source) else paths.meant(source)
+        what = f": {file_kinds.of(source)}" if os.path.lexists(source) else paths.meant(source)
         raise ExportError(f"no file {shown(source)}{what}")
     name = _name_of(source) if options.name is None else options.name
-    if not repository.is_name(name):
+    if not folders.is_name(name):
         raise ExportError(f"--name: expected what a folder can be called, got {shown(name)}")
     paths.check_writable(options.repository)
     target = options.repository / name

@@ -20,9 +20,9 @@ from tritonclient.grpc import model_config_pb2 as pb
 
 from export import columns, estimators, maps
 from export.errors import ExportError, first_line
-from tutti import contents, files
-from tutti.dtypes import NUMPY, Array, from_config, to_config
-from tutti.errors import ConfigError, reason
+from tutti.core import file_kinds, files
+from tutti.core.dtypes import NUMPY, Array, from_config, to_config
+from tutti.core.errors import ConfigError, reason
 
 Ask = Callable[[Mapping[str, Array]], Mapping[str, Array]]
 Shape = tuple[int, ...]
@@ -179,23 +179,23 @@ def _kind(source: Path) -> str:
     """By the suffix, and by the first bytes where it may be of two kinds."""
     suffix = source.suffix.lower()
     if suffix in _PICKLES or is_packed_pickle(source):
-        what = contents.of(source)
+        what = file_kinds.of(source)
         is_pickle = what.startswith(_MAY_BE_PICKLES) or (what == "a text" and files.read_bytes(source).endswith(b"."))
         if what and not is_pickle:
             raise ExportError(f"'{source.name}': expected a pickle of scikit-learn's, and it is {what}")
         return "pickle"
     if suffix not in _KINDS:
         known = ", ".join([*_KINDS, *sorted(_PICKLES)])
-        what = contents.of(source)
+        what = file_kinds.of(source)
         is_told = f", and it is {what}" if what else ""
         raise ExportError(f"'{source.name}': expected a file that ends with one of {known}{is_told}")
-    if what := contents.mistaken_for_model(source):
+    if what := file_kinds.mistaken_for_model(source):
         raise ExportError(f"'{source.name}' is {what}")
     kind = _KINDS[suffix]
     if kind in ("exported", "scripted"):
-        if what := contents.mistaken_for_program(source):  # before PyTorch is imported
+        if what := file_kinds.mistaken_for_program(source):  # before PyTorch is imported
             raise ExportError(f"'{source.name}' {what}")
-        is_exported = any(name.endswith(contents.OF_EXPORTED) for name in contents.zipped(source))
+        is_exported = any(name.endswith(file_kinds.OF_EXPORTED) for name in file_kinds.zipped(source))
         return "exported" if is_exported else "scripted"
     return kind
 
@@ -484,7 +484,7 @@ def checkpoint_kind(folder: Path) -> str:
     if "config.json" in names:
         _json(folder / "config.json")
     for path in sorted(folder.iterdir()):
-        if path.suffix in _WEIGHTS and (what := contents.of(path)) and "LFS" in what:
+        if path.suffix in _WEIGHTS and (what := file_kinds.of(path)) and "LFS" in what:
             raise ExportError(f"'{path}' is {what}")
     preparing = "preprocessor_config.json"
     told = {}

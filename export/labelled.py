@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from export.errors import ExportError
-from tutti import files, paths
-from tutti.arguments import plain
-from tutti.errors import reason
+from tutti.console.arguments import plain
+from tutti.core import files, paths
+from tutti.core.errors import reason
 
 _MIN_LABELLED = 20
 _COLUMNS = ("label", "split", "text")

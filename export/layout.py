@@ -17,9 +17,10 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
 from export.errors import ExportError
-from tutti import config, dtypes
-from tutti.config import TensorSpec
-from tutti.types import Shape
+from tutti.core import dtypes
+from tutti.core.types import Shape
+from tutti.repository import config
+from tutti.repository.config import TensorSpec
 
 STEPS = Path(__file__).parent / "steps"
 _HEADER = "# Written by `tutti export`.\n"

@@ -18,8 +18,8 @@ import torch
 
 from export.errors import ExportError
 from export.graphs import Arrays
-from tutti import dtypes
-from tutti.config import TensorSpec
+from tutti.core import dtypes
+from tutti.repository.config import TensorSpec
 
 OPSET = 20
 BATCH = "batch"

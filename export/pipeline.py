@@ -19,10 +19,11 @@ from export.names import FILES
 from export.profiling import Measured, measure, recommend
 from export.sources import Source
 from export.variants import Builder, Result
-from tutti import bounds, config, dtypes, lengths
-from tutti.config import TensorSpec
-from tutti.progress import Work
-from tutti.types import Shape
+from tutti.console.progress import Work
+from tutti.core import dtypes
+from tutti.core.types import Shape
+from tutti.repository import config, length_limits, value_bounds
+from tutti.repository.config import TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,10 +174,10 @@ def _entry(result: Result, options: Options, measured: Sequence[Measured]) -> En
         if options.gpu in built and options.gpu != "fp32":
             parameters["tutti.gpu_model_filename"] = FILES[options.gpu]
     if result.bounds:
-        parameters[bounds.PARAMETER] = json.dumps(result.bounds)
+        parameters[value_bounds.PARAMETER] = json.dumps(result.bounds)
     most_items = _max_dims(result, inputs, backend)
     if most_items:
-        parameters[lengths.PARAMETER] = json.dumps(most_items)
+        parameters[length_limits.PARAMETER] = json.dumps(most_items)
     most = graph.max_batch_size
     preferred: tuple[int, ...] = ()
     if measured:

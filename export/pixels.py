@@ -16,8 +16,8 @@ from export import layout
 from export.graphs import Arrays, Check
 from export.narrow import Wide
 from export.sources import Source
-from tutti.config import TensorSpec
-from tutti.types import Shape
+from tutti.core.types import Shape
+from tutti.repository.config import TensorSpec
 
 MAX_BATCH_SIZE = 32
 SEED = 0

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from export import labelled
 from export.names import VARIANTS
-from tutti import contents, paths, repository
-from tutti.arguments import plain, shown
-from tutti.errors import TuttiError
+from tutti.console.arguments import plain, shown
+from tutti.core import file_kinds, paths
+from tutti.core.errors import TuttiError
+from tutti.repository import folders
 
 # "organisation/name" or "name", as on the hub.
 _HUB_ID = re.compile(r"[\w][\w.-]{0,95}(/[\w][\w.-]{0,95})?", re.ASCII)
@@ -53,7 +54,7 @@ def _variants(options: argparse.Namespace) -> str:
 
 def _names(options: argparse.Namespace) -> str:
     for flag, name in (("--name", options.name), ("--ensemble", options.ensemble or "none")):
-        if not repository.is_name(name):
+        if not folders.is_name(name):
             return f"{flag}: expected what a folder can be called, got {shown(name)}"
     return ""
 
@@ -108,16 +109,16 @@ def _source(text: str) -> str:
         return f"SOURCE: expected a hub id, a file or a folder, got {shown(text)}"
     if path.is_dir():
         for file in sorted(entry for entry in path.iterdir() if entry.suffix in _WEIGHTS):
-            if "LFS" in (what := contents.of(file)):
+            if "LFS" in (what := file_kinds.of(file)):
                 return f"{plain(file)} is {what}"
         if (path / "config.json").is_file() and not any(file.suffix in _WEIGHTS for file in path.rglob("*")):
             return f"{shown(text)} has no weights: expected model.safetensors, or another of {', '.join(_WEIGHTS)}"
         return ""
     if path.is_file():
-        what = contents.mistaken_for_model(path)
+        what = file_kinds.mistaken_for_model(path)
         return f"{shown(text)} is {what}" if what and "safetensors" not in what else ""
     if os.path.lexists(path):
-        return f"{shown(text)}: {contents.of(path)}"
+        return f"{shown(text)}: {file_kinds.of(path)}"
     if not _HUB_ID.fullmatch(text) or path.suffix in _FILES or ".." in text:
         return f"no file or folder {shown(text)}, and no id of the hub's looks so{paths.meant(path)}"
     return ""

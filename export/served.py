@@ -15,11 +15,11 @@ import numpy as np
 import ensembles
 from export.errors import ExportError, first_line
 from export.graphs import Check, Limits, Trial
-from tutti import local
-from tutti.dtypes import Array, from_numpy
-from tutti.engine import Engine
-from tutti.model import Model
-from tutti.types import Call, InferRequest, InferResponse, Tensor
+from tutti.core.dtypes import Array, from_numpy
+from tutti.core.types import Call, InferRequest, InferResponse, Tensor
+from tutti.serving import local
+from tutti.serving.engine import Engine
+from tutti.serving.model import Model
 
 _WAIT_S = 300
 

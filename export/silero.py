@@ -18,7 +18,7 @@ from export.graphs import Arrays, Graph, Product
 from export.narrow import Wide
 from export.sound import AUDIO_FILE, decoder_step, in_int16, read
 from export.sources import Source
-from tutti.config import TensorSpec
+from tutti.repository.config import TensorSpec
 
 SAMPLE_RATE = 16_000
 FRAME = 512

@@ -19,7 +19,7 @@ from export.errors import ExportError
 from export.graphs import Arrays, Graph, with_arguments
 from export.layout import Entry, step_file
 from export.narrow import Wide
-from tutti.config import TensorSpec
+from tutti.repository.config import TensorSpec
 
 MAX_BATCH_SIZE = 32
 AUDIO_FILE = TensorSpec("AUDIO_FILE", "BYTES", (1,))

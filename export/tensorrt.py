@@ -13,7 +13,7 @@ from typing import Any
 
 from export.errors import ExportError
 from export.graphs import Profile
-from tutti import extras
+from tutti.core import extras
 
 _MODULES = ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings")
 _WORKSPACE_BYTES = 2 << 30

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from export import checkpoint
 from export.graphs import Arrays, Check
 from export.sentences import Pooling
-from tutti.config import TensorSpec
+from tutti.repository.config import TensorSpec
 
 MAX_BATCH_SIZE = 32
 TEXT = TensorSpec("TEXT", "BYTES", (1,))

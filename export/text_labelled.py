@@ -14,7 +14,7 @@ from export.graphs import Arrays, Check, Graph
 from export.labelled import Labelled
 from export.text_encoder import MAX_BATCH_SIZE, TEXT, Encoder
 from export.variants import Result
-from tutti.config import TensorSpec
+from tutti.repository.config import TensorSpec
 
 GATE_FEATURES = 16_384
 GATE_RISK = 0.2

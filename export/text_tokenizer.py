@@ -8,7 +8,7 @@ from export.errors import ExportError
 from export.graphs import Check
 from export.sentences import Recipe
 from export.text_encoder import MAX_BATCH_SIZE, Encoder
-from tutti.config import TensorSpec
+from tutti.repository.config import TensorSpec
 
 # A vocabulary may be filled up to a round size; more rows than that belong to another tokenizer.
 _SPARE_ROWS = 512

@@ -21,8 +21,8 @@ from export.features import LogMel, kernel
 from export.graphs import Arrays, Check, Graph, Product, with_arguments
 from export.sound import AUDIO_FILE, decoder_step, from_int16, in_int16, published, to_int16
 from export.variants import Result
-from tutti import lengths
-from tutti.config import TensorSpec
+from tutti.repository import length_limits
+from tutti.repository.config import TensorSpec
 
 MAX_BATCH_SIZE = 16
 _CLIPS_CHECKED = 4
@@ -208,7 +208,7 @@ def product(
             "decoding.json": work / "decoding.json",
         },
         MAX_BATCH_SIZE,
-        {lengths.PARAMETER: json.dumps({"AUDIO": [speech.samples]})},
+        {length_limits.PARAMETER: json.dumps({"AUDIO": [speech.samples]})},
     )  # fmt: skip
     reads = decoder_step(name, speech.extractor.sampling_rate, speech.samples, datatype=datatype)
     whole = layout.Entry(

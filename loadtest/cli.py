@@ -14,7 +14,8 @@ from pathlib import Path
 from loadtest import names
 from loadtest.addresses import address
 from loadtest.errors import ScenarioError
-from tutti import api_keys, extras
+from tutti.core import extras
+from tutti.frontends import api_keys
 
 # What the extra `loadtest` installs: all but help needs them.
 LIBRARIES = ("locust", "pyarrow", "pydantic", "yaml", "hpack", "geventhttpclient")

@@ -29,9 +29,9 @@ from loadtest.runner import Result
 from loadtest.scenario import Scenario, Stage
 from loadtest.search import PROBE_REQUESTS
 from loadtest.slo import Verdict
-from tutti import api_keys
-from tutti.errors import ConfigError
-from tutti.progress import Progress, clock
+from tutti.console.progress import Progress, clock
+from tutti.core.errors import ConfigError
+from tutti.frontends import api_keys
 
 # Of a probe, beside its seconds: the generator's start and end.
 _AROUND_S = 3.0

@@ -35,7 +35,7 @@ def main() -> int:
         pools = options.output / "pools.yaml"
         pools.write_text("pools: [{name: elastic, min_replicas: 0, max_replicas: 4}]\n")
         ports += ["--ray", "--placement", str(pools)]
-    server = subprocess.Popen([sys.executable, "-m", "tutti.cli", "serve", str(repository), *ports], cwd=ROOT)
+    server = subprocess.Popen([sys.executable, "-m", "tutti.app.cli", "serve", str(repository), *ports], cwd=ROOT)
     try:
         wait_until_ready(server, f"http://127.0.0.1:{http}/v2/health/ready")
         return max(_run(path, http, metrics, options.output, rest) for path in scenarios)

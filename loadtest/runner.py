@@ -22,7 +22,7 @@ from loadtest.process import stop
 from loadtest.sampler import Sampler
 from loadtest.scenario import Scenario, Stage
 from loadtest.slo import Judgement, Seen, judge
-from tutti.progress import clock
+from tutti.console.progress import clock
 
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 # Locust's options that name files: from where the person stands, while Locust runs in an empty folder of its own.

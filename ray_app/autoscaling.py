@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from tutti.cost import LatencyModel
+from tutti.scheduling.cost import LatencyModel
 
 # Replicas are meant to be busy for this share of their time.
 UTILIZATION = 0.7

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from ray_app.options import Options
 from ray_app.placement import PoolSpec, home
-from tutti import repository
-from tutti.config import ModelConfig
-from tutti.errors import ConfigError, reason
-from tutti.frontends import setup
+from tutti.app import front_end_setup
+from tutti.core.errors import ConfigError, reason
+from tutti.repository import folders as repository
+from tutti.repository.config import ModelConfig
 
 CONNECT_TIMEOUT_S = 5.0
 # What every head answers, and how long that may take.
@@ -23,7 +23,7 @@ METRICS_PORTS = 16
 
 def files_and_flags(options: Options, gpus: float | None) -> None:
     """Raises ConfigError naming the flag, the file or the model. `gpus` of the cluster are None where unknown yet."""
-    setup.check(options)
+    front_end_setup.check(options)
     if gpus is not None:
         models(options, options.pool_specs(gpus))
     elif options.pools is not None:
@@ -60,7 +60,7 @@ def _config(configs: dict[str, ModelConfig], name: str) -> ModelConfig:
 def ports(options: Options) -> None:
     """Raises ConfigError for one of HTTP or gRPC that somebody else has."""
     try:
-        replace(setup.addresses(options), metrics_ports=METRICS_PORTS).check_free()
+        replace(front_end_setup.addresses(options), metrics_ports=METRICS_PORTS).check_free()
     except OSError as error:
         raise ConfigError(f"cannot listen: {reason(error)}") from None
 

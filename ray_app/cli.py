@@ -7,8 +7,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from tutti.arguments import Parser, positive, whole
-from tutti.usage import Help, examples
+from tutti.console.arguments import Parser, positive, whole
+from tutti.console.help_format import Help, examples
 
 # Of GPUs or replicas: more are a slip.
 _MOST = 1_000_000

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ensembles.graph import Plan
-from tutti.engine import Override
-from tutti.errors import Internal
+from tutti.core.errors import Internal
+from tutti.serving.engine import Override
 
 # Unless --control-timeout-secs says otherwise.
 TIMEOUT_S = 120.0

@@ -8,9 +8,9 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from tutti import files, paths
-from tutti.arguments import plain
-from tutti.errors import ConfigError, reason
+from tutti.console.arguments import plain
+from tutti.core import files, paths
+from tutti.core.errors import ConfigError, reason
 
 # Of a file with more mistakes, the others are counted.
 _MOST_PROBLEMS = 3

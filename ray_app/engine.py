@@ -12,16 +12,16 @@ from ray_app.control import Control
 from ray_app.placement import PoolSpec, home
 from ray_app.pools import Pool, Router
 from ray_app.sticky import Sequences, Streams
-from tutti import local
-from tutti.cache import Cached, ResponseCache
-from tutti.config import ModelConfig, as_decoupled
-from tutti.engine import CONTROL_TIMEOUT_S, Engine, Override
-from tutti.errors import ConfigError
-from tutti.model import Served
-from tutti.repository import ModelFolder
-from tutti.scheduler import InOrder, Timer
-from tutti.statistics import ModelStatistics
-from tutti.types import FALLBACK_PARAMETER, Infer
+from tutti.core.errors import ConfigError
+from tutti.core.types import FALLBACK_PARAMETER, Infer
+from tutti.observing.statistics import ModelStatistics
+from tutti.repository.config import ModelConfig, as_decoupled
+from tutti.repository.folders import ModelFolder
+from tutti.scheduling.scheduler import InOrder, Timer
+from tutti.serving import local
+from tutti.serving.engine import CONTROL_TIMEOUT_S, Engine, Override
+from tutti.serving.model import Served
+from tutti.serving.response_cache import Cached, ResponseCache
 
 _log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ Handle calls go over gRPC and run on the replica's own loop: measured, this is 1
 import os
 from collections.abc import Iterable
 
-from tutti.errors import ConfigError
+from tutti.core.errors import ConfigError
 
 SETTINGS = {
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",

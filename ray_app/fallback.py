@@ -17,13 +17,13 @@ from ray_app.autoscaling import Demand
 from ray_app.control import Control
 from ray_app.hops import Hop
 from ray_app.pools import Pool, Router
-from tutti.batching import BatchingPolicy, BatchQueue
-from tutti.config import DEFAULT_MAX_QUEUED_ROWS, ModelConfig
-from tutti.engine import Engine
-from tutti.errors import ConfigError, InferError
-from tutti.scheduler import Scheduler, Timer
-from tutti.statistics import ModelStatistics
-from tutti.types import FALLBACK_PARAMETER, Call, Infer, InferRequest
+from tutti.core.errors import ConfigError, InferError
+from tutti.core.types import FALLBACK_PARAMETER, Call, Infer, InferRequest
+from tutti.observing.statistics import ModelStatistics
+from tutti.repository.config import DEFAULT_MAX_QUEUED_ROWS, ModelConfig
+from tutti.scheduling.batching import BatchingPolicy, BatchQueue
+from tutti.scheduling.scheduler import Scheduler, Timer
+from tutti.serving.engine import Engine
 
 FALLBACK = "tutti.fallback"
 # Which share of a lower pool's slots for a model may be taken while the preferred pool is up, but busy.

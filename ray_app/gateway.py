@@ -26,13 +26,15 @@ from ray_app.overview import Loads, Overview, table
 from ray_app.placement import PoolSpec, home
 from ray_app.pools import Pool, Router
 from ray_app.watch import BEAT_S, MISSED, Watch
-from tutti import collector, hints, local
-from tutti.config import ModelConfig
-from tutti.errors import ConfigError
-from tutti.frontends import setup
-from tutti.frontends.server import Addresses, Server
-from tutti.logs import Logs, Settings
-from tutti.overview import example
+from tutti.app import front_end_setup
+from tutti.app.front_end_server import Addresses, Server
+from tutti.app.overview import example
+from tutti.core import garbage
+from tutti.core.errors import ConfigError
+from tutti.observing.logs import Logs, Settings
+from tutti.repository import unserved
+from tutti.repository.config import ModelConfig
+from tutti.serving import local
 
 _log = logging.getLogger(__name__)
 
@@ -96,7 +98,7 @@ class Gateway:
         logs.install()
         self._engine = make_engine(
             Path(options.model_repository), options.model_control_mode == "explicit",
-            setup.cache_size(options.cache_config), specs, self._router, local.loop_timer(loop), carrier,
+            front_end_setup.cache_size(options.cache_config), specs, self._router, local.loop_timer(loop), carrier,
             limit_s,
         )  # fmt: skip
         if options.model_control_mode == "poll":
@@ -106,8 +108,8 @@ class Gateway:
             raise ConfigError("; ".join(self._engine.failures()))
         await asyncio.to_thread(self._follow, changes)
         self._router.spawn(self._follow_forever())
-        api = setup.make_api(self._engine, options, logs)
-        shared = replace(setup.addresses(options), shares_ports=True, metrics_ports=METRICS_PORTS)
+        api = front_end_setup.make_api(self._engine, options, logs)
+        shared = replace(front_end_setup.addresses(options), shares_ports=True, metrics_ports=METRICS_PORTS)
         if not _others(context):  # with which to share
             shared.check_free()
         self._engine.is_strict = options.strict_readiness
@@ -117,7 +119,7 @@ class Gateway:
         if options.model_control_mode == "poll":
             self._router.spawn(self._poll_forever(options.repository_poll_secs))
         self._router.spawn(_watch_forever(watch.group(self._taken, shared.grpc_host)))
-        collector.settle()
+        garbage.settle()
 
     def addresses(self) -> Addresses:
         """Where it listens."""
@@ -176,7 +178,7 @@ class Gateway:
 
     def _hints(self) -> list[str]:
         is_all = self._options.model_control_mode != "explicit"
-        return hints.unserved(Path(self._options.model_repository)) if is_all else []
+        return unserved.unserved(Path(self._options.model_repository)) if is_all else []
 
     async def _tell_when_begun(self) -> None:
         while not self.has_begun():

@@ -8,10 +8,10 @@ import math
 from collections.abc import Sequence
 
 from tutti.backends import graph_buckets
-from tutti.config import ModelConfig, TensorSpec
-from tutti.device_simulation import Workload, predict
+from tutti.core.dtypes import NUMPY
 from tutti.devices.simulated import Costs
-from tutti.dtypes import NUMPY
+from tutti.repository.config import ModelConfig, TensorSpec
+from tutti.serving.device_simulation import Workload, predict
 
 # A card on PCIe 5; threads that wait for it; a request's way through the server, as measured with 16 cores.
 _BYTES_A_NS = 50.0

@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tutti.config import JOINING, ModelConfig
-from tutti.dtypes import NUMPY
-from tutti.errors import DeviceLost, Internal, Unknown
-from tutti.types import Answer, InferRequest, InferResponse, Tensor
+from tutti.core.dtypes import NUMPY
+from tutti.core.errors import DeviceLost, Internal, Unknown
+from tutti.core.types import Answer, InferRequest, InferResponse, Tensor
+from tutti.repository.config import JOINING, ModelConfig
 
 # A replica that has had nothing to do for so long is asked for an inference.
 IDLE_S = 5.0

@@ -8,12 +8,12 @@ from typing import Any
 from ray_app.autoscaling import Demand, Meter, Misses, row_s
 from ray_app.members import Member
 from ray_app.pools import Pool, Router
-from tutti.cost import Costs
-from tutti.errors import InferError, Internal, Unavailable
-from tutti.explain import AT_REPLICA, PARAMETER, told_in, untold
-from tutti.scheduler import Scheduler, trace
-from tutti.statistics import BatchTimes, ModelStatistics
-from tutti.types import Answer, Call, Infer, InferResponse, now_ns, settle
+from tutti.core.errors import InferError, Internal, Unavailable
+from tutti.core.types import Answer, Call, Infer, InferResponse, now_ns, settle
+from tutti.observing.explanations import AT_REPLICA, PARAMETER, told_in, untold
+from tutti.observing.statistics import BatchTimes, ModelStatistics
+from tutti.scheduling.cost import Costs
+from tutti.scheduling.scheduler import Scheduler, trace
 
 _log = logging.getLogger(__name__)
 

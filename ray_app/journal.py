@@ -9,7 +9,7 @@ import threading
 from typing import Any, Protocol
 
 from ray_app.control import Change, Desired
-from tutti.engine import Override
+from tutti.serving.engine import Override
 
 
 class Store(Protocol):

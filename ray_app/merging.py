@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from tutti import rows
-from tutti.config import ModelConfig
-from tutti.types import Answer, Call, InferRequest, InferResponse, Tensor
+from tutti.core import rows
+from tutti.core.types import Answer, Call, InferRequest, InferResponse, Tensor
+from tutti.repository.config import ModelConfig
 
 
 def rows_at_most(config: ModelConfig) -> int:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
-from tutti.errors import TuttiError
+from tutti.core.errors import TuttiError
 
 _log = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from ray_app.members import PoolStatus
 from ray_app.placement import PoolSpec
-from tutti import overview
-from tutti.model import Model
+from tutti.app import overview
+from tutti.serving.model import Model
 
 _COLUMNS = ("model", "version", "backend", "replicas", "instances of each", "batch", "loaded in")
 

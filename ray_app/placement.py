@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from tutti.config import ModelConfig
-from tutti.errors import ConfigError, TuttiError
+from tutti.core.errors import ConfigError, TuttiError
+from tutti.repository.config import ModelConfig
 
 # How long requests wait where a pool has lost its last replica.
 PATIENCE_S = 30.0

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ray_app.placement import PoolSpec, home
-from tutti.config import ModelConfig
-from tutti.errors import ConfigError
+from tutti.core.errors import ConfigError
+from tutti.repository.config import ModelConfig
 
 # What a model takes on a GPU: its files, and as much again for what it computes. A parameter of it may say better.
 WORKING_FACTOR = 2.0

@@ -13,10 +13,10 @@ from pydantic import BaseModel, ValidationError
 from ray_app import documents, gpu_rates, planner
 from ray_app.options import Options, PoolOptions
 from ray_app.placement import PoolSpec, home
-from tutti import repository
-from tutti.arguments import plain, shown
-from tutti.errors import ConfigError, reason
-from tutti.progress import Work, clock
+from tutti.console.arguments import plain, shown
+from tutti.console.progress import Work, clock
+from tutti.core.errors import ConfigError, reason
+from tutti.repository import folders as repository
 
 _KINDS: dict[str, type[BaseModel]] = {"": Options, "pools": PoolOptions}
 

@@ -18,9 +18,9 @@ from ray_app.autoscaling import Steady, wanted
 from ray_app.control import Change, Desired
 from ray_app.members import Member, PoolStatus, another
 from ray_app.replica import Description
-from tutti import wire
-from tutti.errors import Cancelled, DeadlineExceeded, DeviceLost, InferError, Internal, Unavailable
-from tutti.types import POOL_PARAMETER, Answer, Call, InferResponse, now_ns
+from tutti.core import wire
+from tutti.core.errors import Cancelled, DeadlineExceeded, DeviceLost, InferError, Internal, Unavailable
+from tutti.core.types import POOL_PARAMETER, Answer, Call, InferResponse, now_ns
 
 _log = logging.getLogger(__name__)
 

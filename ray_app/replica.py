@@ -15,11 +15,12 @@ from ray_app.journal import RayStore
 from ray_app.news import News, Writer
 from ray_app.options import Options
 from ray_app.overview import Loads
-from tutti import restarts, wire
+from tutti.app import restarts
+from tutti.core import wire
+from tutti.core.errors import ConfigError
+from tutti.core.types import FALLBACK_PARAMETER, Call, Infer, now_ns
 from tutti.devices.health import health
-from tutti.errors import ConfigError
-from tutti.logs import Logs
-from tutti.types import FALLBACK_PARAMETER, Call, Infer, now_ns
+from tutti.observing.logs import Logs
 
 _log = logging.getLogger(__name__)
 
@@ -97,7 +98,8 @@ class Replica:
         from ray import serve
 
         import ensembles
-        from tutti import collector, local
+        from tutti.core import garbage
+        from tutti.serving import local
 
         self._loop = asyncio.get_running_loop()
         self._id: str = serve.get_replica_context().replica_id.unique_id
@@ -132,7 +134,7 @@ class Replica:
             await asyncio.to_thread(self._engine.load_all, options.models, patience_s)
             if self._engine.failures() and options.exits_on_error:
                 raise ConfigError("; ".join(self._engine.failures()))
-        collector.settle()
+        garbage.settle()
 
     async def infer(self, message: wire.BatchMessage, generation: int, to: str = "") -> wire.AnswerMessage | str:
         """Answers to a batch, in order; a request's error is its answer, never an exception.
@@ -157,7 +159,7 @@ class Replica:
         self, message: wire.BatchMessage, generation: int, to: str = ""
     ) -> AsyncIterator[tuple[wire.AnswerMessage, bool] | str]:
         """The answers to one request as they come, each with whether it is the last."""
-        from tutti.frontends.answers import Answers
+        from tutti.frontends.awaited_answers import Answers
 
         refusal = self._refusal(generation, to)
         if refusal:

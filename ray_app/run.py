@@ -18,9 +18,9 @@ from ray_app.news import News
 from ray_app.options import Options
 from ray_app.planning import checked, load_placement
 from ray_app.starting import APP, quieten, report_ready, tell_pools, telling, wait_until_running
-from tutti import restarts
-from tutti.errors import ConfigError
-from tutti.reports import Supervised, end_with
+from tutti.app import restarts
+from tutti.app.reports import Supervised, end_with
+from tutti.core.errors import ConfigError
 
 environment.apply()  # before ray.serve is imported
 

@@ -13,8 +13,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ray_app.options import PoolOptions
-from tutti import files
-from tutti.errors import reason
+from tutti.core import files
+from tutti.core.errors import reason
 
 
 class _Strict(BaseModel):

@@ -27,9 +27,11 @@ from ray_app.placement import PATIENCE_S
 from ray_app.pools import Pool, Router
 from ray_app.replica import Description
 from ray_app.scenario import Load, Scenario, SimulatedPool, Stretch
-from tutti import config, local, types, wire
-from tutti.statistics import ModelStatistics
-from tutti.types import Call, InferRequest, InferResponse, Tensor
+from tutti.core import types, wire
+from tutti.core.types import Call, InferRequest, InferResponse, Tensor
+from tutti.observing.statistics import ModelStatistics
+from tutti.repository import config
+from tutti.serving import local
 
 Tell = Callable[[float], None]
 """(the share of the time that is simulated, from 0 to 1) -> nothing."""

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ray_app.news import News, Start, progress
-from tutti.errors import ConfigError
+from tutti.core.errors import ConfigError
 
 _log = logging.getLogger("tutti")
 

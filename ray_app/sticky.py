@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 
 from ray_app.members import Member
 from ray_app.pools import Pool, Router
-from tutti.errors import InferError, Internal, Unavailable
-from tutti.scheduler import as_infer_error, trace
-from tutti.sequences import SequenceId, check_starts, sequence_id
-from tutti.statistics import BatchTimes, ModelStatistics
-from tutti.types import Call, InferRequest, InferResponse, now_ns, settle
+from tutti.core.errors import InferError, Internal, Unavailable
+from tutti.core.types import Call, InferRequest, InferResponse, now_ns, settle
+from tutti.observing.statistics import BatchTimes, ModelStatistics
+from tutti.scheduling.scheduler import as_infer_error, trace
+from tutti.scheduling.sequences import SequenceId, check_starts, sequence_id
 
 _log = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ray_app import processes
-from tutti.restarts import End, Restarts
-from tutti.supervisor import EngineProcess
+from tutti.app.restarts import End, Restarts
+from tutti.app.supervisor import EngineProcess
 
 _log = logging.getLogger("tutti")
 
@@ -95,7 +95,7 @@ class Supervisor:
 
 def run(arguments: Sequence[str], exit_timeout_s: float) -> int:
     """Serve as `tutti ARGUMENTS` says, on a cluster of this machine; returns the exit status."""
-    command = [sys.executable, "-m", "tutti.cli", *arguments]
+    command = [sys.executable, "-m", "tutti.app.cli", *arguments]
 
     async def serve() -> int:
         return await Supervisor(command, exit_timeout_s).run()

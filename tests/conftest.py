@@ -13,7 +13,7 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from tests import models, wheels
-from tutti.devices import engines, health
+from tutti.devices import health, process_engines
 from tutti.devices.health import DeviceHealth
 from tutti.devices.simulated import SIMULATED
 
@@ -65,8 +65,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> wheels.Installed:
 def simulated_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """One simulated GPU in the place of real ones, whose failures end with the test."""
     monkeypatch.setenv(SIMULATED, "1")
-    monkeypatch.setattr(engines, "_engines", {})
+    monkeypatch.setattr(process_engines, "_engines", {})
     monkeypatch.setattr(health, "health", DeviceHealth())
     yield
-    for engine in engines.engines():
+    for engine in process_engines.engines():
         engine.close()

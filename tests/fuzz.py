@@ -18,16 +18,21 @@ from unittest import mock
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2, service_pb2
 
-from tutti import config
-from tutti.dtypes import NUMPY
-from tutti.errors import ConfigError, InferError
-from tutti.frontends import compression, generate, grpc_codec, grpc_methods, http_codec, http_connection
-from tutti.frontends.holding import Holding
-from tutti.frontends.http import new_memory
-from tutti.frontends.http_connection import Connection, Exchange
-from tutti.frontends.limits import Limits
-from tutti.model import check_request
-from tutti.types import InferRequest, InferResponse, Tensor
+from tutti.core.dtypes import NUMPY
+from tutti.core.errors import ConfigError, InferError
+from tutti.core.types import InferRequest, InferResponse, Tensor
+from tutti.frontends.grpc import codec as grpc_codec
+from tutti.frontends.grpc import methods as grpc_methods
+from tutti.frontends.held_bytes import Holding
+from tutti.frontends.http import codec as http_codec
+from tutti.frontends.http import compression
+from tutti.frontends.http import connection as http_connection
+from tutti.frontends.http.connection import Connection, Exchange
+from tutti.frontends.http.infer import new_memory
+from tutti.frontends.size_limits import Limits
+from tutti.frontends.v2 import generate
+from tutti.repository import config
+from tutti.serving.model import check_request
 
 SLOWEST_S = 2.0
 _TURN = 200

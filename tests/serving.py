@@ -12,11 +12,11 @@ from pathlib import Path
 
 import ensembles
 from loadtest.process import START_TIMEOUT_S, free_ports, server_name, stop, wait_until_ready
-from tutti import local
-from tutti.engine import Engine
-from tutti.logs import Logs
-from tutti.request_log import Event, RequestLog
-from tutti.types import Answer, Call, Infer, InferRequest
+from tutti.core.types import Answer, Call, Infer, InferRequest
+from tutti.observing.logs import Logs
+from tutti.observing.request_log import Event, RequestLog
+from tutti.serving import local
+from tutti.serving.engine import Engine
 
 
 def timer(delay_s: float, callback: object) -> None:
@@ -110,7 +110,7 @@ def serving(
     ports = ["--http-port", str(http), "--grpc-port", str(grpc), "--metrics-port", str(metrics)]
     with log.open("wb") as file:
         process = subprocess.Popen(
-            [python, "-m", "tutti.cli", "serve", str(root), *ports, *flags], stdout=file, stderr=file, cwd="/"
+            [python, "-m", "tutti.app.cli", "serve", str(root), *ports, *flags], stdout=file, stderr=file, cwd="/"
         )
         try:
             if is_guarded:

@@ -46,7 +46,7 @@ class Missing:
         if name.split(".")[0] in EXTRAS.split():
             raise ModuleNotFoundError(f"No module named '{name}'", name=name)
 sys.meta_path.insert(0, Missing())
-from tutti import cli
+from tutti.app import cli
 sys.exit(cli.main(sys.argv[1:]))
 """
 

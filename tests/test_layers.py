@@ -1,6 +1,11 @@
-"""The architecture's layers: imports run downward only, and heavy libraries stay in the files named after them."""
+"""The house: a folder imports only from the floors below it, files in no circle, and heavy libraries where they belong.
+
+All imports count alike: at a file's head, within a function, and those for types alone. A late import hides what a
+file knows, and one for types is knowledge, too. A module named by a string (a command's, a backend's) does not count.
+"""
 
 import ast
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -8,66 +13,36 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("tutti", "ensembles", "ray_app", "export", "loadtest", "demo", "benchmarks")
 
-# The layer of each module; a package's entry covers what lies below it.
-LAYERS = {
-    "tutti": 0, "tutti.extras": 0, "tutti.types": 0, "tutti.dtypes": 0, "tutti.errors": 0,
-    "tutti.batching": 1, "tutti.bounds": 1, "tutti.cost": 1, "tutti.lengths": 1, "tutti.padding": 1, "tutti.ragged": 1,
-    "tutti.contents": 1, "tutti.paths": 1, "tutti.arguments": 1, "ray_app.documents": 1,
-    "tutti.api_keys": 1,
-    "tutti.files": 1, "tutti.progress": 0, "tutti.operations": 1, "tutti.wire": 1, "tutti.config": 1, "tutti.rows": 1,
-    "tutti.scratch": 1, "tutti.lifeline": 1, "tutti.threads": 1, "tutti.ending": 1,
-    "tutti.rate_limiting": 1, "tutti.rate_limits": 2,
-    "ensembles.axes": 1,
-    "ensembles.graph": 1, "ensembles.conditions": 1, "ensembles.extensions": 1, "ensembles.explain": 1,
-    "ensembles.show": 1, "ensembles.picture": 1, "ensembles.frame": 1, "ensembles.builder": 2,
-    "ensembles.expressions": 1, "ensembles.places": 1,
-    "ensembles.source": 4, "ensembles.cli": 4,
-    "tutti.statistics": 1, "tutti.devices": 1, "tutti.collector": 1, "tutti.custom_metrics": 1,
-    "tutti.host_metrics": 1,
-    "tutti.frontends.http_codec": 1, "tutti.frontends.grpc_codec": 1, "tutti.frontends.http_status": 1,
-    "tutti.frontends.answer_headers": 1,
-    "tutti.frontends.compression": 1, "tutti.frontends.generate": 1, "tutti.frontends.gate": 1,
-    "tutti.classification": 1, "tutti.frontends.answers": 2, "tutti.shared_memory": 2, "tutti.logs": 2,
-    "tutti.tracing": 2, "tutti.trace_files": 2, "tutti.trace_spans": 2, "tutti.trace_records": 1, "tutti.segments": 1,
-    "tutti.explain": 1, "tutti.waterfall": 1, "tutti.trace_reading": 1, "tutti.input_files": 2,
-    "tutti.explain_remote": 2,
-    "tutti.explain_command": 4,
-    "tutti.request_log": 2,
-    "tutti.frontends": 1, "ray_app.placement": 1, "ray_app": 1, "ray_app.environment": 1,
-    "tutti.repository": 2, "tutti.scheduler": 2, "tutti.sequences": 2,
-    "tutti.device_instance": 2, "tutti.device_simulation": 2,
-    "tutti.cache": 2, "tutti.warmup": 2, "tutti.backends": 2, "tutti.model": 2, "ensembles.executor": 2,
-    "ensembles": 2, "ensembles.streams": 2, "ensembles.solo": 2, "ensembles.placed": 2,
-    "tutti.engine": 3, "tutti.local": 3, "tutti.metrics": 3,
-    "tutti.frontends.api": 4, "tutti.frontends.http_api": 4, "tutti.frontends.http": 4,
-    "tutti.frontends.http_connection": 4, "tutti.frontends.grpc": 4, "tutti.frontends.grpc_aio": 4,
-    "tutti.frontends.grpc_methods": 4, "tutti.frontends.setup": 4,
-    "tutti.frontends.http_events": 4, "tutti.frontends.grpc_events": 4,
-    "tutti.frontends.following": 4,
-    "tutti.frontends.engine_link": 4, "tutti.frontends.link": 4, "tutti.frontends.task": 4,
-    "tutti.frontends.front_ends": 1, "tutti.frontends.worker": 5,
-    "tutti.frontends.keepalive": 0, "tutti.foreign_flags": 0,
-    "tutti.frontends.server": 4, "tutti.frontends.limits": 0, "tutti.frontends.relay": 4, "tutti.restarts": 1,
-    "tutti.reports": 1, "tutti.supervisor": 4, "tutti.process": 5,
-    "ray_app.pools": 4, "ray_app.replica": 4, "ray_app.gateway": 4,
-    "ray_app.control": 4, "ray_app.journal": 4, "ray_app.engine": 4, "ray_app.fallback": 4,
-    "ray_app.autoscaling": 2, "ray_app.health": 2, "ray_app.hops": 4, "ray_app.members": 1,
-    "ray_app.options": 1, "ray_app.scenario": 1, "ray_app.simulation": 4, "ray_app.routing": 4, "ray_app.sticky": 4,
-    "tutti.__main__": 5, "tutti.cli": 5, "tutti.serve_options": 5, "tutti.overview": 4, "tutti.hints": 2,
-    "tutti.usage": 0, "tutti.commands": 5, "tutti.completion": 5, "ray_app.planning": 5,
-    "tutti.scrapes": 1, "tutti.top_table": 2, "tutti.top": 5,
-    "tutti.doctor": 5, "ray_app.app": 5, "ray_app.run": 5, "ray_app.cli": 5, "ray_app.planner": 1,
-    "ray_app.processes": 1,
-    "ray_app.watch": 1,
-    "ray_app.head": 1, "ray_app.supervisor": 4,
-    "ray_app.checks": 4, "ray_app.news": 1, "ray_app.overview": 4, "ray_app.starting": 4,
-    "ray_app.gpu_rates": 4,
-}  # fmt: skip
+# From the ground up. A folder's row covers the folders within it that have none of their own.
+FLOORS = (
+    "tutti.core",
+    "tutti.console",
+    "tutti.observing",
+    "tutti.repository",
+    "tutti.scheduling",
+    "tutti.devices",
+    "tutti.backends",
+    "tutti.serving",
+    "tutti.frontends",
+    "tutti.frontends.v2",
+    "tutti.frontends.http",
+    "tutti.frontends.grpc",
+    "tutti.frontends.processes",
+    "ensembles",
+    "tutti.app",
+    "loadtest",
+    "export",
+    "ray_app",
+    "demo",
+    "benchmarks",
+)
+# What is started: above all folders, and imported by nobody but each other.
 ROOTS = {
     "tutti.__main__",
-    "tutti.cli",
-    "tutti.process",
-    "tutti.frontends.worker",
+    "tutti.app.cli",
+    "tutti.app.process",
+    "tutti.frontends.processes.worker",
+    "ensembles.cli",
     "ray_app.app",
     "ray_app.run",
     "ray_app.cli",
@@ -101,90 +76,221 @@ HEAVY = {
     "pynvml": {"tutti.devices.nvml"},
     "cuda": {"tutti.devices.ipc"},
 }
+# Arrows that are yet to turn.
+UPWARD = {
+    ("tutti.frontends.v2.generate", "tutti.frontends.http.codec"),
+    ("tutti.repository.config", "tutti.scheduling.batching"),
+    ("tutti.repository.config", "tutti.scheduling.rate_limiting"),
+    ("tutti.repository.folders", "tutti.backends.onnxruntime"),
+    ("tutti.repository.folders", "tutti.backends.python.model"),
+}
+CIRCLES = [
+    [
+        "tutti.backends.compiled",
+        "tutti.backends.compiler",
+        "tutti.backends.largest_batch",
+        "tutti.backends.pytorch",
+    ],
+    ["tutti.backends.cuda_graphs", "tutti.backends.cuda_graphs_trial"],
+    [
+        "tutti.backends.onnxruntime",
+        "tutti.backends.python.isolated",
+        "tutti.backends.python.model",
+        "tutti.backends.registry",
+        "tutti.repository.folders",
+    ],
+]
+
+Imports = Mapping[str, set[str]]
 
 
-def modules() -> dict[str, Path]:
-    found = {}
+def read(root: Path) -> dict[str, set[str]]:
+    """Every module of the packages -> what it imports anywhere in its file: modules of ours, and others by name."""
+    files: dict[str, Path] = {}
     for package in PACKAGES:
-        for path in (ROOT / package).rglob("*.py"):
-            relative = path.relative_to(ROOT).with_suffix("")
-            name = ".".join(relative.parts).removesuffix(".__init__")
-            if "steps" not in relative.parts:  # model.py files, which run inside a server
-                found[name] = path
-    return found
+        for path in (root / package).rglob("*.py"):
+            parts = path.relative_to(root).with_suffix("").parts
+            if "steps" not in parts:  # model.py files, which run inside a server
+                files[".".join(parts).removesuffix(".__init__")] = path
+    return {name: set(_imported(name, path, set(files))) for name, path in sorted(files.items())}
 
 
-MODULES = modules()
-
-
-def imports(name: str) -> set[str]:
-    """Names of the modules that `name` imports anywhere in its file."""
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+def _imported(name: str, path: Path, modules: set[str]) -> Iterator[str]:
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            source = node.module or ""
+            if node.level:
+                above = package.split(".")[: len(package.split(".")) - node.level + 1]
+                source = ".".join([*above, *filter(None, [node.module])])
             for alias in node.names:
-                inside = f"{node.module}.{alias.name}"
-                found.add(inside if inside in MODULES else node.module)
-    return found
+                inside = f"{source}.{alias.name}"
+                yield inside if inside in modules else source
 
 
-def layer(name: str) -> int:
-    while name not in LAYERS:
-        name, dot, _ = name.rpartition(".")
-        assert dot, "give the module a layer"
-    return LAYERS[name]
+def floor(name: str) -> int:
+    """Raises AssertionError for a file in a folder without a row."""
+    if name in ROOTS:
+        return len(FLOORS)
+    if name == "tutti":  # its names and version
+        return -1
+    folder = name
+    while folder not in FLOORS:
+        folder, dot, _ = folder.rpartition(".")
+        assert dot, f"{name}: its folder has no row in FLOORS"
+    return FLOORS.index(folder)
 
 
-SERVER = sorted(name for name in MODULES if name.split(".")[0] in ("tutti", "ensembles", "ray_app"))
+def upward(imports: Imports) -> set[tuple[str, str]]:
+    """Who imports from a floor above its own, and what."""
+    ours = ((name, other) for name, others in imports.items() for other in others & set(imports))
+    return {(name, other) for name, other in ours if floor(other) > floor(name)}
 
 
-@pytest.mark.parametrize("name", SERVER)
-def test_imports_run_downward(name: str) -> None:
-    # A root may hand over to another root: the command to Ray's, both lazily.
-    above = {
-        other
-        for other in imports(name) & set(MODULES)
-        if other.split(".")[0] in ("tutti", "ensembles", "ray_app") and layer(other) > layer(name)
-    }
-    assert not above
+def circles(imports: Imports) -> list[list[str]]:
+    """Files that import each other, be it by way of others: each group sorted. A file may import itself."""
+    below = {name: _reached(name, imports) for name in imports}
+    groups = {tuple(sorted({name} | {other for other in below[name] if name in below[other]})) for name in imports}
+    return sorted(list(group) for group in groups if len(group) > 1)
 
 
-@pytest.mark.parametrize("name", sorted(MODULES))
+def _reached(name: str, imports: Imports) -> set[str]:
+    reached: set[str] = set()
+    waiting = [name]
+    while waiting:
+        for other in imports[waiting.pop()] & set(imports):
+            if other not in reached:
+                reached.add(other)
+                waiting.append(other)
+    return reached
+
+
+IMPORTS = read(ROOT)
+SERVER = [name for name in IMPORTS if name.split(".")[0] in ("tutti", "ensembles", "ray_app")]
+
+
+def test_a_folder_imports_from_below_only() -> None:
+    assert upward(IMPORTS) == UPWARD
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    assert circles(IMPORTS) == CIRCLES
+
+
+@pytest.mark.parametrize("name", IMPORTS)
 def test_nobody_imports_a_root(name: str) -> None:
     if name not in ROOTS:
-        assert not imports(name) & ROOTS
+        assert not IMPORTS[name] & ROOTS
 
 
-def test_the_engine_does_not_know_ensembles() -> None:
-    assert not {other for other in imports("tutti.engine") | imports("tutti.local") if other.startswith("ensembles")}
+def test_every_row_has_files() -> None:
+    assert {floor(name) for name in IMPORTS} == {-1, *range(len(FLOORS) + 1)}
+    assert set(IMPORTS) >= ROOTS
 
 
-@pytest.mark.parametrize("name", sorted(name for name in MODULES if name.startswith("export")))
-def test_export_imports_only_the_pure_layers_of_the_server(name: str) -> None:
-    server = {other for other in imports(name) if other in MODULES and other.split(".")[0] == "tutti"}
+@pytest.mark.parametrize("name", [name for name in IMPORTS if name.startswith("export")])
+def test_export_imports_only_the_lower_floors_of_the_server(name: str) -> None:
+    server = {other for other in IMPORTS[name] & set(IMPORTS) if other.split(".")[0] == "tutti"}
     server -= {
-        "export.served": {"tutti.engine", "tutti.local", "tutti.model"},  # what was staged is served before it is seen
-        "export.init": {"tutti.overview", "tutti.repository"},  # it speaks to a person
-        "export.refusals": {"tutti.repository"},  # of a name
+        # What was staged is served before it is seen.
+        "export.served": {"tutti.serving.engine", "tutti.serving.local", "tutti.serving.model"},
+        "export.init": {"tutti.app.overview"},  # it speaks to a person
         "export.initial": {"tutti.backends.onnxruntime"},  # which tells what a graph takes
     }.get(name, set())
-    assert all(layer(other) <= 1 for other in server)
+    assert all(floor(other) <= FLOORS.index("tutti.repository") for other in server)
 
 
-@pytest.mark.parametrize("name", sorted(name for name in MODULES if name.startswith("loadtest")))
+@pytest.mark.parametrize("name", [name for name in IMPORTS if name.startswith("loadtest")])
 def test_loadtest_imports_no_server_code(name: str) -> None:
-    own = imports(name) - {
-        "tutti.extras",
-        "tutti.progress",
-        "tutti.api_keys",
-        "tutti.errors",
-    }  # how its libraries are installed, how progress is told, and what shows a key
+    # How its libraries are installed, and how progress is told.
+    own = IMPORTS[name] - {"tutti.core.extras", "tutti.console.progress"}
     assert not {other for other in own if other.split(".")[0] in ("tutti", "ensembles", "ray_app", "export")}
 
 
 @pytest.mark.parametrize("name", SERVER)
 def test_heavy_libraries_stay_where_they_belong(name: str) -> None:
-    used = {other.split(".")[0] for other in imports(name)} & set(HEAVY)
+    used = {other.split(".")[0] for other in IMPORTS[name]} & set(HEAVY)
     assert all(name in HEAVY[library] for library in used)
+
+
+# The checks themselves: each finds what is planted in a house of four files.
+
+_HEAD = "{}\n"
+_LATE = "def load():\n    {}\n"
+_TYPES = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    {}\n"
+_TRIED = "try:\n    {}\nexcept ImportError:\n    pass\n"
+_PLACES = [_HEAD, _LATE, _TYPES, _TRIED]
+
+
+def house(root: Path, **files: str) -> dict[str, set[str]]:
+    """Files by their names with "__" for "/"; the others have no imports but one downward."""
+    plain = {
+        "tutti__core__rows": "",
+        "tutti__core__types": "",
+        "tutti__scheduling__batching": "from tutti.core import rows",
+        "tutti__serving__engine": "from tutti.scheduling.batching import Batch",
+    }
+    for name, text in {**plain, **files}.items():
+        path = root / f"{name.replace('__', '/')}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return read(root)
+
+
+def test_a_sound_house_passes(tmp_path: Path) -> None:
+    imports = house(tmp_path)
+    assert imports["tutti.serving.engine"] == {"tutti.scheduling.batching"}
+    assert not upward(imports)
+    assert not circles(imports)
+
+
+@pytest.mark.parametrize("place", _PLACES)
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from tutti.serving import engine",
+        "from tutti.serving.engine import Engine",
+        "import tutti.serving.engine",
+        "from ..serving import engine",
+        "from ..serving.engine import Engine",
+    ],
+)
+def test_a_planted_import_of_a_floor_above_is_found(tmp_path: Path, line: str, place: str) -> None:
+    imports = house(tmp_path, tutti__core__rows=place.format(line))
+    assert upward(imports) == {("tutti.core.rows", "tutti.serving.engine")}
+
+
+@pytest.mark.parametrize("place", _PLACES)
+@pytest.mark.parametrize("line", ["from tutti.core import types", "import tutti.core.types", "from . import types"])
+def test_a_planted_circle_within_a_folder_is_found(tmp_path: Path, line: str, place: str) -> None:
+    imports = house(tmp_path, tutti__core__rows=place.format(line), tutti__core__types="from tutti.core import rows")
+    assert not upward(imports)
+    assert circles(imports) == [["tutti.core.rows", "tutti.core.types"]]
+
+
+def test_a_planted_circle_of_several_files_is_found_whole(tmp_path: Path) -> None:
+    imports = house(
+        tmp_path,
+        tutti__core__rows="from tutti.core import wire",
+        tutti__core__wire="from tutti.core import types",
+        tutti__core__types="from tutti.core import rows",
+    )
+    assert circles(imports) == [["tutti.core.rows", "tutti.core.types", "tutti.core.wire"]]
+
+
+def test_what_is_beside_a_circle_is_not_of_it(tmp_path: Path) -> None:
+    imports = house(
+        tmp_path,
+        tutti__core__rows="from tutti.core import types, errors",
+        tutti__core__types="from tutti.core import rows",
+        tutti__core__errors="",
+    )
+    assert circles(imports) == [["tutti.core.rows", "tutti.core.types"]]
+
+
+def test_a_folder_without_a_row_is_refused(tmp_path: Path) -> None:
+    imports = house(tmp_path, tutti__cellar__wine="from tutti.core import rows")
+    with pytest.raises(AssertionError, match=r"tutti\.cellar\.wine: its folder has no row"):
+        upward(imports)

@@ -61,7 +61,7 @@ def test_links_lead_somewhere(page: Path, link: str) -> None:
 
 def test_flags_named_are_there() -> None:
     shown = subprocess.run(
-        [sys.executable, "-m", "tutti.cli", "serve", "--help"], capture_output=True, text=True, cwd=ROOT, check=True
+        [sys.executable, "-m", "tutti.app.cli", "serve", "--help"], capture_output=True, text=True, cwd=ROOT, check=True
     ).stdout
     for kind in ("text", "audio", "vision"):
         command = [sys.executable, "-m", "export.cli", kind, "--help"]

@@ -21,8 +21,8 @@ import ensembles.cli
 import export.cli
 import export.init
 from tests.models import onnx_add_one
-from tutti import cli, serve_options
-from tutti.ending import Ending
+from tutti.app import cli, serve_options
+from tutti.app.process_end import Ending
 
 SEED = 28
 LEAST_CASES = 200

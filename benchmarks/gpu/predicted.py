@@ -7,8 +7,8 @@ prediction knows as two constants only; where both are below the bare loop's bes
 from collections.abc import Sequence
 
 from benchmarks.gpu.context import Figures
-from tutti.device_simulation import Workload, predict
 from tutti.devices.simulated import Costs
+from tutti.serving.device_simulation import Workload, predict
 
 # A card on PCIe 5 copies so many bytes a nanosecond, and a thread that waits for an event wakes so much later.
 _BYTES_A_NS = 50.0

@@ -162,7 +162,7 @@ def tutti(repository: Path, log: Path, *flags: str, first_path: Path | None = No
     if first_path is not None:
         environment["PYTHONPATH"] = f"{first_path}:{environment['PYTHONPATH']}"
         environment["LD_LIBRARY_PATH"] = ":".join([*_cuda_libraries(), environment.get("LD_LIBRARY_PATH", "")])
-    command = [sys.executable, "-m", "tutti.cli", "serve", str(repository), *named, *flags]
+    command = [sys.executable, "-m", "tutti.app.cli", "serve", str(repository), *named, *flags]
     with running(command, ports, log, env=environment, cwd="/") as server:
         yield server
 
@@ -178,7 +178,7 @@ def _cuda_libraries() -> list[str]:
 @functools.cache
 def flags() -> str:
     """The help of `tutti serve`, which says what it can be asked for."""
-    command = [sys.executable, "-m", "tutti.cli", "serve", "--help"]
+    command = [sys.executable, "-m", "tutti.app.cli", "serve", "--help"]
     return subprocess.run(command, capture_output=True, text=True, env=frame.environment(), check=True).stdout
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from tritonclient.grpc import service_pb2 as pb
 
 from tests.models import Repository
-from tutti.dtypes import NUMPY, encode_bytes
+from tutti.core.dtypes import NUMPY, encode_bytes
 
 SEED = 7
 # A POSIX segment that whoever runs the corpus makes: 64 bytes, the first 16 of them 1.0, 2.0, 3.0, 4.0.

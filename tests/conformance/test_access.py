@@ -21,8 +21,8 @@ from tritonclient.utils import InferenceServerException
 
 from tests.models import Repository
 from tests.serving import serving, wait_until
-from tutti.cli import main
-from tutti.restarts import UNUSABLE
+from tutti.app.cli import main
+from tutti.app.restarts import UNUSABLE
 
 pytestmark = [
     pytest.mark.slow,

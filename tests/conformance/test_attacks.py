@@ -25,7 +25,7 @@ from tritonclient.grpc import service_pb2 as pb
 
 from tests.models import Repository
 from tests.serving import Served, serving, wait_until
-from tutti.logs import Logs
+from tutti.observing.logs import Logs
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::ResourceWarning")]
 

@@ -32,12 +32,12 @@ from tests.devices.exporter import exporting
 from tests.devices.machine import Allocation, Machine, Process
 from tests.models import Repository
 from tests.serving import engine_over, serving
-from tutti import cli
-from tutti.errors import Internal
-from tutti.frontends.api import Api
-from tutti.frontends.front_ends import FrontEnds
-from tutti.frontends.server import Addresses, Server
-from tutti.shared_memory import SharedMemory
+from tutti.app import cli
+from tutti.app.front_end_server import Addresses, Server
+from tutti.core.errors import Internal
+from tutti.frontends.processes.pool import FrontEnds
+from tutti.frontends.v2.api import Api
+from tutti.frontends.v2.shared_memory import SharedMemory
 
 pytestmark = [
     # The client libraries leave sockets to the garbage collector.

@@ -25,8 +25,8 @@ from tritonclient.utils import InferenceServerException
 
 from tests.models import IN_PROCESS, Repository
 from tests.serving import Served, serving, wait_until
+from tutti.app.restarts import UNUSABLE
 from tutti.devices.simulated import SIMULATED
-from tutti.restarts import UNUSABLE
 
 REASON = "test: device-side assert"
 FOUR = 'input { name: "x" data_type: TYPE_FP32 dims: 4 } output { name: "y" data_type: TYPE_FP32 dims: 4 }'
@@ -120,7 +120,7 @@ class Server:
         return next(iter(commands("--engine-of", self.served.process.pid)), 0)
 
     def workers(self) -> list[int]:
-        return list(commands("tutti.frontends.worker", self.served.process.pid))
+        return list(commands("tutti.frontends.processes.worker", self.served.process.pid))
 
     def is_ready(self) -> bool:
         return self._says("ready")
@@ -145,7 +145,9 @@ def running(repository: Repository, tmp_path: Path, *flags: str) -> Iterator[Ser
     with serving(repository.root, log, *(flags or ("--supervise",))) as served:
         server = Server(served, log)
         assert server.engine() and server.workers()
-        (task,) = {Path(line.split()[-2]) for line in commands("tutti.frontends.worker", served.process.pid).values()}
+        (task,) = {
+            Path(line.split()[-2]) for line in commands("tutti.frontends.processes.worker", served.process.pid).values()
+        }
         yield server
     # The engines' command lines have the repository's path, all the others' that of the sockets.
     wait_until(lambda: not commands(str(repository.root)) and not commands(str(task.parent)), timeout_s=10)

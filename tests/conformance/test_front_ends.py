@@ -89,7 +89,11 @@ def touched_kib(process: psutil.Process) -> int:
 
 
 def workers(server: Served) -> list[psutil.Process]:
-    return [one for one in psutil.Process(server.process.pid).children() if "tutti.frontends.worker" in command(one)]
+    return [
+        one
+        for one in psutil.Process(server.process.pid).children()
+        if "tutti.frontends.processes.worker" in command(one)
+    ]
 
 
 def command(process: psutil.Process) -> str:

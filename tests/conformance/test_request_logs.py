@@ -23,7 +23,7 @@ from tritonclient.utils import InferenceServerException
 
 from tests.models import IN_PROCESS, Repository
 from tests.serving import Served, serving, wait_until
-from tutti.restarts import UNUSABLE
+from tutti.app.restarts import UNUSABLE
 
 pytestmark = pytest.mark.slow
 

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
+from tutti.core.dtypes import Array
+from tutti.core.errors import DeviceLost
 from tutti.devices.engine import DeviceEngine
 from tutti.devices.health import DeviceHealth
 from tutti.devices.jobs import Made, Part, Times
 from tutti.devices.pipeline import Pipeline
 from tutti.devices.simulated import Costs, SimulatedDevice, Timeline
-from tutti.dtypes import Array
-from tutti.errors import DeviceLost
 
 MS = 1_000_000
 

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+from tutti.core.dtypes import Array
 from tutti.devices import dlpack
-from tutti.dtypes import Array
 
 
 def on_device(capsule: Any, kind: int, number: int) -> Any:

@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tests.devices.exporter import Exporter, Memory, exporting
+from tutti.core.errors import InferError, Internal, InvalidArgument, Unavailable, Unsupported
 from tutti.devices.ipc import CudaIpc, ForeignMemory
-from tutti.errors import InferError, Internal, InvalidArgument, Unavailable, Unsupported
 
 # The smallest block of its own that a device gives.
 SIZE = 2 * 1024 * 1024

@@ -9,9 +9,9 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from tutti.core.errors import InvalidArgument
+from tutti.core.types import Raw
 from tutti.devices.ipc import HANDLE_BYTES, ForeignMemory
-from tutti.errors import InvalidArgument
-from tutti.types import Raw
 
 GUARD = b"\xa5" * 4096
 

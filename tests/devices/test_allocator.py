@@ -24,7 +24,7 @@ def test_a_users_settings_stand(environment: dict[str, str], expected: dict[str,
 
 def test_pytorch_is_not_imported_before() -> None:
     """It reads the settings when it is imported, or soon after."""
-    code = "import sys, tutti.process; sys.exit('torch' in sys.modules)"
+    code = "import sys, tutti.app.process; sys.exit('torch' in sys.modules)"
     environment = {name: value for name, value in os.environ.items() if name not in allocator.SETTINGS}
     assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
 

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tutti.core.dtypes import NUMPY, Array
+from tutti.core.errors import DeviceLost
 from tutti.devices.engine import DeviceEngine
 from tutti.devices.health import DeviceHealth
 from tutti.devices.jobs import Made, Part, Times
-from tutti.dtypes import NUMPY, Array
-from tutti.errors import DeviceLost
 
 torch = pytest.importorskip("torch")
 from tutti.devices import cuda  # noqa: E402  (it needs PyTorch)

@@ -9,8 +9,8 @@ import pytest
 from tests.devices.fake_nvml import Card, FakeNvml
 from tutti.devices.gpu_metrics import GpuMetrics
 from tutti.devices.nvml import Nvml
-from tutti.engine import Engine
-from tutti.metrics import Metrics
+from tutti.frontends.v2.metrics_page import Metrics
+from tutti.serving.engine import Engine
 
 
 class Clock:
@@ -101,7 +101,7 @@ def test_the_page_has_tritons_names(tmp_path: Path) -> None:
 
 def test_a_scrape_samples_in_a_thread_before_the_page_is_made() -> None:
     from tutti.frontends.gate import Gate
-    from tutti.frontends.http_api import metrics_app
+    from tutti.frontends.http.routes import metrics_app
 
     threads: list[int] = []
     sent: list[dict] = []

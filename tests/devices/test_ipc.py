@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.devices import driver
+from tutti.core.errors import Unsupported
 from tutti.devices.ipc import CudaIpc
-from tutti.errors import Unsupported
 
 ROOT = Path(__file__).parents[2]
 

@@ -8,10 +8,10 @@ import pytest
 
 from tests.devices.driving import MS, batch_job
 from tests.serving import wait_until
+from tutti.core.errors import DeviceLost
 from tutti.devices.engine import DeviceEngine
 from tutti.devices.health import DeviceHealth
 from tutti.devices.simulated import Costs, LiveTimeline, SimulatedDevice
-from tutti.errors import DeviceLost
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tutti.devices.present import has_gpu
+from tutti.devices.gpu_presence import has_gpu
 
 
 def test_a_machine_without_devices_has_none(tmp_path: Path) -> None:

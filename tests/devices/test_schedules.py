@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from tests.devices.driving import MS, NumberJob
+from tutti.core.errors import DeviceLost, InvalidArgument, OutOfMemory
 from tutti.devices.arena import COPIED_BYTES
 from tutti.devices.engine import DeviceEngine
 from tutti.devices.health import DeviceHealth
 from tutti.devices.pipeline import Pipeline
 from tutti.devices.simulated import Costs, FaultKind, SimulatedDevice, Timeline
-from tutti.errors import DeviceLost, InvalidArgument, OutOfMemory
 
 FAULTS: tuple[FaultKind, ...] = ("memory", "launch", "copy", "sticky", "hang")
 

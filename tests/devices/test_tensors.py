@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from tests.devices.fakes import CudaArray, FakeLibrary
+from tutti.core.errors import Unsupported
+from tutti.core.types import OnDevice, Tensor
 from tutti.devices import dlpack, tensors
 from tutti.devices.tensors import DeviceTensor
-from tutti.errors import Unsupported
-from tutti.types import OnDevice, Tensor
 
 
 @pytest.fixture

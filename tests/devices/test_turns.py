@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from tests.devices.driving import COSTS, MS, batch_job, simulated
-from tutti.devices import turns
+from tutti.core.errors import DeviceLost
+from tutti.devices import device_turns
+from tutti.devices.device_turns import HeldTurn, TurnTaker
 from tutti.devices.executions import Executions
 from tutti.devices.pipeline import Batch, Execution, Pipeline, Turn
-from tutti.devices.turns import HeldTurn, TurnTaker
-from tutti.errors import DeviceLost
 
 
 class Sharing:
@@ -173,15 +173,15 @@ def test_threads_of_an_execution_that_ask_at_a_time_need_one_turn_for_all() -> N
 def test_a_model_that_is_known_to_hold_none_takes_none_from_others() -> None:
     _, engine, _ = simulated(COSTS)
     taker = TurnTaker(engine, engine.pipeline("m"), "/models/m/1")
-    turns.know("/models/other/1")
+    device_turns.know("/models/other/1")
     code = "def wait(enter):\n    with enter():\n        return check()\n"
-    turns.know("/models/m/1")
+    device_turns.know("/models/m/1")
     seen: list[bool] = []
     for folder, is_kept in (("/models/other/1", True), ("/models/m/1", False), ("/somewhere", False)):
         names: dict[str, Any] = {"check": lambda: seen.append(is_granted(engine))}
         exec(compile(code, f"{folder}/model.py", "exec"), names)
         with taker.turn():
-            thread = threading.Thread(target=names["wait"], args=(turns.given_up,))
+            thread = threading.Thread(target=names["wait"], args=(device_turns.given_up,))
             thread.start()
             thread.join(30)
             assert seen.pop() == is_kept

@@ -11,9 +11,9 @@ from ensembles.builder import Graph
 from ensembles.cli import planned
 from tests.models import Repository
 from tests.serving import engine_over, infer
-from tutti import cli
-from tutti.errors import ConfigError
-from tutti.types import InferRequest, InferResponse, Tensor
+from tutti.app import cli
+from tutti.core.errors import ConfigError
+from tutti.core.types import InferRequest, InferResponse, Tensor
 
 ONE = "data_type: TYPE_FP32 dims: 1"
 SCORE = f"""backend: "python" max_batch_size: 8 dynamic_batching {{}}

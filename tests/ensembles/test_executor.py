@@ -12,10 +12,10 @@ from ensembles import graph
 from ensembles.executor import EnsembleExecutor
 from tests.models import Repository
 from tests.serving import Gather, engine_over, infer
-from tutti import config
-from tutti.errors import Cancelled, InferError, InvalidArgument, NotFound
-from tutti.statistics import ModelStatistics
-from tutti.types import Call, InferRequest, InferResponse, Tensor, settle
+from tutti.core.errors import Cancelled, InferError, InvalidArgument, NotFound
+from tutti.core.types import Call, InferRequest, InferResponse, Tensor, settle
+from tutti.observing.statistics import ModelStatistics
+from tutti.repository import config
 
 assert ensembles.load
 

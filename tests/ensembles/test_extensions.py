@@ -11,11 +11,11 @@ import pytest
 
 from tests.models import IN_PROCESS, Repository, onnx_text
 from tests.serving import Gather, engine_over, infer
-from tutti import explain
-from tutti.engine import Engine
-from tutti.errors import InvalidArgument
-from tutti.types import Call, InferRequest, InferResponse, Tensor
-from tutti.waterfall import waterfall
+from tutti.core.errors import InvalidArgument
+from tutti.core.types import Call, InferRequest, InferResponse, Tensor
+from tutti.observing import explanations
+from tutti.observing.waterfall import waterfall
+from tutti.serving.engine import Engine
 
 ONE = "data_type: TYPE_FP32 dims: 1"
 SCORE = f"""
@@ -250,7 +250,7 @@ def test_an_optional_step_is_left_out_where_time_is_short(models: Repository) ->
 def test_a_request_may_ask_what_happened(serve: Callable[[str], Engine]) -> None:
     engine = serve(ensemble(step("ten", "S") + step("costly", "Y", "S"), output("Y"), when__Y="S > 15", default__Y="0"))
     (answer,) = infer(engine, [ask([1, 2, 3], tutti_explain=True)])
-    told = json.loads(answer.parameters[explain.PARAMETER])  # type: ignore[union-attr]
+    told = json.loads(answer.parameters[explanations.PARAMETER])  # type: ignore[union-attr]
     assert (told["ensemble"], told["rows"]) == ("e", 3)
     first, second = told["steps"]
     assert (first["step"], first["rows"], second["step"], second["rows"]) == ("ten", 3, "costly", 2)
@@ -258,8 +258,8 @@ def test_a_request_may_ask_what_happened(serve: Callable[[str], Engine]) -> None
     assert 0 <= first["start_us"] <= first["end_us"] <= second["start_us"] <= second["end_us"] <= told["total_us"]
     assert {"queue_us", "compute_us"} <= first.keys()
     (none,) = infer(engine, [ask([1], tutti_explain=True)])
-    assert json.loads(none.parameters[explain.PARAMETER])["steps"][1]["skipped"] == "not S > 15"  # type: ignore[union-attr]
-    assert "left out: not S > 15" in waterfall(json.loads(none.parameters[explain.PARAMETER]))  # type: ignore[union-attr]
+    assert json.loads(none.parameters[explanations.PARAMETER])["steps"][1]["skipped"] == "not S > 15"  # type: ignore[union-attr]
+    assert "left out: not S > 15" in waterfall(json.loads(none.parameters[explanations.PARAMETER]))  # type: ignore[union-attr]
 
 
 GOOD = (step("ten", "S") + step("costly", "Y", "S"), output("Y"))

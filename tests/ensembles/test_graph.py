@@ -3,8 +3,8 @@
 import pytest
 
 from ensembles import graph
-from tutti import config
-from tutti.errors import ConfigError, NotFound
+from tutti.core.errors import ConfigError, NotFound
+from tutti.repository import config
 
 MODELS = {
     "double": config.parse(

@@ -7,8 +7,8 @@ import pytest
 
 from tests.models import Repository
 from tests.serving import engine_over, infer
-from tutti.errors import InferError
-from tutti.types import Answer, InferRequest, Tensor
+from tutti.core.errors import InferError
+from tutti.core.types import Answer, InferRequest, Tensor
 
 # "a" and "b" become "p" and "q", one of which may be left out, and "p" of another datatype.
 MAPS = """

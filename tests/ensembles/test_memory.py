@@ -6,7 +6,7 @@ import numpy as np
 
 from tests.models import Repository
 from tests.serving import engine_over, infer
-from tutti.types import InferRequest, InferResponse, Tensor
+from tutti.core.types import InferRequest, InferResponse, Tensor
 
 STEPS = 8
 SIZE = 2_000_000

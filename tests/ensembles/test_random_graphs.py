@@ -17,10 +17,10 @@ from ensembles import graph
 from ensembles.executor import EnsembleExecutor
 from ensembles.placed import PlacedExecutor, executor_of_segment
 from tests.serving import infer
-from tutti import config
-from tutti.errors import InferError, Internal, InvalidArgument
-from tutti.statistics import ModelStatistics
-from tutti.types import Call, Infer, InferRequest, InferResponse, Tensor, settle
+from tutti.core.errors import InferError, Internal, InvalidArgument
+from tutti.core.types import Call, Infer, InferRequest, InferResponse, Tensor, settle
+from tutti.observing.statistics import ModelStatistics
+from tutti.repository import config
 
 GRAPHS = 2_000
 SHARDS = 20

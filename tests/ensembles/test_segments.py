@@ -9,9 +9,9 @@ from ensembles import graph
 from ensembles.placed import PlacedExecutor, executor_of_segment
 from ensembles.segments import Cut, cut
 from tests.serving import infer
-from tutti import config
-from tutti.statistics import ModelStatistics
-from tutti.types import Call, Infer, InferRequest, InferResponse, Tensor, settle
+from tutti.core.types import Call, Infer, InferRequest, InferResponse, Tensor, settle
+from tutti.observing.statistics import ModelStatistics
+from tutti.repository import config
 
 SPEC = "data_type: TYPE_FP32 dims: 2"
 

@@ -12,11 +12,11 @@ from ensembles import graph
 from ensembles.streams import StreamExecutor
 from tests.models import Repository
 from tests.serving import Gather, engine_over, wait_until
-from tutti import config
-from tutti.config import ModelConfig
-from tutti.errors import Cancelled, ConfigError, InferError, Internal, Unsupported
-from tutti.statistics import ModelStatistics
-from tutti.types import Call, InferRequest, InferResponse, Tensor
+from tutti.core.errors import Cancelled, ConfigError, InferError, Internal, Unsupported
+from tutti.core.types import Call, InferRequest, InferResponse, Tensor
+from tutti.observing.statistics import ModelStatistics
+from tutti.repository import config
+from tutti.repository.config import ModelConfig
 
 ONE = "data_type: TYPE_INT32 dims: 1"
 MODELS = {

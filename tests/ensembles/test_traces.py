@@ -19,11 +19,11 @@ from tests.ensembles.test_extensions import (
 )
 from tests.models import IN_PROCESS, Repository
 from tests.serving import Gather, engine_over
-from tutti.engine import Engine
-from tutti.errors import InferError
-from tutti.trace_records import Record
-from tutti.tracing import TraceConfig, Tracer
-from tutti.types import Call, InferRequest, InferResponse, Tensor
+from tutti.core.errors import InferError
+from tutti.core.types import Call, InferRequest, InferResponse, Tensor
+from tutti.observing.trace_records import Record
+from tutti.observing.tracing import TraceConfig, Tracer
+from tutti.serving.engine import Engine
 
 EXECUTED = [
     "REQUEST_START", "QUEUE_START", "COMPUTE_START", "COMPUTE_INPUT_END", "COMPUTE_OUTPUT_START", "COMPUTE_END",

@@ -10,10 +10,10 @@ from ensembles import graph
 from ensembles.placed import executor_of
 from tests.models import Repository
 from tests.serving import Gather, engine_over, infer
-from tutti import config
-from tutti.errors import InferError
-from tutti.statistics import ModelStatistics
-from tutti.types import Call, InferRequest, InferResponse, Tensor, settle
+from tutti.core.errors import InferError
+from tutti.core.types import Call, InferRequest, InferResponse, Tensor, settle
+from tutti.observing.statistics import ModelStatistics
+from tutti.repository import config
 
 MODEL = """
     backend: "python" max_batch_size: %d

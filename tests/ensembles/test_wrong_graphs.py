@@ -8,7 +8,7 @@ import pytest
 from ensembles.builder import Graph
 from ensembles.places import MistakeAt
 from ensembles.source import graph_of
-from tutti.errors import ConfigError
+from tutti.core.errors import ConfigError
 
 _X = 'input { name: "x" data_type: TYPE_FP32 dims: 1 }'
 _Y = 'output { name: "y" data_type: TYPE_FP32 dims: 1 }'

@@ -16,7 +16,7 @@ from export.errors import ExportError
 from export.sound import as_wav
 from tests.export import checkpoints
 from tests.serving import engine_over, infer
-from tutti.types import InferRequest, InferResponse, Tensor
+from tutti.core.types import InferRequest, InferResponse, Tensor
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(120)]
 SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}

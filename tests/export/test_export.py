@@ -40,9 +40,10 @@ from tests.browser import look, needs_browser, unreadable
 from tests.export import checkpoints
 from tests.models import onnx_add_one
 from tests.serving import serving
-from tutti import config, progress
-from tutti.config import TensorSpec
-from tutti.errors import ConfigError
+from tutti.console import progress
+from tutti.core.errors import ConfigError
+from tutti.repository import config
+from tutti.repository.config import TensorSpec
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -22,9 +22,9 @@ from export import onnx as to_onnx
 from export.sound import published
 from tests.export import apart, checkpoints
 from tests.serving import engine_over, infer
-from tutti import config
-from tutti.bounds import Range
-from tutti.types import InferRequest, InferResponse, Tensor
+from tutti.core.types import InferRequest, InferResponse, Tensor
+from tutti.repository import config
+from tutti.repository.value_bounds import Range
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(600)]

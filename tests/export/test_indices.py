@@ -21,8 +21,8 @@ from export.sources import resolve
 from export.variants import Builder
 from tests.export import checkpoints
 from tests.serving import Served, serving
-from tutti import config
-from tutti.bounds import Range
+from tutti.repository import config
+from tutti.repository.value_bounds import Range
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 ROWS = 10

@@ -45,7 +45,8 @@ from tests.export import checkpoints
 from tests.models import onnx_add_one
 from tests.serving import serving
 from tests.tutti.test_help import EXTRAS, WITHOUT_EXTRAS
-from tutti import cli, config
+from tutti.app import cli
+from tutti.repository import config
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(180)]
 

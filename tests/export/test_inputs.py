@@ -18,8 +18,8 @@ from export.variants import Builder, in_float64
 from tests.export import checkpoints
 from tests.export.test_export import RESNET
 from tests.serving import engine_over, infer
-from tutti import config
-from tutti.types import InferRequest, InferResponse, Tensor
+from tutti.core.types import InferRequest, InferResponse, Tensor
+from tutti.repository import config
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 FORMS = {"chw": Form(), "hwc": Form("uint8", "hwc"), "fp32": Form("fp32")}

@@ -18,13 +18,13 @@ from export.graphs import Claim, Graph
 from export.variants import Builder, Result
 from tests.export import checkpoints
 from tests.serving import engine_over, infer
-from tutti import config
 from tutti.backends.onnxruntime import OnnxBackend
-from tutti.config import TensorSpec
-from tutti.dtypes import Array
-from tutti.engine import Engine
-from tutti.errors import InvalidArgument
-from tutti.types import InferRequest, InferResponse, Tensor
+from tutti.core.dtypes import Array
+from tutti.core.errors import InvalidArgument
+from tutti.core.types import InferRequest, InferResponse, Tensor
+from tutti.repository import config
+from tutti.repository.config import TensorSpec
+from tutti.serving.engine import Engine
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 ROWS = 32

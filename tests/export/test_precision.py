@@ -15,8 +15,8 @@ from export.parity import Comparer
 from export.variants import Builder
 from tests.export.test_export import RESNET, graph
 from tests.serving import engine_over, infer
-from tutti import config
-from tutti.types import InferRequest, InferResponse, Tensor
+from tutti.core.types import InferRequest, InferResponse, Tensor
+from tutti.repository import config
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 NARROW = {"torch-fp16": torch.float16, "torch-bf16": torch.bfloat16}

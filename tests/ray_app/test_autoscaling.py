@@ -19,7 +19,7 @@ from ray_app import autoscaling
 from ray_app.autoscaling import DRAIN_S, METRIC, UTILIZATION, Demand, Meter, Misses, Steady, row_s, wanted
 from tests.models import Repository
 from tests.serving import Served, serving, wait_until
-from tutti.cost import LatencyModel
+from tutti.scheduling.cost import LatencyModel
 
 SECOND = 1_000_000_000
 

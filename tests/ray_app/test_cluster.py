@@ -23,7 +23,7 @@ from demo.client import Client, load_items
 from loadtest.process import free_ports, stop
 from tests.models import Repository
 from tests.serving import Served, serving, wait_until
-from tutti.restarts import UNUSABLE
+from tutti.app.restarts import UNUSABLE
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(280)]
 
@@ -149,7 +149,7 @@ def test_gpu_replicas_die_under_load_and_come_back(small: Repository, tmp_path: 
 
 def test_a_repository_that_cannot_be_served_says_why(small: Repository, tmp_path: Path) -> None:
     (small.root / "add_one" / "1" / "model.onnx").write_bytes(b"not a graph")
-    command = [sys.executable, "-m", "tutti.cli", "serve", str(small.root), "--ray", "--http-port", "0"]
+    command = [sys.executable, "-m", "tutti.app.cli", "serve", str(small.root), "--ray", "--http-port", "0"]
     command += ["--grpc-port", "0", "--metrics-port", "0"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == UNUSABLE

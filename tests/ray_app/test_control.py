@@ -16,7 +16,7 @@ from tests.models import Repository
 from tests.ray_app.conftest import Application
 from tests.ray_app.test_cluster import replicas
 from tests.serving import serving, wait_until
-from tutti.engine import Override
+from tutti.serving.engine import Override
 
 X = np.array([[1, 2, 3, 4]], np.float32)
 

@@ -174,7 +174,7 @@ def test_the_image_copies_what_there_is_and_installs_it(tmp_path: Path) -> None:
         for extra in extras.split(","):
             assert re.search(rf"^{extra} = \[", pyproject, re.MULTILINE), extra
     flags = re.findall(r'"(--[a-z-]+)"', image.partition("ENTRYPOINT")[2])
-    shown = subprocess.run([sys.executable, "-m", "tutti.cli", "serve", "--help"], capture_output=True, text=True)
+    shown = subprocess.run([sys.executable, "-m", "tutti.app.cli", "serve", "--help"], capture_output=True, text=True)
     assert flags
     assert all(flag in shown.stdout for flag in flags)
 

@@ -22,9 +22,9 @@ from tests.models import Repository
 from tests.ray_app.conftest import Application
 from tests.ray_app.test_cluster import replicas
 from tests.serving import Served, wait_until
-from tutti.engine import Override
-from tutti.frontends import setup
-from tutti.frontends.server import Addresses
+from tutti.app import front_end_setup
+from tutti.app.front_end_server import Addresses
+from tutti.serving.engine import Override
 
 ON_RAY = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(280)]
 
@@ -98,7 +98,7 @@ def test_gateways_without_http_are_told_apart_by_grpc() -> None:
     groups, journals = set(), set()
     for doors in ({"grpc_port": 1}, {"grpc_port": 2}, {"grpc_port": 1, "grpc_address": "127.0.0.2"}):
         options = Options.model_validate({"model_repository": "r", "allow_http": False, **doors})
-        wanted = setup.addresses(options)
+        wanted = front_end_setup.addresses(options)
         assert wanted.http_port is None
         groups.add(group(Addresses(wanted.host, None, wanted.grpc_port, 3), wanted.grpc_host))
         journals.add(options.journal)

@@ -7,9 +7,9 @@ import yaml
 
 from ray_app import gpu_rates
 from tests.models import Repository
-from tutti import config
-from tutti.cli import main
-from tutti.errors import ConfigError
+from tutti.app.cli import main
+from tutti.core.errors import ConfigError
+from tutti.repository import config
 
 TEXT = """backend: "pytorch" max_batch_size: 64 dynamic_batching {{ }}
 input {{ name: "x" data_type: TYPE_UINT8 dims: [ 3, 224, 224 ] }} output {{ name: "y" data_type: TYPE_FP32 dims: 1000 }}

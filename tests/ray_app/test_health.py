@@ -14,9 +14,7 @@ from tests.models import IN_PROCESS, Repository
 from tests.ray_app.conftest import Application
 from tests.ray_app.test_cluster import replicas
 from tests.serving import engine_over, infer, serving, wait_until
-from tutti import config
-from tutti.config import ModelConfig
-from tutti.errors import (
+from tutti.core.errors import (
     DeadlineExceeded,
     DeviceLost,
     InferError,
@@ -27,7 +25,9 @@ from tutti.errors import (
     Unavailable,
     Unknown,
 )
-from tutti.types import InferResponse
+from tutti.core.types import InferResponse
+from tutti.repository import config
+from tutti.repository.config import ModelConfig
 
 
 def test_what_is_inside_and_does_not_end_is_stuck() -> None:

@@ -12,9 +12,9 @@ from ray_app import pools
 from ray_app.members import Member, PoolStatus
 from ray_app.pools import MAX_SENDS, Pool, Router
 from tests.serving import Gather
-from tutti import wire
-from tutti.errors import Cancelled, DeviceLost, Internal, Unavailable
-from tutti.types import Answer, Call, InferRequest, InferResponse, Tensor
+from tutti.core import wire
+from tutti.core.errors import Cancelled, DeviceLost, Internal, Unavailable
+from tutti.core.types import Answer, Call, InferRequest, InferResponse, Tensor
 
 POISON = 13.0
 

@@ -11,9 +11,10 @@ from ray_app import merging
 from ray_app.members import PoolStatus
 from ray_app.pools import POOL_PARAMETER, Pool, Router
 from tests.serving import Gather
-from tutti import config, wire
-from tutti.errors import Cancelled, DeadlineExceeded, InferError, Internal, InvalidArgument, Unavailable
-from tutti.types import Call, InferRequest, InferResponse, Tensor
+from tutti.core import wire
+from tutti.core.errors import Cancelled, DeadlineExceeded, InferError, Internal, InvalidArgument, Unavailable
+from tutti.core.types import Call, InferRequest, InferResponse, Tensor
+from tutti.repository import config
 
 TEXT = """
 max_batch_size: 8

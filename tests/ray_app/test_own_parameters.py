@@ -15,13 +15,14 @@ from ray_app.placement import PoolSpec
 from ray_app.pools import Pool, Router
 from tests.models import Repository
 from tests.serving import Gather
-from tutti import config, wire
-from tutti.errors import Internal, InvalidArgument
-from tutti.explain import PARAMETER, Explained
-from tutti.local import loop_timer
-from tutti.statistics import ModelStatistics
-from tutti.trace_records import Record, numbers
-from tutti.types import Answer, Call, InferRequest, InferResponse, Tensor
+from tutti.core import wire
+from tutti.core.errors import Internal, InvalidArgument
+from tutti.core.types import Answer, Call, InferRequest, InferResponse, Tensor
+from tutti.observing.explanations import PARAMETER, Explained
+from tutti.observing.statistics import ModelStatistics
+from tutti.observing.trace_records import Record, numbers
+from tutti.repository import config
+from tutti.serving.local import loop_timer
 
 TEXT = """
 backend: "python" max_batch_size: 8

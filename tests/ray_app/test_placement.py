@@ -5,9 +5,9 @@ import pytest
 from ray_app import environment
 from ray_app.options import Options, PoolOptions
 from ray_app.placement import Home, PoolSpec, home, models_for, plan_pools
-from tutti import config
-from tutti.config import ModelConfig
-from tutti.errors import ConfigError, NotFound
+from tutti.core.errors import ConfigError, NotFound
+from tutti.repository import config
+from tutti.repository.config import ModelConfig
 
 TENSORS = 'input { name: "x" data_type: TYPE_FP32 dims: 4 } output { name: "y" data_type: TYPE_FP32 dims: 4 }'
 DEFAULT = plan_pools(2, None, 1)

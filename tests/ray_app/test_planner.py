@@ -9,8 +9,8 @@ from ray_app.options import Options
 from ray_app.planner import CONTEXT_MB, plan
 from tests.models import Repository
 from tests.ray_app.test_placement import ensemble, model
-from tutti.cli import main
-from tutti.errors import ConfigError
+from tutti.app.cli import main
+from tutti.core.errors import ConfigError
 
 MB = 1_000_000
 

@@ -19,12 +19,14 @@ from ray_app.options import Options
 from ray_app.placement import plan_pools
 from ray_app.replica import ReplicaOptions
 from tests.serving import Gather
-from tutti import config, foreign_flags, serve_options, wire
-from tutti.batching import BatchingPolicy
-from tutti.errors import ConfigError, InferError, InvalidArgument
-from tutti.frontends import keepalive
-from tutti.statistics import ModelStatistics
-from tutti.types import Answer, Call, InferRequest, InferResponse, Tensor
+from tutti.app import foreign_flags, serve_options
+from tutti.core import wire
+from tutti.core.errors import ConfigError, InferError, InvalidArgument
+from tutti.core.types import Answer, Call, InferRequest, InferResponse, Tensor
+from tutti.frontends.grpc import keepalive
+from tutti.observing.statistics import ModelStatistics
+from tutti.repository import config
+from tutti.scheduling.batching import BatchingPolicy
 
 
 def test_batches_survive_the_wire() -> None:
@@ -268,10 +270,10 @@ def test_no_flag_is_ignored_on_ray(name: str, capsys: pytest.CaptureFixture[str]
         assert f"--{name.replace('_', '-')}" in capsys.readouterr().err
         return
     if name in OF_THE_COMMAND:
-        assert name in read_in("ray_app/run.py", "tutti/cli.py", "tutti/serve_options.py")
+        assert name in read_in("ray_app/run.py", "tutti/app/cli.py", "tutti/app/serve_options.py")
         return
     assert name in Options.model_fields
-    read = read_in("ray_app", "tutti/frontends/setup.py", "ray_app/options.py")
+    read = read_in("ray_app", "tutti/app/front_end_setup.py", "ray_app/options.py")
     assert "given" in read, "which reads those of connections"
     assert name in read | {setting.dest for setting in keepalive.SETTINGS}
     files = [f"--{one}-{file}" for one in ("http", "grpc") for file in ("server-cert", "server-key", "root-cert")]

@@ -14,7 +14,7 @@ from tritonclient.utils import InferenceServerException
 from tests.models import Repository
 from tests.ray_app.test_cluster import metrics, replicas
 from tests.serving import engine_over, infer, serving, wait_until
-from tutti.types import InferRequest, InferResponse, Tensor
+from tutti.core.types import InferRequest, InferResponse, Tensor
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(280)]
 

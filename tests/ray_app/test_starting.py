@@ -22,10 +22,10 @@ from ray_app.overview import Loads, table
 from ray_app.placement import PoolSpec, check_cpus
 from tests.models import Repository
 from tests.serving import engine_over
-from tutti import serve_options
-from tutti.cli import main
-from tutti.errors import ConfigError
-from tutti.restarts import UNUSABLE
+from tutti.app import serve_options
+from tutti.app.cli import main
+from tutti.app.restarts import UNUSABLE
+from tutti.core.errors import ConfigError
 
 
 @pytest.fixture

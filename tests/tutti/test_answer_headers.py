@@ -3,9 +3,9 @@
 import pytest
 
 from ensembles.explain import StepsTimes
-from tutti.frontends import answer_headers
-from tutti.statistics import BatchTimes
-from tutti.types import Spent, Times
+from tutti.core.types import Spent, Times
+from tutti.frontends.http import answer_headers
+from tutti.observing.statistics import BatchTimes
 
 MS = 1_000_000
 

@@ -5,10 +5,10 @@ import asyncio
 import numpy as np
 import pytest
 
-from tutti.errors import Unavailable
-from tutti.frontends import answers as module
-from tutti.frontends.answers import Answers
-from tutti.types import InferRequest, InferResponse, Tensor
+from tutti.core.errors import Unavailable
+from tutti.core.types import InferRequest, InferResponse, Tensor
+from tutti.frontends import awaited_answers as module
+from tutti.frontends.awaited_answers import Answers
 
 
 def response(size: int, datatype: str) -> InferResponse:

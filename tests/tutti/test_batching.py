@@ -5,9 +5,9 @@ from collections.abc import Iterable
 
 import pytest
 
-from tutti.batching import BatchingPolicy, BatchLimit, BatchQueue, Decision, Returns
-from tutti.cost import Costs, LatencyModel
-from tutti.types import Call, InferRequest
+from tutti.core.types import Call, InferRequest
+from tutti.scheduling.batching import BatchingPolicy, BatchLimit, BatchQueue, Decision, Returns
+from tutti.scheduling.cost import Costs, LatencyModel
 
 MS = 1_000_000
 

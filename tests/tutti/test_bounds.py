@@ -12,12 +12,12 @@ import pytest
 
 from tests.models import Repository, onnx_gather
 from tests.serving import engine_over, infer, serving
-from tutti import config
 from tutti.backends.joined import JoinedBackend
-from tutti.bounds import Bounds, Range
-from tutti.dtypes import NUMPY, Array
-from tutti.errors import ConfigError, InvalidArgument
-from tutti.types import Answer, Call, InferRequest, InferResponse, Tensor
+from tutti.core.dtypes import NUMPY, Array
+from tutti.core.errors import ConfigError, InvalidArgument
+from tutti.core.types import Answer, Call, InferRequest, InferResponse, Tensor
+from tutti.repository import config
+from tutti.repository.value_bounds import Bounds, Range
 
 INTEGERS = [name for name in NUMPY if name.startswith(("INT", "UINT"))]
 GATHER = """

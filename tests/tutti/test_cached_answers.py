@@ -8,12 +8,13 @@ import ensembles
 from tests.models import Repository
 from tests.serving import Gather, engine_over, infer, timer
 from tests.tutti.test_model_config import x, y
-from tutti import config, local
-from tutti.cache import Cached, ResponseCache
-from tutti.engine import Engine
-from tutti.errors import ConfigError
-from tutti.statistics import ModelStatistics
-from tutti.types import Call, InferResponse, Tensor, settle
+from tutti.core.errors import ConfigError
+from tutti.core.types import Call, InferResponse, Tensor, settle
+from tutti.observing.statistics import ModelStatistics
+from tutti.repository import config
+from tutti.serving import local
+from tutti.serving.engine import Engine
+from tutti.serving.response_cache import Cached, ResponseCache
 
 CACHED = """
     backend: "python" max_batch_size: 4

@@ -5,7 +5,7 @@ from itertools import accumulate
 
 import pytest
 
-from tutti.captured_sizes import CapturedSizes
+from tutti.scheduling.captured_sizes import CapturedSizes
 
 SIZES = (8, 16, 32, 64, 128, 256)
 

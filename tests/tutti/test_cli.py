@@ -11,11 +11,10 @@ import pytest
 
 from tests.models import Repository
 from tests.serving import engine_over
-from tutti import cli, serve_options
-from tutti.frontends import setup
-from tutti.frontends.api import Api
-from tutti.logs import Logs
-from tutti.restarts import UNUSABLE
+from tutti.app import cli, front_end_setup, serve_options
+from tutti.app.restarts import UNUSABLE
+from tutti.frontends.v2.api import Api
+from tutti.observing.logs import Logs
 
 
 def count(*flags: str, has_gpu: bool = False, cores: int = 16) -> int:
@@ -183,7 +182,7 @@ def test_a_port_in_use_is_told_before_models_are_loaded(flag: str, repository: R
 def test_the_server_has_the_name_that_it_is_given(repository: Repository) -> None:
     given = options([str(repository.root), "--server-name", "triton"])
     with engine_over(repository.root) as engine:
-        assert setup.make_api(engine, given, Logs()).server_metadata()["name"] == "triton"
+        assert front_end_setup.make_api(engine, given, Logs()).server_metadata()["name"] == "triton"
         assert Api(engine).server_metadata()["name"] == "tutti"
 
 
@@ -195,7 +194,7 @@ def test_a_pattern_of_headers_has_no_case_unless_it_says_so(
 ) -> None:
     given = options([str(repository.root), f"--http-header-forward-pattern={pattern}"])
     with engine_over(repository.root) as engine:
-        forward = setup.make_api(engine, given, Logs()).http.forward
+        forward = front_end_setup.make_api(engine, given, Logs()).http.forward
     assert forward is not None
     assert [name for name in ("my_x", "MY_x") if forward.fullmatch(name)] == matches
 

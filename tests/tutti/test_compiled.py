@@ -21,10 +21,10 @@ import pytest
 from tests.models import Repository
 from tests.serving import engine_over, infer
 from tests.tutti.test_pytorch_backend import scripted
-from tutti import config
-from tutti.errors import ConfigError
-from tutti.repository import open_model
-from tutti.types import InferRequest, InferResponse, Tensor
+from tutti.core.errors import ConfigError
+from tutti.core.types import InferRequest, InferResponse, Tensor
+from tutti.repository import config
+from tutti.repository.folders import open_model
 
 torch = pytest.importorskip("torch")
 
@@ -169,7 +169,7 @@ def check_answers(root: Path, tolerance: float = 1e-5) -> None:
 
 def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
     """But that a model takes long: that depends on the machine."""
-    told = [record for record in caplog.records if record.name != "tutti.operations"]
+    told = [record for record in caplog.records if record.name != "tutti.core.operations"]
     return [record.getMessage() for record in told if record.levelno >= logging.WARNING]
 
 

@@ -10,9 +10,9 @@ import pytest
 
 from tests.terminal import Terminal
 from tests.tutti.test_help import parsers
-from tutti import completion
-from tutti.cli import main
-from tutti.completion import Place
+from tutti.app import completion
+from tutti.app.cli import main
+from tutti.app.completion import Place
 
 # A line up to the tab, and what must be offered, all of it where the last is True.
 LINES: list[tuple[str, set[str], bool]] = [

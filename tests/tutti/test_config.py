@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.models import Repository
-from tutti import config
-from tutti import repository as folders
-from tutti.errors import ConfigError
+from tutti.core.errors import ConfigError
+from tutti.repository import config, folders
 
 TENSORS = """
     input { name: "x" data_type: TYPE_FP32 dims: [ -1, 3 ] }

@@ -11,10 +11,10 @@ import pytest
 import ensembles
 from tests.models import Repository, onnx_add_one
 from tests.serving import infer, timer
-from tutti import local
-from tutti.engine import Engine, Override
-from tutti.errors import InferError, Internal, NotFound, Unavailable
-from tutti.types import InferRequest, InferResponse, Tensor
+from tutti.core.errors import InferError, Internal, NotFound, Unavailable
+from tutti.core.types import InferRequest, InferResponse, Tensor
+from tutti.serving import local
+from tutti.serving.engine import Engine, Override
 
 
 def controllable(root: Path, names: list[str] | None = None) -> Engine:

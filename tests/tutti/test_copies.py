@@ -17,10 +17,10 @@ from onnx import TensorProto, helper
 
 from tests.models import Repository, _serialized
 from tests.serving import engine_over
-from tutti.frontends import http_api
-from tutti.frontends.api import Api
-from tutti.frontends.grpc import GrpcFront
-from tutti.frontends.http import HttpFront
+from tutti.frontends.grpc.native import GrpcFront
+from tutti.frontends.http import routes as http_api
+from tutti.frontends.http.infer import HttpFront
+from tutti.frontends.v2.api import Api
 
 SIZE = 2_000_000
 PAYLOAD = SIZE * 4

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tutti.cost import Alternatives, Costs, LatencyModel
+from tutti.scheduling.cost import Alternatives, Costs, LatencyModel
 
 MS = 1_000_000
 

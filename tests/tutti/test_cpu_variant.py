@@ -7,7 +7,7 @@ import pytest
 
 from tests.models import Repository, onnx_add_one
 from tests.serving import engine_over, infer
-from tutti.types import InferRequest, InferResponse, Tensor
+from tutti.core.types import InferRequest, InferResponse, Tensor
 
 CONFIG = """
     backend: "onnxruntime" max_batch_size: 8

@@ -16,15 +16,16 @@ from tests.models import Repository
 from tests.serving import engine_over, infer, timer
 from tests.tutti.test_device_backend import CHAIN, IDS, ON_GPU, SAME, Embed, Hungry, Identity, ids_request
 from tests.tutti.test_pytorch_backend import CONFIG, Subtract, exported, load_error, scripted
-from tutti import config, local
 from tutti.backends import capturing, cuda_graphs, cuda_graphs_trial, graph_buckets, pytorch
 from tutti.backends.capturing import SimulatedCapturing
 from tutti.backends.cuda_graphs_trial import Result, unequal
-from tutti.devices import engines
-from tutti.dtypes import Array
-from tutti.engine import Engine
-from tutti.repository import ModelFolder
-from tutti.types import InferRequest, InferResponse, Tensor
+from tutti.core.dtypes import Array
+from tutti.core.types import InferRequest, InferResponse, Tensor
+from tutti.devices import process_engines
+from tutti.repository import config
+from tutti.repository.folders import ModelFolder
+from tutti.serving import local
+from tutti.serving.engine import Engine
 
 torch = pytest.importorskip("torch")
 pytestmark = [
@@ -120,7 +121,7 @@ def test_random_batches_are_answered_as_without_graphs(repository: Repository, r
 def test_batches_know_the_captured_sizes_and_learn_what_they_take(repository: Repository) -> None:
     repository.add("m", X + GRAPHS, {"model.pt": scripted(Polynomial())})
     with engine_over(repository.root) as engine:
-        (pipeline,) = engines.engine_of("cuda:0").pipelines()
+        (pipeline,) = process_engines.engine_of("cuda:0").pipelines()
         (captured,) = pipeline.captured.values()
         assert list(pipeline.captured) == [(("x", (3,)),)]
         assert captured.sizes == [1, 2, 4, 8, 16]
@@ -371,7 +372,7 @@ def test_graphs_go_before_the_weights(repository: Repository, monkeypatch: pytes
     repository.add("m", X + GRAPHS, {"model.pt": scripted(Polynomial())})
     with engine_over(repository.root):
         assert not order
-    engines.engine_of("cuda:0").device.call(lambda: None)
+    process_engines.engine_of("cuda:0").device.call(lambda: None)
     assert order == ["graph"] * 5 + ["weights"]
 
 
@@ -388,7 +389,7 @@ def test_loaded_and_unloaded_again_and_again(repository: Repository, replays: li
         assert answer.tolist() == [[n * n * 0.5 - n * 3.0 + 1.0] * 3] * 3 and len(replays) == 1
         engine.unload("m")
     engine.close()
-    assert not engines.engine_of("cuda:0").pipelines()
+    assert not process_engines.engine_of("cuda:0").pipelines()
 
 
 # The process that tries first.

@@ -16,12 +16,13 @@ from tests.serving import engine_over, infer, timer
 from tests.tutti.test_cuda_graphs import GRAPHS, LENGTHS, Greedy, Polynomial, X, few, values, x_request  # noqa: F401
 from tests.tutti.test_device_backend import IDS, Embed, Identity, ids_request
 from tests.tutti.test_pytorch_backend import scripted
-from tutti import config, local
 from tutti.backends import graph_buckets, pytorch
 from tutti.backends.capturing import CudaCapturing, Run, no_collections
 from tutti.backends.cuda_graphs import GraphedProgram
-from tutti.devices import cuda, engines
+from tutti.devices import cuda, process_engines
 from tutti.devices.simulated import Costs, SimulatedDevice, Timeline
+from tutti.repository import config
+from tutti.serving import local
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -203,7 +204,7 @@ def test_a_gpus_memory_comes_back(repository: Repository) -> None:
     repository.add("other", X, {"model.pt": scripted(Identity())})
     engine = local.make_engine(repository.root, timer, ensembles.load, is_controllable=True)
     engine.load("other")
-    device = engines.engine_of("cuda:0").device
+    device = process_engines.engine_of("cuda:0").device
     allocated = []
     for n in range(10):
         engine.load("m")

@@ -10,11 +10,19 @@ import pytest
 from tests.models import Repository
 from tests.serving import Gather, engine_over, infer
 from tests.tutti.test_pytorch_backend import CONFIG, Subtract, ask, exported, scripted
-from tutti import backends
-from tutti.devices import engines, health
-from tutti.errors import Cancelled, DeadlineExceeded, DeviceLost, InferError, Internal, InvalidArgument, OutOfMemory
-from tutti.repository import open_model
-from tutti.types import Call, InferRequest, InferResponse, Tensor, now_ns
+from tutti.backends import registry
+from tutti.core.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    DeviceLost,
+    InferError,
+    Internal,
+    InvalidArgument,
+    OutOfMemory,
+)
+from tutti.core.types import Call, InferRequest, InferResponse, Tensor, now_ns
+from tutti.devices import health, process_engines
+from tutti.repository.folders import open_model
 
 torch = pytest.importorskip("torch")
 pytestmark = [
@@ -42,7 +50,7 @@ def test_an_instance_waits_as_eagerly_as_it_is_told(repository: Repository, is_u
     cuda = f"busy_wait_events: {str(is_urgent).lower()} output_copy_stream: {str(is_urgent).lower()}"
     repository.add("m", IDS + f"optimization {{ cuda {{ {cuda} }} }}", {"model.pt": scripted(Embed())})
     with engine_over(repository.root) as engine:
-        (pipeline,) = engines.engine_of("cuda:0").pipelines()
+        (pipeline,) = process_engines.engine_of("cuda:0").pipelines()
         assert pipeline.is_urgent == is_urgent
         (answer,) = infer(engine, [ids_request(1)])
         assert isinstance(answer, InferResponse)
@@ -69,8 +77,8 @@ def test_a_batch_on_a_device_is_joined_executed_once_and_split(repository: Repos
     for n, answer in enumerate(ask(repository.root, "left", "right")):
         assert answer.tensor("difference").array().tolist() == [[10.0 - n] * 3] * (n + 1)
         assert answer.tensor("total").array().tolist() == [[3 * (10.0 - n)]] * (n + 1)
-    assert engines.engine_of("cuda:0").busy_ns >= 0
-    assert not engines.engine_of("cuda:0").pipelines()
+    assert process_engines.engine_of("cuda:0").busy_ns >= 0
+    assert not process_engines.engine_of("cuda:0").pipelines()
 
 
 def test_many_requests_of_many_shapes_get_their_own_rows(repository: Repository) -> None:
@@ -153,7 +161,7 @@ def test_so_they_are_where_instances_take_turns(
     """Where a rate limiter says when an instance executes, its thread waits for each batch."""
     repository.add("m", BOUNDED + extra, {"model.pt": scripted(Embed())})
     seen = launches(monkeypatch)
-    (backend,) = backends.load(open_model(repository.root, "m"), 1, lambda calls: None)
+    (backend,) = registry.load(open_model(repository.root, "m"), 1, lambda calls: None)
     try:
         given = [ids_request(n, n + 1, 100 * (n == 5)) for n in range(9)]
         answers = backend.execute([Call(request, Gather(1)) for request in given])
@@ -319,7 +327,7 @@ def test_large_answers_are_views_that_stay_right(repository: Repository) -> None
     with engine_over(repository.root) as engine:
         kept = [infer(engine, requests([n]))[0] for n in range(10)]
         infer(engine, requests(range(100, 140)))
-        device_engine = engines.engine_of("cuda:0")
+        device_engine = process_engines.engine_of("cuda:0")
         assert device_engine.arena.owned_bytes() >= 10 * 200_000
     for n, answer in enumerate(kept):
         assert isinstance(answer, InferResponse)
@@ -492,7 +500,7 @@ class OnHost(torch.nn.Module):
 
 def test_outputs_that_a_module_makes_elsewhere_come_to_its_device(repository: Repository) -> None:
     from tutti.backends.pytorch import Module
-    from tutti.repository import open_model
+    from tutti.repository.folders import open_model
 
     repository.add("same", SAME, {"model.pt": b""})
     config = open_model(repository.root, "same").config
@@ -544,7 +552,7 @@ def test_a_batch_that_nobody_waits_for_is_not_executed(repository: Repository, g
     repository.add("m", IDS, {"model.pt": scripted(Embed())})
     with engine_over(repository.root) as engine:
         may_stage = threading.Event()
-        engines.engine_of("cuda:0").device.post(lambda: may_stage.wait(30))
+        process_engines.engine_of("cuda:0").device.post(lambda: may_stage.wait(30))
         gather = Gather(len(gone))
         calls = [Call(ids_request(n), gather) for n in range(len(gone))]
         engine(calls)

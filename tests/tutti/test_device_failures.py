@@ -11,15 +11,16 @@ from starlette.testclient import TestClient
 import ensembles
 from tests.models import Repository
 from tests.serving import Gather, infer, timer, wait_until
-from tutti import backends, local
+from tutti.backends import registry
+from tutti.core.errors import DeviceLost
+from tutti.core.types import Call, InferRequest, InferResponse, Tensor
 from tutti.devices.health import DeviceHealth
-from tutti.engine import Engine
-from tutti.errors import DeviceLost
-from tutti.frontends import http_api
-from tutti.frontends.api import Api
-from tutti.frontends.grpc_methods import NOT_SERVING, SERVICE, SERVING, methods
-from tutti.metrics import Metrics
-from tutti.types import Call, InferRequest, InferResponse, Tensor
+from tutti.frontends.grpc.methods import NOT_SERVING, SERVICE, SERVING, methods
+from tutti.frontends.http import routes as http_api
+from tutti.frontends.v2.api import Api
+from tutti.frontends.v2.metrics_page import Metrics
+from tutti.serving import local
+from tutti.serving.engine import Engine
 
 REASON = "device-side assert triggered"
 SEQUENCES = """
@@ -39,7 +40,7 @@ ENSEMBLE = """
 class OnDevice:
     """A backend as on a device, whose batches execute when they may."""
 
-    def __init__(self, backend: backends.Backend, device: str, may_execute: threading.Event) -> None:
+    def __init__(self, backend: registry.Backend, device: str, may_execute: threading.Event) -> None:
         self.device = device
         self.runs_inline = False
         self.kind = "cuda"
@@ -48,7 +49,7 @@ class OnDevice:
         self._execute = backend.execute
         self._may_execute = may_execute
 
-    def execute(self, calls: Sequence[Call]) -> backends.Executed:
+    def execute(self, calls: Sequence[Call]) -> registry.Executed:
         self.begun += 1
         assert self._may_execute.wait(30)
         return self._execute(calls)
@@ -62,7 +63,7 @@ class World:
         self.may_execute = threading.Event()
         self.may_execute.set()
         self.made: dict[str, OnDevice] = {}
-        load = backends.load
+        load = registry.load
 
         def on_devices(folder, version, serve):  # type: ignore[no-untyped-def]
             loaded = load(folder, version, serve)
@@ -73,7 +74,7 @@ class World:
             self.made[name] = OnDevice(loaded[0], device, self.may_execute)
             return [self.made[name], *loaded[1:]]
 
-        monkeypatch.setattr(backends, "load", on_devices)
+        monkeypatch.setattr(registry, "load", on_devices)
         self.engine: Engine = local.make_engine(root, timer, ensembles.load, devices=devices)
         self.engine.load_all()
 

@@ -10,10 +10,10 @@ from tests.models import Repository
 from tests.serving import engine_over, infer
 from tests.tutti.test_device_backend import IDS, Embed, ids_request
 from tests.tutti.test_pytorch_backend import scripted
-from tutti.devices import engines, health
-from tutti.engine import Engine
-from tutti.errors import DeviceLost
-from tutti.metrics import Metrics
+from tutti.core.errors import DeviceLost
+from tutti.devices import health, process_engines
+from tutti.frontends.v2.metrics_page import Metrics
+from tutti.serving.engine import Engine
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -66,7 +66,7 @@ def test_what_a_device_has_done(repository: Repository, caplog: pytest.LogCaptur
         assert page["tutti_device_busy_seconds_total cuda:0"] == pytest.approx(
             page["tutti_device_model_seconds_total cuda:0 m"]
         )
-        assert page["tutti_device_pinned_bytes cuda:0"] == engines.engine_of("cuda:0").arena.bytes > 0
+        assert page["tutti_device_pinned_bytes cuda:0"] == process_engines.engine_of("cuda:0").arena.bytes > 0
         assert page["nv_pinned_memory_pool_total_bytes"] == page["tutti_device_pinned_bytes cuda:0"]
         assert 0 < page["nv_pinned_memory_pool_used_bytes"] <= page["nv_pinned_memory_pool_total_bytes"]
         assert page["tutti_device_failed cuda:0"] == 0
@@ -99,7 +99,7 @@ def test_memory_that_is_shared_counts_once(repository: Repository) -> None:
 def test_a_device_that_has_failed_is_shown_and_is_not_asked(repository: Repository) -> None:
     repository.add("m", IDS, {"model.pt": scripted(Embed())})
     with engine_over(repository.root) as engine:
-        device_engine = engines.engine_of("cuda:0")
+        device_engine = process_engines.engine_of("cuda:0")
         health.health.fail("cuda:0", "test")
         health.health.fail("cuda:7", "one that nothing runs on")
         (answer,) = infer(engine, [ids_request(1)])

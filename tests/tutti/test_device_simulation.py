@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from tutti.captured_sizes import CapturedSizes
-from tutti.device_simulation import Workload, predict
 from tutti.devices.simulated import Costs
+from tutti.scheduling.captured_sizes import CapturedSizes
+from tutti.serving.device_simulation import Workload, predict
 
 # An accelerator whose execution takes 2 ms and 0.02 ms a row; 55 GB/s in and out.
 COSTS = Costs(copy_ns=5_000, copy_in_ns_per_byte=1 / 55, copy_out_ns_per_byte=1 / 55, wake_ns=30_000)

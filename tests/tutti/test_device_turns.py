@@ -12,11 +12,11 @@ from tests.devices.probe import probe as the_probe
 from tests.models import IN_PROCESS, Repository
 from tests.serving import Gather, engine_over, infer, wait_until
 from tests.tutti.test_pytorch_backend import load_error, scripted
-from tutti.devices import engines, health
+from tutti.core.errors import DeviceLost, Internal
+from tutti.core.types import Answer, Call, InferRequest, InferResponse, Tensor
+from tutti.devices import health, process_engines
 from tutti.devices.engine import DeviceEngine
-from tutti.engine import Engine
-from tutti.errors import DeviceLost, Internal
-from tutti.types import Answer, Call, InferRequest, InferResponse, Tensor
+from tutti.serving.engine import Engine
 
 pytestmark = [
     pytest.mark.usefixtures("simulated_gpu"),
@@ -140,7 +140,7 @@ def ask_by_many(engine: Engine, models: list[str], clients: int = CLIENTS, each:
 
 
 def device() -> DeviceEngine:
-    (engine,) = engines.engines()
+    (engine,) = process_engines.engines()
     return engine
 
 
@@ -195,7 +195,7 @@ def test_what_takes_no_turns(repository: Repository, probe: Probe, kind: str, ex
         wait_until(lambda: len(probe.inside) == 4)
         probe.may_leave.set()
         gather.wait()
-    assert not engines.engines()
+    assert not process_engines.engines()
 
 
 def test_what_was_not_said_to_be_on_a_gpu_takes_turns_where_it_asks(repository: Repository, probe: Probe) -> None:
@@ -246,7 +246,7 @@ def test_with_and_without_turns_a_model_is_refused_once_its_device_has_failed(
 def test_without_a_pytorch_for_the_device_no_turns_are_taken(
     repository: Repository, probe: Probe, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    from tutti.backends import python
+    from tutti.backends.python import model as python
 
     def engine_of(name: str) -> DeviceEngine:
         raise error
@@ -336,7 +336,7 @@ def test_a_decoupled_model_holds_no_turn(repository: Repository, probe: Probe) -
         wait_until(lambda: len(probe.inside) == 4)
         probe.may_leave.set()
         gather.wait()
-    assert not engines.engines()
+    assert not process_engines.engines()
 
 
 def test_a_model_beside_one_of_pytorch(repository: Repository, probe: Probe) -> None:

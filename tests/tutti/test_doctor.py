@@ -7,8 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from tutti import cli, doctor, extras
-from tutti.devices import nvml, present
+from tutti.app import cli, doctor
+from tutti.core import extras
+from tutti.devices import gpu_presence, nvml
 
 
 def findings() -> dict[str, doctor.Finding]:
@@ -46,7 +47,7 @@ def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None
 def test_one_onnxruntime_is_enough(monkeypatch: pytest.MonkeyPatch, plain: str, gpu: str, is_fine: bool) -> None:
     installed(monkeypatch, onnxruntime=plain, onnxruntime_gpu=gpu)
     monkeypatch.setattr(extras, "folder", {"onnxruntime": plain, "onnxruntime-gpu": gpu}.__getitem__)
-    monkeypatch.setattr(present, "has_gpu", lambda: False)
+    monkeypatch.setattr(gpu_presence, "has_gpu", lambda: False)
     found = findings()
     assert found["libraries"].verdict == "ok"
     assert ("onnxruntime" not in found) == is_fine
@@ -72,9 +73,9 @@ def test_little_shared_memory_is_noted(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 def test_a_gpu_that_cannot_be_used_is_bad(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvml, "visible_gpus", lambda: ())
-    monkeypatch.setattr(present, "has_gpu", lambda: False)
+    monkeypatch.setattr(gpu_presence, "has_gpu", lambda: False)
     assert findings()["GPUs"].verdict == "note"
-    monkeypatch.setattr(present, "has_gpu", lambda: True)
+    monkeypatch.setattr(gpu_presence, "has_gpu", lambda: True)
     assert findings()["GPUs"].verdict == "bad"
     monkeypatch.setattr(nvml, "visible_gpus", lambda: (nvml.Gpu(0, "GPU-1", "H100", 80 << 30, None),))
     assert findings()["cuda:0"].text == "H100, 80 GiB"

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from tests.serving import wait_until
-from tutti import supervisor
-from tutti.logs import Logs
-from tutti.supervisor import Supervisor
-from tutti.threads import Pool
+from tutti.app import supervisor
+from tutti.app.supervisor import Supervisor
+from tutti.core.daemon_threads import Pool
+from tutti.observing.logs import Logs
 
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 60.0
@@ -76,10 +76,10 @@ def test_threads_of_a_pool_end_with_it() -> None:
     wait_until(lambda: not any(thread.name.startswith("ends") for thread in threading.enumerate()))
 
 
-HANGS = "import threading; from tutti.threads import Pool; Pool(1, 'x').submit(threading.Event().wait)"
+HANGS = "import threading; from tutti.core.daemon_threads import Pool; Pool(1, 'x').submit(threading.Event().wait)"
 LOG_HANGS = """
 import logging, threading
-from tutti import ending
+from tutti.app import process_end as ending
 handler = logging.StreamHandler()
 logging.getLogger().addHandler(handler)
 held = threading.Event()
@@ -104,7 +104,7 @@ def test_what_hangs_does_not_hold_the_process(code: str, status: int) -> None:
 
 HOLDS_THE_LOCK = """
 import ctypes, sys
-from tutti.lifeline import end_with
+from tutti.core.lifeline import end_with
 end_with(int(sys.argv[1]))
 print("on", flush=True)
 ctypes.PyDLL(None).pause()

@@ -5,8 +5,8 @@ import pytest
 
 from tests.models import Repository
 from tests.serving import engine_over, infer
-from tutti.errors import InferError, Internal, InvalidArgument, NotFound, Unavailable
-from tutti.types import InferRequest, InferResponse, Tensor
+from tutti.core.errors import InferError, Internal, InvalidArgument, NotFound, Unavailable
+from tutti.core.types import InferRequest, InferResponse, Tensor
 
 TEXT_MODEL = """
     backend: "python" max_batch_size: 8

@@ -20,12 +20,13 @@ from tritonclient.utils import InferenceServerException
 
 from tests.models import IN_PROCESS, Repository, onnx_gather
 from tests.serving import Gather, engine_over, infer, serving, wait_until
-from tutti import cli, explain
-from tutti.engine import Engine
-from tutti.errors import InferError, InvalidArgument, Unavailable
-from tutti.tracing import TraceConfig, Tracer
-from tutti.types import Call, InferRequest, InferResponse, Tensor
-from tutti.waterfall import waterfall
+from tutti.app import cli
+from tutti.core.errors import InferError, InvalidArgument, Unavailable
+from tutti.core.types import Call, InferRequest, InferResponse, Tensor
+from tutti.observing import explanations
+from tutti.observing.tracing import TraceConfig, Tracer
+from tutti.observing.waterfall import waterfall
+from tutti.serving.engine import Engine
 
 X = np.zeros((1, 4), np.float32)
 
@@ -36,7 +37,7 @@ def ask(model: str = "add_one", array: Any = X, name: str = "x", **parameters: A
 
 def told(answer: Any) -> dict[str, Any]:
     assert isinstance(answer, InferResponse), answer
-    found = json.loads(answer.parameters[explain.PARAMETER])  # type: ignore[arg-type]
+    found = json.loads(answer.parameters[explanations.PARAMETER])  # type: ignore[arg-type]
     assert isinstance(found, dict)
     return found
 
@@ -403,7 +404,7 @@ def answered(answer: Any, trace: Any = None) -> Call:
     """A call that is explained, as it is when it has its answer."""
     call = Call(ask(tutti_explain=True), Gather(1))
     call.trace = trace
-    explain.Explained(call, 1, False)
+    explanations.Explained(call, 1, False)
     call.finish(answer)
     assert isinstance(call.sink, Gather)
     call.sink.wait()
@@ -420,15 +421,15 @@ def test_a_model_may_have_a_parameter_of_that_name(own: Any, tmp_path: Path) -> 
     for name, ns in (("COMPUTE_START", 1), ("COMPUTE_END", 2)):
         traced.trace.record(name, ns)
     for trace in (None, traced.trace):
-        call = answered(InferResponse("add_one", "1", [], {explain.PARAMETER: own}), trace)
+        call = answered(InferResponse("add_one", "1", [], {explanations.PARAMETER: own}), trace)
         assert told(call.answer)["model"] == "add_one"
 
 
 def test_an_answer_that_cannot_be_explained_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(explained: explain.Explained) -> dict[str, Any]:
+    def fails(explained: explanations.Explained) -> dict[str, Any]:
         raise RuntimeError("no explanation of this")
 
-    monkeypatch.setattr(explain.Explained, "found", fails)
+    monkeypatch.setattr(explanations.Explained, "found", fails)
     response, error = InferResponse("add_one", "1", []), Unavailable("full")
     assert answered(response).answer is response
     assert answered(error).answer is error

@@ -6,10 +6,10 @@ import zlib
 import numpy as np
 import pytest
 
-from tutti.classification import classify
-from tutti.errors import InvalidArgument, Unsupported
-from tutti.frontends import compression
-from tutti.types import Tensor
+from tutti.core.errors import InvalidArgument, Unsupported
+from tutti.core.types import Tensor
+from tutti.frontends.http import compression
+from tutti.frontends.v2.classification import classify
 
 TEXT = b"some text, some text, some text" * 50
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tutti import extras
 from tutti.backends import onnxruntime
+from tutti.core import extras
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("tutti", "ensembles", "export", "loadtest", "ray_app")

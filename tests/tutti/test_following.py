@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from tutti.frontends import following
-from tutti.frontends.api import Api
-from tutti.frontends.following import Followed, Follower, Leader
-from tutti.tracing import TraceConfig, Tracer
+from tutti.frontends.v2 import following
+from tutti.frontends.v2.api import Api
+from tutti.frontends.v2.following import Followed, Follower, Leader
+from tutti.observing.tracing import TraceConfig, Tracer
 
 
 class Kept(Follower):

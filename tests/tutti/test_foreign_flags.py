@@ -11,16 +11,16 @@ from tests.conftest import ROOT
 from tests.models import Repository
 from tests.peers import tritonserver
 from tests.serving import engine_over, serving
-from tutti import cli, foreign_flags, serve_options
+from tutti.app import cli, foreign_flags, front_end_setup, serve_options
+from tutti.app.front_end_server import Addresses
+from tutti.app.restarts import UNUSABLE
 from tutti.devices.gpu_metrics import GpuMetrics
-from tutti.frontends import keepalive, setup
-from tutti.frontends.api import Api
-from tutti.frontends.grpc import GrpcFront
-from tutti.frontends.limits import Limits
-from tutti.frontends.server import Addresses
-from tutti.logs import Logs
-from tutti.metrics import Metrics
-from tutti.restarts import UNUSABLE
+from tutti.frontends.grpc import keepalive
+from tutti.frontends.grpc.native import GrpcFront
+from tutti.frontends.size_limits import Limits
+from tutti.frontends.v2.api import Api
+from tutti.frontends.v2.metrics_page import Metrics
+from tutti.observing.logs import Logs
 
 # All that tritonserver 2.51 and its successors of 2026 list.
 TRITON = """
@@ -98,8 +98,8 @@ def test_what_means_the_same_is_taken_as_that() -> None:
     options = serve_options.parse(["models", *flags.split()])
     assert (options.server_name, options.http_port, options.metrics_port, options.host) == ("own", 1, 2, "::1")
     assert (options.http_max_input_size, options.log_verbose) == (5, 1)
-    assert setup.cache_size(options.cache_config) == 9
-    config = setup.tracing.parse_config(options.trace_config)
+    assert front_end_setup.cache_size(options.cache_config) == 9
+    config = front_end_setup.tracing.parse_config(options.trace_config)
     assert (config.rate, config.file, config.levels, config.count, config.log_frequency) == (
         7, "f", ("TIMESTAMPS",), -1, 3,
     )  # fmt: skip
@@ -112,7 +112,7 @@ def test_a_value_may_stand_behind_a_switch() -> None:
 
 
 def addresses(*flags: str) -> Addresses:
-    return setup.addresses(serve_options.parse(["models", *flags]))
+    return front_end_setup.addresses(serve_options.parse(["models", *flags]))
 
 
 def test_each_front_end_has_its_address() -> None:

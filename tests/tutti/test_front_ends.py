@@ -6,10 +6,10 @@ import socket
 
 import pytest
 
-from tutti.frontends.front_ends import FrontEnds
-from tutti.frontends.limits import Limits
-from tutti.frontends.task import Logging
-from tutti.logs import Logs
+from tutti.frontends.processes.pool import FrontEnds
+from tutti.frontends.processes.worker_task import Logging
+from tutti.frontends.size_limits import Limits
+from tutti.observing.logs import Logs
 
 _OPTIONS = {
     "alone": (socket.SO_REUSEADDR,),

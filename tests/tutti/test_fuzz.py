@@ -8,8 +8,8 @@ import ensembles
 from tests import fuzz
 from tests.models import Repository
 from tests.serving import timer
-from tutti import local
-from tutti.frontends.api import Api
+from tutti.frontends.v2.api import Api
+from tutti.serving import local
 
 COUNT = 600
 

@@ -8,10 +8,11 @@ import pytest
 
 from tests.models import Repository
 from tests.serving import engine_over
-from tutti import config
-from tutti.errors import InvalidArgument
-from tutti.frontends import generate, http_api
-from tutti.frontends.api import Api
+from tutti.core.errors import InvalidArgument
+from tutti.frontends.http import routes as http_api
+from tutti.frontends.v2 import generate
+from tutti.frontends.v2.api import Api
+from tutti.repository import config
 
 TEXT = config.parse(
     """

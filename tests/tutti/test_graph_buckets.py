@@ -4,9 +4,9 @@ from itertools import pairwise
 
 import pytest
 
-from tutti import config
 from tutti.backends.graph_buckets import Bucket, are_all_filled_up, are_wanted, plan
-from tutti.errors import ConfigError
+from tutti.core.errors import ConfigError
+from tutti.repository import config
 
 FIXED = """backend: "pytorch" max_batch_size: {most}
 input [ {{ name: "x" data_type: TYPE_FP32 dims: [ 3, 4 ] }}, {{ name: "y" data_type: TYPE_FP32 dims: [ 1 ] }} ]

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from tritonclient.grpc import service_pb2 as pb
 
-from tutti.errors import InferError
-from tutti.frontends import grpc_codec
-from tutti.types import Columns, InferResponse, Tensor
+from tutti.core.errors import InferError
+from tutti.core.types import Columns, InferResponse, Tensor
+from tutti.frontends.grpc import codec as grpc_codec
 
 TENSOR = pb.ModelInferRequest.InferInputTensor
 

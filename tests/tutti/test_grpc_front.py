@@ -14,11 +14,11 @@ from tritonclient.grpc import service_pb2_grpc
 
 from tests.models import Repository
 from tests.serving import engine_over, wait_until
-from tutti.engine import Engine
-from tutti.frontends import grpc as grpc_front
-from tutti.frontends.api import Api
-from tutti.frontends.grpc import GrpcFront
-from tutti.frontends.limits import Limits
+from tutti.frontends.grpc import native as grpc_front
+from tutti.frontends.grpc.native import GrpcFront
+from tutti.frontends.size_limits import Limits
+from tutti.frontends.v2.api import Api
+from tutti.serving.engine import Engine
 
 LIMIT = 100_000
 

@@ -16,14 +16,14 @@ from tritonclient.grpc import service_pb2_grpc
 
 from tests.models import Repository
 from tests.serving import engine_over, wait_until
-from tutti.frontends import grpc_guard
-from tutti.frontends.api import Api
-from tutti.frontends.grpc import GrpcFront
-from tutti.frontends.grpc_guard import Watch, peer_name, received, taken
-from tutti.frontends.grpc_unread import Unread
-from tutti.frontends.holding import Holding
-from tutti.frontends.limits import Limits
-from tutti.types import Call, InferResponse, Tensor
+from tutti.core.types import Call, InferResponse, Tensor
+from tutti.frontends.grpc import memory_guard
+from tutti.frontends.grpc.memory_guard import Watch, peer_name, received, taken
+from tutti.frontends.grpc.native import GrpcFront
+from tutti.frontends.grpc.unread_answers import Unread
+from tutti.frontends.held_bytes import Holding
+from tutti.frontends.size_limits import Limits
+from tutti.frontends.v2.api import Api
 
 MIB = 2**20
 # Of a machine that is busy with much else.
@@ -81,7 +81,7 @@ def test_a_connection_says_what_has_come() -> None:
 
 @pytest.fixture
 def address(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setattr(grpc_guard, "GROWTH_BYTES", 0)
+    monkeypatch.setattr(memory_guard, "GROWTH_BYTES", 0)
     repository.add_onnx()
     with engine_over(repository.root) as engine:
         front = GrpcFront(Api(engine, Limits(max_inflight_bytes=16 * MIB)), "127.0.0.1", 0)
@@ -90,8 +90,8 @@ def address(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> Iterator
 
 
 def test_looking_at_connections_leaves_no_files_open(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grpc_guard, "GROWTH_BYTES", 0)
-    guard = grpc_guard.Guard(MIB, Holding(MIB), lambda: 0)
+    monkeypatch.setattr(memory_guard, "GROWTH_BYTES", 0)
+    guard = memory_guard.Guard(MIB, Holding(MIB), lambda: 0)
     before = os.listdir("/proc/self/fd")
     guard._look(1.0)
     assert os.listdir("/proc/self/fd") == before
@@ -100,11 +100,11 @@ def test_looking_at_connections_leaves_no_files_open(monkeypatch: pytest.MonkeyP
 
 def test_sockets_of_others_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """A default timeout, as any library may set one, is none of theirs: who waits goes on waiting."""
-    monkeypatch.setattr(grpc_guard, "GROWTH_BYTES", 0)
+    monkeypatch.setattr(memory_guard, "GROWTH_BYTES", 0)
     ours, theirs = socket.socketpair()
     listener = socket.create_server(("127.0.0.1", 0))
     before = socket.getdefaulttimeout()
-    guard = grpc_guard.Guard(MIB, Holding(MIB), lambda: 0)
+    guard = memory_guard.Guard(MIB, Holding(MIB), lambda: 0)
     guard._port = listener.getsockname()[1]
     with ours, theirs, listener:
         try:
@@ -113,8 +113,8 @@ def test_sockets_of_others_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> 
         finally:
             socket.setdefaulttimeout(before)
         assert [os.get_blocking(one.fileno()) for one in (ours, theirs)] == [True] * 2
-        assert grpc_guard._port_of(listener.fileno()) == listener.getsockname()[1]
-        assert grpc_guard._port_of(ours.fileno()) == -1
+        assert memory_guard._port_of(listener.fileno()) == listener.getsockname()[1]
+        assert memory_guard._port_of(ours.fileno()) == -1
     guard.stop()
 
 
@@ -298,7 +298,7 @@ def test_what_was_answered_too_late_is_not_owed_for_ever(bounded: Bounded) -> No
 
 
 def test_answers_that_nobody_reads_are_bounded(bounded: Bounded, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grpc_guard, "STALLED_S", 1000.0)
+    monkeypatch.setattr(memory_guard, "STALLED_S", 1000.0)
     with contextlib.ExitStack() as open_ones:
         for number in range(4):
             open_ones.enter_context(bounded.asks())
@@ -308,7 +308,7 @@ def test_answers_that_nobody_reads_are_bounded(bounded: Bounded, monkeypatch: py
         with pytest.raises(grpc.RpcError, match="the server holds"):
             bounded.infer()
         assert bounded.api.holding.held <= 5 * MIB
-        monkeypatch.setattr(grpc_guard, "STALLED_S", -1.0)
+        monkeypatch.setattr(memory_guard, "STALLED_S", -1.0)
         wait_until(bounded.is_answered)
     wait_until(lambda: bounded.api.holding.held == 0)
 
@@ -316,7 +316,7 @@ def test_answers_that_nobody_reads_are_bounded(bounded: Bounded, monkeypatch: py
 def test_clients_that_do_not_read_lose_their_connection(bounded: Bounded, monkeypatch: pytest.MonkeyPatch) -> None:
     with bounded.asks() as client:
         wait_until(lambda: bounded.api.holding.held > 0)
-        monkeypatch.setattr(grpc_guard, "WRITE_TIMEOUT_S", 0.05)
+        monkeypatch.setattr(memory_guard, "WRITE_TIMEOUT_S", 0.05)
         wait_until(lambda: bounded.api.holding.held == 0)
         while client.recv(65536):
             pass

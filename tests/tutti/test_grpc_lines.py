@@ -12,15 +12,15 @@ from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 
 from tests.serving import Noted, wait_until
-from tutti.errors import NotFound
-from tutti.frontends import grpc_codec
-from tutti.frontends.api import Access, Api
+from tutti.core.errors import NotFound
+from tutti.core.types import Call, InferResponse, Tensor
 from tutti.frontends.gate import Gate
-from tutti.frontends.grpc import GrpcFront
-from tutti.frontends.grpc_aio import GrpcioFront
-from tutti.frontends.limits import Limits
-from tutti.request_log import Event
-from tutti.types import Call, InferResponse, Tensor
+from tutti.frontends.grpc import codec as grpc_codec
+from tutti.frontends.grpc.aio import GrpcioFront
+from tutti.frontends.grpc.native import GrpcFront
+from tutti.frontends.size_limits import Limits
+from tutti.frontends.v2.api import Access, Api
+from tutti.observing.request_log import Event
 
 MIB = 2**20
 

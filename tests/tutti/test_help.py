@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import pytest
 
 from loadtest import cli as loadtest
-from tutti import cli, commands
-from tutti.commands import COMMANDS
+from tutti.app import cli, commands
+from tutti.app.commands import COMMANDS
 
 EXTRAS = (
     "torch transformers onnx onnxscript sklearn skl2onnx safetensors ray psutil yaml pydantic locust pyarrow hpack "
@@ -25,7 +25,7 @@ class Absent:
         if name.partition(".")[0] in %r.split():
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Absent())
-from tutti import cli
+from tutti.app import cli
 for arguments in %r:
     try:
         cli.main(arguments)

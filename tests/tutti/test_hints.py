@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.models import Repository
-from tutti import hints
+from tutti.repository import unserved
 
 MODEL = "not served: "
 CASES = {
@@ -53,7 +53,7 @@ def fill(root: Path, names: list[str]) -> None:
 def test_what_would_make_it_a_model_is_told(case: str, tmp_path: Path) -> None:
     names, says = CASES[case]
     fill(tmp_path / "models", names)
-    told = hints.unserved(tmp_path / "models")
+    told = unserved.unserved(tmp_path / "models")
     assert len(told) == 1, told
     assert says in told[0]
 
@@ -61,7 +61,7 @@ def test_what_would_make_it_a_model_is_told(case: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("names", [["config.pbtxt"], ["1/model.onnx"], ["2/model.pt"], ["1/model.py", "labels.txt"]])
 def test_a_models_folder_is_no_repository(names: list[str], tmp_path: Path) -> None:
     fill(tmp_path / "bert", names)
-    (told,) = hints.unserved(tmp_path / "bert")
+    (told,) = unserved.unserved(tmp_path / "bert")
     assert (
         told == f"'{tmp_path / 'bert'}' is a model's folder; its repository is the folder above: tutti serve {tmp_path}"
     )
@@ -70,9 +70,9 @@ def test_a_models_folder_is_no_repository(names: list[str], tmp_path: Path) -> N
 def test_what_is_served_is_not_told(repository: Repository) -> None:
     repository.add_onnx()
     fill(repository.root, ["README.md", ".git/config", "notes/today.txt"])
-    assert hints.unserved(repository.root) == []
+    assert unserved.unserved(repository.root) == []
     fill(repository.root, ["1/x.onnx"])
-    (told,) = hints.unserved(repository.root)
+    (told,) = unserved.unserved(repository.root)
     assert "'1' is not served: 'x.onnx' belongs in a version's folder" in told
 
 

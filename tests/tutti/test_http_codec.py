@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from tutti import config
-from tutti.errors import InferError, InvalidArgument
-from tutti.frontends import http_codec
-from tutti.frontends.http_codec import BINARY_REPLY, JSON_REPLY, HeaderCache, ReplyFormat
-from tutti.types import Columns, InferResponse, Tensor
+from tutti.core.errors import InferError, InvalidArgument
+from tutti.core.types import Columns, InferResponse, Tensor
+from tutti.frontends.http import codec as http_codec
+from tutti.frontends.http.codec import BINARY_REPLY, JSON_REPLY, HeaderCache, ReplyFormat
+from tutti.repository import config
 
 
 def body(header: dict, binary: bytes = b"") -> tuple[bytes, int]:

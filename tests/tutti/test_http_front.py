@@ -18,17 +18,17 @@ import uvloop
 
 from tests.models import Repository
 from tests.serving import Noted, engine_over, wait_until
-from tutti.engine import Engine
-from tutti.errors import Unavailable
-from tutti.frontends import http as front
-from tutti.frontends import http_api
-from tutti.frontends import http_connection as http
-from tutti.frontends.api import Api
-from tutti.frontends.http import HttpFront
-from tutti.frontends.http_codec import BINARY_REPLY
-from tutti.frontends.http_connection import Exchange
-from tutti.frontends.limits import Limits
-from tutti.types import Call, Columns, InferRequest, InferResponse, Tensor
+from tutti.core.errors import Unavailable
+from tutti.core.types import Call, Columns, InferRequest, InferResponse, Tensor
+from tutti.frontends.http import connection as http
+from tutti.frontends.http import infer as front
+from tutti.frontends.http import routes as http_api
+from tutti.frontends.http.codec import BINARY_REPLY
+from tutti.frontends.http.connection import Exchange
+from tutti.frontends.http.infer import HttpFront
+from tutti.frontends.size_limits import Limits
+from tutti.frontends.v2.api import Api
+from tutti.serving.engine import Engine
 
 MAX_BODY = 10_000
 

@@ -7,19 +7,19 @@ import pytest
 
 from tests.models import Repository, onnx_add_one
 from tests.serving import engine_over, infer
-from tutti import backends, config
-from tutti.backends import onnxruntime
-from tutti.devices import engines
+from tutti.backends import onnxruntime, registry
+from tutti.core.errors import ConfigError, InferError
+from tutti.core.types import InferRequest, Tensor
+from tutti.devices import process_engines
 from tutti.devices.simulated import SIMULATED
-from tutti.errors import ConfigError, InferError
-from tutti.types import InferRequest, Tensor
+from tutti.repository import config
 
 TENSORS = 'input { name: "x" data_type: TYPE_FP32 dims: 4 } output { name: "y" data_type: TYPE_FP32 dims: 4 }'
 
 
 def placed(groups: str, gpus: int, can_use_gpus: bool = True) -> list[tuple[str, int]]:
     parsed = config.parse(f'backend: "python" {TENSORS} {groups}', "m")
-    return [(group.kind, number) for group, number in backends.instances(parsed, can_use_gpus, gpus)]
+    return [(group.kind, number) for group, number in registry.instances(parsed, can_use_gpus, gpus)]
 
 
 @pytest.mark.parametrize(
@@ -61,13 +61,13 @@ def test_a_gpu_that_does_not_exist_is_refused(gpus: str, asked: int) -> None:
 
 
 def test_by_default_the_gpus_of_this_process_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "gpu_count", lambda: 2)
+    monkeypatch.setattr(registry, "gpu_count", lambda: 2)
     parsed = config.parse(f'backend: "python" {TENSORS}', "m")
-    assert [number for _, number in backends.instances(parsed)] == [0, 1]
+    assert [number for _, number in registry.instances(parsed)] == [0, 1]
 
 
 def test_a_python_model_is_told_its_gpu(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "gpu_count", lambda: 2)
+    monkeypatch.setattr(registry, "gpu_count", lambda: 2)
     code = (
         "import json, pathlib\n"
         "class TritonPythonModel:\n"
@@ -109,5 +109,9 @@ def test_onnxruntime_on_two_gpus_has_a_session_on_each(repository: Repository, m
         assert not engine.failures()
         (answer,) = infer(engine, [InferRequest("m", {"x": Tensor.of("x", np.ones((1, 4), np.float32))})])
         assert not isinstance(answer, InferError), answer
-        assert len(engines.engine_of("cuda:0").pipelines()) == len(engines.engine_of("cuda:1").pipelines()) == 1
+        assert (
+            len(process_engines.engine_of("cuda:0").pipelines())
+            == len(process_engines.engine_of("cuda:1").pipelines())
+            == 1
+        )
     assert devices == ["cuda:0", "cuda:1"]

@@ -16,10 +16,10 @@ import pytest
 from tests.models import Repository
 from tests.serving import Gather, engine_over, infer, wait_until
 from tests.tutti.test_pytorch_backend import load_error
+from tutti.core.errors import DeviceLost, Internal, InvalidArgument, Unavailable
+from tutti.core.types import Call, InferRequest, InferResponse, Tensor
 from tutti.devices.health import health
-from tutti.engine import Engine
-from tutti.errors import DeviceLost, Internal, InvalidArgument, Unavailable
-from tutti.types import Call, InferRequest, InferResponse, Tensor
+from tutti.serving.engine import Engine
 
 CONFIG = """
 backend: "python" max_batch_size: 4

@@ -8,14 +8,15 @@ import pytest
 
 from tests.models import Repository
 from tests.serving import engine_over, infer
-from tutti import backends, config
+from tutti.backends import registry
 from tutti.backends.joined import JoinedBackend
-from tutti.devices import engines, health
+from tutti.core.dtypes import Array
+from tutti.core.errors import DeviceLost, Internal, InvalidArgument, OutOfMemory
+from tutti.core.types import Call, InferRequest, InferResponse, Tensor
+from tutti.devices import health, process_engines
 from tutti.devices.engine import DeviceEngine
 from tutti.devices.simulated import SimulatedDevice, SimulatedFault, SimulatedMemoryError
-from tutti.dtypes import Array
-from tutti.errors import DeviceLost, Internal, InvalidArgument, OutOfMemory
-from tutti.types import Call, InferRequest, InferResponse, Tensor
+from tutti.repository import config
 
 pytestmark = pytest.mark.usefixtures("simulated_gpu")
 
@@ -57,7 +58,7 @@ class Fake(JoinedBackend):
 
 
 def device() -> DeviceEngine:
-    (engine,) = engines.engines()
+    (engine,) = process_engines.engines()
     return engine
 
 
@@ -154,7 +155,7 @@ def test_batches_are_halved_where_memory_is_too_little(repository: Repository, m
         made.append(Fake(most=2))
         return made
 
-    monkeypatch.setattr(backends, "load", load)
+    monkeypatch.setattr(registry, "load", load)
     repository.add("m", TEXT, {"model.onnx": b"none"})
     with engine_over(repository.root) as engine:
         answers = infer(engine, [request(n) for n in range(8)])

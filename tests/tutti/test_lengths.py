@@ -13,10 +13,11 @@ from tritonclient.utils import InferenceServerException
 
 from tests.models import Repository, onnx_gather
 from tests.serving import engine_over, infer, serving
-from tutti import config, model
-from tutti.errors import ConfigError, InvalidArgument
-from tutti.lengths import MaxDims
-from tutti.types import Answer, InferRequest, InferResponse, Shape, Tensor
+from tutti.core.errors import ConfigError, InvalidArgument
+from tutti.core.types import Answer, InferRequest, InferResponse, Shape, Tensor
+from tutti.repository import config
+from tutti.repository.length_limits import MaxDims
+from tutti.serving import model
 
 TWO = """
 backend: "python" max_batch_size: 8

@@ -16,16 +16,16 @@ import uvloop
 
 from tests.models import Repository, onnx_add_one
 from tests.serving import Gather, engine_over, infer, wait_until
-from tutti import rows
-from tutti.engine import Engine
-from tutti.errors import Cancelled, DeadlineExceeded, InferError, Internal, Unavailable
-from tutti.frontends import blocks, bursts, engine_link
-from tutti.frontends.api import Api
-from tutti.frontends.engine_link import EngineSide
-from tutti.frontends.link import FrontEnd
-from tutti.statistics import BatchTimes
-from tutti.tracing import Tracer, parse_config
-from tutti.types import Answer, Call, Columns, InferRequest, InferResponse, Raw, Spent, Tensor, now_ns
+from tutti.core import rows
+from tutti.core.errors import Cancelled, DeadlineExceeded, InferError, Internal, Unavailable
+from tutti.core.types import Answer, Call, Columns, InferRequest, InferResponse, Raw, Spent, Tensor, now_ns
+from tutti.frontends.processes import bursts, engine_link, shared_blocks
+from tutti.frontends.processes.engine_link import EngineSide
+from tutti.frontends.processes.link import FrontEnd
+from tutti.frontends.v2.api import Api
+from tutti.observing.statistics import BatchTimes
+from tutti.observing.tracing import Tracer, parse_config
+from tutti.serving.engine import Engine
 
 WIDTH = 50_000
 TELL = """
@@ -64,7 +64,7 @@ class Link:
         self.fronts.append(front)
         return front
 
-    def arenas(self) -> list[blocks.Arena]:
+    def arenas(self) -> list[shared_blocks.Arena]:
         ends = [end.arena for end in self.side._ends] + [f._connection.arena for f in self.fronts if f._connection]
         return [arena for arena in ends if arena is not None]
 
@@ -346,7 +346,7 @@ def test_large_tensors_are_lent_both_ways_and_given_back(engine: Engine, link: L
     (answer,) = infer(front, [InferRequest("wide", {"x": tensor})])
     assert isinstance(answer, InferResponse)
     data: Any = answer.tensor("y").data
-    assert isinstance(data.obj.base, blocks._Lease), "the answer is where the engine wrote it"
+    assert isinstance(data.obj.base, shared_blocks._Lease), "the answer is where the engine wrote it"
     assert (answer.tensor("y").array() == 4.0).all()
     del memory, tensor, answer, data
     wait_until(lambda: not blocks_left(link))
@@ -369,8 +369,8 @@ def test_a_block_is_kept_as_long_as_the_engine_reads_it(held: tuple[Link, Holdin
 
 
 def test_without_a_free_block_everything_goes_in_band(link: Link, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "ARENA_BYTES", 4 * 256 * 1024)
-    monkeypatch.setattr(blocks.Arena.__init__, "__defaults__", (4 * 256 * 1024,))
+    monkeypatch.setattr(shared_blocks, "ARENA_BYTES", 4 * 256 * 1024)
+    monkeypatch.setattr(shared_blocks.Arena.__init__, "__defaults__", (4 * 256 * 1024,))
     front = link.front()
     kept = [front.memory(WIDTH * 4) for _ in range(6)]
     assert link.blocks_in_use() == 4
@@ -421,7 +421,7 @@ def test_the_loss_of_an_engine_ends_its_blocks(held: tuple[Link, Holding]) -> No
 def test_buddies_never_overlap_and_join_again() -> None:
     rng = random.Random(0)
     size, smallest = 1 << 16, 64
-    buddies = blocks.Buddies(size, smallest)
+    buddies = shared_blocks.Buddies(size, smallest)
     taken: dict[int, int] = {}
     for _ in range(20_000):
         if taken and rng.random() < 0.5:
@@ -446,7 +446,7 @@ def test_buddies_never_overlap_and_join_again() -> None:
 
 
 def test_a_peer_cannot_truncate_what_is_mapped() -> None:
-    arena = blocks.Arena(1 << 20)
+    arena = shared_blocks.Arena(1 << 20)
     with pytest.raises(PermissionError):
         os.ftruncate(arena.file, 4096)
     arena.close_file()

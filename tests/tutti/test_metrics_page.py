@@ -8,9 +8,9 @@ import pytest
 from tests.models import Repository
 from tests.serving import engine_over, infer
 from tests.tutti.test_python_backend import ONE_TO_ONE, add, request
-from tutti.host_metrics import HostMetrics
-from tutti.metrics import Metrics
-from tutti.types import Call, InferRequest
+from tutti.core.types import Call, InferRequest
+from tutti.frontends.v2.metrics_page import Metrics
+from tutti.observing.host_metrics import HostMetrics
 
 
 class Counted:

@@ -7,9 +7,9 @@ import pytest
 
 from tests.models import IN_PROCESS, Repository
 from tests.serving import Gather, engine_over, infer, wait_until
-from tutti.engine import Engine
-from tutti.errors import ConfigError, InferError, Unavailable
-from tutti.types import Call, InferRequest, InferResponse, Tensor
+from tutti.core.errors import ConfigError, InferError, Unavailable
+from tutti.core.types import Call, InferRequest, InferResponse, Tensor
+from tutti.serving.engine import Engine
 
 
 def x(model: str, *values: float, **parameters: object) -> InferRequest:
@@ -154,7 +154,7 @@ def test_the_response_cache_answers_what_it_has_seen(repository: Repository) -> 
 
 
 def test_the_response_cache_forgets_what_was_not_asked_for_longest() -> None:
-    from tutti.cache import ResponseCache
+    from tutti.serving.response_cache import ResponseCache
 
     cache = ResponseCache(4000)
     for n in range(10):
@@ -295,7 +295,7 @@ def test_preserve_ordering_holds_answers_back(repository: Repository, busy: Busy
 
 
 def test_a_field_that_is_not_honoured_is_named() -> None:
-    from tutti import config
+    from tutti.repository import config
 
     text = 'backend: "python" batch_output { target_name: "y" }'
     with pytest.raises(ConfigError, match="batch_output"):

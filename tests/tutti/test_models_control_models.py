@@ -10,9 +10,9 @@ import ensembles
 from tests.models import IN_PROCESS, Repository
 from tests.serving import Gather, infer, timer, wait_until
 from tests.tutti.test_python_processes import CONFIG, add, ask, y
-from tutti import local
-from tutti.engine import Engine
-from tutti.types import Call, InferRequest, InferResponse, Tensor
+from tutti.core.types import Call, InferRequest, InferResponse, Tensor
+from tutti.serving import local
+from tutti.serving.engine import Engine
 
 LAB = """
 backend: "python"

@@ -11,10 +11,10 @@ from onnx import helper, numpy_helper
 
 from tests.models import Repository
 from tests.serving import engine_over, infer
-from tutti import backends
-from tutti.errors import ConfigError
-from tutti.repository import open_model
-from tutti.types import InferRequest, InferResponse, Tensor
+from tutti.backends import registry
+from tutti.core.errors import ConfigError
+from tutti.core.types import InferRequest, InferResponse, Tensor
+from tutti.repository.folders import open_model
 
 X = helper.make_tensor_value_info("x", T.FLOAT, ["n", 4])
 Y = helper.make_tensor_value_info("y", T.FLOAT, ["n", 4])
@@ -165,4 +165,4 @@ def test_a_folder_without_the_model_is_named(repository: Repository, tmp_path: P
     repository.add("m", f'backend: "onnxruntime" {CONFIG}', {})
     (repository.root / "m" / "1" / "model.onnx").mkdir()
     with pytest.raises(ConfigError, match=r"version 1 has no file 'model.onnx'"):
-        backends.model_file(open_model(repository.root, "m"), 1, "model.onnx")
+        registry.model_file(open_model(repository.root, "m"), 1, "model.onnx")

@@ -8,11 +8,11 @@ import pytest
 
 from tests.models import Repository, onnx_add_one, onnx_text
 from tests.serving import engine_over, infer
-from tutti import config
 from tutti.backends import onnx_providers, onnxruntime
-from tutti.config import ModelConfig
-from tutti.errors import ConfigError, InvalidArgument
-from tutti.types import InferRequest, InferResponse, Tensor
+from tutti.core.errors import ConfigError, InvalidArgument
+from tutti.core.types import InferRequest, InferResponse, Tensor
+from tutti.repository import config
+from tutti.repository.config import ModelConfig
 
 CPU = "CPUExecutionProvider"
 DEFAULTS = {"device_id": "1", "cudnn_conv_algo_search": "HEURISTIC", "arena_extend_strategy": "kSameAsRequested"}

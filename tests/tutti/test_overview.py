@@ -10,8 +10,8 @@ import pytest
 
 from tests.models import IN_PROCESS, Repository
 from tests.serving import engine_over, serving
-from tutti import overview
-from tutti.frontends.server import Addresses, Tls
+from tutti.app import overview
+from tutti.app.front_end_server import Addresses, Tls
 
 TENSOR = '{ name: "%s" data_type: TYPE_%s dims: [ %s ] }'
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests.models import Repository
 from tests.serving import engine_over, infer
-from tutti.types import InferRequest, InferResponse, Tensor
+from tutti.core.types import InferRequest, InferResponse, Tensor
 
 PLAIN = """
     backend: "%s" max_batch_size: %d

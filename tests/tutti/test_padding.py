@@ -7,9 +7,9 @@ from onnx import TensorProto, helper
 
 from tests.models import Repository
 from tests.serving import engine_over, infer
-from tutti import config
-from tutti.errors import ConfigError, InferError
-from tutti.types import InferRequest, InferResponse, Tensor
+from tutti.core.errors import ConfigError, InferError
+from tutti.core.types import InferRequest, InferResponse, Tensor
+from tutti.repository import config
 
 CONFIG = """
 backend: "onnxruntime" max_batch_size: 16

@@ -10,9 +10,9 @@ import tritonclient.http
 from tests.models import Repository
 from tests.serving import engine_over, infer, serving
 from tests.tutti.test_model_config import x, y
-from tutti import hints
-from tutti.errors import ConfigError
-from tutti.repository import check_name, model_names
+from tutti.core.errors import ConfigError
+from tutti.repository import unserved
+from tutti.repository.folders import check_name, model_names
 
 
 def parameter(key: str, value: str) -> str:
@@ -79,7 +79,7 @@ def test_a_folder_that_cannot_be_a_model_is_named(repository: Repository) -> Non
     repository.add_onnx("m")
     (repository.root / "m").rename(repository.root / "two\nlines")
     assert model_names(repository.root) == []
-    assert hints.unserved(repository.root) == [r"folder 'two\nlines' is not served: that is no valid model name"]
+    assert unserved.unserved(repository.root) == [r"folder 'two\nlines' is not served: that is no valid model name"]
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\\b", " a", "a\n", "\x00", ".git", "\ud800", "a" * 256])

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.devices.fake_nvml import Card, FakeNvml
-from tutti import process
+from tutti.app import process
 from tutti.devices.health import DeviceHealth
 from tutti.devices.nvml import Nvml
 from tutti.devices.xid import watch_xid

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tutti import progress
+from tutti.console import progress
 
 ROOT = Path(__file__).parents[2]
 
@@ -87,7 +87,7 @@ def test_short_work_is_not_told_of() -> None:
 
 WORK = """
 import sys, threading
-from tutti.progress import Work
+from tutti.console.progress import Work
 with Work("export", 3) as work:
     work.step("fp32")
     work.step("int8")
@@ -135,7 +135,7 @@ def test_the_last_line_of_a_log_is_without_its_time(tmp_path: Path) -> None:
 def test_commands_of_others_are_told_of_and_their_failures_shown() -> None:
     own = "import sys; print('found it', flush=True); sys.stdin.read(); sys.exit(int(sys.argv[1]))"
     for status in (0, 3):
-        command = [sys.executable, "-m", "tutti.progress", "installing", sys.executable, "-c", own, str(status)]
+        command = [sys.executable, "-m", "tutti.console.progress", "installing", sys.executable, "-c", own, str(status)]
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
         assert done.returncode == status
         assert done.stdout == ""

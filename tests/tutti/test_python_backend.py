@@ -12,12 +12,12 @@ from tritonclient.grpc import model_config_pb2
 
 from tests.models import IN_PROCESS, Repository
 from tests.serving import Gather, engine_over, infer, wait_until
-from tutti import repository as folders
-from tutti.backends import python
-from tutti.backends import triton_python_backend_utils as pb_utils
-from tutti.errors import ConfigError, InferError, Internal, InvalidArgument, Unsupported
-from tutti.frontends import http_codec
-from tutti.types import Call, InferRequest, InferResponse, Tensor
+from tutti.backends.python import model as python
+from tutti.backends.python import triton_python_backend_utils as pb_utils
+from tutti.core.errors import ConfigError, InferError, Internal, InvalidArgument, Unsupported
+from tutti.core.types import Call, InferRequest, InferResponse, Tensor
+from tutti.frontends.http import codec as http_codec
+from tutti.repository import folders
 
 ONE_TO_ONE = """
     backend: "python" max_batch_size: {rows}
@@ -35,7 +35,7 @@ _modes = [""]
 def mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the test's models are."""
     monkeypatch.setattr(f"{__name__}._modes", [request.param])
-    monkeypatch.setattr("tutti.custom_metrics._families", {})  # they are the process's, and outlive a server
+    monkeypatch.setattr("tutti.observing.custom_metrics._families", {})  # they are the process's, and outlive a server
 
 
 def add(repository: Repository, name: str, body: str, config: str = ONE_TO_ONE.format(rows=0, extra="")) -> None:
@@ -580,7 +580,7 @@ def test_arguments_of_initialize(repository: Repository, monkeypatch: pytest.Mon
 
 
 def test_dlpack_both_ways(repository: Repository) -> None:
-    from tutti.backends.triton_python_backend_utils import Tensor as PbTensor
+    from tutti.backends.python.triton_python_backend_utils import Tensor as PbTensor
 
     array = np.arange(6, dtype=np.float32).reshape(2, 3)
     there = PbTensor.from_dlpack("x", PbTensor("x", array))
@@ -597,7 +597,7 @@ def test_no_thread_is_left_when_a_model_stops(repository: Repository) -> None:
 
 
 def test_a_models_own_metrics_are_on_the_metrics_page(repository: Repository) -> None:
-    from tutti.metrics import Metrics
+    from tutti.frontends.v2.metrics_page import Metrics
 
     add(
         repository,

@@ -9,16 +9,16 @@ from tests.devices.fakes import CudaArray, FakeLibrary
 from tests.models import Repository
 from tests.serving import engine_over, infer
 from tests.tutti.test_pytorch_backend import load_error
-from tutti.backends import python
-from tutti.backends import triton_python_backend_utils as pb_utils
-from tutti.config import InstanceGroup
-from tutti.devices import dlpack, engines, tensors
+from tutti.backends.python import model as python
+from tutti.backends.python import triton_python_backend_utils as pb_utils
+from tutti.core.errors import DeviceLost, Internal, OutOfMemory
+from tutti.core.types import Answer, InferRequest, InferResponse, Tensor
+from tutti.devices import dlpack, process_engines, tensors
 from tutti.devices import health as devices_health
 from tutti.devices.health import DeviceHealth
 from tutti.devices.tensors import DeviceTensor
-from tutti.engine import Engine
-from tutti.errors import DeviceLost, Internal, OutOfMemory
-from tutti.types import Answer, InferRequest, InferResponse, Tensor
+from tutti.repository.config import InstanceGroup
+from tutti.serving.engine import Engine
 
 CONFIG = """
 backend: "python" max_batch_size: {rows}
@@ -512,5 +512,5 @@ def test_models_on_a_real_gpu_take_turns(repository: Repository, cuda: Any) -> N
         sent = [request(name, i, 2) for i in range(32) for name in ("inner", "outer")]
         for i, answer in enumerate(infer(engine, sent)):
             assert response(answer).tensor("y").array().tolist() == [[i // 2 + 1.0, 3.0]]
-        assert set(engines.engine_of("cuda:0").model_ns) >= {"inner", "outer"}
-        assert not engines.engine_of("cuda:0").lost
+        assert set(process_engines.engine_of("cuda:0").model_ns) >= {"inner", "outer"}
+        assert not process_engines.engine_of("cuda:0").lost

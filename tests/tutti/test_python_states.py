@@ -6,9 +6,9 @@ import pytest
 from tests.models import Repository
 from tests.serving import engine_over, infer
 from tests.tutti.test_model_config import y
-from tutti import config
-from tutti.errors import ConfigError
-from tutti.types import InferRequest, InferResponse, Tensor
+from tutti.core.errors import ConfigError
+from tutti.core.types import InferRequest, InferResponse, Tensor
+from tutti.repository import config
 
 SUMS = """
     backend: "python" max_batch_size: 4

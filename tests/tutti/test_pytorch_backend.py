@@ -10,11 +10,13 @@ import pytest
 
 from tests.models import Repository
 from tests.serving import engine_over, infer
-from tutti import config, dtypes, local
-from tutti.devices import engines
-from tutti.errors import ConfigError, InferError, Internal
-from tutti.repository import open_model
-from tutti.types import InferRequest, InferResponse, Tensor
+from tutti.core import dtypes
+from tutti.core.errors import ConfigError, InferError, Internal
+from tutti.core.types import InferRequest, InferResponse, Tensor
+from tutti.devices import process_engines
+from tutti.repository import config
+from tutti.repository.folders import open_model
+from tutti.serving import local
 
 torch = pytest.importorskip("torch")
 
@@ -123,7 +125,7 @@ def test_weights_go_with_the_last_instance(
         assert answer.tensor("y").array().tolist() == [[6.0] * 3] and answer.tensor("z").array().tolist() == [[4.0] * 3]
         first, last = modules
         assert first is last and pytorch._held_bytes(first._forward) == 24
-    for engine in engines.engines():  # on a device they go once nothing is under way there
+    for engine in process_engines.engines():  # on a device they go once nothing is under way there
         engine.device.call(lambda: None)
     assert pytorch._held_bytes(first._forward) == 0
 

@@ -6,10 +6,10 @@ from onnx import TensorProto, helper
 
 from tests.models import Repository, _serialized
 from tests.serving import engine_over, infer
-from tutti import config, ragged
-from tutti.errors import ConfigError, InferError
-from tutti.ragged import BatchInput
-from tutti.types import InferRequest, InferResponse, Tensor
+from tutti.core.errors import ConfigError, InferError
+from tutti.core.types import InferRequest, InferResponse, Tensor
+from tutti.repository import config, ragged
+from tutti.repository.ragged import BatchInput
 
 CONFIG = """
 backend: "onnxruntime" max_batch_size: 8

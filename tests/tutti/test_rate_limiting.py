@@ -6,8 +6,8 @@ from collections import Counter, defaultdict
 
 import pytest
 
-from tutti.errors import ConfigError
-from tutti.rate_limiting import GLOBAL, NO_LIMIT, Place, RateLimit, RateLimiter, Resource, parse_supply
+from tutti.core.errors import ConfigError
+from tutti.scheduling.rate_limiting import GLOBAL, NO_LIMIT, Place, RateLimit, RateLimiter, Resource, parse_supply
 
 
 def limit(priority: int = 1, **needs: int) -> RateLimit:

@@ -13,13 +13,14 @@ import pytest
 import ensembles
 from tests.models import IN_PROCESS, Repository, onnx_add_one
 from tests.serving import Gather, engine_over, infer, timer, wait_until
-from tutti import config, local
-from tutti.cli import main
-from tutti.errors import ConfigError
-from tutti.rate_limiting import NO_LIMIT, RateLimit, Resource, parse_supply
-from tutti.rate_limits import RateLimits
-from tutti.restarts import UNUSABLE
-from tutti.types import Call, InferRequest, InferResponse, Tensor
+from tutti.app.cli import main
+from tutti.app.restarts import UNUSABLE
+from tutti.core.errors import ConfigError
+from tutti.core.types import Call, InferRequest, InferResponse, Tensor
+from tutti.repository import config
+from tutti.scheduling.rate_limit_threads import RateLimits
+from tutti.scheduling.rate_limiting import NO_LIMIT, RateLimit, Resource, parse_supply
+from tutti.serving import local
 
 TENSORS = 'input { name: "x" data_type: TYPE_FP32 dims: 1 } output { name: "y" data_type: TYPE_FP32 dims: 1 }'
 WAIT_S = 30

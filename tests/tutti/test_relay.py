@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from tests.serving import Noted, wait_until
-from tutti.errors import Unavailable
-from tutti.frontends.api import Api
+from tutti.core.errors import Unavailable
 from tutti.frontends.gate import Gate
-from tutti.frontends.holding import COUNTED_BYTES
-from tutti.frontends.http import HttpFront
-from tutti.frontends.relay import Relay
+from tutti.frontends.held_bytes import COUNTED_BYTES
+from tutti.frontends.http.infer import HttpFront
+from tutti.frontends.processes.relay import Relay
+from tutti.frontends.v2.api import Api
 
 HEAD = b"HTTP/1.1 200 OK\r\n"
 EVENTS = HEAD + b"content-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n5\r\nfirst\r\n"

@@ -8,10 +8,12 @@ import pytest
 
 from tests.models import Repository
 from tests.serving import engine_over
-from tutti import config, files, repository
-from tutti.classification import classify
-from tutti.errors import ConfigError
-from tutti.types import Tensor
+from tutti.core import files
+from tutti.core.errors import ConfigError
+from tutti.core.types import Tensor
+from tutti.frontends.v2.classification import classify
+from tutti.repository import config
+from tutti.repository import folders as repository
 
 PLAIN = 'backend: "python" input { name: "X" data_type: TYPE_FP32 dims: -1 } output { name: "Y" data_type: TYPE_FP32 '
 CONFIG = (PLAIN + "dims: -1 }\n").encode()

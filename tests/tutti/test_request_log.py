@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 
 from tests.serving import Gather, wait_until
-from tutti import request_log
-from tutti.errors import ConfigError
-from tutti.frontends import grpc_events, http_events
-from tutti.frontends.http_connection import Exchange
-from tutti.logs import Logs
-from tutti.request_log import Event, RequestLog, line, slow
-from tutti.types import Call, InferRequest, Raw, Spent
+from tutti.core.errors import ConfigError
+from tutti.core.types import Call, InferRequest, Raw, Spent
+from tutti.frontends.grpc import log_events as grpc_events
+from tutti.frontends.http import log_events as http_events
+from tutti.frontends.http.connection import Exchange
+from tutti.observing import request_log
+from tutti.observing.logs import Logs
+from tutti.observing.request_log import Event, RequestLog, line, slow
 
 MS = 1_000_000
 NASTY = [

@@ -1,6 +1,6 @@
 import pytest
 
-from tutti.restarts import DEVICE_FAILED, MAX_DELAY_S, STEADY_S, Again, End, Ended, Restarts
+from tutti.app.restarts import DEVICE_FAILED, MAX_DELAY_S, STEADY_S, Again, End, Ended, Restarts
 
 LOST = "device cuda:0 has failed: illegal access"
 

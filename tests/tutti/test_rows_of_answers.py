@@ -11,9 +11,9 @@ from onnx import helper
 
 from tests.models import Repository
 from tests.serving import engine_over, infer
-from tutti.engine import Engine
-from tutti.errors import Internal
-from tutti.types import InferRequest, InferResponse, Tensor
+from tutti.core.errors import Internal
+from tutti.core.types import InferRequest, InferResponse, Tensor
+from tutti.serving.engine import Engine
 
 
 def things(first_axis: str) -> bytes:

@@ -4,12 +4,12 @@ import threading
 from collections.abc import Callable, Sequence
 
 from tests.serving import Gather
-from tutti.batching import BatchingPolicy, BatchQueue
-from tutti.cost import Costs
-from tutti.errors import Cancelled, DeadlineExceeded, InferError, Internal, OutOfMemory, Unavailable
-from tutti.scheduler import InOrder, Scheduler, ThreadInstance
-from tutti.statistics import ModelStatistics
-from tutti.types import Call, InferRequest, InferResponse, now_ns, settle
+from tutti.core.errors import Cancelled, DeadlineExceeded, InferError, Internal, OutOfMemory, Unavailable
+from tutti.core.types import Call, InferRequest, InferResponse, now_ns, settle
+from tutti.observing.statistics import ModelStatistics
+from tutti.scheduling.batching import BatchingPolicy, BatchQueue
+from tutti.scheduling.cost import Costs
+from tutti.scheduling.scheduler import InOrder, Scheduler, ThreadInstance
 
 
 class HeldInstance:

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from tutti import scheduler as scheduler_module
-from tutti.batching import BatchingPolicy, BatchQueue, QueuePolicy
-from tutti.cost import Costs
-from tutti.errors import Cancelled, DeadlineExceeded, InferError, Internal, Unavailable
-from tutti.scheduler import Scheduler
-from tutti.statistics import ModelStatistics
-from tutti.types import Call, InferRequest, InferResponse, settle
+from tutti.core.errors import Cancelled, DeadlineExceeded, InferError, Internal, Unavailable
+from tutti.core.types import Call, InferRequest, InferResponse, settle
+from tutti.observing.statistics import ModelStatistics
+from tutti.scheduling import scheduler as scheduler_module
+from tutti.scheduling.batching import BatchingPolicy, BatchQueue, QueuePolicy
+from tutti.scheduling.cost import Costs
+from tutti.scheduling.scheduler import Scheduler
 
 TRACES = 10_000
 SHARDS = 20

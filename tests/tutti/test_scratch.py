@@ -11,15 +11,16 @@ from pathlib import Path
 import pytest
 
 from tests.serving import wait_until
-from tutti import cli, process, scratch
-from tutti.scratch import Folder
+from tutti.app import cli, process
+from tutti.core import temporary_folders
+from tutti.core.temporary_folders import Folder
 
 ROOT = Path(__file__).parents[2]
 MAKES = """
 import sys, tempfile
 from pathlib import Path
-from tutti.backends import execution_env
-from tutti.scratch import Folder
+from tutti.backends.python import execution_env
+from tutti.core.temporary_folders import Folder
 tempfile.tempdir = sys.argv[1]
 archive = sys.argv[2:]
 folder = Folder()
@@ -51,11 +52,11 @@ def another(temporary: Path, *archive: Path) -> Iterator[tuple["subprocess.Popen
 def test_what_a_killed_process_leaves_is_cleared_and_nothing_of_a_living_one(temporary: Path) -> None:
     own = Folder("own")
     with another(temporary) as (other, theirs):
-        assert scratch.clear() == []
+        assert temporary_folders.clear() == []
         assert (theirs / "file").exists()
         other.kill()
         other.wait()
-        assert scratch.clear() == [theirs]
+        assert temporary_folders.clear() == [theirs]
     assert sorted(path.name for path in temporary.iterdir()) == [own.path.name, own.path.name + ".lock"]
     own.cleanup()
     assert list(temporary.iterdir()) == []
@@ -69,7 +70,7 @@ def test_unpacked_environments_are_such_folders(temporary: Path, tmp_path: Path)
         assert (environment / "bin" / "python").exists()
         other.kill()
         other.wait()
-    scratch.clear()
+    temporary_folders.clear()
     assert list(temporary.iterdir()) == []
 
 
@@ -95,5 +96,5 @@ def test_what_looks_like_a_folder_and_is_another_thing_stays(temporary: Path, tm
     (temporary / "tutti-a.lock").symlink_to(tmp_path / "kept")
     (temporary / "tutti-b.lock").mkdir()
     (temporary / "tutti-c").mkdir()
-    assert scratch.clear() == []
+    assert temporary_folders.clear() == []
     assert len(list(temporary.iterdir())) == 3

@@ -7,10 +7,10 @@ import pytest
 
 from tests.models import Repository
 from tests.serving import Gather, engine_over, infer, wait_until
-from tutti import sequences
-from tutti.engine import Engine
-from tutti.errors import DeadlineExceeded, InferError, Internal, InvalidArgument
-from tutti.types import Call, InferRequest, InferResponse, Tensor, now_ns
+from tutti.core.errors import DeadlineExceeded, InferError, Internal, InvalidArgument
+from tutti.core.types import Call, InferRequest, InferResponse, Tensor, now_ns
+from tutti.scheduling import sequences
+from tutti.serving.engine import Engine
 
 CONTROLS = """
     control_input { name: "START" control { kind: CONTROL_SEQUENCE_START int32_false_true: [ 0, 1 ] } }

@@ -11,11 +11,11 @@ import pytest
 
 from tests.devices.machine import Allocation, Machine, Process
 from tests.serving import wait_until
-from tutti import shared_memory
+from tutti.core.errors import AlreadyExists, InferError, Internal, InvalidArgument, NotFound, Unavailable, Unsupported
+from tutti.core.types import SharedRegion
 from tutti.devices.ipc import HANDLE_BYTES, ForeignMemory
-from tutti.errors import AlreadyExists, InferError, Internal, InvalidArgument, NotFound, Unavailable, Unsupported
-from tutti.shared_memory import CudaRegion, SharedMemory, SystemRegion
-from tutti.types import SharedRegion
+from tutti.frontends.v2 import shared_memory
+from tutti.frontends.v2.shared_memory import CudaRegion, SharedMemory, SystemRegion
 
 SIZE = 256
 

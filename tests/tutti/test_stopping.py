@@ -24,7 +24,7 @@ LIMIT_S = 60
 def start(root: Path, *flags: str) -> tuple["subprocess.Popen[bytes]", int]:
     ports = free_ports(3)
     named = [f"--{name}-port={port}" for name, port in zip(("http", "grpc", "metrics"), ports, strict=True)]
-    return subprocess.Popen([sys.executable, "-m", "tutti.cli", "serve", str(root), *named, *flags]), ports[0]
+    return subprocess.Popen([sys.executable, "-m", "tutti.app.cli", "serve", str(root), *named, *flags]), ports[0]
 
 
 def ask(port: int, answers: list[int]) -> None:

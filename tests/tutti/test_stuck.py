@@ -14,15 +14,18 @@ from google.protobuf.json_format import MessageToDict
 import ensembles
 from tests.models import Repository
 from tests.serving import Gather, infer, timer, wait_until
-from tutti import backends, config, local, model, operations, scheduler
-from tutti import engine as engines
-from tutti import repository as folders
-from tutti.engine import Engine, Override
-from tutti.errors import Internal, Unavailable
-from tutti.frontends.api import Api
-from tutti.metrics import Metrics
-from tutti.scheduler import Answers
-from tutti.types import Call, InferRequest, InferResponse, Tensor
+from tutti.backends import registry
+from tutti.core import operations
+from tutti.core.errors import Internal, Unavailable
+from tutti.core.types import Call, InferRequest, InferResponse, Tensor
+from tutti.frontends.v2.api import Api
+from tutti.frontends.v2.metrics_page import Metrics
+from tutti.repository import config, folders
+from tutti.scheduling import scheduler
+from tutti.scheduling.scheduler import Answers
+from tutti.serving import engine as engines
+from tutti.serving import local, model
+from tutti.serving.engine import Engine, Override
 
 CONFIG = 'backend: "python" max_batch_size: 0 input { name: "x" data_type: TYPE_FP32 dims: 1 } output { name: "y" '
 CONFIG += "data_type: TYPE_FP32 dims: 1 }"
@@ -84,7 +87,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Gate]]:
     for module, name in ((model, "HANG_S"), (scheduler, "HANG_S"), (scheduler, "_MOMENT_S"), (engines, "DRAIN_S")):
         monkeypatch.setattr(module, name, LIMIT_S)
     monkeypatch.setattr(operations, "PATIENCE_S", LIMIT_S)
-    monkeypatch.setattr(backends, "load", lambda folder, *_: [Waits(folder.config.name)])
+    monkeypatch.setattr(registry, "load", lambda folder, *_: [Waits(folder.config.name)])
     Gate.opened, Gate.entered = threading.Event(), threading.Event()
     Gate.loads, Gate.closed = [], []
     yield Gate

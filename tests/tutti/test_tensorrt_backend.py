@@ -6,8 +6,8 @@ import pytest
 
 from tests.models import Repository
 from tests.tutti.test_pytorch_backend import load_error
-from tutti import config
-from tutti.errors import ConfigError, InvalidArgument
+from tutti.core.errors import ConfigError, InvalidArgument
+from tutti.repository import config
 
 torch = pytest.importorskip("torch")
 tensorrt = pytest.importorskip("tutti.backends.tensorrt")

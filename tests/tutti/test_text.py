@@ -5,10 +5,10 @@ import pytest
 
 from tests.models import Repository, onnx_text
 from tests.serving import engine_over, infer
-from tutti.errors import InvalidArgument
-from tutti.frontends import http_codec
-from tutti.frontends.http_codec import ReplyFormat
-from tutti.types import InferRequest, InferResponse, Tensor
+from tutti.core.errors import InvalidArgument
+from tutti.core.types import InferRequest, InferResponse, Tensor
+from tutti.frontends.http import codec as http_codec
+from tutti.frontends.http.codec import ReplyFormat
 
 TEXTS = ["plain", "Besançon", "中文", "", "tail\0", " a\0b ", "\N{GRINNING FACE}", "e\u0301"]
 NO_TEXT = [b"\xff", b"ok\xc3", b"\xed\xa0\x80"]

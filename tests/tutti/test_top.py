@@ -22,13 +22,13 @@ from tests.models import Repository
 from tests.serving import Served, engine_over, infer, serving
 from tests.terminal import Terminal
 from tests.tutti.test_metrics_page import ENSEMBLE
-from tutti import scrapes, top, top_table
-from tutti.cli import main
-from tutti.metrics import Metrics
-from tutti.restarts import UNUSABLE
-from tutti.scrapes import ModelRates, NotAServer, Rates, Scrape
-from tutti.top import Away
-from tutti.types import InferRequest, Tensor
+from tutti.app import metric_rates, top, top_table
+from tutti.app.cli import main
+from tutti.app.metric_rates import ModelRates, NotAServer, Rates, Scrape
+from tutti.app.restarts import UNUSABLE
+from tutti.app.top import Away
+from tutti.core.types import InferRequest, Tensor
+from tutti.frontends.v2.metrics_page import Metrics
 
 ALONE = """
 # HELP nv_inference_request_success Number of successful inference requests
@@ -49,13 +49,13 @@ nv_inference_pending_request_count{model="m",version="1"} 3
 
 
 def page(text: str, time_s: float = 0.0) -> Scrape:
-    return scrapes.parse_page(text, time_s)
+    return metric_rates.parse_page(text, time_s)
 
 
 def test_rates_are_of_what_happened_between_two_looks() -> None:
     before = page(ALONE % (100, 10, 0, 500, 50, 1000, 9000, 0), 10.0)
     after = page(ALONE % (120, 14, 2, 580, 60, 41_000, 69_000, 5_000_000), 12.0)
-    busy, idle = scrapes.rates(before, after).models
+    busy, idle = metric_rates.rates(before, after).models
     assert (busy.name, busy.requests, busy.failed, busy.refused, busy.cancelled) == ("m", 10.0, 1.0, 2.0, 0.0)
     assert (busy.in_flight, busy.queued, busy.queue_ms, busy.execution_ms, busy.batch) == (2.5, 3.0, 2.0, 3.0, 8.0)
     assert (busy.p50_ms, busy.late, busy.cache_hits) == (None, None, None)
@@ -64,7 +64,7 @@ def test_rates_are_of_what_happened_between_two_looks() -> None:
 
 def test_what_began_anew_began_at_nothing() -> None:
     before, after = page(ALONE % (100, 0, 0, 0, 0, 0, 0, 0), 0.0), page(ALONE % (4, 0, 0, 0, 0, 0, 0, 0), 2.0)
-    assert scrapes.rates(before, after).requests == 2.0
+    assert metric_rates.rates(before, after).requests == 2.0
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -74,13 +74,13 @@ def test_quantiles_lie_in_the_bucket_of_the_value(seed: int) -> None:
     values = sorted(chosen.uniform(0, bounds[-1]) for _ in range(chosen.randrange(1, 200)))
     buckets = {bound: float(sum(value <= bound for value in values)) for bound in [*bounds, float("inf")]}
     for quantile in (0.5, 0.99, 1.0):
-        found = scrapes.quantile_of(buckets, quantile)
+        found = metric_rates.quantile_of(buckets, quantile)
         true = values[int(np.ceil(quantile * len(values))) - 1]
         above = next(bound for bound in bounds if bound >= true)
         below = max([0.0, *(bound for bound in bounds if bound < true)])
         assert found is not None and below <= found <= above
-    assert scrapes.quantile_of({1.0: 0.0, float("inf"): 4.0}, 0.5) == 1.0
-    assert scrapes.quantile_of({1.0: 0.0, float("inf"): 0.0}, 0.5) is None
+    assert metric_rates.quantile_of({1.0: 0.0, float("inf"): 4.0}, 0.5) == 1.0
+    assert metric_rates.quantile_of({1.0: 0.0, float("inf"): 0.0}, 0.5) is None
 
 
 def request(model: str) -> InferRequest:
@@ -94,7 +94,7 @@ def test_a_servers_own_page_has_all_of_it(repository: Repository) -> None:
         metrics = Metrics(engine)
         before = page(metrics.render()[0].decode(), 0.0)
         infer(engine, [request("whole") for _ in range(6)])
-        rates = scrapes.rates(before, page(metrics.render()[0].decode(), 2.0))
+        rates = metric_rates.rates(before, page(metrics.render()[0].decode(), 2.0))
     models = {model.name: model for model in rates.models}
     assert rates.requests == 3.0, "a step's requests are the ensemble's"
     assert (rates.at_steps.requests, rates.at_steps.failed) == (3.0, 0.0)
@@ -121,12 +121,12 @@ def test_what_is_sent_to_a_step_directly_counts(repository: Repository) -> None:
         for model, time_s in (("add_one", 2.0), ("whole", 4.0)):
             infer(engine, [request(model) for _ in range(6)])
             looks.append(page(metrics.render()[0].decode(), time_s))
-    directly = scrapes.rates(looks[0], looks[1])
+    directly = metric_rates.rates(looks[0], looks[1])
     assert (directly.requests, directly.at_steps.requests) == (3.0, 0.0), "no ensemble has answered anything"
     assert table(directly)[0] == "3.00 requests/s, 0 failed, 0 refused"
     assert not any("steps" in line for line in table(directly))
     # An ensemble that answers rarely asks its steps all the while.
-    lately = scrapes.rates(looks[0], looks[1], ["whole"])
+    lately = metric_rates.rates(looks[0], looks[1], ["whole"])
     assert (lately.requests, lately.at_steps.requests) == (0.0, 3.0)
 
 
@@ -156,7 +156,7 @@ tutti_ensemble_step{model="inner",step="ten",version="1"} 1
 def test_a_request_of_an_ensemble_counts_once(
     grown: tuple[int, ...], counted: tuple[int, int], at_steps: tuple[int, int]
 ) -> None:
-    rates = scrapes.rates(page(STEPS % ((0,) * 5), 0.0), page(STEPS % grown, 1.0))
+    rates = metric_rates.rates(page(STEPS % ((0,) * 5), 0.0), page(STEPS % grown, 1.0))
     assert ((rates.requests, rates.failed), (rates.at_steps.requests, rates.at_steps.failed)) == (counted, at_steps)
     assert json.dumps(top_table.as_json(rates))
 
@@ -172,10 +172,10 @@ def test_an_ensemble_is_busy_for_a_while_after_its_answer() -> None:
 
 def test_a_page_that_does_not_tell_steps_is_said_so() -> None:
     text = ALONE % ((0,) * 8)
-    others = scrapes.rates(page(text, 0.0), page(text, 1.0))
+    others = metric_rates.rates(page(text, 0.0), page(text, 1.0))
     assert table(others)[1] == "requests of ensembles count again at their steps, which this page does not tell"
     own = text + 'tutti_model_ready{model="m",version="1"} 1\n'
-    assert not any("ensembles" in line for line in table(scrapes.rates(page(own, 0.0), page(own, 1.0))))
+    assert not any("ensembles" in line for line in table(metric_rates.rates(page(own, 0.0), page(own, 1.0))))
 
 
 def test_pools_and_devices_have_theirs() -> None:
@@ -189,7 +189,7 @@ nv_gpu_memory_used_bytes{gpu_uuid="GPU-1"} 1073741824
 nv_gpu_memory_total_bytes{gpu_uuid="GPU-1"} 4294967296
 """
     text = ALONE % ((0,) * 8)
-    rates = scrapes.rates(page(text + extra % (0, 0), 0.0), page(text + extra % (10, 4), 2.0))
+    rates = metric_rates.rates(page(text + extra % (0, 0), 0.0), page(text + extra % (10, 4), 2.0))
     shown = "\n".join(top_table.lines(rates, 80, colour=False))
     assert re.search(r"^gpu +2 +3 +5.00 +2.00$", shown, re.MULTILINE)
     assert "gpu GPU-1  25% busy, 1.0 of 4.0 GiB" in shown
@@ -202,8 +202,8 @@ def test_statistics_will_do_where_there_is_no_page() -> None:
         model = {"name": "m", "version": "1", "inference_count": 4 * requests, "execution_count": requests}
         return json.dumps({"model_stats": [{**model, "inference_stats": stats}]})
 
-    looks = [scrapes.parse_statistics(statistics(count), time_s) for count, time_s in ((10, 0.0), (14, 2.0))]
-    model = scrapes.rates(*looks).models[0]
+    looks = [metric_rates.parse_statistics(statistics(count), time_s) for count, time_s in ((10, 0.0), (14, 2.0))]
+    model = metric_rates.rates(*looks).models[0]
     assert (model.requests, model.failed, model.queue_ms, model.execution_ms, model.batch) == (2.0, 0.0, 2.0, 2.0, 4.0)
 
 
@@ -214,7 +214,7 @@ def test_what_is_no_servers_page_is_told(text: str) -> None:
     with pytest.raises(NotAServer):
         page(text)
     with pytest.raises(NotAServer):
-        scrapes.parse_statistics(text, 0.0)
+        metric_rates.parse_statistics(text, 0.0)
 
 
 def test_numbers_are_five_characters_at_most() -> None:

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from tutti import cli, trace_reading
-from tutti.waterfall import waterfall
+from tutti.app import cli
+from tutti.observing import trace_reading
+from tutti.observing.waterfall import waterfall
 
 
 def trace(number: int, model: str, at: int, took: int, computes: bool = True, **head: Any) -> list[dict[str, Any]]:

@@ -18,14 +18,14 @@ import pytest
 from demo.client import Client
 from tests.models import Repository
 from tests.serving import Gather, engine_over, serving, wait_until
-from tutti import trace_files, trace_records, tracing
-from tutti.engine import Engine
-from tutti.errors import ConfigError, InferError, InvalidArgument
-from tutti.frontends.api import Api
-from tutti.trace_files import JsonWriter
-from tutti.trace_records import Record
-from tutti.tracing import TraceConfig, Tracer, parse_config
-from tutti.types import Call, InferRequest, InferResponse, Tensor
+from tutti.core.errors import ConfigError, InferError, InvalidArgument
+from tutti.core.types import Call, InferRequest, InferResponse, Tensor
+from tutti.frontends.v2.api import Api
+from tutti.observing import trace_files, trace_records, tracing
+from tutti.observing.trace_files import JsonWriter
+from tutti.observing.trace_records import Record
+from tutti.observing.tracing import TraceConfig, Tracer, parse_config
+from tutti.serving.engine import Engine
 
 
 def send(engine: Engine, tracer: Tracer, count: int, model: str = "add_one") -> None:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from tutti import dtypes, errors, rows
-from tutti.errors import InvalidArgument
-from tutti.types import Call, InferRequest, Tensor, settle
+from tutti.core import dtypes, errors, rows
+from tutti.core.errors import InvalidArgument
+from tutti.core.types import Call, InferRequest, Tensor, settle
 
 
 def test_bytes_survive_encoding() -> None:

@@ -12,10 +12,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from tutti.core.dtypes import NUMPY, Array
+from tutti.core.types import Shape
 from tutti.devices import cuda
 from tutti.devices.interface import DeviceArray
-from tutti.dtypes import NUMPY, Array
-from tutti.types import Shape
 
 Run = Callable[[], Sequence[DeviceArray]]
 

@@ -35,9 +35,9 @@ from torch.utils import _pytree as pytree
 from tutti.backends import artefacts, compiler, largest_batch, verification
 from tutti.backends.artefacts import CacheError
 from tutti.backends.compiler import AOT, JIT, KEPT, LARGEST, MODES, PACKAGE, Job, Uncompilable
-from tutti.config import ModelConfig
+from tutti.core.errors import ConfigError
 from tutti.devices.cuda import loading
-from tutti.errors import ConfigError
+from tutti.repository.config import ModelConfig
 
 _log = logging.getLogger(__name__)
 

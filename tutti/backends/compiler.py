@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tutti import config
-from tutti.lifeline import end_with
+from tutti.core.lifeline import end_with
+from tutti.repository import config
 
 AOT = "aot_inductor"
 JIT = "torch_compile"

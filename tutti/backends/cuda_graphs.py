@@ -16,16 +16,16 @@ from tutti.backends import cuda_graphs_trial, graph_buckets
 from tutti.backends.capturing import Capturing, CudaCapturing, Graph, Run, SimulatedCapturing, no_collections
 from tutti.backends.graph_buckets import Bucket, GraphPlan, are_all_filled_up
 from tutti.backends.on_device import DeviceBackend, Program
-from tutti.captured_sizes import CapturedSizes
-from tutti.config import ModelConfig
+from tutti.core.types import OnDevice, Shape
 from tutti.devices import cuda
 from tutti.devices.engine import DeviceEngine
 from tutti.devices.interface import Device, DeviceArray, Stream
 from tutti.devices.pipeline import Pipeline
 from tutti.devices.simulated import simulated_gpus
 from tutti.devices.threads import run_and_wait
-from tutti.repository import ModelFolder
-from tutti.types import OnDevice, Shape
+from tutti.repository.config import ModelConfig
+from tutti.repository.folders import ModelFolder
+from tutti.scheduling.captured_sizes import CapturedSizes
 
 _log = logging.getLogger(__name__)
 

@@ -22,16 +22,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from google.protobuf import text_format
 
-from tutti import config
 from tutti.backends import graph_buckets
 from tutti.backends.graph_buckets import Bucket
-from tutti.config import ModelConfig, TensorSpec
-from tutti.devices.engines import engine_of
+from tutti.core.dtypes import NUMPY, Array
+from tutti.core.lifeline import end_with
+from tutti.core.types import Shape
 from tutti.devices.interface import Device, DeviceArray
-from tutti.dtypes import NUMPY, Array
-from tutti.lifeline import end_with
-from tutti.repository import ModelFolder
-from tutti.types import Shape
+from tutti.devices.process_engines import engine_of
+from tutti.repository import config
+from tutti.repository.config import ModelConfig, TensorSpec
+from tutti.repository.folders import ModelFolder
 
 if TYPE_CHECKING:
     from tutti.backends.cuda_graphs import GraphedProgram

@@ -2,8 +2,8 @@
 
 import math
 
-from tutti.config import ModelConfig
-from tutti.errors import ConfigError
+from tutti.core.errors import ConfigError
+from tutti.repository.config import ModelConfig
 
 HANG_PARAMETER = "tutti.hang_timeout_s"
 TURN_PARAMETER = "tutti.device_turn"

@@ -18,9 +18,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tutti.config import ModelConfig, TensorSpec
-from tutti.errors import ConfigError
-from tutti.types import Shape
+from tutti.core.errors import ConfigError
+from tutti.core.types import Shape
+from tutti.repository.config import ModelConfig, TensorSpec
 
 BATCH_SIZES = "tutti.graphs.batch_sizes"
 MAX_COUNT = "tutti.graphs.max_count"

@@ -6,17 +6,18 @@ from typing import TypeVar
 
 import numpy as np
 
-from tutti import ragged, rows
 from tutti.backends import device_options
-from tutti.config import ModelConfig
-from tutti.cost import Alternatives
+from tutti.core import rows
+from tutti.core.dtypes import NUMPY, Array
+from tutti.core.errors import ConfigError, DeviceLost, InferError, Internal, InvalidArgument, OutOfMemory
+from tutti.core.types import RAW_TYPES, Call, InferRequest, InferResponse, Shape, Tensor, now_ns
 from tutti.devices.engine import DeviceEngine
-from tutti.devices.engines import engine_of
 from tutti.devices.pipeline import Pipeline
-from tutti.dtypes import NUMPY, Array
-from tutti.errors import ConfigError, DeviceLost, InferError, Internal, InvalidArgument, OutOfMemory
-from tutti.scheduler import Answers
-from tutti.types import RAW_TYPES, Call, InferRequest, InferResponse, Shape, Tensor, now_ns
+from tutti.devices.process_engines import engine_of
+from tutti.repository import ragged
+from tutti.repository.config import ModelConfig
+from tutti.scheduling.cost import Alternatives
+from tutti.scheduling.scheduler import Answers
 
 _log = logging.getLogger(__name__)
 

@@ -11,18 +11,19 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from tutti import dtypes, ragged, rows
 from tutti.backends import device_options
 from tutti.backends.joined import JoinedModel, apart
-from tutti.config import ModelConfig
-from tutti.devices.engines import engine_of
+from tutti.core import dtypes, rows
+from tutti.core.dtypes import NUMPY, Array
+from tutti.core.errors import DeviceLost, InferError, InvalidArgument, OutOfMemory
+from tutti.core.types import Call, InferRequest, InferResponse, OnDevice, Shape, Tensor
 from tutti.devices.interface import DeviceArray, Stream
 from tutti.devices.jobs import Made, Part, Resident, Times
 from tutti.devices.pipeline import Pipeline
-from tutti.dtypes import NUMPY, Array
-from tutti.errors import DeviceLost, InferError, InvalidArgument, OutOfMemory
-from tutti.scheduler import Answers
-from tutti.types import Call, InferRequest, InferResponse, OnDevice, Shape, Tensor
+from tutti.devices.process_engines import engine_of
+from tutti.repository import ragged
+from tutti.repository.config import ModelConfig
+from tutti.scheduling.scheduler import Answers
 
 # Requests of no more than this are joined in ordinary memory first: a copy costs less than numpy's words about it.
 _SMALL_BYTES = 4096

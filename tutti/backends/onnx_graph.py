@@ -9,10 +9,10 @@ from typing import Any
 
 from tritonclient.grpc import model_config_pb2 as pb
 
-from tutti.config import ModelConfig, TensorSpec
-from tutti.dtypes import to_config
-from tutti.errors import ConfigError
-from tutti.types import Shape
+from tutti.core.dtypes import to_config
+from tutti.core.errors import ConfigError
+from tutti.core.types import Shape
+from tutti.repository.config import ModelConfig, TensorSpec
 
 _COMPLETED_BATCH_SIZE = 4
 _ORT_TYPES = {

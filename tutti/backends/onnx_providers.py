@@ -7,8 +7,8 @@ checked here, since ONNX Runtime answers one that it does not know by executing 
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tutti.config import ModelConfig
-from tutti.errors import ConfigError
+from tutti.core.errors import ConfigError
+from tutti.repository.config import ModelConfig
 
 _WHERE = "optimization.execution_accelerators"
 CUDA, TENSORRT, CPU = "CUDAExecutionProvider", "TensorrtExecutionProvider", "CPUExecutionProvider"

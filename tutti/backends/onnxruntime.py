@@ -17,16 +17,16 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from tutti import backends, dtypes, extras
-from tutti.backends import joined, onnx_graph, onnx_providers, parameters
+from tutti.backends import joined, onnx_graph, onnx_providers, parameters, registry
 from tutti.backends.joined import JoinedBackend
-from tutti.config import InstanceGroup, ModelConfig
+from tutti.core import dtypes, extras
+from tutti.core.dtypes import NUMPY, Array
+from tutti.core.errors import ConfigError, InvalidArgument, OutOfMemory
+from tutti.core.types import Infer
 from tutti.devices.nvml import nvml
-from tutti.dtypes import NUMPY, Array
-from tutti.errors import ConfigError, InvalidArgument, OutOfMemory
-from tutti.repository import ModelFolder
-from tutti.scheduler import Backend, undone
-from tutti.types import Infer
+from tutti.repository.config import InstanceGroup, ModelConfig
+from tutti.repository.folders import ModelFolder
+from tutti.scheduling.scheduler import Backend, undone
 
 _log = logging.getLogger(__name__)
 
@@ -38,17 +38,17 @@ _VARIABLE = 8
 def load(folder: ModelFolder, version: int, infer: Infer) -> list[Backend]:
     """One session for each device, shared by the instances there: Run is thread-safe and weights are kept once."""
     config = folder.config
-    path = backends.model_file(folder, version, "model.onnx")
+    path = registry.model_file(folder, version, "model.onnx")
     sessions: dict[str, Any] = {}
     loaded: list[OnnxBackend] = []
     has_cuda = _has_cuda()
     _warn_of_two()
     with undone(loaded):
-        for group, number in backends.instances(config, has_cuda):
+        for group, number in registry.instances(config, has_cuda):
             device = f"cuda:{number}" if _is_gpu(config, group, has_cuda) else "cpu"
             if device not in sessions:
                 variant = config.cpu_filename if device == "cpu" else config.gpu_filename
-                own = backends.version_file(folder, version, variant) if variant else path
+                own = registry.version_file(folder, version, variant) if variant else path
                 sessions[device] = _session(config, own, device)
                 if variant and device == "cpu":
                     _check_variant(config, _session(config, path, device), sessions[device])

@@ -5,8 +5,8 @@ Python models read their own, so theirs may be any; an ensemble's are the ensemb
 
 import logging
 
-from tutti.config import ModelConfig
-from tutti.errors import ConfigError
+from tutti.core.errors import ConfigError
+from tutti.repository.config import ModelConfig
 
 _log = logging.getLogger(__name__)
 

@@ -17,21 +17,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from tutti import backends
-from tutti.backends import compiled, joined, verification
+from tutti.backends import compiled, joined, registry, verification
 from tutti.backends.compiled import Compilation
 from tutti.backends.cuda_graphs import ModelGraphs
 from tutti.backends.joined import JoinedBackend
 from tutti.backends.on_device import DeviceBackend, Program
-from tutti.config import InstanceGroup, ModelConfig
+from tutti.core.daemon_threads import Pool
+from tutti.core.dtypes import Array
+from tutti.core.errors import ConfigError, Internal
+from tutti.core.types import Infer, OnDevice
 from tutti.devices.cuda import TORCH, empty_caches, loading
 from tutti.devices.simulated import simulated_gpus
-from tutti.dtypes import Array
-from tutti.errors import ConfigError, Internal
-from tutti.repository import ModelFolder
-from tutti.scheduler import Backend, undone
-from tutti.threads import Pool
-from tutti.types import Infer, OnDevice
+from tutti.repository.config import InstanceGroup, ModelConfig
+from tutti.repository.folders import ModelFolder
+from tutti.scheduling.scheduler import Backend, undone
 
 _log = logging.getLogger(__name__)
 
@@ -53,7 +52,7 @@ def load(folder: ModelFolder, version: int, infer: Infer) -> list[Backend]:
     modules: dict[str, Module] = {}
     compilations: dict[Path, Compilation | None] = {}
     graphs = ModelGraphs(folder, version)
-    devices = [_device(config, group, number) for group, number in backends.instances(config)]
+    devices = [_device(config, group, number) for group, number in registry.instances(config)]
     with undone(loaded):
         for device in devices:
             if device not in modules:
@@ -110,11 +109,11 @@ def _program(config: ModelConfig, module: "Module") -> Program:
 def _file(folder: ModelFolder, version: int, device: str) -> Path:
     """The configured file, by default `model.pt2` where there is one, else `model.pt`; on GPUs the variant for them."""
     if device != "cpu" and folder.config.gpu_filename:
-        return backends.version_file(folder, version, folder.config.gpu_filename)
+        return registry.version_file(folder, version, folder.config.gpu_filename)
     given = folder.config.model_filename
     if given in ("", "model.pt") and (folder.version_path(version) / EXPORTED).is_file():
         return folder.version_path(version) / EXPORTED
-    return backends.model_file(folder, version, "model.pt")
+    return registry.model_file(folder, version, "model.pt")
 
 
 def _device(config: ModelConfig, group: InstanceGroup, number: int) -> str:

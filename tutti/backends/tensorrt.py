@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from tutti import backends
+from tutti.backends import registry
 from tutti.backends.cuda_graphs import ModelGraphs
 from tutti.backends.on_device import DeviceBackend, Program
-from tutti.config import ModelConfig
+from tutti.core.errors import ConfigError, InvalidArgument
+from tutti.core.types import Infer, OnDevice
 from tutti.devices.cuda import TORCH, loading
-from tutti.errors import ConfigError, InvalidArgument
-from tutti.repository import ModelFolder
-from tutti.scheduler import Backend, undone
-from tutti.types import Infer, OnDevice
+from tutti.repository.config import ModelConfig
+from tutti.repository.folders import ModelFolder
+from tutti.scheduling.scheduler import Backend, undone
 
 _MODULES = ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings")
 _ALIGNMENT = 256
@@ -33,7 +33,7 @@ _DATATYPES = {
 def load(folder: ModelFolder, version: int, infer: Infer) -> list[Backend]:
     """One engine for each GPU, one execution context for each instance."""
     config = folder.config
-    path = backends.model_file(folder, version, "model.plan")
+    path = registry.model_file(folder, version, "model.plan")
     trt = _module(config)
     if any(group.kind == "cpu" for group in config.instance_groups):
         raise ConfigError(f"model '{config.name}': instance_group.kind: a TensorRT plan executes on GPUs only")
@@ -43,7 +43,7 @@ def load(folder: ModelFolder, version: int, infer: Infer) -> list[Backend]:
     loaded: list[Backend] = []
     graphs = ModelGraphs(folder, version)
     with undone(loaded):
-        for _, number in backends.instances(config):
+        for _, number in registry.instances(config):
             if number not in engines:
                 graphs.try_on(f"cuda:{number}")
                 engines[number] = _engine(config, path, trt, number)
@@ -57,7 +57,7 @@ def load(folder: ModelFolder, version: int, infer: Infer) -> list[Backend]:
 def program(folder: ModelFolder, version: int, device: str) -> Program:
     """The plan on one GPU."""
     config, trt, number = folder.config, _module(folder.config), int(device.partition(":")[2])
-    engine = _engine(config, backends.model_file(folder, version, "model.plan"), trt, number)
+    engine = _engine(config, registry.model_file(folder, version, "model.plan"), trt, number)
     return TensorRtProgram(config, engine, trt, number)
 
 

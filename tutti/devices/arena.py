@@ -10,8 +10,8 @@ from collections import deque
 
 import numpy as np
 
+from tutti.core.dtypes import Array
 from tutti.devices.interface import Device, HostBlock
-from tutti.dtypes import Array
 
 _SMALLEST = 4096
 # Below this a copy costs less than keeping account of a view.

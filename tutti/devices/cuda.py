@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from tutti.core.dtypes import Array
 from tutti.devices import errors
 from tutti.devices.interface import Notice
 from tutti.devices.threads import Alarms, run_and_wait
-from tutti.dtypes import Array
 
 _log = logging.getLogger(__name__)
 

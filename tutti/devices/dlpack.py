@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from tutti.dtypes import NUMPY, Array
+from tutti.core.dtypes import NUMPY, Array
 
 CPU, CUDA, CUDA_HOST = 1, 2, 3
 _Shape = tuple[int, ...]

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from tutti.core.errors import DeviceLost, InferError, OutOfMemory
 from tutti.devices import pacing
 from tutti.devices.accounting import Accounting
 from tutti.devices.arena import Arena
@@ -23,7 +24,6 @@ from tutti.devices.interface import Device, DeviceArray, Event, Stream
 from tutti.devices.jobs import Job, Made, Times, aligned, offsets
 from tutti.devices.pipeline import Batch, Execution, Pipeline, Turn
 from tutti.devices.staging import Staging
-from tutti.errors import DeviceLost, InferError, OutOfMemory
 
 _log = logging.getLogger(__name__)
 

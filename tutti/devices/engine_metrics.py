@@ -10,7 +10,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 
 from tutti.devices import health
 from tutti.devices.engine import DeviceEngine
-from tutti.devices.engines import engines
+from tutti.devices.process_engines import engines
 
 
 def collect() -> Iterator[Metric]:

@@ -7,7 +7,7 @@ There are two devices: CUDA through PyTorch (`cuda.py`), and one in virtual time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from tutti.dtypes import Array
+from tutti.core.dtypes import Array
 
 DeviceArray = Any
 """A tensor in the device's memory, as its own library has it: of PyTorch, or of numpy on the simulated device."""
@@ -46,7 +46,7 @@ class Device(Protocol):
     name: str
 
     def now_ns(self) -> int:
-        """The host's clock, as tutti.types.now_ns. From any thread."""
+        """The host's clock, as tutti.core.types.now_ns. From any thread."""
 
     def post(self, work: Callable[[], None]) -> None:
         """Run `work` in the submitting thread, after what was posted before. From any thread; does not wait."""

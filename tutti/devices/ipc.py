@@ -14,9 +14,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from tutti import extras
-from tutti.errors import Internal, InvalidArgument, Unavailable, Unsupported
-from tutti.types import Raw
+from tutti.core import extras
+from tutti.core.errors import Internal, InvalidArgument, Unavailable, Unsupported
+from tutti.core.types import Raw
 
 _log = logging.getLogger(__name__)
 

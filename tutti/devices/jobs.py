@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from tutti.core.dtypes import Array
+from tutti.core.types import Shape
 from tutti.devices.interface import DeviceArray, Event, Stream
-from tutti.dtypes import Array
-from tutti.types import Shape
 
 _ALIGNMENT = 256
 

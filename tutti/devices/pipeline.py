@@ -5,11 +5,11 @@ from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Protocol
 
-from tutti.captured_sizes import CapturedSizes
-from tutti.cost import LatencyModel
 from tutti.devices import pacing
 from tutti.devices.interface import DeviceArray, DeviceBlock, Event, HostBlock, Stream
 from tutti.devices.jobs import Job
+from tutti.scheduling.captured_sizes import CapturedSizes
+from tutti.scheduling.cost import LatencyModel
 
 
 class Owner(Protocol):

@@ -23,9 +23,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from tutti.core.dtypes import NUMPY, Array
 from tutti.devices.interface import Notice
 from tutti.devices.threads import run_and_wait
-from tutti.dtypes import NUMPY, Array
 
 _log = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ class LiveTimeline(Timeline):
 
     @property
     def now_ns(self) -> int:
-        """The host's clock, as tutti.types.now_ns."""
+        """The host's clock, as tutti.core.types.now_ns."""
         return time.monotonic_ns()
 
     def at(self, when_ns: int, work: Callable[[], None]) -> None:

@@ -14,11 +14,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from tutti.core.dtypes import Array
+from tutti.core.errors import Unsupported
+from tutti.core.types import Shape
 from tutti.devices import dlpack
 from tutti.devices.errors import sticky
-from tutti.dtypes import Array
-from tutti.errors import Unsupported
-from tutti.types import Shape
 
 _NAMES = ("torch", "cupy")
 

@@ -1,1 +1,1 @@
-"""Front-ends: HTTP and gRPC shells over pure codecs. They know `Infer` and the engine's questions, nothing behind."""
+"""What all protocols share: who may call what, how large a request may be, and what is held for it."""

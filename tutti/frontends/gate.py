@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from tutti.errors import ConfigError, sayable
+from tutti.core.errors import ConfigError, sayable
 
 Category = Literal[
     "health", "metadata", "inference", "shared-memory", "model-config", "model-repository", "statistics", "trace",

@@ -1,0 +1,506 @@
+"""Triton's python backend: `model.py` with a TritonPythonModel, unchanged; in a process of its own or in the server's.
+
+Each instance has its own TritonPythonModel. execute gets the batch as a list of requests, as in Triton: nothing is
+joined, so each request may have tensors of its own shape. Tensors may be in a GPU's memory: outputs wherever the model
+puts them, inputs where `FORCE_CPU_ONLY_INPUT_TENSORS` is "no". Instances of KIND_GPU take turns with all else on their
+GPU.
+"""
+
+import contextlib
+import dataclasses
+import inspect
+import json
+import logging
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from tutti.backends import device_options, registry
+from tutti.backends.python import execution_env, isolated, model_imports
+from tutti.backends.python import triton_python_backend_utils as pb_utils
+from tutti.backends.python.coroutines import Coroutines
+from tutti.core import rows
+from tutti.core.daemon_threads import Pool
+from tutti.core.dtypes import NUMPY
+from tutti.core.errors import ConfigError, DeviceLost, InferError, Internal, OutOfMemory
+from tutti.core.types import Call, Columns, Infer, InferResponse, Tensor, control_of
+from tutti.devices import device_turns, health, tensors
+from tutti.devices.device_turns import TurnTaker
+from tutti.devices.errors import is_out_of_memory, is_unclear, sticky
+from tutti.devices.nvml import gpu_count
+from tutti.devices.process_engines import engine_of
+from tutti.repository import config
+from tutti.repository.config import InstanceGroup, ModelConfig
+from tutti.repository.folders import ModelFolder
+from tutti.scheduling.scheduler import Backend, Executed
+
+_log = logging.getLogger(__name__)
+
+# How long an unload waits for answers that a model still owes.
+FINALIZE_TIMEOUT_S = 30.0
+ON_HOST_PARAMETER = "FORCE_CPU_ONLY_INPUT_TENSORS"
+# Instances of one model that start at once.
+_MOST_STARTING = 8
+
+
+def load(folder: ModelFolder, version: int, infer: Infer) -> list[Backend]:
+    """One TritonPythonModel per instance, each in its process or all in this one. They may send requests to `infer`."""
+    path = registry.model_file(folder, version, "model.py")
+    _takes_inputs_on_host(folder.config)
+    placed = registry.instances(folder.config)
+    is_isolated = _is_isolated(folder.config, [group for group, _ in placed])
+    _check_options(folder.config, is_isolated)
+    if is_isolated:
+        return _load_isolated(folder, version, placed, infer)
+    return _load_here(folder, version, placed, infer, path)
+
+
+def _is_isolated(config: ModelConfig, groups: Sequence[InstanceGroup]) -> bool:
+    """Whether instances are processes: unless they share a device, and maybe tensors on it, with the server.
+
+    Raises ConfigError.
+    """
+    choice = isolated.choice(config)
+    if choice == "no" and config.parameters.get(execution_env.PARAMETER):
+        what = f"'no' does not go with parameters.{execution_env.PARAMETER}, which needs a process"
+        raise ConfigError(f"model '{config.name}': parameters.{isolated.PARAMETER}: {what}")
+    if choice or config.parameters.get(execution_env.PARAMETER):
+        return choice != "no"
+    has_gpus = gpu_count() > 0
+    is_on_gpu = any(group.kind == "gpu" for group in config.instance_groups) or not _takes_inputs_on_host(config)
+    is_on_gpu = is_on_gpu or bool(device_options.says_turns(config))
+    return not (has_gpus and is_on_gpu and any(group.kind == "gpu" for group in groups))
+
+
+def _load_isolated(
+    folder: ModelFolder, version: int, placed: Sequence[tuple[InstanceGroup, int]], infer: Infer
+) -> list[Backend]:
+    """Side by side, as Triton does."""
+
+    def start(index: int, group: InstanceGroup, device: int) -> Backend:
+        return isolated.IsolatedBackend(
+            folder, version, _instance_name(folder.config, index), group, device, _device(group, device), infer
+        )
+
+    threads = Pool(_MOST_STARTING, f"{folder.config.name} starts")
+    starting = [threads.submit(start, index, *where) for index, where in enumerate(placed)]
+    failures = [failure for each in starting if (failure := each.exception()) is not None]
+    if failures:
+        for each in starting:
+            if each.exception() is None:
+                each.result().close()
+        raise failures[0]
+    return [each.result() for each in starting]
+
+
+def _load_here(
+    folder: ModelFolder, version: int, placed: Sequence[tuple[InstanceGroup, int]], infer: Infer, path: Path
+) -> list[Backend]:
+    pb_utils.serve_with(infer, control=control_of(infer))
+    device_turns.know(str(path.parent))
+    loaded: list[Backend] = []
+    module: ModuleType | None = None
+    try:
+        module = model_imports.import_beside(path, f"tutti_model_{folder.config.name}_{version}")
+        for index, (group, device) in enumerate(placed):
+            model = module.TritonPythonModel()
+            taker = _turn_taker(folder.config, group, device, path)
+            loaded.append(
+                PythonBackend(
+                    folder, version, model, _instance_name(folder.config, index), group, device, taker, module
+                )
+            )
+    except BaseException as error:  # a model may do whatever it likes, as ending its process: it is only not served
+        for backend in loaded:
+            backend.close()
+        if module is not None:
+            model_imports.forget(module)
+        what = f"{path.name} failed to load: {pb_utils.told(error)}"
+        raise ConfigError(f"model '{folder.config.name}': {what}") from error
+    return loaded
+
+
+def load_one(folder: ModelFolder, version: int, name: str, group: InstanceGroup, device: int) -> "PythonBackend":
+    """One instance, in a process that has no others. Raises ConfigError."""
+    filename = folder.config.model_filename or "model.py"
+    try:
+        module = model_imports.import_alone(folder.path, version, filename)
+        return PythonBackend(folder, version, module.TritonPythonModel(), name, group, device)
+    except BaseException as error:
+        raise ConfigError(f"{filename} failed to load: {pb_utils.told(error)}") from error
+
+
+def complete(proto: Any, path: Path) -> None:
+    """Let model.py complete the configuration, where it has `auto_complete_config`. Raises ConfigError."""
+    parameters = proto.parameters
+    is_here = isolated.PARAMETER in parameters and parameters[isolated.PARAMETER].string_value == "no"
+    try:
+        if is_here:
+            module = model_imports.import_beside(path, f"tutti_model_{proto.name}_config")
+            model_imports.forget(module)
+            _complete_with(module, proto)
+        else:
+            isolated.complete(proto, path)
+    except BaseException as error:
+        reason = str(error) if isinstance(error, ConfigError) else pb_utils.told(error)
+        raise ConfigError(
+            f"model '{proto.name}': {path.name} could not complete its configuration: {reason}"
+        ) from error
+
+
+def complete_alone(proto: Any, path: Path) -> None:
+    """The same in a process that has no other model. Raises whatever model.py raises."""
+    _complete_with(model_imports.import_alone(path.parents[1], int(path.parent.name), path.name), proto)
+
+
+def _complete_with(module: ModuleType, proto: Any) -> None:
+    if not hasattr(module.TritonPythonModel, "auto_complete_config"):
+        return
+    completed = module.TritonPythonModel.auto_complete_config(pb_utils.ModelConfig(proto))
+    if not isinstance(completed, pb_utils.ModelConfig):
+        raise TypeError(f"auto_complete_config returned a {type(completed).__name__}, no ModelConfig")
+
+
+def _device(group: InstanceGroup, number: int) -> str:
+    """Where an instance is: "cpu", or as "cuda:0"."""
+    gpus = gpu_count()
+    return f"cuda:{number}" if number < gpus and instance_kind(group, gpus) == "GPU" else "cpu"
+
+
+def _may_take_turns(config: ModelConfig, group: InstanceGroup) -> bool:
+    """Whether instances of the group take turns, where there is a GPU. A decoupled model computes when it likes.
+
+    KIND_AUTO is a GPU where there is one, as in Triton: for models that only prepare text, too, by their default. So it
+    is KIND_GPU that says that a model computes there, or the parameter.
+    """
+    says = device_options.says_turns(config)
+    computes = says if says is not None else group.kind == "gpu"
+    return computes and group.kind != "cpu" and not config.is_decoupled
+
+
+def _check_options(config: ModelConfig, is_isolated: bool) -> None:
+    """Raises ConfigError for a limit that nothing would keep."""
+    device_options.hang_timeout_s(config)
+    device_options.says_turns(config)
+    if is_isolated or not config.parameters.get(device_options.HANG_PARAMETER):
+        return
+    if not any(_may_take_turns(config, group) for group in config.instance_groups):
+        name = f"model '{config.name}': parameters.{device_options.HANG_PARAMETER}"
+        what = f"is for models in processes of their own (no parameters.{isolated.PARAMETER} 'no')"
+        raise ConfigError(f"{name}: {what}, and for KIND_GPU, whose instances take turns: nothing else is noticed")
+
+
+def _turn_taker(config: ModelConfig, group: InstanceGroup, number: int, path: Path) -> TurnTaker | None:
+    """What has the turns of an instance; None where it takes none."""
+    # A group that was KIND_AUTO comes back as another one from being placed.
+    configured = group if group in config.instance_groups else dataclasses.replace(group, kind="auto")
+    device = _device(group, number)
+    if device == "cpu" or not _may_take_turns(config, configured):
+        return None
+    try:
+        engine = engine_of(device)
+    except Exception as error:  # the model may compute there with another library
+        what = "model '%s' takes no turns on %s: that needs a PyTorch that can use it: %s"
+        _log.warning(what, config.name, device, error)
+        return None
+    hang_ns = device_options.hang_ns(config, device_options.OWN_CODE_HANG_TIMEOUT_S)
+    pipeline = engine.pipeline(config.name, device_options.weight(config), hang_ns=hang_ns)
+    return TurnTaker(engine, pipeline, str(path.parent))
+
+
+def _instance_name(config: ModelConfig, index: int) -> str:
+    """As Triton names it: the group's name, which without one is the model's and the group's number, and its own."""
+    for number, group in enumerate(config.instance_groups):
+        count = len(registry.instances(dataclasses.replace(config, instance_groups=(group,))))
+        if index < count:
+            return f"{group.name or f'{config.name}_{number}'}_{index % group.count}"
+        index -= count
+    raise IndexError(f"model '{config.name}' has no such instance")
+
+
+def instance_kind(group: InstanceGroup, gpus: int) -> str:
+    """ "GPU", "CPU" or "MODEL" for an instance group. KIND_AUTO is a GPU where there are any, and all that it lists.
+
+    As Triton's core resolves it (NormalizeInstanceGroup in model_config_utils.cc), whose python backend prefers GPUs.
+    """
+    if group.kind == "auto":
+        return "GPU" if gpus and all(device < gpus for device in group.gpus) else "CPU"
+    return "MODEL" if group.kind == "model" else "GPU" if group.kind == "gpu" else "CPU"
+
+
+def _takes_inputs_on_host(model: ModelConfig) -> bool:
+    """Whether the model is to have all inputs in host memory. Raises ConfigError."""
+    text = model.parameters.get(ON_HOST_PARAMETER, "yes")
+    if text not in ("yes", "no"):
+        raise ConfigError(f"model '{model.name}': parameters.{ON_HOST_PARAMETER}: expected 'yes' or 'no', got '{text}'")
+    return text == "yes"
+
+
+class PythonBackend:
+    """One instance: a TritonPythonModel."""
+
+    def __init__(
+        self,
+        folder: ModelFolder,
+        version: int,
+        model: Any,
+        name: str,
+        group: InstanceGroup,
+        number: int,
+        taker: TurnTaker | None = None,
+        module: ModuleType | None = None,
+    ) -> None:
+        """`number` is the GPU's. With `taker` each execution has a turn on it. `module` is forgotten at the end."""
+        self.runs_inline = False  # a model may wait for whatever it likes
+        self.kind = f"{group.kind}"
+        self.device = _device(group, number)
+        self._taker = taker
+        self._module = module
+        self._coroutines = Coroutines(folder.config.name)
+        self._config: ModelConfig = folder.config
+        self._version = str(version)
+        self._model = model
+        self._number = number
+        self._takes_inputs_on_host = _takes_inputs_on_host(folder.config)
+        self._datatypes = {spec.name: spec.datatype for spec in folder.config.outputs}
+        for state in folder.config.sequences.states if folder.config.sequences is not None else ():
+            self._datatypes[state.output_name] = state.datatype  # the server keeps it for the next request
+        self._output_names = tuple(self._datatypes)
+        self._has_text = any(spec.datatype == "BYTES" for spec in folder.config.inputs)
+        self._null = InferResponse(self._config.name, self._version, [], is_null=True)
+        self._owed = 0
+        self._settled = threading.Condition()
+        if hasattr(model, "initialize"):
+            try:
+                model.initialize(self._arguments(folder, name, group))
+            except BaseException as error:
+                self._failure("initialize", error)
+                if taker is not None:
+                    taker.close()
+                raise
+
+    def _arguments(self, folder: ModelFolder, instance: str, group: InstanceGroup) -> dict[str, str]:
+        name = self._config.name
+        kind = instance_kind(group, gpu_count())
+        return {
+            "model_config": json.dumps(config.as_json(self._config.proto)),
+            "model_instance_kind": kind,
+            "model_instance_name": instance,
+            "model_instance_device_id": str(self._number if kind == "GPU" else 0),
+            "model_repository": str(folder.path),
+            "model_version": self._version,
+            "model_name": name,
+        }
+
+    def execute(self, calls: Sequence[Call]) -> Executed:
+        """None where the model answers, or has answered, through a response sender."""
+        spoiled: dict[int, InferError] = {}
+        for call in calls if self._has_text else ():  # the sizes of other tensors have been checked
+            try:
+                for tensor in call.request.inputs.values():
+                    tensor.array()
+            except InferError as error:
+                spoiled[id(call)] = type(error)(f"model '{self._config.name}': {error.message}")
+        passed = [call for call in calls if id(call) not in spoiled] if spoiled else list(calls)
+        executed = self._execute(passed) if passed else []
+        if not spoiled:
+            return executed
+        rest = iter(executed() if callable(executed) else executed)
+        return [spoiled[id(call)] if id(call) in spoiled else next(rest) for call in calls]
+
+    def close(self) -> None:
+        """Wait for the answers still owed, then finalize."""
+        with self._settled:
+            if not self._settled.wait_for(lambda: not self._owed, FINALIZE_TIMEOUT_S):
+                _log.warning("model '%s' still owes %d answers and is finalized", self._config.name, self._owed)
+        if hasattr(self._model, "finalize"):
+            try:
+                self._model.finalize()
+            except BaseException:
+                _log.exception("model '%s': finalize failed", self._config.name)
+        self._coroutines.close()
+        if self._taker is not None:
+            self._taker.close()
+        if self._module is not None:
+            model_imports.forget(self._module)
+
+    def _turn(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self._taker is None else self._taker.turn()
+
+    def _execute(self, calls: list[Call]) -> Executed:
+        is_decoupled = self._config.is_decoupled
+        senders: dict[int, pb_utils.InferenceResponseSender] = {}
+
+        def sender_of(call: Call) -> pb_utils.InferenceResponseSender:
+            sender = senders.get(id(call))
+            if sender is None:
+                with self._settled:
+                    self._owed += 1
+                sender = senders[id(call)] = pb_utils.InferenceResponseSender(
+                    call, self._sent, self._null, is_decoupled, self._paid
+                )
+            return sender
+
+        if is_decoupled:  # a sender that nobody keeps fails its call, so none is forgotten
+            for call in calls:
+                sender_of(call)
+        try:
+            on_host = self._takes_inputs_on_host
+            with self._turn():
+                responses = self._model.execute(
+                    [pb_utils.InferenceRequest.received(call, self._output_names, sender_of, on_host) for call in calls]
+                )
+                if inspect.iscoroutine(responses):
+                    if is_decoupled:  # others may be executed meanwhile
+                        self._coroutines.go(responses).add_done_callback(lambda done: self._went(done, senders))
+                        return [None] * len(calls)
+                    # A turn on a device is its thread's.
+                    wait = self._coroutines.result if self._taker is None else self._coroutines.result_here
+                    responses = wait(responses)
+                responses = self._checked(responses, len(calls))
+                pb_utils.detach(responses, calls)  # waits for what is still under way on the device
+        except BaseException as error:  # whatever it is, it is this batch's only
+            failure = self._failed(error, senders)
+            return [None if id(call) in senders else failure for call in calls]
+        if senders:
+            return [
+                self._returned(call, response, senders.get(id(call)))
+                for call, response in zip(calls, responses, strict=True)
+            ]
+        return lambda: self._joined(calls, responses) or list(map(self._answer, calls, responses))
+
+    def _returned(
+        self, call: Call, response: Any, sender: pb_utils.InferenceResponseSender | None
+    ) -> InferResponse | InferError | None:
+        """What execute returned for a call; None where its sender has answered, or is to."""
+        if sender is None:
+            return self._answer(call, response)
+        if response is None or not sender.give_up():
+            return None
+        return self._answer(call, response)
+
+    def _went(
+        self,
+        done: "Future[tuple[Any, BaseException | None]]",
+        senders: dict[int, pb_utils.InferenceResponseSender],
+    ) -> None:
+        """A coroutine of a decoupled model has ended."""
+        try:
+            responses, error = done.result()
+            if error is not None:
+                raise error
+            self._checked(responses, 0)
+        except BaseException as error:
+            self._failed(error, senders)
+
+    def _failed(self, error: BaseException, senders: dict[int, pb_utils.InferenceResponseSender]) -> InferError:
+        _log.debug("model '%s': execute failed", self._config.name, exc_info=True)
+        failure = self._failure("execute", error)
+        for sender in senders.values():
+            sender.fail(failure)
+        return failure
+
+    def _paid(self) -> None:
+        with self._settled:
+            self._owed -= 1
+            self._settled.notify_all()
+
+    def _failure(self, what: str, error: BaseException) -> InferError:
+        """What callers are told of an error of the model's. One that ends a device's use is reported to its health."""
+        if isinstance(error, DeviceLost):  # while it waited for its turn
+            return error
+        # It begins as Triton's sentence does: clients look at that.
+        says = f"Failed to process the request(s) for model '{self._config.name}': {what} raised {pb_utils.told(error)}"
+        if not pb_utils.has_text(error):
+            return Internal(says)
+        reason = sticky(error) or (tensors.failure(self._number) if is_unclear(error) else "")
+        if reason:
+            health.health.fail(f"cuda:{self._number}", f"model '{self._config.name}': {reason}")
+            return DeviceLost(f"model '{self._config.name}': device cuda:{self._number} has failed: {reason}")
+        kind = OutOfMemory if is_out_of_memory(error) else Internal
+        return kind(says)
+
+    def _checked(self, responses: Any, count: int) -> list[Any]:
+        """What execute returned, one for each request; None for those that are answered through response senders."""
+        if responses is None:
+            return [None] * count
+        if self._config.is_decoupled:
+            raise TypeError(
+                f"Python model '{self._config.name}' is using the decoupled mode and the execute function must return "
+                "None: it answers through response senders"
+            )
+        if not isinstance(responses, list):
+            raise TypeError(f"expected {count} responses in a list, got a {type(responses).__name__}")
+        if len(responses) != count:
+            raise TypeError(
+                "Number of InferenceResponse objects do not match the number of InferenceRequest objects. "
+                f"InferenceRequest(s) size is:{count}, and InferenceResponse(s) size is:{len(responses)}"
+            )
+        return responses
+
+    def _joined(self, calls: Sequence[Call], responses: Any) -> list[InferResponse] | None:
+        """The answers as parts of joined arrays, which are quick to encode, where all are alike, plain and small."""
+        asked = calls[0].request.outputs
+        if len(calls) == 1 or not self._config.is_batched or any(call.request.outputs != asked for call in calls):
+            return None
+        names = [name for name in self._output_names if not asked or name in asked]
+        sizes = [call.rows for call in calls]
+        joined = pb_utils.join(responses, names, [NUMPY[self._datatypes[name]] for name in names], sizes)
+        if joined is None:
+            return None
+        outputs = [Tensor(n, self._datatypes[n], array.shape, array) for n, array in zip(names, joined, strict=True)]
+        return rows.parts(self._config.name, self._version, Columns(outputs), sizes)
+
+    def _sent(self, call: Call, response: Any) -> InferResponse | InferError:
+        """The answer that a response sender was given."""
+        try:
+            pb_utils.detach([response], [call])
+        except BaseException as error:
+            return self._failure("a response", error)
+        return self._answer(call, response)
+
+    def _answer(self, call: Call, response: Any) -> InferResponse | InferError:
+        if response is None:
+            return Internal(
+                f"model '{self._config.name}': execute returned no response to a request, and took no response sender"
+            )
+        if not isinstance(response, pb_utils.InferenceResponse):
+            return Internal(
+                f"model '{self._config.name}': Expected an 'InferenceResponse' object in the execute function return "
+                f"list, found type '{type(response).__name__}'"
+            )
+        error = response.error()
+        if error is not None:
+            if not isinstance(error, pb_utils.TritonError):
+                got = type(error).__name__
+                return Internal(f"model '{self._config.name}': a response's error: expected a TritonError, got a {got}")
+            return error.as_infer_error()
+        asked = call.request.outputs
+        try:
+            outputs = pb_utils.outputs_of(response)
+            chosen = [
+                self._output(outputs[name])
+                for name in self._output_names
+                if name in outputs and (not asked or name in asked)
+            ]
+        except InferError as bad_output:
+            named = f"model '{self._config.name}'"
+            return Internal(bad_output.message if named in bad_output.message else f"{named}: {bad_output.message}")
+        parameters = pb_utils.parameters_of(response)
+        if parameters and not pb_utils.are_parameters(parameters):
+            return Internal(f"model '{self._config.name}': response parameters: expected numbers, text and booleans")
+        return InferResponse(self._config.name, self._version, chosen, parameters)
+
+    def _output(self, tensor: pb_utils.Tensor) -> Tensor:
+        """An output as the model made it: as in Triton its datatype is its own, whatever is configured.
+
+        But for BF16, for which numpy has no name.
+        """
+        output = pb_utils.sent(tensor)
+        if output.datatype == "UINT16" and self._datatypes[output.name] == "BF16":
+            output.array()  # on a device they would still be called UINT16
+            output.datatype = "BF16"
+        return output

@@ -1,0 +1,383 @@
+"""Every HTTP route but infer, as an ordinary ASGI app. Nothing here is on the hot path."""
+
+import asyncio
+import base64
+import binascii
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any
+
+import orjson
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+
+from tutti.core.daemon_threads import Pool
+from tutti.core.errors import DeadlineExceeded, InferError, InvalidArgument, Unavailable
+from tutti.core.types import Call, InferRequest, InferResponse, now_ns
+from tutti.frontends.awaited_answers import Answers
+from tutti.frontends.gate import Category, Gate
+from tutti.frontends.http import answer_headers, compression
+from tutti.frontends.http import codec as http_codec
+from tutti.frontends.http.status import REFUSED, status_of
+from tutti.frontends.v2 import generate
+from tutti.frontends.v2.api import Api
+from tutti.repository.config import ModelConfig
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+_LONG_BODY_BYTES = 256 * 1024
+_ONE_ANSWER = (
+    "generate expects model to produce exactly 1 response, use generate stream for model that generates various number "
+    "of responses"
+)
+
+
+def json_response(value: Any, status: int = 200) -> Response:
+    return Response(orjson.dumps(value), status, media_type="application/json")
+
+
+def guarded(gate: Gate, category: Category | None, handler: Handler) -> Handler:
+    """The handler behind the gate."""
+
+    async def guard(request: Request) -> Response:
+        refusal = gate.check(category, request.headers)
+        if refusal:
+            status, message = REFUSED[refusal]
+            return json_response({"error": message}, status)
+        return await handler(request)
+
+    return handler if gate.is_open else guard
+
+
+def make_app(api: Api) -> Starlette:
+    """Health, metadata, configuration, statistics, the repository, settings, shared memory and generate."""
+    routes = _Routes(api)
+    models = ("/v2/models/{model}", "/v2/models/{model}/versions/{version:int}")
+    shm, cuda = "/v2/systemsharedmemory", "/v2/cudasharedmemory"
+    table: list[tuple[Category, str, str, Handler]] = [
+        ("health", "GET", "/-/healthz", routes.live),
+        ("health", "GET", "/v2/health/live", routes.live),
+        ("health", "GET", "/v2/health/ready", routes.ready),
+        ("metadata", "GET", "/v2", routes.server),
+        ("statistics", "GET", "/v2/models/stats", routes.all_statistics),
+        ("model-repository", "POST", "/v2/repository/index", routes.index),
+        ("model-repository", "POST", "/v2/repository/models/{model}/load", routes.load),
+        ("model-repository", "POST", "/v2/repository/models/{model}/unload", routes.unload),
+        ("trace", "GET", "/v2/trace/setting", routes.trace),
+        ("trace", "POST", "/v2/trace/setting", routes.update_trace),
+        ("trace", "GET", "/v2/models/{model}/trace/setting", routes.trace),
+        ("trace", "POST", "/v2/models/{model}/trace/setting", routes.update_trace),
+        ("logging", "GET", "/v2/logging", routes.logs),
+        ("logging", "POST", "/v2/logging", routes.update_logs),
+        ("shared-memory", "GET", f"{shm}/status", routes.shared_status),
+        ("shared-memory", "GET", f"{shm}/region/{{region}}/status", routes.shared_status),
+        ("shared-memory", "POST", f"{shm}/region/{{region}}/register", routes.register_shared),
+        ("shared-memory", "POST", f"{shm}/region/{{region}}/unregister", routes.unregister_shared),
+        ("shared-memory", "POST", f"{shm}/unregister", routes.unregister_shared),
+        ("shared-memory", "GET", f"{cuda}/status", routes.cuda_status),
+        ("shared-memory", "GET", f"{cuda}/region/{{region}}/status", routes.cuda_status),
+        ("shared-memory", "POST", f"{cuda}/region/{{region}}/register", routes.register_cuda),
+        ("shared-memory", "POST", f"{cuda}/region/{{region}}/unregister", routes.unregister_cuda),
+        ("shared-memory", "POST", f"{cuda}/unregister", routes.unregister_cuda),
+    ]
+    for prefix in models:
+        table += [
+            ("metadata", "GET", prefix, routes.metadata),
+            ("health", "GET", f"{prefix}/ready", routes.model_ready),
+            ("model-config", "GET", f"{prefix}/config", routes.config),
+            ("statistics", "GET", f"{prefix}/stats", routes.statistics),
+            ("inference", "POST", f"{prefix}/generate", routes.generate),
+            ("inference", "POST", f"{prefix}/generate_stream", routes.generate_stream),
+        ]
+    app = Starlette(
+        routes=_merged(table, api.http.gate),
+        exception_handlers={InferError: _infer_error, HTTPException: _http_error},
+    )
+    app.router.redirect_slashes = False  # another spelling of a path is another path
+    return app
+
+
+def _merged(table: Sequence[tuple[Category, str, str, Handler]], gate: Gate) -> list[Route]:
+    """One route per path, so that a wrong verb is told from a wrong path."""
+    by_path: dict[str, dict[str, Handler]] = {}
+    for category, method, path, handler in table:
+        by_path.setdefault(path, {})[method] = guarded(gate, category, handler)
+
+    def endpoint(handlers: dict[str, Handler]) -> Handler:
+        async def choose(request: Request) -> Response:
+            handler = handlers.get("GET" if request.method == "HEAD" else request.method)
+            assert handler is not None, "the route admits its methods only"
+            return await handler(request)
+
+        return choose
+
+    return [Route(path, endpoint(handlers), methods=list(handlers)) for path, handlers in by_path.items()]
+
+
+def metrics_app(
+    render: Callable[[], tuple[bytes, str]], gate: Gate, sample: Callable[[], None] | None = None
+) -> Starlette:
+    """`GET /metrics`; `render` gives the page and its content type. `sample` is called before it, in a thread."""
+
+    sampling = Pool(1, "sample")  # a driver may hang
+
+    async def metrics(_: Request) -> Response:
+        if sample is not None:
+            await asyncio.get_running_loop().run_in_executor(sampling, sample)
+        page, content_type = render()
+        return Response(page, headers={"content-type": content_type})
+
+    return Starlette(
+        routes=[Route("/metrics", guarded(gate, None, metrics))], exception_handlers={HTTPException: _http_error}
+    )
+
+
+async def _infer_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, InferError)
+    response = json_response({"error": error.message}, status_of(error))
+    if "began_ns" in request.scope:  # an inference
+        call = request.scope.get("call")
+        passed = answer_headers.total(now_ns() - request.scope["began_ns"]).decode()
+        response.headers["server-timing"] = _timing(call) if call is not None else passed
+    return response
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    what = {404: "no such route", 405: "method not allowed"}.get(error.status_code, error.detail)
+    return json_response({"error": f"{what}: {request.method} {request.url.path}"}, error.status_code)
+
+
+class _Routes:
+    def __init__(self, api: Api) -> None:
+        self._api = api
+        self._decoding = asyncio.Lock()
+
+    async def live(self, _: Request) -> Response:
+        return Response()
+
+    async def ready(self, _: Request) -> Response:
+        return Response(status_code=200 if self._api.engine.is_ready() else 400)
+
+    async def server(self, _: Request) -> Response:
+        return json_response(self._api.server_metadata())
+
+    async def metadata(self, request: Request) -> Response:
+        return json_response(self._api.model_metadata(*_model(request)))
+
+    async def model_ready(self, request: Request) -> Response:
+        name, version = _model(request)
+        if not self._api.is_model_ready(name, version):
+            raise InvalidArgument(f"model '{name}' is not ready")
+        return Response()
+
+    async def config(self, request: Request) -> Response:
+        return json_response(self._api.model_config_json(*_model(request)))
+
+    async def statistics(self, request: Request) -> Response:
+        return json_response(self._api.statistics(*_model(request)))
+
+    async def all_statistics(self, _: Request) -> Response:
+        return json_response(self._api.statistics())
+
+    async def index(self, request: Request) -> Response:
+        only_ready = bool((await _json_object(request)).get("ready", False))
+        entries = await self._api.in_thread(self._api.index, only_ready)  # it looks at every folder
+        return json_response([{key: value for key, value in entry.items() if value} for entry in entries])
+
+    async def load(self, request: Request) -> Response:
+        await self._api.in_thread(self._api.load, _model(request)[0], await _parameters(request))
+        return Response()
+
+    async def unload(self, request: Request) -> Response:
+        await self._api.in_thread(self._api.unload, _model(request)[0], await _parameters(request))
+        return Response()
+
+    async def trace(self, request: Request) -> Response:
+        return json_response(self._api.trace_settings(_model(request)[0]))
+
+    async def update_trace(self, request: Request) -> Response:
+        changes = await _json_object(request)
+        return json_response(await self._api.in_thread(self._api.update_trace_settings, _model(request)[0], changes))
+
+    async def logs(self, _: Request) -> Response:
+        return json_response(self._api.logs.settings())
+
+    async def update_logs(self, request: Request) -> Response:
+        changes = await _json_object(request)
+        return json_response(await self._api.in_thread(self._api.logs.update, changes))
+
+    async def shared_status(self, request: Request) -> Response:
+        regions = self._api.shared_memory.status(request.path_params.get("region", ""))
+        return json_response(
+            [{"name": r.name, "key": r.key, "offset": r.offset, "byte_size": r.byte_size} for r in regions]
+        )
+
+    async def register_shared(self, request: Request) -> Response:
+        sent = await _json_object(request)
+        name = request.path_params["region"]
+        key: Any = sent.get("key")
+        if not isinstance(key, str):
+            raise InvalidArgument(f"shared memory region '{name}': register needs a 'key'")
+        offset, size = _whole(name, "offset", sent.get("offset", 0)), _whole(name, "byte_size", sent.get("byte_size"))
+        self._api.shared_memory.register(name, key, offset, size)
+        return Response()
+
+    async def unregister_shared(self, request: Request) -> Response:
+        await self._api.in_thread(self._api.shared_memory.unregister, request.path_params.get("region", ""))
+        return Response()
+
+    async def cuda_status(self, request: Request) -> Response:
+        regions = self._api.shared_memory.cuda_status(request.path_params.get("region", ""))
+        return json_response([{"name": r.name, "device_id": r.device_id, "byte_size": r.byte_size} for r in regions])
+
+    async def register_cuda(self, request: Request) -> Response:
+        sent = await _json_object(request)
+        name = request.path_params["region"]
+        handle = _handle(name, sent.get("raw_handle"))
+        device, size = (
+            _whole(name, "device_id", sent.get("device_id")),
+            _whole(name, "byte_size", sent.get("byte_size")),
+        )
+        await self._api.in_thread(self._api.shared_memory.register_cuda, name, handle, device, size)
+        return Response()
+
+    async def unregister_cuda(self, request: Request) -> Response:
+        await self._api.in_thread(self._api.shared_memory.unregister_cuda, request.path_params.get("region", ""))
+        return Response()
+
+    async def generate(self, request: Request) -> Response:
+        call, answers = await self._submit(request)
+        found: list[InferResponse] = []
+        try:
+            while True:
+                item = await answers.get()
+                if isinstance(item.answer, InferError):
+                    raise item.answer
+                if not item.answer.is_null:
+                    found.append(item.answer)
+                if item.is_final:
+                    break
+        finally:
+            answers.cancel()
+            self._api.tracer.end(call)
+        if len(found) != 1:
+            raise InvalidArgument(f"model '{call.request.model_name}': {_ONE_ANSWER}")
+        headers = {"server-timing": _timing(call)}
+        return Response(generate.encode(found[0], call.request.id), headers=headers, media_type="application/json")
+
+    async def generate_stream(self, request: Request) -> Response:
+        call, answers = await self._submit(request)
+        # A request that is refused has a plain answer. What a model says is an event, and an error that comes first is
+        # the response's status, too.
+        first = await answers.get()
+        is_refused = call.key is None or isinstance(first.answer, Unavailable | DeadlineExceeded)
+        if isinstance(first.answer, InferError) and is_refused:
+            self._api.tracer.end(call)
+            raise first.answer
+        status = status_of(first.answer) if isinstance(first.answer, InferError) else 200
+
+        async def events() -> AsyncIterator[bytes]:
+            item = first
+            try:
+                while True:
+                    if isinstance(item.answer, InferError):
+                        yield b"data: %b\n\n" % orjson.dumps({"error": item.answer.message})
+                    elif not item.answer.is_null:
+                        yield b"data: %b\n\n" % generate.encode(item.answer, call.request.id)
+                    if item.is_final:
+                        return
+                    item = await answers.get()
+            finally:
+                answers.cancel()
+                self._api.tracer.end(call)
+
+        # How long the first answer took; of the others nobody knows yet.
+        headers = {"server-timing": _timing(call)}
+        return StreamingResponse(events(), status, headers, "text/event-stream")
+
+    async def _decode(self, config: ModelConfig, version: str, body: bytes, encoding: str) -> InferRequest:
+        """What may take long is decoded beside the loop, one after the other: so little is inflated at a time."""
+
+        def decode() -> InferRequest:
+            inflated = compression.decompress(body, encoding.lower(), self._api.limits.max_input_size)
+            return generate.decode(config, version, inflated)
+
+        if encoding.lower() not in ("", "identity"):
+            async with self._decoding:
+                return await asyncio.to_thread(decode)
+        if len(body) < _LONG_BODY_BYTES:
+            return generate.decode(config, version, body)
+        async with self._decoding:
+            return await asyncio.to_thread(generate.decode, config, version, body)
+
+    async def _submit(self, request: Request) -> tuple[Call, Answers]:
+        request.scope["began_ns"] = now_ns()
+        name, version = _model(request)
+        config = self._api.engine.model(name, version).config
+        sent = await self._decode(config, version, await request.body(), request.headers.get("content-encoding", ""))
+        self._api.http.forward_headers(request.headers.items(), sent)
+        answers = Answers()
+        call = request.scope["call"] = answers.call(sent)
+        for header in http_codec.TIMEOUT_HEADERS:
+            value = request.headers.get(header.decode())
+            if value is not None:
+                deadline_ns = now_ns() + http_codec.timeout_ns(header, value.encode("latin-1"))
+                call.deadline_ns = min(call.deadline_ns or deadline_ns, deadline_ns)
+        if self._api.tracer.is_on:
+            self._api.tracer.begin(call, request.headers.get("traceparent", ""), "HTTP")
+        exchange = request.scope.get("exchange")
+        if exchange is not None:
+            _, known_as = exchange.known_as(call.request.id)
+            if call.trace is not None:
+                call.trace.note("answer_id", known_as.decode())
+        self._api.submit([call])
+        return call, answers
+
+
+def _timing(call: Call) -> str:
+    return answer_headers.timing(call.arrived_ns, call.times, now_ns()).decode()
+
+
+def _model(request: Request) -> tuple[str, str]:
+    return request.path_params.get("model", ""), str(request.path_params.get("version", ""))
+
+
+async def _json_object(request: Request) -> dict[str, Any]:
+    """The request's body, {} for none. Raises InvalidArgument for anything but a JSON object."""
+    body = await request.body()
+    try:
+        value = http_codec.parse_json(body or b"{}")
+    except ValueError as error:
+        raise InvalidArgument(f"{request.url.path}: the request's JSON does not parse: {error}") from None
+    if not isinstance(value, dict):
+        raise InvalidArgument(f"{request.url.path}: expected a JSON object")
+    return value
+
+
+def _whole(region: str, field: str, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise InvalidArgument(f"shared memory region '{region}': register needs '{field}' as a whole number")
+    return value
+
+
+def _handle(region: str, value: Any) -> bytes:
+    """The bytes of `{"b64": TEXT}`."""
+    text = value.get("b64") if isinstance(value, dict) else None
+    if not isinstance(text, str):
+        raise InvalidArgument(f"shared memory region '{region}': register needs 'raw_handle' as {{\"b64\": TEXT}}")
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise InvalidArgument(
+            f"shared memory region '{region}': 'raw_handle' must be a valid base64 encoded cudaIpcMemHandle_t"
+        ) from None
+
+
+async def _parameters(request: Request) -> dict[str, Any]:
+    value = (await _json_object(request)).get("parameters") or {}
+    if not isinstance(value, dict):
+        raise InvalidArgument(f"{request.url.path}: 'parameters': expected an object")
+    return value

@@ -1,0 +1,1 @@
+"""Front-end processes, and the link between them and the engine's."""

@@ -1,0 +1,349 @@
+"""The engine's process as front-end processes reach it: bursts of calls come in, groups of answers go out.
+
+Requests that are alike come as one entry. They are one call where their model joins them anyway, so that what a request
+costs here does not grow with the front-ends; should such a call fail, its requests go on one by one.
+"""
+
+import asyncio
+import contextlib
+import logging
+import socket
+import time
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tutti.core.errors import InferError, Internal, Unavailable
+from tutti.core.types import Answer, Call, InferResponse, Raw, now_ns
+from tutti.frontends.freed_memory import INTERVAL_S, Freed
+from tutti.frontends.grpc import codec as grpc_codec
+from tutti.frontends.grpc.methods import INTERNAL, MODEL_INFER, Method, code_of, details_of, methods
+from tutti.frontends.held_bytes import COUNTED_BYTES
+from tutti.frontends.processes.bursts import Entry, Joined, Unpacking, pack_answers
+from tutti.frontends.processes.link_end import End
+from tutti.frontends.v2.api import Api
+from tutti.frontends.v2.following import Came, Follower, Leader
+
+_log = logging.getLogger(__name__)
+
+_MAX_SIGNATURES = 4096
+_UNKNOWN = Came("", "", 0, 0, {})
+# Front-ends that have sent within such a time send at once.
+_BESIDE_OTHERS_S = 0.001
+# One call for several requests takes no more of a batch than this: others are to fit in beside it.
+_SHARE_OF_BATCH = 2
+# What goes beside the arenas waits for a front-end process to read it.
+_MOST_UNSENT_BYTES = 64 * 1024 * 1024
+# What came while the last answers were awaited may end, too.
+_LAST_S = 0.2
+
+
+class EngineSide:
+    """Where front-end processes reach the engine. Lives on one event loop."""
+
+    def __init__(self, api: Api) -> None:
+        self._api = api
+        self._methods = methods(api)
+        self._ends: set[EngineEnd] = set()
+        self._arrived: list[Call] = []
+        # Who sent last, and until when others are taken to send, too.
+        self._last_end: EngineEnd | None = None
+        self._others_until_s = 0.0
+        self._accepting: asyncio.Task[None] | None = None
+        self._giving_back: asyncio.Task[None] | None = None
+        self._meeting: set[asyncio.Task[None]] = set()
+        self._signatures: dict[Hashable, Hashable] = {}
+        self.leader = Leader(api, self._ends)
+
+    async def listen(self, path: Path) -> None:
+        listener = socket.socket(socket.AF_UNIX)
+        listener.setblocking(False)
+        listener.bind(str(path))
+        listener.listen(128)
+        self._accepting = asyncio.get_running_loop().create_task(self._accept(listener))
+        with contextlib.suppress(OSError):  # the system does not tell
+            self._giving_back = asyncio.get_running_loop().create_task(_give_back(Freed()))
+
+    async def settle(self, grace_s: float) -> None:
+        """Before this process ends: wait until what is inside now is answered, then read no more."""
+        loop = asyncio.get_running_loop()
+        inside = [(end, number) for end in self._ends for number in end.open]
+        until = loop.time() + grace_s
+        while any(number in end.open for end, number in inside) and loop.time() < until:
+            await asyncio.sleep(0.005)
+        for end in self._ends:
+            end.pause()
+        until = loop.time() + _LAST_S
+        while any(end.open for end in self._ends) and loop.time() < until:
+            await asyncio.sleep(0.005)
+
+    def close(self) -> None:
+        for own in (self._accepting, self._giving_back):
+            if own is not None:
+                own.cancel()
+        for task in self._meeting:
+            task.cancel()
+
+    def submit(self, calls: Sequence[Call], end: "EngineEnd") -> None:
+        """Hand calls over: with what others send in this turn of the loop, where others do send just now."""
+        now_s = time.monotonic()
+        if end is not self._last_end:
+            self._last_end, self._others_until_s = end, now_s + _BESIDE_OTHERS_S
+        if not self._arrived and now_s > self._others_until_s:
+            self._api.submit(calls)
+            return
+        if not self._arrived:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._arrived += calls
+
+    def calls(self, entries: Sequence[tuple[Any, ...]], data: memoryview, end: "EngineEnd") -> list[Call]:
+        """Calls for several requests each, where their model joins those anyway, else one for each."""
+        unpacking = Unpacking(data, end.find)
+        now = now_ns()
+        found: list[Call] = []
+        for values in entries:
+            entry = Entry(*values)
+            if entry.requests == 1:
+                found.append(unpacking.single(entry, end, now))
+                continue
+            if len(self._signatures) >= _MAX_SIGNATURES:
+                self._signatures.clear()
+            joined = unpacking.entry(entry, now, self._signatures)
+            together = self._together(entry)
+            if together == 1:
+                found += joined.alone(end)
+                continue
+            for start in range(0, len(joined), together):
+                found.append(joined.part(start, start + together).call(end))
+        return found
+
+    def forget(self, end: "EngineEnd") -> None:
+        """It has gone."""
+        if self._last_end is end:
+            self._last_end = None
+
+    def _together(self, entry: Entry) -> int:
+        """How many of an entry's requests are one call. Traces are of single ones."""
+        if self._api.tracer.is_on:
+            return 1
+        try:
+            config = self._api.engine.model(entry.model_name, entry.model_version).config
+        except InferError:  # it will be told to each
+            return 1
+        if not config.may_merge or not all(head[2] for head in entry.heads):
+            return 1
+        # Others are to fit into the batch beside them.
+        return max(1, config.max_batch_size // _SHARE_OF_BATCH // max(1, entry.heads[0][2][0]))
+
+    async def _accept(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            while True:
+                connection, _ = await loop.sock_accept(listener)
+                task = loop.create_task(self._meet(connection))
+                self._meeting.add(task)
+                task.add_done_callback(self._meeting.discard)
+        finally:
+            listener.close()
+
+    async def _meet(self, connection: socket.socket) -> None:
+        end = EngineEnd(self._api, self._methods, self, self._ends)
+        try:
+            await end.meet(connection)
+            end.greet(connection)
+            await asyncio.get_running_loop().connect_accepted_socket(lambda: end, connection)
+        except BaseException as error:
+            end.give_up(connection)
+            if not isinstance(error, OSError):
+                raise
+            _log.debug("a front-end process has gone: %s", error)
+
+    def _flush(self) -> None:
+        calls, self._arrived = self._arrived, []
+        if calls:
+            self._api.submit(calls)
+
+
+class EngineEnd(End, Follower):
+    """One front-end process as the engine's process sees it. The sink of its calls.
+
+    Their tokens are their numbers, or a Joined for several.
+    """
+
+    def __init__(self, api: Api, table: dict[str, Method], side: EngineSide, siblings: "set[EngineEnd]") -> None:
+        super().__init__()
+        self._api = api
+        self._methods = table
+        self._side = side
+        self._siblings = siblings
+        # By the number of the first request of each.
+        self.open: dict[int, Call] = {}
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._siblings.add(self)  # before: of a change that comes now it is told afterwards
+        self._side.leader.tell([self])
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._siblings.discard(self)
+        self.has_ended = True
+        self._side.leader.look()
+        self._side.forget(self)
+        for call in list(self.open.values()):
+            call.is_cancelled = True
+            if isinstance(call.token, Joined):
+                call.token.gone.update(call.token.numbers)
+        self.open.clear()
+
+    def pause(self) -> None:
+        """Leave unread what comes."""
+        if self._transport is not None and self._transport.is_reading():
+            self._transport.pause_reading()
+
+    def handle(self, values: Any, data: memoryview) -> None:
+        kind = values[0]
+        if kind == "infer":
+            calls = self._side.calls(values[1], data, self)
+            is_traced, came = self._api.tracer.is_on, values[2] if len(values) > 2 else {}
+            for call in calls:
+                token = call.token
+                self.open[token if type(token) is int else token.first] = call
+                if is_traced and type(token) is int:
+                    Came(*came.get(token, _UNKNOWN)).begin(self._api.tracer, call)
+            self._side.submit(calls, self)
+        elif kind == "free":
+            if self.arena is not None:
+                self.arena.given_back(values[1])
+        elif kind == "cancel":
+            for number in values[1]:
+                self._cancel(number)
+        elif kind == "followed":
+            self.followed = values[1]
+            self._side.leader.look()
+        else:
+            _, number, path, left_ns, *told = values
+            came = Came(*told[0]) if told else Came.now("", "GRPC")
+            self._begin_raw(number, path, left_ns, data, came)
+
+    def settle(self, calls: Sequence[Call]) -> None:
+        plain: list[Call] = []
+        again: list[Call] = []
+        for call in calls:
+            token = call.token
+            if type(token) is int:
+                self.open.pop(token, None)
+                if call.trace is not None:
+                    self._api.tracer.end(call)
+                plain.append(call)
+            elif type(token) is tuple:
+                self._end_raw(call)
+            elif isinstance(call.answer, InferError):  # one of them may be to blame: others are not to pay for it
+                again += token.alone(self)
+                self.open.update((one.token, one) for one in again[-len(token) :])
+            else:
+                self.open.pop(token.first, None)
+                plain.append(call)
+        if plain and self._transport is not None:
+            self._send_answers(plain)
+        if again:
+            self._api.submit(again)
+
+    def _send_answers(self, calls: Sequence[Call]) -> None:
+        """One that cannot be packed is an error of its own, not of those that were settled with it.
+
+        A front-end process that is behind gets no more large ones.
+        """
+        unsent = self.unsent_bytes()
+        if unsent > _MOST_UNSENT_BYTES:
+            for call in calls:
+                if type(call.token) is int and _is_large(call.answer):
+                    call.answer = Unavailable(f"the server holds {unsent} bytes of answers already: try again later")
+        pieces: list[Raw] = []
+        try:
+            packed = list(map(tuple, pack_answers(calls, self.lend, pieces)))
+        except Exception as error:
+            if len(calls) > 1:
+                for call in calls:
+                    self._send_answers([call])
+                return
+            _log.exception("a response of model '%s' could not be encoded", calls[0].request.model_name)
+            calls[0].answer = Internal(f"internal error: {type(error).__name__}")
+            pieces, packed = [], list(map(tuple, pack_answers(calls, self.lend, [])))
+        self.send(("answers", packed), pieces)
+
+    def _cancel(self, number: int) -> None:
+        call = self.open.get(number)
+        if call is None or isinstance(call.token, Joined):
+            call = next((one for one in self.open.values() if _stands_for(one, number)), None)
+        if call is None:
+            return
+        if isinstance(call.token, Joined):
+            call.token.gone.add(number)
+            call.is_cancelled = len(call.token.gone) == len(call.token)
+        else:
+            call.is_cancelled = True
+
+    def _begin_raw(self, number: int, path: str, left_ns: int, data: memoryview, came: Came) -> None:
+        """A serialized request of a unary gRPC method."""
+        payload = bytes(data)
+        if path != MODEL_INFER:
+            self._ask(number, self._methods[path], payload)
+            return
+        try:
+            call = Call(grpc_codec.decode(payload, self._api.shared_memory), self, (number,))
+        except InferError as error:
+            self._send_raw(number, code_of(error), details=details_of(error))
+            return
+        call.deadline_ns = now_ns() + left_ns if left_ns else 0
+        self.open[number] = call
+        if self._api.tracer.is_on:
+            came.begin(self._api.tracer, call)
+        self._api.submit([call])
+
+    def _end_raw(self, call: Call) -> None:
+        (number,) = call.token
+        self.open.pop(number, None)
+        try:
+            response, shared = self._api.complete(call)
+            self._send_raw(number, 0, grpc_codec.encode(response, call.request.id, shared))
+        except InferError as error:
+            self._send_raw(number, code_of(error), details=details_of(error))
+        except Exception as error:
+            _log.exception("a response of model '%s' could not be encoded", call.request.model_name)
+            self._send_raw(number, INTERNAL, details=f"internal error: {type(error).__name__}")
+
+    def _send_raw(self, number: int, code: int, message: bytes = b"", details: str = "") -> None:
+        self.send(("raw", number, code, details), [message])
+
+    def _ask(self, number: int, method: Method, payload: bytes) -> None:
+        if method.blocks:
+            self._loop.run_in_executor(self._api.control, self._answer, number, method, payload)
+        else:
+            self._answer(number, method, payload)
+
+    def _answer(self, number: int, method: Method, payload: bytes) -> None:
+        try:
+            self._send_raw(number, 0, method.answer(payload))
+        except InferError as error:
+            self._send_raw(number, code_of(error), details=details_of(error))
+        except Exception as error:
+            _log.exception("a gRPC call failed")
+            self._send_raw(number, INTERNAL, details=f"internal error: {type(error).__name__}")
+
+
+def _is_large(answer: Answer | None) -> bool:
+    if not isinstance(answer, InferResponse):
+        return False
+    return any(len(tensor.raw()) >= COUNTED_BYTES for tensor in answer.outputs)
+
+
+async def _give_back(freed: Freed) -> None:
+    """What is beyond the arenas is freed once it is on its way: large answers go there where those are full."""
+    while True:
+        await asyncio.sleep(INTERVAL_S)
+        await asyncio.to_thread(freed.give_back, 0, time.monotonic())
+
+
+def _stands_for(call: Call, number: int) -> bool:
+    return isinstance(call.token, Joined) and number in call.token.numbers

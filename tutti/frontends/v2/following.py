@@ -1,0 +1,137 @@
+"""What front-end processes follow: how the engine's process logs, and whether it traces requests.
+
+It decides, and writes the traces; they say how and when a request came. The engine's end tells all of them of a change,
+and waits for a while until they know: whoever has changed a setting may count on it.
+"""
+
+import itertools
+import threading
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from tutti.core.types import Call, now_ns
+from tutti.frontends.v2.api import Api
+from tutti.observing.logs import Settings
+from tutti.observing.tracing import Tracer
+
+# A process that hangs does not hold up a client's change for longer.
+PATIENCE_S = 2.0
+
+
+class Followed(NamedTuple):
+    """`is_traced`: some requests are; `has_contexts`: a trace may be part of one that a request's headers name."""
+
+    logs: Settings
+    is_traced: bool
+    has_contexts: bool
+
+
+class Follower:
+    """One front-end process, to the engine's end."""
+
+    # The number of the last change that it knows of.
+    followed = 0
+    has_ended = False
+
+    def send(self, values: Any) -> None:
+        """From any thread, in the order of the calls."""
+        raise NotImplementedError
+
+
+class Leader:
+    """Tells followers what holds now. Thread-safe; build it on the thread of the loop that their answers come to."""
+
+    def __init__(self, api: Api, followers: Collection[Follower]) -> None:
+        self._api = api
+        self._followers = followers
+        self._thread = threading.get_ident()
+        self._numbers = itertools.count(1)
+        self._turn = threading.Lock()
+        self._answered = threading.Condition()
+        api.logs.listen(self._tell_all)
+        api.tracer.listen(self._tell_all)
+
+    def tell(self, followers: Sequence[Follower]) -> int:
+        """Send them what holds now; returns the change's number."""
+        tracer = self._api.tracer
+        with self._turn:
+            number = next(self._numbers)
+            state = tuple(Followed(self._api.logs.changeable(), tracer.is_on, tracer.needs_headers))
+            for follower in followers:
+                follower.send(("follow", number, state))
+            return number
+
+    def look(self) -> None:
+        """A follower has answered, or has ended."""
+        with self._answered:
+            self._answered.notify_all()
+
+    def _tell_all(self) -> None:
+        followers = list(self._followers)
+        number = self.tell(followers)
+        if threading.get_ident() == self._thread:  # nobody else takes their answers
+            return
+        with self._answered:
+            self._answered.wait_for(
+                lambda: all(one.followed >= number or one.has_ended for one in followers), PATIENCE_S
+            )
+
+
+class Came(NamedTuple):
+    """How a request came to a front-end process: what the trace of it begins with. Times are of the clock of now_ns."""
+
+    context: str
+    protocol: str
+    received_ns: int
+    started_ns: int
+    notes: Mapping[str, object]
+
+    @classmethod
+    def now(cls, context: str, protocol: str, received_ns: int = 0) -> "Came":
+        """It has been decoded, which has begun at `received_ns`, where that is known."""
+        started_ns = now_ns()
+        return cls(context, protocol, received_ns or started_ns, started_ns, {})
+
+    def begin(self, tracer: Tracer, call: Call) -> None:
+        """In the engine's process: trace the call if its turn has come."""
+        tracer.begin(call, self.context, self.protocol, self.received_ns, self.started_ns)
+        if call.trace is not None:
+            for what, value in self.notes.items():
+                call.trace.note(what, value)
+
+
+class _Noted:
+    """In a trace's place: the engine's process has that."""
+
+    def __init__(self, came: Came) -> None:
+        self.came = came
+
+    def record(self, activity: str, ns: int) -> None:
+        """Nothing happens to a call here."""
+
+    def note(self, what: str, value: object) -> None:
+        self.came = self.came._replace(notes={**self.came.notes, what: value})
+
+    def follow(self, call: Call) -> None:
+        """No calls are made here."""
+
+
+class TracesElsewhere:
+    """A front-end process's tracer: it notes how requests came, for the engine's, which has the traces."""
+
+    def __init__(self) -> None:
+        self.is_on = self.needs_headers = False
+
+    def begin(self, call: Call, context: str = "", protocol: str = "", received_ns: int = 0) -> None:
+        call.trace = _Noted(Came.now(context, protocol, received_ns))
+
+    def end(self, call: Call) -> None:
+        call.trace = None
+
+    def close(self) -> None:
+        """Nothing here."""
+
+    def came(self, calls: Mapping[int, Call], numbers: range) -> dict[int, tuple[Any, ...]]:
+        """How those of the numbered calls came for which it was noted."""
+        traces = {number: calls[number].trace for number in numbers}
+        return {number: tuple(trace.came) for number, trace in traces.items() if isinstance(trace, _Noted)}

@@ -1,0 +1,1 @@
+"""Models on disk: folders, configurations, and what these say of requests. Loads nothing."""
