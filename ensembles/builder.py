@@ -28,6 +28,7 @@ from ensembles.conditions import ConditionError
 from ensembles.expressions import Expression, Tensor, Value, bare
 from ensembles.graph import GraphError
 from ensembles.places import MistakeAt, Place, here
+from tutti.backends import completion
 from tutti.core.dtypes import NUMPY, to_config
 from tutti.core.errors import ConfigError
 from tutti.repository import config
@@ -353,7 +354,7 @@ class Graph:
 
     def _model(self, name: str, version: int) -> ModelConfig:
         repository.check_known(self._root, name)
-        folder = repository.open_model(self._root, name)
+        folder = completion.open_model(self._root, name)
         if version != -1 and version not in folder.versions:
             raise ConfigError(f"model '{name}' has no version {version}, it has {list(folder.versions)}")
         return folder.config

@@ -9,6 +9,7 @@ from typing import Any
 from ensembles import graph, picture, show
 from ensembles.source import graph_of
 from tutti.app import explain
+from tutti.backends import completion
 from tutti.console.arguments import Parser
 from tutti.console.help_format import Help, examples
 from tutti.core.errors import ConfigError, reason
@@ -94,14 +95,14 @@ def _add_repository(command: argparse.ArgumentParser) -> None:
 def planned(root: Path, name: str) -> graph.Plan:
     """The checked plan of one of the repository's ensembles. Raises ConfigError."""
     folders.check_known(root, name)
-    config = folders.open_model(root, name).config
+    config = completion.open_model(root, name).config
     if not config.is_ensemble:
         raise ConfigError(f"model '{name}' is no ensemble")
     return graph.plan(config, lambda model, version: _config_of(root, model, version))
 
 
 def _config_of(root: Path, name: str, version: str) -> ModelConfig:
-    folder = folders.open_model(root, name)
+    folder = completion.open_model(root, name)
     if version and int(version) not in folder.versions:
         raise ConfigError(f"model '{name}' has no version {version}, it has {list(folder.versions)}")
     return folder.config
@@ -112,7 +113,7 @@ def _check(options: argparse.Namespace) -> int:
     failures = checked = 0
     for name in names:
         try:
-            if options.name is None and not folders.open_model(options.repository, name).config.is_ensemble:
+            if options.name is None and not completion.open_model(options.repository, name).config.is_ensemble:
                 continue
             checked += 1
             plan = planned(options.repository, name)
@@ -153,6 +154,6 @@ def _build(options: argparse.Namespace) -> int:
     (path.parent / "1").mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
     print(path)
-    specs = folders.open_model(options.repository, made.name).config.inputs
+    specs = completion.open_model(options.repository, made.name).config.inputs
     print(f"try it: tutti explain {made.name} {' '.join(f'{spec.name}=...' for spec in specs)}{where}", file=sys.stderr)
     return 0

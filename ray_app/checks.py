@@ -9,8 +9,8 @@ from pathlib import Path
 from ray_app.options import Options
 from ray_app.placement import PoolSpec, home
 from tutti.app import front_end_setup
+from tutti.backends import completion
 from tutti.core.errors import ConfigError, reason
-from tutti.repository import folders as repository
 from tutti.repository.config import ModelConfig
 
 CONNECT_TIMEOUT_S = 5.0
@@ -38,7 +38,7 @@ def models(options: Options, pools: Sequence[PoolSpec]) -> dict[str, ModelConfig
 
     Not where the others are to be served all the same, nor for pools where there are none yet.
     """
-    folders, failures = repository.open_models(Path(options.model_repository), options.start_models())
+    folders, failures = completion.open_models(Path(options.model_repository), options.start_models())
     configs = {folder.config.name: folder.config for folder in folders}
     problems = [str(error) for error in failures.values()]
     for config in configs.values() if pools else ():

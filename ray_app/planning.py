@@ -13,16 +13,16 @@ from pydantic import BaseModel, ValidationError
 from ray_app import documents, gpu_rates, planner
 from ray_app.options import Options, PoolOptions
 from ray_app.placement import PoolSpec, home
+from tutti.backends import completion
 from tutti.console.arguments import plain, shown
 from tutti.console.progress import Work, clock
 from tutti.core.errors import ConfigError, reason
-from tutti.repository import folders as repository
 
 _KINDS: dict[str, type[BaseModel]] = {"": Options, "pools": PoolOptions}
 
 
 def plan(options: argparse.Namespace) -> None:
-    folders, failures = repository.open_models(options.model_repository)
+    folders, failures = completion.open_models(options.model_repository)
     sizes = {one.config.name: _bytes_of(one.path, one.versions) for one in folders}
     configs = {one.config.name: one.config for one in folders}
     planned = planner.plan(configs, sizes, options.gpus, 1e3 * options.gpu_memory_gb, options.cpu_replicas)
@@ -46,7 +46,7 @@ def why(options: argparse.Namespace) -> None:
     except ConfigError as error:
         where = f"--placement {plain(options.placement)}: " if options.placement is not None else ""
         raise ConfigError(f"{where}{error}") from None
-    folders, failures = repository.open_models(options.model_repository)
+    folders, failures = completion.open_models(options.model_repository)
     configs = {folder.config.name: folder.config for folder in folders}
     why = {}
     for name, config in configs.items():

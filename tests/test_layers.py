@@ -81,8 +81,6 @@ UPWARD = {
     ("tutti.frontends.v2.generate", "tutti.frontends.http.codec"),
     ("tutti.repository.config", "tutti.scheduling.batching"),
     ("tutti.repository.config", "tutti.scheduling.rate_limiting"),
-    ("tutti.repository.folders", "tutti.backends.onnxruntime"),
-    ("tutti.repository.folders", "tutti.backends.python.model"),
 }
 CIRCLES = [
     [
@@ -92,13 +90,6 @@ CIRCLES = [
         "tutti.backends.pytorch",
     ],
     ["tutti.backends.cuda_graphs", "tutti.backends.cuda_graphs_trial"],
-    [
-        "tutti.backends.onnxruntime",
-        "tutti.backends.python.isolated",
-        "tutti.backends.python.model",
-        "tutti.backends.registry",
-        "tutti.repository.folders",
-    ],
 ]
 
 Imports = Mapping[str, set[str]]

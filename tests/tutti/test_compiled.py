@@ -21,10 +21,10 @@ import pytest
 from tests.models import Repository
 from tests.serving import engine_over, infer
 from tests.tutti.test_pytorch_backend import scripted
+from tutti.backends.completion import open_model
 from tutti.core.errors import ConfigError
 from tutti.core.types import InferRequest, InferResponse, Tensor
 from tutti.repository import config
-from tutti.repository.folders import open_model
 
 torch = pytest.importorskip("torch")
 

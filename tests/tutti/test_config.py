@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.models import Repository
+from tutti.backends import completion
 from tutti.core.errors import ConfigError
 from tutti.repository import config, folders
 
@@ -173,14 +174,14 @@ def repository_names(root: Path) -> list[str]:
 @pytest.mark.parametrize("name", ["../outside", "a/b", "", ".hidden", "-x"])
 def test_names_that_leave_the_repository_are_refused(repository: Repository, name: str) -> None:
     with pytest.raises(ConfigError):
-        folders.open_model(repository.root, name)
+        completion.open_model(repository.root, name)
 
 
 def test_a_model_without_versions_is_refused(repository: Repository) -> None:
     repository.add_onnx()
     (repository.root / "add_one" / "1").rename(repository.root / "add_one" / "v1")
     with pytest.raises(ConfigError, match="no version folder"):
-        folders.open_model(repository.root, "add_one")
+        completion.open_model(repository.root, "add_one")
 
 
 def test_a_label_file_outside_the_folder_is_refused(repository: Repository) -> None:
@@ -188,7 +189,7 @@ def test_a_label_file_outside_the_folder_is_refused(repository: Repository) -> N
     path = repository.root / "add_one" / "config.pbtxt"
     path.write_text(path.read_text().replace("output {", 'output { label_filename: "../../secret" '))
     with pytest.raises(ConfigError, match="label_filename"):
-        folders.open_model(repository.root, "add_one").labels()
+        completion.open_model(repository.root, "add_one").labels()
 
 
 def test_an_onnx_model_needs_no_configuration(repository: Repository) -> None:
@@ -198,7 +199,7 @@ def test_an_onnx_model_needs_no_configuration(repository: Repository) -> None:
     folder.mkdir(parents=True)
     (folder / "model.onnx").write_bytes(onnx_gather())
     assert repository_names(repository.root) == ["bare"]
-    model = folders.open_model(repository.root, "bare").config
+    model = completion.open_model(repository.root, "bare").config
     assert (model.backend, model.max_batch_size, model.batching is not None) == ("onnxruntime", 4, True)
     assert model.inputs == (config.TensorSpec("ids", "INT64", (-1,)),)
     assert model.outputs == (config.TensorSpec("y", "FP32", (-1,)),)
@@ -209,7 +210,7 @@ def test_a_partial_configuration_is_completed(repository: Repository, given: str
     from tests.models import onnx_add_one
 
     repository.add("partial", f'platform: "onnxruntime_onnx" {given}', {"model.onnx": onnx_add_one()})
-    model = folders.open_model(repository.root, "partial").config
+    model = completion.open_model(repository.root, "partial").config
     assert model.max_batch_size == batch
     assert model.inputs[0].dims == model.outputs[0].dims == dims
 
@@ -217,7 +218,7 @@ def test_a_partial_configuration_is_completed(repository: Repository, given: str
 def test_a_graph_that_cannot_be_read_is_named(repository: Repository) -> None:
     repository.add("broken", 'backend: "onnxruntime"', {"model.onnx": b"not a graph"})
     with pytest.raises(ConfigError, match="model 'broken': onnxruntime cannot load"):
-        folders.open_model(repository.root, "broken")
+        completion.open_model(repository.root, "broken")
 
 
 SPEC = {"name": "x", "data_type": "TYPE_FP32", "dims": [-1]}

@@ -11,6 +11,7 @@ from tests.models import Repository
 from tests.serving import Gather, engine_over, infer
 from tests.tutti.test_pytorch_backend import CONFIG, Subtract, ask, exported, scripted
 from tutti.backends import registry
+from tutti.backends.completion import open_model
 from tutti.core.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -22,7 +23,6 @@ from tutti.core.errors import (
 )
 from tutti.core.types import Call, InferRequest, InferResponse, Tensor, now_ns
 from tutti.devices import health, process_engines
-from tutti.repository.folders import open_model
 
 torch = pytest.importorskip("torch")
 pytestmark = [
@@ -499,8 +499,8 @@ class OnHost(torch.nn.Module):
 
 
 def test_outputs_that_a_module_makes_elsewhere_come_to_its_device(repository: Repository) -> None:
+    from tutti.backends.completion import open_model
     from tutti.backends.pytorch import Module
-    from tutti.repository.folders import open_model
 
     repository.add("same", SAME, {"model.pt": b""})
     config = open_model(repository.root, "same").config

@@ -12,9 +12,9 @@ from onnx import helper, numpy_helper
 from tests.models import Repository
 from tests.serving import engine_over, infer
 from tutti.backends import registry
+from tutti.backends.completion import open_model
 from tutti.core.errors import ConfigError
 from tutti.core.types import InferRequest, InferResponse, Tensor
-from tutti.repository.folders import open_model
 
 X = helper.make_tensor_value_info("x", T.FLOAT, ["n", 4])
 Y = helper.make_tensor_value_info("y", T.FLOAT, ["n", 4])

@@ -12,12 +12,12 @@ from tritonclient.grpc import model_config_pb2
 
 from tests.models import IN_PROCESS, Repository
 from tests.serving import Gather, engine_over, infer, wait_until
+from tutti.backends import completion
 from tutti.backends.python import model as python
 from tutti.backends.python import triton_python_backend_utils as pb_utils
 from tutti.core.errors import ConfigError, InferError, Internal, InvalidArgument, Unsupported
 from tutti.core.types import Call, InferRequest, InferResponse, Tensor
 from tutti.frontends.http import codec as http_codec
-from tutti.repository import folders
 
 ONE_TO_ONE = """
     backend: "python" max_batch_size: {rows}
@@ -479,7 +479,7 @@ def test_auto_complete_config_fills_in_what_is_missing(repository: Repository) -
         "",
     )
     (repository.root / "auto" / "config.pbtxt").unlink()
-    config = folders.open_model(repository.root, "auto").config
+    config = completion.open_model(repository.root, "auto").config
     assert (config.backend, config.max_batch_size, config.batching is not None) == ("python", 8, True)
     assert [spec.name for spec in (*config.inputs, *config.outputs)] == ["x", "y"]
 
@@ -498,7 +498,7 @@ def test_auto_complete_config_that_contradicts_the_configuration_is_refused(repo
         """,
     )
     with pytest.raises(ConfigError, match="auto_complete_config"):
-        folders.open_model(repository.root, "auto")
+        completion.open_model(repository.root, "auto")
 
 
 @pytest.mark.parametrize(

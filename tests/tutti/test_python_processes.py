@@ -26,13 +26,13 @@ from tests.models import IN_PROCESS, Repository
 from tests.serving import Gather, engine_over, infer, timer, wait_until
 from tests.tutti.test_isolated import has_ended
 from tests.tutti.test_python_backend import Answers
+from tutti.backends import completion
 from tutti.backends.python import isolated, isolated_process, isolated_wire
 from tutti.backends.python import model as python
 from tutti.core import rows
 from tutti.core.errors import Internal, Unavailable
 from tutti.core.types import Call, Columns, InferRequest, InferResponse, Tensor
 from tutti.observing import custom_metrics
-from tutti.repository import folders
 from tutti.serving import local, warmup
 from tutti.serving.engine import Engine
 
@@ -474,9 +474,7 @@ def test_a_configuration_that_is_never_completed_is_not_waited_for(
 def test_a_process_that_completes_a_configuration_ends_with_the_server(repository: Repository) -> None:
     add(repository, "m", PAUSES, 'backend: "python"')
     told = repository.root / "m" / "1" / "pid"
-    code = (
-        "import sys, pathlib; from tutti.repository import folders as f; f.open_model(pathlib.Path(sys.argv[1]), 'm')"
-    )
+    code = "import sys, pathlib; from tutti.backends.completion import open_model; open_model(pathlib.Path(sys.argv[1]), 'm')"
     command = [sys.executable, "-c", code, str(repository.root)]
     with subprocess.Popen(command, cwd=Path(__file__).parents[2]) as server:
         wait_until(lambda: told.exists() and told.read_text().endswith(" "), 60)
@@ -515,7 +513,7 @@ def test_one_that_is_given_up_while_it_starts_again_does_not_stay(
     repository: Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     add(repository, "m", ECHO)
-    folder = folders.open_model(repository.root, "m")
+    folder = completion.open_model(repository.root, "m")
     (backend,) = python.load(folder, 1, lambda _: None)
     assert isinstance(backend, isolated.IsolatedBackend)
     started, go = threading.Event(), threading.Event()

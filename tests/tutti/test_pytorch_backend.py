@@ -10,12 +10,12 @@ import pytest
 
 from tests.models import Repository
 from tests.serving import engine_over, infer
+from tutti.backends.completion import open_model
 from tutti.core import dtypes
 from tutti.core.errors import ConfigError, InferError, Internal
 from tutti.core.types import InferRequest, InferResponse, Tensor
 from tutti.devices import process_engines
 from tutti.repository import config
-from tutti.repository.folders import open_model
 from tutti.serving import local
 
 torch = pytest.importorskip("torch")

@@ -8,6 +8,7 @@ import pytest
 
 from tests.models import Repository
 from tests.serving import engine_over
+from tutti.backends import completion
 from tutti.core import files
 from tutti.core.errors import ConfigError
 from tutti.core.types import Tensor
@@ -30,7 +31,7 @@ def model(root: Path, name: str, configuration: bytes = CONFIG) -> Path:
 @pytest.mark.parametrize("start", [b"# mod\xe8le du caf\xe9\n", b"\xef\xbb\xbf", "# caf\u00e9\n".encode()])
 def test_a_comment_of_any_bytes_and_a_mark_of_byte_order_do_no_harm(tmp_path: Path, start: bytes) -> None:
     model(tmp_path, "plain", start + CONFIG)
-    assert repository.open_model(tmp_path, "plain").config.inputs[0].name == "X"
+    assert completion.open_model(tmp_path, "plain").config.inputs[0].name == "X"
 
 
 @pytest.mark.parametrize(
@@ -45,7 +46,7 @@ def test_a_comment_of_any_bytes_and_a_mark_of_byte_order_do_no_harm(tmp_path: Pa
 def test_other_bytes_elsewhere_cost_the_model_and_are_told_in_plain_text(tmp_path: Path, configuration: bytes) -> None:
     model(tmp_path, "bad", configuration)
     model(tmp_path, "good")
-    folders, failures = repository.open_models(tmp_path)
+    folders, failures = completion.open_models(tmp_path)
     assert [folder.config.name for folder in folders] == ["good"]
     assert "model 'bad': config.pbtxt does not parse" in str(failures["bad"])
     str(failures["bad"]).encode()  # what it quotes can be written
@@ -101,7 +102,7 @@ def test_a_model_whose_folder_cannot_be_read_says_so(tmp_path: Path, monkeypatch
         return is_dir(path)
 
     monkeypatch.setattr(Path, "is_dir", denied)
-    folders, failures = repository.open_models(tmp_path)
+    folders, failures = completion.open_models(tmp_path)
     assert [folder.config.name for folder in folders] == ["good"]
     assert "bad': Permission denied" in str(failures["bad"])
 
@@ -122,14 +123,14 @@ def test_names_with_nul_are_their_models_failure(tmp_path: Path) -> None:
         assert engine.models() == []
         assert {entry.name for entry in engine.index() if entry.reason} == {"bad", "labelled"}
     with pytest.raises(ConfigError, match="not a valid model name"):
-        repository.open_model(tmp_path, "a\0b")
+        completion.open_model(tmp_path, "a\0b")
 
 
 def test_labels_are_lines_of_bytes(tmp_path: Path) -> None:
     """As Triton has them: only a line feed ends one, an empty one is none, and every byte is kept."""
     folder = model(tmp_path, "labelled", (PLAIN + 'dims: -1 label_filename: "labels.txt" }').encode())
     (folder / "labels.txt").write_bytes(b"caf\xe9\r\nb\x0bc\xc2\x85d\n\nlast")
-    labels = repository.open_model(tmp_path, "labelled").labels()["Y"]
+    labels = completion.open_model(tmp_path, "labelled").labels()["Y"]
     scores = Tensor.of("Y", np.array([5, 4, 3, 2, 1], np.float32))
     shown = classify("labelled", scores, 5, labels, is_batched=False).array().tolist()
     assert shown == [

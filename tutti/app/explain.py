@@ -14,6 +14,7 @@ from typing import Any
 import ensembles
 from tutti.app import input_files
 from tutti.app.explain_remote import Server
+from tutti.backends import completion
 from tutti.console import arguments
 from tutti.console.arguments import Terse, positive, whole
 from tutti.console.help_format import Help, examples
@@ -194,7 +195,7 @@ def _told_here(options: argparse.Namespace) -> str:
     root, name = options.repository, options.name
     check_folder(root)
     folders.check_known(root, name)
-    inputs = _inputs(folders.open_model(root, name).config, options.inputs)
+    inputs = _inputs(completion.open_model(root, name).config, options.inputs)
     engine = local.make_engine(root, _timer, ensembles.load)
     with Work(f"loading '{name}'"):
         engine.load_all([name])

@@ -7,13 +7,13 @@ import difflib
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tutti.core import file_kinds, files, paths
+from tutti.core import files, paths
 from tutti.core.errors import ConfigError, TuttiError, reason
 from tutti.repository import config
 from tutti.repository.config import ModelConfig
@@ -122,50 +122,23 @@ def versions(path: Path, filename: str = "") -> list[int]:
     return sorted(int(folder.name) for folder in folders if (folder / filename).exists())
 
 
-def _complete(path: Path, proto: Any) -> None:
-    """What config.pbtxt leaves out and the newest version's file can tell, as Triton completes it."""
-    backend = proto.backend or {"onnxruntime_onnx": "onnxruntime"}.get(proto.platform, "")
-    if not backend and not proto.platform and not proto.HasField("ensemble_scheduling"):
-        filenames = {"model.onnx": "onnxruntime", "model.py": "python"}
-        backend = next((filenames[name] for name in filenames if versions(path, name)), "")
-    filename = proto.default_model_filename or {"onnxruntime": "model.onnx", "python": "model.py"}.get(backend, "")
-    if not filename or _leaves(path, filename):
-        return
-    present = versions(path, filename)
-    if not present:
-        return
-    proto.backend = backend
-    file = file_of(path / str(present[-1]) / filename)
-    if what := file_kinds.mistaken_for_model(file):
-        raise ConfigError(f"model '{path.name}': {present[-1]}/{filename}: it is {what.removeprefix('it is ')}")
-    if backend == "onnxruntime" and (not proto.input or not proto.output):
-        from tutti.backends import onnxruntime
-
-        onnxruntime.complete(proto, file)
-    elif backend == "python" and b"auto_complete_config" in files.read_bytes(file):
-        from tutti.backends.python import model as python
-
-        python.complete(proto, file)
-
-
 def file_of(path: Path) -> Path:
     """The file of what is configured as a model: a folder is an ONNX model whose weights are in files of their own."""
     return path / "model.onnx" if path.is_dir() else path
 
 
-def _leaves(folder: Path, filename: str) -> bool:
-    """Whether a configured name points out of a version's folder."""
-    return Path(filename).is_absolute() or ".." in Path(filename).parts
+Complete = Callable[[Path, Any], None]
+"""Adds to a ModelConfig message what it leaves out and the files of the model's folder tell. Raises ConfigError."""
 
 
-def open_model(root: Path, name: str, override: str | None = None) -> ModelFolder:
+def open_model(root: Path, name: str, override: str | None, complete: Complete) -> ModelFolder:
     """Read one model's folder; `override` is a configuration in JSON, used in place of its config.pbtxt.
 
     Raises ConfigError for a bad name, a bad config, when no version is there, and for whatever else cannot be read.
     """
     check_name(name)
     try:
-        return _open(root / name, name, override)
+        return _open(root / name, name, override, complete)
     except TuttiError:
         raise
     except Exception as error:  # it may also change while it is read
@@ -178,16 +151,15 @@ def _named(error: Exception) -> str:
     return where + reason(error)
 
 
-def _open(path: Path, name: str, override: str | None) -> ModelFolder:
+def _open(path: Path, name: str, override: str | None, complete: Complete) -> ModelFolder:
     if not path.is_dir():
         near = difflib.get_close_matches(name, model_names(path.parent), 1)
         advice = f"; did you mean '{near[0]}'?" if near else ""
         raise ConfigError(f"model '{name}': no such folder in the repository{advice}")
-    complete = partial(_complete, path)
     if override is None:
-        model_config = config.load(path / "config.pbtxt", complete)
+        model_config = config.load(path / "config.pbtxt", partial(complete, path))
     else:
-        model_config = config.parse_json(override, name, complete)
+        model_config = config.parse_json(override, name, partial(complete, path))
     present = versions(path)
     selected = model_config.version_policy.select(present)
     if not selected:
@@ -195,7 +167,9 @@ def _open(path: Path, name: str, override: str | None) -> ModelFolder:
     return ModelFolder(path, model_config, tuple(selected))
 
 
-def open_models(root: Path, names: Iterable[str] | None = None) -> tuple[list[ModelFolder], dict[str, ConfigError]]:
+def open_models(
+    root: Path, names: Iterable[str] | None, complete: Complete
+) -> tuple[list[ModelFolder], dict[str, ConfigError]]:
     """The named models (all, by default) and those that their ensembles use; and why others cannot be read."""
     present = model_names(root)
     waiting, known = list(present if names is None else names), set(present)
@@ -206,7 +180,7 @@ def open_models(root: Path, names: Iterable[str] | None = None) -> tuple[list[Mo
         if name in folders or name in failures:
             continue
         try:
-            folders[name] = open_model(root, name)
+            folders[name] = open_model(root, name, None, complete)
         except ConfigError as error:
             failures[name] = error
         else:

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from tutti.backends import completion
 from tutti.core.errors import ConfigError, Internal, InvalidArgument, NotFound, TuttiError, Unavailable, reason
 from tutti.core.operations import LOADS_AT_ONCE, Operations, Work, side_by_side
 from tutti.core.temporary_folders import Folder
@@ -128,7 +129,7 @@ class Engine:
         An ensemble brings its models with it. A model that cannot be loaded is logged and shown by the index; the
         others are served. So is one that has not been loaded after `timeout_s`, though its loading goes on.
         """
-        folders, failures = repository.open_models(self._root, names)
+        folders, failures = completion.open_models(self._root, names)
         for name, error in failures.items():
             self._record_failure(name, "", error)
         ensembles = [folder for folder in folders if folder.config.is_ensemble]
@@ -276,7 +277,7 @@ class Engine:
                 scratch = Folder()
                 root = scratch.path
                 repository.write_files(root, name, override.files)
-            folder = repository.open_model(root, name, override.config)
+            folder = completion.open_model(root, name, override.config)
             stage = f"load failed for model '{name}'"
             for step in folder.config.steps:
                 if step.model_name not in self._models and step.model_name not in (*above, name):
