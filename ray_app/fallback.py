@@ -21,7 +21,8 @@ from tutti.core.errors import ConfigError, InferError
 from tutti.core.types import FALLBACK_PARAMETER, Call, Infer, InferRequest
 from tutti.observing.statistics import ModelStatistics
 from tutti.repository.config import DEFAULT_MAX_QUEUED_ROWS, ModelConfig
-from tutti.scheduling.batching import BatchingPolicy, BatchQueue
+from tutti.repository.policies import BatchingPolicy
+from tutti.scheduling.batching import BatchQueue
 from tutti.scheduling.scheduler import Scheduler, Timer
 from tutti.serving.engine import Engine
 

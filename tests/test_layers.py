@@ -79,8 +79,6 @@ HEAVY = {
 # Arrows that are yet to turn.
 UPWARD = {
     ("tutti.frontends.v2.generate", "tutti.frontends.http.codec"),
-    ("tutti.repository.config", "tutti.scheduling.batching"),
-    ("tutti.repository.config", "tutti.scheduling.rate_limiting"),
 }
 CIRCLES = [
     [

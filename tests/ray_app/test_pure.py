@@ -26,7 +26,7 @@ from tutti.core.types import Answer, Call, InferRequest, InferResponse, Tensor
 from tutti.frontends.grpc import keepalive
 from tutti.observing.statistics import ModelStatistics
 from tutti.repository import config
-from tutti.scheduling.batching import BatchingPolicy
+from tutti.repository.policies import BatchingPolicy
 
 
 def test_batches_survive_the_wire() -> None:

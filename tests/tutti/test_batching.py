@@ -6,7 +6,8 @@ from collections.abc import Iterable
 import pytest
 
 from tutti.core.types import Call, InferRequest
-from tutti.scheduling.batching import BatchingPolicy, BatchLimit, BatchQueue, Decision, Returns
+from tutti.repository.policies import BatchingPolicy
+from tutti.scheduling.batching import BatchLimit, BatchQueue, Decision, Returns
 from tutti.scheduling.cost import Costs, LatencyModel
 
 MS = 1_000_000

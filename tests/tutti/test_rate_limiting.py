@@ -7,7 +7,8 @@ from collections import Counter, defaultdict
 import pytest
 
 from tutti.core.errors import ConfigError
-from tutti.scheduling.rate_limiting import GLOBAL, NO_LIMIT, Place, RateLimit, RateLimiter, Resource, parse_supply
+from tutti.repository.policies import GLOBAL, NO_LIMIT, Place, RateLimit, Resource
+from tutti.scheduling.rate_limiting import RateLimiter, parse_supply
 
 
 def limit(priority: int = 1, **needs: int) -> RateLimit:

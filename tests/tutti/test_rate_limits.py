@@ -18,8 +18,9 @@ from tutti.app.restarts import UNUSABLE
 from tutti.core.errors import ConfigError
 from tutti.core.types import Call, InferRequest, InferResponse, Tensor
 from tutti.repository import config
+from tutti.repository.policies import NO_LIMIT, RateLimit, Resource
 from tutti.scheduling.rate_limit_threads import RateLimits
-from tutti.scheduling.rate_limiting import NO_LIMIT, RateLimit, Resource, parse_supply
+from tutti.scheduling.rate_limiting import parse_supply
 from tutti.serving import local
 
 TENSORS = 'input { name: "x" data_type: TYPE_FP32 dims: 1 } output { name: "y" data_type: TYPE_FP32 dims: 1 }'

@@ -7,7 +7,8 @@ from tests.serving import Gather
 from tutti.core.errors import Cancelled, DeadlineExceeded, InferError, Internal, OutOfMemory, Unavailable
 from tutti.core.types import Call, InferRequest, InferResponse, now_ns, settle
 from tutti.observing.statistics import ModelStatistics
-from tutti.scheduling.batching import BatchingPolicy, BatchQueue
+from tutti.repository.policies import BatchingPolicy
+from tutti.scheduling.batching import BatchQueue
 from tutti.scheduling.cost import Costs
 from tutti.scheduling.scheduler import InOrder, Scheduler, ThreadInstance
 

@@ -14,8 +14,9 @@ import pytest
 from tutti.core.errors import Cancelled, DeadlineExceeded, InferError, Internal, Unavailable
 from tutti.core.types import Call, InferRequest, InferResponse, settle
 from tutti.observing.statistics import ModelStatistics
+from tutti.repository.policies import BatchingPolicy, QueuePolicy
 from tutti.scheduling import scheduler as scheduler_module
-from tutti.scheduling.batching import BatchingPolicy, BatchQueue, QueuePolicy
+from tutti.scheduling.batching import BatchQueue
 from tutti.scheduling.cost import Costs
 from tutti.scheduling.scheduler import Scheduler
 

@@ -23,11 +23,10 @@ from tutti.repository.length_limits import ANY_SIZE, MaxDims
 from tutti.repository.length_limits import parse as parse_max_dims
 from tutti.repository.padding import NO_PADDING, Padding
 from tutti.repository.padding import parse as parse_padding
+from tutti.repository.policies import NO_LIMIT, BatchingPolicy, QueuePolicy, RateLimit, Resource
 from tutti.repository.ragged import NOT_RAGGED, BatchInput, Ragged
 from tutti.repository.value_bounds import UNBOUNDED, Bounds
 from tutti.repository.value_bounds import parse as parse_bounds
-from tutti.scheduling.batching import BatchingPolicy, QueuePolicy
-from tutti.scheduling.rate_limiting import NO_LIMIT, RateLimit, Resource
 
 DEFAULT_MAX_QUEUED_ROWS = 16_384
 _PLATFORM_BACKENDS = {

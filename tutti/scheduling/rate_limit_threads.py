@@ -3,7 +3,8 @@
 import threading
 from collections.abc import Callable, Hashable
 
-from tutti.scheduling.rate_limiting import RateLimit, RateLimiter, Supply
+from tutti.repository.policies import RateLimit
+from tutti.scheduling.rate_limiting import RateLimiter, Supply
 
 
 class RateLimits:

@@ -11,42 +11,10 @@ from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from tutti.core.errors import ConfigError, sayable
+from tutti.repository.policies import GLOBAL, Place, RateLimit
 
-GLOBAL = -1
-"""The device of a resource that all devices share."""
-
-Place = tuple[str, int]
-"""A resource's name, and its device or GLOBAL."""
 Supply = Mapping[tuple[str, int | None], int]
 """How many there are of a resource, by name and device; with None on every device, and of a global one."""
-
-
-@dataclass(frozen=True, slots=True)
-class Resource:
-    """What an execution needs: `count` of `name`, on its own device, or of the one that all devices share."""
-
-    name: str
-    count: int
-    is_global: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class RateLimit:
-    """What the instances of a group need to execute. With priority 2 they have half of the chances that 1 has."""
-
-    resources: tuple[Resource, ...] = ()
-    priority: int = 1
-
-    def needs(self, device: int) -> dict[Place, int]:
-        """How many of what an instance on the device holds while it executes."""
-        needs: dict[Place, int] = {}
-        for resource in self.resources:
-            place = (resource.name, GLOBAL if resource.is_global else device)
-            needs[place] = max(needs.get(place, 0), resource.count)
-        return {place: count for place, count in needs.items() if count}
-
-
-NO_LIMIT = RateLimit()
 
 
 def parse_supply(given: Iterable[str]) -> dict[tuple[str, int | None], int]:

@@ -22,7 +22,8 @@ from tutti.devices.health import DeviceHealth
 from tutti.devices.jobs import Made, Part
 from tutti.devices.simulated import Costs, SimulatedDevice, Timeline
 from tutti.observing.statistics import ModelStatistics
-from tutti.scheduling.batching import BatchingPolicy, BatchQueue
+from tutti.repository.policies import BatchingPolicy
+from tutti.scheduling.batching import BatchQueue
 from tutti.scheduling.captured_sizes import CapturedSizes
 from tutti.scheduling.scheduler import Answers, Scheduler
 

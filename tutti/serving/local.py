@@ -22,10 +22,10 @@ from tutti.devices.health import DeviceHealth
 from tutti.observing.statistics import ModelStatistics
 from tutti.repository.config import ModelConfig, SequenceState
 from tutti.repository.folders import ModelFolder
+from tutti.repository.policies import NO_LIMIT
 from tutti.scheduling.batching import BatchQueue
 from tutti.scheduling.cost import Costs
 from tutti.scheduling.rate_limit_threads import RateLimits
-from tutti.scheduling.rate_limiting import NO_LIMIT
 from tutti.scheduling.scheduler import Backend, InOrder, Instance, Scheduler, ThreadInstance, Timer, Turn, undone
 from tutti.scheduling.sequences import SequenceBatcher, zeros
 from tutti.serving import warmup
