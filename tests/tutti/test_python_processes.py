@@ -474,7 +474,7 @@ def test_a_configuration_that_is_never_completed_is_not_waited_for(
 def test_a_process_that_completes_a_configuration_ends_with_the_server(repository: Repository) -> None:
     add(repository, "m", PAUSES, 'backend: "python"')
     told = repository.root / "m" / "1" / "pid"
-    code = "import pathlib, sys; from tutti.backends import completion as c; c.open_model(pathlib.Path(sys.argv[1]), 'm')"
+    code = "import pathlib, sys, tutti.backends.completion as c; c.open_model(pathlib.Path(sys.argv[1]), 'm')"
     command = [sys.executable, "-c", code, str(repository.root)]
     with subprocess.Popen(command, cwd=Path(__file__).parents[2]) as server:
         wait_until(lambda: told.exists() and told.read_text().endswith(" "), 60)
