@@ -9,6 +9,7 @@ from tutti.core.errors import InferError, InvalidArgument
 from tutti.core.types import Columns, InferResponse, Tensor
 from tutti.frontends.http import codec as http_codec
 from tutti.frontends.http.codec import BINARY_REPLY, JSON_REPLY, HeaderCache, ReplyFormat
+from tutti.frontends.v2 import json_values
 from tutti.repository import config
 
 
@@ -228,11 +229,11 @@ def test_raw_requests() -> None:
 
 def test_one_byte_order_mark_is_passed_over_and_no_more() -> None:
     mark = b"\xef\xbb\xbf"
-    assert http_codec.parse_json(mark + b"[1]") == [1]
-    assert http_codec.parse_json(mark + b"[Infinity]") == [float("inf")]
+    assert json_values.parse_json(mark + b"[1]") == [1]
+    assert json_values.parse_json(mark + b"[Infinity]") == [float("inf")]
     for text in (mark * 2 + b"[1]", mark * 100_000, mark):
         with pytest.raises(ValueError, match=r"."):
-            http_codec.parse_json(text)
+            json_values.parse_json(text)
 
 
 def test_long_headers_are_not_kept() -> None:
@@ -262,10 +263,10 @@ def test_a_part_of_a_batch_reads_as_one_that_came_alone(parameters: dict[str, bo
 
 
 def test_json_of_more_values_than_memory_is_for_is_not_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_codec, "_COUNTED_AT_ONCE", 1000)
-    monkeypatch.setattr(http_codec, "MAX_CONTAINERS", 50_000)
-    monkeypatch.setattr(http_codec, "MAX_VALUES", 60_000)
+    monkeypatch.setattr(json_values, "_COUNTED_AT_ONCE", 1000)
+    monkeypatch.setattr(json_values, "MAX_CONTAINERS", 50_000)
+    monkeypatch.setattr(json_values, "MAX_VALUES", 60_000)
     for bomb in (b"[" + b"[]," * 50_000 + b"0]", b"[" + b"{}," * 50_000 + b"0]", b"[" + b"1," * 60_001 + b"0]"):
         with pytest.raises(ValueError, match="binary data"):
-            http_codec.parse_json(memoryview(bomb))
-    assert len(http_codec.parse_json(memoryview(b"[" + b"1," * 60_000 + b"0]"))) == 60_001
+            json_values.parse_json(memoryview(bomb))
+    assert len(json_values.parse_json(memoryview(b"[" + b"1," * 60_000 + b"0]"))) == 60_001

@@ -9,6 +9,7 @@ from tutti.core.errors import InvalidArgument
 from tutti.core.types import InferRequest, InferResponse, Tensor
 from tutti.frontends.http import codec as http_codec
 from tutti.frontends.http.codec import ReplyFormat
+from tutti.frontends.v2 import json_values
 
 TEXTS = ["plain", "Besançon", "中文", "", "tail\0", " a\0b ", "\N{GRINNING FACE}", "e\u0301"]
 NO_TEXT = [b"\xff", b"ok\xc3", b"\xed\xa0\x80"]
@@ -51,7 +52,7 @@ def test_text_passes_an_onnx_graph_unchanged(repository: Repository, size: int, 
         made = answer.tensor("y")
         assert made.raw() == Tensor.of("y", np.array(elements, dtype=object)).raw()
         assert made.array().reshape(-1).tolist() == elements  # bytes, whatever onnxruntime makes of them
-        assert http_codec.texts("text", "y", made.array().reshape(-1)) == [element.decode() for element in elements]
+        assert json_values.texts("text", "y", made.array().reshape(-1)) == [element.decode() for element in elements]
     for answer in answers[len(sent) :]:
         assert isinstance(answer, InvalidArgument)
         assert "input 'x': onnxruntime takes text in UTF-8 only" in str(answer)

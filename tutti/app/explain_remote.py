@@ -17,7 +17,7 @@ from tutti.console.arguments import shown
 from tutti.console.progress import Work
 from tutti.core.errors import ConfigError, reason
 from tutti.core.types import Tensor
-from tutti.frontends.http import codec as http_codec
+from tutti.frontends.v2 import json_values
 from tutti.observing.explanations import PARAMETER
 from tutti.repository import config
 from tutti.repository.config import ModelConfig
@@ -130,6 +130,6 @@ def _refusal(error: urllib.error.HTTPError) -> str:
         text = error.read()
     advice = " (--api-key-file FILE, or --header)" if error.code in (401, 403) else ""
     try:
-        return str(http_codec.parse_json(text)["error"]) + advice
+        return str(json_values.parse_json(text)["error"]) + advice
     except (ValueError, KeyError, TypeError):
         return f"{error.url}: {error.code} {error.reason}: {text[:200]!r}{advice}"

@@ -12,8 +12,8 @@ from tritonclient.grpc import service_pb2 as pb
 from tutti.core import dtypes
 from tutti.core.errors import InvalidArgument, Unsupported
 from tutti.core.types import Columns, InferRequest, InferResponse, Parameters, Raw, Shape, SharedRegion, Tensor
-from tutti.frontends.http import codec as http_codec
-from tutti.frontends.http.codec import NO_REGIONS, Regions
+from tutti.frontends.v2 import rules
+from tutti.frontends.v2.rules import NO_REGIONS, Regions
 
 # Where typed `contents` hold each datatype. FP16 and BF16 travel raw only.
 _CONTENTS = {
@@ -50,7 +50,7 @@ def decode(payload: bytes, regions: Regions = NO_REGIONS) -> InferRequest:
             raise _bad(model, f"input '{name}' already exists in request: it is given more than once")
         if datatype not in dtypes.NUMPY:
             raise _bad(model, f"input '{name}': expected a datatype of {', '.join(dtypes.NUMPY)}, got '{datatype}'")
-        http_codec.check_shape(model, name, shape)
+        rules.check_shape(model, name, shape)
         if item.parameters:  # the rare case: a tensor's only parameters are those of shared memory
             inputs[name] = _shared(model, item, shape, regions)
         elif not raw:
@@ -60,14 +60,14 @@ def decode(payload: bytes, regions: Regions = NO_REGIONS) -> InferRequest:
                 raise _bad(model, f"input '{name}': both contents and raw_input_contents are given")
             if used < len(raw):
                 inputs[name] = tensor = Tensor(name, datatype, shape, raw[used])
-                http_codec.check_size(model, tensor, len(raw[used]))
+                rules.check_size(model, tensor, len(raw[used]))
             used += 1
     if raw and used != len(raw):
         raise _bad(model, f"expected {used} raw_input_contents, one per input, got {len(raw)}")
     outputs, classes, shared_outputs = _outputs(model, message, regions)
     parameters = _parameters(message.parameters)
     if parameters:
-        http_codec.check_parameters(model, parameters)
+        rules.check_parameters(model, parameters)
     return InferRequest(model, inputs, message.model_version, message.id, outputs, parameters, classes, shared_outputs)
 
 
@@ -297,14 +297,14 @@ def _refuse_parameters(model: str, name: str, parameters: Any) -> None:
 def _shared(model: str, item: Any, shape: Shape, regions: Regions) -> Tensor:
     """An input in shared memory. Raises Unsupported for parameters that say something else."""
     parameters = _parameters(item.parameters)
-    region = http_codec.shared_region(model, f"input '{item.name}'", parameters)
+    region = rules.shared_region(model, f"input '{item.name}'", parameters)
     if region is None:
         _refuse_parameters(model, item.name, parameters)
         raise AssertionError("refused above")
     if item.HasField("contents"):
         raise _bad(model, f"input '{item.name}': both contents and shared memory are given")
     tensor = Tensor(item.name, item.datatype, shape, regions.read(region))
-    http_codec.check_size(model, tensor, region.byte_size)
+    rules.check_size(model, tensor, region.byte_size)
     return tensor
 
 
@@ -335,15 +335,15 @@ def _outputs(
     names: list[str] = []
     classes = {}
     shared = {}
-    if len(message.outputs) > http_codec.MAX_OUTPUTS:
-        raise _bad(model, f"at most {http_codec.MAX_OUTPUTS} outputs can be asked for, got {len(message.outputs)}")
+    if len(message.outputs) > rules.MAX_OUTPUTS:
+        raise _bad(model, f"at most {rules.MAX_OUTPUTS} outputs can be asked for, got {len(message.outputs)}")
     for item in message.outputs:
         if item.name in names:
             continue  # once is enough
         parameters = _parameters(item.parameters)
         if "classification" in parameters:
-            classes[item.name] = http_codec.check_classes(model, item.name, parameters.pop("classification"))
-        region = http_codec.shared_region(model, f"output '{item.name}'", parameters)
+            classes[item.name] = rules.check_classes(model, item.name, parameters.pop("classification"))
+        region = rules.shared_region(model, f"output '{item.name}'", parameters)
         if region is not None:
             regions.check(region)
             shared[item.name] = region

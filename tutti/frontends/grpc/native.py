@@ -35,7 +35,7 @@ from tutti.frontends.grpc.methods import (
     metadata_headers,
 )
 from tutti.frontends.held_bytes import COUNTED_BYTES
-from tutti.frontends.http import codec as http_codec
+from tutti.frontends.v2 import rules
 from tutti.frontends.v2.api import Api, Elsewhere
 from tutti.frontends.v2.following import Came
 
@@ -320,7 +320,7 @@ class GrpcFront:
         left_ns = 0
         try:
             if isinstance(timeout, bytes):
-                left_ns = http_codec.timeout_ns(b"grpc-timeout", timeout)
+                left_ns = rules.timeout_ns(b"grpc-timeout", timeout)
             request = self._decoded(payload)
             if request.classes and api.is_front_end:
                 raise Elsewhere

@@ -5,11 +5,10 @@ Sizes and positions are bytes. Rules follow Triton's binary tensor data extensio
 
 import json
 import math
-import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import orjson
@@ -17,44 +16,19 @@ import orjson
 from tutti.core import dtypes
 from tutti.core.errors import InvalidArgument, Unsupported
 from tutti.core.types import InferRequest, InferResponse, Parameters, Raw, Shape, SharedRegion, Tensor
+from tutti.frontends.v2.json_values import from_json, is_not_finite, parse_json, texts
+from tutti.frontends.v2.rules import (
+    MAX_OUTPUTS,
+    NO_REGIONS,
+    Regions,
+    check_classes,
+    check_parameters,
+    check_shape,
+    check_size,
+    invalid,
+    shared_region,
+)
 from tutti.repository.config import ModelConfig, TensorSpec
-
-MAX_DIMENSIONS = 32
-MAX_ELEMENTS = 2**40
-# Of arrays in 'data', whatever the tensor's rank: Triton reads as many.
-MAX_NESTING = 100
-MAX_OUTPUTS = 1024
-# Of one request's JSON.
-MAX_CONTAINERS = 2**20
-MAX_VALUES = 2**22
-_UNCOUNTED_JSON_BYTES = 64 * 1024
-_COUNTED_AT_ONCE = 1024 * 1024
-_BOM = b"\xef\xbb\xbf"
-_ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-# Numbers of so many digits may not fit 64 bits: orjson reads those that do not as floats.
-_LONG_NUMBER = re.compile(rb"[:\s](-?[0-9]{19,})\s*[,}]")
-
-
-class Regions(Protocol):
-    """Clients' registered shared memory. Methods raise InferErrors."""
-
-    def read(self, region: SharedRegion) -> bytes | bytearray: ...
-
-    def check(self, region: SharedRegion) -> None:
-        """Whether something may be written there."""
-
-
-class NoRegions:
-    """Where there is no shared memory."""
-
-    def read(self, region: SharedRegion) -> bytes:
-        raise Unsupported(f"shared memory region '{region.name}': shared memory is off")
-
-    def check(self, region: SharedRegion) -> None:
-        self.read(region)
-
-
-NO_REGIONS = NoRegions()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -161,7 +135,7 @@ def decode(
     if header_length is None:
         return _decode(name, version, view, view[:0], regions)
     if header_length > len(view):
-        raise _bad(name, f"Inference-Header-Content-Length is {header_length}, the body has {len(view)} bytes")
+        raise invalid(name, f"Inference-Header-Content-Length is {header_length}, the body has {len(view)} bytes")
     data = view[header_length:]
     if cache is None:
         return _decode(name, version, view[:header_length], data, regions)
@@ -177,12 +151,12 @@ def _decode(
     try:
         header = parse_json(text)
     except ValueError as error:
-        raise _bad(name, f"the request's JSON does not parse: {error}") from None
+        raise invalid(name, f"the request's JSON does not parse: {error}") from None
     if not isinstance(header, dict):
-        raise _bad(name, "the request's JSON: expected an object")
+        raise invalid(name, "the request's JSON: expected an object")
     inputs, used = _inputs(name, header, data, regions)
     if used != len(data):
-        raise _bad(
+        raise invalid(
             name,
             f"unexpected additional input data for model '{name}': {len(data) - used} bytes of binary data are left "
             "over after the last input",
@@ -192,49 +166,8 @@ def _decode(
     check_parameters(name, parameters, text, allows_end=False)
     request_id = header.get("id", "")
     if not isinstance(request_id, str):
-        raise _bad(name, "'id': expected a string")
+        raise invalid(name, "'id': expected a string")
     return InferRequest(name, inputs, version, request_id, outputs, parameters, classes, shared), reply
-
-
-def parse_json(text: Raw) -> Any:
-    """JSON, with NaN, Infinity and -Infinity for numbers, which Triton and its clients write. Raises ValueError."""
-    if len(text) > _UNCOUNTED_JSON_BYTES:
-        _check_values(text)
-    try:
-        return orjson.loads(text)
-    except orjson.JSONDecodeError:
-        plain = bytes(text).removeprefix(_BOM)
-        if b"NaN" in plain or b"Infinity" in plain:
-            return _parse_not_finite(plain)
-        if len(plain) == len(text):
-            raise
-        return orjson.loads(plain)
-
-
-def _check_values(text: Raw) -> None:
-    """Before it is parsed: each value takes up to forty times its text. Raises ValueError."""
-    containers = values = 0
-    for at in range(0, len(text), _COUNTED_AT_ONCE):
-        piece = bytes(text[at : at + _COUNTED_AT_ONCE])
-        containers += piece.count(b"[") + piece.count(b"{")
-        values += piece.count(b",")
-    if containers > MAX_CONTAINERS or values > MAX_VALUES:
-        limits = f"{MAX_CONTAINERS} arrays and objects, or {MAX_VALUES} values"
-        raise ValueError(f"it has more than {limits}: send tensors as binary data")
-
-
-def _parse_not_finite(text: bytes) -> Any:
-    """By Python's parser, which is laxer: its text may hold halves of surrogate pairs, which no encoding carries."""
-    try:
-        value = json.loads(text.decode())
-    except RecursionError:
-        raise ValueError("it is nested too deep") from None
-    if _ESCAPED_SURROGATE.search(text):
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise ValueError("a text has half of a surrogate pair") from None
-    return value
 
 
 def decode_raw(config: ModelConfig, version: str, body: Raw) -> InferRequest:
@@ -261,21 +194,6 @@ def decode_raw(config: ModelConfig, version: str, body: Raw) -> InferRequest:
     if config.is_batched:
         tensor = Tensor(spec.name, spec.datatype, (1, *tensor.shape), _with_row(tensor))
     return InferRequest(config.name, {spec.name: tensor}, version)
-
-
-# How long a client waits: gRPC's header, which HTTP gateways pass on under its name, and Envoy's, in milliseconds.
-TIMEOUT_HEADERS = frozenset({b"grpc-timeout", b"x-envoy-expected-rq-timeout-ms"})
-_UNIT_NS = {b"H": 3600 * 10**9, b"M": 60 * 10**9, b"S": 10**9, b"m": 10**6, b"u": 1000, b"n": 1}
-
-
-def timeout_ns(header: bytes, value: bytes) -> int:
-    """What one of TIMEOUT_HEADERS says, at least 1. Raises InvalidArgument."""
-    is_grpc = header == b"grpc-timeout"
-    digits, unit_ns = (value[:-1], _UNIT_NS.get(value[-1:], 0)) if is_grpc else (value, 10**6)
-    if not unit_ns or not digits.isdigit() or len(digits) > 8:
-        expected = "at most 8 digits and a unit, one of HMSmun" if is_grpc else "at most 8 digits, milliseconds"
-        raise InvalidArgument(f"header {header.decode()}: expected {expected}, got {value[:40].decode('latin-1')!r}")
-    return max(1, int(digits) * unit_ns)
 
 
 def encode(
@@ -367,97 +285,20 @@ def _json_output(model: str, tensor: Tensor) -> bytes:
     return orjson.dumps(entry, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
-def is_not_finite(data: Any) -> bool:
-    """Whether numbers are among `data` that plain JSON has no word for."""
-    return isinstance(data, np.ndarray) and data.dtype.kind == "f" and not np.isfinite(data).all()
-
-
-def _bad(model: str, why: str) -> InvalidArgument:
-    return InvalidArgument(f"model '{model}': {why}")
-
-
 def _object(model: str, parent: Mapping[str, Any], key: str) -> dict[str, Any]:
     value = parent.get(key)
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise _bad(model, f"'{key}': expected an object")
+        raise invalid(model, f"'{key}': expected an object")
     return value
 
 
 def _list(model: str, parent: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
     value = parent.get(key, [])
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-        raise _bad(model, f"'{key}': expected an array of objects")
+        raise invalid(model, f"'{key}': expected an array of objects")
     return value
-
-
-_WANTS_END = "triton_enable_empty_final_response"
-
-
-def check_parameters(model: str, parameters: Mapping[str, Any], text: Raw = b"", allows_end: bool = True) -> None:
-    """A request's parameters are numbers, text or booleans, under names that are not the server's own.
-
-    `text` is the JSON that they come from, which tells a whole number of more than 64 bits from a large float. With
-    `allows_end` one of Triton's own names may be there, which asks a stream to tell its end. Raises InvalidArgument.
-    """
-    for key, value in parameters.items():
-        if key.startswith("triton_") and not (allows_end and key == _WANTS_END):
-            only = f"Only the following keys starting with 'triton_' are allowed: {_WANTS_END}; " if allows_end else ""
-            raise _bad(
-                model,
-                "parameter keys starting with 'triton_' are reserved for Triton usage and should not be specified. "
-                f"{only}got '{key}'",
-            )
-        if not isinstance(value, bool | int | float | str):
-            raise _bad(
-                model,
-                f"parameter '{key}' has invalid type. It should be either 'int', 'bool', or 'string', or a number",
-            )
-        if type(value) is int and not -(2**63) <= value < 2**64:
-            raise _bad(model, f"parameter '{key}': {value} does not fit 64 bits")
-        if type(value) is float:
-            _check_float(model, key, value, text)
-        if key in _OF_THE_SERVER:
-            _check_own(model, key, value)
-
-
-# Parameters that say something to the server itself: what they are, since another type would be passed over.
-_OF_THE_SERVER: dict[str, tuple[tuple[type, ...], str]] = {
-    "priority": ((int,), "a whole number of 0 or more"),
-    "timeout": ((int,), "a whole number of microseconds"),
-    "sequence_id": ((int, str), "a whole number or text"),
-    "sequence_start": ((bool,), "true or false"),
-    "sequence_end": ((bool,), "true or false"),
-}
-
-
-def _check_own(model: str, key: str, value: Any) -> None:
-    types, expected = _OF_THE_SERVER[key]
-    if type(value) not in types or (key == "priority" and value < 0):
-        raise _bad(model, f"invalid value type for '{key}' parameter, expected {expected}, got {value!r:.100}")
-
-
-def _check_float(model: str, key: str, value: float, text: Raw) -> None:
-    if not math.isfinite(value):
-        raise _bad(model, f"parameter '{key}': expected a finite number, got {value}")
-    if abs(value) >= 2**63 and any(float(number) == value for number in _LONG_NUMBER.findall(text)):
-        raise _bad(model, f"parameter '{key}': {int(value)} does not fit 64 bits")
-
-
-def shared_region(model: str, what: str, parameters: Mapping[str, Any]) -> SharedRegion | None:
-    """The shared memory that a tensor's parameters name, if they name any. Raises InvalidArgument."""
-    name = parameters.get("shared_memory_region")
-    if name is None:
-        return None
-    size, offset = parameters.get("shared_memory_byte_size"), parameters.get("shared_memory_offset", 0)
-    if not isinstance(name, str):
-        raise _bad(model, f"{what}: 'shared_memory_region': expected a name")
-    for key, value in (("shared_memory_byte_size", size), ("shared_memory_offset", offset)):
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**62:
-            raise _bad(model, f"{what}: '{key}': expected a whole number, got {value!r}")
-    assert isinstance(size, int) and isinstance(offset, int)
-    return SharedRegion(name, offset, size)
 
 
 def _inputs(
@@ -469,12 +310,12 @@ def _inputs(
     for item in _list(model, header, "inputs"):
         name = item.get("name")
         if not isinstance(name, str):
-            raise _bad(model, "an input has no 'name'")
+            raise invalid(model, "an input has no 'name'")
         if name in inputs:
-            raise _bad(model, f"input '{name}' already exists in request: it is given more than once")
+            raise invalid(model, f"input '{name}' already exists in request: it is given more than once")
         datatype = item.get("datatype")
         if not isinstance(datatype, str) or datatype not in dtypes.NUMPY:
-            raise _bad(
+            raise invalid(
                 model,
                 f"invalid datatype for input {name}: 'datatype': expected one of {', '.join(dtypes.NUMPY)}, "
                 f"got {datatype!r}",
@@ -484,21 +325,23 @@ def _inputs(
         size = given.get("binary_data_size")
         region = shared_region(model, f"input '{name}'", given)
         if (size is not None) + ("data" in item) + (region is not None) != 1:
-            raise _bad(model, f"input '{name}': expected one of 'data', 'binary_data_size' and 'shared_memory_region'")
+            raise invalid(
+                model, f"input '{name}': expected one of 'data', 'binary_data_size' and 'shared_memory_region'"
+            )
         if region is not None:
             inputs[name] = Tensor(name, datatype, shape, regions.read(region))
             check_size(model, inputs[name], region.byte_size)
             continue
         if size is None:
             if not isinstance(item["data"], list):
-                raise _bad(model, f"input '{name}': 'data': expected an array, got {str(item['data'])[:40]!r}")
+                raise invalid(model, f"input '{name}': 'data': expected an array, got {str(item['data'])[:40]!r}")
             inputs[name] = Tensor(name, datatype, shape, from_json(model, name, datatype, shape, item["data"]))
             continue
         if not isinstance(size, int) or isinstance(size, bool) or size < 0:
-            raise _bad(model, f"input '{name}': 'binary_data_size': expected a whole number, got {size!r}")
+            raise invalid(model, f"input '{name}': 'binary_data_size': expected a whole number, got {size!r}")
         if at + size > len(binary):
             more = f"unexpected size for input '{name}', expecting {at + size - len(binary)} additional bytes"
-            raise _bad(
+            raise invalid(
                 model,
                 f"{more}: input '{name}': expected {size} bytes of binary data, only {len(binary) - at} are left",
             )
@@ -508,105 +351,15 @@ def _inputs(
     return inputs, at
 
 
-def check_size(model: str, tensor: Tensor, size: int) -> None:
-    """Raise InvalidArgument unless `size` bytes are what the tensor's shape and datatype take."""
-    if tensor.datatype == "BYTES":
-        return
-    expected = math.prod(tensor.shape) * dtypes.NUMPY[tensor.datatype].itemsize
-    if size != expected:
-        shape = f"{tensor.datatype}{list(tensor.shape)}"
-        raise InvalidArgument(
-            f"input byte size mismatch for input '{tensor.name}' for model '{model}'. Expected {expected}, got {size}: "
-            f"expected {expected} bytes for {shape}"
-        )
-
-
-def check_shape(model: str, name: str, shape: Shape) -> None:
-    """Raise InvalidArgument for negative, too many or too large dimensions."""
-    # Zeros do not count: numpy multiplies the others.
-    product = math.prod(shape) if 0 not in shape else math.prod(size or 1 for size in shape)
-    if product > MAX_ELEMENTS and min(shape) >= 0:
-        most = f"causes total element count to exceed maximum size of {MAX_ELEMENTS}"
-        raise _bad(model, f"input '{name}': 'shape' {list(shape)[:40]} {most}")
-    if len(shape) > MAX_DIMENSIONS or min(shape, default=0) < 0 or product > MAX_ELEMENTS:
-        limits = f"at most {MAX_DIMENSIONS} sizes of 0 or more with a product of at most {MAX_ELEMENTS}"
-        raise _bad(model, f"input '{name}': 'shape': expected {limits}, got {list(shape)[:40]}")
-
-
 def _shape(model: str, name: str, value: Any) -> Shape:
     if not isinstance(value, list) or not all(isinstance(n, int) and not isinstance(n, bool) for n in value):
-        raise _bad(model, f"input '{name}': 'shape': expected an array of whole numbers, got {str(value)[:100]}")
+        raise invalid(model, f"input '{name}': 'shape': expected an array of whole numbers, got {str(value)[:100]}")
     shape = tuple(value)
     if min(shape, default=0) < 0:
         what = "Unable to parse 'shape': attempt to access JSON non-unsigned-integer as unsigned-integer"
-        raise _bad(model, f"input '{name}': {what}: expected sizes of 0 or more, got {value[:40]}")
+        raise invalid(model, f"input '{name}': {what}: expected sizes of 0 or more, got {value[:40]}")
     check_shape(model, name, shape)
     return shape
-
-
-def from_json(model: str, name: str, datatype: str, shape: Shape, data: Any) -> Any:
-    """The numpy array of a JSON value. Raises InvalidArgument."""
-    flat: list[Any] = []
-    if not _flatten(data if isinstance(data, list) else [data], flat, MAX_NESTING):
-        what = f"JSON nesting depth exceeds maximum allowed limit ({MAX_NESTING})"
-        raise _bad(model, f"input '{name}': {what}: 'data' is nested more than that")
-    if len(flat) != math.prod(shape):
-        raise _bad(
-            model,
-            f"input '{name}': Unable to parse 'data': Shape does not match true shape of 'data' field: expected "
-            f"{math.prod(shape)} elements for shape {list(shape)}, got {len(flat)}",
-        )
-    if datatype in ("FP16", "BF16") and flat:
-        what = (
-            f"receiving {datatype} data via JSON is not supported. Please use the binary data format for input {name}"
-        )
-        raise _bad(model, f"{what}: its data must be binary")
-    if datatype == "BYTES":
-        return _text_array(model, name, flat).reshape(shape)
-    allowed = {"b": (bool,), "i": (int,), "u": (int,), "f": (int, float)}[dtypes.NUMPY[datatype].kind]
-    if not set(map(type, flat)) <= set(allowed):
-        for element in [element for element in flat if type(element) not in allowed][:1]:
-            raise _bad(
-                model,
-                f"input '{name}': Unable to parse 'data': attempt to access JSON {_accessed(datatype)}: expected "
-                f"{datatype} elements, got {str(element)[:40]!r}",
-            )
-    try:
-        with np.errstate(over="ignore"):  # what is too large for a float is infinite
-            return np.array(flat, dtype=dtypes.NUMPY[datatype]).reshape(shape)
-    except OverflowError:
-        raise _bad(model, f"input '{name}': an element does not fit {datatype}") from None
-
-
-def _accessed(datatype: str) -> str:
-    """What Triton's reader calls an element that is of another type than a datatype's."""
-    kinds = {
-        "b": "non-boolean as boolean", "i": "non-signed-integer as signed-integer",
-        "u": "non-unsigned-integer as unsigned-integer", "f": "non-number as double", "O": "non-string as string",
-    }  # fmt: skip
-    return kinds[dtypes.NUMPY[datatype].kind]
-
-
-def _flatten(value: list[Any], flat: list[Any], depth: int) -> bool:
-    """Append the elements to `flat`; False when they lie deeper than `depth`."""
-    for item in value:
-        if not isinstance(item, list):
-            flat.append(item)
-        elif not depth or not _flatten(item, flat, depth - 1):
-            return False
-    return True
-
-
-def _text_array(model: str, name: str, flat: list[Any]) -> Any:
-    if not all(isinstance(element, str) for element in flat):
-        raise _bad(
-            model,
-            f"input '{name}': Unable to parse JSON bytes array: attempt to access JSON {_accessed('BYTES')}: expected "
-            "BYTES elements as strings",
-        )
-    array = np.empty(len(flat), dtype=object)
-    array[:] = [element.encode() for element in flat]
-    return array
 
 
 def _outputs(
@@ -618,12 +371,12 @@ def _outputs(
     """
     default = parameters.pop("binary_data_output", False)
     if not isinstance(default, bool):
-        raise _bad(model, f"'binary_data_output': expected true or false, got {default!r}")
+        raise invalid(model, f"'binary_data_output': expected true or false, got {default!r}")
     items = _list(model, header, "outputs")
     if not items:
         return (), {}, {}, BINARY_REPLY if default else JSON_REPLY
     if len(items) > MAX_OUTPUTS:
-        raise _bad(model, f"at most {MAX_OUTPUTS} outputs can be asked for, got {len(items)}")
+        raise invalid(model, f"at most {MAX_OUTPUTS} outputs can be asked for, got {len(items)}")
     names: list[str] = []
     binary: dict[str, bool] = {}
     classes = {}
@@ -631,7 +384,7 @@ def _outputs(
     for item in items:
         name = item.get("name")
         if not isinstance(name, str):
-            raise _bad(model, "an output has no 'name'")
+            raise invalid(model, "an output has no 'name'")
         if name in binary:
             continue  # once is enough
         wanted = _object(model, item, "parameters")
@@ -648,16 +401,9 @@ def _outputs(
         names.append(name)
         is_binary = wanted.get("binary_data", False)
         if not isinstance(is_binary, bool):
-            raise _bad(model, f"output '{name}': 'binary_data': expected true or false, got {is_binary!r:.100}")
+            raise invalid(model, f"output '{name}': 'binary_data': expected true or false, got {is_binary!r:.100}")
         binary[name] = is_binary
     return tuple(names), classes, shared, ReplyFormat(default, binary)
-
-
-def check_classes(model: str, name: str, value: Any) -> int:
-    """The `classification` parameter of an output. Raises InvalidArgument unless it is a whole number of 1 or more."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise _bad(model, f"output '{name}': 'classification': expected a whole number of 1 or more, got {value!r}")
-    return value
 
 
 def _raw_shape(config: ModelConfig, spec: TensorSpec, size: int, item_size: int) -> Shape:
@@ -670,7 +416,7 @@ def _raw_shape(config: ModelConfig, spec: TensorSpec, size: int, item_size: int)
             f"variable-sized dimension: model '{config.name}' has {list(dims)}"
         )
     if size % known or (not variable and size != known):
-        raise _bad(config.name, f"a raw request of {size} bytes does not fit input dims {list(dims)}")
+        raise invalid(config.name, f"a raw request of {size} bytes does not fit input dims {list(dims)}")
     return tuple(size // known if dim == -1 else dim for dim in dims)
 
 
@@ -681,20 +427,8 @@ def _with_row(tensor: Tensor) -> Any:
 def _json_data(model: str, tensor: Tensor) -> Any:
     if tensor.datatype in ("FP16", "BF16"):
         what = f"sending {tensor.datatype} data via JSON is not supported. Please use the binary data format for output"
-        raise _bad(model, f"{what} '{tensor.name}'")
+        raise invalid(model, f"{what} '{tensor.name}'")
     array = tensor.array().reshape(-1)
     if tensor.datatype == "BYTES":
         return texts(model, tensor.name, array.tolist())
     return np.ascontiguousarray(array)
-
-
-def texts(model: str, name: str, elements: Iterable[Any]) -> list[str]:
-    """BYTES elements as JSON has them. Raises InvalidArgument for what is no UTF-8: other bytes would come out."""
-    found = []
-    for element in elements:
-        try:
-            found.append(element.decode() if isinstance(element, bytes) else str(element))
-        except UnicodeDecodeError as error:
-            what = f"element {len(found)} is no UTF-8, and JSON cannot carry it: ask for binary data ({error})"
-            raise _bad(model, f"output '{name}': {what}") from None
-    return found

@@ -38,6 +38,7 @@ from tutti.frontends.http.connection import (
 )
 from tutti.frontends.http.status import REFUSED, status_of
 from tutti.frontends.size_limits import Limits
+from tutti.frontends.v2 import rules
 from tutti.frontends.v2.api import Api, Elsewhere
 
 _log = logging.getLogger(__name__)
@@ -413,8 +414,8 @@ def _infer_head(model: str, version: str, headers: Sequence[tuple[bytes, bytes]]
             coding = value.decode("latin-1").lower()
         elif key == b"accept-encoding":
             reply_coding = compression.choose(value.decode("latin-1"))
-        elif key in http_codec.TIMEOUT_HEADERS:
-            given_ns = http_codec.timeout_ns(key, value)
+        elif key in rules.TIMEOUT_HEADERS:
+            given_ns = rules.timeout_ns(key, value)
             timeout_ns = min(timeout_ns or given_ns, given_ns)
         elif key == answer_headers.ID_HEADER:
             request_id = answer_headers.id_of(value)

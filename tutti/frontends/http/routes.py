@@ -19,9 +19,8 @@ from tutti.core.types import Call, InferRequest, InferResponse, now_ns
 from tutti.frontends.awaited_answers import Answers
 from tutti.frontends.gate import Category, Gate
 from tutti.frontends.http import answer_headers, compression
-from tutti.frontends.http import codec as http_codec
 from tutti.frontends.http.status import REFUSED, status_of
-from tutti.frontends.v2 import generate
+from tutti.frontends.v2 import generate, json_values, rules
 from tutti.frontends.v2.api import Api
 from tutti.repository.config import ModelConfig
 
@@ -321,10 +320,10 @@ class _Routes:
         self._api.http.forward_headers(request.headers.items(), sent)
         answers = Answers()
         call = request.scope["call"] = answers.call(sent)
-        for header in http_codec.TIMEOUT_HEADERS:
+        for header in rules.TIMEOUT_HEADERS:
             value = request.headers.get(header.decode())
             if value is not None:
-                deadline_ns = now_ns() + http_codec.timeout_ns(header, value.encode("latin-1"))
+                deadline_ns = now_ns() + rules.timeout_ns(header, value.encode("latin-1"))
                 call.deadline_ns = min(call.deadline_ns or deadline_ns, deadline_ns)
         if self._api.tracer.is_on:
             self._api.tracer.begin(call, request.headers.get("traceparent", ""), "HTTP")
@@ -349,7 +348,7 @@ async def _json_object(request: Request) -> dict[str, Any]:
     """The request's body, {} for none. Raises InvalidArgument for anything but a JSON object."""
     body = await request.body()
     try:
-        value = http_codec.parse_json(body or b"{}")
+        value = json_values.parse_json(body or b"{}")
     except ValueError as error:
         raise InvalidArgument(f"{request.url.path}: the request's JSON does not parse: {error}") from None
     if not isinstance(value, dict):

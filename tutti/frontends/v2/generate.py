@@ -12,7 +12,7 @@ import orjson
 
 from tutti.core.errors import InvalidArgument
 from tutti.core.types import InferRequest, InferResponse, Parameters, Shape, Tensor
-from tutti.frontends.http import codec as http_codec
+from tutti.frontends.v2 import json_values, rules
 from tutti.repository.config import ModelConfig, TensorSpec
 
 
@@ -20,7 +20,7 @@ def decode(config: ModelConfig, version: str, body: bytes) -> InferRequest:
     """Raises InvalidArgument naming the model and the member."""
     name = config.name
     try:
-        given = http_codec.parse_json(body)
+        given = json_values.parse_json(body)
     except ValueError as error:
         raise InvalidArgument(f"model '{name}': the request's JSON does not parse: {error}") from None
     if not isinstance(given, dict):
@@ -36,7 +36,7 @@ def decode(config: ModelConfig, version: str, body: bytes) -> InferRequest:
             parameters.update(_parameters(name, value))
         else:
             parameters[key] = value
-    http_codec.check_parameters(name, parameters, body)
+    rules.check_parameters(name, parameters, body)
     request_id = given.get("id", "")
     if not isinstance(request_id, str):
         raise InvalidArgument(f"model '{name}': 'id': expected a string")
@@ -63,7 +63,7 @@ def _parameters(name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InvalidArgument(f"model '{name}': Expected JSON object for {keyword}, got {str(value)[:40]}")
     try:
-        http_codec.check_parameters(name, value)
+        rules.check_parameters(name, value)
     except InvalidArgument as error:
         told = error.message.removeprefix(f"model '{name}': ")
         raise InvalidArgument(f"model '{name}': Converting {keyword}: {told}") from None
@@ -78,7 +78,7 @@ def encode(response: InferResponse, request_id: str) -> bytes:
         shown[key] = value
     for tensor in response.outputs:
         shown[tensor.name] = _values(response.model_name, tensor)
-    if any(http_codec.is_not_finite(tensor.data) for tensor in response.outputs):
+    if any(json_values.is_not_finite(tensor.data) for tensor in response.outputs):
         return json.dumps(shown).encode()
     return orjson.dumps(shown)
 
@@ -95,7 +95,7 @@ def _tensor(config: ModelConfig, spec: TensorSpec, value: Any) -> Tensor:
         spec.name,
         spec.datatype,
         shape,
-        http_codec.from_json(config.name, spec.name, spec.datatype, shape, value),
+        json_values.from_json(config.name, spec.name, spec.datatype, shape, value),
     )
 
 
@@ -104,5 +104,5 @@ def _values(model: str, tensor: Tensor) -> Any:
         raise InvalidArgument(f"model '{model}': output '{tensor.name}': {tensor.datatype} cannot be shown as JSON")
     values = tensor.array().reshape(-1).tolist()
     if tensor.datatype == "BYTES":
-        values = http_codec.texts(model, tensor.name, values)
+        values = json_values.texts(model, tensor.name, values)
     return values[0] if len(values) == 1 else values
