@@ -62,7 +62,7 @@ HEAVY = {
     "torch": {
         "tutti.backends.pytorch",
         "tutti.backends.compiled",
-        "tutti.backends.compiler",
+        "tutti.backends.compiler_process",
         "tutti.backends.cuda_graphs",
         "tutti.backends.verification",
         "tutti.backends.tensorrt",
@@ -78,12 +78,6 @@ HEAVY = {
 }
 # Circles that are yet to be opened.
 CIRCLES = [
-    [
-        "tutti.backends.compiled",
-        "tutti.backends.compiler",
-        "tutti.backends.largest_batch",
-        "tutti.backends.pytorch",
-    ],
     ["tutti.backends.cuda_graphs", "tutti.backends.cuda_graphs_trial"],
 ]
 

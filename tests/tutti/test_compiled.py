@@ -28,7 +28,7 @@ from tutti.repository import config
 
 torch = pytest.importorskip("torch")
 
-from tutti.backends import artefacts, compiled, compiler, largest_batch, pytorch, verification  # noqa: E402
+from tutti.backends import artefacts, compiled, compiler, compiler_process, largest_batch, pytorch, verification  # noqa: E402
 from tutti.backends.compiler import AOT, JIT, Job, Uncompilable  # noqa: E402
 from tutti.backends.cuda_graphs import ModelGraphs  # noqa: E402
 from tutti.devices import cuda  # noqa: E402
@@ -485,7 +485,7 @@ def test_a_process_that_takes_too_long_is_ended(tmp_path: Path, monkeypatch: pyt
 
 def test_a_process_ends_with_the_server(tmp_path: Path) -> None:
     ours, theirs = os.pipe()
-    command = [sys.executable, "-m", "tutti.backends.compiler", str(tmp_path), str(ours)]
+    command = [sys.executable, "-m", "tutti.backends.compiler_process", str(tmp_path), str(ours)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=(ours,), start_new_session=True) as process:
         os.close(ours)
         os.close(theirs)
@@ -557,7 +557,7 @@ def test_the_process_compares_before_anything_is_kept(
     (tmp_path / "folder").mkdir()
     mode = "max-autotune-no-cudagraphs"
     given = Job("m", text_of(), str(tmp_path / "given.pt2"), AOT, mode, "cpu", tolerance, 60)
-    failure = compiler._compile(given, tmp_path / "folder")
+    failure = compiler_process._compile(given, tmp_path / "folder")
     assert bool(re.search(r"differs by \d+.\d\d% of its range", failure)) != is_same
     assert options == [{**torch._inductor.list_mode_options(mode), "cpp.dynamic_threads": True}]
     assert options[0]["max_autotune"] and "triton.cudagraphs" not in options[0]
@@ -765,9 +765,9 @@ def sizes(program: Any) -> list[list[int]]:
 def test_kernels_are_made_for_batches_as_they_come(encoder: bytes, tmp_path: Path) -> None:
     (tmp_path / "model.pt2").write_bytes(encoder)
     program = compiled.exported(tmp_path / "model.pt2", "cpu")
-    typical = compiler.with_rows(program, 64, "cpu")
+    typical = compiler_process.with_rows(program, 64, "cpu")
     assert sizes(program) == [[-2, -3]] * 2 and sizes(typical) == [[-64, -3]] * 2
-    assert compiler.with_rows(program, 0, "cpu") is program, "there is no batch axis"
+    assert compiler_process.with_rows(program, 0, "cpu") is program, "there is no batch axis"
     for rows, length in SIZES:
         inputs = torch.ones(rows, length, dtype=torch.long), torch.ones(rows, length, dtype=torch.long)
         expected, made = (p.module(check_guards=False)(*inputs) for p in (program, typical))
@@ -777,7 +777,7 @@ def test_kernels_are_made_for_batches_as_they_come(encoder: bytes, tmp_path: Pat
 def test_kernels_are_made_for_the_largest_batch_only(encoder: bytes, tmp_path: Path) -> None:
     (tmp_path / "model.pt2").write_bytes(encoder)
     program = compiled.exported(tmp_path / "model.pt2", "cpu")
-    assert sizes(compiler.with_rows(program, 64, "cpu", is_fixed=True)) == [[64, -3]] * 2
+    assert sizes(compiler_process.with_rows(program, 64, "cpu", is_fixed=True)) == [[64, -3]] * 2
     for inputs, expected in compiled.expectations(program, (), "cpu", rows=7):
         assert [len(tensor) for tensor in inputs] == [7, 7]
         again = program.module(check_guards=False)(*inputs)
@@ -870,7 +870,7 @@ def test_for_which_batches_is_compiled_apart(device: str, how: str, dims: int, m
 
 def test_a_program_of_one_size_is_compiled_as_it_is() -> None:
     fixed = export(Encoder(), torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3, dtype=torch.long))
-    assert compiler.with_rows(fixed, 64, "cpu") is fixed
+    assert compiler_process.with_rows(fixed, 64, "cpu") is fixed
 
 
 @pytest.mark.slow
