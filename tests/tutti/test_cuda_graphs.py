@@ -16,9 +16,10 @@ from tests.models import Repository
 from tests.serving import engine_over, infer, timer
 from tests.tutti.test_device_backend import CHAIN, IDS, ON_GPU, SAME, Embed, Hungry, Identity, ids_request
 from tests.tutti.test_pytorch_backend import CONFIG, Subtract, exported, load_error, scripted
-from tutti.backends import capturing, cuda_graphs, cuda_graphs_trial, graph_buckets, pytorch
+from tutti.backends import capturing, cuda_graphs, cuda_graphs_trial, cuda_graphs_trial_process, graph_buckets, pytorch
 from tutti.backends.capturing import SimulatedCapturing
-from tutti.backends.cuda_graphs_trial import Result, unequal
+from tutti.backends.cuda_graphs_trial import Result
+from tutti.backends.cuda_graphs_trial_process import unequal
 from tutti.core.dtypes import Array
 from tutti.core.types import InferRequest, InferResponse, Tensor
 from tutti.devices import process_engines
@@ -417,13 +418,13 @@ class Centred(torch.nn.Module):
         return x - x.mean(dim=0, keepdim=True)
 
 
-@pytest.mark.parametrize("command", [["-m", "tutti.backends.cuda_graphs_trial"], []])
+@pytest.mark.parametrize("command", [["-m", "tutti.backends.cuda_graphs_trial_process"], []])
 def test_rows_that_depend_on_each_other_are_found_out(
     repository: Repository, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, command: list[str]
 ) -> None:
     """Rows that a batch is filled up with would be seen in what is made of its own."""
     if not command:
-        monkeypatch.setattr(cuda_graphs_trial, "run", cuda_graphs_trial.attempt)
+        monkeypatch.setattr(cuda_graphs_trial, "run", cuda_graphs_trial_process.attempt)
     sizes = parameter("tutti.graphs.batch_sizes", "1, 2, 4, 8, 16")  # the process has its own defaults
     repository.add("m", X + GRAPHS + sizes, {"model.pt": scripted(Centred())})
     with engine_over(repository.root) as engine:
@@ -439,7 +440,7 @@ def test_rows_that_depend_on_each_other_are_found_out(
 
 def test_what_a_trial_leaves_out_is_not_captured(repository: Repository, replays: list[Any]) -> None:
     folder = folder_of(repository, IDS.replace("max_batch_size: 64", "max_batch_size: 8") + LENGTHS + GRAPHS, Hungry(3))
-    result = cuda_graphs_trial.attempt(folder, 1, "cuda:0")
+    result = cuda_graphs_trial_process.attempt(folder, 1, "cuda:0")
     buckets = graph_buckets.plan(folder.config).buckets
     assert not result.failure
     assert {buckets[index].rows for index in result.left_out} == {4, 8} and len(result.left_out) == 4
@@ -447,14 +448,14 @@ def test_what_a_trial_leaves_out_is_not_captured(repository: Repository, replays
 
 def test_a_model_that_can_do_nothing_has_no_graphs(repository: Repository) -> None:
     folder = folder_of(repository, IDS + LENGTHS + GRAPHS, Hungry(0))
-    assert cuda_graphs_trial.attempt(folder, 1, "cuda:0").failure == "RuntimeError: CUDA error: out of memory"
+    assert cuda_graphs_trial_process.attempt(folder, 1, "cuda:0").failure == "RuntimeError: CUDA error: out of memory"
 
 
 def test_a_device_that_fails_is_told_with_the_shape(repository: Repository) -> None:
     """As lengths for which a model has no positions: there is no other way to find out."""
     bounds = parameter("tutti.bounds", '{"ids": [100, 200]}') + parameter("tutti.pad_value.ids", "100")
     folder = folder_of(repository, IDS + LENGTHS + bounds + GRAPHS, Embed())
-    failure = cuda_graphs_trial.attempt(folder, 1, "cuda:0").failure
+    failure = cuda_graphs_trial_process.attempt(folder, 1, "cuda:0").failure
     assert failure.startswith("'ids' [64, 8]: ") and "index out of range" in failure
 
 
