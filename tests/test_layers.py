@@ -12,6 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("tutti", "ensembles", "ray_app", "export", "loadtest", "demo", "benchmarks")
+# Folders beside tutti/ that may also be imported as its packages: tutti.export is export/.
+BESIDE = frozenset(["ensembles", "ray_app", "export", "loadtest"])
 
 # From the ground up. A folder's row covers the folders within it that have none of their own.
 FLOORS = (
@@ -81,7 +83,10 @@ Imports = Mapping[str, set[str]]
 
 
 def read(root: Path) -> dict[str, set[str]]:
-    """Every module of the packages -> what it imports anywhere in its file: modules of ours, and others by name."""
+    """Every module of the packages -> what it imports anywhere in its file: modules of ours, and others by name.
+
+    A module of ours is called by its file's place, without regard to the links in tutti/.
+    """
     files: dict[str, Path] = {}
     for package in PACKAGES:
         for path in (root / package).rglob("*.py"):
@@ -91,19 +96,24 @@ def read(root: Path) -> dict[str, set[str]]:
     return {name: set(_imported(name, path, set(files))) for name, path in sorted(files.items())}
 
 
+def _place(name: str) -> str:
+    """Where a module's file is."""
+    return name.removeprefix("tutti.") if name.removeprefix("tutti.").split(".")[0] in BESIDE else name
+
+
 def _imported(name: str, path: Path, modules: set[str]) -> Iterator[str]:
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            yield from (_place(alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             source = node.module or ""
             if node.level:
                 above = package.split(".")[: len(package.split(".")) - node.level + 1]
                 source = ".".join([*above, *filter(None, [node.module])])
             for alias in node.names:
-                inside = f"{source}.{alias.name}"
-                yield inside if inside in modules else source
+                inside = _place(f"{source}.{alias.name}")
+                yield inside if inside in modules else _place(source)
 
 
 def floor(name: str) -> int:
@@ -264,6 +274,12 @@ def test_what_is_beside_a_circle_is_not_of_it(tmp_path: Path) -> None:
         tutti__core__errors="",
     )
     assert circles(imports) == [["tutti.core.rows", "tutti.core.types"]]
+
+
+@pytest.mark.parametrize("line", ["import tutti.export.cli", "from tutti.export import cli", "from export import cli"])
+def test_a_folder_beside_tutti_is_the_same_by_both_names(tmp_path: Path, line: str) -> None:
+    imports = house(tmp_path, tutti__core__rows=line, export__cli="from tutti.core import types")
+    assert upward(imports) == {("tutti.core.rows", "export.cli")}
 
 
 def test_a_folder_without_a_row_is_refused(tmp_path: Path) -> None:
