@@ -440,7 +440,7 @@ def _check_name(name: object, root: Path) -> None:
 
 def _may_be_ensemble(root: Path, name: str) -> bool:
     try:
-        return repository.open_model(root, name).config.is_ensemble
+        return completion.open_model(root, name).config.is_ensemble
     except ConfigError:  # it may have been one, and is mended now
         return True
 
