@@ -83,12 +83,12 @@ $(REPO)/image_classifier/1/model.onnx: $(wildcard export/steps/image_*.py) $(EXP
 # Scenarios in open loop against `tutti serve`; reports are in loadtest/reports.
 loadtest: $(VENV)/.ready-dev
 	@$(MAKE) --no-print-directory -j2 models
-	$(BIN)/python -m loadtest.run steady burst mixed
+	$(BIN)/python -m tutti.loadtest.run steady burst mixed
 
 # The same against a local Ray cluster, whose replicas follow the load.
 loadtest-cluster: $(VENV)/.ready-dev
 	@$(MAKE) --no-print-directory -j2 models
-	$(BIN)/python -m loadtest.run --ray cold-start mixed steady --output loadtest/reports/cluster
+	$(BIN)/python -m tutti.loadtest.run --ray cold-start mixed steady --output loadtest/reports/cluster
 
 $(VENV)/.venv-made:
 	$(PYTHON) -m venv $(VENV)

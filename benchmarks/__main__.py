@@ -40,10 +40,10 @@ from benchmarks.models import (
     write_repository,
 )
 from demo.client import Client, load_items
-from loadtest.process import free_ports, stop, wait_until_ready
 from tests.models import plain_sample
 from tests.peers import tritonserver
 from tests.serving import serving
+from tutti.loadtest.process import free_ports, stop, wait_until_ready
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks"

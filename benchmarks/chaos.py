@@ -24,7 +24,7 @@ import psutil
 
 from benchmarks.machine import commit, hardware
 from benchmarks.open_loop import DEADLINE_S, LoadProcess, Outcome, write_model
-from loadtest.process import free_ports, stop, wait_until_ready
+from tutti.loadtest.process import free_ports, stop, wait_until_ready
 
 NODES = 3
 GATEWAYS = 2

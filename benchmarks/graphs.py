@@ -12,7 +12,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks.models import BenchModel
-from ensembles.builder import Graph
+from tutti.ensembles.builder import Graph
 
 WIDTH = 64
 STEP = BenchModel("dense_0", (WIDTH,), WIDTH, 64, "onnxruntime")

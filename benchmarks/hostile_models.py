@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from loadtest.process import free_ports, stop, wait_until_ready
+from tutti.loadtest.process import free_ports, stop, wait_until_ready
 
 HANG_TIMEOUT_S = 1
 REQUEST_TIMEOUT_S = 60.0

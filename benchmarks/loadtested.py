@@ -25,11 +25,11 @@ import yaml
 
 from benchmarks.machine import ROOT, run_parts
 from benchmarks.open_loop import CONFIG, write_model
-from loadtest import runner, scenario, search
-from loadtest.process import free_ports, stop, wait_until_ready
-from loadtest.scenario import Scenario
-from loadtest.search import PROBE_REQUESTS
-from loadtest.slo import Verdict
+from tutti.loadtest import runner, scenario, search
+from tutti.loadtest.process import free_ports, stop, wait_until_ready
+from tutti.loadtest.scenario import Scenario
+from tutti.loadtest.search import PROBE_REQUESTS
+from tutti.loadtest.slo import Verdict
 
 DELAY_MS, STALL_S, EVERY_S, ERRORS = 5.0, 1.0, 20.0, 0.01
 ACCELERATOR_S, ROW_S = 0.02, 0.001
@@ -207,7 +207,7 @@ def profiled(own: Scenario) -> str:
         while time.monotonic() < until:
             for process in psutil.Process().children(recursive=True):
                 with contextlib.suppress(psutil.Error):
-                    if "loadtest.engine" in " ".join(process.cmdline()):
+                    if "tutti.loadtest.engine" in " ".join(process.cmdline()):
                         time.sleep(4)
                         spy = Path(sys.executable).with_name("py-spy")
                         command = [str(spy), "record", "-d", "3", "-r", "200", "-f", "raw", "-o", "/dev/stdout"]
@@ -276,7 +276,7 @@ def comparisons(folder: Path) -> list[str]:
     with fake() as a, fake("--slower-by", "1.1") as b:
         for number in range(20):
             for name, other in (("itself", a), ("10% slower", b)):
-                command = [sys.executable, "-m", "loadtest.cli", "compare", a["http"], other["http"], str(file)]
+                command = [sys.executable, "-m", "tutti.loadtest.cli", "compare", a["http"], other["http"], str(file)]
                 done = subprocess.run(
                     [*command, "--seconds", "1", "--seed", str(number)],
                     capture_output=True,

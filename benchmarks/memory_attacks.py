@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from loadtest.process import free_ports, stop, wait_until_ready
+from tutti.loadtest.process import free_ports, stop, wait_until_ready
 
 MIB = 1024 * 1024
 LARGE_FLOATS = 2 * MIB  # 8 MB

@@ -25,9 +25,9 @@ import numpy as np
 import tritonclient.grpc.aio as grpcclient
 
 from benchmarks.machine import commit, hardware
-from loadtest.process import free_ports, wait_until_ready
-from ray_app import simulation
-from ray_app.scenario import Scenario, SimulatedPool, Stretch
+from tutti.loadtest.process import free_ports, wait_until_ready
+from tutti.ray_app import simulation
+from tutti.ray_app.scenario import Scenario, SimulatedPool, Stretch
 
 FIXED_MS, ROW_MS, MOST_ROWS, MOST_REPLICAS = 40.0, 8.0, 8, 4
 POOL = "pool"

@@ -16,9 +16,9 @@ import psutil
 
 from demo.client import Arrays, Client, Item, as_bytes, load_items
 from demo.picture import draw
-from export import digits
-from loadtest.process import free_ports, stop, wait_until_ready
 from tutti.console.progress import Work, last_line
+from tutti.export import digits
+from tutti.loadtest.process import free_ports, stop, wait_until_ready
 
 REPOSITORY = Path("model_repository")
 LABELLED = Path("export/data/moderation.tsv")

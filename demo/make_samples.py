@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from export import digits
+from tutti.export import digits
 
 SAMPLES = Path(__file__).parent / "samples"
 RATE = 16_000

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 
-from ensembles.graph import plan, with_staying
-from ensembles.placed import executor_of
 from tutti.core.types import Infer
+from tutti.ensembles.graph import plan, with_staying
+from tutti.ensembles.placed import executor_of
 from tutti.observing.statistics import ModelStatistics
 from tutti.repository.config import ModelConfig, as_decoupled
 from tutti.repository.folders import ModelFolder

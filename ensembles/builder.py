@@ -22,15 +22,15 @@ from pathlib import Path
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
-from ensembles import conditions, extensions
-from ensembles import graph as graphs
-from ensembles.conditions import ConditionError
-from ensembles.expressions import Expression, Tensor, Value, bare
-from ensembles.graph import GraphError
-from ensembles.places import MistakeAt, Place, here
 from tutti.backends import completion
 from tutti.core.dtypes import NUMPY, to_config
 from tutti.core.errors import ConfigError
+from tutti.ensembles import conditions, extensions
+from tutti.ensembles import graph as graphs
+from tutti.ensembles.conditions import ConditionError
+from tutti.ensembles.expressions import Expression, Tensor, Value, bare
+from tutti.ensembles.graph import GraphError
+from tutti.ensembles.places import MistakeAt, Place, here
 from tutti.repository import config
 from tutti.repository import folders as repository
 from tutti.repository.config import ModelConfig

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ensembles import graph, picture, show
-from ensembles.source import graph_of
 from tutti.app import explain
 from tutti.backends import completion
 from tutti.console.arguments import Parser
 from tutti.console.help_format import Help, examples
 from tutti.core.errors import ConfigError, reason
+from tutti.ensembles import graph, picture, show
+from tutti.ensembles.source import graph_of
 from tutti.repository import folders, unserved
 from tutti.repository.config import ModelConfig
 

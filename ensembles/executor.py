@@ -9,15 +9,15 @@ import logging
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
-from ensembles.axes import changed_inputs, changed_outputs
-from ensembles.explain import Explanation, begun_ns
-from ensembles.frame import Frame, Group, stretch
-from ensembles.graph import Plan, Step
-from ensembles.solo import SoloExecutor, as_error, in_ensemble, in_turn, output_fault, wanted_outputs
 from tutti.core import rows
 from tutti.core.dtypes import Array
 from tutti.core.errors import Cancelled, DeadlineExceeded, InferError, Unavailable
 from tutti.core.types import Answer, Call, Infer, InferRequest, InferResponse, Tensor, now_ns, settle
+from tutti.ensembles.axes import changed_inputs, changed_outputs
+from tutti.ensembles.explain import Explanation, begun_ns
+from tutti.ensembles.frame import Frame, Group, stretch
+from tutti.ensembles.graph import Plan, Step
+from tutti.ensembles.solo import SoloExecutor, as_error, in_ensemble, in_turn, output_fault, wanted_outputs
 from tutti.observing.explanations import PARAMETER, Facts
 from tutti.observing.statistics import ModelStatistics
 from tutti.scheduling.cost import Costs

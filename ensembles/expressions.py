@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from ensembles import conditions
-from ensembles.conditions import ConditionError, Kind
 from tutti.core.errors import ConfigError
+from tutti.ensembles import conditions
+from tutti.ensembles.conditions import ConditionError, Kind
 
 Value = bool | int | float | str
 _BINDS = "; in Python & | ~ bind closer than comparisons: (a > 1) & (b > 2)"

@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from ensembles import conditions
-from ensembles.explain import Explanation, StepsTimes
-from ensembles.graph import Plan, Step, TensorType
 from tutti.core import rows
 from tutti.core.dtypes import NUMPY, Array
 from tutti.core.types import Answer, Call, Columns, InferResponse, Shape, Tensor
+from tutti.ensembles import conditions
+from tutti.ensembles.explain import Explanation, StepsTimes
+from tutti.ensembles.graph import Plan, Step, TensorType
 
 
 class Column:

@@ -11,13 +11,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ensembles import conditions, extensions
-from ensembles.axes import Axis, shapes_fit
-from ensembles.conditions import Condition, ConditionError
-from ensembles.extensions import ExtensionError, Extensions
 from tutti.core.dtypes import NUMPY
 from tutti.core.errors import ConfigError
 from tutti.core.types import Shape
+from tutti.ensembles import conditions, extensions
+from tutti.ensembles.axes import Axis, shapes_fit
+from tutti.ensembles.conditions import Condition, ConditionError
+from tutti.ensembles.extensions import ExtensionError, Extensions
 from tutti.repository.config import EnsembleStep, ModelConfig, TensorSpec
 
 ConfigOf = Callable[[str, str], ModelConfig]

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from html import escape
 from itertools import accumulate
 
-from ensembles.graph import Plan, Step
-from ensembles.show import made_by, notes, read_by, type_of, value_of, waves
+from tutti.ensembles.graph import Plan, Step
+from tutti.ensembles.show import made_by, notes, read_by, type_of, value_of, waves
 
 # Pixels. Telephones are 400 wide, pages for them a bit less.
 WIDTH = 392

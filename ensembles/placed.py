@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Hashable, Sequence
 
-from ensembles.executor import EnsembleExecutor
-from ensembles.graph import Plan, Step
-from ensembles.segments import cut
-from ensembles.streams import StreamExecutor
 from tutti.core.types import Call, Infer, now_ns
+from tutti.ensembles.executor import EnsembleExecutor
+from tutti.ensembles.graph import Plan, Step
+from tutti.ensembles.segments import cut
+from tutti.ensembles.streams import StreamExecutor
 from tutti.observing.statistics import ModelStatistics
 
 ServeSegment = Callable[[Step, Plan, Hashable], Infer]

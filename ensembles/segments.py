@@ -9,8 +9,8 @@ import hashlib
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from ensembles.conditions import Condition, ConditionError
-from ensembles.graph import Plan, Step
+from tutti.ensembles.conditions import Condition, ConditionError
+from tutti.ensembles.graph import Plan, Step
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """A graph for people, as a table. Pure."""
 
-from ensembles.graph import Plan, Step
+from tutti.ensembles.graph import Plan, Step
 
 
 def waves(plan: Plan) -> list[list[Step]]:

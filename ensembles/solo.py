@@ -8,11 +8,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ensembles.axes import changed_inputs, changed_outputs
-from ensembles.explain import StepsTimes
-from ensembles.graph import Plan, Step
 from tutti.core.errors import Cancelled, DeadlineExceeded, InferError, Internal
 from tutti.core.types import Answer, Call, Infer, InferRequest, InferResponse, Tensor, now_ns
+from tutti.ensembles.axes import changed_inputs, changed_outputs
+from tutti.ensembles.explain import StepsTimes
+from tutti.ensembles.graph import Plan, Step
 
 # Steps that became ready while this thread starts others: they wait, rather than start within them. Without that a
 # chain of quick steps would keep every step's tensors, and a stack of frames, until its last one ends.

@@ -6,10 +6,10 @@ import types
 from pathlib import Path
 from typing import Any
 
-from ensembles.builder import Graph, Step
-from ensembles.places import MistakeAt
 from tutti.core import files
 from tutti.core.errors import ConfigError, reason
+from tutti.ensembles.builder import Graph, Step
+from tutti.ensembles.places import MistakeAt
 from tutti.repository import unserved
 
 _EXPECTED = "expected a function build(repository) -> Graph (docs/ensembles.md)"

@@ -10,13 +10,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ensembles.axes import changed_inputs, changed_outputs
-from ensembles.executor import EnsembleExecutor, record
-from ensembles.explain import tell_decoupled
-from ensembles.graph import Plan, Step
-from ensembles.solo import as_error, in_ensemble
 from tutti.core.errors import Cancelled, InferError, Internal
 from tutti.core.types import Answer, Call, Infer, InferRequest, InferResponse, Parameters, Sink, Tensor, now_ns
+from tutti.ensembles.axes import changed_inputs, changed_outputs
+from tutti.ensembles.executor import EnsembleExecutor, record
+from tutti.ensembles.explain import tell_decoupled
+from tutti.ensembles.graph import Plan, Step
+from tutti.ensembles.solo import as_error, in_ensemble
 from tutti.observing.explanations import Facts
 from tutti.observing.statistics import ModelStatistics
 

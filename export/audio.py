@@ -15,15 +15,15 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from export import checkpoint, onnx, silero, whisper
-from export.checkpoint import Loaded
-from export.ensemble import chain, labels_step
-from export.errors import ExportError
-from export.features import LogMel, kernel
-from export.graphs import Arrays, Check, Graph, Limits, Product, Trial
-from export.layout import Entry, step_file
-from export.sound import AUDIO_FILE, as_wav, decoder_step, in_int16, read
-from export.sources import Source
+from tutti.export import checkpoint, onnx, silero, whisper
+from tutti.export.checkpoint import Loaded
+from tutti.export.ensemble import chain, labels_step
+from tutti.export.errors import ExportError
+from tutti.export.features import LogMel, kernel
+from tutti.export.graphs import Arrays, Check, Graph, Limits, Product, Trial
+from tutti.export.layout import Entry, step_file
+from tutti.export.sound import AUDIO_FILE, as_wav, decoder_step, in_int16, read
+from tutti.export.sources import Source
 from tutti.repository.config import TensorSpec
 
 MAX_BATCH_SIZE = 16

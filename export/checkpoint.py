@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from export.errors import ExportError, first_line
-from export.graphs import Check
-from export.sources import Source
+from tutti.export.errors import ExportError, first_line
+from tutti.export.graphs import Check
+from tutti.export.sources import Source
 
 _NAMED = 4
 # Counts of training steps: nothing that answers depend on.

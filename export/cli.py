@@ -7,19 +7,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from export import refusals
-from export.names import VARIANTS
 from tutti.console.arguments import Parser, positive, whole
 from tutti.console.help_format import Help, examples
 from tutti.console.progress import Work
 from tutti.core import extras
 from tutti.core.errors import TuttiError
 from tutti.core.temporary_folders import Folder
+from tutti.export import refusals
+from tutti.export.names import VARIANTS
 
 if TYPE_CHECKING:
-    from export.graphs import Product
-    from export.pipeline import Options, Outcome
-    from export.sources import Source
+    from tutti.export.graphs import Product
+    from tutti.export.pipeline import Options, Outcome
+    from tutti.export.sources import Source
 
 _log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _refused(options: argparse.Namespace, error: Exception) -> int:
     """Say in a sentence why nothing was published, and on the page; where it went wrong is for who works on this."""
-    from export.errors import ParityError
+    from tutti.export.errors import ParityError
 
     _log.debug("the export failed", exc_info=error)
     why = str(error)
@@ -83,12 +83,12 @@ def _short(error: Exception) -> str:
 
 def _page_of(options: argparse.Namespace, why: str) -> None:
     """The page of an export that was refused before anything was built."""
-    from export import sources
+    from tutti.export import sources
 
     try:
         source = sources.resolve(options.source)  # before seconds of imports
-        from export.graphs import Check
-        from export.pipeline import Outcome
+        from tutti.export.graphs import Check
+        from tutti.export.pipeline import Outcome
 
         outcome = Outcome(options.name, source, _options(options), checks=[Check("source", False, why)])
         outcome.provenance = source.provenance
@@ -230,14 +230,14 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _export(options: argparse.Namespace, work: Path) -> int:
-    from export.errors import ParityError
+    from tutti.export.errors import ParityError
 
     label = f"{options.kind} '{options.name}'"
     try:
         with Work(label) as progress:
             made = _made(options, work, label, progress)
     except ParityError as error:
-        from export import pipeline
+        from tutti.export import pipeline
 
         found = pipeline.stopped(error)
         if found is not None:
@@ -253,14 +253,14 @@ def _export(options: argparse.Namespace, work: Path) -> int:
 def _made(options: argparse.Namespace, work: Path, label: str, progress: Work) -> "Outcome | list[str]":
     """What came of it, or lines for a person where nothing was to be done. Raises ParityError."""
     progress.step(f"read {options.source}")
-    from export import sources
+    from tutti.export import sources
 
     source = sources.resolve(options.source)  # before seconds of imports
-    from export import commands, manifest, pipeline
+    from tutti.export import commands, manifest, pipeline
 
     own = _options(options)
     if "tensorrt" in own.variants:
-        from export import tensorrt
+        from tutti.export import tensorrt
 
         tensorrt.load_library()  # fail before minutes of work
     given = {name: value for name, value in vars(options).items() if name not in _NO_INPUTS}
@@ -280,7 +280,7 @@ _NO_INPUTS = frozenset({"source", "repository", "report", "dry_run", "force"})
 
 
 def _options(options: argparse.Namespace) -> "Options":
-    from export.pipeline import Options
+    from tutti.export.pipeline import Options
 
     variants = list(dict.fromkeys(["fp32", *options.variants]))
     if options.format != "onnx" and options.format not in variants:
@@ -309,19 +309,19 @@ def _gpu(options: argparse.Namespace, variants: Sequence[str]) -> str:
 def _product(options: argparse.Namespace, source: "Source", work: Path) -> "Product":
     ensemble = f"{options.name}_ensemble" if options.ensemble is None else options.ensemble
     if options.kind == "audio":
-        from export import audio
+        from tutti.export import audio
 
         return audio.product(
             source, options.name, ensemble, work, options.language, options.task, options.samples,
             options.input_type.upper(),
         )  # fmt: skip
     if options.kind == "text":
-        from export import text
+        from tutti.export import text
 
         return text.product(
             source, options.name, ensemble, work, options.task, options.labelled, options.samples, options.prompt
         )
-    from export import pixels, vision
+    from tutti.export import pixels, vision
 
     return vision.product(
         source, options.name, ensemble, work, options.task, options.labels, options.template, options.train,
@@ -330,7 +330,7 @@ def _product(options: argparse.Namespace, source: "Source", work: Path) -> "Prod
 
 
 def _report(outcome: "Outcome", options: argparse.Namespace) -> Path:
-    from export import report
+    from tutti.export import report
 
     path: Path = options.report or Path(f"{options.name}.export.html")
     report.write(outcome, path)
@@ -338,7 +338,7 @@ def _report(outcome: "Outcome", options: argparse.Namespace) -> Path:
 
 
 def _tell(outcome: "Outcome", label: str, options: argparse.Namespace) -> None:
-    from export import commands
+    from tutti.export import commands
 
     for result in outcome.results:
         for one in result.comparisons:

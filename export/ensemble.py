@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from export.layout import Entry, Link, step_file
+from tutti.export.layout import Entry, Link, step_file
 from tutti.repository.config import TensorSpec
 
 MAX_BATCH_SIZE = 32

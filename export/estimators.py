@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from export.errors import ExportError, first_line
+from tutti.export.errors import ExportError, first_line
 
 # What is always left: Python itself.
 OTHERWISE = "the python backend serves it as it is, by a model.py (docs/start.md, What ONNX cannot hold)"

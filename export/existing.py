@@ -7,8 +7,8 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
-from export.initial import Draft, Field, Shape
 from tutti.core.errors import ConfigError
+from tutti.export.initial import Draft, Field, Shape
 from tutti.repository import config
 from tutti.repository.config import TensorSpec
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from export.narrow import Wide
+from tutti.export.narrow import Wide
 
 
 def kernel(

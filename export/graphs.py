@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
-from export.layout import Entry
 from tutti.core.types import Shape
+from tutti.export.layout import Entry
 
 if TYPE_CHECKING:  # it takes seconds, and `tutti init` of an ONNX file does without
     import torch

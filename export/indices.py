@@ -15,9 +15,9 @@ import numpy as np
 import onnx
 from onnx import inliner
 
-from export.graphs import Arrays
-from export.onnx import tensor_specs
 from tutti.core.dtypes import NUMPY
+from tutti.export.graphs import Arrays
+from tutti.export.onnx import tensor_specs
 
 _log = logging.getLogger(__name__)
 

@@ -18,16 +18,16 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from export import existing, initial, served
-from export.errors import ExportError, first_line
-from export.initial import Draft
-from export.served import Staged
 from tutti.app import overview
 from tutti.console.arguments import Parser, shown, whole
 from tutti.console.help_format import Help, examples
 from tutti.console.progress import Work
 from tutti.core import extras, file_kinds, paths
 from tutti.core.errors import ConfigError, TuttiError, reason
+from tutti.export import existing, initial, served
+from tutti.export.errors import ExportError, first_line
+from tutti.export.initial import Draft
+from tutti.export.served import Staged
 from tutti.repository import config, folders
 
 # A model that is asked with zeros of these sizes where its dims are free; the first that works proves it.
@@ -170,7 +170,7 @@ def _name_of(source: Path) -> str:
 
 def _export(source: Path, name: str, options: argparse.Namespace) -> int:
     """Let `tutti export` do it, which verifies the whole pipeline."""
-    from export import cli
+    from tutti.export import cli
 
     for flag, value in (("--input", options.input), ("--max-batch-size", options.max_batch_size)):
         if value:

@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 from tritonclient.grpc import model_config_pb2 as pb
 
-from export import columns, estimators, maps
-from export.errors import ExportError, first_line
 from tutti.core import file_kinds, files
 from tutti.core.dtypes import NUMPY, Array, from_config, to_config
 from tutti.core.errors import ConfigError, reason
+from tutti.export import columns, estimators, maps
+from tutti.export.errors import ExportError, first_line
 
 Ask = Callable[[Mapping[str, Array]], Mapping[str, Array]]
 Shape = tuple[int, ...]

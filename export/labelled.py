@@ -5,10 +5,10 @@ import io
 from dataclasses import dataclass
 from pathlib import Path
 
-from export.errors import ExportError
 from tutti.console.arguments import plain
 from tutti.core import files, paths
 from tutti.core.errors import reason
+from tutti.export.errors import ExportError
 
 _MIN_LABELLED = 20
 _COLUMNS = ("label", "split", "text")

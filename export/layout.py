@@ -16,9 +16,9 @@ from typing import Any
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
-from export.errors import ExportError
 from tutti.core import dtypes
 from tutti.core.types import Shape
+from tutti.export.errors import ExportError
 from tutti.repository import config
 from tutti.repository.config import TensorSpec
 

@@ -8,8 +8,8 @@ index on the processor. A graph that answers more has no table that ends there, 
 from dataclasses import dataclass
 from typing import Any
 
-from export import onnx
-from export.graphs import Claim
+from tutti.export import onnx
+from tutti.export.graphs import Claim
 
 # Places are counted from behind the padding's index: rows up to it are no token's.
 _BEHIND_PADDING = (

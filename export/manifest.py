@@ -8,9 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from export import layout
-from export.sources import Source
-from export.variants import Built
+from tutti.export import layout
+from tutti.export.sources import Source
+from tutti.export.variants import Built
 
 NAME = "manifest.json"
 _LIBRARIES = (

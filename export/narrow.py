@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from export.errors import ExportError
+from tutti.export.errors import ExportError
 
 # Calls whose operands must be of one datatype: there a wide one, as a mask that was made in 32 bits, is made narrow.
 _MEETING = frozenset(

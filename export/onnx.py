@@ -16,9 +16,9 @@ import onnx
 import onnxruntime as ort
 import torch
 
-from export.errors import ExportError
-from export.graphs import Arrays
 from tutti.core import dtypes
+from tutti.export.errors import ExportError
+from tutti.export.graphs import Arrays
 from tutti.repository.config import TensorSpec
 
 OPSET = 20

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from export.graphs import Arrays, Limits
+from tutti.export.graphs import Arrays, Limits
 
 _ROWS_SHOWN = 8
 

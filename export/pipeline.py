@@ -11,17 +11,17 @@ from pathlib import Path
 
 import numpy as np
 
-from export import layout, manifest, onnx, served
-from export.errors import ParityError
-from export.graphs import Check, Graph, Product
-from export.layout import Entry, Staging
-from export.names import FILES
-from export.profiling import Measured, measure, recommend
-from export.sources import Source
-from export.variants import Builder, Result
 from tutti.console.progress import Work
 from tutti.core import dtypes
 from tutti.core.types import Shape
+from tutti.export import layout, manifest, onnx, served
+from tutti.export.errors import ParityError
+from tutti.export.graphs import Check, Graph, Product
+from tutti.export.layout import Entry, Staging
+from tutti.export.names import FILES
+from tutti.export.profiling import Measured, measure, recommend
+from tutti.export.sources import Source
+from tutti.export.variants import Builder, Result
 from tutti.repository import config, length_limits, value_bounds
 from tutti.repository.config import TensorSpec
 

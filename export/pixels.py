@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from export import layout
-from export.graphs import Arrays, Check
-from export.narrow import Wide
-from export.sources import Source
 from tutti.core.types import Shape
+from tutti.export import layout
+from tutti.export.graphs import Arrays, Check
+from tutti.export.narrow import Wide
+from tutti.export.sources import Source
 from tutti.repository.config import TensorSpec
 
 MAX_BATCH_SIZE = 32

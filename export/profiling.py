@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from export import onnx
-from export.graphs import Arrays, Graph
-from export.variants import Result
+from tutti.export import onnx
+from tutti.export.graphs import Arrays, Graph
+from tutti.export.variants import Result
 
 _REPEATS = 5
 _BUDGET_S = 0.3

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from export.errors import ExportError
+from tutti.export.errors import ExportError
 
 # What most of the time goes into.
 _PRODUCTS = frozenset(

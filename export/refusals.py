@@ -6,11 +6,11 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from export import labelled
-from export.names import VARIANTS
 from tutti.console.arguments import plain, shown
 from tutti.core import file_kinds, paths
 from tutti.core.errors import TuttiError
+from tutti.export import labelled
+from tutti.export.names import VARIANTS
 from tutti.repository import folders
 
 # "organisation/name" or "name", as on the hub.

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from export.parity import Comparison
-from export.pipeline import Outcome
-from export.profiling import Measured, recommend
-from loadtest.charts import Points, chart, plain
-from loadtest.pages import Cell, head, table
+from tutti.export.parity import Comparison
+from tutti.export.pipeline import Outcome
+from tutti.export.profiling import Measured, recommend
+from tutti.loadtest.charts import Points, chart, plain
+from tutti.loadtest.pages import Cell, head, table
 
 # Of a comparison: columns.
 _FIGURES = ("max abs", "p99 abs", "max rel", "p99 rel", "least cosine", "decisions")

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from export import checkpoint
-from export.checkpoint import named
-from export.errors import ExportError
-from export.sources import Source
+from tutti.export import checkpoint
+from tutti.export.checkpoint import named
+from tutti.export.errors import ExportError
+from tutti.export.sources import Source
 
 _MODES = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
 # As older versions say it, one key for each mode, in the order in which several are put together.

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-import ensembles
-from export.errors import ExportError, first_line
-from export.graphs import Check, Limits, Trial
+from tutti import ensembles
 from tutti.core.dtypes import Array, from_numpy
 from tutti.core.types import Call, InferRequest, InferResponse, Tensor
+from tutti.export.errors import ExportError, first_line
+from tutti.export.graphs import Check, Limits, Trial
 from tutti.serving import local
 from tutti.serving.engine import Engine
 from tutti.serving.model import Model
@@ -77,7 +77,7 @@ def _timer(delay_s: float, callback: Callable[[], None]) -> None:
 
 def check(folder: Path, ensemble: str, trials: "Sequence[Trial]", limits: Limits) -> Check:
     """Whether the ensemble over `folder` answers each trial as it expects. Sizes of errors are shares of the range."""
-    from export.graphs import Check
+    from tutti.export.graphs import Check
 
     worst = 0.0
     try:

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from export import layout, onnx
-from export.ensemble import chain
-from export.errors import ExportError
-from export.graphs import Arrays, Graph, Product
-from export.narrow import Wide
-from export.sound import AUDIO_FILE, decoder_step, in_int16, read
-from export.sources import Source
+from tutti.export import layout, onnx
+from tutti.export.ensemble import chain
+from tutti.export.errors import ExportError
+from tutti.export.graphs import Arrays, Graph, Product
+from tutti.export.narrow import Wide
+from tutti.export.sound import AUDIO_FILE, decoder_step, in_int16, read
+from tutti.export.sources import Source
 from tutti.repository.config import TensorSpec
 
 SAMPLE_RATE = 16_000

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from export.errors import ExportError
-from export.graphs import Arrays, Graph, with_arguments
-from export.layout import Entry, step_file
-from export.narrow import Wide
+from tutti.export.errors import ExportError
+from tutti.export.graphs import Arrays, Graph, with_arguments
+from tutti.export.layout import Entry, step_file
+from tutti.export.narrow import Wide
 from tutti.repository.config import TensorSpec
 
 MAX_BATCH_SIZE = 32

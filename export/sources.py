@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from export.errors import ExportError
+from tutti.export.errors import ExportError
 
 
 @dataclass(frozen=True, slots=True)

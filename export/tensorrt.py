@@ -11,9 +11,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from export.errors import ExportError
-from export.graphs import Profile
 from tutti.core import extras
+from tutti.export.errors import ExportError
+from tutti.export.graphs import Profile
 
 _MODULES = ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings")
 _WORKSPACE_BYTES = 2 << 30

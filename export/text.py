@@ -8,17 +8,17 @@ from pathlib import Path
 
 import numpy as np
 
-from export import layout, lengths, onnx, text_trials
-from export.ensemble import chain, entities_step, labels_step
-from export.errors import ExportError
-from export.graphs import Arrays, Check, Claim, Graph, Product
-from export.labelled import read as read_labelled
-from export.sources import Source
-from export.text_checkpoint import load
-from export.text_encoder import MAX_BATCH_SIZE, Encoder, example_of
-from export.text_labelled import check_accuracy, gate_step, head_graph, train_head
-from export.text_tokenizer import check_step, check_tokenizer, tokenizer_step
-from export.variants import Result
+from tutti.export import layout, lengths, onnx, text_trials
+from tutti.export.ensemble import chain, entities_step, labels_step
+from tutti.export.errors import ExportError
+from tutti.export.graphs import Arrays, Check, Claim, Graph, Product
+from tutti.export.labelled import read as read_labelled
+from tutti.export.sources import Source
+from tutti.export.text_checkpoint import load
+from tutti.export.text_encoder import MAX_BATCH_SIZE, Encoder, example_of
+from tutti.export.text_labelled import check_accuracy, gate_step, head_graph, train_head
+from tutti.export.text_tokenizer import check_step, check_tokenizer, tokenizer_step
+from tutti.export.variants import Result
 
 _MIN_GATE_RECALL = 0.95
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from export import checkpoint, lengths, sentences
-from export.errors import ExportError
-from export.graphs import Check
-from export.sentences import Recipe
-from export.sources import Source
-from export.text_encoder import Classifier, ContrastiveText, Encoder, SentenceEncoder, example_of
-from export.text_tokenizer import inputs_of, tokenizer_of
+from tutti.export import checkpoint, lengths, sentences
+from tutti.export.errors import ExportError
+from tutti.export.graphs import Check
+from tutti.export.sentences import Recipe
+from tutti.export.sources import Source
+from tutti.export.text_encoder import Classifier, ContrastiveText, Encoder, SentenceEncoder, example_of
+from tutti.export.text_tokenizer import inputs_of, tokenizer_of
 
 # Of a text, where the checkpoint does not say.
 _MOST_TOKENS = 512

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from export import checkpoint
-from export.graphs import Arrays, Check
-from export.sentences import Pooling
+from tutti.export import checkpoint
+from tutti.export.graphs import Arrays, Check
+from tutti.export.sentences import Pooling
 from tutti.repository.config import TensorSpec
 
 MAX_BATCH_SIZE = 32

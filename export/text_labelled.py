@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from export import layout, onnx
-from export.graphs import Arrays, Check, Graph
-from export.labelled import Labelled
-from export.text_encoder import MAX_BATCH_SIZE, TEXT, Encoder
-from export.variants import Result
+from tutti.export import layout, onnx
+from tutti.export.graphs import Arrays, Check, Graph
+from tutti.export.labelled import Labelled
+from tutti.export.text_encoder import MAX_BATCH_SIZE, TEXT, Encoder
+from tutti.export.variants import Result
 from tutti.repository.config import TensorSpec
 
 GATE_FEATURES = 16_384

@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from export import checkpoint, layout, text_trials
-from export.errors import ExportError
-from export.graphs import Check
-from export.sentences import Recipe
-from export.text_encoder import MAX_BATCH_SIZE, Encoder
+from tutti.export import checkpoint, layout, text_trials
+from tutti.export.errors import ExportError
+from tutti.export.graphs import Check
+from tutti.export.sentences import Recipe
+from tutti.export.text_encoder import MAX_BATCH_SIZE, Encoder
 from tutti.repository.config import TensorSpec
 
 # A vocabulary may be filled up to a round size; more rows than that belong to another tokenizer.

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from export import checkpoint, lengths
-from export.graphs import Arrays, Trial
-from export.sources import Source
+from tutti.export import checkpoint, lengths
+from tutti.export.graphs import Arrays, Trial
+from tutti.export.sources import Source
 
 if TYPE_CHECKING:
-    from export.text_encoder import Encoder
+    from tutti.export.text_encoder import Encoder
 
 Original = Callable[[str, str], Arrays]
 """A text, and the second one of a pair -> outputs of the ensemble."""

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch.export import ExportedProgram
 
-from export import indices, layout, lengths, narrow, onnx, program
-from export.errors import ExportError
-from export.graphs import Arrays, Graph, Reference, with_arguments
-from export.names import FILES
-from export.parity import Comparer, Comparison
+from tutti.export import indices, layout, lengths, narrow, onnx, program
+from tutti.export.errors import ExportError
+from tutti.export.graphs import Arrays, Graph, Reference, with_arguments
+from tutti.export.names import FILES
+from tutti.export.parity import Comparer, Comparison
 
 _PYTORCH = f"PyTorch {torch.__version__.partition('+')[0]}"
 
@@ -202,7 +202,7 @@ class Builder:
         return shown or "no products of matrices"
 
     def _tensorrt(self, path: Path, comparer: Comparer) -> tuple[str, str]:
-        from export import tensorrt
+        from tutti.export import tensorrt
 
         half = self.result.built.get("fp16")
         source, wanted = (

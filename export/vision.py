@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from export import checkpoint, digits, onnx, pixels
-from export.checkpoint import Loaded
-from export.ensemble import chain, labels_step
-from export.errors import ExportError
-from export.graphs import Arrays, Check, Graph, Product, Trial
-from export.pixels import IMAGE, MAX_BATCH_SIZE, Form, Normalize, Preprocessing
-from export.sources import Source
+from tutti.export import checkpoint, digits, onnx, pixels
+from tutti.export.checkpoint import Loaded
+from tutti.export.ensemble import chain, labels_step
+from tutti.export.errors import ExportError
+from tutti.export.graphs import Arrays, Check, Graph, Product, Trial
+from tutti.export.pixels import IMAGE, MAX_BATCH_SIZE, Form, Normalize, Preprocessing
+from tutti.export.sources import Source
 
 _log = logging.getLogger(__name__)
 

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from export import layout
-from export.checkpoint import named
-from export.errors import ExportError, first_line
-from export.features import LogMel, kernel
-from export.graphs import Arrays, Check, Graph, Product, with_arguments
-from export.sound import AUDIO_FILE, decoder_step, from_int16, in_int16, published, to_int16
-from export.variants import Result
+from tutti.export import layout
+from tutti.export.checkpoint import named
+from tutti.export.errors import ExportError, first_line
+from tutti.export.features import LogMel, kernel
+from tutti.export.graphs import Arrays, Check, Graph, Product, with_arguments
+from tutti.export.sound import AUDIO_FILE, decoder_step, from_int16, in_int16, published, to_int16
+from tutti.export.variants import Result
 from tutti.repository import length_limits
 from tutti.repository.config import TensorSpec
 

@@ -1,6 +1,6 @@
 """Addresses as people write them: HOST:PORT, perhaps as a URL over HTTP. Pure."""
 
-from loadtest.errors import ScenarioError
+from tutti.loadtest.errors import ScenarioError
 
 
 def address(given: str) -> str:

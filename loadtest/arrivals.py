@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from loadtest import names
-from loadtest.errors import ScenarioError
-from loadtest.scenario import Arrivals, Scenario, Stage
+from tutti.loadtest import names
+from tutti.loadtest.errors import ScenarioError
+from tutti.loadtest.scenario import Arrivals, Scenario, Stage
 
 Floats = npt.NDArray[np.float64]
 # What is more, or longer, is taken for a slip: of a rate, or of a trace in milliseconds.

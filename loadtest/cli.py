@@ -1,6 +1,6 @@
 """`tutti loadtest run|saturate|compare|replay|worker`: what a person asks for, and whether it can be asked.
 
-Light: help, usage and the list of scenarios need no extra; `loadtest.commands` does the work.
+Light: help, usage and the list of scenarios need no extra; `tutti.loadtest.commands` does the work.
 """
 
 import argparse
@@ -11,11 +11,11 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from loadtest import names
-from loadtest.addresses import address
-from loadtest.errors import ScenarioError
 from tutti.core import extras
 from tutti.frontends import api_keys
+from tutti.loadtest import names
+from tutti.loadtest.addresses import address
+from tutti.loadtest.errors import ScenarioError
 
 # What the extra `loadtest` installs: all but help needs them.
 LIBRARIES = ("locust", "pyarrow", "pydantic", "yaml", "hpack", "geventhttpclient")
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """Do what was asked for; returns the exit status."""
-    from loadtest.commands import run as work
+    from tutti.loadtest.commands import run as work
 
     return work(options)
 

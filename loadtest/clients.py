@@ -13,11 +13,11 @@ from typing import Any, Protocol
 import httptools
 from tritonclient.grpc import service_pb2 as pb
 
-from loadtest import http2
-from loadtest.addresses import split
-from loadtest.payloads import Message
-from loadtest.scenario import Target
-from loadtest.wire import Wire, connect
+from tutti.loadtest import http2
+from tutti.loadtest.addresses import split
+from tutti.loadtest.payloads import Message
+from tutti.loadtest.scenario import Target
+from tutti.loadtest.wire import Wire, connect
 
 Done = Callable[[int, float, str, str], None]
 """(number of the request, time.perf_counter() when its answer came, what was wrong or "", the server's reason)."""

@@ -24,8 +24,8 @@ grpc.experimental.gevent.init_gevent()
 import tritonclient.grpc as grpcclient  # noqa: E402 - after gRPC has been told of gevent
 import tritonclient.http as httpclient  # noqa: E402
 
-from loadtest.payloads import Payloads, TensorInfo  # noqa: E402
 from tutti.frontends import api_keys  # noqa: E402
+from tutti.loadtest.payloads import Payloads, TensorInfo  # noqa: E402
 
 _seeds = itertools.count(1)
 # Kept to the end: a gRPC channel that the garbage collector closes blocks gevent's hub for good.

@@ -19,19 +19,19 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from loadtest import names, report, runner, scenario, search, server
-from loadtest.advice import said
-from loadtest.arrivals import length_s
-from loadtest.errors import RunError, ScenarioError
-from loadtest.payloads import messages
-from loadtest.process import stop
-from loadtest.runner import Result
-from loadtest.scenario import Scenario, Stage
-from loadtest.search import PROBE_REQUESTS
-from loadtest.slo import Verdict
 from tutti.console.progress import Progress, clock
 from tutti.core.errors import ConfigError
 from tutti.frontends import api_keys
+from tutti.loadtest import names, report, runner, scenario, search, server
+from tutti.loadtest.advice import said
+from tutti.loadtest.arrivals import length_s
+from tutti.loadtest.errors import RunError, ScenarioError
+from tutti.loadtest.payloads import messages
+from tutti.loadtest.process import stop
+from tutti.loadtest.runner import Result
+from tutti.loadtest.scenario import Scenario, Stage
+from tutti.loadtest.search import PROBE_REQUESTS
+from tutti.loadtest.slo import Verdict
 
 # Of a probe, beside its seconds: the generator's start and end.
 _AROUND_S = 3.0

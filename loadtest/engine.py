@@ -1,6 +1,6 @@
 """One worker's shard of a run: sends each request when it is due, whatever became of those before it, and notes all.
 
-    python -m loadtest.engine JOB.json
+    python -m tutti.loadtest.engine JOB.json
 
 A process of its own, without gevent: Locust's worker starts it, tells it on its standard input the headers of requests
 (keys are in no file that is left behind), and then when to begin, and reads its progress (a line of JSON each half
@@ -24,16 +24,16 @@ from typing import Any
 import numpy as np
 import uvloop
 
-from loadtest.arrivals import Schedule, schedule
-from loadtest.clients import CLIENTS
-from loadtest.errors import RunError, ScenarioError
-from loadtest.histogram import Histogram
-from loadtest.payloads import Message, messages
-from loadtest.scenario import Scenario
-from loadtest.server import metadata
-from loadtest.shared import Region
-from loadtest.slo import LATE_S
-from loadtest.timers import Alarm
+from tutti.loadtest.arrivals import Schedule, schedule
+from tutti.loadtest.clients import CLIENTS
+from tutti.loadtest.errors import RunError, ScenarioError
+from tutti.loadtest.histogram import Histogram
+from tutti.loadtest.payloads import Message, messages
+from tutti.loadtest.scenario import Scenario
+from tutti.loadtest.server import metadata
+from tutti.loadtest.shared import Region
+from tutti.loadtest.slo import LATE_S
+from tutti.loadtest.timers import Alarm
 
 _PROGRESS_S = 0.5
 # So many that are due together are sent before answers are looked at again.

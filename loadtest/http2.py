@@ -17,7 +17,7 @@ from urllib.parse import unquote
 import grpc
 import hpack
 
-from loadtest.wire import Wire
+from tutti.loadtest.wire import Wire
 
 CODES = {str(code.value[0]).encode(): code.name for code in grpc.StatusCode}  # type: ignore[index]
 # The server has not begun with it: it may be sent again, as gRPC's own clients do.

@@ -22,11 +22,12 @@ from locust import User, events, task
 from locust.env import Environment
 from locust.runners import STATE_MISSING, LocalRunner, MasterRunner, WorkerRunner
 
-ROOT = Path(__file__).parents[1]
+# The folder that has the package: of a checkout, Locust may be given loadtest/ or the link to it in tutti/.
+ROOT = next(folder for folder in Path(__file__).absolute().parents if (folder / "tutti" / "__init__.py").is_file())
 _BEGIN_S = 1.0
 _PROGRESS_S = 0.5
 # The engine's package is found wherever this file is, and nothing in the folder where a person stands shadows anything.
-_ENTER = "import sys; sys.path.append(sys.argv.pop(1)); import loadtest.engine; loadtest.engine.enter()"
+_ENTER = "import sys; sys.path.append(sys.argv.pop(1)); import tutti.loadtest.engine; tutti.loadtest.engine.enter()"
 
 
 @events.init_command_line_parser.add_listener

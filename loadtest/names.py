@@ -8,7 +8,7 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path
 
-from loadtest.errors import ScenarioError
+from tutti.loadtest.errors import ScenarioError
 
 PACKAGED = Path(__file__).with_name("scenarios")
 

@@ -16,10 +16,10 @@ import tritonclient.http as httpclient
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.utils import InferenceServerException, serialize_byte_tensor, triton_to_np_dtype
 
-from loadtest.errors import ScenarioError
-from loadtest.names import near
-from loadtest.scenario import Payload, Scenario, Sizes
-from loadtest.shared import Region
+from tutti.loadtest.errors import ScenarioError
+from tutti.loadtest.names import near
+from tutti.loadtest.scenario import Payload, Scenario, Sizes
+from tutti.loadtest.shared import Region
 
 Array = np.ndarray[Any, Any]
 

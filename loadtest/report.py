@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from loadtest.advice import said
-from loadtest.charts import Points, chart, plain
-from loadtest.pages import Cell, head, table
-from loadtest.runner import Result, StageSeen, quantiles_ms
-from loadtest.scenario import Scenario
-from loadtest.search import Bounds, Difference
-from loadtest.slo import Verdict
+from tutti.loadtest.advice import said
+from tutti.loadtest.charts import Points, chart, plain
+from tutti.loadtest.pages import Cell, head, table
+from tutti.loadtest.runner import Result, StageSeen, quantiles_ms
+from tutti.loadtest.scenario import Scenario
+from tutti.loadtest.search import Bounds, Difference
+from tutti.loadtest.slo import Verdict
 
 # Lines in one figure.
 _MOST_LINES = 5

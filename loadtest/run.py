@@ -1,6 +1,6 @@
 """Scenarios against a server of their own: start `tutti serve`, on Ray or not, load it, stop it.
 
-python -m loadtest.run [--ray] SCENARIO [SCENARIO ...] [--output FOLDER]
+python -m tutti.loadtest.run [--ray] SCENARIO [SCENARIO ...] [--output FOLDER]
 """
 
 import argparse
@@ -8,11 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from loadtest import names
-from loadtest.errors import ScenarioError
-from loadtest.process import free_ports, stop, wait_until_ready
+from tutti.loadtest import names
+from tutti.loadtest.errors import ScenarioError
+from tutti.loadtest.process import free_ports, stop, wait_until_ready
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> int:
@@ -35,7 +35,7 @@ def main() -> int:
         pools = options.output / "pools.yaml"
         pools.write_text("pools: [{name: elastic, min_replicas: 0, max_replicas: 4}]\n")
         ports += ["--ray", "--placement", str(pools)]
-    server = subprocess.Popen([sys.executable, "-m", "tutti.app.cli", "serve", str(repository), *ports], cwd=ROOT)
+    server = subprocess.Popen([sys.executable, "-m", "tutti.app.cli", "serve", str(repository), *ports])
     try:
         wait_until_ready(server, f"http://127.0.0.1:{http}/v2/health/ready")
         return max(_run(path, http, metrics, options.output, rest) for path in scenarios)
@@ -44,10 +44,10 @@ def main() -> int:
 
 
 def _run(path: Path, http: int, metrics: int, output: Path, rest: list[str]) -> int:
-    command = [sys.executable, "-m", "loadtest.cli", "run", str(path), "--url", f"127.0.0.1:{http}"]
+    command = [sys.executable, "-m", "tutti.loadtest.cli", "run", str(path), "--url", f"127.0.0.1:{http}"]
     command += ["--metrics", f"127.0.0.1:{metrics}", "--output", str(output / path.stem), *rest]
     print(f"== {path.stem}", flush=True)
-    return subprocess.run(command, check=False, cwd=ROOT).returncode
+    return subprocess.run(command, check=False).returncode
 
 
 if __name__ == "__main__":

@@ -13,16 +13,16 @@ from typing import IO, Any
 
 import numpy as np
 
-from loadtest import server
-from loadtest.advice import stopped_because
-from loadtest.arrivals import length_s
-from loadtest.errors import RunError
-from loadtest.histogram import Histogram
-from loadtest.process import stop
-from loadtest.sampler import Sampler
-from loadtest.scenario import Scenario, Stage
-from loadtest.slo import Judgement, Seen, judge
 from tutti.console.progress import clock
+from tutti.loadtest import server
+from tutti.loadtest.advice import stopped_because
+from tutti.loadtest.arrivals import length_s
+from tutti.loadtest.errors import RunError
+from tutti.loadtest.histogram import Histogram
+from tutti.loadtest.process import stop
+from tutti.loadtest.sampler import Sampler
+from tutti.loadtest.scenario import Scenario, Stage
+from tutti.loadtest.slo import Judgement, Seen, judge
 
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 # Locust's options that name files: from where the person stands, while Locust runs in an empty folder of its own.

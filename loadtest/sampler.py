@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from loadtest.scenario import Target
+from tutti.loadtest.scenario import Target
 
 _LINE = re.compile(r"^([a-z_]+)(?:\{(.*)\})? ([0-9.eE+-]+|NaN)$", re.MULTILINE)
 _LABEL = re.compile(r'(\w+)="([^"]*)"')

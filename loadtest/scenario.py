@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from loadtest import names
-from loadtest.addresses import address
-from loadtest.errors import ScenarioError
+from tutti.loadtest import names
+from tutti.loadtest.addresses import address
+from tutti.loadtest.errors import ScenarioError
 
 Protocol = Literal["http", "grpc", "grpc-stream"]
 Address = Annotated[str, AfterValidator(address)]

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from loadtest.slo import Verdict
+from tutti.loadtest.slo import Verdict
 
 Probe = Callable[[float, float], Verdict]
 """(rate, how many times as long as usual) -> what came of a run at that rate."""

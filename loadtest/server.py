@@ -11,12 +11,12 @@ from contextlib import suppress
 from typing import Any
 from urllib.parse import quote
 
-from loadtest import names
-from loadtest.addresses import split
-from loadtest.advice import KEY
-from loadtest.errors import RunError
-from loadtest.payloads import TensorInfo
-from loadtest.scenario import Scenario, Target
+from tutti.loadtest import names
+from tutti.loadtest.addresses import split
+from tutti.loadtest.advice import KEY
+from tutti.loadtest.errors import RunError
+from tutti.loadtest.payloads import TensorInfo
+from tutti.loadtest.scenario import Scenario, Target
 
 # Whoever does not answer such questions in this time would not be worth a load.
 _PATIENCE_S = 4.0

@@ -8,7 +8,7 @@ import tritonclient.grpc as grpcclient
 import tritonclient.http as httpclient
 import tritonclient.utils.shared_memory as shm
 
-from loadtest.scenario import Target
+from tutti.loadtest.scenario import Target
 
 
 class Region:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
-from loadtest.scenario import Goal
+from tutti.loadtest.scenario import Goal
 
 Z95 = 1.959964
 # A request that is sent later than this after it was due was not sent when it was due.

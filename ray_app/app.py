@@ -3,7 +3,7 @@
 import os
 from typing import Any
 
-from ray_app import environment
+from tutti.ray_app import environment
 
 environment.apply()  # before ray.serve is imported
 
@@ -11,13 +11,13 @@ import ray  # noqa: E402
 from ray import serve  # noqa: E402
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig  # noqa: E402
 
-from ray_app import checks, journal  # noqa: E402
-from ray_app.autoscaling import SERVE_SETTINGS  # noqa: E402
-from ray_app.gateway import Gateway  # noqa: E402
-from ray_app.journal import RayStore  # noqa: E402
-from ray_app.options import Options  # noqa: E402
-from ray_app.placement import GATEWAY_CPUS, PoolSpec, check_cpus, models_for  # noqa: E402
-from ray_app.replica import Replica, ReplicaOptions  # noqa: E402
+from tutti.ray_app import checks, journal  # noqa: E402
+from tutti.ray_app.autoscaling import SERVE_SETTINGS  # noqa: E402
+from tutti.ray_app.gateway import Gateway  # noqa: E402
+from tutti.ray_app.journal import RayStore  # noqa: E402
+from tutti.ray_app.options import Options  # noqa: E402
+from tutti.ray_app.placement import GATEWAY_CPUS, PoolSpec, check_cpus, models_for  # noqa: E402
+from tutti.ray_app.replica import Replica, ReplicaOptions  # noqa: E402
 
 _HEALTH_CHECK_PERIOD_S = 1.0
 # After three times this a gateway that no other one of its machine watches is replaced.
@@ -74,7 +74,7 @@ def _replicas(pool: PoolSpec) -> dict[str, Any]:
             initial_replicas=pool.replicas,
             max_replicas=pool.max_replicas,
             **SERVE_SETTINGS,
-            policy=AutoscalingPolicy(policy_function="ray_app.autoscaling:policy"),
+            policy=AutoscalingPolicy(policy_function="tutti.ray_app.autoscaling:policy"),
         ),
     }
 
@@ -88,5 +88,5 @@ def _deployment(pool: PoolSpec) -> Any:
         max_ongoing_requests=10_000,  # the gateway's slots are the limit
         health_check_period_s=_HEALTH_CHECK_PERIOD_S,
         graceful_shutdown_timeout_s=10.0,
-        request_router_config=RequestRouterConfig(request_router_class="ray_app.routing:AddressedRouter"),
+        request_router_config=RequestRouterConfig(request_router_class="tutti.ray_app.routing:AddressedRouter"),
     )

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ray_app.options import Options
-from ray_app.placement import PoolSpec, home
 from tutti.app import front_end_setup
 from tutti.backends import completion
 from tutti.core.errors import ConfigError, reason
+from tutti.ray_app.options import Options
+from tutti.ray_app.placement import PoolSpec, home
 from tutti.repository.config import ModelConfig
 
 CONNECT_TIMEOUT_S = 5.0

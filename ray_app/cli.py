@@ -1,6 +1,6 @@
 """`tutti cluster`: plan the pools of a repository, and simulate how they would do.
 
-Light: its help needs no extra; `ray_app.planning` does the work.
+Light: its help needs no extra; `tutti.ray_app.planning` does the work.
 """
 
 import argparse
@@ -17,7 +17,7 @@ _MOST = 1_000_000
 def main(arguments: Sequence[str]) -> int:
     """Run one of the commands; returns its exit status. Raises ConfigError for what cannot be planned or read."""
     options = make_parser().parse_args(arguments)
-    from ray_app import planning
+    from tutti.ray_app import planning
 
     {"plan": planning.plan, "why": planning.why, "simulate": planning.simulate}[options.what](options)
     return 0

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ensembles.graph import Plan
 from tutti.core.errors import Internal
+from tutti.ensembles.graph import Plan
 from tutti.serving.engine import Override
 
 # Unless --control-timeout-secs says otherwise.

@@ -5,16 +5,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ensembles import graph
-from ensembles.placed import PlacedExecutor
-from ray_app import fallback
-from ray_app.control import Control
-from ray_app.placement import PoolSpec, home
-from ray_app.pools import Pool, Router
-from ray_app.sticky import Sequences, Streams
 from tutti.core.errors import ConfigError
 from tutti.core.types import FALLBACK_PARAMETER, Infer
+from tutti.ensembles import graph
+from tutti.ensembles.placed import PlacedExecutor
 from tutti.observing.statistics import ModelStatistics
+from tutti.ray_app import fallback
+from tutti.ray_app.control import Control
+from tutti.ray_app.placement import PoolSpec, home
+from tutti.ray_app.pools import Pool, Router
+from tutti.ray_app.sticky import Sequences, Streams
 from tutti.repository.config import ModelConfig, as_decoupled
 from tutti.repository.folders import ModelFolder
 from tutti.scheduling.scheduler import InOrder, Timer

@@ -10,16 +10,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ensembles import graph
-from ensembles.placed import Arriving
-from ray_app import merging
-from ray_app.autoscaling import Demand
-from ray_app.control import Control
-from ray_app.hops import Hop
-from ray_app.pools import Pool, Router
 from tutti.core.errors import ConfigError, InferError
 from tutti.core.types import FALLBACK_PARAMETER, Call, Infer, InferRequest
+from tutti.ensembles import graph
+from tutti.ensembles.placed import Arriving
 from tutti.observing.statistics import ModelStatistics
+from tutti.ray_app import merging
+from tutti.ray_app.autoscaling import Demand
+from tutti.ray_app.control import Control
+from tutti.ray_app.hops import Hop
+from tutti.ray_app.pools import Pool, Router
 from tutti.repository.config import DEFAULT_MAX_QUEUED_ROWS, ModelConfig
 from tutti.repository.policies import BatchingPolicy
 from tutti.scheduling.batching import BatchQueue

@@ -14,24 +14,24 @@ import ray
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from ray import serve
 
-from ray_app import routing, watch
-from ray_app.checks import METRICS_PORTS
-from ray_app.control import Change, Control
-from ray_app.engine import make_engine
-from ray_app.journal import Journal, RayStore, gateway_name, owner_key
-from ray_app.members import PoolStatus
-from ray_app.news import News, Writer
-from ray_app.options import Options
-from ray_app.overview import Loads, Overview, table
-from ray_app.placement import PoolSpec, home
-from ray_app.pools import Pool, Router
-from ray_app.watch import BEAT_S, MISSED, Watch
 from tutti.app import front_end_setup
 from tutti.app.front_end_server import Addresses, Server
 from tutti.app.overview import example
 from tutti.core import garbage
 from tutti.core.errors import ConfigError
 from tutti.observing.logs import Logs, Settings
+from tutti.ray_app import routing, watch
+from tutti.ray_app.checks import METRICS_PORTS
+from tutti.ray_app.control import Change, Control
+from tutti.ray_app.engine import make_engine
+from tutti.ray_app.journal import Journal, RayStore, gateway_name, owner_key
+from tutti.ray_app.members import PoolStatus
+from tutti.ray_app.news import News, Writer
+from tutti.ray_app.options import Options
+from tutti.ray_app.overview import Loads, Overview, table
+from tutti.ray_app.placement import PoolSpec, home
+from tutti.ray_app.pools import Pool, Router
+from tutti.ray_app.watch import BEAT_S, MISSED, Watch
 from tutti.repository import unserved
 from tutti.repository.config import ModelConfig
 from tutti.serving import local

@@ -5,13 +5,13 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ray_app.autoscaling import Demand, Meter, Misses, row_s
-from ray_app.members import Member
-from ray_app.pools import Pool, Router
 from tutti.core.errors import InferError, Internal, Unavailable
 from tutti.core.types import Answer, Call, Infer, InferResponse, now_ns, settle
 from tutti.observing.explanations import AT_REPLICA, PARAMETER, told_in, untold
 from tutti.observing.statistics import BatchTimes, ModelStatistics
+from tutti.ray_app.autoscaling import Demand, Meter, Misses, row_s
+from tutti.ray_app.members import Member
+from tutti.ray_app.pools import Pool, Router
 from tutti.scheduling.cost import Costs
 from tutti.scheduling.scheduler import Scheduler, trace
 

@@ -8,7 +8,7 @@ import pickle
 import threading
 from typing import Any, Protocol
 
-from ray_app.control import Change, Desired
+from tutti.ray_app.control import Change, Desired
 from tutti.serving.engine import Override
 
 

@@ -7,8 +7,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ray_app.placement import PoolSpec, check_pools, plan_pools
 from tutti import SERVER_NAME
+from tutti.ray_app.placement import PoolSpec, check_pools, plan_pools
 
 # Of one pool: more are a slip.
 MOST_REPLICAS = 1_000_000

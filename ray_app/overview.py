@@ -4,9 +4,9 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ray_app.members import PoolStatus
-from ray_app.placement import PoolSpec
 from tutti.app import overview
+from tutti.ray_app.members import PoolStatus
+from tutti.ray_app.placement import PoolSpec
 from tutti.serving.model import Model
 
 _COLUMNS = ("model", "version", "backend", "replicas", "instances of each", "batch", "loaded in")

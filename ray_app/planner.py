@@ -7,8 +7,8 @@ group lives together in every replica of one pool.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ray_app.placement import PoolSpec, home
 from tutti.core.errors import ConfigError
+from tutti.ray_app.placement import PoolSpec, home
 from tutti.repository.config import ModelConfig
 
 # What a model takes on a GPU: its files, and as much again for what it computes. A parameter of it may say better.

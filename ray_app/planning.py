@@ -10,13 +10,13 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from ray_app import documents, gpu_rates, planner
-from ray_app.options import Options, PoolOptions
-from ray_app.placement import PoolSpec, home
 from tutti.backends import completion
 from tutti.console.arguments import plain, shown
 from tutti.console.progress import Work, clock
 from tutti.core.errors import ConfigError, reason
+from tutti.ray_app import documents, gpu_rates, planner
+from tutti.ray_app.options import Options, PoolOptions
+from tutti.ray_app.placement import PoolSpec, home
 
 _KINDS: dict[str, type[BaseModel]] = {"": Options, "pools": PoolOptions}
 
@@ -78,8 +78,8 @@ def _bytes_of(path: Path, versions: Sequence[int]) -> int:
 
 
 def simulate(options: argparse.Namespace) -> None:
-    from ray_app import simulation
-    from ray_app.scenario import Bursts, Scenario, SimulatedPool, Stretch
+    from tutti.ray_app import simulation
+    from tutti.ray_app.scenario import Bursts, Scenario, SimulatedPool, Stretch
 
     kinds: dict[str, type[BaseModel]] = {"": Scenario, "pools": SimulatedPool, "bursts": Bursts, "trace": Stretch}
     try:

@@ -13,14 +13,14 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from ray_app import control, merging
-from ray_app.autoscaling import Steady, wanted
-from ray_app.control import Change, Desired
-from ray_app.members import Member, PoolStatus, another
-from ray_app.replica import Description
 from tutti.core import wire
 from tutti.core.errors import Cancelled, DeadlineExceeded, DeviceLost, InferError, Internal, Unavailable
 from tutti.core.types import POOL_PARAMETER, Answer, Call, InferResponse, now_ns
+from tutti.ray_app import control, merging
+from tutti.ray_app.autoscaling import Steady, wanted
+from tutti.ray_app.control import Change, Desired
+from tutti.ray_app.members import Member, PoolStatus, another
+from tutti.ray_app.replica import Description
 
 _log = logging.getLogger(__name__)
 

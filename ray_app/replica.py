@@ -8,19 +8,19 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ray_app.autoscaling import METRIC, Wanted
-from ray_app.control import Change
-from ray_app.health import INFERENCE_TIMEOUT_S, Prober, Pulse
-from ray_app.journal import RayStore
-from ray_app.news import News, Writer
-from ray_app.options import Options
-from ray_app.overview import Loads
 from tutti.app import restarts
 from tutti.core import wire
 from tutti.core.errors import ConfigError
 from tutti.core.types import FALLBACK_PARAMETER, Call, Infer, now_ns
 from tutti.devices.health import health
 from tutti.observing.logs import Logs
+from tutti.ray_app.autoscaling import METRIC, Wanted
+from tutti.ray_app.control import Change
+from tutti.ray_app.health import INFERENCE_TIMEOUT_S, Prober, Pulse
+from tutti.ray_app.journal import RayStore
+from tutti.ray_app.news import News, Writer
+from tutti.ray_app.options import Options
+from tutti.ray_app.overview import Loads
 
 _log = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class Replica:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before any backend looks for a GPU
         from ray import serve
 
-        import ensembles
+        from tutti import ensembles
         from tutti.core import garbage
         from tutti.serving import local
 
@@ -203,7 +203,7 @@ class Replica:
         return "; ".join(failures)
 
     def _apply(self, change: Change) -> None:
-        from ensembles.placed import executor_of_segment
+        from tutti.ensembles.placed import executor_of_segment
 
         if change.logs is not None:
             self._logs.update(change.logs)

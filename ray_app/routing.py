@@ -37,7 +37,7 @@ class AddressedRouter(RequestRouter):  # type: ignore[misc]
 
     def _tell(self, dead: str = "") -> None:
         # Serve may carry this class with a copy of its module: the module itself is what `watch` was told.
-        from ray_app import routing
+        from tutti.ray_app import routing
 
         changed = routing._watchers.get(self._deployment_id.name)
         if changed is not None:

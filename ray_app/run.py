@@ -11,16 +11,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from ray_app import checks, environment, processes
-from ray_app.head import Head
-from ray_app.journal import RayStore
-from ray_app.news import News
-from ray_app.options import Options
-from ray_app.planning import checked, load_placement
-from ray_app.starting import APP, quieten, report_ready, tell_pools, telling, wait_until_running
 from tutti.app import restarts
 from tutti.app.reports import Supervised, end_with
 from tutti.core.errors import ConfigError
+from tutti.ray_app import checks, environment, processes
+from tutti.ray_app.head import Head
+from tutti.ray_app.journal import RayStore
+from tutti.ray_app.news import News
+from tutti.ray_app.options import Options
+from tutti.ray_app.planning import checked, load_placement
+from tutti.ray_app.starting import APP, quieten, report_ready, tell_pools, telling, wait_until_running
 
 environment.apply()  # before ray.serve is imported
 
@@ -210,7 +210,7 @@ def _address(text: str) -> str:
 def _run(options: argparse.Namespace, application: Options, stop: _Stop, loop: asyncio.AbstractEventLoop) -> None:
     from ray import serve
 
-    from ray_app.app import build
+    from tutti.ray_app.app import build
 
     with telling("starting Ray Serve"):
         # Serve's own proxies stay off: the gateway owns the ports.

@@ -12,9 +12,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ray_app.options import PoolOptions
 from tutti.core import files
 from tutti.core.errors import reason
+from tutti.ray_app.options import PoolOptions
 
 
 class _Strict(BaseModel):

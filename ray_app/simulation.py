@@ -20,16 +20,16 @@ from typing import Any
 
 import numpy as np
 
-from ray_app.autoscaling import METRIC, SERVE_SETTINGS, Demand, Steady, policy, wanted
-from ray_app.fallback import FALLBACK, of_model
-from ray_app.members import PoolStatus
-from ray_app.placement import PATIENCE_S
-from ray_app.pools import Pool, Router
-from ray_app.replica import Description
-from ray_app.scenario import Load, Scenario, SimulatedPool, Stretch
 from tutti.core import types, wire
 from tutti.core.types import Call, InferRequest, InferResponse, Tensor
 from tutti.observing.statistics import ModelStatistics
+from tutti.ray_app.autoscaling import METRIC, SERVE_SETTINGS, Demand, Steady, policy, wanted
+from tutti.ray_app.fallback import FALLBACK, of_model
+from tutti.ray_app.members import PoolStatus
+from tutti.ray_app.placement import PATIENCE_S
+from tutti.ray_app.pools import Pool, Router
+from tutti.ray_app.replica import Description
+from tutti.ray_app.scenario import Load, Scenario, SimulatedPool, Stretch
 from tutti.repository import config
 from tutti.serving import local
 

@@ -15,8 +15,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from ray_app.news import News, Start, progress
 from tutti.core.errors import ConfigError
+from tutti.ray_app.news import News, Start, progress
 
 _log = logging.getLogger("tutti")
 

@@ -7,11 +7,11 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ray_app.members import Member
-from ray_app.pools import Pool, Router
 from tutti.core.errors import InferError, Internal, Unavailable
 from tutti.core.types import Call, InferRequest, InferResponse, now_ns, settle
 from tutti.observing.statistics import BatchTimes, ModelStatistics
+from tutti.ray_app.members import Member
+from tutti.ray_app.pools import Pool, Router
 from tutti.scheduling.scheduler import as_infer_error, trace
 from tutti.scheduling.sequences import SequenceId, check_starts, sequence_id
 

@@ -12,9 +12,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from ray_app import processes
 from tutti.app.restarts import End, Restarts
 from tutti.app.supervisor import EngineProcess
+from tutti.ray_app import processes
 
 _log = logging.getLogger("tutti")
 

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import ensembles
-from loadtest.process import START_TIMEOUT_S, free_ports, server_name, stop, wait_until_ready
+from tutti import ensembles
 from tutti.core.types import Answer, Call, Infer, InferRequest
+from tutti.loadtest.process import START_TIMEOUT_S, free_ports, server_name, stop, wait_until_ready
 from tutti.observing.logs import Logs
 from tutti.observing.request_log import Event, RequestLog
 from tutti.serving import local

@@ -64,7 +64,7 @@ def test_flags_named_are_there() -> None:
         [sys.executable, "-m", "tutti.app.cli", "serve", "--help"], capture_output=True, text=True, cwd=ROOT, check=True
     ).stdout
     for kind in ("text", "audio", "vision"):
-        command = [sys.executable, "-m", "export.cli", kind, "--help"]
+        command = [sys.executable, "-m", "tutti.export.cli", kind, "--help"]
         shown += subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout
     for flag in set(re.findall(r"(--[a-z][a-z-]+)", README)):
         assert flag in shown, flag

@@ -18,10 +18,10 @@ import skl2onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from loadtest.process import START_TIMEOUT_S, free_ports
 from tests.export import checkpoints
 from tests.serving import wait_until
 from tests.wheels import ROOT, Installed
+from tutti.loadtest.process import START_TIMEOUT_S, free_ports
 
 START = (ROOT / "docs" / "start.md").read_text(encoding="utf-8")
 # By exit status. A machine that is busy may not let a run be judged: that there is a verdict is what counts here.

@@ -7,19 +7,22 @@ from pathlib import Path
 
 import pytest
 
-from tests.wheels import PACKAGES, ROOT, Installed
+from tests.wheels import PLACES, ROOT, Installed
 
 # Opens a file of its own by a path from its module's.
 _OWN_FILE = re.compile(r"""Path\(__file__\)\.(?:with_name\("([^"]+)"\)|parent / "([^"]+)")""")
 _DRIVE = """
 import sys
-import ensembles, export.layout, loadtest.names, loadtest.payloads, ray_app, tutti
-inside = [module.__file__ for module in (ensembles, export.layout, loadtest.names, ray_app, tutti)]
+import tutti
+from tutti import ensembles, ray_app
+from tutti.export import layout
+from tutti.loadtest import names, payloads
+inside = [module.__file__ for module in (tutti, ensembles, ray_app, layout, names)]
 assert all(path.startswith(sys.prefix) for path in inside), inside
-assert len(loadtest.names.packaged()) >= 7
-assert len(list(loadtest.payloads.SAMPLES.iterdir())) >= 8
-assert loadtest.payloads.SENTENCES.is_file()
-assert (export.layout.STEPS / "tokenizer.py").is_file()
+assert len(names.packaged()) >= 7
+assert len(list(payloads.SAMPLES.iterdir())) >= 8
+assert payloads.SENTENCES.is_file()
+assert (layout.STEPS / "tokenizer.py").is_file()
 """
 
 
@@ -31,9 +34,14 @@ def packed(installed: Installed) -> set[str]:
 
 
 def test_it_has_every_file_of_its_packages_and_no_other(packed: set[str]) -> None:
-    files = {path for package in PACKAGES for path in (ROOT / package).rglob("*") if path.is_file()}
-    assert packed == {str(path.relative_to(ROOT)) for path in files if "__pycache__" not in path.parts}
-    assert {f"{package}/py.typed" for package in PACKAGES} <= packed
+    files = {
+        f"{place}/{path.relative_to(ROOT / folder)}"
+        for folder, place in PLACES.items()
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file() and not {"__pycache__", "reports"} & set(path.parts)
+    }
+    assert packed == files
+    assert "tutti/py.typed" in packed
 
 
 def test_it_has_what_the_code_reads_beside_itself(packed: set[str]) -> None:

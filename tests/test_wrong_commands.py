@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
-import ensembles.cli
-import export.cli
-import export.init
+import tutti.ensembles.cli
+import tutti.export.cli
+import tutti.export.init
 from tests.models import onnx_add_one
 from tutti.app import cli, serve_options
 from tutti.app.process_end import Ending
@@ -107,9 +107,9 @@ def misspelt_flags() -> Iterator[Case]:
     rng = random.Random(SEED)
     parsers = {
         ("serve", "none"): serve_options.make_parser(),
-        ("ensemble", "show", "none"): ensembles.cli.make_parser(),
-        ("export", "text", "none"): export.cli.make_parser(),
-        ("init", "models", "none"): export.init.make_parser(),
+        ("ensemble", "show", "none"): tutti.ensembles.cli.make_parser(),
+        ("export", "text", "none"): tutti.export.cli.make_parser(),
+        ("init", "models", "none"): tutti.export.init.make_parser(),
     }
     for command, parser in parsers.items():
         for choice in command:  # down to the parser of the last command

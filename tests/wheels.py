@@ -8,6 +8,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("tutti", "ensembles", "ray_app", "export", "loadtest")
+# Where each of these folders is in what is installed.
+PLACES = {name: name if name == "tutti" else f"tutti/{name}" for name in PACKAGES}
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ def build(folder: Path) -> Path:
     """From a copy of what a wheel is made of: builds leave files behind, and take up those of earlier ones."""
     source = folder / "source"
     for name in PACKAGES:
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, source)
     _run("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation", "-w", folder, source)

@@ -26,6 +26,8 @@ from benchmarks.gpu.context import ROOT
 
 MOST = 60 << 20
 _PIECE = 56 << 20
+# Folders of the package tutti that stand beside tutti/.
+_BESIDE = ("ensembles/", "export/", "loadtest/", "ray_app/")
 _SOURCES = ("tutti", "ensembles", "export", "loadtest", "benchmarks", "tests", "ray_app", "pyproject.toml", "DESIGN.md")
 # What serving, its clients and the load need and a machine with PyTorch lacks.
 PACKAGES = (
@@ -78,15 +80,16 @@ def _size(folder: Path) -> int:
 
 
 def _copy_sources(target: Path) -> None:
-    """Tracked files, as they are now."""
+    """Tracked files, as they are now; those of the package tutti all inside it: a transfer may leave links out."""
     done = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", *_SOURCES],
         cwd=ROOT, capture_output=True, check=True,
     )  # fmt: skip
     for name in filter(None, done.stdout.decode().split("\0")):
         if (ROOT / name).is_file():
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, target / name)
+            place = target / ("tutti" if name.startswith(_BESIDE) else "") / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, place)
     (target / "COMMIT").write_text(machine.commit() + "\n")
 
 

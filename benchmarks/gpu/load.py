@@ -164,8 +164,8 @@ def over_grpc(address: tuple[str, int], request: Request, clients: int, notes: N
 
 
 async def _grpc(address: tuple[str, int], message: bytes, clients: int, notes: Notes) -> None:
-    from loadtest import http2
-    from loadtest.wire import connect
+    from tutti.loadtest import http2
+    from tutti.loadtest.wire import connect
 
     headers = [
         (b":method", b"POST"), (b":scheme", b"http"), (b":path", METHOD.encode()),

@@ -22,7 +22,7 @@ import psutil
 from benchmarks.gpu import frame
 from benchmarks.gpu.context import Array, NotThereYetError
 from benchmarks.gpu.requests import Request, answer
-from loadtest.process import free_ports
+from tutti.loadtest.process import free_ports
 
 START_S = 150.0
 _STOP_S = 15.0

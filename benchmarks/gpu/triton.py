@@ -18,7 +18,7 @@ from benchmarks.gpu import frame, kept_programs, load, models, repository, serve
 from benchmarks.gpu.context import ROOT, Context, Figures, NotThereYetError
 from benchmarks.gpu.frame import Line
 from benchmarks.gpu.requests import Request
-from loadtest.process import free_ports
+from tutti.loadtest.process import free_ports
 
 _HERE = "benchmarks.gpu.triton"
 _MODEL = Path(__file__).with_name("triton_model.py")

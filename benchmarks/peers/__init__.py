@@ -17,7 +17,7 @@ import numpy as np
 import psutil
 
 from benchmarks.models import MLP
-from loadtest.process import free_ports, wait_until_ready
+from tutti.loadtest.process import free_ports, wait_until_ready
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = ROOT / ".venv-peers"

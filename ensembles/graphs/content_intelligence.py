@@ -5,7 +5,7 @@ Any of AUDIO, TEXT and IMAGE may be given. A cheap look at the text decides whet
 
 from pathlib import Path
 
-from ensembles.builder import Graph
+from tutti.ensembles.builder import Graph
 
 # Of the held-out texts that are not safe none is below it.
 RISK = 0.2

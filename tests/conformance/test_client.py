@@ -14,8 +14,8 @@ import tritonclient.http as httpclient
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from demo.client import Client, as_bytes, load_items
-from loadtest.payloads import Payloads, TensorInfo
 from tests.serving import Served, serving
+from tutti.loadtest.payloads import Payloads, TensorInfo
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::ResourceWarning")]
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from demo.client import Arrays, Client, as_bytes, load_items
-from loadtest.payloads import Payloads, TensorInfo
 from tests.models import plain_sample
 from tests.peers import tritonserver
 from tests.serving import serving
+from tutti.loadtest.payloads import Payloads, TensorInfo
 
 pytestmark = [pytest.mark.triton, pytest.mark.slow, pytest.mark.filterwarnings("ignore::ResourceWarning")]
 

@@ -6,14 +6,14 @@ from xml.etree import ElementTree
 
 import pytest
 
-from ensembles import show
-from ensembles.builder import Graph
-from ensembles.cli import planned
 from tests.models import Repository
 from tests.serving import engine_over, infer
 from tutti.app import cli
 from tutti.core.errors import ConfigError
 from tutti.core.types import InferRequest, InferResponse, Tensor
+from tutti.ensembles import show
+from tutti.ensembles.builder import Graph
+from tutti.ensembles.cli import planned
 
 ONE = "data_type: TYPE_FP32 dims: 1"
 SCORE = f"""backend: "python" max_batch_size: 8 dynamic_batching {{}}
@@ -23,7 +23,7 @@ TEN = """
     return pb_utils.InferenceResponse([pb_utils.Tensor("y", x * 10)])
 """
 FILE = """
-from ensembles.builder import Graph
+from tutti.ensembles.builder import Graph
 
 
 def build(repository):
@@ -284,6 +284,6 @@ def test_the_documentations_examples_are_right(sample_repository: Path, tmp_path
         "text_gate", "text_tokenizer", "text_encoder",
     ]  # fmt: skip
     file = tmp_path / "moderate.py"
-    file.write_text(text[text.index("from ensembles.builder") :].partition("```")[0])
+    file.write_text(text[text.index("from tutti.ensembles.builder") :].partition("```")[0])
     assert cli.main(["ensemble", "build", str(file), "--repository", str(root)]) == 0
     assert len(planned(root, "moderate").steps) == 4

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ensembles.conditions import Column, ConditionError, parse
+from tutti.ensembles.conditions import Column, ConditionError, parse
 
 SPECS = {
     "score": ("FP32", (1,)), "labels": ("FP32", (4,)), "text": ("BYTES", (1,)), "flag": ("BOOL", (1,)),

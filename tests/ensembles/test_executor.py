@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-import ensembles
-from ensembles import graph
-from ensembles.executor import EnsembleExecutor
 from tests.models import Repository
 from tests.serving import Gather, engine_over, infer
+from tutti import ensembles
 from tutti.core.errors import Cancelled, InferError, InvalidArgument, NotFound
 from tutti.core.types import Call, InferRequest, InferResponse, Tensor, settle
+from tutti.ensembles import graph
+from tutti.ensembles.executor import EnsembleExecutor
 from tutti.observing.statistics import ModelStatistics
 from tutti.repository import config
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from ensembles import graph
 from tutti.core.errors import ConfigError, NotFound
+from tutti.ensembles import graph
 from tutti.repository import config
 
 MODELS = {

@@ -7,12 +7,12 @@ from xml.etree import ElementTree
 
 import pytest
 
-from ensembles import picture
-from ensembles.cli import planned
-from ensembles.conditions import parse
-from ensembles.graph import Each, Plan, Step, TensorType
-from ensembles.picture import WIDTH, Box, Picture, Text, layout
 from tests.browser import look, needs_browser, unreadable
+from tutti.ensembles import picture
+from tutti.ensembles.cli import planned
+from tutti.ensembles.conditions import parse
+from tutti.ensembles.graph import Each, Plan, Step, TensorType
+from tutti.ensembles.picture import WIDTH, Box, Picture, Text, layout
 
 NAMES = ("a", "text_encoder", "Whisper.large-v3", "MODERATION_SCORE", "WWW" * 30, "audio_" * 9, "模型" * 20, "i" * 64)
 SHAPES = {"deep": (40, 1, 2), "wide": (40, 40, 4), "usual": (12, 4, 3), "many": (60, 15, 8)}

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ensembles import graph
-from ensembles.executor import EnsembleExecutor
-from ensembles.placed import PlacedExecutor, executor_of_segment
 from tests.serving import infer
 from tutti.core.errors import InferError, Internal, InvalidArgument
 from tutti.core.types import Call, Infer, InferRequest, InferResponse, Tensor, settle
+from tutti.ensembles import graph
+from tutti.ensembles.executor import EnsembleExecutor
+from tutti.ensembles.placed import PlacedExecutor, executor_of_segment
 from tutti.observing.statistics import ModelStatistics
 from tutti.repository import config
 

@@ -5,11 +5,11 @@ import pickle
 import numpy as np
 import pytest
 
-from ensembles import graph
-from ensembles.placed import PlacedExecutor, executor_of_segment
-from ensembles.segments import Cut, cut
 from tests.serving import infer
 from tutti.core.types import Call, Infer, InferRequest, InferResponse, Tensor, settle
+from tutti.ensembles import graph
+from tutti.ensembles.placed import PlacedExecutor, executor_of_segment
+from tutti.ensembles.segments import Cut, cut
 from tutti.observing.statistics import ModelStatistics
 from tutti.repository import config
 

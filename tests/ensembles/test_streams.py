@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ensembles import graph
-from ensembles.streams import StreamExecutor
 from tests.models import Repository
 from tests.serving import Gather, engine_over, wait_until
 from tutti.core.errors import Cancelled, ConfigError, InferError, Internal, Unsupported
 from tutti.core.types import Call, InferRequest, InferResponse, Tensor
+from tutti.ensembles import graph
+from tutti.ensembles.streams import StreamExecutor
 from tutti.observing.statistics import ModelStatistics
 from tutti.repository import config
 from tutti.repository.config import ModelConfig

@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ensembles import graph
-from ensembles.placed import executor_of
 from tests.models import Repository
 from tests.serving import Gather, engine_over, infer
 from tutti.core.errors import InferError
 from tutti.core.types import Call, InferRequest, InferResponse, Tensor, settle
+from tutti.ensembles import graph
+from tutti.ensembles.placed import executor_of
 from tutti.observing.statistics import ModelStatistics
 from tutti.repository import config
 

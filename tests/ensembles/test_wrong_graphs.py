@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ensembles.builder import Graph
-from ensembles.places import MistakeAt
-from ensembles.source import graph_of
 from tutti.core.errors import ConfigError
+from tutti.ensembles.builder import Graph
+from tutti.ensembles.places import MistakeAt
+from tutti.ensembles.source import graph_of
 
 _X = 'input { name: "x" data_type: TYPE_FP32 dims: 1 }'
 _Y = 'output { name: "y" data_type: TYPE_FP32 dims: 1 }'
@@ -22,7 +22,7 @@ MODELS = {
     "wide": f'max_batch_size: 8 {_X} output {{ name: "v" data_type: TYPE_FP32 dims: 4 }} '
     'output { name: "flag" data_type: TYPE_BOOL dims: 1 } output { name: "n" data_type: TYPE_INT32 dims: 1 }',
 }
-FILE = """from ensembles.builder import Graph
+FILE = """from tutti.ensembles.builder import Graph
 import numpy as np
 
 

@@ -10,5 +10,5 @@ from multiprocessing.context import ForkServerContext
 def context() -> ForkServerContext:
     made = multiprocessing.get_context("forkserver")
     # There is one for all tests: the first who asks for it has it import these.
-    made.set_forkserver_preload(["export.pipeline", "export.vision", "export.report", "transformers"])
+    made.set_forkserver_preload(["tutti.export.pipeline", "tutti.export.vision", "tutti.export.report", "transformers"])
     return made

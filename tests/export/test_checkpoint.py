@@ -11,12 +11,12 @@ import pytest
 import torch
 import transformers
 
-from export import checkpoint, cli, sentences, sources, text, text_checkpoint, text_tokenizer
-from export.errors import ExportError
-from export.sound import as_wav
 from tests.export import checkpoints
 from tests.serving import engine_over, infer
 from tutti.core.types import InferRequest, InferResponse, Tensor
+from tutti.export import checkpoint, cli, sentences, sources, text, text_checkpoint, text_tokenizer
+from tutti.export.errors import ExportError
+from tutti.export.sound import as_wav
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(120)]
 SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}

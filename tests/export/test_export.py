@@ -18,7 +18,13 @@ import torch
 from onnx import numpy_helper
 from PIL import Image
 
-from export import (
+from tests.browser import look, needs_browser, unreadable
+from tests.export import checkpoints
+from tests.models import onnx_add_one
+from tests.serving import serving
+from tutti.console import progress
+from tutti.core.errors import ConfigError
+from tutti.export import (
     cli,
     commands,
     layout,
@@ -30,18 +36,12 @@ from export import (
     sources,
     tensorrt,
 )
-from export import labelled as labelled_files
-from export import onnx as to_onnx
-from export.errors import ExportError, ParityError
-from export.graphs import Check, Graph, Product
-from export.parity import Comparer
-from export.variants import Builder
-from tests.browser import look, needs_browser, unreadable
-from tests.export import checkpoints
-from tests.models import onnx_add_one
-from tests.serving import serving
-from tutti.console import progress
-from tutti.core.errors import ConfigError
+from tutti.export import labelled as labelled_files
+from tutti.export import onnx as to_onnx
+from tutti.export.errors import ExportError, ParityError
+from tutti.export.graphs import Check, Graph, Product
+from tutti.export.parity import Comparer
+from tutti.export.variants import Builder
 from tutti.repository import config
 from tutti.repository.config import TensorSpec
 
@@ -171,10 +171,10 @@ def test_sources(tmp_path: Path) -> None:
     assert (made.location, made.config_type) == (None, "resnet")
     assert dict(made.options) == {"hidden_sizes": [16, 32], "layer_type": "basic"}
     assert "random weights" in made.provenance
-    folder = sources.resolve("package:export/steps")
+    folder = sources.resolve("package:tutti/export/steps")
     assert folder.path.is_dir()
     assert folder.content() == sources.resolve(str(folder.path)).content()
-    for wrong in ("package:no_such_package/x", "package:export/nothing", "config:resnet,broken"):
+    for wrong in ("package:no_such_package/x", "package:tutti/export/nothing", "config:resnet,broken"):
         with pytest.raises(ExportError):
             sources.resolve(wrong)
 
@@ -429,7 +429,7 @@ def export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Export:
         (["text", "config:whisper"], "is a whisper, which takes sounds: tutti export audio config:whisper"),
         (["text", RESNET], f"is a resnet, which takes pictures: tutti export vision {RESNET}"),
         (["vision", "config:no_such_type"], "transformers cannot load"),
-        (["audio", "package:export/cli.py"], "is no TorchScript file"),
+        (["audio", "package:tutti/export/cli.py"], "is no TorchScript file"),
         (["vision", RESNET, "--labels", "cat,dog"], "zero-shot needs clip"),
         (["text", "config:bart"], "is a bart, an encoder with a decoder"),
         (["text", BERT, "--labelled", LABELLED], "expected a checkpoint with a tokenizer"),
@@ -552,7 +552,7 @@ def test_without_tensorrt_the_message_says_what_to_install(
 ) -> None:
     for name in tensorrt._MODULES:
         monkeypatch.setitem(sys.modules, name, None)
-    assert export("audio", "package:export/cli.py", "--format", "tensorrt") == 1
+    assert export("audio", "package:tutti/export/cli.py", "--format", "tensorrt") == 1
     assert "pip install 'tensorrt-rtx-cu13-libs==1.7.1" in capsys.readouterr().err
 
 
@@ -564,7 +564,7 @@ MODALITIES = {
 # Each of "KIND FOLDER" in argv, one after the other.
 EXPORTS = """
 import json, sys
-from export import cli
+from tutti.export import cli
 for kind, folder in map(str.split, sys.argv[1:]):
     command = [kind, folder + "/checkpoint", "--name", "m", "--variants", "fp16", "--format", "tensorrt"]
     status = cli.main([*command, "--compute-capability", "SM89", "--repository", folder + "/models"])

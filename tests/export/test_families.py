@@ -17,12 +17,12 @@ import pytest
 import torch
 from PIL import Image
 
-from export import cli, manifest, sound, whisper
-from export import onnx as to_onnx
-from export.sound import published
 from tests.export import apart, checkpoints
 from tests.serving import engine_over, infer
 from tutti.core.types import InferRequest, InferResponse, Tensor
+from tutti.export import cli, manifest, sound, whisper
+from tutti.export import onnx as to_onnx
+from tutti.export.sound import published
 from tutti.repository import config
 from tutti.repository.value_bounds import Range
 

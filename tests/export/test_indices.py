@@ -14,13 +14,13 @@ import torch
 from onnx import TensorProto, helper
 from torch.nn import functional as F
 
-from export import indices, pipeline, whisper
-from export import onnx as to_onnx
-from export.graphs import Graph, Product
-from export.sources import resolve
-from export.variants import Builder
 from tests.export import checkpoints
 from tests.serving import Served, serving
+from tutti.export import indices, pipeline, whisper
+from tutti.export import onnx as to_onnx
+from tutti.export.graphs import Graph, Product
+from tutti.export.sources import resolve
+from tutti.export.variants import Builder
 from tutti.repository import config
 from tutti.repository.value_bounds import Range
 

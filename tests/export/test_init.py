@@ -40,12 +40,12 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, StandardScaler
 from sklearn.svm import LinearSVC
 
-from export import columns, init, initial, maps, served
 from tests.export import checkpoints
 from tests.models import onnx_add_one
 from tests.serving import serving
 from tests.tutti.test_help import EXTRAS, WITHOUT_EXTRAS
 from tutti.app import cli
+from tutti.export import columns, init, initial, maps, served
 from tutti.repository import config
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(180)]

@@ -10,15 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
-from export import cli, pixels, silero, sound, sources
-from export import onnx as to_onnx
-from export.narrow import narrowed
-from export.pixels import Form
-from export.variants import Builder, in_float64
 from tests.export import checkpoints
 from tests.export.test_export import RESNET
 from tests.serving import engine_over, infer
 from tutti.core.types import InferRequest, InferResponse, Tensor
+from tutti.export import cli, pixels, silero, sound, sources
+from tutti.export import onnx as to_onnx
+from tutti.export.narrow import narrowed
+from tutti.export.pixels import Form
+from tutti.export.variants import Builder, in_float64
 from tutti.repository import config
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -12,16 +12,16 @@ import torch
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
-from export import cli, lengths, pipeline, whisper
-from export import onnx as to_onnx
-from export.graphs import Claim, Graph
-from export.variants import Builder, Result
 from tests.export import checkpoints
 from tests.serving import engine_over, infer
 from tutti.backends.onnxruntime import OnnxBackend
 from tutti.core.dtypes import Array
 from tutti.core.errors import InvalidArgument
 from tutti.core.types import InferRequest, InferResponse, Tensor
+from tutti.export import cli, lengths, pipeline, whisper
+from tutti.export import onnx as to_onnx
+from tutti.export.graphs import Claim, Graph
+from tutti.export.variants import Builder, Result
 from tutti.repository import config
 from tutti.repository.config import TensorSpec
 from tutti.serving.engine import Engine

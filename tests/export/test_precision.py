@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from export import cli, features, manifest, narrow, program, silero, sources, vision
-from export.errors import ExportError
-from export.graphs import Graph, Limits
-from export.parity import Comparer
-from export.variants import Builder
 from tests.export.test_export import RESNET, graph
 from tests.serving import engine_over, infer
 from tutti.core.types import InferRequest, InferResponse, Tensor
+from tutti.export import cli, features, manifest, narrow, program, silero, sources, vision
+from tutti.export.errors import ExportError
+from tutti.export.graphs import Graph, Limits
+from tutti.export.parity import Comparer
+from tutti.export.variants import Builder
 from tutti.repository import config
 
 pytestmark = pytest.mark.filterwarnings("ignore")

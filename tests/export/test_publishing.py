@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from export import cli
 from tests.export import apart
 from tests.serving import serving, wait_until
+from tutti.export import cli
 
 SOURCE = "config:resnet,num_labels=3,embedding_size=8,hidden_sizes=[8],depths=[1],layer_type=basic"
 BODY = json.dumps(

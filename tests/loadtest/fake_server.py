@@ -24,8 +24,8 @@ import h2.events
 import uvloop
 from tritonclient.grpc import service_pb2 as pb
 
-from loadtest.timers import Alarm
-from loadtest.wire import Wire
+from tutti.loadtest.timers import Alarm
+from tutti.loadtest.wire import Wire
 
 METADATA = {
     "name": "fake", "versions": ["1"], "platform": "none",

@@ -17,11 +17,11 @@ import uvloop
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 
-from loadtest.clients import CLIENTS, TIMED_OUT, UNREACHABLE
-from loadtest.payloads import Message
-from loadtest.process import free_ports
-from loadtest.scenario import Target
-from loadtest.wire import Wire
+from tutti.loadtest.clients import CLIENTS, TIMED_OUT, UNREACHABLE
+from tutti.loadtest.payloads import Message
+from tutti.loadtest.process import free_ports
+from tutti.loadtest.scenario import Target
+from tutti.loadtest.wire import Wire
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -16,12 +16,13 @@ from typing import Any
 
 import pytest
 
-from loadtest import cli, commands, names, server
-from loadtest.errors import RunError
-from loadtest.process import free_ports
-from loadtest.sampler import Sampler
-from loadtest.scenario import Scenario, Target
+from tutti.loadtest import cli, commands, names, server
+from tutti.loadtest.errors import RunError
+from tutti.loadtest.process import free_ports
+from tutti.loadtest.sampler import Sampler
+from tutti.loadtest.scenario import Scenario, Target
 
+ROOT = Path(__file__).parents[2]
 SCENARIO = "payloads: [{model: m}]\nstages: [{seconds: 1, rate: 10}]\nslo: {p99_ms: 100}\n"
 COMMANDS = ("run", "saturate", "compare", "replay", "worker")
 WITHOUT_EXTRAS = """
@@ -31,7 +32,7 @@ class Missing:
         if name.split(".")[0] in "locust yaml pydantic pyarrow hpack gevent geventhttpclient numpy".split():
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Missing())
-from loadtest import cli
+from tutti.loadtest import cli
 for command in ([], *([name] for name in sys.argv[1:])):
     try:
         cli.main([*command, "--help"])
@@ -87,7 +88,7 @@ def models(answers: dict[str, Any], seen: Callable[[Mapping[str, str]], None] = 
 
 def test_help_needs_no_extra() -> None:
     command = [sys.executable, "-c", WITHOUT_EXTRAS, *COMMANDS]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(cli.__file__).parents[1])
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     for name in COMMANDS:
         assert f"usage: tutti loadtest {name} " in done.stdout
@@ -369,9 +370,12 @@ def test_the_parts_of_ensembles_do_the_work() -> None:
 
 def test_samples_come_along_with_the_package(tmp_path: Path) -> None:
     """As a wheel has it: links have become files, and nothing of the repository is around."""
-    shutil.copytree(Path(cli.__file__).parent, tmp_path / "loadtest", ignore=shutil.ignore_patterns("reports"))
+    (tmp_path / "tutti").mkdir()
+    for path in ROOT.glob("tutti/*.py"):
+        shutil.copy(path, tmp_path / "tutti")
+    shutil.copytree(ROOT / "loadtest", tmp_path / "tutti" / "loadtest", ignore=shutil.ignore_patterns("reports"))
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from loadtest import payloads as p; "
+        "import sys; sys.path.insert(0, sys.argv[1]); from tutti.loadtest import payloads as p; "
         "assert p.__file__.startswith(sys.argv[1]); infos = [p.TensorInfo('AUDIO', 'FP32', (-1, -1)), "
         "p.TensorInfo('IMAGE', 'BYTES', (-1, 1)), p.TensorInfo('TEXT', 'BYTES', (-1, 1))]; "
         "drawn = p.Payloads(0).draw(infos); assert drawn['AUDIO'].any(); assert len(drawn['IMAGE'][0, 0]) > 100"
@@ -385,9 +389,9 @@ def test_samples_come_along_with_the_package(tmp_path: Path) -> None:
 def test_samples_and_scenarios_are_package_data() -> None:
     import tomllib
 
-    root = Path(cli.__file__).parent
-    told = tomllib.loads((root.parent / "pyproject.toml").read_text())
-    patterns = told["tool"]["setuptools"]["package-data"]["loadtest"]
+    root = ROOT / "loadtest"
+    told = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    patterns = told["tool"]["setuptools"]["package-data"]["tutti.loadtest"]
     packed = {path for pattern in patterns for path in root.glob(pattern)}
     wanted = {*(root / "samples").iterdir(), *(root / "scenarios").iterdir(), root / "sentences.tsv"}
     assert packed == wanted

@@ -13,9 +13,9 @@ import h2.settings
 import pytest
 import uvloop
 
-from loadtest.http2 import OK, Connection
-from loadtest.wire import connect
 from tests.loadtest.test_clients import tcp_server, until
+from tutti.loadtest.http2 import OK, Connection
+from tutti.loadtest.wire import connect
 
 pytestmark = pytest.mark.timeout(60)
 

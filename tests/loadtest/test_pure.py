@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from loadtest import arrivals, charts, report, runner, sampler, scenario, search, slo
-from loadtest.histogram import Histogram
-from loadtest.payloads import Payloads, TensorInfo, messages
-from loadtest.scenario import Goal, Scenario, ScenarioError, Sizes, Stage
-from loadtest.slo import Seen, Verdict, judge
+from tutti.loadtest import arrivals, charts, report, runner, sampler, scenario, search, slo
+from tutti.loadtest.histogram import Histogram
+from tutti.loadtest.payloads import Payloads, TensorInfo, messages
+from tutti.loadtest.scenario import Goal, Scenario, ScenarioError, Sizes, Stage
+from tutti.loadtest.slo import Seen, Verdict, judge
 
 
 def given(**more: Any) -> Scenario:

@@ -15,12 +15,12 @@ import pyarrow.parquet
 import pytest
 import yaml
 
-from loadtest import cli, report, runner, search, slo
-from loadtest.process import free_ports, stop
-from loadtest.slo import Verdict
 from tests.browser import look, needs_browser, unreadable
 from tests.loadtest.test_pure import given, seen_by
 from tests.serving import serving
+from tutti.loadtest import cli, report, runner, search, slo
+from tutti.loadtest.process import free_ports, stop
+from tutti.loadtest.slo import Verdict
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
@@ -189,7 +189,7 @@ def test_workers_elsewhere_and_one_that_is_lost(tmp_path: Path) -> None:
         (port,) = free_ports(1)
         out = tmp_path / f"out{is_lost}"
         command = [
-            sys.executable, "-m", "loadtest.cli", "run", str(file), "--protocol", "grpc", "--output", str(out),
+            sys.executable, "-m", "tutti.loadtest.cli", "run", str(file), "--protocol", "grpc", "--output", str(out),
         ]  # fmt: skip
         locust = [
             "--master",
@@ -212,7 +212,7 @@ def test_workers_elsewhere_and_one_that_is_lost(tmp_path: Path) -> None:
                 raw = tmp_path / f"raw{number}{is_lost}"
                 own = [sys.executable, "-m", "locust", "-f", "loadtest/locustfile.py", "--worker"]
                 # The first by our own command.
-                one = own if number else [sys.executable, "-m", "loadtest.cli", "worker"]
+                one = own if number else [sys.executable, "-m", "tutti.loadtest.cli", "worker"]
                 one = [*one, "--raw", str(raw), "--master-host", "127.0.0.1", "--master-port", str(port)]
                 workers.append(subprocess.Popen(one, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
             if is_lost:
@@ -234,7 +234,7 @@ def test_locusts_page_shows_the_run(tmp_path: Path) -> None:
     (port,) = free_ports(1)
     file = write(tmp_path, stages=[{"seconds": 6, "rate": 100}])
     with fake("--errors", "0.1") as urls:
-        command = [sys.executable, "-m", "loadtest.cli", "run", str(file), "--url", urls["http"], "--web"]
+        command = [sys.executable, "-m", "tutti.loadtest.cli", "run", str(file), "--url", urls["http"], "--web"]
         run = subprocess.Popen([*command, "--", "--web-port", str(port)], cwd=ROOT, stdout=subprocess.DEVNULL)
         seen: list[Any] = []
 
@@ -295,7 +295,7 @@ def test_scenarios_against_a_server_of_their_own(sample_repository: Path, tmp_pa
     file = write(
         tmp_path, payloads=[{"model": name, "count": 4} for name in models], stages=[{"seconds": 5, "rate": 30}]
     )
-    command = [sys.executable, "-m", "loadtest.run", str(file), "--repository", str(sample_repository)]
+    command = [sys.executable, "-m", "tutti.loadtest.run", str(file), "--repository", str(sample_repository)]
     done = subprocess.run(
         [*command, "--output", str(tmp_path / "out")],
         capture_output=True,

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from loadtest.process import free_ports, server_name, stop, wait_until_ready
+from tutti.loadtest.process import free_ports, server_name, stop, wait_until_ready
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = ROOT / ".venv-triton"

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import tritonclient.grpc.aio as grpcclient
 
-from ray_app import autoscaling
-from ray_app.autoscaling import DRAIN_S, METRIC, UTILIZATION, Demand, Meter, Misses, Steady, row_s, wanted
 from tests.models import Repository
 from tests.serving import Served, serving, wait_until
+from tutti.ray_app import autoscaling
+from tutti.ray_app.autoscaling import DRAIN_S, METRIC, UTILIZATION, Demand, Meter, Misses, Steady, row_s, wanted
 from tutti.scheduling.cost import LatencyModel
 
 SECOND = 1_000_000_000

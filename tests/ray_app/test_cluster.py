@@ -20,10 +20,10 @@ import tritonclient.grpc as grpcclient
 import tritonclient.http as httpclient
 
 from demo.client import Client, load_items
-from loadtest.process import free_ports, stop
 from tests.models import Repository
 from tests.serving import Served, serving, wait_until
 from tutti.app.restarts import UNUSABLE
+from tutti.loadtest.process import free_ports, stop
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(280)]
 

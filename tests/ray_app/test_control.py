@@ -10,12 +10,12 @@ import pytest
 import tritonclient.grpc as grpcclient
 from tritonclient.utils import InferenceServerException
 
-from ray_app.control import Change, Desired
 from tests.conformance.test_every_method import COUNT, ENDLESS
 from tests.models import Repository
 from tests.ray_app.conftest import Application
 from tests.ray_app.test_cluster import replicas
 from tests.serving import serving, wait_until
+from tutti.ray_app.control import Change, Desired
 from tutti.serving.engine import Override
 
 X = np.array([[1, 2, 3, 4]], np.float32)

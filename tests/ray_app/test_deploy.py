@@ -14,11 +14,11 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from ray_app import environment
-from ray_app.options import Options
 from tests.ray_app.conftest import Application
 from tests.ray_app.test_cluster import metrics
 from tests.tutti.test_metrics_page import ENSEMBLE
+from tutti.ray_app import environment
+from tutti.ray_app.options import Options
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "ray_app" / "deploy"
@@ -89,7 +89,7 @@ def test_the_application_of_the_manifest_is_one(service: dict[str, Any]) -> None
     config = yaml.safe_load(service["spec"]["serveConfigV2"])
     assert config["proxy_location"] == "Disabled"
     (application,) = config["applications"]
-    assert application["import_path"] == "ray_app.app:build"
+    assert application["import_path"] == "tutti.ray_app.app:build"
     options = Options(**application["args"])
     pools = options.pool_specs(0)
     assert [pool.name for pool in pools] == ["gpu", "cpu"]

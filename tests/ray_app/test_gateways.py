@@ -14,16 +14,16 @@ import pytest
 import tritonclient.grpc as grpcclient
 import tritonclient.http as httpclient
 
-from loadtest.process import free_ports, stop
-from ray_app.journal import Journal
-from ray_app.options import Options
-from ray_app.watch import group
 from tests.models import Repository
 from tests.ray_app.conftest import Application
 from tests.ray_app.test_cluster import replicas
 from tests.serving import Served, wait_until
 from tutti.app import front_end_setup
 from tutti.app.front_end_server import Addresses
+from tutti.loadtest.process import free_ports, stop
+from tutti.ray_app.journal import Journal
+from tutti.ray_app.options import Options
+from tutti.ray_app.watch import group
 from tutti.serving.engine import Override
 
 ON_RAY = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(280)]
@@ -242,14 +242,14 @@ class TestOnRay:
         script.write_text(
             f"""
 import sys
-from ray_app import environment, processes
+from tutti.ray_app import environment, processes
 environment.apply()
 processes.adopt_orphans()
 import ray
 from ray import serve
-from ray_app.app import build
-from ray_app.options import Options
-from ray_app.watch import group
+from tutti.ray_app.app import build
+from tutti.ray_app.options import Options
+from tutti.ray_app.watch import group
 ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False,
          runtime_env={{"env_vars": environment.SETTINGS}})
 serve.start(proxy_location="Disabled")

@@ -5,10 +5,10 @@ import re
 import pytest
 import yaml
 
-from ray_app import gpu_rates
 from tests.models import Repository
 from tutti.app.cli import main
 from tutti.core.errors import ConfigError
+from tutti.ray_app import gpu_rates
 from tutti.repository import config
 
 TEXT = """backend: "pytorch" max_batch_size: 64 dynamic_batching {{ }}

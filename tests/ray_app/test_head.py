@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import pytest
 
-from ray_app.head import SILENCE_S, Head
 from tests.serving import wait_until
+from tutti.ray_app.head import SILENCE_S, Head
 
 
 class Clock:

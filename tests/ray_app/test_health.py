@@ -9,7 +9,6 @@ import tritonclient.grpc as grpcclient
 from tritonclient.utils import InferenceServerException
 
 from demo.client import Client
-from ray_app.health import IDLE_S, Prober, Pulse, request_for
 from tests.models import IN_PROCESS, Repository
 from tests.ray_app.conftest import Application
 from tests.ray_app.test_cluster import replicas
@@ -26,6 +25,7 @@ from tutti.core.errors import (
     Unknown,
 )
 from tutti.core.types import InferResponse
+from tutti.ray_app.health import IDLE_S, Prober, Pulse, request_for
 from tutti.repository import config
 from tutti.repository.config import ModelConfig
 

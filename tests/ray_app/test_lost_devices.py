@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ray_app import pools
-from ray_app.members import Member, PoolStatus
-from ray_app.pools import MAX_SENDS, Pool, Router
 from tests.serving import Gather
 from tutti.core import wire
 from tutti.core.errors import Cancelled, DeviceLost, Internal, Unavailable
 from tutti.core.types import Answer, Call, InferRequest, InferResponse, Tensor
+from tutti.ray_app import pools
+from tutti.ray_app.members import Member, PoolStatus
+from tutti.ray_app.pools import MAX_SENDS, Pool, Router
 
 POISON = 13.0
 

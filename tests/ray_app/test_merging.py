@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ray_app import merging
-from ray_app.members import PoolStatus
-from ray_app.pools import POOL_PARAMETER, Pool, Router
 from tests.serving import Gather
 from tutti.core import wire
 from tutti.core.errors import Cancelled, DeadlineExceeded, InferError, Internal, InvalidArgument, Unavailable
 from tutti.core.types import Call, InferRequest, InferResponse, Tensor
+from tutti.ray_app import merging
+from tutti.ray_app.members import PoolStatus
+from tutti.ray_app.pools import POOL_PARAMETER, Pool, Router
 from tutti.repository import config
 
 TEXT = """

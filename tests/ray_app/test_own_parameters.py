@@ -8,11 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ray_app.engine import make_engine
-from ray_app.fallback import of_model
-from ray_app.members import PoolStatus
-from ray_app.placement import PoolSpec
-from ray_app.pools import Pool, Router
 from tests.models import Repository
 from tests.serving import Gather
 from tutti.core import wire
@@ -21,6 +16,11 @@ from tutti.core.types import Answer, Call, InferRequest, InferResponse, Tensor
 from tutti.observing.explanations import PARAMETER, Explained
 from tutti.observing.statistics import ModelStatistics
 from tutti.observing.trace_records import Record, numbers
+from tutti.ray_app.engine import make_engine
+from tutti.ray_app.fallback import of_model
+from tutti.ray_app.members import PoolStatus
+from tutti.ray_app.placement import PoolSpec
+from tutti.ray_app.pools import Pool, Router
 from tutti.repository import config
 from tutti.serving.local import loop_timer
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from ray_app import environment
-from ray_app.options import Options, PoolOptions
-from ray_app.placement import Home, PoolSpec, home, models_for, plan_pools
 from tutti.core.errors import ConfigError, NotFound
+from tutti.ray_app import environment
+from tutti.ray_app.options import Options, PoolOptions
+from tutti.ray_app.placement import Home, PoolSpec, home, models_for, plan_pools
 from tutti.repository import config
 from tutti.repository.config import ModelConfig
 

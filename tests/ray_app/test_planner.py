@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ray_app.options import Options
-from ray_app.planner import CONTEXT_MB, plan
 from tests.models import Repository
 from tests.ray_app.test_placement import ensemble, model
 from tutti.app.cli import main
 from tutti.core.errors import ConfigError
+from tutti.ray_app.options import Options
+from tutti.ray_app.planner import CONTEXT_MB, plan
 
 MB = 1_000_000
 

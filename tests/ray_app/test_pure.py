@@ -12,12 +12,6 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from ray_app import run, sticky
-from ray_app.fallback import MIN_HOP_ROWS, hop_policy
-from ray_app.members import PoolStatus, another
-from ray_app.options import Options
-from ray_app.placement import plan_pools
-from ray_app.replica import ReplicaOptions
 from tests.serving import Gather
 from tutti.app import foreign_flags, serve_options
 from tutti.core import wire
@@ -25,6 +19,12 @@ from tutti.core.errors import ConfigError, InferError, InvalidArgument
 from tutti.core.types import Answer, Call, InferRequest, InferResponse, Tensor
 from tutti.frontends.grpc import keepalive
 from tutti.observing.statistics import ModelStatistics
+from tutti.ray_app import run, sticky
+from tutti.ray_app.fallback import MIN_HOP_ROWS, hop_policy
+from tutti.ray_app.members import PoolStatus, another
+from tutti.ray_app.options import Options
+from tutti.ray_app.placement import plan_pools
+from tutti.ray_app.replica import ReplicaOptions
 from tutti.repository import config
 from tutti.repository.policies import BatchingPolicy
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from ray_app.scenario import Bursts, Scenario, Stretch
-from ray_app.simulation import Controller, Latencies, simulate, simulate_fluid
 from tutti.app.cli import main
 from tutti.core.types import now_ns
+from tutti.ray_app.scenario import Bursts, Scenario, Stretch
+from tutti.ray_app.simulation import Controller, Latencies, simulate, simulate_fluid
 
 POOL: dict[str, Any] = {"name": "gpu", "replicas": 1, "fixed_ms": 30, "row_ms": 4, "hop_ms": 4, "start_s": 3}
 ELASTIC = {**POOL, "replicas": None, "min_replicas": 1, "max_replicas": 4}

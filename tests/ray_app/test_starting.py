@@ -15,17 +15,17 @@ from types import SimpleNamespace
 import grpc
 import pytest
 
-from ray_app import checks, news, run, starting
-from ray_app.members import Member, PoolStatus
-from ray_app.news import News, Start, Writer
-from ray_app.overview import Loads, table
-from ray_app.placement import PoolSpec, check_cpus
 from tests.models import Repository
 from tests.serving import engine_over
 from tutti.app import serve_options
 from tutti.app.cli import main
 from tutti.app.restarts import UNUSABLE
 from tutti.core.errors import ConfigError
+from tutti.ray_app import checks, news, run, starting
+from tutti.ray_app.members import Member, PoolStatus
+from tutti.ray_app.news import News, Start, Writer
+from tutti.ray_app.overview import Loads, table
+from tutti.ray_app.placement import PoolSpec, check_cpus
 
 
 @pytest.fixture

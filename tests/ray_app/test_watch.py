@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from ray_app.watch import Missed, Watch, is_possible
 from tests.serving import wait_until
+from tutti.ray_app.watch import Missed, Watch, is_possible
 
 linux = pytest.mark.skipif(not is_possible(), reason="needs pidfd_open")
 BEATS = """
 import sys, time
 from pathlib import Path
-from ray_app.watch import Watch
+from tutti.ray_app.watch import Watch
 watch = Watch(sys.argv[1], Path(sys.argv[2]))
 while True:
     watch.beat()

@@ -2,8 +2,8 @@
 
 import pytest
 
-from ensembles.explain import StepsTimes
 from tutti.core.types import Spent, Times
+from tutti.ensembles.explain import StepsTimes
 from tutti.frontends.http import answer_headers
 from tutti.observing.statistics import BatchTimes
 

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import pytest
 
-import ensembles
 from tests.models import Repository
 from tests.serving import Gather, engine_over, infer, timer
 from tests.tutti.test_model_config import x, y
+from tutti import ensembles
 from tutti.core.errors import ConfigError
 from tutti.core.types import Call, InferResponse, Tensor, settle
 from tutti.observing.statistics import ModelStatistics

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import ensembles
 from tests.models import Repository, onnx_add_one
 from tests.serving import infer, timer
+from tutti import ensembles
 from tutti.core.errors import InferError, Internal, NotFound, Unavailable
 from tutti.core.types import InferRequest, InferResponse, Tensor
 from tutti.serving import local

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-import ensembles
 from tests.models import Repository
 from tests.serving import engine_over, infer, timer
 from tests.tutti.test_device_backend import CHAIN, IDS, ON_GPU, SAME, Embed, Hungry, Identity, ids_request
 from tests.tutti.test_pytorch_backend import CONFIG, Subtract, exported, load_error, scripted
+from tutti import ensembles
 from tutti.backends import capturing, cuda_graphs, cuda_graphs_trial, cuda_graphs_trial_process, graph_buckets, pytorch
 from tutti.backends.capturing import SimulatedCapturing
 from tutti.backends.cuda_graphs_trial import Result

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-import ensembles
 from tests.models import Repository
 from tests.serving import engine_over, infer, timer
 from tests.tutti.test_cuda_graphs import GRAPHS, LENGTHS, Greedy, Polynomial, X, few, values, x_request  # noqa: F401
 from tests.tutti.test_device_backend import IDS, Embed, Identity, ids_request
 from tests.tutti.test_pytorch_backend import scripted
+from tutti import ensembles
 from tutti.backends import graph_buckets, pytorch
 from tutti.backends.capturing import CudaCapturing, Run, no_collections
 from tutti.backends.cuda_graphs import GraphedProgram

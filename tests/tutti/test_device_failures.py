@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
-import ensembles
 from tests.models import Repository
 from tests.serving import Gather, infer, timer, wait_until
+from tutti import ensembles
 from tutti.backends import registry
 from tutti.core.errors import DeviceLost
 from tutti.core.types import Call, InferRequest, InferResponse, Tensor

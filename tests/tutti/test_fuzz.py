@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-import ensembles
 from tests import fuzz
 from tests.models import Repository
 from tests.serving import timer
+from tutti import ensembles
 from tutti.frontends.v2.api import Api
 from tutti.serving import local
 

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from loadtest import cli as loadtest
 from tutti.app import cli, commands
 from tutti.app.commands import COMMANDS
+from tutti.loadtest import cli as loadtest
 
 EXTRAS = (
     "torch transformers onnx onnxscript sklearn skl2onnx safetensors ray psutil yaml pydantic locust pyarrow hpack "

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-import ensembles
 from tests.models import IN_PROCESS, Repository
 from tests.serving import Gather, infer, timer, wait_until
 from tests.tutti.test_python_processes import CONFIG, add, ask, y
+from tutti import ensembles
 from tutti.core.types import Call, InferRequest, InferResponse, Tensor
 from tutti.serving import local
 from tutti.serving.engine import Engine

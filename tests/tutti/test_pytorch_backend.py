@@ -195,8 +195,8 @@ def test_datatypes(repository: Repository, datatype: str) -> None:
 
 
 def load_error(repository: Repository) -> str:
-    import ensembles
     from tests.serving import timer
+    from tutti import ensembles
 
     engine = local.make_engine(repository.root, timer, ensembles.load)
     engine.load_all()

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import ensembles
 from tests.models import IN_PROCESS, Repository, onnx_add_one
 from tests.serving import Gather, engine_over, infer, timer, wait_until
+from tutti import ensembles
 from tutti.app.cli import main
 from tutti.app.restarts import UNUSABLE
 from tutti.core.errors import ConfigError

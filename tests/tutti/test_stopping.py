@@ -11,9 +11,9 @@ from threading import Thread
 
 import pytest
 
-from loadtest.process import free_ports
 from tests.models import IN_PROCESS, Repository
 from tests.serving import wait_until
+from tutti.loadtest.process import free_ports
 
 CONFIG = 'backend: "python" max_batch_size: 0 input { name: "x" data_type: TYPE_FP32 dims: 1 } output { name: "y" '
 CONFIG += "data_type: TYPE_FP32 dims: 1 }"

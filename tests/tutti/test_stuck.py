@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from google.protobuf.json_format import MessageToDict
 
-import ensembles
 from tests.models import Repository
 from tests.serving import Gather, infer, timer, wait_until
+from tutti import ensembles
 from tutti.backends import registry
 from tutti.core import operations
 from tutti.core.errors import Internal, Unavailable

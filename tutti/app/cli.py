@@ -109,10 +109,10 @@ def _serve(arguments: Sequence[str]) -> int:
     if options.ray:
         need("--ray", "ray", "fastapi", "uvicorn", "psutil", "yaml", "pydantic", extra="ray")
         if options.ray_address is None and options.engine_of is None:
-            from ray_app import supervisor as clusters
+            from tutti.ray_app import supervisor as clusters
 
             return clusters.run(["serve", *arguments], options.exit_timeout_secs)
-        from ray_app.run import serve_on_ray
+        from tutti.ray_app.run import serve_on_ray
 
         return serve_on_ray(options)
     count = front_ends(options, gpu_presence.has_gpu(), _cores())

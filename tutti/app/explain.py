@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ensembles
+from tutti import ensembles
 from tutti.app import input_files
 from tutti.app.explain_remote import Server
 from tutti.backends import completion

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import uvloop
 
-import ensembles
+from tutti import ensembles
 from tutti.app import front_end_setup, overview, restarts
 from tutti.app.front_end_server import Server
 from tutti.app.process_end import Ending, held_by, now
