@@ -23,6 +23,7 @@ from tests.export import checkpoints
 from tests.models import onnx_add_one
 from tests.serving import serving
 from tutti.console import progress
+from tutti.core import extras
 from tutti.core.errors import ConfigError
 from tutti.export import (
     cli,
@@ -553,7 +554,7 @@ def test_without_tensorrt_the_message_says_what_to_install(
     for name in tensorrt._MODULES:
         monkeypatch.setitem(sys.modules, name, None)
     assert export("audio", "package:tutti/export/cli.py", "--format", "tensorrt") == 1
-    assert "pip install 'tensorrt-rtx-cu13-libs==1.7.1" in capsys.readouterr().err
+    assert f"{extras.install('tensorrt')} for TensorRT-RTX" in capsys.readouterr().err
 
 
 MODALITIES = {

@@ -20,6 +20,7 @@ from tests.serving import engine_over
 from tutti.app import serve_options
 from tutti.app.cli import main
 from tutti.app.restarts import UNUSABLE
+from tutti.core import extras
 from tutti.core.errors import ConfigError
 from tutti.ray_app import checks, news, run, starting
 from tutti.ray_app.members import Member, PoolStatus
@@ -131,7 +132,7 @@ def test_a_library_that_is_missing_is_said_in_a_line(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == library else find(name))
     assert main(["serve", str(repository.root), "--ray"]) == UNUSABLE
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"tutti: --ray needs {library}: pip install ")
+    assert line.startswith(f"tutti: --ray needs {library}: {extras.install('ray')}")
 
 
 def test_replicas_that_find_no_room_are_refused() -> None:

@@ -35,8 +35,8 @@ def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     installed(monkeypatch, orjson="", ray="2.60", psutil="7")
     found = findings()
     assert found["libraries"].verdict == "bad"
-    assert found["libraries"].text == "lacks orjson; install tutti with its dependencies"
-    lacks = "lacks pyyaml: pip install 'ray[serve]==2.60.*' 'pyyaml>=6'"
+    assert found["libraries"].text == f"lacks orjson: {extras.install()}"
+    lacks = f"lacks pyyaml: {extras.install('ray')}"
     assert found["extra 'ray'"] == doctor.Finding("extra 'ray'", "note", lacks)
     assert cli.main(["doctor"]) == 1
 

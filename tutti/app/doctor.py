@@ -81,7 +81,7 @@ def _libraries() -> Iterator[Finding]:
     names = ["onnxruntime-gpu" if name == "onnxruntime" and not extras.version(name) else name for name in _CORE]
     missing = [name for name in names if not extras.version(name)]
     if missing:
-        yield Finding("libraries", "bad", f"lacks {', '.join(missing)}; install tutti with its dependencies")
+        yield Finding("libraries", "bad", f"lacks {', '.join(missing)}: {extras.install()}")
     else:
         yield Finding("libraries", "ok", ", ".join(f"{name} {extras.version(name)}" for name in names))
     if extras.has_two_onnxruntimes():

@@ -1,17 +1,27 @@
 """What is installed of what tutti can use, and the command that installs the rest.
 
-The name `tutti` belongs to somebody else on the package index: a command that names it would install their package. So
-the libraries are named themselves, as this project's own metadata has them.
+On the package index the name `tutti` is somebody else's: this project is the distribution `tutti-serve`, and comes as a
+checkout or a wheel. A command that is told to a person installs into the environment that runs this, and from there.
 """
 
+import os
 import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
 
+import tutti
+
+DISTRIBUTION = "tutti-serve"
 # Both wheels install the module onnxruntime.
 SWAP_ONNXRUNTIME = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu"
 TWO_ONNXRUNTIMES = (
     "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files: "
     f"{SWAP_ONNXRUNTIME} (or onnxruntime, to serve on the processor)"
 )
+# Where a checkout has its pyproject.toml; of a wheel it is site-packages.
+_ROOT = Path(tutti.__file__).parents[1]
 _NAME = re.compile(r"[\w.-]+")
 _EXTRA = re.compile(r"""extra == ["']([\w-]+)["']""")
 
@@ -37,11 +47,11 @@ def folder(distribution: str) -> str:
 
 
 def requirements(extra: str) -> list[str]:
-    """Of an extra of this project, as in its metadata; none where that is not installed, or somebody else's."""
+    """Of an extra of this project, as in its metadata; none where that is not installed."""
     import importlib.metadata as metadata
 
     try:
-        lines = metadata.requires("tutti") or []
+        lines = metadata.requires(DISTRIBUTION) or []
     except metadata.PackageNotFoundError:
         return []
     split = [line.partition(";") for line in lines]
@@ -53,16 +63,42 @@ def missing(extra: str) -> list[str]:
     return [text for text in requirements(extra) if not version(_NAME.findall(text)[0])]
 
 
-def install(extra: str) -> str:
-    """A command for a shell that installs what is missing of an extra.
+def install(extra: str = "") -> str:
+    """A command for a shell that installs an extra, or what tutti itself needs; to be typed in the current folder.
 
-    A requirement with extras of its own is named in any case: that it is installed does not say that they are.
+    pip takes what is installed for the distribution that it names, and asks no index for that.
     """
-    absent = missing(extra)
-    chosen = [text for text in requirements(extra) if text in absent or "[" in text] or requirements(extra)
-    if not chosen:
-        return f"pip install -e '.[{extra}]', where tutti's pyproject.toml is"
-    return "pip install " + " ".join(f"'{text}'" for text in chosen)
+    brackets = f"[{extra}]" if extra else ""
+    if _is_checkout():
+        return f"{_pip()} install -e {shlex.quote(f'{_near(_ROOT)}{brackets}')}"
+    if version(DISTRIBUTION):
+        return f"{_pip()} install {shlex.quote(f'{DISTRIBUTION}{brackets}')}"
+    return f"{_pip()} install {shlex.quote(f'./tutti_serve-{tutti.__version__}-py3-none-any.whl{brackets}')}"
+
+
+def _is_checkout() -> bool:
+    """That its sources run. A file of the name in site-packages is somebody else's."""
+    try:
+        return f'name = "{DISTRIBUTION}"' in (_ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    except OSError:
+        return False
+
+
+def _pip() -> str:
+    """That of the environment that runs this, as a shell in the current folder finds it."""
+    own = Path(sys.executable).with_name("pip")
+    if not own.is_file():
+        return f"{shlex.quote(_near(Path(sys.executable)))} -m pip"
+    is_first = shutil.which("pip") == str(own)
+    return "pip" if is_first else shlex.quote(_near(own))
+
+
+def _near(path: Path) -> str:
+    """Relative where it lies in the current folder."""
+    try:
+        return str(path.relative_to(os.getcwd()))
+    except (ValueError, OSError):  # it lies elsewhere; the folder has been deleted
+        return str(path)
 
 
 def has_two_onnxruntimes() -> bool:
