@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from tests.export import checkpoints
 from tests.serving import wait_until
-from tests.wheels import ROOT, Installed
+from tests.wheels import ROOT, Installed, add_strangers
 from tutti.loadtest.process import START_TIMEOUT_S, free_ports
 
 START = (ROOT / "docs" / "start.md").read_text(encoding="utf-8")
@@ -204,6 +204,7 @@ def test_the_first_hour_is_as_it_is_written(installed: Installed, tmp_path: Path
     if shutil.which("curl") is None:
         pytest.skip("needs curl")
     models(tmp_path)
+    add_strangers(tmp_path)
     with ExitStack() as servers:
         shell = Shell(tmp_path, installed.bin, free_ports(3), servers)
         for block in blocks():

@@ -21,15 +21,30 @@ class Installed:
 
 
 def build(folder: Path) -> Path:
-    """From a copy of what a wheel is made of: builds leave files behind, and take up those of earlier ones."""
-    source = folder / "source"
+    """The wheel of a clone."""
+    return pack(copy(folder / "source"), folder)
+
+
+def copy(source: Path) -> Path:
+    """What a distribution is made of, links as links: builds leave files behind, and take up those of earlier ones."""
     for name in PACKAGES:
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, source)
+    return source
+
+
+def pack(source: Path, folder: Path) -> Path:
+    """The wheel of a folder, or of an sdist."""
     _run("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation", "-w", folder, source)
     (wheel,) = folder.glob("*.whl")
     return wheel
+
+
+def pack_sdist(source: Path, folder: Path) -> Path:
+    _run("-c", f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})", cwd=source)
+    (sdist,) = folder.glob("*.tar.gz")
+    return sdist
 
 
 def install(wheel: Path, folder: Path) -> Installed:
@@ -43,6 +58,14 @@ def install(wheel: Path, folder: Path) -> Installed:
     return Installed(wheel, folder / "bin")
 
 
-def _run(*arguments: object) -> None:
-    done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, check=False)
+def add_strangers(folder: Path) -> None:
+    """Packages named as parts of tutti are, which nobody may import."""
+    for name in set(PACKAGES) - {"tutti"}:
+        (folder / name).mkdir()
+        (folder / name / "__init__.py").write_text(f'raise RuntimeError("this {name} is somebody else\'s")\n')
+
+
+def _run(*arguments: object, cwd: Path | None = None) -> None:
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
     assert done.returncode == 0, done.stderr
