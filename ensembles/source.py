@@ -66,8 +66,10 @@ def _wrong(file: Path, error: BaseException) -> BaseException:
 
 
 def _meant(error: BaseException) -> str:
-    """The name that an unknown attribute of the builder's own objects may have been."""
-    if not isinstance(error, AttributeError) or not type(error.obj).__module__.startswith("ensembles."):
+    """What an unknown module, or attribute of the builder's own objects, may have been meant for."""
+    if isinstance(error, ModuleNotFoundError) and error.name == "ensembles":  # before 0.2 it was a package of its own
+        return "; it is tutti.ensembles"
+    if not isinstance(error, AttributeError) or not type(error.obj).__module__.startswith("tutti.ensembles."):
         return ""
     known = [name for name in dir(error.obj) if not name.startswith("_")]
     near = difflib.get_close_matches(error.name or "", known, 1)

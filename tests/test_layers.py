@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("tutti", "ensembles", "ray_app", "export", "loadtest", "demo", "benchmarks")
-# Folders beside tutti/ that may also be imported as its packages: tutti.export is export/.
+# Folders of the package tutti that stand beside tutti/: tutti.export is export/.
 BESIDE = frozenset(["ensembles", "ray_app", "export", "loadtest"])
 
 # From the ground up. A folder's row covers the folders within it that have none of their own.
@@ -87,13 +87,18 @@ def read(root: Path) -> dict[str, set[str]]:
 
     A module of ours is called by its file's place, without regard to the links in tutti/.
     """
+    files = _files(root)
+    return {name: set(_imported(name, path, set(files))) for name, path in sorted(files.items())}
+
+
+def _files(root: Path) -> dict[str, Path]:
     files: dict[str, Path] = {}
     for package in PACKAGES:
         for path in (root / package).rglob("*.py"):
             parts = path.relative_to(root).with_suffix("").parts
             if "steps" not in parts:  # model.py files, which run inside a server
                 files[".".join(parts).removesuffix(".__init__")] = path
-    return {name: set(_imported(name, path, set(files))) for name, path in sorted(files.items())}
+    return files
 
 
 def _place(name: str) -> str:
@@ -200,6 +205,16 @@ def test_loadtest_imports_no_server_code(name: str) -> None:
 def test_heavy_libraries_stay_where_they_belong(name: str) -> None:
     used = {other.split(".")[0] for other in IMPORTS[name]} & set(HEAVY)
     assert all(name in HEAVY[library] for library in used)
+
+
+@pytest.mark.parametrize("path", [*_files(ROOT).values(), *(ROOT / "tests").rglob("*.py")], ids=lambda path: path.stem)
+def test_nobody_imports_a_folder_by_its_own_name(path: Path) -> None:
+    """From the checkout it would be found, as a second copy of the module; of a wheel it would be a stranger's."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            assert not {alias.name.partition(".")[0] for alias in node.names} & BESIDE
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            assert node.module.partition(".")[0] not in BESIDE
 
 
 # The checks themselves: each finds what is planted in a house of four files.

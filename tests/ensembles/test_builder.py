@@ -1,6 +1,8 @@
 """Graphs written in Python, and the command that checks, shows, draws, explains and builds them."""
 
 import json
+import re
+import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -145,7 +147,7 @@ def test_mistakes_of_the_command(
         ("return graph", "return 1", ": build returned 1: expected a Graph"),
         ("def build(repository)", "def build()", "TypeError: build() takes 0 positional arguments"),
         ("def build(", "def built(", "expected a function build(repository)"),
-        ("from ensembles", "from ensemble", ":2: ModuleNotFoundError: No module named 'ensemble'"),
+        ("tutti.ensembles", "ensemble", ":2: ModuleNotFoundError: No module named 'ensemble'\n"),
         (
             "with graph.where((score > 15) & ~(score == 50)):",
             "if score > 15:",
@@ -167,6 +169,17 @@ def test_mistakes_in_a_graphs_file_are_told_with_their_line(
     assert err.startswith(f"tutti: {file}") and says in err and len(err.splitlines()) == 1
     assert cli.main(["ensemble", "build", str(file), "--repository", str(tmp_path / "none")]) == 1
     assert f"model repository '{tmp_path / 'none'}' is not a folder" in capsys.readouterr().err
+
+
+def test_the_packages_name_of_before_is_told(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ensembles", None)  # as from any folder but the checkout, where it is one
+    file = tmp_path / "old.py"
+    file.write_text(FILE.replace("tutti.ensembles", "ensembles"))
+    assert cli.main(["ensemble", "build", str(file), "--repository", str(root)]) == 1
+    err = capsys.readouterr().err
+    assert re.fullmatch(r"tutti: \S+old.py:2: ModuleNotFoundError: .*; it is tutti.ensembles\n", err)
 
 
 WRONG_FILES = [
