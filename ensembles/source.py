@@ -67,7 +67,8 @@ def _wrong(file: Path, error: BaseException) -> BaseException:
 
 def _meant(error: BaseException) -> str:
     """What an unknown module, or attribute of the builder's own objects, may have been meant for."""
-    if isinstance(error, ModuleNotFoundError) and error.name == "ensembles":  # before 0.2 it was a package of its own
+    missing = error.name if isinstance(error, ModuleNotFoundError) else None
+    if (missing or "").partition(".")[0] == "ensembles":  # before 0.2 it was a package of its own
         return "; it is tutti.ensembles"
     if not isinstance(error, AttributeError) or not type(error.obj).__module__.startswith("tutti.ensembles."):
         return ""
