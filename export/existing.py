@@ -1,9 +1,8 @@
 """What a folder of a model has already: its configuration, which a person may have edited, and its other versions.
 
-Says how a model differs from a configuration, and keeps what would be written over.
+Says how a model differs from a configuration, and why it cannot go by it.
 """
 
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -61,11 +60,3 @@ def refusal(target: Path, why: str, others: Sequence[str], version: int) -> str:
         some = f"version {others[0]} goes" if len(others) == 1 else f"versions {', '.join(others)} go"
         return f"{what}; {some} by it: --name gives the new one a model of its own"
     return f"{what}; --force writes another and puts that beside, --name gives another model"
-
-
-def put_beside(path: Path) -> Path:
-    """Give a file the first free name that says that it was there before."""
-    names = (f"{path.name}.before{f'-{number}' if number > 1 else ''}" for number in itertools.count(1))
-    place = next(path.with_name(name) for name in names if not path.with_name(name).exists())
-    path.rename(place)
-    return place

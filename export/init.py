@@ -24,7 +24,7 @@ from tutti.console.help_format import Help, examples
 from tutti.console.progress import Work
 from tutti.core import extras, file_kinds, paths
 from tutti.core.errors import ConfigError, TuttiError, reason
-from tutti.export import existing, initial, served
+from tutti.export import existing, initial, layout, served
 from tutti.export.errors import ExportError, first_line
 from tutti.export.initial import Draft
 from tutti.export.served import Staged
@@ -294,7 +294,7 @@ def _publish(made: Path, target: Path, keeps_files: bool) -> Path | None:
             staged.rename(target)
             return None
         if not keeps_files and (target / "config.pbtxt").is_file():
-            moved = existing.put_beside(target / "config.pbtxt")
+            moved = layout.put_beside(target / "config.pbtxt")
         for new in staged.iterdir():
             if keeps_files and new.is_file():
                 continue

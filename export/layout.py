@@ -5,7 +5,9 @@ A server that polls sees a model as it was or as it is: its folder is exchanged 
 
 import ctypes
 import hashlib
+import itertools
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,7 +25,9 @@ from tutti.repository import config
 from tutti.repository.config import TensorSpec
 
 STEPS = Path(__file__).parent / "steps"
-_HEADER = "# Written by `tutti export`.\n"
+# With a sum of what follows, by which an edited one is known.
+_HEADER = "# Written by `tutti export` ({}); what was edited is put beside by the next.\n"
+_WRITTEN = re.compile(r"# Written by `tutti export` \((\w+)\).*\n")
 _MAX_QUEUED = 16_384
 _EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2)
 _HERE = -100  # AT_FDCWD
@@ -98,7 +102,8 @@ class Entry:
         own = {"tutti.isolate": "no"} if self.backend == "python" else {}
         for key, value in sorted({**own, **self.parameters}.items()):
             proto.parameters[key].string_value = value
-        text: str = _HEADER + text_format.MessageToString(proto)
+        body: str = text_format.MessageToString(proto)
+        text = _HEADER.format(_sum(body)) + body
         config.parse(text, self.name)
         return text
 
@@ -110,6 +115,24 @@ class Entry:
             given.data_type = pb.DataType.Value(dtypes.to_config(spec.datatype))
             given.dims.extend(warmup.shapes[spec.name])
             given.zero_data = True
+
+
+def _sum(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def is_edited(text: str) -> bool:
+    """Whether a configuration of ours is no longer as it was written; of older exports nobody knows."""
+    match = _WRITTEN.match(text)
+    return match is not None and _sum(text[match.end() :]) != match[1]
+
+
+def put_beside(path: Path) -> Path:
+    """Give a file the first free name that says that it was there before."""
+    names = (f"{path.name}.before{f'-{number}' if number > 1 else ''}" for number in itertools.count(1))
+    place = next(path.with_name(name) for name in names if not path.with_name(name).exists())
+    path.rename(place)
+    return place
 
 
 def _tensor(kind: Any, spec: TensorSpec) -> Any:
@@ -151,7 +174,7 @@ class Staging:
     def add(self, entries: Iterable[Entry], version: int = 1) -> list[Path]:
         """Build every entry, or none if one is wrong; returns the model folders here.
 
-        Other versions that the repository has of a model are kept.
+        Other versions that the repository has of a model are kept, and a configuration that was edited is, beside.
         """
         prepared = [(entry, entry.config_text()) for entry in entries]
         for entry, _ in prepared:
@@ -172,7 +195,10 @@ class Staging:
             shutil.copyfile(source, place / name)
         if entry.labels:
             _write(folder / "labels.txt", "".join(f"{label}\n" for label in entry.labels))
-        _write(folder / "config.pbtxt", text)
+        path = folder / "config.pbtxt"
+        if path.is_file() and is_edited(path.read_text(encoding="utf-8", errors="replace")):
+            put_beside(path)
+        _write(path, text)
         return folder
 
     def publish(self) -> list[Path]:

@@ -212,6 +212,26 @@ def test_other_versions_are_kept(tmp_path: Path) -> None:
     assert sorted(path.name for path in (repository / "m" / "1").iterdir()) == [".gitkeep", "model.onnx"]
 
 
+def test_a_configuration_that_was_edited_is_kept_beside(tmp_path: Path) -> None:
+    folder = tmp_path / "models" / "m"
+    for labels in (["a"], ["a", "b"]):  # what nobody has edited leaves nothing
+        layout.publish(tmp_path / "models", [entry(tmp_path, labels=labels, max_batch_size=len(labels))])
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "config.pbtxt", "labels.txt"]
+    path = folder / "config.pbtxt"
+    written = path.read_text()
+    for number, name in enumerate(("config.pbtxt.before", "config.pbtxt.before-2")):
+        edited = written.replace("max_batch_size: 2", f"max_batch_size: {number + 4}")
+        assert edited != written
+        path.write_text(edited)
+        for _ in range(2):
+            layout.publish(tmp_path / "models", [entry(tmp_path, labels=["a", "b"], max_batch_size=2)], version=2)
+        assert (folder / name).read_text() == edited
+        assert path.read_text() == written
+    assert len(list(folder.glob("config.pbtxt*"))) == 3
+    path.write_text("# Written by `tutti export`.\n" + edited)
+    assert not layout.is_edited(path.read_text()), "older exports left no sum"
+
+
 def test_without_an_exchange_of_the_system_folders_are_still_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
