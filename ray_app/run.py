@@ -165,7 +165,7 @@ def _checked(options: argparse.Namespace) -> Options:
     application = application_options(options)
     checks.files_and_flags(application, options.num_gpus)
     if options.ray_address is None:
-        checks.ports(application)
+        checks.machine(application)
     elif options.ray_address != "auto":
         checks.address(options.ray_address)
     return application

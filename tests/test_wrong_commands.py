@@ -488,4 +488,4 @@ def test_front_ends_tell_the_address_that_is_taken(flag: str, tmp_path: Path) ->
         command = [sys.executable, "-m", "tutti", "serve", "repo", "--supervise", f"{flag}={port}", *others]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
-    assert f"127.0.0.1:{port}: Address already in use" in done.stderr
+    assert f"127.0.0.1:{port}: Address already in use ({flag})" in done.stderr

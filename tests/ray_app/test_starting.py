@@ -80,7 +80,13 @@ def test_a_placement_is_read_before_ray_is_started(repository: Repository, tmp_p
         (["--trace-config", "rate"], "--trace-config rate: expected KEY=VALUE"),
         (["--cache-config", "redis"], "--cache-config"),
         (["--http-restricted-api", "nothing:a=b"], "nothing"),
-        (["--http-use-ssl", "--http-server-cert", "no.pem", "--http-server-key", "no.key"], "no.pem"),
+        (
+            ["--http-use-ssl", "--http-server-cert", "no.pem", "--http-server-key", "no.key"],
+            "--http-server-cert no.pem: No such file or directory",
+        ),
+        (["--access-log", "nowhere/access"], "--access-log nowhere/access: No such file or directory"),
+        (["--trace-config", "triton,file=nowhere/trace"], "triton,file=nowhere/trace: there is no folder 'nowhere'"),
+        (["--trace-config", "level=TIMESTAMPS"], "--trace-config: level is set, but triton,file is not"),
         (["--ray-address", "ray://127.0.0.1:10001"], "expected HOST:PORT of the cluster's head"),
         (["--ray-address", "somewhere"], "expected HOST:PORT of the cluster's head"),
         (["--ray-address", "127.0.0.1:1"], "no cluster answers there: Connection refused"),
@@ -120,7 +126,7 @@ def test_the_command_says_it_in_one_line_and_ends_with_2(repository: Repository,
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == UNUSABLE
     (line,) = done.stderr.splitlines()
-    assert line.endswith(f"cannot serve on Ray: cannot listen: 127.0.0.1:{taken}: Address already in use")
+    assert line.endswith(f"cannot serve on Ray: cannot listen: 127.0.0.1:{taken}: Address already in use (--http-port)")
 
 
 @pytest.mark.parametrize("library", ["ray", "fastapi", "psutil"])

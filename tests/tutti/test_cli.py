@@ -8,12 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import trustme
 
 from tests.models import Repository
 from tests.serving import engine_over
 from tutti.app import cli, front_end_setup, serve_options
 from tutti.app.restarts import UNUSABLE
 from tutti.core import extras
+from tutti.core.errors import ConfigError
 from tutti.frontends.v2.api import Api
 from tutti.observing.logs import Logs
 
@@ -175,8 +177,103 @@ def test_a_port_in_use_is_told_before_models_are_loaded(flag: str, repository: R
         command = [sys.executable, "-m", "tutti", "serve", str(repository.root), *flags]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path)
     assert done.returncode == UNUSABLE
-    assert f"cannot listen: [Errno 98] 127.0.0.1:{port}: Address already in use" in done.stderr
+    assert f"cannot listen: [Errno 98] 127.0.0.1:{port}: Address already in use ({flag})" in done.stderr
     assert "loaded model" not in done.stderr
+
+
+@pytest.mark.parametrize("more", [[], ["--check"], ["--supervise"], ["--front-end-processes", "2"], ["--ray"]])
+@pytest.mark.parametrize(
+    ("flags", "one", "other"),
+    [
+        (["--http-port=9000", "--grpc-port=9000"], "--http-port", "--grpc-port"),
+        (["--http-port=9000", "--metrics-port=9000"], "--http-port", "--metrics-port"),
+        (["--grpc-port=9000", "--metrics-port=9000", "--grpc-address=0.0.0.0"], "--grpc-port", "--metrics-port"),
+        (["--http-port=9000", "--metrics-port=9000", "--metrics-address=localhost"], "--http-port", "--metrics-port"),
+    ],
+)
+def test_a_port_that_is_given_twice_is_told_before_anything_is_done(
+    flags: list[str], one: str, other: str, more: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        options(["models", *flags, *more])
+    assert ended.value.code == UNUSABLE
+    says = f"{one} and {other} are both 9000: expected a port for each, or 0 for any that is free\n"
+    assert capsys.readouterr().err.endswith(says)
+    given = options(["models"])
+    for flag in flags:
+        name, _, value = flag.removeprefix("--").partition("=")
+        setattr(given, name.replace("-", "_"), int(value) if value.isdecimal() else value)
+    with pytest.raises(ConfigError, match=f"{one} and {other} are both 9000"):  # as an application's file on Ray has it
+        setup.check(given)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--http-port=0", "--grpc-port=0", "--metrics-port=0"],
+        ["--http-port=9000", "--grpc-port=9000", "--allow-grpc=false"],
+        ["--http-port=9000", "--metrics-port=9000", "--metrics-address=127.0.0.2"],
+    ],
+)
+def test_ports_that_are_apart_are_not_refused(flags: list[str]) -> None:
+    setup.check(options(["models", *flags]))
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("certificates")
+    authority = trustme.CA()
+    for name in ("own", "other"):
+        made = authority.issue_cert("localhost")
+        made.private_key_pem.write_to_path(str(folder / f"{name}.key"))
+        made.cert_chain_pems[0].write_to_path(str(folder / f"{name}.pem"))
+    (folder / "binary.pem").write_bytes(bytes(range(256)))
+    return folder
+
+
+TLS_FILES = [
+    # (certificate, key, root, what is told of which flag)
+    ("none.pem", "own.key", "", "-server-cert {0}/none.pem: No such file or directory"),
+    ("own.pem", "none.key", "", "-server-key {0}/none.key: No such file or directory"),
+    ("own.pem", "own.key", "none.pem", "-root-cert {0}/none.pem: No such file or directory"),
+    (".", "own.key", "", "-server-cert {0}: Is a directory"),
+    ("binary.pem", "own.key", "", "-server-cert {0}/binary.pem: byte 0 is a zero; expected a text in UTF-8"),
+    ("own.pem", "own.pem", "", "-server-key {0}/own.pem: expected a file in PEM, with -----BEGIN KEY-----"),
+    ("own.pem", "own.key", "own.key", "-root-cert {0}/own.key: expected a file in PEM, with -----BEGIN CERTIFICATE"),
+    ("own.pem", "other.key", "", "-server-key {0}/other.key: no certificate and its key: key values mismatch"),
+]
+
+
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+@pytest.mark.parametrize(("certificate", "key", "root", "says"), TLS_FILES)
+def test_a_file_of_tls_is_told_with_its_flag(
+    certificates: Path, protocol: str, certificate: str, key: str, root: str, says: str
+) -> None:
+    files = {"server-cert": certificate, "server-key": key, **({"root-cert": root} if root else {})}
+    flags = [f"--{protocol}-{flag}={certificates / file}" for flag, file in files.items()]
+    given = options(["models", *flags, f"--{protocol}-use-ssl{'-mutual' if root else ''}"])
+    for check in (setup.addresses, setup.check):
+        with pytest.raises(ConfigError) as error:
+            check(given)
+        assert f"--{protocol}{says.format(certificates)}" in str(error.value)
+
+
+@pytest.mark.parametrize("more", [[], ["--supervise"]])
+def test_a_certificate_that_is_not_its_keys_is_told_before_models_are_loaded(
+    certificates: Path, repository: Repository, more: list[str]
+) -> None:
+    repository.add_onnx()
+    tls = [
+        "--http-use-ssl",
+        f"--http-server-cert={certificates}/own.pem",
+        f"--http-server-key={certificates}/other.key",
+    ]
+    ports = ["--http-port=0", "--grpc-port=0", "--metrics-port=0"]
+    command = [sys.executable, "-m", "tutti", "serve", str(repository.root), *ports, *tls, *more]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == UNUSABLE
+    assert "no certificate and its key: key values mismatch" in done.stderr
+    assert "loaded model" not in done.stderr and "Traceback" not in done.stderr
 
 
 def test_the_server_has_the_name_that_it_is_given(repository: Repository) -> None:

@@ -118,7 +118,7 @@ def _serve(arguments: Sequence[str]) -> int:
     count = front_ends(options, gpu_presence.has_gpu(), _cores())
     if count and options.engine_of is None and not options.check:
         if lone := _lone(options):
-            raise ConfigError(f"front-end processes {lone}")
+            raise ConfigError(f"front-end processes (--front-end-processes, --supervise) {lone}")
         from tutti.app import supervisor
 
         ports = options.http_port, options.grpc_port

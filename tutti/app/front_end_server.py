@@ -32,29 +32,36 @@ _GRACE_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Tls:
-    """PEM files. With `root_certificate` clients must show a certificate that it signed."""
+    """PEM files. With `root_certificate` clients must show a certificate that it signed.
+
+    `protocol`, "http" or "grpc", is whose flags named them.
+    """
 
     certificate: Path
     key: Path
     root_certificate: Path | None = None
+    protocol: str = "http"
 
     def context(self) -> ssl.SSLContext:
         """For HTTP. Raises ConfigError when a file cannot be used."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
-        for what, path in (("certificate", self.certificate), ("key", self.key), ("root", self.root_certificate)):
-            if path is not None:
-                _check_pem(path, what)
+        own = f"--{self.protocol}"
+        certificate, key = f"{own}-server-cert {sayable(self.certificate)}", f"{own}-server-key {sayable(self.key)}"
+        root = f"{own}-root-cert {sayable(self.root_certificate)}"
+        _check_pem(certificate, self.certificate, "CERTIFICATE")
+        _check_pem(key, self.key, "KEY")
+        if self.root_certificate is not None:
+            _check_pem(root, self.root_certificate, "CERTIFICATE")
         try:
             context.load_cert_chain(self.certificate, self.key, password=_ask_nobody)
         except (OSError, ValueError) as error:
-            what = f"no certificate and its key: {_of_openssl(error)}"
-            raise ConfigError(f"TLS: {sayable(self.certificate)}, {sayable(self.key)}: {what}") from None
+            raise ConfigError(f"{certificate}, {key}: no certificate and its key: {_of_openssl(error)}") from None
         if self.root_certificate is not None:
             try:
                 context.load_verify_locations(self.root_certificate)
             except (OSError, ValueError) as error:
-                raise ConfigError(f"TLS: {sayable(self.root_certificate)}: {_of_openssl(error)}") from None
+                raise ConfigError(f"{root}: {_of_openssl(error)}") from None
             context.verify_mode = ssl.CERT_REQUIRED
         return context
 
@@ -67,15 +74,14 @@ class Tls:
         )
 
 
-def _check_pem(path: Path, what: str) -> None:
+def _check_pem(what: str, path: Path, kind: str) -> None:
     """Raises ConfigError for what is no file in PEM, which OpenSSL would not name, or would wait for."""
     try:
         text = files.read_utf8(path)
-    except OSError as error:
-        raise ConfigError(f"TLS: {what} '{sayable(path)}': {reason(error)}") from None
-    kind = "KEY" if what == "key" else "CERTIFICATE"
+    except (OSError, ValueError, ConfigError) as error:  # ConfigError: it is no text
+        raise ConfigError(f"{what}: {reason(error)}") from None
     if f"{kind}-----" not in text:
-        raise ConfigError(f"TLS: {what} '{sayable(path)}': expected a file in PEM, with -----BEGIN {kind}-----")
+        raise ConfigError(f"{what}: expected a file in PEM, with -----BEGIN {kind}-----")
 
 
 def _ask_nobody() -> str:
@@ -121,14 +127,12 @@ class Addresses:
     def check_free(self) -> None:
         """Raises OSError when somebody else listens on a port, or it cannot be had: told before anything is loaded."""
         is_behind = self.behind is not None
-        doors = () if is_behind else ((self.host, self.http_port), (self.grpc_host or self.host, self.grpc_port))
-        metrics = (self.metrics_host or self.host, self.metrics_port if self.metrics_ports == 1 else None)
-        for host, port in (*doors, metrics):
+        http, grpc = ("http", self.host, self.http_port), ("grpc", self.grpc_host or self.host, self.grpc_port)
+        doors = () if is_behind else (http, grpc)
+        metrics = ("metrics", self.metrics_host or self.host, self.metrics_port if self.metrics_ports == 1 else None)
+        for name, host, port in (*doors, metrics):
             if port is not None:  # any that is free needs the address, too
-                try:
-                    check_free(host, port, socket.AF_INET6 if ":" in host else socket.AF_INET)
-                except OSError as error:
-                    raise OSError(error.errno, f"{host}:{port}: {error.strerror}") from None
+                check_free(host, port, socket.AF_INET6 if ":" in host else socket.AF_INET, name)
 
 
 def _at(host: str, own: str, port: int | None) -> str:

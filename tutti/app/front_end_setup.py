@@ -8,13 +8,13 @@ from tutti.app.front_end_server import Addresses, GrpcServer, Tls
 from tutti.core import files
 from tutti.core.errors import ConfigError, reason, sayable
 from tutti.devices.ipc import CudaIpc
-from tutti.frontends import gate
+from tutti.frontends import gate, ports
 from tutti.frontends.gate import Gate
 from tutti.frontends.grpc import keepalive
 from tutti.frontends.size_limits import CASE_MATTERS, Limits
 from tutti.frontends.v2.api import Access, Api
 from tutti.frontends.v2.shared_memory import SharedMemory
-from tutti.observing import tracing
+from tutti.observing import request_log, tracing
 from tutti.observing.logs import Logs
 from tutti.observing.request_log import RequestLog
 from tutti.observing.tracing import Tracer
@@ -59,9 +59,17 @@ def check(options: Options) -> None:
     gate.parse_restricted(options.grpc_restricted_protocol, gate.GRPC_HEADER_PREFIX)
     tracing.parse_config(options.trace_config)
     cache_size(options.cache_config)
+    if twice := ports.given_twice(options):
+        raise ConfigError(twice)
     for tls in (_tls(options, "http"), _tls(options, "grpc")):
         if tls is not None:
             tls.context()
+
+
+def check_written(options: Options) -> None:
+    """Raises ConfigError for a file that the front-ends write and cannot; on the machine where they are to run."""
+    tracing.check(tracing.parse_config(options.trace_config))
+    request_log.check_access(options.access_log)
 
 
 def make_api(engine: Engine, options: Options, logs: Logs) -> Api:
@@ -133,6 +141,6 @@ def _tls(options: Options, protocol: str) -> Tls | None:
     if not is_mutual and not getattr(options, f"{protocol}_use_ssl"):
         return None
     root = getattr(options, f"{protocol}_root_cert") if is_mutual else None
-    tls = Tls(getattr(options, f"{protocol}_server_cert"), getattr(options, f"{protocol}_server_key"), root)
+    tls = Tls(getattr(options, f"{protocol}_server_cert"), getattr(options, f"{protocol}_server_key"), root, protocol)
     tls.context()  # before anything is loaded
     return tls

@@ -16,6 +16,7 @@ from tutti.app.reports import Supervised
 from tutti.console.arguments import Terse, shown
 from tutti.console.help_format import Help, examples
 from tutti.core.operations import LOADS_AT_ONCE
+from tutti.frontends import ports
 from tutti.frontends.gate import CATEGORIES
 from tutti.frontends.grpc import keepalive
 from tutti.frontends.size_limits import CASE_MATTERS, Limits
@@ -411,6 +412,8 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
     options.model_repository = named[0]
     if not options.allow_http and not options.allow_grpc:
         parser.error("--allow-http and --allow-grpc are both false: expected one of them at least")
+    if twice := ports.given_twice(options):
+        parser.error(twice)
     if not options.ray and (alone := _given(options, _ON_RAY)):
         parser.error(f"{alone} needs --ray")
     if options.placement is not None and (counts := _given(options, ("gpu_replicas", "cpu_replicas"))):

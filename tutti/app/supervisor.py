@@ -107,7 +107,8 @@ class Supervisor:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._ask_to_stop)
         try:
-            ports = [self._front_ends.reserve(host, port) for port in (http_port, grpc_port)]
+            wanted = (("http", http_port), ("grpc", grpc_port))
+            ports = [self._front_ends.reserve(host, port, name) for name, port in wanted]
         except OSError as error:
             _log.error("cannot listen: %s", error)
             return UNUSABLE

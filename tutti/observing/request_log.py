@@ -281,6 +281,12 @@ class Output:
         self._file = os.open(self._path, flags, 0o644)
 
 
+def check_access(path: str) -> None:
+    """Raises ConfigError for an access log that cannot be written on this machine; one that is not there is begun."""
+    if path and path != STDOUT:
+        Output(path=path).close()
+
+
 def _piece(lines: Iterable[bytes], file: int) -> tuple[int, bytes]:
     """How many of the lines are written at once, and they."""
     pieces: list[bytes] = []

@@ -110,10 +110,7 @@ class Tracer:
         self._by_model: dict[str, dict[str, Any]] = {}
         self._seen: dict[str, int] = {}
         self._traced = 0
-        if self._global["trace_level"] != ["OFF"] and config.mode == "triton" and not config.file:
-            raise ConfigError("--trace-config: level is set, but triton,file is not")
-        if config.mode == "triton" and config.file:
-            _check_file(Path(config.file))
+        check(config)
         self._numbers = numbers()
         # Whoever knows the models says which version a refused request was for.
         self.version_of: VersionOf = lambda request: request.model_version
@@ -249,6 +246,14 @@ class Tracer:
 
     def close(self) -> None:
         self._writer.flush()
+
+
+def check(config: TraceConfig) -> None:
+    """Raises ConfigError for traces that have no file, or one that cannot be written on this machine."""
+    if config.mode == "triton" and config.file:
+        _check_file(Path(config.file))
+    elif config.mode == "triton" and set(config.levels) != {"OFF"}:
+        raise ConfigError("--trace-config: level is set, but triton,file is not")
 
 
 def _check_file(path: Path) -> None:

@@ -36,11 +36,20 @@ class _Place:
             self.process.stdin.write(json.dumps(line).encode() + b"\n")
 
 
-def check_free(host: str, port: int, family: int = socket.AF_INET) -> None:
+def check_free(host: str, port: int, family: int, name: str) -> None:
     """Raises OSError when another server listens on a port that is to be shared, or the host is not this machine.
 
-    Connections that have been closed may hold it: whether anybody listens, a connection tells.
+    The message has the address and the flag that gave it: `name` is "http", "grpc" or "metrics".
     """
+    try:
+        _check_free(host, port, family)
+    except OSError as error:
+        flag = f"--{name}-port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else f"--host or --{name}-address"
+        raise OSError(error.errno, f"{host}:{port}: {error.strerror} ({flag})") from None
+
+
+def _check_free(host: str, port: int, family: int) -> None:
+    """Connections that have been closed may hold a port: whether anybody listens, a connection tells."""
     with socket.socket(family) as alone:
         alone.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -82,13 +91,10 @@ class FrontEnds:
         # What this process writes to, they may; their own standard output leads here.
         self._stdout = _standard_output()
 
-    def reserve(self, host: str, port: int) -> int:
+    def reserve(self, host: str, port: int, name: str = "http") -> int:
         """Hold a port for the processes, which share it. Raises OSError when another server has it, naming it."""
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        try:
-            check_free(host, port, family)
-        except OSError as error:
-            raise OSError(error.errno, f"{host}:{port}: {error.strerror}") from None
+        check_free(host, port, family, name)
         one = socket.socket(family)
         # Connections that the last server closed hold the port for a minute: only a socket with the option that
         # server's had may have it before, and that server may have been of another kind.
