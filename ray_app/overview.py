@@ -69,7 +69,7 @@ def _row(
     loads: Sequence[Loads],
 ) -> tuple[str, ...]:
     config, key = model.config, f"{model.config.name}/{model.version}"
-    counts = [f"{_count(spec, statuses[spec.name], key)} in {spec.name}" for spec in specs if spec.name in pools]
+    counts = [_count(spec, statuses[spec.name], key) for spec in specs if spec.name in pools]
     instances = dict.fromkeys(one.instances[key] for one in loads if one.instances.get(key))
     load_s = max((one.load_s[key] for one in loads if key in one.load_s), default=None)
     return (
@@ -84,5 +84,9 @@ def _row(
 
 
 def _count(spec: PoolSpec, status: PoolStatus, key: str) -> str:
+    """How many replicas of a pool have a model, of how many; and that it still starts some, which may have it then."""
     count = len(status.having(key))
-    return f"{count} of {spec.min_replicas} to {spec.max_replicas}" if spec.max_replicas else str(count)
+    wanted = spec.min_replicas if spec.max_replicas else spec.replicas
+    is_starting = len(status.up) < wanted
+    of = f" of {spec.min_replicas} to {spec.max_replicas}" if spec.max_replicas else f" of {wanted}" * is_starting
+    return f"{count}{of} in {spec.name}{' (starting)' * is_starting}"

@@ -313,3 +313,38 @@ def test_the_table_says_where_each_model_is(repository: Repository) -> None:
     assert first.endswith("up to 8  1.25 s"), "the replica that took longest"
     assert second.split("  ")[-1].strip() == "-"
     assert " 0 in cpu " in second, "no replica could load it"
+
+
+def _of_pool(repository: Repository, spec: PoolSpec, up: int, having: int) -> str:
+    """What the table says of a pool, of whose replicas so many are up, and so many of these have the model."""
+    members = {
+        f"r{n}": Member(f"r{n}", spec.name, models=frozenset(["add_one/1"] * (n < having)), is_up=n < up)
+        for n in range(up + 1)  # the last one has not begun yet
+    }
+    with engine_over(repository.root) as engine:
+        _, line = table(engine.models(), {"add_one": ("gpu",)}, [spec], {"gpu": PoolStatus("gpu", members)}, [])
+    return line.partition("onnxruntime")[2].rpartition("  -  ")[0].strip()
+
+
+@pytest.mark.parametrize(
+    ("up", "having", "says"),
+    [
+        (0, 0, "0 of 2 in gpu (starting)"),
+        (1, 1, "1 of 2 in gpu (starting)"),
+        (1, 0, "0 of 2 in gpu (starting)"),
+        (2, 2, "2 in gpu"),
+        (2, 1, "1 in gpu"),  # one could not load it
+    ],
+)
+@pytest.mark.parametrize("is_autoscaled", [False, True])
+def test_the_table_says_of_a_pool_that_it_still_starts(
+    repository: Repository, up: int, having: int, says: str, is_autoscaled: bool
+) -> None:
+    repository.add_onnx()
+    told = _of_pool(repository, PoolSpec("gpu", 2, 1, 1, min_replicas=2, max_replicas=4 * is_autoscaled), up, having)
+    assert told == (f"{having} of 2 to 4 in gpu{' (starting)' * (up < 2)}" if is_autoscaled else says)
+
+
+def test_a_pool_that_may_be_empty_starts_nothing(repository: Repository) -> None:
+    repository.add_onnx()
+    assert _of_pool(repository, PoolSpec("gpu", 1, 1, 1, max_replicas=4), 0, 0) == "0 of 0 to 4 in gpu"
