@@ -13,7 +13,6 @@ A step's keywords are its model's inputs. What a model does not have, a tensor t
 raises ConfigError where it is made or, where only the whole graph shows it, from `config`, as MistakeAt its place.
 """
 
-import difflib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ from tritonclient.grpc import model_config_pb2 as pb
 from tutti.backends import completion
 from tutti.core.dtypes import NUMPY, to_config
 from tutti.core.errors import ConfigError
-from tutti.ensembles import conditions, extensions
+from tutti.ensembles import arguments, conditions, extensions
 from tutti.ensembles import graph as graphs
 from tutti.ensembles.conditions import ConditionError
 from tutti.ensembles.expressions import Expression, Tensor, Value, bare
@@ -81,9 +80,8 @@ class Step:
         known = self._outputs()
         for name in names:
             if name not in known:
-                raise ConfigError(
-                    f"step '{self.model.name}': the model has no output '{name}', it has {known}{_near(name, known)}"
-                )
+                near = arguments.near(name, known)
+                raise ConfigError(f"step '{self.model.name}': the model has no output '{name}', it has {known}{near}")
 
     def _check(self) -> None:
         """Raises ConfigError for options that do not fit the step."""
@@ -107,7 +105,7 @@ class Step:
         if self.gather and not self.each:
             raise ConfigError(f"{what}: gather needs each=[...], the tensors whose items are gathered")
         for output, value in self.defaults.items():
-            _check_value(f"{what}: default of '{output}'", value)
+            arguments.check_value(f"{what}: default of '{output}'", value)
 
 
 class Where:
@@ -134,9 +132,9 @@ class Graph:
         """Raises ConfigError for a name that no ensemble of the repository can have."""
         self.place = here()
         self.name = name
-        self._root = _folder(repository)
-        _check_name(name, self._root)
-        self._max_batch_size = _whole(f"graph '{name}': max_batch_size", max_batch_size, 0)
+        self._root = arguments.folder(repository)
+        arguments.check_name(name, self._root)
+        self._max_batch_size = arguments.whole(f"graph '{name}': max_batch_size", max_batch_size, 0)
         self._inputs: list[tuple[Tensor, bool]] = []
         self._steps: list[Step] = []
         self._outputs: list[tuple[str, Tensor]] = []
@@ -169,13 +167,13 @@ class Graph:
         self, name: str, datatype: str, dims: Sequence[int], optional: bool = False, default: Value | None = None
     ) -> Tensor:
         """An input of the ensemble; dims without the batch axis. Without an optional one its branches are left out."""
-        what = f"input {_named(name)}"
+        what = f"input {arguments.quoted(name)}"
         if name in self._names:
             raise ConfigError(f"{what}: graph '{self.name}' has a tensor of that name already")
         if datatype not in NUMPY:
-            near = _near(str(datatype).upper().removeprefix("TYPE_"), list(NUMPY))
+            near = arguments.near(str(datatype).upper().removeprefix("TYPE_"), list(NUMPY))
             raise ConfigError(f"{what}: expected a datatype of {', '.join(NUMPY)}, got {datatype!r:.100}{near}")
-        tensor = Tensor(self, self._fresh(name), datatype, _dims(what, dims))
+        tensor = Tensor(self, self._fresh(name), datatype, arguments.dims(what, dims))
         self._inputs.append((tensor, optional))
         self._note_default(what, tensor, default)
         return tensor
@@ -208,7 +206,7 @@ class Graph:
                 raise ConfigError(f"{what}: {option}: expected them by name, as {{'NAME': ...}}, got {value!r:.100}")
         if isinstance(each, Tensor) or not isinstance(each, Sequence) or not all(isinstance(t, Tensor) for t in each):
             raise ConfigError(f"{what}: each: expected a list of tensors, as each=[boxes], got {each!r:.100}")
-        found = self._model(model, _whole(f"{what}: version", version, -1))
+        found = self._model(model, arguments.whole(f"{what}: version", version, -1))
         inputs = {**(given or {}), **inputs}
         self._check_inputs(found, inputs)
         if when is not None:
@@ -232,7 +230,7 @@ class Graph:
 
     def output(self, name: str, tensor: Tensor, default: Value | None = None) -> None:
         """An output of the ensemble, and its value for rows for which nothing made it."""
-        what = f"output {_named(name)}"
+        what = f"output {arguments.quoted(name)}"
         self._own(what, tensor)
         if any(tensor is own for own, _ in self._inputs):
             raise ConfigError(f"{what}: expected a tensor that a step makes, got the graph's input '{tensor.name}'")
@@ -253,7 +251,7 @@ class Graph:
 
     def deadline_ms(self, milliseconds: int) -> None:
         """How long a request may take that does not say so itself."""
-        self._deadline_ms = _whole("deadline_ms", milliseconds, 1)
+        self._deadline_ms = arguments.whole("deadline_ms", milliseconds, 1)
         self._places["parameters.tutti.deadline_ms"] = here()
 
     def proto(self) -> pb.ModelConfig:
@@ -364,7 +362,7 @@ class Graph:
         for name, tensor in inputs.items():
             what = f"step '{model.name}': input '{name}'"
             if name not in names:
-                near = _near(name, [*names, *_OPTIONS])
+                near = arguments.near(name, [*names, *_OPTIONS])
                 raise ConfigError(f"step '{model.name}': the model has no input '{name}', it has {names}{near}")
             self._own(what, tensor)
 
@@ -389,7 +387,7 @@ class Graph:
 
     def _note_default(self, what: str, tensor: Tensor, value: Value | None) -> None:
         if value is not None:
-            _check_value(f"{what}: default", value)
+            arguments.check_value(f"{what}: default", value)
             self._defaults[id(tensor)] = (tensor, value)
             self._defaulted[id(tensor)] = here()
 
@@ -411,54 +409,3 @@ def _type(tensor: Tensor) -> int:
 
 def _shown(value: Value) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _near(name: str, names: Sequence[str]) -> str:
-    near = difflib.get_close_matches(str(name), names, 1)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
-def _named(name: object) -> str:
-    if not isinstance(name, str) or not name:
-        raise ConfigError(f"expected a tensor's name as text, got {name!r:.100}")
-    return f"'{name}'"
-
-
-def _folder(path: object) -> Path:
-    if not isinstance(path, str | Path):
-        raise ConfigError(f"Graph: expected the repository's folder, as build(repository) gets it, got {path!r:.100}")
-    return Path(path)
-
-
-def _check_name(name: object, root: Path) -> None:
-    """Raises ConfigError for a name that is none, or that of a model which the graph would replace."""
-    if not isinstance(name, str) or not repository.is_name(name):
-        raise ConfigError(f"Graph: expected a name that a folder can have, got {name!r:.100}")
-    if repository.is_model(root, name) and not _may_be_ensemble(root, name):
-        raise ConfigError(f"graph '{name}': the repository has a model of that name, which is no ensemble")
-
-
-def _may_be_ensemble(root: Path, name: str) -> bool:
-    try:
-        return completion.open_model(root, name).config.is_ensemble
-    except ConfigError:  # it may have been one, and is mended now
-        return True
-
-
-def _whole(what: str, number: object, least: int) -> int:
-    if isinstance(number, bool) or not isinstance(number, int) or number < least:
-        raise ConfigError(f"{what}: expected a whole number, {least} or more, got {number!r:.100}")
-    return number
-
-
-def _dims(what: str, dims: object) -> tuple[int, ...]:
-    is_list = isinstance(dims, Sequence) and not isinstance(dims, str)
-    sizes = list(dims) if isinstance(dims, Sequence) else []
-    if not is_list or not all(isinstance(size, int) and (size > 0 or size == -1) for size in sizes):
-        raise ConfigError(f"{what}: expected dims as a list of sizes of at least 1, or -1 for any, got {dims!r:.100}")
-    return tuple(sizes)
-
-
-def _check_value(what: str, value: object) -> None:
-    if not isinstance(value, bool | int | float | str):
-        raise ConfigError(f"{what}: expected a number, text, True or False, got {value!r:.100}")
