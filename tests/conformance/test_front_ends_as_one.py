@@ -1,10 +1,15 @@
 """Front-end processes are one server to whoever looks at it: settings, traces, logs, and what each answer says."""
 
+import gzip
 import json
 import os
+import re
 import signal
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +20,7 @@ import tritonclient.grpc as grpc
 import tritonclient.http as http
 
 from tests.conformance.test_access import Collector
-from tests.conformance.test_front_ends import workers
+from tests.conformance.test_front_ends import engine_of, workers
 from tests.models import Repository
 from tests.serving import Served, serving, wait_until
 
@@ -163,3 +168,104 @@ def test_traces_are_part_of_the_clients(models: Repository, tmp_path: Path, coll
 
 def requests_of(collector: Collector) -> list[Any]:
     return [span for span in list(collector.spans) if span.name == "InferRequest"]
+
+
+TIMING = re.compile(r"(?:queue;dur=[0-9.]+, compute;dur=[0-9.]+, |cache;desc=hit, )?total;dur=[0-9.]+")
+DATA = [1, 2, 3, 4]
+INPUT = {"name": "x", "datatype": "FP32", "shape": [1, 4], "data": DATA}
+INFER, GENERATE = "/v2/models/add_one/infer", "/v2/models/add_one/generate"
+
+
+def infer_body(**more: Any) -> bytes:
+    return json.dumps({"inputs": [INPUT], **more}).encode()
+
+
+# name -> (method, path, headers, body, status). What is executed says for how long.
+EXECUTED: dict[str, tuple[str, str, dict[str, str], bytes, int]] = {
+    "json": ("POST", INFER, {}, infer_body(), 200),
+    "binary": ("POST", INFER, {}, infer_body(parameters={"binary_data_output": True}), 200),
+    "raw": ("POST", INFER, {"inference-header-content-length": "0"}, X[0].tobytes(), 200),
+    "coded": ("POST", INFER, {"content-encoding": "deflate"}, zlib.compress(infer_body()), 200),
+    "coded answer": ("POST", INFER, {"accept-encoding": "gzip"}, infer_body(), 200),
+    "coded both": (
+        "POST", INFER, {"content-encoding": "gzip", "accept-encoding": "gzip"}, gzip.compress(infer_body()), 200,
+    ),
+    "closing": ("POST", INFER, {"connection": "close"}, infer_body(), 200),
+    "classes": (
+        "POST", INFER, {}, infer_body(outputs=[{"name": "y", "parameters": {"classification": 2}}]), 200,
+    ),
+    "generate": ("POST", GENERATE, {}, json.dumps({"x": DATA}).encode(), 200),
+    "generate_stream": ("POST", GENERATE + "_stream", {}, json.dumps({"x": DATA}).encode(), 200),
+}  # fmt: skip
+OTHERS: dict[str, tuple[str, str, dict[str, str], bytes, int]] = {
+    "no region": (
+        "POST", INFER, {},
+        json.dumps({"inputs": [{**INPUT, "data": [], "parameters": {
+            "shared_memory_region": "none", "shared_memory_byte_size": 16, "shared_memory_offset": 0,
+        }}]}).encode(), 400,
+    ),
+    "no model": ("POST", "/v2/models/none/infer", {}, infer_body(), 404),
+    "no model, coded": ("POST", "/v2/models/none/infer", {"content-encoding": "gzip"}, gzip.compress(b"{}"), 404),
+    "no json": ("POST", INFER, {}, b"{", 400),
+    "not coded": ("POST", INFER, {"content-encoding": "gzip"}, b"{", 400),
+    "bad header": ("POST", INFER, {"inference-header-content-length": "many"}, infer_body(), 400),
+    "too large": ("POST", INFER, {"content-length": str(2**40)}, b"", 413),
+    "no infer": ("GET", INFER, {}, b"", 405),
+    "no generate": ("GET", GENERATE, {}, b"", 405),
+    "generate without": ("POST", GENERATE, {}, b"{}", 400),
+    "generate none": ("POST", "/v2/models/none/generate_stream", {}, b"{}", 404),
+    "server": ("GET", "/v2", {}, b"", 200),
+    "head": ("HEAD", "/v2", {}, b"", 200),
+    "live": ("GET", "/v2/health/live", {}, b"", 200),
+    "ready": ("GET", "/v2/health/ready", {}, b"", 200),
+    "config": ("GET", "/v2/models/add_one/config", {}, b"", 200),
+    "statistics": ("GET", "/v2/models/add_one/stats", {}, b"", 200),
+    "index": ("POST", "/v2/repository/index", {}, b"", 200),
+    "restricted": ("GET", "/v2/logging", {}, b"", 403),
+    "bad setting": ("POST", "/v2/trace/setting", {}, b'{"trace_rate": 7}', 400),
+    "nowhere": ("GET", "/v2/nowhere", {}, b"", 404),
+    "other verb": ("DELETE", "/v2", {}, b"", 405),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", [(), FRONT_ENDS], ids=["one process", "front ends"])
+def test_every_answer_says_its_id_and_where_its_time_went(
+    models: Repository, tmp_path: Path, flags: tuple[str, ...]
+) -> None:
+    restricted = ("--http-restricted-api", "logging:key=open")
+    with serving(models.root, tmp_path / "log", *restricted, *flags) as served:
+        for name, (method, path, headers, body, status) in {**EXECUTED, **OTHERS}.items():
+            for sent in (name.replace(" ", "-"), ""):
+                with closing(HTTPConnection(served.http, timeout=30)) as connection:
+                    more = {**headers, "x-request-id": sent} if sent else headers
+                    connection.request(method, path, body or None, more)
+                    answer = connection.getresponse()
+                    answer.read()
+                assert answer.status == status, name
+                said = answer.headers.get_all("x-request-id"), answer.headers.get_all("server-timing")
+                assert [len(values or []) for values in said] == [1, 1], name
+                (known_as,), (timing,) = said  # type: ignore[misc]
+                assert known_as == (sent or known_as) != "", name
+                assert TIMING.fullmatch(timing), (name, timing)
+                assert ("compute;dur" in timing) == (name in EXECUTED), (name, timing)
+
+
+def test_without_an_engine_answers_say_so_much_too(models: Repository, tmp_path: Path) -> None:
+    with serving(models.root, tmp_path / "log", *FRONT_ENDS) as served:
+        engine_of(served).kill()
+        refused: dict[str, Any] = {}
+
+        def is_refused() -> bool:
+            with closing(HTTPConnection(served.http, timeout=30)) as connection:
+                for path in (INFER, GENERATE, "/v2/repository/index"):
+                    connection.request("POST", path, infer_body(), {"x-request-id": "mine"})
+                    answer = connection.getresponse()
+                    answer.read()
+                    if answer.status == 503:
+                        refused[path] = answer.headers
+            return len(refused) == 3
+
+        wait_until(is_refused)
+    for headers in refused.values():
+        assert headers["x-request-id"] == "mine"
+        assert TIMING.fullmatch(headers["server-timing"])

@@ -162,6 +162,10 @@ class Exchange:
             self.request_id = answer_headers.id_of(sent) or answer_headers.request_id(own)
         return answer_headers.ID_HEADER, self.request_id
 
+    def about(self) -> list[tuple[bytes, bytes]]:
+        """The headers of an answer that no model has given: how long it took since its request came, and its id."""
+        return [(answer_headers.TIMING_HEADER, answer_headers.total(self.connection.passed_ns())), self.known_as()]
+
     def release(self) -> None:
         held, self.held = self.held, 0
         self.connection.holding.give(held)
@@ -244,6 +248,7 @@ class Connection(asyncio.Protocol):
         self._can_write.set()
         self._is_read_paused = False
         self._new_head = b""
+        self._headers: list[tuple[bytes, bytes]] = []
         self._body: list[bytes] = []
         self._counting: Exchange | None = None
         self._start_message()
@@ -466,10 +471,10 @@ class Connection(asyncio.Protocol):
         return is_held
 
     def on_message_complete(self) -> None:
-        self._is_reading = False
-        self._large_length = 0
         if self._parser.should_upgrade():
             self._refuse(400, "protocol upgrades are not supported")
+        self._is_reading = False
+        self._large_length = 0
         if self._is_closing:
             return
         exchange = self._read_exchange()
@@ -491,6 +496,7 @@ class Connection(asyncio.Protocol):
         """Receive what is missing of a body without a copy."""
         assert self._transport is not None
         self._is_reading = True
+        self._url, self._headers = exchange.url, exchange.headers
         self._begun_at = self._loop.time()
         if length > self.holding.limit:
             self._refuse(413, f"the request body has {length} bytes, all in flight have at most {self.holding.limit}")
@@ -536,9 +542,13 @@ class Connection(asyncio.Protocol):
 
     # responses
 
-    def respond(self, exchange: Exchange, status: int, message: str, about: Sequence[tuple[bytes, bytes]] = ()) -> None:
-        """Answer with an error; `about` are headers that tell more of it."""
-        headers = [*about, exchange.known_as()]
+    def passed_ns(self) -> int:
+        """Since something came last."""
+        return int((self._loop.time() - self.last_read) * 1e9)
+
+    def respond(self, exchange: Exchange, status: int, message: str) -> None:
+        """Answer with an error."""
+        headers = exchange.about()
         self._front.refused(exchange, status, message)
         self.deliver(exchange, error_response(status, message, exchange.keep_alive, headers))
 
@@ -562,7 +572,7 @@ class Connection(asyncio.Protocol):
         if not self.holding.take(size):
             self._front.make_room(size)
             if not self.holding.take(size):
-                return error_response(503, self.holding.refusal, exchange.keep_alive, [exchange.known_as()])
+                return error_response(503, self.holding.refusal, exchange.keep_alive, exchange.about())
         exchange.held = size
         return response
 
@@ -635,7 +645,7 @@ class Connection(asyncio.Protocol):
 
     def _start_message(self) -> None:
         self._url = b""
-        self._headers: list[tuple[bytes, bytes]] = []
+        self._headers = []
         self._header_size = 0
         self._body = []
         self._body_size = 0
@@ -656,6 +666,8 @@ class Connection(asyncio.Protocol):
             return
         self._is_closing = True
         exchange = Exchange(self, b"", b"", keep_alive=False)
+        if self._is_reading:  # what is known of the request so far
+            exchange.url, exchange.headers = self._url, self._headers
         self.pending.append(exchange)
         self.respond(exchange, status, message)
 

@@ -182,8 +182,8 @@ class HttpFront:
 
     def refused(self, exchange: Exchange, status: int, message: str) -> None:
         if self._api is not None and self._api.requests.is_on:
-            since_s = self._loop.time() - exchange.connection.last_read
-            http_events.note_refusal(self._api.requests, exchange, status, message, int(since_s * 1e9))
+            since_ns = exchange.connection.passed_ns()
+            http_events.note_refusal(self._api.requests, exchange, status, message, since_ns)
 
     def _route(self, url: bytes) -> tuple[str, str] | None:
         """(model, version) of an infer URL, else None."""
@@ -244,9 +244,7 @@ class HttpFront:
         exchange.body = b""  # inflated it may be large, and its client may not read the answer
         route = self._route(exchange.url)
         blamed = self._api.blamed(*route, error) if route is not None else error
-        passed_s = self._loop.time() - exchange.connection.last_read
-        timing = answer_headers.TIMING_HEADER, answer_headers.total(int(passed_s * 1e9))
-        exchange.connection.respond(exchange, status_of(blamed), blamed.message, [timing])
+        exchange.connection.respond(exchange, status_of(blamed), blamed.message)
 
     def _call(self, exchange: Exchange, may_take_long: bool = False) -> Call:
         """The exchange's request as a call. Raises _TakesLong where that is not for this thread."""
@@ -441,7 +439,9 @@ class _Reply:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             self._headers = [header for header in message.get("headers", ()) if header[0] != b"content-length"]
-            self._headers.append(exchange.known_as())
+            timing, known_as = exchange.about()
+            is_timed = any(name == answer_headers.TIMING_HEADER for name, _ in self._headers)
+            self._headers += [known_as] if is_timed else [timing, known_as]
             return
         body: bytes = message.get("body", b"")
         self.size += len(body)

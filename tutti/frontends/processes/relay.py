@@ -92,15 +92,15 @@ class Relay:
                 name = model[1].decode("utf-8", "replace")
                 exchange.connection.respond(exchange, 400, f"model '{name}' is not ready: {why}")
             else:
-                head = response_head(200 if path in _LIVE else 400, [exchange.known_as()], 0, exchange.keep_alive)
+                head = response_head(200 if path in _LIVE else 400, exchange.about(), 0, exchange.keep_alive)
                 exchange.connection.deliver(exchange, head)
             return
         if exchange.method != b"HEAD":
             exchange.connection.respond(exchange, 503, why)
             return
         if self._requests.is_on:
-            http_events.note_refusal(self._requests, exchange, 503, why, 0)
-        response = error_response(503, why, exchange.keep_alive, [exchange.known_as()])
+            http_events.note_refusal(self._requests, exchange, 503, why, exchange.connection.passed_ns())
+        response = error_response(503, why, exchange.keep_alive, exchange.about())
         exchange.connection.deliver(exchange, response[: response.index(b"\r\n\r\n") + 4])
 
     def _note(self, passed: "_Passed") -> None:
