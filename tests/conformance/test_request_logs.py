@@ -10,6 +10,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -207,6 +208,15 @@ def ids_of(access: Path) -> set[str]:
     return {line.get("id", "") for line in lines_of(access)}
 
 
+def waiting_model(folder: Path) -> Repository:
+    """A repository with one that waits in a folder beside it."""
+    repository = Repository(folder / "repository")
+    (folder / "waits").mkdir()
+    config = f'backend: "python" max_batch_size: 1 instance_group {{ count: 3 }} {_TENSORS} {IN_PROCESS}'
+    repository.add_python("waits", config, _WAIT.replace("FOLDER", repr(str(folder / "waits"))))
+    return repository
+
+
 class Leaving:
     """Clients that ask a model that waits, and leave."""
 
@@ -272,10 +282,7 @@ class Leaving:
     ids=["one process", "grpcio", "front ends"],
 )
 def test_the_log_says_what_clients_were_told_that_left(tmp_path: Path, flags: tuple[str, ...]) -> None:
-    repository, folder, access = Repository(tmp_path / "repository"), tmp_path / "waits", tmp_path / "access"
-    folder.mkdir()
-    config = f'backend: "python" max_batch_size: 1 {_TENSORS} {IN_PROCESS}'
-    repository.add_python("waits", config, _WAIT.replace("FOLDER", repr(str(folder))))
+    repository, access = waiting_model(tmp_path), tmp_path / "access"
     data: dict[str, Any] = {"name": "x", "datatype": "FP32", "shape": [1, 4], "data": [1, 2, 3, 4]}
     by_class = [grpc.InferRequestedOutput("y", class_count=1)]
     wanted = {
@@ -285,7 +292,7 @@ def test_the_log_says_what_clients_were_told_that_left(tmp_path: Path, flags: tu
     with serving(
         repository.root, tmp_path / "log", "--access-log", str(access), "--log-format", "json", *flags
     ) as server:
-        leaving = Leaving(server, folder)
+        leaving = Leaving(server, tmp_path / "waits")
         for name, leave in (
             ("http", lambda name: leaving.over_http(name, "infer", {"inputs": [data]})),
             ("generate", lambda name: leaving.over_http(name, "generate", {"x": [1, 2, 3, 4]})),
@@ -304,3 +311,42 @@ def test_the_log_says_what_clients_were_told_that_left(tmp_path: Path, flags: tu
     lines = [line for line in lines_of(access) if line.get("id") in wanted]
     assert sorted((line["id"], line["status"]) for line in lines) == sorted(wanted.items())
     assert all("the client had gone" in line["error"] and line["bytes_out"] == 0 for line in lines)
+
+
+@pytest.mark.parametrize("flags", [(), ("--front-end-processes", "2")], ids=["one process", "front ends"])
+def test_what_is_open_when_the_server_stops_is_answered_and_noted(tmp_path: Path, flags: tuple[str, ...]) -> None:
+    repository, access = waiting_model(tmp_path), tmp_path / "access"
+    by_class = [grpc.InferRequestedOutput("y", class_count=1)]
+
+    def listens(server: Served) -> bool:
+        try:
+            with socket.create_connection(server.http.split(":"), timeout=30):  # type: ignore[arg-type]
+                return True
+        except OSError:
+            return False
+
+    with (
+        serving(
+            repository.root, tmp_path / "log", "--access-log", str(access), "--log-format", "json", *flags
+        ) as server,
+        ThreadPoolExecutor(3) as pool,
+        grpc.InferenceServerClient(server.grpc) as over_grpc,
+        http.InferenceServerClient(server.http) as over_http,
+    ):
+        waits = Leaving(server, tmp_path / "waits")
+        asked = [
+            pool.submit(over_http.infer, "waits", [tensor_of(http)], request_id="http"),
+            pool.submit(over_grpc.infer, "waits", [tensor_of(grpc)], request_id="grpc"),
+            pool.submit(over_grpc.infer, "waits", [tensor_of(grpc)], request_id="classes", outputs=by_class),
+        ]
+        for name in ("http", "grpc", "classes"):
+            waits.begun(name)
+        server.process.terminate()
+        wait_until(lambda: not listens(server))
+        for name in ("http", "grpc", "classes"):
+            waits.end(name)
+        for answer in asked:
+            assert answer.result(30).as_numpy("y") is not None
+        assert server.process.wait(30) == 0
+    noted = {line["id"]: line["status"] for line in lines_of(access)}
+    assert {"http": 200, "grpc": "OK", "classes": "OK"}.items() <= noted.items()

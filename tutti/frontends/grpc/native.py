@@ -104,6 +104,8 @@ class GrpcFront:
         self._templates = grpc_codec.TemplateCache()
         # With whom each is from, "" where it is not known.
         self._open: dict[int, tuple[Call, str]] = {}
+        # Those that another process answers.
+        self._elsewhere: set[int] = set()
         # All bytes of answers that the native server has got.
         self._given = 0
         self._largest = 0
@@ -128,7 +130,7 @@ class GrpcFront:
     async def drain(self, drain_s: float) -> None:
         """Wait for a moment without calls."""
         until = time.monotonic() + drain_s
-        while self._open and time.monotonic() < until:
+        while (self._open or self._elsewhere) and time.monotonic() < until:
             await asyncio.sleep(0.001)
 
     async def finish(self, drain_s: float, grace_s: float) -> None:
@@ -366,6 +368,7 @@ class GrpcFront:
         if self._api.requests.is_on and (method is None or method.category != "health"):
             outside = grpc_events.outside(path, payload, peer, left_ns)
         owed_by = peer if method is None else None
+        self._elsewhere.add(call_id)
         self._raw(path, payload, left_ns, partial(self._answer_raw, call_id, owed_by, outside), came)
 
     def _answer_raw(
@@ -378,6 +381,7 @@ class GrpcFront:
         details: str,
     ) -> None:
         """`peer` is None for what is no infer request, `outside` where nobody wants to know of the call."""
+        self._elsewhere.discard(call_id)
         failure = (code, details) if code else None
         if failure is None and self._guard is not None and peer is not None and len(message) >= COUNTED_BYTES:
             failure = self._give(self._guard, call_id, message, peer)

@@ -22,6 +22,7 @@ import grpc
 import uvloop
 
 from tutti.core import garbage
+from tutti.core.errors import Unavailable
 from tutti.frontends.grpc.native import GrpcFront
 from tutti.frontends.http.infer import HttpFront
 from tutti.frontends.processes.link import FrontEnd, RegionsElsewhere
@@ -32,6 +33,9 @@ from tutti.observing.logs import Logs
 from tutti.observing.request_log import RequestLog
 
 _log = logging.getLogger(__name__)
+
+# How long what is open may take when the process is asked to stop.
+_GRACE_S = 5.0
 
 
 async def serve(task: Task, stdout: int) -> None:
@@ -78,8 +82,11 @@ class Ports:
         garbage.settle()
 
     async def close(self) -> None:
+        """Let what is open end, and refuse what does not in time."""
         if self._is_open:
-            await self._http.stop()
+            late = Unavailable(f"the server stops, and the request had not ended within {_GRACE_S:g} s")
+            await asyncio.gather(self._http.stop(0.0, _GRACE_S, late), self._grpc.finish(0.0, _GRACE_S))
+            self._grpc.refuse_open(late)
             self._grpc.stop()
         self._requests.close()
 
