@@ -477,7 +477,8 @@ def test_settings_of_wrong_types_are_the_clients_errors(server: Running, path: s
 def test_bodies_beyond_what_all_may_hold_are_refused_while_they_come(server: Running) -> None:
     server.front.limits = Limits(max_input_size=64 * 2**20)
     server.front.holding.limit = 2**20
-    head = b"POST /v2/models/add_one/infer HTTP/1.1\r\nhost: t\r\n%b\r\n\r\n"
+    log = noted_by(server)
+    head = b"POST /v2/models/add_one/infer HTTP/1.1\r\nhost: t\r\nx-request-id: mine\r\n%b\r\n\r\n"
     length = 900_000
     with server.connect() as first, server.connect() as second, server.connect() as third:
         first.sendall(head % b"content-length: %d" % length + bytes(length - 1))
@@ -485,6 +486,9 @@ def test_bodies_beyond_what_all_may_hold_are_refused_while_they_come(server: Run
         second.sendall(head % b"content-length: %d" % length + bytes(length))
         status, headers, body = read_response(second, bytearray())
         assert status == 503 and "at most 1048576" in json.loads(body)["error"] and headers["retry-after"]
+        assert headers["x-request-id"] == "mine"
+        (event,) = log.events
+        assert (event.id, event.model, event.bytes_in, event.status) == ("mine", "add_one", length, 503)
         third.sendall(head % b"transfer-encoding: chunked" + b"dbba0\r\n" + bytes(length))
         assert read_response(third, bytearray())[0] == 503
         assert server.front.holding.held == length - 1
@@ -494,6 +498,25 @@ def test_bodies_beyond_what_all_may_hold_are_refused_while_they_come(server: Run
     wait_until(lambda: server.front.holding.held == 0)
     [(status, body)] = ask(server, head % b"content-length: 1048577")
     assert status == 413 and "1048577" in json.loads(body)["error"]
+
+
+def test_a_refusal_within_a_body_has_its_own_requests_id(server: Running) -> None:
+    """Not that of the one before it, whose head the parser has read last."""
+    server.front.limits = Limits(max_input_size=64 * 2**20)
+    head = b"POST /v2/models/add_one/infer HTTP/1.1\r\nx-request-id: %b\r\ncontent-length: 900000\r\n\r\n"
+    known = head % b"known" + b"{" + bytes(899_999)
+    with server.connect() as first, server.connect() as second:
+        buffer = bytearray()
+        first.sendall(known)
+        assert read_response(first, buffer)[0] == 400
+        second.sendall(head % b"other" + b"{" + bytes(899_999))
+        assert read_response(second, bytearray())[1]["x-request-id"] == "other"
+        server.front.holding.limit = 900_001
+        assert server.front.holding.take(1000)
+        second.sendall(known)
+        status, headers, _ = read_response(second, buffer)
+        server.front.holding.give(1000)
+    assert (status, headers["x-request-id"]) == (503, "known")
 
 
 def test_answers_that_nobody_reads_make_room_for_those_that_somebody_does(
