@@ -1,6 +1,7 @@
 """Python models in processes of their own: answers as in process, a death that hurts one batch, and no process left."""
 
 import contextlib
+import logging
 import os
 import resource
 import signal
@@ -46,6 +47,8 @@ if x[0, 0] == b"refuse":
     return pb_utils.InferenceResponse(error=pb_utils.TritonError("no", pb_utils.TritonError.INVALID_ARG))
 if x[0, 0] == b"raise":
     raise ValueError("broken")
+if x[0, 0] == b"log":
+    pb_utils.Logger.log_verbose("one of many words")
 pid = pb_utils.Tensor("pid", np.full((len(x), 1), os.getpid()))
 return pb_utils.InferenceResponse([pb_utils.Tensor("y", x + b"!"), pid], parameters={"p": 1})
 """
@@ -92,6 +95,14 @@ def test_errors_come_back_as_what_they_are(engine: Engine) -> None:
     assert isinstance(refused, InvalidArgument) and refused.message == "no"
     raised = ask(engine, b"raise")
     assert isinstance(raised, Internal) and "ValueError: broken" in raised.message
+
+
+def test_its_log_follows_the_servers(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
+    for level, count in ((logging.INFO, 0), (logging.DEBUG, 1), (logging.INFO, 1), (logging.DEBUG, 2)):
+        with caplog.at_level(level):
+            ask(engine, b"log")
+            wait_until(lambda count=count: caplog.text.count("one of many words") >= count)  # type: ignore[misc]
+    assert caplog.text.count("one of many words") == 2
 
 
 def test_its_death_fails_its_batch_only_and_it_comes_back(engine: Engine) -> None:

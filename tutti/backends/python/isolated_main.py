@@ -97,7 +97,8 @@ def _execute_all(
 ) -> None:
     own = os.getpid()
     while message := channel.recv_bytes():
-        (model, version, heads, payload), begin = pickle.loads(message)
+        (model, version, heads, payload), begin, log_level = pickle.loads(message)
+        server.follow(log_level)
         view = wire.unpacked(payload, inputs)
         calls = [server.received(head, wire.request_of(model, version, head, view)) for head in heads]
         del view
@@ -159,6 +160,7 @@ class _Server:
         self._sending = threading.Lock()
         self._has_left = False
         self._has_metrics = False
+        self._log_level = logging.NOTSET
         self._numbers = itertools.count(1)
         self._questions: dict[int, Future[Any]] = {}
         self._asked: dict[int, Call] = {}
@@ -169,7 +171,14 @@ class _Server:
         pb_utils.serve_with(self._infer, self._cancel, _Control(self))
         custom_metrics.keep_in(self._family)
         logging.basicConfig(handlers=[_LogsToServer(self)], level=log_level, force=True)
+        self._log_level = log_level
         threading.Thread(target=self._listen, name="server", daemon=True).start()
+
+    def follow(self, log_level: int) -> None:
+        """The server logs from that level on. One that the model has set stays until the server's changes."""
+        if log_level != self._log_level:
+            self._log_level = log_level
+            logging.getLogger().setLevel(log_level)
 
     def leave(self) -> None:
         """Say nothing any more: this is another process."""

@@ -167,7 +167,7 @@ class ModelProcess:
         first_id = self._next_id
         self._next_id += len(calls)
         batch = wire.pack_batch(calls, first_id, now_ns(), self._inputs, self._inputs_begin)
-        data = pickle.dumps((batch, self._outputs.begin()), protocol=5)
+        data = pickle.dumps((batch, self._outputs.begin(), logging.getLogger().level), protocol=5)
         with self._lock:
             self._open.update(zip(range(first_id, first_id + len(calls)), calls, strict=True))
         try:
