@@ -59,7 +59,7 @@ def _config(configs: dict[str, ModelConfig], name: str) -> ModelConfig:
 
 def machine(options: Options) -> None:
     """What a gateway on this machine needs of it: raises ConfigError for a port that somebody else has, or a file."""
-    setup.check_written(options)
+    front_end_setup.check_written(options)
     try:
         replace(front_end_setup.addresses(options), metrics_ports=METRICS_PORTS).check_free()
     except OSError as error:

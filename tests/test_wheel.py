@@ -33,7 +33,7 @@ assert (layout.STEPS / "tokenizer.py").is_file()
 # Has every help printed, with the current folder before all others.
 _HELP = """
 import sys
-from tutti import cli
+from tutti.app import cli
 assert sys.path[0] == ""
 for arguments in %r:
     try:
@@ -141,7 +141,7 @@ def test_packages_of_the_same_names_are_left_alone(installed: Installed, strange
 
 def test_pip_installs_an_extra_of_what_is_there(installed: Installed, tmp_path: Path) -> None:
     """As hints say it: the name is no request to an index, where it may be somebody else's."""
-    told = call(installed, tmp_path, "python", "-c", "from tutti import extras; print(extras.install('loadtest'))")
+    told = call(installed, tmp_path, "python", "-c", "from tutti.core import extras; print(extras.install('loadtest'))")
     assert told.endswith(" install 'tutti-serve[loadtest]'\n")
     command = [sys.executable, "-m", "pip", "--python", installed.bin / "python", "install", "--no-index", "--no-deps"]
     done = subprocess.run([*command, "tutti-serve[loadtest]"], capture_output=True, text=True, check=False)

@@ -204,7 +204,7 @@ def test_a_port_that_is_given_twice_is_told_before_anything_is_done(
         name, _, value = flag.removeprefix("--").partition("=")
         setattr(given, name.replace("-", "_"), int(value) if value.isdecimal() else value)
     with pytest.raises(ConfigError, match=f"{one} and {other} are both 9000"):  # as an application's file on Ray has it
-        setup.check(given)
+        front_end_setup.check(given)
 
 
 @pytest.mark.parametrize(
@@ -216,7 +216,7 @@ def test_a_port_that_is_given_twice_is_told_before_anything_is_done(
     ],
 )
 def test_ports_that_are_apart_are_not_refused(flags: list[str]) -> None:
-    setup.check(options(["models", *flags]))
+    front_end_setup.check(options(["models", *flags]))
 
 
 @pytest.fixture(scope="module")
@@ -252,7 +252,7 @@ def test_a_file_of_tls_is_told_with_its_flag(
     files = {"server-cert": certificate, "server-key": key, **({"root-cert": root} if root else {})}
     flags = [f"--{protocol}-{flag}={certificates / file}" for flag, file in files.items()]
     given = options(["models", *flags, f"--{protocol}-use-ssl{'-mutual' if root else ''}"])
-    for check in (setup.addresses, setup.check):
+    for check in (front_end_setup.addresses, front_end_setup.check):
         with pytest.raises(ConfigError) as error:
             check(given)
         assert f"--{protocol}{says.format(certificates)}" in str(error.value)
