@@ -1,6 +1,6 @@
 """Fitted models of scikit-learn's, taken apart: what of them answers, what is in it, and what skl2onnx is told of it.
 
-Says why one is not converted, and what serves it then. Knows nothing of files or of graphs.
+Says why one is not converted. Knows nothing of files or of graphs.
 """
 
 import re
@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from tutti.export import texts
 from tutti.export.errors import ExportError, first_line
 
-# What is always left: Python itself.
-OTHERWISE = "the python backend serves it as it is, by a model.py (docs/start.md, What ONNX cannot hold)"
 # Where models keep those that they are made of.
 _PARTS = (
     "steps", "transformer_list", "transformers_", "estimators_", "estimators", "estimator_", "estimator", "regressor_",
@@ -93,12 +92,9 @@ def to_onnx(model: Any, types: Sequence[tuple[str, Any]]) -> Any:
     import skl2onnx
 
     if any(hasattr(part, "best_threshold_") for part in within(model)):
-        raise ExportError(f"skl2onnx leaves its threshold out, and its labels would be others; {OTHERWISE}")
+        raise ExportError("skl2onnx leaves its threshold out, and its labels would be others")
     make_convertible(model)
-    # A locale that every Linux has.
-    options: dict[int, dict[str, object]] = {
-        id(part): {"locale": "C.UTF-8"} for part in within(model) if hasattr(part, "vocabulary_")
-    }
+    options = {id(part): _text_options(part) for part in within(model) if hasattr(part, "vocabulary_")}
     as_tensors = {id(model): {"zipmap": False}} if hasattr(model, "predict_proba") else {}
     # The newest of these operators that all its converters know.
     opset = {"": skl2onnx.__max_supported_opset__, "ai.onnx.ml": 3}
@@ -106,17 +102,26 @@ def to_onnx(model: Any, types: Sequence[tuple[str, Any]]) -> Any:
     try:
         try:
             return convert(options={**options, **as_tensors})
-        except NameError as error:
-            if "zipmap" not in str(error):
+        except Exception as error:
+            if "Option 'zipmap'" not in str(error):
                 raise
-            return convert(options=options)  # its probabilities are a tensor anyway
+            steps: dict[int, dict[str, object]] = {
+                id(part): {} for part in within(model) if part is not model
+            }  # else it sets one for a pipeline's
+            return convert(options=steps | options)  # its probabilities are a tensor anyway
     except Exception as error:
         raise ExportError(why_not(error)) from None
 
 
+def _text_options(vectorizer: Any) -> dict[str, object]:
+    """A locale that every Linux has, and words as scikit-learn finds them: the converter's are ASCII's only."""
+    tokenexp = texts.expression(vectorizer)
+    return {"locale": "C.UTF-8", **({} if tokenexp is None else {"tokenexp": tokenexp})}
+
+
 def why_not(error: Exception) -> str:
-    """What skl2onnx says of a model that it does not convert, and what to do."""
+    """What skl2onnx says of a model that it does not convert."""
     match = re.search(r"(?:shape calculator|converter) for type '<class '(?:[\w.]+\.)?(\w+)'>'", str(error))
     told = f"it has no converter for {match[1]}" if match else first_line(error)
     told = re.sub(r"\.? *You may raise an issue at.*", "", told)
-    return f"skl2onnx does not convert it: {told}; {OTHERWISE}"
+    return f"skl2onnx does not convert it: {told}"

@@ -105,6 +105,11 @@ def make_parser() -> argparse.ArgumentParser:
         "what the file tells)",
     )
     parser.add_argument(
+        "--python",
+        action="store_true",
+        help="serve a pickle as it is, with scikit-learn, and not as ONNX (default: only where ONNX answers otherwise)",
+    )
+    parser.add_argument(
         "--force",
         action="store_true",
         help="write over a version that is there; its configuration stays where it fits, or is put beside (default: "
@@ -172,7 +177,11 @@ def _export(source: Path, name: str, options: argparse.Namespace) -> int:
     """Let `tutti export` do it, which verifies the whole pipeline."""
     from tutti.export import cli
 
-    for flag, value in (("--input", options.input), ("--max-batch-size", options.max_batch_size)):
+    for flag, value in (
+        ("--input", options.input),
+        ("--max-batch-size", options.max_batch_size),
+        ("--python", options.python),
+    ):
         if value:
             raise ExportError(f"{flag} is of files, and '{source}' is a checkpoint: its configuration says that")
     kind = initial.checkpoint_kind(source)
@@ -198,7 +207,8 @@ def _proved(
     Without a batch where it fails with one.
     """
     progress.step(f"read {source}", total=2)
-    draft = initial.read(source, name, work, options.input, options.max_batch_size)
+    in_python = options.python or (initial.is_pickle(source) and _backend_before(kept) == "python")
+    draft = initial.read(source, name, work, options.input, options.max_batch_size, in_python)
     progress.step("load it and ask it")
     why_not = ""
     if kept:
@@ -213,22 +223,50 @@ def _proved(
     try:
         return draft, _prove(draft, name, work, options.version, []), why_not
     except ExportError as error:
-        if not draft.max_batch_size or options.max_batch_size is not None:
+        other = _otherwise(draft, error, options.max_batch_size)
+        if other is None:
             raise
-        alone = draft.unbatched(f"with {_ROWS} rows at a time it fails: {error}")
-        return alone, _prove(alone, name, work, options.version, []), why_not
+        return other, _prove(other, name, work, options.version, []), why_not
+
+
+def _backend_before(kept: Sequence[Path]) -> str:
+    """Of the model that is there; "" where there is none, or none that can be read."""
+    try:
+        return config.load(kept[0].parent / "config.pbtxt").backend if kept else ""
+    except ConfigError:
+        return ""
 
 
 def _proved_as_before(
     draft: Draft, name: str, work: Path, options: argparse.Namespace, kept: Sequence[Path]
 ) -> tuple[Draft, Proof]:
     """With the files beside the versions as they are. Raises ExportError, or ConfigError, where they do not fit."""
-    most = config.load(kept[0].parent / "config.pbtxt").max_batch_size
-    if options.max_batch_size not in (None, most):
-        raise ExportError(f"--max-batch-size {options.max_batch_size}: the configuration that is there has {most}")
-    is_alone = draft.max_batch_size and not most
-    draft = draft.unbatched("as before") if is_alone else replace(draft, max_batch_size=most)
+    before = config.load(kept[0].parent / "config.pbtxt")
+    if draft.backend != before.backend:
+        raise ExportError(
+            f"{draft.backend} serves it ({'; '.join(draft.notes)}), and the configuration is of {before.backend}"
+        )
+    if options.max_batch_size not in (None, before.max_batch_size):
+        raise ExportError(
+            f"--max-batch-size {options.max_batch_size}: the configuration that is there has {before.max_batch_size}"
+        )
+    draft = _as_before(draft, before.max_batch_size)
     return draft, _prove(draft, name, work, options.version, kept)
+
+
+def _as_before(draft: Draft, most: int) -> Draft:
+    is_alone = draft.max_batch_size and not most
+    return draft.unbatched("as before") if is_alone else replace(draft, max_batch_size=most)
+
+
+def _otherwise(draft: Draft, error: ExportError, most: int | None) -> Draft | None:
+    """The model as it may be served where it fails like this: in Python, or each request alone."""
+    if draft.otherwise is not None:
+        other = draft.otherwise(str(error))
+        return other if most is None else _as_before(other, most)
+    if not draft.max_batch_size or most is not None:
+        return None
+    return draft.unbatched(f"with {_ROWS} rows at a time it fails: {error}")
 
 
 def _prove(draft: Draft, name: str, work: Path, version: int, kept: Sequence[Path]) -> Proof:

@@ -8,8 +8,10 @@ import importlib
 import json
 import re
 import shutil
+import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +23,7 @@ from tritonclient.grpc import model_config_pb2 as pb
 from tutti.core import file_kinds, files
 from tutti.core.dtypes import NUMPY, Array, from_config, to_config
 from tutti.core.errors import ConfigError, reason
-from tutti.export import columns, estimators, maps
+from tutti.export import columns, estimators, maps, pickled, texts
 from tutti.export.errors import ExportError, first_line
 
 Ask = Callable[[Mapping[str, Array]], Mapping[str, Array]]
@@ -68,6 +70,11 @@ class Draft:
     known: Mapping[str, Any] = field(default_factory=dict, compare=False)
     # Says that the answers are right, or raises ExportError; None where nobody knows.
     check: Callable[["Draft", Ask], str] | None = field(default=None, compare=False)
+    # Parameters of the configuration, and what is said above them.
+    parameters: Mapping[str, str] = field(default_factory=dict)
+    about: str = ""
+    # The same model otherwise, where this one does not answer as it should; it is told why.
+    otherwise: Callable[[str], "Draft"] | None = field(default=None, compare=False)
 
     @property
     def has_free_sizes(self) -> bool:
@@ -120,6 +127,8 @@ class Draft:
             *(_tensor("output", one) for one in self.outputs),
             "# How many execute side by side, on each GPU, or on the processor where there is none.",
             "instance_group { count: 1 }",
+            *(f"# {line}" for line in self.about.splitlines()),
+            *(_parameter(key, value) for key, value in self.parameters.items()),
         ]
         if self.max_batch_size:
             what = "A batch is made of what waits when the last one has ended; to wait for more, add"
@@ -134,19 +143,34 @@ def _tensor(kind: str, one: Field) -> str:
     return f"{kind} {{ name: {_quoted(one.name)} data_type: {datatype} dims: [ {dims} ]{reshape} }}"
 
 
+def _parameter(key: str, value: str) -> str:
+    return f"parameters {{ key: {_quoted(key)} value {{ string_value: {_quoted(value)} }} }}"
+
+
 def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def read(source: Path, name: str, work: Path, inputs: Sequence[str], max_batch_size: int | None) -> Draft:
-    """What the file is, as a draft. Raises ExportError for what cannot be served, with what would help."""
+def read(
+    source: Path, name: str, work: Path, inputs: Sequence[str], max_batch_size: int | None, in_python: bool = False
+) -> Draft:
+    """What the file is, as a draft. Raises ExportError for what cannot be served, with what would help.
+
+    `in_python` is of pickles: they are served as they are, and not as ONNX.
+    """
     if source.is_dir():
         raise ExportError(
             f"'{source}' is a folder without config.json: expected a model's file (.onnx, .pt2, .pt, a pickle), or a "
             f"checkpoint's folder{_candidates(source)}"
         )
     kind = _kind(source)
-    readers = {"onnx": _onnx, "exported": _exported, "pickle": _pickled}
+    if in_python and kind != "pickle":
+        raise ExportError(f"--python is for pickles of scikit-learn's: '{source.name}' is none")
+    readers: Mapping[str, Callable[[Path, str, Path], Draft]] = {
+        "onnx": _onnx,
+        "exported": _exported,
+        "pickle": partial(_pickled, in_python=in_python),
+    }
     if kind == "scripted":
         draft = _scripted(source, inputs)
     else:
@@ -169,6 +193,11 @@ def _candidates(folder: Path) -> str:
     return f"; there are {', '.join(known[:5])} in it" if known else ""
 
 
+def is_pickle(source: Path) -> bool:
+    """By its name."""
+    return source.suffix.lower() in _PICKLES or is_packed_pickle(source)
+
+
 def is_packed_pickle(source: Path) -> bool:
     """By its name, as model.pkl.gz."""
     suffixes = [suffix.lower() for suffix in source.suffixes[-2:]]
@@ -178,10 +207,10 @@ def is_packed_pickle(source: Path) -> bool:
 def _kind(source: Path) -> str:
     """By the suffix, and by the first bytes where it may be of two kinds."""
     suffix = source.suffix.lower()
-    if suffix in _PICKLES or is_packed_pickle(source):
+    if is_pickle(source):
         what = file_kinds.of(source)
-        is_pickle = what.startswith(_MAY_BE_PICKLES) or (what == "a text" and files.read_bytes(source).endswith(b"."))
-        if what and not is_pickle:
+        may_be = what.startswith(_MAY_BE_PICKLES) or (what == "a text" and files.read_bytes(source).endswith(b"."))
+        if what and not may_be:
             raise ExportError(f"'{source.name}': expected a pickle of scikit-learn's, and it is {what}")
         return "pickle"
     if suffix not in _KINDS:
@@ -332,37 +361,107 @@ def _torch_type(one: Field) -> Any:
     return getattr(torch, NUMPY[one.datatype].name)
 
 
-def _pickled(source: Path, name: str, work: Path) -> Draft:
-    """A fitted scikit-learn model, as ONNX, whose answers are compared with its own."""
-    from skl2onnx.common.data_types import FloatTensorType, Int64TensorType, StringTensorType
-
+def _pickled(source: Path, name: str, work: Path, in_python: bool) -> Draft:
+    """A fitted scikit-learn model, whose answers are compared with its own: as ONNX, or else in Python as it is."""
     model = _unpickled(source)
     try:
         model = estimators.answering(model)
     except ExportError as error:
         raise ExportError(f"'{source.name}' {error}") from None
     width: int | None = getattr(model, "n_features_in_", None)
-    kinds = {"text": StringTensorType, "int64": Int64TensorType, "float": FloatTensorType}
     named = columns.of(model)
-    types = [(one.name, kinds[one.kind]([None, 1])) for one in named]
-    if not types:
-        types = [("X", StringTensorType([None, 1]) if width is None else FloatTensorType([None, width]))]
-    kind = type(model).__name__
+    rows = _named_rows(named) if named else {"X": _rows(model, width)}
+    asked = Asked(model, tuple(named), width, rows)
+    plain = partial(_in_python, source, work, asked)
+    if in_python:
+        return plain("--python")
     try:
-        made = estimators.to_onnx(model, types)
-        columns.rename(made.graph, named)
-        rows = _named_rows(named) if named else {"X": _rows(model, width)}
-        own = _own_answers(model, _as_fitted(model, rows))
-        _tell_widths(made.graph, own)
-        path = work / "model.onnx"
-        path.write_bytes(made.SerializeToString())
-        draft = _onnx(path, name, work, f"{source.name}, a {kind} of scikit-learn's")
+        return replace(_as_onnx(source, name, work, asked), otherwise=plain)
     except ExportError as error:
-        raise ExportError(f"'{source.name}', a {kind}: {error}") from None
+        return plain(str(error))
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A model of scikit-learn's, and rows to ask it with: numbers in `width` columns, texts, or named columns."""
+
+    model: Any
+    named: tuple[columns.Column, ...]
+    width: int | None
+    rows: Mapping[str, Array]
+
+    @property
+    def is_text(self) -> bool:
+        return not self.named and self.width is None
+
+    @property
+    def known(self) -> dict[str, Any]:
+        """A value for each named column."""
+        return {column.name: column.typical for column in self.named}
+
+    def as_fitted(self) -> Any:
+        """The rows as the model itself takes them: an array, a list of texts, or a data frame."""
+        gaps = {column.name: column.gap for column in self.named if column.kind == "text" and column.has_gaps}
+        told = {name: _as_python(column) for name, column in self.rows.items()}
+        if not self.named:
+            return told["X"]
+        for name, gap in gaps.items():
+            told[name] = [text if text else gap for text in told[name]]
+        flat = {name: np.array(column, object) if isinstance(column, list) else column for name, column in told.items()}
+        return _frame({name: np.ravel(column) for name, column in flat.items()})
+
+    def origin(self, source: Path) -> str:
+        return f"{source.name}, a {type(self.model).__name__} of scikit-learn's"
+
+
+def _as_onnx(source: Path, name: str, work: Path, asked: Asked) -> Draft:
+    """Raises ExportError, with what of it has no graph."""
+    from skl2onnx.common.data_types import FloatTensorType, Int64TensorType, StringTensorType
+
+    kinds = {"text": StringTensorType, "int64": Int64TensorType, "float": FloatTensorType}
+    types = [(one.name, kinds[one.kind]([None, 1])) for one in asked.named]
+    if not types:
+        types = [("X", StringTensorType([None, 1]) if asked.is_text else FloatTensorType([None, asked.width]))]
+    made = estimators.to_onnx(asked.model, types)
+    columns.rename(made.graph, asked.named)
+    own = _own_answers(asked.model, asked.as_fitted())
+    _tell_widths(made.graph, own)
+    path = work / "model.onnx"
+    path.write_bytes(made.SerializeToString())
+    try:
+        draft = _onnx(path, name, work, asked.origin(source))
     except ConfigError as error:
-        raise ExportError(f"'{source.name}', a {kind}: as ONNX it is none: {error}; {estimators.OTHERWISE}") from None
-    known = {name: column[0, 0] for name, column in rows.items()} if named else {}
-    return replace(draft, known=known, check=partial(_compared, own, rows))
+        raise ExportError(f"as ONNX it is none: {error}") from None
+    return replace(draft, known=asked.known, check=partial(_compared, own, asked.rows, 0 if asked.is_text else 1))
+
+
+def _in_python(source: Path, work: Path, asked: Asked, why: str) -> Draft:
+    """The pickle beside a program that asks it. Raises ExportError where scikit-learn itself does not answer."""
+    try:
+        own = _quietly(partial(pickled.answers, asked.model, asked.as_fitted()))
+    except Exception as error:
+        what = f"scikit-learn itself fails ({type(error).__name__}: {first_line(error)})"
+        raise ExportError(f"'{source.name}': asked with values like those it was fitted on, {what}") from error
+    kinds = {"text": "BYTES", "int64": "INT64", "float": "FP32"}
+    inputs = [Field(one.name, kinds[one.kind], (1,)) for one in asked.named]
+    if not inputs:
+        inputs = [Field("X", "BYTES", (1,)) if asked.is_text else Field("X", "FP32", (asked.width or 1,))]
+    because = why if why == "--python" else f"it is not served as ONNX: {why}"
+    return Draft(
+        "python",
+        pickled.PROGRAM,
+        "model.py",
+        tuple(inputs),
+        tuple(Field(*output) for output in pickled.outputs(own)),
+        _MAX_BATCH_SIZE,
+        asked.origin(source),
+        (f"{because}; Python serves the pickle itself (model.py), where scikit-learn is installed",),
+        (pickled.copied(source, work),),
+        asked.known,
+        partial(_compared, list(own.values()), asked.rows, 0),
+        pickled.parameters(asked.named, asked.is_text),
+        pickled.ABOUT,
+    )
 
 
 def _unpickled(source: Path) -> Any:
@@ -370,8 +469,14 @@ def _unpickled(source: Path) -> Any:
     import joblib
 
     try:
-        return joblib.load(source)
+        with _importable(source.resolve().parent):
+            return joblib.load(source)
     except Exception as error:
+        if isinstance(error, AttributeError) and "__main__" in str(error):
+            what = f"what it names was in the program that made it: {first_line(error)}"
+            raise ExportError(
+                f"'{source.name}': {what}; define it in a module, and import that where it is fitted"
+            ) from None
         if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith(_LIBRARY + "."):
             raise
         if isinstance(error, ModuleNotFoundError | AttributeError) and _LIBRARY in str(error):
@@ -379,6 +484,16 @@ def _unpickled(source: Path) -> Any:
             raise ExportError(f"'{source.name}': {what}: {first_line(error)}") from None
         what = f"joblib cannot load it ({type(error).__name__}: {first_line(error)})"
         raise ExportError(f"'{source.name}': expected a pickle of scikit-learn's: {what}") from None
+
+
+@contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    """Modules beside the pickle are found, as where it was made."""
+    sys.path.append(str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
 
 
 def _version(library: str) -> str:
@@ -394,13 +509,12 @@ def _tell_widths(graph: Any, own: Sequence[Array]) -> None:
 
 
 def _rows(model: Any, width: int | None) -> Array:
-    """Random inputs: numbers, or texts of words that the model knows."""
+    """Random inputs: numbers, or texts of words that the model knows, and of others."""
     rng = np.random.default_rng(0)
     if width is not None:
         return rng.standard_normal((_CHECKED_ROWS, width)).astype(np.float32)
-    words = estimators.vocabulary(model) or ["text"]
-    texts = [" ".join(rng.choice(words, 1 + index % 8)) for index in range(_CHECKED_ROWS)]
-    return np.array([[text.encode()] for text in texts], dtype=object)
+    drawn = texts.drawn(estimators.vocabulary(model), _CHECKED_ROWS, rng)
+    return np.array([[text.encode()] for text in drawn], dtype=object)
 
 
 def _named_rows(named: Sequence[columns.Column]) -> dict[str, Array]:
@@ -413,14 +527,6 @@ def _named_rows(named: Sequence[columns.Column]) -> dict[str, Array]:
         if values.dtype == object
     }
     return {name: values[:, np.newaxis] for name, values in (drawn | encoded).items()}
-
-
-def _as_fitted(model: Any, rows: Mapping[str, Array]) -> Any:
-    """Rows as the model itself takes them: an array, a list of texts, or a data frame."""
-    told = {name: _as_python(column) for name, column in rows.items()}
-    if list(told) == ["X"] and not columns.of(model):
-        return told["X"]
-    return _frame({name: np.ravel(column) for name, column in told.items()})
 
 
 def _as_python(column: Array) -> Any:
@@ -441,8 +547,8 @@ def _frame(told: Mapping[str, Array]) -> Any:
     return pandas.DataFrame(dict(told))
 
 
-def _compared(own: Sequence[Array], rows: Mapping[str, Array], draft: Draft, ask: Ask) -> str:
-    """That the answers to these rows are the model's own: numbers within 1e-4, and one row in 100 may differ."""
+def _compared(own: Sequence[Array], rows: Mapping[str, Array], most: int, draft: Draft, ask: Ask) -> str:
+    """That the answers to these rows are the model's own: numbers within 1e-4, and `most` rows may differ."""
     parts: list[list[Array]] = [[] for _ in draft.outputs]
     step = max(1, draft.max_batch_size)
     for start in range(0, _CHECKED_ROWS, step):
@@ -453,29 +559,41 @@ def _compared(own: Sequence[Array], rows: Mapping[str, Array], draft: Draft, ask
         got = np.concatenate([array.reshape(len(array), -1) for array in part])
         wanted = expected.reshape(len(expected), -1)
         if got.shape != wanted.shape:
-            what = f"output '{one.name}' is {list(got.shape)} as ONNX, and {list(expected.shape)} of scikit-learn's"
-            raise ExportError(f"{what}; {estimators.OTHERWISE}")
+            what = f"output '{one.name}' is {list(got.shape)}, and scikit-learn's is {list(expected.shape)}"
+            raise ExportError(what)
         differing = _differing(got, wanted)
-        if differing > 1:
-            what = f"output '{one.name}' differs from scikit-learn's in {differing} of {_CHECKED_ROWS} rows as ONNX"
-            raise ExportError(f"{what}; {estimators.OTHERWISE}")
+        if len(differing) > most:
+            first = {name: _shown(column[differing[0]]) for name, column in rows.items()}
+            of = ", ".join(f"{name}={value}" for name, value in first.items())
+            what = f"output '{one.name}' differs from scikit-learn's in {len(differing)} of {_CHECKED_ROWS} rows"
+            raise ExportError(f"{what}, as of {of[:200]}")
     return f"its answers to {_CHECKED_ROWS} random rows are scikit-learn's"
 
 
+def _shown(value: Array) -> str:
+    return ", ".join(repr(one.decode()) if isinstance(one, bytes) else f"{one:g}" for one in value.tolist())
+
+
 def _own_answers(model: Any, rows: Any) -> list[Array]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of names that a data frame had and an array has not
-        answers = [model.predict(rows)] if hasattr(model, "predict") else [model.transform(rows)]
-        answers += [model.predict_proba(rows)] if hasattr(model, "predict_proba") else []
+    answers = [_quietly(partial(model.predict if hasattr(model, "predict") else model.transform, rows))]
+    answers += [_quietly(partial(model.predict_proba, rows))] if hasattr(model, "predict_proba") else []
     return [np.asarray(answer.toarray() if hasattr(answer, "toarray") else answer) for answer in answers]
 
 
-def _differing(got: Array, wanted: Array) -> int:
+def _quietly(ask: Callable[[], Any]) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of names that a data frame had and an array has not
+        return ask()
+
+
+def _differing(got: Array, wanted: Array) -> list[int]:
     """Rows."""
     if got.dtype == object:
-        texts = np.array([[value.decode() if isinstance(value, bytes) else value for value in row] for row in got])
-        return int((texts != wanted.astype(str)).any(axis=1).sum())
-    return int((~np.isclose(got, wanted, rtol=1e-3, atol=1e-4)).any(axis=1).sum())
+        decoded = np.array([[value.decode() if isinstance(value, bytes) else value for value in row] for row in got])
+        differs = decoded != wanted.astype(str)
+    else:
+        differs = ~np.isclose(got, wanted, rtol=1e-3, atol=1e-4, equal_nan=True)
+    return [int(row) for row in np.flatnonzero(differs.any(axis=1))]
 
 
 def checkpoint_kind(folder: Path) -> str:

@@ -1,8 +1,8 @@
 """From a model's file to a repository that serves it: five kinds of files, and what is none."""
 
 import pickle
-import re
 import shlex
+import shutil
 import subprocess
 import sys
 import urllib.request
@@ -19,6 +19,7 @@ import pytest
 import skl2onnx
 import torch
 from onnx import TensorProto, helper
+from sklearn.base import BaseEstimator
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.cluster import DBSCAN, KMeans
 from sklearn.compose import ColumnTransformer, TransformedTargetRegressor
@@ -32,6 +33,7 @@ from sklearn.ensemble import (
     VotingRegressor,
 )
 from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.mixture import GaussianMixture
 from sklearn.model_selection import GridSearchCV, RandomizedSearchCV, TunedThresholdClassifierCV
@@ -45,7 +47,8 @@ from tests.models import onnx_add_one
 from tests.serving import serving
 from tests.tutti.test_help import EXTRAS, WITHOUT_EXTRAS
 from tutti.app import cli
-from tutti.export import columns, init, initial, maps, served
+from tutti.export import columns, init, initial, maps, pickled, served
+from tutti.export.errors import ExportError
 from tutti.repository import config
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(180)]
@@ -99,12 +102,29 @@ THREE = np.array(["a", "b", "c"])[np.digitize(ROWS[:, 0] + 0.3 * ROWS[:, 1], [-0
 SUM = 2 * ROWS[:, 0] + ROWS[:, 1]
 SAID = ["a good day", "what a good night", "one bad day", "a bad, bad night"] * 3
 MOOD = ["+", "+", "-", "-"] * 3
+_WORDS = "click free family a b I prize day 3 good the and don't über straße schön Öl der win"
+_TEXTS = [" ".join(np.random.default_rng(seed).choice(_WORDS.split(), 8)) for seed in range(150)]
+SPAM = (_TEXTS, ["spam" if "free" in text or "über" in text else "ham" for text in _TEXTS])
+PLANS = [None if index % 5 == 0 else ("basic", "gold")[index % 2] for index in range(len(ROWS))]
 
 
 def members(of_classes: bool) -> list[tuple[str, Any]]:
     if of_classes:
         return [("line", LogisticRegression()), ("trees", RandomForestClassifier(5, random_state=0))]
     return [("line", Ridge()), ("trees", RandomForestRegressor(5, random_state=0))]
+
+
+class Strict(BaseEstimator):  # type: ignore[misc]
+    """Like a model of scikit-learn's, and never content."""
+
+    n_features_in_ = 4
+
+    def fit(self) -> "Strict":
+        self.fitted_ = True
+        return self
+
+    def predict(self, rows: Any) -> Any:
+        raise ValueError("only on Sundays")
 
 
 def text_pipeline() -> Any:
@@ -145,44 +165,166 @@ def test_models_that_are_made_of_others_answer_as_scikit_learn(
     assert "its answers to 100 random rows are scikit-learn's" in capsys.readouterr().out
 
 
-# What no graph holds, and what is said.
-NOT_CONVERTED: dict[str, tuple[Callable[[], Any], str]] = {
+SEVERAL = np.stack([SUM > 0, SUM > 1], 1)
+
+# What no graph holds, and why.
+IN_PYTHON: dict[str, tuple[Callable[[], Any], str]] = {
     "no converter": (
         lambda: TransformedTargetRegressor(Ridge(), func=np.cbrt, inverse_func=np.sinh).fit(ROWS, SUM),
-        "skl2onnx does not convert it: it has no converter for TransformedTargetRegressor; the python backend serves",
+        "skl2onnx does not convert it: it has no converter for TransformedTargetRegressor; Python serves the pickle",
     ),
     "a function": (
         lambda: make_pipeline(FunctionTransformer(np.cbrt), Ridge()).fit(ROWS, SUM),
-        "unless the transform function is None (= identity); the python backend serves it as it is",
+        "unless the transform function is None (= identity); Python serves the pickle",
     ),
     "a threshold": (
         lambda: TunedThresholdClassifierCV(LogisticRegression(), cv=2).fit(ROWS, SUM > 1.5),
-        "skl2onnx leaves its threshold out, and its labels would be others; the python backend serves it as it is",
+        "skl2onnx leaves its threshold out, and its labels would be others; Python serves",
     ),
     "lists of answers": (
-        lambda: MultiOutputClassifier(LogisticRegression()).fit(ROWS, np.stack([SUM > 0, SUM > 1], 1)),
-        "has type seq(tensor(float)), which is no tensor of Triton's; the python backend serves it as it is",
+        lambda: MultiOutputClassifier(LogisticRegression()).fit(ROWS, SEVERAL),
+        "has type seq(tensor(float)), which is no tensor of Triton's; Python serves",
     ),
-    "other shapes": (
-        lambda: RandomForestClassifier(5).fit(ROWS, np.stack([SUM > 0, SUM > 1], 1)),
-        "of scikit-learn's; the python backend serves it as it is",
+    "other shapes": (lambda: RandomForestClassifier(5).fit(ROWS, SEVERAL), "scikit-learn's is [2, 100, 2]; Python"),
+    "words left out between others": (
+        lambda: make_pipeline(TfidfVectorizer(ngram_range=(1, 2), stop_words="english"), LogisticRegression()).fit(
+            *SPAM
+        ),
+        "differs from scikit-learn's in ",
     ),
+    "categories that are missing": (
+        lambda: make_pipeline(
+            ColumnTransformer([("n", SimpleImputer(), ["age"]), ("c", OneHotEncoder(), ["plan"])]), LogisticRegression()
+        ).fit(pyarrow.table({"age": ROWS[:, 0], "plan": PLANS}), ROWS[:, 0] > 0),
+        "Unknown Category",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", IN_PYTHON)
+def test_models_that_are_no_graph_are_served_by_python(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make, why = IN_PYTHON[case]
+    joblib.dump(make(), tmp_path / "m.pkl", compress=3)
+    assert cli.main(["init", str(tmp_path / "models"), str(tmp_path / "m.pkl")]) == 0, capsys.readouterr().err
+    said = capsys.readouterr().out
+    assert "note: it is not served as ONNX: " in said
+    assert why in said
+    assert "its answers to 100 random rows are scikit-learn's" in said
+    assert sorted(path.name for path in (tmp_path / "models" / "m" / "1").iterdir()) == ["model.pkl", "model.py"]
+    made = config.load(tmp_path / "models" / "m" / "config.pbtxt")
+    assert (made.backend, made.max_batch_size) == ("python", 8)
+
+
+REFUSED_MODELS: dict[str, tuple[Callable[[], Any], str]] = {
     "a search that keeps none": (
         lambda: GridSearchCV(Ridge(), {"alpha": [0.1, 1]}, cv=2, refit=False).fit(ROWS, SUM),
         "'m.pkl' holds a GridSearchCV with refit=False, which keeps no model: fit it with refit=True",
     ),
     "not fitted": (LogisticRegression, "'m.pkl' holds a LogisticRegression that is not fitted: fit it before"),
     "of its rows only": (lambda: DBSCAN().fit(ROWS), "'m.pkl' holds a DBSCAN, which has no predict and no transform"),
+    "of rows that nobody knows": (
+        lambda: Strict().fit(),
+        "'m.pkl': asked with values like those it was fitted on, scikit-learn itself fails (ValueError: only on",
+    ),
 }
 
 
-@pytest.mark.parametrize("case", NOT_CONVERTED)
-def test_models_that_are_no_graph_are_told_why(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make, says = NOT_CONVERTED[case]
+@pytest.mark.parametrize("case", REFUSED_MODELS)
+def test_models_that_cannot_be_asked_are_told_why(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make, says = REFUSED_MODELS[case]
     joblib.dump(make(), tmp_path / "m.pkl")
     assert cli.main(["init", str(tmp_path / "models"), str(tmp_path / "m.pkl")]) == 1
     assert says in capsys.readouterr().err
     assert not (tmp_path / "models").exists()
+
+
+def test_a_pickle_may_be_served_by_python_when_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With several rows of several callers in one call; another version is Python's, too."""
+    iris(tmp_path / "m.pkl")
+    command = [str(tmp_path / "models"), str(tmp_path / "m.pkl")]
+    assert init.main([*command, "--python"]) == 0, capsys.readouterr().err
+    assert "note: --python; Python serves the pickle itself" in capsys.readouterr().out
+    model = joblib.load(tmp_path / "m.pkl")
+    with served.staged(tmp_path / "models") as models:
+        answer = models.ask("m", {"X": ROWS[:5].astype(np.float32)})
+    assert answer["label"].tolist() == model.predict(ROWS[:5])[:, np.newaxis].tolist()
+    np.testing.assert_allclose(answer["probabilities"], model.predict_proba(ROWS[:5]), atol=1e-5)
+    assert init.main([*command, "--version", "2"]) == 0, capsys.readouterr().err
+    assert (tmp_path / "models" / "m" / "2" / "model.py").is_file()
+
+
+def test_what_python_serves_is_no_version_of_what_onnx_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    iris(tmp_path / "m.pkl")
+    command = [str(tmp_path / "models"), str(tmp_path / "m.pkl")]
+    assert init.main(command) == 0
+    assert init.main([*command, "--version", "2", "--python"]) == 1
+    assert "the configuration is of onnxruntime; version 1 goes by it: --name gives" in capsys.readouterr().err
+
+
+def test_python_is_for_pickles(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    odd(tmp_path / "o.onnx")
+    assert init.main([str(tmp_path / "models"), str(tmp_path / "o.onnx"), "--python"]) == 1
+    assert "--python is for pickles of scikit-learn's: 'o.onnx' is none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("missing", "package"),
+    [("joblib", "scikit-learn=="), ("sklearn", "scikit-learn=="), ("my_features", "my_features")],
+)
+def test_what_is_not_installed_where_a_pickle_is_served_is_said(missing: str, package: str, tmp_path: Path) -> None:
+    shutil.copy(pickled.PROGRAM, tmp_path / "model.py")
+    (tmp_path / "model.pkl").write_bytes(b"csklearn.dummy\nx\n." if missing != "my_features" else b"cmy_features\nx\n.")
+    code = (
+        f"import sys, types; sys.modules[{missing!r}] = None\n"
+        "sys.modules['triton_python_backend_utils'] = types.ModuleType('triton_python_backend_utils')\n"
+        "import model; model.load('1.2.3')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert f"RuntimeError: model.pkl needs '{missing}', which is not installed where it is served: " in done.stderr
+    assert f" -m pip install '{package}" in done.stderr
+
+
+def test_one_callers_row_that_fails_is_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    iris(tmp_path / "m.pkl")
+    assert init.main([str(tmp_path / "models"), str(tmp_path / "m.pkl"), "--python"]) == 0, capsys.readouterr().err
+    row = np.zeros((1, 4), np.float32)
+    with served.staged(tmp_path / "models") as models:
+        with pytest.raises(ExportError, match="Input X contains NaN"):
+            models.ask("m", {"X": row * np.nan})
+        assert models.ask("m", {"X": row})["label"].shape == (1, 1)
+
+
+# Vectorizers whose words are found as scikit-learn finds them.
+WORDS: dict[str, TfidfVectorizer] = {
+    "default": TfidfVectorizer(),
+    "pairs": TfidfVectorizer(ngram_range=(1, 2)),
+    "one letter": TfidfVectorizer(token_pattern=r"(?u)\b\w+\b"),
+    "long ones": TfidfVectorizer(token_pattern=r"\b\w{3,}\b", lowercase=False),
+}
+
+
+@pytest.mark.parametrize("case", WORDS)
+def test_texts_of_any_alphabet_are_split_as_by_scikit_learn(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    joblib.dump(make_pipeline(WORDS[case], LogisticRegression()).fit(*SPAM), tmp_path / "m.pkl")
+    assert init.main([str(tmp_path / "models"), str(tmp_path / "m.pkl")]) == 0, capsys.readouterr().err
+    assert "model.onnx (onnxruntime)" in capsys.readouterr().out
+    said = ["click a family", "KLICK ÜBER Straße x", "I do not", "", "日本語 テスト", "free-prize, 7 don't"]
+    with served.staged(tmp_path / "models") as models:
+        answer = models.ask("m", {"X": np.array([[text.encode()] for text in said], object)})
+    model = joblib.load(tmp_path / "m.pkl")
+    np.testing.assert_allclose(answer["probabilities"], model.predict_proba(said), atol=1e-5)
+
+
+def test_linear_classifiers_become_graphs_in_pipelines_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    joblib.dump(make_pipeline(StandardScaler(), LinearSVC()).fit(ROWS, THREE), tmp_path / "m.pkl")
+    assert init.main([str(tmp_path / "models"), str(tmp_path / "m.pkl")]) == 0, capsys.readouterr().err
+    assert "model.onnx (onnxruntime)" in capsys.readouterr().out
 
 
 def test_a_pickle_of_another_version_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -203,19 +345,6 @@ def test_pickles_may_be_packed(file: str, packed: Any, tmp_path: Path, capsys: p
     joblib.dump(LogisticRegression().fit(ROWS, THREE), tmp_path / file, compress=packed)
     assert cli.main(["init", str(tmp_path / "models"), str(tmp_path / file)]) == 0, capsys.readouterr().err
     assert "-> " + str(tmp_path / "models" / "wine" / "1" / "model.onnx") in capsys.readouterr().out
-
-
-def test_what_onnx_cannot_hold_is_served_by_python_as_the_docs_say(tmp_path: Path) -> None:
-    text = (Path(init.__file__).parents[1] / "docs" / "start.md").read_text(encoding="utf-8")
-    program, configuration = re.findall(r"^```(?:py|pbtxt)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    model = TransformedTargetRegressor(Ridge(), func=np.cbrt, inverse_func=np.sinh).fit(ROWS, SUM)
-    (tmp_path / "sums" / "1").mkdir(parents=True)
-    joblib.dump(model, tmp_path / "sums" / "1" / "model.pkl")
-    (tmp_path / "sums" / "1" / "model.py").write_text(program)
-    (tmp_path / "sums" / "config.pbtxt").write_text(configuration)
-    with served.staged(tmp_path) as models:
-        answer = models.ask("sums", {"X": ROWS[:5]})["y"]
-    assert answer[:, 0] == pytest.approx(model.predict(ROWS[:5]))
 
 
 def exported(path: Path) -> None:
