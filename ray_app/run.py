@@ -223,11 +223,11 @@ def _run(options: argparse.Namespace, application: Options, stop: _Stop, loop: a
     wait_until_running(store, stop.asked)
     if stop.asked.is_set():
         return
-    asyncio.run_coroutine_threadsafe(report_ready(handle, stop.asked), loop).result()
+    known = asyncio.run_coroutine_threadsafe(report_ready(handle, stop.asked), loop).result()
     stop.is_serving = True
     if options.engine_of is not None:
         options.engine_of.report(ready=True)
-    telling_pools = asyncio.run_coroutine_threadsafe(tell_pools(handle, stop.asked), loop)
+    telling_pools = asyncio.run_coroutine_threadsafe(tell_pools(handle, stop.asked, known), loop)
     stop.asked.wait()
     telling_pools.cancel()  # a call once Ray is shut down would start it anew
     _log.info("stopping: open requests may end")

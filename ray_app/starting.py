@@ -94,8 +94,11 @@ def _summary(message: str) -> str:
     return lines[0] if len(lines) < 3 else f"{lines[0]} {lines[-1]}"
 
 
-async def report_ready(handle: Any, stop: threading.Event) -> None:
-    """Say where the gateway listens and what it serves, once it does. Raises TimeoutError where that never comes."""
+async def report_ready(handle: Any, stop: threading.Event) -> dict[str, int]:
+    """Say where the gateway listens and what it serves, once it does; returns how many replicas pools had just before.
+
+    Raises TimeoutError where that never comes.
+    """
     taken = await handle.addresses.remote()
     ports = f"http {taken.http_port}, grpc {taken.grpc_port}, metrics {taken.metrics_port}"
     _log.info("listening on %s: %s", taken.host, ports)
@@ -104,13 +107,19 @@ async def report_ready(handle: Any, stop: threading.Event) -> None:
         if time.monotonic() > until_s:
             raise TimeoutError(f"not ready within {READY_TIMEOUT_S:g} s: {await handle.unready.remote()}")
         await asyncio.sleep(0.1)
-    if not stop.is_set():
-        (await handle.overview.remote()).tell(_log)
+    if stop.is_set():
+        return {}
+    counts = await _replicas(handle)
+    (await handle.overview.remote()).tell(_log)
+    return counts
 
 
-async def tell_pools(handle: Any, stop: threading.Event) -> None:
-    """Log how many replicas pools have, when that changes. Gateways may differ for a moment: it is to be said twice."""
-    known: dict[str, int] = await _replicas(handle)
+async def tell_pools(handle: Any, stop: threading.Event, known: dict[str, int] | None = None) -> None:
+    """Log how many replicas pools have, when that changes from what is `known`, by default from now on.
+
+    Gateways may differ for a moment: it is to be said twice.
+    """
+    known = known or await _replicas(handle)
     last = known
     while not stop.is_set():
         await asyncio.sleep(_POOLS_INTERVAL_S)

@@ -36,7 +36,7 @@ class Application:
         """Until every gateway has it."""
         with httpclient.InferenceServerClient(self.served.http) as client:
             client.load_model(model)
-        wait_until(lambda: all(self._has(model) for _ in range(8)), timeout_s=60)
+        wait_until(lambda: all(self._has(model) for _ in range(32)), timeout_s=60)
 
     def _replicas_heard_of(self, address: str) -> float:
         found = None

@@ -114,6 +114,9 @@ def test_gpu_replicas_die_under_load_and_come_back(small: Repository, tmp_path: 
         family = psutil.Process(served.process.pid).children(recursive=True)
         with Load(served) as load:
             wait_until(lambda: load.pools["gpu"] > 200)
+            # Only what the log has told of is lost.
+            both = re.compile(r"(?<! of )2 in gpu|pool 'gpu' has 2 replicas")
+            wait_until(lambda: both.search((tmp_path / "log").read_text()) is not None)
             assert load.pools["cpu"] < 0.1 * load.pools["gpu"], "no more than to help out"
             victims = replicas(served, "gpu")
             assert len(victims) == 2

@@ -122,7 +122,7 @@ class _Elsewhere:
     def __init__(self) -> None:
         self.answered: list[Any] = []
 
-    def ask(self, path: str, payload: bytes, left_ns: int, answered: Any) -> None:
+    def ask(self, path: str, payload: bytes, left_ns: int, answered: Any, came: Any) -> None:
         self.answered.append(answered)
 
 

@@ -83,7 +83,7 @@ COMMANDS = {
     "explain": Command(
         GROUPS[2],
         "ask a model one request, and show where its time went",
-        "tutti explain text_encoder TEXT=hello --url 127.0.0.1:8000",
+        "tutti explain text_tokenizer TEXT=hello --url 127.0.0.1:8000",
         "tutti.app.explain",
     ),
     "doctor": Command(

@@ -60,7 +60,7 @@ def add_to(commands: Any, prog: str, text: str) -> None:
 
 
 def _examples(prog: str) -> str:
-    return examples(f"{prog} text_encoder TEXT=hello", f"{prog} speech_vad AUDIO=@news.wav --url 127.0.0.1:8000")
+    return examples(f"{prog} text_tokenizer TEXT=hello", f"{prog} speech_vad AUDIO=@news.wav --url 127.0.0.1:8000")
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
