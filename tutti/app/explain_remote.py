@@ -11,9 +11,9 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
-from tutti.console.arguments import shown
+from tutti.console.arguments import server_url, shown
 from tutti.console.progress import Work
 from tutti.core.errors import ConfigError, reason
 from tutti.core.types import Tensor
@@ -32,7 +32,9 @@ class Server:
 
     def __init__(self, url: str, headers: Mapping[str, str], timeout_s: float) -> None:
         """`url` is HOST:PORT, or with a scheme and a path before its routes. Raises ConfigError for what is neither."""
-        self._url = _whole(url)
+        self._url = server_url(url)
+        if not self._url:
+            raise ConfigError(f"explain: --url: expected HOST:PORT, got {shown(url)}")
         self._headers = dict(headers)
         self._timeout_s = timeout_s
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -83,18 +85,6 @@ class Server:
             length = answer.headers.get(_LENGTH_HEADER)
             data: bytes = answer.read()
             return data[: int(length)] if length else data
-
-
-def _whole(url: str) -> str:
-    whole = url if "://" in url else f"http://{url}"
-    try:
-        parts = urlsplit(whole)
-        is_fine = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        is_fine = False
-    if not is_fine or not whole.isascii() or not whole.isprintable() or " " in whole:
-        raise ConfigError(f"explain: --url: expected HOST:PORT, got {shown(url)}")
-    return whole.rstrip("/")
 
 
 def _request(inputs: Mapping[str, Tensor]) -> tuple[int, bytes]:

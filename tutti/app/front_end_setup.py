@@ -21,19 +21,9 @@ from tutti.observing.tracing import Tracer
 from tutti.serving.engine import Engine
 
 
-class Options(Protocol):
+class Options(ports.Options, Protocol):
     """The flags that concern the front-ends, by their names in `tutti serve --help`."""
 
-    host: str
-    http_port: int
-    grpc_port: int
-    metrics_port: int
-    http_address: str | None
-    grpc_address: str | None
-    metrics_address: str | None
-    allow_http: bool
-    allow_grpc: bool
-    allow_metrics: bool
     server_name: str
     http_max_input_size: int
     grpc_max_message_size: int

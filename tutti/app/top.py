@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 from tutti.app import metric_rates, top_table
 from tutti.app.metric_rates import NotAServer, Rates, Scrape
 from tutti.app.restarts import UNUSABLE
-from tutti.console.arguments import Parser
+from tutti.console.arguments import Parser, server_url
 from tutti.console.help_format import Help, examples
 from tutti.core.errors import ConfigError
 from tutti.frontends import api_keys
@@ -109,15 +109,9 @@ def _interval(text: str) -> float:
 
 def _url(parser: argparse.ArgumentParser, text: str) -> str:
     """With scheme and host, without a path where none is given."""
-    whole = text if "://" in text else f"http://{text}"
-    try:
-        parts = urlsplit(whole)
-        is_fine = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        is_fine = False
-    if not is_fine or not whole.isascii() or not whole.isprintable() or " " in whole:
+    if not (url := server_url(text)):
         parser.error(f"expected HOST:PORT or http://HOST:PORT/PATH, got {text!r}")
-    return whole.rstrip("/")
+    return url
 
 
 def _shown(parser: argparse.ArgumentParser, key_file: Path | None) -> Mapping[str, str]:

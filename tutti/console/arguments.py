@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
+from urllib.parse import urlsplit
 
 from tutti.core.errors import sayable
 
@@ -125,3 +126,14 @@ def path(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("expected a path, got ''")
     return Path(text)
+
+
+def server_url(text: str) -> str:
+    """The URL of a server named as HOST:PORT or by its URL, without a slash at the end; "" for what is neither."""
+    url = text if "://" in text else f"http://{text}"
+    try:
+        parts = urlsplit(url)
+        is_known = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_known = False
+    return url.rstrip("/") if is_known and url.isascii() and url.isprintable() and " " not in url else ""
