@@ -69,7 +69,7 @@ def test_what_a_pickle_needs_is_told_with_the_command_that_installs_it(tmp_path:
     (tmp_path / "iris.pkl").write_bytes(pickle.dumps({}))
     done = core(tmp_path, "init", "models", "iris.pkl")
     assert done.returncode == 1
-    assert re.match(r"tutti init: 'skl2onnx' is not installed: .*pip install -e '.*\[sklearn\]'", done.stderr)
+    assert re.match(r"tutti init: 'joblib' is not installed: .*pip install -e '.*\[sklearn\]'", done.stderr)
 
 
 @pytest.mark.parametrize("command", ["init", "export text", "ensemble explain", "loadtest run", "serve"])
