@@ -292,9 +292,8 @@ def ray(run: Run) -> list[str]:
     plain_script = clients.http_script(folder / "plain.lua", body[header_length:], None)
     path = "/v2/models/mlp/infer"
     counts = (64, 256)
-    plain: dict[tuple[bool, int], list[tuple[Figures, Figures]]] = {
-        (is_tuned, count): [] for is_tuned in (True, False) for count in counts
-    }
+    # Tuned it leaves some of 256 clients without an answer for seconds: a rate of those that had one would say little.
+    plain: dict[tuple[bool, int], list[tuple[Figures, Figures]]] = {(True, 64): [], (False, 64): [], (False, 256): []}
     triton: list[tuple[Figures, Figures]] = []
     for number in range(run.rounds):
         with serving(folder / "repository", folder / f"gateway-{number}.log", "--ray") as ours:
@@ -303,7 +302,7 @@ def ray(run: Run) -> list[str]:
         for is_tuned in (True, False):
             with plain_ray_serve(model, folder / f"plain-{number}.log", is_tuned) as url:
                 clients.wrk(url, plain_script, 64, run.seconds)
-                for count in counts:
+                for count in [count for tuned, count in plain if tuned == is_tuned]:
                     served = clients.wrk(url, plain_script, count, run.seconds)
                     plain[is_tuned, count].append((gateway[count], served))
         with (
