@@ -25,7 +25,7 @@ def draw_lead(servers: Mapping[str, Figures], path: Path) -> None:
     bars = axes.barh(names, rates, color=colours, height=0.66)
     texts = [f"{servers[name].rate:,.0f} /s, half within {servers[name].p50_ms:,.1f} ms" for name in names]
     axes.bar_label(bars, texts, padding=4, fontsize=11)
-    axes.set_xlim(0, max(rates) * 2.1)
+    axes.set_xlim(0, max(rates) * 2.6)
     axes.tick_params(left=False)
     axes.set_xticks([])
     axes.spines[:].set_visible(False)
