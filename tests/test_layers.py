@@ -5,50 +5,12 @@ file knows, and one for types is knowledge, too. A module named by a string (a c
 """
 
 import ast
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-PACKAGES = ("tutti", "ensembles", "ray_app", "export", "loadtest", "demo", "benchmarks")
-# Folders of the package tutti that stand beside tutti/: tutti.export is export/.
-BESIDE = frozenset(["ensembles", "ray_app", "export", "loadtest"])
+from tests.layers import BESIDE, FLOORS, ROOT, ROOTS, circles, files, floor, read, upward
 
-# From the ground up. A folder's row covers the folders within it that have none of their own.
-FLOORS = (
-    "tutti.core",
-    "tutti.console",
-    "tutti.observing",
-    "tutti.repository",
-    "tutti.scheduling",
-    "tutti.devices",
-    "tutti.backends",
-    "tutti.serving",
-    "tutti.frontends",
-    "tutti.frontends.v2",
-    "tutti.frontends.http",
-    "tutti.frontends.grpc",
-    "tutti.frontends.processes",
-    "ensembles",
-    "tutti.app",
-    "loadtest",
-    "export",
-    "ray_app",
-    "demo",
-    "benchmarks",
-)
-# What is started: above all folders, and imported by nobody but each other.
-ROOTS = {
-    "tutti.__main__",
-    "tutti.app.cli",
-    "tutti.app.process",
-    "tutti.frontends.processes.worker",
-    "ensembles.cli",
-    "ray_app.app",
-    "ray_app.run",
-    "ray_app.cli",
-}
 # Heavy library -> the files that may import it. export/ may import what it exports with.
 HEAVY = {
     "ray": {
@@ -78,85 +40,6 @@ HEAVY = {
     "pynvml": {"tutti.devices.nvml"},
     "cuda": {"tutti.devices.ipc"},
 }
-
-Imports = Mapping[str, set[str]]
-
-
-def read(root: Path) -> dict[str, set[str]]:
-    """Every module of the packages -> what it imports anywhere in its file: modules of ours, and others by name.
-
-    A module of ours is called by its file's place, without regard to the links in tutti/.
-    """
-    files = _files(root)
-    return {name: set(_imported(name, path, set(files))) for name, path in sorted(files.items())}
-
-
-def _files(root: Path) -> dict[str, Path]:
-    files: dict[str, Path] = {}
-    for package in PACKAGES:
-        for path in (root / package).rglob("*.py"):
-            parts = path.relative_to(root).with_suffix("").parts
-            if "steps" not in parts:  # model.py files, which run inside a server
-                files[".".join(parts).removesuffix(".__init__")] = path
-    return files
-
-
-def _place(name: str) -> str:
-    """Where a module's file is."""
-    return name.removeprefix("tutti.") if name.removeprefix("tutti.").split(".")[0] in BESIDE else name
-
-
-def _imported(name: str, path: Path, modules: set[str]) -> Iterator[str]:
-    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (_place(alias.name) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            source = node.module or ""
-            if node.level:
-                above = package.split(".")[: len(package.split(".")) - node.level + 1]
-                source = ".".join([*above, *filter(None, [node.module])])
-            for alias in node.names:
-                inside = _place(f"{source}.{alias.name}")
-                yield inside if inside in modules else _place(source)
-
-
-def floor(name: str) -> int:
-    """Raises AssertionError for a file in a folder without a row."""
-    if name in ROOTS:
-        return len(FLOORS)
-    if name == "tutti":  # its names and version
-        return -1
-    folder = name
-    while folder not in FLOORS:
-        folder, dot, _ = folder.rpartition(".")
-        assert dot, f"{name}: its folder has no row in FLOORS"
-    return FLOORS.index(folder)
-
-
-def upward(imports: Imports) -> set[tuple[str, str]]:
-    """Who imports from a floor above its own, and what."""
-    ours = ((name, other) for name, others in imports.items() for other in others & set(imports))
-    return {(name, other) for name, other in ours if floor(other) > floor(name)}
-
-
-def circles(imports: Imports) -> list[list[str]]:
-    """Files that import each other, be it by way of others: each group sorted. A file may import itself."""
-    below = {name: _reached(name, imports) for name in imports}
-    groups = {tuple(sorted({name} | {other for other in below[name] if name in below[other]})) for name in imports}
-    return sorted(list(group) for group in groups if len(group) > 1)
-
-
-def _reached(name: str, imports: Imports) -> set[str]:
-    reached: set[str] = set()
-    waiting = [name]
-    while waiting:
-        for other in imports[waiting.pop()] & set(imports):
-            if other not in reached:
-                reached.add(other)
-                waiting.append(other)
-    return reached
-
 
 IMPORTS = read(ROOT)
 SERVER = [name for name in IMPORTS if name.split(".")[0] in ("tutti", "ensembles", "ray_app")]
@@ -207,7 +90,7 @@ def test_heavy_libraries_stay_where_they_belong(name: str) -> None:
     assert all(name in HEAVY[library] for library in used)
 
 
-@pytest.mark.parametrize("path", [*_files(ROOT).values(), *(ROOT / "tests").rglob("*.py")], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*files(ROOT).values(), *(ROOT / "tests").rglob("*.py")], ids=lambda path: path.stem)
 def test_nobody_imports_a_folder_by_its_own_name(path: Path) -> None:
     """From the checkout it would be found, as a second copy of the module; of a wheel it would be a stranger's."""
     for node in ast.walk(ast.parse(path.read_text())):
