@@ -13,8 +13,10 @@ from tutti.observing.statistics import ModelStatistics
 from tutti.ray_app import fallback
 from tutti.ray_app.control import Control
 from tutti.ray_app.placement import PoolSpec, home
-from tutti.ray_app.pools import Pool, Router
-from tutti.ray_app.sticky import Sequences, Streams
+from tutti.ray_app.pools import Pool, has_model, reason
+from tutti.ray_app.router import Router
+from tutti.ray_app.sequences import Sequences
+from tutti.ray_app.streams import Streams
 from tutti.repository.config import ModelConfig, as_decoupled
 from tutti.repository.folders import ModelFolder
 from tutti.scheduling.scheduler import InOrder, Timer
@@ -118,9 +120,9 @@ def _serve_in(
     return Served(
         infer,
         close,
-        lambda: router.has_model(key, pools),
+        lambda: has_model(key, pools),
         pending,
-        lambda: router.reason(key, pools),
+        lambda: reason(key, pools),
         config,
         takes=() if config.is_decoupled or config.sequences is not None else (FALLBACK_PARAMETER,),
     )

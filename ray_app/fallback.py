@@ -19,7 +19,8 @@ from tutti.ray_app import merging
 from tutti.ray_app.autoscaling import Demand
 from tutti.ray_app.control import Control
 from tutti.ray_app.hops import Hop
-from tutti.ray_app.pools import Pool, Router
+from tutti.ray_app.pools import Pool, has_model
+from tutti.ray_app.router import Router
 from tutti.repository.config import DEFAULT_MAX_QUEUED_ROWS, ModelConfig
 from tutti.repository.policies import BatchingPolicy
 from tutti.scheduling.batching import BatchQueue
@@ -153,7 +154,7 @@ class Segments:
         return Arriving(way, segment.is_batched)
 
     def are_ready(self) -> bool:
-        return all(self._router.has_model(name, way.pools) for name, way in self._made.items())
+        return all(has_model(name, way.pools) for name, way in self._made.items())
 
     def close(self) -> None:
         for way in self._made.values():

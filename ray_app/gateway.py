@@ -30,7 +30,8 @@ from tutti.ray_app.news import News, Writer
 from tutti.ray_app.options import Options
 from tutti.ray_app.overview import Loads, Overview, table
 from tutti.ray_app.placement import PoolSpec, home
-from tutti.ray_app.pools import Pool, Router
+from tutti.ray_app.pools import Pool
+from tutti.ray_app.router import Router
 from tutti.ray_app.watch import BEAT_S, MISSED, Watch
 from tutti.repository import unserved
 from tutti.repository.config import ModelConfig

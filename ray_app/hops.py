@@ -1,21 +1,20 @@
 """A model's way to its replicas: each is an instance of the model's scheduler, like a thread is on one machine."""
 
 import asyncio
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
-from tutti.core.errors import InferError, Internal, Unavailable
-from tutti.core.types import Answer, Call, Infer, InferResponse, now_ns, settle
+from tutti.core.errors import Unavailable
+from tutti.core.types import Call, Infer, InferResponse, now_ns
 from tutti.observing.explanations import AT_REPLICA, PARAMETER, told_in, untold
-from tutti.observing.statistics import BatchTimes, ModelStatistics
+from tutti.observing.statistics import ModelStatistics
 from tutti.ray_app.autoscaling import Demand, Meter, Misses, row_s
 from tutti.ray_app.members import Member
-from tutti.ray_app.pools import Pool, Router
+from tutti.ray_app.pools import Pool
+from tutti.ray_app.router import Router
+from tutti.ray_app.settling import settle_batch
 from tutti.scheduling.cost import Costs
-from tutti.scheduling.scheduler import Scheduler, trace
-
-_log = logging.getLogger(__name__)
+from tutti.scheduling.scheduler import Scheduler
 
 # How often one looks whether requests wait for replicas that do not come.
 _LOOK_EVERY_S = 0.25
@@ -46,43 +45,38 @@ class ReplicaInstance:
         """Nothing of its own to close."""
 
     async def _execute(self, batch: list[Call]) -> None:
+        """Send a batch, starting with this instance's replica, and settle it."""
         hop, member = self._hop, self._member
-        rows = sum([call.rows for call in batch])
+        key, rows = batch[0].key, sum([call.rows for call in batch])
+        explained = _have_explained(batch)
         start_ns = now_ns()
-        by: Member | None = None
-        watched = [call for call in batch if call.trace is not None]
-        traced = [call for call in watched if PARAMETER not in call.request.parameters]
-        for call in traced:  # the replica is to tell of what it does
-            call.request.parameters = {**call.request.parameters, PARAMETER: True}
-        member.begins(start_ns, self.costs.of(batch[0].key).mean_ns(rows))
+        member.begins(start_ns, self.costs.of(key).mean_ns(rows))
+
+        def finished(replica: Member | None, end_ns: int) -> None:
+            took_ns = member.ends(start_ns, end_ns)
+            if replica is member:
+                self._learn(key, rows, took_ns, end_ns)
+            for call in explained:
+                _note_told(call)
+
+        delivery = hop.router.infer(batch, hop.key, hop.pools, member, hop.most_rows)
         try:
-            answers: Sequence[Answer]
-            answers, by = await hop.router.infer(batch, hop.key, hop.pools, member, hop.most_rows)
-        except InferError as error:
-            answers = [error] * len(batch)
-        except asyncio.CancelledError:
-            answers = [Unavailable(f"model '{hop.name}': the gateway is stopping")] * len(batch)
-        except Exception as error:  # whatever it is, callers wait
-            _log.exception("model '%s': a batch could not be sent", hop.name)
-            answers = [Internal(f"model '{hop.name}': {type(error).__name__}: {error}")] * len(batch)
-        end_ns = now_ns()
-        took_ns = member.ends(start_ns, end_ns)
-        if by is member:
-            self.learned_ns = end_ns
-            self.costs.record(batch[0].key, rows, took_ns)
-            hop.learned(self.costs)
-        for call, answer in zip(batch, answers, strict=True):
-            call.answer = answer
-        times = BatchTimes(start_ns, start_ns, end_ns, end_ns)
-        hop.statistics.record_batch(batch, times)
-        if watched:
-            trace(batch, times, **({} if by is None else {"pool": by.pool, "replica": by.name}))
-        for call in traced:
-            _note_told(call)
-        try:
-            settle(batch)
+            await settle_batch(hop.name, batch, start_ns, hop.statistics, delivery, finished)
         finally:
             hop.scheduler.release(self)
+
+    def _learn(self, key: Hashable, rows: int, took_ns: int, end_ns: int) -> None:
+        self.learned_ns = end_ns
+        self.costs.record(key, rows, took_ns)
+        self._hop.learned(self.costs)
+
+
+def _have_explained(batch: Sequence[Call]) -> list[Call]:
+    """Ask the replica to tell what it does with traced calls; returns those whose callers have not asked for that."""
+    explained = [call for call in batch if call.trace is not None and PARAMETER not in call.request.parameters]
+    for call in explained:
+        call.request.parameters = {**call.request.parameters, PARAMETER: True}
+    return explained
 
 
 def _note_told(call: Call) -> None:

@@ -4,10 +4,24 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from tutti.core.types import Answer
+
 _log = logging.getLogger(__name__)
 
 # One probe that does not come back may be chance; two in a row mean down.
 MISSED_PROBES = 2
+
+
+class ReplicaLost(Exception):
+    """The replica is gone, and what it held with it: all, or what `answers`, one for each call, say DeviceLost of."""
+
+    def __init__(self, reason: str, answers: Sequence[Answer] = ()) -> None:
+        super().__init__(reason)
+        self.answers = answers
+
+
+class ReplicaSilent(ReplicaLost):
+    """The replica does not answer any more. It need not be gone."""
 
 
 @dataclass(slots=True, eq=False)
@@ -94,6 +108,12 @@ class PoolStatus:
         new = [Member(one, self.name) for one in ids if one not in self.members]
         self.members.update((member.id, member) for member in new)
         return new
+
+    def count(self, requests: int, is_fallback: bool) -> None:
+        """Requests were answered, in place of a preferred pool's where that `is_fallback`."""
+        self.requests += requests
+        if is_fallback:
+            self.fallbacks += requests
 
     def tell(self) -> None:
         """Log a change of state."""

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from tutti.core import rows
+from tutti.core.errors import DeadlineExceeded, Unavailable
 from tutti.core.types import Answer, Call, InferRequest, InferResponse, Tensor
 from tutti.repository.config import ModelConfig
 
@@ -16,21 +17,21 @@ def groups(calls: Sequence[Call], most_rows: int) -> list[list[Call]]:
     """Calls that may travel as one request of up to `most_rows` rows, in their order."""
     if most_rows <= 1 or len(calls) == 1:
         return [[call] for call in calls]
-    made: list[list[Call]] = []
+    grouped: list[list[Call]] = []
     # The group of each signature that has room, and its rows.
     begun: dict[object, tuple[list[Call], int]] = {}
     for call in calls:
         request = call.request
         if request.signature is None or request.parameters or rows.is_large([request]):
-            made.append([call])
+            grouped.append([call])
             continue
         group, size = begun.get(request.signature, ([], 0))
         if not group or size + call.rows > most_rows:
             group, size = [], 0
-            made.append(group)
+            grouped.append(group)
         group.append(call)
         begun[request.signature] = group, size + call.rows
-    return made
+    return grouped
 
 
 def merge(group: Sequence[Call]) -> Call:
@@ -50,12 +51,32 @@ def merge(group: Sequence[Call]) -> Call:
     return merged
 
 
+def shares(
+    groups: Sequence[Sequence[Call]], answers: Sequence[Answer]
+) -> tuple[dict[Call, Answer], list[Sequence[Call]]]:
+    """Each call's share of its group's answer, and the groups that failed: one of their calls may be to blame.
+
+    The others are not to pay for it, so that each call of such a group is to be sent as it is. What had no room or no
+    time is nobody's fault.
+    """
+    parts: dict[Call, Answer] = {}
+    failed: list[Sequence[Call]] = []
+    for group, answer in zip(groups, answers, strict=True):
+        if isinstance(answer, InferResponse):
+            parts.update(zip(group, split(group, answer), strict=True))
+        elif len(group) > 1 and not isinstance(answer, Unavailable | DeadlineExceeded):
+            failed.append(group)
+        else:
+            parts.update((call, answer) for call in group)
+    return parts, failed
+
+
 def split(group: Sequence[Call], answer: InferResponse) -> Sequence[Answer]:
     """Each call's share of the answer to all."""
     if len(group) == 1:
         return [answer]
     requests = [call.request for call in group]
     answers = rows.answers(answer.model_name, answer.model_version, requests, answer.outputs, is_alike=True)
-    for one in answers:
-        one.parameters = dict(answer.parameters)
+    for share in answers:
+        share.parameters = dict(answer.parameters)
     return answers

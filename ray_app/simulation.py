@@ -27,8 +27,9 @@ from tutti.ray_app.autoscaling import METRIC, SERVE_SETTINGS, Demand, Steady, po
 from tutti.ray_app.fallback import FALLBACK, of_model
 from tutti.ray_app.members import PoolStatus
 from tutti.ray_app.placement import PATIENCE_S
-from tutti.ray_app.pools import Pool, Router
+from tutti.ray_app.pools import Pool
 from tutti.ray_app.replica import Description
+from tutti.ray_app.router import Router
 from tutti.ray_app.scenario import Load, Scenario, SimulatedPool, Stretch
 from tutti.repository import config
 from tutti.serving import local

@@ -12,9 +12,11 @@ from tests.serving import Gather
 from tutti.core import wire
 from tutti.core.errors import Cancelled, DeviceLost, Internal, Unavailable
 from tutti.core.types import Answer, Call, InferRequest, InferResponse, Tensor
-from tutti.ray_app import pools
+from tutti.ray_app import membership
 from tutti.ray_app.members import Member, PoolStatus
-from tutti.ray_app.pools import MAX_SENDS, Pool, Router
+from tutti.ray_app.pools import Pool
+from tutti.ray_app.retry import MAX_SENDS
+from tutti.ray_app.router import Router
 
 POISON = 13.0
 
@@ -110,7 +112,7 @@ class Silent:
 
 
 def test_one_that_is_heard_of_again_gets_what_it_has_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pools, "AGAIN_S", 0.01)
+    monkeypatch.setattr(membership, "FORGIVEN_AFTER_S", 0.01)
 
     async def run() -> tuple[list[Answer], int]:
         status = PoolStatus("cpu")

@@ -10,10 +10,11 @@ import pytest
 from tests.serving import Gather
 from tutti.core import wire
 from tutti.core.errors import Cancelled, DeadlineExceeded, InferError, Internal, InvalidArgument, Unavailable
-from tutti.core.types import Call, InferRequest, InferResponse, Tensor
+from tutti.core.types import POOL_PARAMETER, Call, InferRequest, InferResponse, Tensor
 from tutti.ray_app import merging
 from tutti.ray_app.members import PoolStatus
-from tutti.ray_app.pools import POOL_PARAMETER, Pool, Router
+from tutti.ray_app.pools import Pool
+from tutti.ray_app.router import Router
 from tutti.repository import config
 
 TEXT = """

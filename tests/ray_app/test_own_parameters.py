@@ -20,7 +20,8 @@ from tutti.ray_app.engine import make_engine
 from tutti.ray_app.fallback import of_model
 from tutti.ray_app.members import PoolStatus
 from tutti.ray_app.placement import PoolSpec
-from tutti.ray_app.pools import Pool, Router
+from tutti.ray_app.pools import Pool
+from tutti.ray_app.router import Router
 from tutti.repository import config
 from tutti.serving.local import loop_timer
 

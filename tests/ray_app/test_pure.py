@@ -19,7 +19,7 @@ from tutti.core.errors import ConfigError, InferError, InvalidArgument
 from tutti.core.types import Answer, Call, InferRequest, InferResponse, Tensor
 from tutti.frontends.grpc import keepalive
 from tutti.observing.statistics import ModelStatistics
-from tutti.ray_app import run, sticky
+from tutti.ray_app import run, sequences, streams
 from tutti.ray_app.fallback import MIN_HOP_ROWS, hop_policy
 from tutti.ray_app.members import PoolStatus, another
 from tutti.ray_app.options import Options
@@ -206,9 +206,9 @@ def test_whatever_goes_wrong_on_the_way_is_answered(send: Callable[[], object], 
     if is_stream and send not in (fails, is_cancelled):
         return
     infer = (
-        sticky.Streams(router, "m/1", (), ModelStatistics(), 8)
+        streams.Streams(router, "m/1", (), ModelStatistics(), 8)
         if is_stream
-        else sticky.Sequences("m", router, ModelStatistics(), 10**9, 8)
+        else sequences.Sequences("m", router, ModelStatistics(), 10**9, 8)
     )
     for start in (True, False):
         sink = Gather(1)
