@@ -11,7 +11,6 @@ import contextlib
 import logging
 import math
 import random
-import selectors
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ import numpy as np
 from tutti.core import types, wire
 from tutti.core.types import Call, InferRequest, InferResponse, Tensor
 from tutti.observing.statistics import ModelStatistics
+from tutti.ray_app import virtual_time
 from tutti.ray_app.autoscaling import METRIC, SERVE_SETTINGS, Demand, Steady, policy, wanted
 from tutti.ray_app.fallback import FALLBACK, of_model
 from tutti.ray_app.members import PoolStatus
@@ -159,34 +159,6 @@ def _time_is(now_s: float) -> Iterator[None]:
         yield
     finally:
         autoscaling_policy.time = real
-
-
-class _NoWait(selectors.DefaultSelector):
-    """Has a loop's time pass at once."""
-
-    loop: "VirtualLoop"
-
-    def select(self, timeout: float | None = None) -> list[Any]:
-        if timeout is None:
-            raise RuntimeError("the simulation waits for something that never comes")
-        self.loop.now_s += max(0.0, timeout)
-        return []
-
-
-class VirtualLoop(asyncio.SelectorEventLoop):
-    """An event loop whose time passes only while it has nothing to do."""
-
-    def __init__(self) -> None:
-        selector = _NoWait()
-        super().__init__(selector)
-        selector.loop = self
-        self.now_s = 0.0
-
-    def time(self) -> float:
-        return self.now_s
-
-    def _write_to_self(self) -> None:
-        """Nobody has to be woken: there is one thread."""
 
 
 class _Message:
@@ -359,15 +331,11 @@ def model_config(scenario: Scenario) -> config.ModelConfig:
 
 def simulate(scenario: Scenario, progress: Tell = lambda _share: None) -> Result:
     """Every request of it, telling the share that is done. Not for many: a few tens of thousands take a second."""
-    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
-        loop = runner.get_loop()
-        types.set_clock(lambda: int(loop.time() * 1e9))
-        logging.disable(logging.WARNING)  # of replicas that come and go
-        try:
-            return runner.run(_simulate(scenario, scenario.load(), progress))
-        finally:
-            types.set_clock()
-            logging.disable(logging.NOTSET)
+    logging.disable(logging.WARNING)  # of replicas that come and go
+    try:
+        return virtual_time.run(lambda: _simulate(scenario, scenario.load(), progress))
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 async def _simulate(scenario: Scenario, load: Load, progress: Tell) -> Result:
