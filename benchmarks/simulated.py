@@ -26,7 +26,7 @@ import tritonclient.grpc.aio as grpcclient
 
 from benchmarks.machine import commit, hardware
 from tutti.loadtest.process import free_ports, wait_until_ready
-from tutti.ray_app import simulation
+from tutti.ray_app import fluid_simulation, simulation
 from tutti.ray_app.scenario import Scenario, SimulatedPool, Stretch
 
 FIXED_MS, ROW_MS, MOST_ROWS, MOST_REPLICAS = 40.0, 8.0, 8, 4
@@ -185,7 +185,7 @@ def compare(seconds: float, seed: int) -> tuple[list[str], dict[str, float]]:
     real = {f"p{q} ms": float(np.quantile(took, q / 100)) * 1e3 for q in (50, 95, 99)}
     real["replica-hours"] = up_s / 3600
     tables = {"real": real}
-    for name, simulate in (("simulated", simulation.simulate), ("by half seconds", simulation.simulate_fluid)):
+    for name, simulate in (("simulated", simulation.simulate), ("by half seconds", fluid_simulation.simulate_fluid)):
         begun = time.monotonic()
         found = simulate(given)
         tables[name] = {f"p{q} ms": found.latencies.quantile(q / 100) * 1e3 for q in (50, 95, 99)}
@@ -216,7 +216,7 @@ def main() -> int:
     options = parser.parse_args()
     lines, errors = compare(60 * options.minutes, options.seed)
     begun = time.monotonic()
-    day = simulation.simulate_fluid(a_day())
+    day = fluid_simulation.simulate_fluid(a_day())
     lines += ["", f"A day of up to 10,000 replicas, simulated in {time.monotonic() - begun:.0f} s:", "", *day.lines()]
     print("\n".join(lines))
     if options.report is not None:

@@ -78,7 +78,7 @@ def _bytes_of(path: Path, versions: Sequence[int]) -> int:
 
 
 def simulate(options: argparse.Namespace) -> None:
-    from tutti.ray_app import simulation
+    from tutti.ray_app import fluid_simulation, simulation
     from tutti.ray_app.scenario import Bursts, Scenario, SimulatedPool, Stretch
 
     kinds: dict[str, type[BaseModel]] = {"": Scenario, "pools": SimulatedPool, "bursts": Bursts, "trace": Stretch}
@@ -86,7 +86,7 @@ def simulate(options: argparse.Namespace) -> None:
         scenario = Scenario(**documents.read(options.scenario, "pools and a trace (docs/cluster.md)"))
         begun = time.monotonic()
         with Work(f"simulating {clock(scenario.load().seconds)}") as progress:
-            result = (simulation.simulate_fluid if options.fluid else simulation.simulate)(scenario, progress.at)
+            result = (fluid_simulation.simulate_fluid if options.fluid else simulation.simulate)(scenario, progress.at)
     except ValidationError as error:
         raise ConfigError(f"{plain(options.scenario)}: {documents.problems(error, kinds)}") from None
     except (ConfigError, ValueError) as error:

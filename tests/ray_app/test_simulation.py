@@ -12,8 +12,11 @@ from pydantic import ValidationError
 
 from tutti.app.cli import main
 from tutti.core.types import now_ns
+from tutti.ray_app.fluid_simulation import simulate_fluid
 from tutti.ray_app.scenario import Bursts, Scenario, Stretch
-from tutti.ray_app.simulation import Controller, Latencies, simulate, simulate_fluid
+from tutti.ray_app.simulated_controller import Controller
+from tutti.ray_app.simulation import simulate
+from tutti.ray_app.simulation_result import Latencies
 
 POOL: dict[str, Any] = {"name": "gpu", "replicas": 1, "fixed_ms": 30, "row_ms": 4, "hop_ms": 4, "start_s": 3}
 ELASTIC = {**POOL, "replicas": None, "min_replicas": 1, "max_replicas": 4}
