@@ -103,10 +103,14 @@ class Demand:
 def wanted(demands: Iterable[Demand]) -> float:
     """Replicas that serve the demands, those that wait for DRAIN_S included. A model that is not known needs some."""
     work = 0.0
-    for one in demands:
-        if one.row_s:
-            work += (one.rows_per_s + one.waiting / DRAIN_S) * one.row_s * (1 + min(1.0, _MISSES_WEIGHT * one.late))
-        elif one.rows_per_s or one.waiting:
+    for demand in demands:
+        if demand.row_s:
+            work += (
+                (demand.rows_per_s + demand.waiting / DRAIN_S)
+                * demand.row_s
+                * (1 + min(1.0, _MISSES_WEIGHT * demand.late))
+            )
+        elif demand.rows_per_s or demand.waiting:
             work += UTILIZATION
     return work / UTILIZATION
 
@@ -142,7 +146,7 @@ class Wanted:
 
     def total(self, now_s: float) -> float:
         """Of the gateways that still tell."""
-        for gateway in [one for one, (_, at_s) in self._told.items() if now_s - at_s > _TOLD_FOR_S]:
+        for gateway in [name for name, (_, at_s) in self._told.items() if now_s - at_s > _TOLD_FOR_S]:
             del self._told[gateway]
         return sum(replicas for replicas, _ in self._told.values())
 

@@ -19,7 +19,7 @@ def main(arguments: Sequence[str]) -> int:
     options = make_parser().parse_args(arguments)
     from tutti.ray_app import planning
 
-    {"plan": planning.plan, "why": planning.why, "simulate": planning.simulate}[options.what](options)
+    {"plan": planning.plan, "why": planning.why, "simulate": planning.simulate}[options.command](options)
     return 0
 
 
@@ -33,7 +33,7 @@ def make_parser() -> argparse.ArgumentParser:
         ),
         formatter_class=Help,
     )
-    commands = parser.add_subparsers(dest="what", required=True)
+    commands = parser.add_subparsers(dest="command", required=True)
 
     def add(name: str, text: str, *lines: str) -> argparse.ArgumentParser:
         description = f"{text[0].upper()}{text[1:]}."

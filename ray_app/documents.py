@@ -19,7 +19,7 @@ _MOST_PROBLEMS = 3
 def read(path: Path, expected: str) -> dict[str, Any]:
     """The mapping that a file is. Raises ConfigError; `expected` says of what, as in "pools and a list of them"."""
     try:
-        given = yaml.safe_load(files.read_utf8(path))
+        content = yaml.safe_load(files.read_utf8(path))
     except OSError as error:
         raise ConfigError(f"{reason(error)}: expected {expected}, in YAML{paths.meant(path)}") from None
     except yaml.MarkedYAMLError as error:
@@ -30,17 +30,19 @@ def read(path: Path, expected: str) -> dict[str, Any]:
         raise ConfigError("no YAML: it is nested too deep") from None
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"no YAML: {plain(' '.join(str(error).split()))}") from None
-    if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
-        what = "an empty file" if given is None else f"{type(given).__name__}"
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        kind = "an empty file" if content is None else f"{type(content).__name__}"
         raise ConfigError(
-            f"expected {expected}, got {what if not isinstance(given, dict) else 'keys that are no text'}"
+            f"expected {expected}, got {kind if not isinstance(content, dict) else 'keys that are no text'}"
         )
-    return given
+    return content
 
 
 def problems(error: ValidationError, kinds: Mapping[str, type[BaseModel]]) -> str:
     """What is wrong, by field. `kinds` are the models by the first part of a field's path, "" that of the file."""
-    told = [_told(one["loc"], one["type"], one["msg"], kinds) for one in error.errors(include_url=False)]
+    told = [
+        _told(problem["loc"], problem["type"], problem["msg"], kinds) for problem in error.errors(include_url=False)
+    ]
     more = f"; and {len(told) - _MOST_PROBLEMS} more" if len(told) > _MOST_PROBLEMS else ""
     return "; ".join(told[:_MOST_PROBLEMS]) + more
 

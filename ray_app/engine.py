@@ -64,8 +64,8 @@ def make_engine(
 
     def _serve_cut(config: ModelConfig, checked: graph.Plan, version: int, statistics: ModelStatistics) -> Served:
         if any(step.max_inflight for step in checked.steps):
-            what = "max_inflight_requests: is not supported on Ray for a graph whose models live in several pools"
-            raise ConfigError(f"ensemble '{config.name}': {what}")
+            problem = "max_inflight_requests: is not supported on Ray for a graph whose models live in several pools"
+            raise ConfigError(f"ensemble '{config.name}': {problem}")
         segments = fallback.Segments(config, control, router, timer)
         infer = PlacedExecutor(
             checked,

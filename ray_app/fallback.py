@@ -44,8 +44,8 @@ class Fallback:
         """Raises ConfigError for a `tutti.fallback` that is none."""
         when = config.parameters.get(FALLBACK, "late")
         if when not in ("late", "missing", "never"):
-            what = f"expected late, missing or never, got '{when}'"
-            raise ConfigError(f"model '{config.name}': parameters.{FALLBACK}: {what}")
+            problem = f"expected late, missing or never, got '{when}'"
+            raise ConfigError(f"model '{config.name}': parameters.{FALLBACK}: {problem}")
         spill = MAX_SPILL if when == "late" else 0.0
         self._make_strict: Callable[[], Hop] = lambda: make_hop(pools[:1], spill)
         self._hop = make_hop(pools[:1] if when == "never" else pools, spill)
@@ -61,8 +61,8 @@ class Fallback:
             self._strict = self._strict or self._make_strict()
         self._strict(strict)
         if len(strict) < len(calls):
-            own = set(map(id, strict))
-            self._hop([call for call in calls if id(call) not in own])
+            strict_ids = set(map(id, strict))
+            self._hop([call for call in calls if id(call) not in strict_ids])
 
     @property
     def pools(self) -> Sequence[Pool]:
@@ -94,14 +94,14 @@ def of_model(
 ) -> Fallback:
     """The way to a model, or a whole ensemble, that its pools execute."""
 
-    def hop(own: Sequence[Pool], spill: float) -> Hop:
+    def hop(among: Sequence[Pool], spill: float) -> Hop:
         queue = BatchQueue(hop_policy(config), config.max_queued_rows)
         scheduler = Scheduler(config.name, queue, statistics, timer, spill)
         most_rows = merging.rows_at_most(config)
         batch_rows = max(1, config.max_batch_size)
         # A graph works on several requests at once, whatever a batch of it is.
         least_rows = queue.configured_rows if config.is_ensemble else batch_rows * _instances(config)
-        return Hop(scheduler, config.name, key, router, own, statistics, most_rows, batch_rows, least_rows)
+        return Hop(scheduler, config.name, key, router, among, statistics, most_rows, batch_rows, least_rows)
 
     return Fallback(config, pools, hop)
 
@@ -143,11 +143,11 @@ class Segments:
         most_rows = step.max_rows if step.is_merged else 1
         batch_rows = max(1, step.max_rows)
 
-        def hop(own: Sequence[Pool], spill: float) -> Hop:
+        def hop(among: Sequence[Pool], spill: float) -> Hop:
             queue = BatchQueue(BatchingPolicy(max(step.max_rows, MIN_HOP_ROWS)), DEFAULT_MAX_QUEUED_ROWS)
             scheduler = Scheduler(name, queue, statistics, self._timer, spill)
             least_rows = queue.configured_rows
-            return Hop(scheduler, name, name, self._router, own, statistics, most_rows, batch_rows, least_rows)
+            return Hop(scheduler, name, name, self._router, among, statistics, most_rows, batch_rows, least_rows)
 
         self._control.load_segment(name, segment, pools)
         self._made[name] = way = Fallback(self._config, self._router.of(pools), hop)

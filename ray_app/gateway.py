@@ -151,7 +151,7 @@ class Gateway:
         """Why it is not ready."""
         missing = [f"pool '{pool.status.name}' has no replica" for pool in self._router.pools if not pool.status.is_up]
         models = [model for model in self._engine.models() if not model.is_ready()]
-        return "; ".join([*missing, *(f"model '{one.config.name}': {one.reason()}" for one in models)])
+        return "; ".join([*missing, *(f"model '{model.config.name}': {model.reason()}" for model in models)])
 
     async def overview(self) -> Overview:
         """What is served and where, and what is not and why, for people."""
@@ -159,11 +159,11 @@ class Gateway:
         while not self._is_full() and time.monotonic() < until_s:  # Serve has told the command of them before
             await asyncio.sleep(FOLLOW_INTERVAL_S)
         models = self._engine.models()
-        found = await asyncio.gather(*(self._loads(pool) for pool in self._router.pools))
-        loads = [one for pool in found for one in pool]
+        reports = await asyncio.gather(*(self._loads(pool) for pool in self._router.pools))
+        loads = [report for pool in reports for report in pool]
         pools = {m.config.name: home(m.config, self._specs, self._config_of).pools for m in models}
         statuses = {pool.status.name: pool.status for pool in self._router.pools}
-        failures = [*self._engine.failures(), *(failure for one in loads for failure in one.failures)]
+        failures = [*self._engine.failures(), *(failure for load in loads for failure in load.failures)]
         ready = [model for model in models if model.is_ready()]
         return Overview(
             self._options.model_repository,
@@ -195,8 +195,8 @@ class Gateway:
             return []
         try:
             async with asyncio.timeout(_LOADS_TIMEOUT_S):
-                found: list[Loads] = await pool.broadcast("loads").results_async()
-                return found
+                loads: list[Loads] = await pool.broadcast("loads").results_async()
+                return loads
         except Exception as error:
             _log.debug("pool '%s' does not tell of its models: %s", pool.status.name, error)
             return []
@@ -263,12 +263,12 @@ async def _watch_forever(group: str) -> None:
     if not watch.is_possible():
         return
     try:
-        with closing(Watch(group)) as own:
+        with closing(Watch(group)) as watcher:
             while True:
-                own.beat()
-                for process in own.look():
-                    what = "the gateway of process %d hangs, for %g s, and has been killed: Serve starts another"
-                    _log.error(what, process, BEAT_S * MISSED)
+                watcher.beat()
+                for process in watcher.look():
+                    message = "the gateway of process %d hangs, for %g s, and has been killed: Serve starts another"
+                    _log.error(message, process, BEAT_S * MISSED)
                 await asyncio.sleep(BEAT_S)
     except OSError as error:
         _log.warning("gateways of this machine cannot watch each other: %s", error)
@@ -276,9 +276,9 @@ async def _watch_forever(group: str) -> None:
 
 def _others(context: Any) -> bool:
     """Whether the application has other gateways now."""
-    own = context.replica_id.unique_id
+    replica = context.replica_id.unique_id
     actors = ray.util.list_named_actors(all_namespaces=True)
-    return any(gateway_name(context.app_name) in one["name"] and own not in one["name"] for one in actors)
+    return any(gateway_name(context.app_name) in actor["name"] and replica not in actor["name"] for actor in actors)
 
 
 def _pool(spec: PoolSpec, handle: Any) -> Pool:

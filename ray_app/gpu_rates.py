@@ -35,8 +35,8 @@ def said(config: ModelConfig) -> str:
     crowd = predict(_workload(config, _CLIENTS, rows))
     alone = predict(_workload(config, 1, 1))
     one_ms = alone.p50_ms + _REQUEST_NS / 1e6
-    what = f"{crowd.rate * rows:,.0f} rows/s of {crowd.batch_rows:,.0f} a batch on a GPU by itself"
-    return f"{what}, one request in {one_ms:.1f} ms"
+    rates = f"{crowd.rate * rows:,.0f} rows/s of {crowd.batch_rows:,.0f} a batch on a GPU by itself"
+    return f"{rates}, one request in {one_ms:.1f} ms"
 
 
 def _workload(config: ModelConfig, clients: int, rows: int) -> Workload:

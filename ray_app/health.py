@@ -38,25 +38,25 @@ class Pulse:
 
     @property
     def inside(self) -> int:
-        return sum(one.count for one in self._models.values())
+        return sum(model.count for model in self._models.values())
 
     def begins(self, model: str, now_s: float) -> None:
-        own = self._models.setdefault(model, _Inside())
-        if not own.count:
-            own.at_s = now_s
-        own.count += 1
+        inside = self._models.setdefault(model, _Inside())
+        if not inside.count:
+            inside.at_s = now_s
+        inside.count += 1
         self.at_s = now_s
 
     def ends(self, model: str, now_s: float) -> None:
-        own = self._models[model]
-        own.count -= 1
-        own.at_s = self.at_s = now_s
-        if not own.count:
+        inside = self._models[model]
+        inside.count -= 1
+        inside.at_s = self.at_s = now_s
+        if not inside.count:
             del self._models[model]  # models come and go
 
     def stuck(self, now_s: float, limit_s: float) -> str:
         """A model that has something inside, none of which has ended for `limit_s`; "" where there is none."""
-        return next((name for name, own in self._models.items() if now_s - own.at_s > limit_s), "")
+        return next((name for name, inside in self._models.items() if now_s - inside.at_s > limit_s), "")
 
     def is_idle(self, now_s: float) -> bool:
         return not self._models and now_s - self.at_s > IDLE_S

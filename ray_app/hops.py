@@ -144,7 +144,7 @@ class Hop:
     def demand(self) -> Demand:
         """Of the first of its pools."""
         first = [instances[0] for instances in self._instances.values() if instances and instances[0].rank == 0]
-        costs = [cost for one in first if (cost := row_s(one.costs.of(None), self.batch_rows))]
+        costs = [cost for instance in first if (cost := row_s(instance.costs.of(None), self.batch_rows))]
         at_ns, counts, pool = now_ns(), self.statistics.counts, self.pools[0]
         has_enough = len(pool.status.up) >= pool.wanted
         self.misses.count(at_ns, counts.late, counts.success.count + counts.fail.count, has_enough)
@@ -176,9 +176,9 @@ class Hop:
         for member, (rank, slots) in present.items():
             if member not in self._instances:
                 costs = Costs()
-                made = [ReplicaInstance(self, member, rank, costs) for _ in range(slots)]
-                self._instances[member] = made
-                for instance in made:
+                instances = [ReplicaInstance(self, member, rank, costs) for _ in range(slots)]
+                self._instances[member] = instances
+                for instance in instances:
                     self.scheduler.add(instance)
         if present or not self._empty_since_ns:
             self._empty_since_ns = 0 if present else now_ns()
@@ -190,10 +190,10 @@ class Hop:
         """
         at_ns = now_ns()
         for instances in self._instances.values():
-            if instances and at_ns - max(one.learned_ns for one in instances) > _FORGET_NS:
+            if instances and at_ns - max(instance.learned_ns for instance in instances) > _FORGET_NS:
                 costs = Costs()
-                for one in instances:
-                    one.costs, one.learned_ns = costs, at_ns
+                for instance in instances:
+                    instance.costs, instance.learned_ns = costs, at_ns
 
     async def _look_forever(self) -> None:
         """What waits for a replica does not wait for ever."""
@@ -205,5 +205,5 @@ class Hop:
                 self.router.call_for(self.pools)
             patience_s = max(pool.patience_s for pool in self.pools)
             if self._empty_since_ns and now_ns() - self._empty_since_ns > patience_s * 1e9:
-                what = f"model '{self.name}': no replica is up, waited {patience_s:g} s"
-                self.scheduler.refuse_waiting(Unavailable(what))
+                problem = f"model '{self.name}': no replica is up, waited {patience_s:g} s"
+                self.scheduler.refuse_waiting(Unavailable(problem))

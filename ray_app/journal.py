@@ -40,8 +40,8 @@ class RayStore:
         return not was_there
 
     def get(self, key: str | bytes) -> bytes | None:
-        found: bytes | None = self._kv._internal_kv_get(key, namespace=self._NAMESPACE)
-        return found
+        content: bytes | None = self._kv._internal_kv_get(key, namespace=self._NAMESPACE)
+        return content
 
     def replace(self, key: str, value: bytes) -> None:
         self._kv._internal_kv_put(key, value, overwrite=True, namespace=self._NAMESPACE)
@@ -84,8 +84,8 @@ class Journal:
         """What others have changed since this was last asked, in order."""
         with self._lock:
             self._read()
-            found, self._foreign = self._foreign, []
-        return found
+            changes, self._foreign = self._foreign, []
+        return changes
 
     def _read(self) -> None:
         while (entry := self._store.get(self._key(self.desired.generation + 1))) is not None:

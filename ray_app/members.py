@@ -105,7 +105,7 @@ class PoolStatus:
         """The pool has these replicas now; returns those that are new."""
         for gone in set(self.members) - set(ids):
             self.members.pop(gone).is_up = False
-        new = [Member(one, self.name) for one in ids if one not in self.members]
+        new = [Member(replica, self.name) for replica in ids if replica not in self.members]
         self.members.update((member.id, member) for member in new)
         return new
 
@@ -128,7 +128,7 @@ def another(pools: Sequence[PoolStatus], key: str, tried: Sequence[Member]) -> M
     None where only those tried are left.
     """
     for pool in pools:
-        found = [member for member in pool.having(key) if member not in tried]
-        if found:
-            return min(found, key=lambda member: member.in_flight)
+        members = [member for member in pool.having(key) if member not in tried]
+        if members:
+            return min(members, key=lambda member: member.in_flight)
     return None

@@ -134,7 +134,7 @@ def _best_effort() -> Iterator[None]:
 def progress(starts: Sequence[Start]) -> str:
     """For people: of each deployment, how far the one is that has most to do still; "" where nobody says."""
     told = {}
-    for start in sorted(starts, key=lambda one: one.done - one.total, reverse=True):
+    for start in sorted(starts, key=lambda start: start.done - start.total, reverse=True):
         if start.done < start.total:
             left_s = start.seconds / start.done * (start.total - start.done) if start.done else 0
             left = f", about {left_s:.0f} s left" if left_s else ""

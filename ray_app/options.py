@@ -146,7 +146,7 @@ class Options(BaseModel):
         """
         if self.pools is None:
             return plan_pools(gpus, self.gpu_replicas, self.cpu_replicas)
-        made = [
+        pools = [
             PoolSpec(
                 pool.name,
                 (pool.min_replicas if pool.max_replicas else 1) if pool.replicas is None else pool.replicas,
@@ -158,7 +158,7 @@ class Options(BaseModel):
             )
             for pool in self.pools
         ]
-        return check_pools(made, math.inf if self.autoscaled_cluster else gpus)
+        return check_pools(pools, math.inf if self.autoscaled_cluster else gpus)
 
     def with_absolute_paths(self) -> "Options":
         """Relative paths are the command's: a gateway's working folder is another."""

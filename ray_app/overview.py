@@ -70,8 +70,8 @@ def _row(
 ) -> tuple[str, ...]:
     config, key = model.config, f"{model.config.name}/{model.version}"
     counts = [_count(spec, statuses[spec.name], key) for spec in specs if spec.name in pools]
-    instances = dict.fromkeys(one.instances[key] for one in loads if one.instances.get(key))
-    load_s = max((one.load_s[key] for one in loads if key in one.load_s), default=None)
+    instances = dict.fromkeys(load.instances[key] for load in loads if load.instances.get(key))
+    load_s = max((load.load_s[key] for load in loads if key in load.load_s), default=None)
     return (
         config.name,
         str(model.version),

@@ -136,22 +136,22 @@ def models_for(pool: PoolSpec, pools: Sequence[PoolSpec], configs: dict[str, Mod
             raise ConfigError(f"model '{name}' is not there")
         return configs[name]
 
-    found = []
+    names = []
     for name, config in configs.items():
         try:
             is_here = pool.name in home(config, pools, config_of).pools
         except ConfigError:
             continue  # the gateway says so
         if is_here:
-            found.append(name)
-    return found
+            names.append(name)
+    return names
 
 
 def _home_of_model(config: ModelConfig, pools: Sequence[PoolSpec]) -> Home:
     kinds = {group.kind for group in config.instance_groups}
     needs_gpu = ("gpu" in kinds and not config.cpu_filename) or config.backend == "tensorrt"
     wants_cpu = kinds == {"cpu"}
-    found: list[str] = []
+    takers: list[str] = []
     refused: list[str] = []
     for pool in pools:
         if not (pool.names(config.name) or "*" in pool.models):
@@ -161,13 +161,13 @@ def _home_of_model(config: ModelConfig, pools: Sequence[PoolSpec]) -> Home:
         elif wants_cpu and pool.has_gpu and not pool.names(config.name):
             refused.append(f"{pool.name} is for GPUs, and its instances are KIND_CPU")
         else:
-            found.append(pool.name)
-    if not found and wants_cpu:  # better there than nowhere
-        found = [pool.name for pool in pools if "*" in pool.models]
+            takers.append(pool.name)
+    if not takers and wants_cpu:  # better there than nowhere
+        takers = [pool.name for pool in pools if "*" in pool.models]
         refused = ["there is no pool without GPUs for it"]
-    if not found:
+    if not takers:
         raise ConfigError(f"model '{config.name}': no pool takes it: {'; '.join(refused)}")
-    return Home(tuple(found), "; ".join(refused) or "every pool takes it")
+    return Home(tuple(takers), "; ".join(refused) or "every pool takes it")
 
 
 def _home_of_ensemble(
@@ -183,9 +183,9 @@ def _home_of_ensemble(
             homes[step.model_name] = _home_of_model(model, pools)
         elif model.name not in path:
             homes[step.model_name] = _home_of_ensemble(model, pools, config_of, (*path, model.name))
-    first = {one.pools[:1] for one in homes.values()}
-    common = [pool.name for pool in pools if all(pool.name in one.pools for one in homes.values())]
+    first = {place.pools[:1] for place in homes.values()}
+    common = [pool.name for pool in pools if all(pool.name in place.pools for place in homes.values())]
     if len(first) == 1 and common:
         return Home(tuple(common), f"all its models prefer {common[0]}")
-    where = ", ".join(f"'{name}' in {one.pools[0] if one.pools else 'several'}" for name, one in homes.items())
+    where = ", ".join(f"'{name}' in {place.pools[0] if place.pools else 'several'}" for name, place in homes.items())
     return Home((), f"its models prefer different pools: {where}")

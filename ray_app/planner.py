@@ -29,34 +29,34 @@ class Planned:
 
 def memory_mb(config: ModelConfig, file_bytes: int) -> float:
     """What a model takes on a GPU. Raises ConfigError for a parameter that is no number."""
-    given = config.parameters.get(MEMORY)
-    if given is None:
+    setting = config.parameters.get(MEMORY)
+    if setting is None:
         return file_bytes * WORKING_FACTOR / 1e6
     try:
-        found = float(given)
+        megabytes = float(setting)
     except ValueError:
-        found = 0.0
-    if not 0 < found < float("inf"):
-        what = f"expected megabytes, got '{given[:50]}'"
-        raise ConfigError(f"model '{config.name}': parameters.{MEMORY}: {what}")
-    return found
+        megabytes = 0.0
+    if not 0 < megabytes < float("inf"):
+        problem = f"expected megabytes, got '{setting[:50]}'"
+        raise ConfigError(f"model '{config.name}': parameters.{MEMORY}: {problem}")
+    return megabytes
 
 
 def plan(
     configs: Mapping[str, ModelConfig], file_bytes: Mapping[str, int], gpus: int, gpu_mb: float, cpu_replicas: int
 ) -> Planned:
     """Raises ConfigError for a model that fits no GPU, or more groups of models than there are GPUs."""
-    models = [one for one in configs.values() if not one.is_ensemble]
-    on_gpu = [one for one in models if gpus and not _is_for_cpus(one)]
-    sizes = {one.name: memory_mb(one, file_bytes[one.name]) for one in on_gpu}
+    models = [model for model in configs.values() if not model.is_ensemble]
+    on_gpu = [model for model in models if gpus and not _is_for_cpus(model)]
+    sizes = {model.name: memory_mb(model, file_bytes[model.name]) for model in on_gpu}
     groups: list[list[str]] = []
     room_mb: list[float] = []
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
         if sizes[name] + CONTEXT_MB > gpu_mb:
-            what = (
+            problem = (
                 f"expected at most {gpu_mb - CONTEXT_MB:,.0f} MB, which a GPU has for models, got {sizes[name]:,.0f} MB"
             )
-            raise ConfigError(f"model '{name}': {what}")
+            raise ConfigError(f"model '{name}': {problem}")
         number = next((number for number, room in enumerate(room_mb) if sizes[name] <= room), len(groups))
         if number == len(groups):
             groups.append([])
@@ -64,8 +64,8 @@ def plan(
         groups[number].append(name)
         room_mb[number] -= sizes[name]
     if len(groups) > gpus:
-        what = f"expected {len(groups)} GPUs or more, one for each group of models that fit together, got {gpus}"
-        raise ConfigError(f"{what}: {'; '.join(', '.join(group) for group in groups)}")
+        problem = f"expected {len(groups)} GPUs or more, one for each group of models that fit together, got {gpus}"
+        raise ConfigError(f"{problem}: {'; '.join(', '.join(group) for group in groups)}")
     pools = [
         PoolSpec(
             "gpu" if len(groups) == 1 else f"gpu{number + 1}",

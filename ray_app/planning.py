@@ -23,8 +23,8 @@ _KINDS: dict[str, type[BaseModel]] = {"": Options, "pools": PoolOptions}
 
 def plan(options: argparse.Namespace) -> None:
     folders, failures = completion.open_models(options.model_repository)
-    sizes = {one.config.name: _bytes_of(one.path, one.versions) for one in folders}
-    configs = {one.config.name: one.config for one in folders}
+    sizes = {folder.config.name: _bytes_of(folder.path, folder.versions) for folder in folders}
+    configs = {folder.config.name: folder.config for folder in folders}
     planned = planner.plan(configs, sizes, options.gpus, 1e3 * options.gpu_memory_gb, options.cpu_replicas)
     text = yaml.safe_dump({"pools": [_as_written(pool) for pool in planned.pools]}, sort_keys=False)
     if options.output is not None:
@@ -40,9 +40,9 @@ def plan(options: argparse.Namespace) -> None:
 
 
 def why(options: argparse.Namespace) -> None:
-    given = load_placement(options.placement) if options.placement is not None else {}
+    placement = load_placement(options.placement) if options.placement is not None else {}
     try:
-        pools = checked({"model_repository": str(options.model_repository), **given}).pool_specs(options.gpus)
+        pools = checked({"model_repository": str(options.model_repository), **placement}).pool_specs(options.gpus)
     except ConfigError as error:
         where = f"--placement {plain(options.placement)}: " if options.placement is not None else ""
         raise ConfigError(f"{where}{error}") from None
@@ -73,8 +73,8 @@ def _as_written(pool: PoolSpec) -> dict[str, Any]:
 
 def _bytes_of(path: Path, versions: Sequence[int]) -> int:
     """Of the files that are loaded."""
-    found = (file for version in versions for file in (path / str(version)).rglob("*") if file.is_file())
-    return sum(file.stat().st_size for file in found if file.suffix != ".pyc")
+    files = (file for version in versions for file in (path / str(version)).rglob("*") if file.is_file())
+    return sum(file.stat().st_size for file in files if file.suffix != ".pyc")
 
 
 def simulate(options: argparse.Namespace) -> None:
@@ -97,22 +97,22 @@ def simulate(options: argparse.Namespace) -> None:
 def load_placement(path: Path) -> dict[str, Any]:
     """What a placement file says. Raises ConfigError if it is none, or has pools that no cluster can have."""
     try:
-        given = documents.read(path, "'pools:' and a list of them")
-        if set(given) != {"pools"} or not isinstance(given["pools"], list):
-            got = ", ".join(map(shown, given)) or "nothing"
+        placement = documents.read(path, "'pools:' and a list of them")
+        if set(placement) != {"pools"} or not isinstance(placement["pools"], list):
+            got = ", ".join(map(shown, placement)) or "nothing"
             expected = "expected 'pools:' and a list of them, and nothing else (docs/cluster.md)"
             raise ConfigError(f"{expected}, got {got}")
-        Options(model_repository="", autoscaled_cluster=True, **given).pool_specs(math.inf)
+        Options(model_repository="", autoscaled_cluster=True, **placement).pool_specs(math.inf)
     except ValidationError as error:
         raise ConfigError(f"--placement {plain(path)}: {documents.problems(error, _KINDS)}") from None
     except ConfigError as error:
         raise ConfigError(f"--placement {plain(path)}: {error}") from None
-    return given
+    return placement
 
 
-def checked(given: dict[str, Any]) -> Options:
+def checked(settings: dict[str, Any]) -> Options:
     """Options of the application. Raises ConfigError naming what is wrong."""
     try:
-        return Options(**given)
+        return Options(**settings)
     except ValidationError as error:
         raise ConfigError(documents.problems(error, _KINDS)) from None

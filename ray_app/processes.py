@@ -30,13 +30,13 @@ def of_the_head() -> dict[psutil.Process, str]:
 
 def ended(names: Mapping[psutil.Process, str]) -> str:
     """Which of the processes have ended, for people."""
-    return ", ".join(f"{name} (process {one.pid})" for one, name in names.items() if not _is_alive(one))
+    return ", ".join(f"{name} (process {process.pid})" for process, name in names.items() if not _is_alive(process))
 
 
 def end_descendants(grace_s: float) -> int:
     """Terminate every descendant, kill what is left after `grace_s`; returns how many had to be ended."""
-    found = psutil.Process().children(recursive=True)
-    running = [process for process in found if _is_alive(process)]
+    children = psutil.Process().children(recursive=True)
+    running = [process for process in children if _is_alive(process)]
     for process in running:
         _signal(process, "terminate")
     _, stubborn = psutil.wait_procs(running, timeout=grace_s)

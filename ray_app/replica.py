@@ -245,8 +245,8 @@ class Replica:
             raise RuntimeError(f"replica {self._name}: device {device} has failed: {reason}")
         stuck = self._pulse.stuck(time.monotonic(), self._hang_timeout_s)
         if stuck:
-            what = f"no batch of model '{stuck}' has ended for {self._hang_timeout_s:g} s"
-            raise RuntimeError(f"replica {self._name}: {what}")
+            symptom = f"no batch of model '{stuck}' has ended for {self._hang_timeout_s:g} s"
+            raise RuntimeError(f"replica {self._name}: {symptom}")
         if self._pulse.is_idle(time.monotonic()):
             await self._infer_something()
         if any(not model.is_ready() for model in self._engine.models() if not model.config.is_ensemble):
@@ -265,8 +265,8 @@ class Replica:
             async with asyncio.timeout(INFERENCE_TIMEOUT_S):
                 await gather.done
         except TimeoutError:
-            what = f"model '{request.model_name}' does not answer"
-            raise RuntimeError(f"replica {self._name}: {what}") from None
+            symptom = f"model '{request.model_name}' does not answer"
+            raise RuntimeError(f"replica {self._name}: {symptom}") from None
         finally:
             self._pulse.ends(request.model_name, time.monotonic())
         assert call.answer is not None

@@ -155,8 +155,8 @@ def _what_is_wrong() -> str:
     """What the head says of this node. Raises what Ray raises when it does not answer, or hangs."""
     import ray
 
-    own = ray.get_runtime_context().get_node_id()
-    dead = [node for node in ray.nodes() if node["NodeID"] == own and not node["Alive"]]
+    node_id = ray.get_runtime_context().get_node_id()
+    dead = [node for node in ray.nodes() if node["NodeID"] == node_id and not node["Alive"]]
     return "its head takes this node for dead" if dead else ""
 
 
@@ -191,8 +191,8 @@ def _start_ray(options: argparse.Namespace, stop: _Stop) -> None:
             if _SLOW_START in str(error):  # nobody's mistake
                 raise ClusterLost("it has not started in the time that Ray gives it") from None
             if not is_ours and not isinstance(error, ConfigError):
-                what = str(error).strip().splitlines() or [type(error).__name__]
-                raise ConfigError(f"--ray-address {options.ray_address}: {what[0]}") from None
+                lines = str(error).strip().splitlines() or [type(error).__name__]
+                raise ConfigError(f"--ray-address {options.ray_address}: {lines[0]}") from None
             raise
 
 
@@ -202,9 +202,9 @@ def _address(text: str) -> str:
         return text
     from ray._private import services
 
-    found: str = services.canonicalize_bootstrap_address_or_die(text)
-    checks.address(found)
-    return found
+    address: str = services.canonicalize_bootstrap_address_or_die(text)
+    checks.address(address)
+    return address
 
 
 def _run(options: argparse.Namespace, application: Options, stop: _Stop, loop: asyncio.AbstractEventLoop) -> None:
@@ -247,10 +247,10 @@ def application_options(options: argparse.Namespace) -> Options:
     What has not been given keeps the application's default.
     """
     flags = {name: getattr(options, name, None) for name in Options.model_fields}
-    given = {name: value for name, value in flags.items() if value is not None}
+    settings = {name: value for name, value in flags.items() if value is not None}
     if options.placement is not None:
-        given |= load_placement(options.placement)
-    return checked({**given, "model_repository": str(options.model_repository)})
+        settings |= load_placement(options.placement)
+    return checked({**settings, "model_repository": str(options.model_repository)})
 
 
 def _stop_serving(timeout_s: float, stop: _Stop) -> None:

@@ -52,7 +52,7 @@ class Stretch(_Strict):
     rate: float = Field(ge=0)
     to: float = Field(default=0.0, ge=0)
 
-    def at(self, second: float) -> float:
+    def rate_at(self, second: float) -> float:
         part = second / self.seconds
         if self.kind == "constant":
             return self.rate
@@ -115,21 +115,21 @@ class Load:
         else:
             self._stretches = scenario.trace
         self._starts = [0.0]
-        for one in self._stretches:
-            self._starts.append(self._starts[-1] + one.seconds)
+        for stretch in self._stretches:
+            self._starts.append(self._starts[-1] + stretch.seconds)
         self.seconds = self._starts[-1]
 
     def rate(self, second: float) -> float:
         """Requests a second."""
         number = min(bisect_right(self._starts, second), len(self._stretches)) - 1
-        found = self._stretches[number].at(second - self._starts[number])
+        rate = self._stretches[number].rate_at(second - self._starts[number])
         if self._bursts is not None and second % self._bursts.every_s >= self._bursts.every_s - self._bursts.seconds:
-            found *= self._bursts.factor
-        return found
+            rate *= self._bursts.factor
+        return rate
 
     def arrivals(self, rng: random.Random) -> Iterator[float]:
         """The seconds at which requests come: a Poisson process, by thinning of one with the rate's bound."""
-        bound = max((max(one.rate, one.to) for one in self._stretches), default=0.0)
+        bound = max((max(stretch.rate, stretch.to) for stretch in self._stretches), default=0.0)
         bound *= max(1.0, self._bursts.factor if self._bursts is not None else 1.0)
         second = 0.0
         while bound:

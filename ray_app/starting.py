@@ -32,15 +32,15 @@ _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
 @contextmanager
-def telling(what: str) -> Iterator[None]:
+def telling(wait: str) -> Iterator[None]:
     """Say what is waited for, and for how long by now."""
     has_ended, start_s = threading.Event(), time.monotonic()
 
     def tell() -> None:
         while not has_ended.wait(PROGRESS_S):
-            _log.info("%s: %.0f s by now", what, time.monotonic() - start_s)
+            _log.info("%s: %.0f s by now", wait, time.monotonic() - start_s)
 
-    _log.info("%s", what)
+    _log.info("%s", wait)
     threading.Thread(target=tell, name="progress", daemon=True).start()
     try:
         yield
@@ -68,7 +68,8 @@ def wait_until_running(store: News, stop: threading.Event) -> None:
         if time.monotonic() - told_s >= PROGRESS_S:
             told_s = time.monotonic()
             _log.info("starting replicas: %s; %.0f s by now", _states(application, starts), told_s - start_s)
-            for message in {one.message for one in application.deployments.values() if one.message} - warned:
+            messages = {deployment.message for deployment in application.deployments.values()}
+            for message in messages - warned - {""}:
                 warned.add(message)
                 _log.warning("%s", _summary(message))
 
@@ -76,8 +77,8 @@ def wait_until_running(store: News, stop: threading.Event) -> None:
 def _states(application: Any, starts: Sequence[Start]) -> str:
     """How many replicas of each deployment are there, and how many models they have loaded."""
     told = []
-    for name, one in application.deployments.items():
-        counts = one.replica_states
+    for name, deployment in application.deployments.items():
+        counts = deployment.replica_states
         told.append(f"{counts.get('RUNNING', 0)} of {sum(counts.values())} in {name}")
     loaded = progress(starts)
     return ", ".join(told) + (f"; {loaded}" if loaded else "")
@@ -85,7 +86,8 @@ def _states(application: Any, starts: Sequence[Start]) -> str:
 
 def _reasons(application: Any) -> str:
     """What Serve says of each deployment that is not healthy."""
-    return "; ".join(f"{name}: {_summary(one.message)}" for name, one in application.deployments.items() if one.message)
+    messages = {name: deployment.message for name, deployment in application.deployments.items()}
+    return "; ".join(f"{name}: {_summary(message)}" for name, message in messages.items() if message)
 
 
 def _summary(message: str) -> str:

@@ -49,8 +49,8 @@ class Supervisor:
                 then = self._restarts.after(cluster.ended(loop.time()))
                 if isinstance(then, End):
                     return then.status
-                what = f"the cluster of process {cluster.process.pid} has ended: {then.reason}"
-                _log.error("%s; it is started anew in %g s, for the %d. time", what, then.delay_s, then.count)
+                message = f"the cluster of process {cluster.process.pid} has ended: {then.reason}"
+                _log.error("%s; it is started anew in %g s, for the %d. time", message, then.delay_s, then.count)
                 if await self._is_stopped_within(then.delay_s):
                     return 0
 

@@ -156,8 +156,8 @@ def _own_folder(root: Path, group: str) -> Path:
     namespace = os.stat("/proc/self/ns/pid").st_ino
     folder = root / f"tutti-{os.getuid()}-{namespace}-{group}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
         raise PermissionError(f"{folder} is not this user's alone")
     return folder
 
