@@ -6,6 +6,7 @@ Light: its help needs no extra; `tutti.ray_app.planning` does the work.
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tutti.console.arguments import Parser, positive, whole
 from tutti.console.help_format import Help, examples
@@ -34,14 +35,24 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=Help,
     )
     commands = parser.add_subparsers(dest="command", required=True)
+    _add_plan(commands)
+    _add_why(commands)
+    _add_simulate(commands)
+    return parser
 
-    def add(name: str, text: str, *lines: str) -> argparse.ArgumentParser:
-        description = f"{text[0].upper()}{text[1:]}."
-        return commands.add_parser(
-            name, help=text, description=description, epilog=examples(*lines), formatter_class=Help
-        )
 
-    plan = add(
+def _add(commands: Any, name: str, text: str, *lines: str) -> argparse.ArgumentParser:
+    """A command's parser; `lines` are examples of its use."""
+    description = f"{text[0].upper()}{text[1:]}."
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=text, description=description, epilog=examples(*lines), formatter_class=Help
+    )
+    return parser
+
+
+def _add_plan(commands: Any) -> None:
+    plan = _add(
+        commands,
         "plan",
         "make a placement file for a repository, models packed by their memory",
         "tutti cluster plan models --gpus 4 --gpu-memory-gb 80 --output pools.yaml",
@@ -59,7 +70,11 @@ def make_parser() -> argparse.ArgumentParser:
         help="replicas without a GPU (default: %(default)s)",
     )
     plan.add_argument("--output", type=Path, metavar="FILE", help="write the placement there (default: show it)")
-    why = add(
+
+
+def _add_why(commands: Any) -> None:
+    why = _add(
+        commands,
         "why",
         "say where each model of a repository lives, and why",
         "tutti cluster why models --gpus 4 --placement pools.yaml",
@@ -69,7 +84,11 @@ def make_parser() -> argparse.ArgumentParser:
     why.add_argument(
         "--gpus", type=whole(0, _MOST), default=0, metavar="N", help="of the cluster (default: %(default)s)"
     )
-    simulate = add(
+
+
+def _add_simulate(commands: Any) -> None:
+    simulate = _add(
+        commands,
         "simulate",
         "tell how pools would do under a load, in simulated time",
         "tutti cluster simulate rush.yaml",
@@ -81,4 +100,3 @@ def make_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="by half seconds: for days, and thousands of replicas (default: by requests)",
     )
-    return parser

@@ -41,41 +41,63 @@ def make_engine(
     control_timeout_s: float = CONTROL_TIMEOUT_S,
 ) -> Engine:
     """An engine that reads configurations only: every model executes in its pools."""
-    cache = ResponseCache(cache_bytes)
+    models = _PooledModels(specs, router, timer, control, cache_bytes)
+    engine = Engine(root, models.load, is_controllable, models.propagate, control_timeout_s=control_timeout_s)
+    models.engine = engine
+    return engine
 
-    def config_of(name: str, version: str) -> ModelConfig:
-        return engine.model(name, version).config
 
-    def load(folder: ModelFolder, version: int, statistics: ModelStatistics) -> Served:
+class _PooledModels:
+    """Serves each model where its home is: whole in its pools, or cut into segments that several pools execute."""
+
+    engine: Engine
+
+    def __init__(
+        self, specs: Sequence[PoolSpec], router: Router, timer: Timer, control: Control, cache_bytes: int
+    ) -> None:
+        self._specs = specs
+        self._router = router
+        self._timer = timer
+        self._control = control
+        self._cache = ResponseCache(cache_bytes)
+        self._has_cache = bool(cache_bytes)
+
+    def load(self, folder: ModelFolder, version: int, statistics: ModelStatistics) -> Served:
+        """A version of a model, as the engine serves it. Raises ConfigError where no pool can."""
         config = folder.config
-        place = home(config, specs, config_of)
+        place = home(config, self._specs, self._config_of)
         if config.is_ensemble:
-            checked = graph.plan(config, config_of)
-            config = as_decoupled(config) if checked.is_decoupled else config
+            plan = graph.plan(config, self._config_of)
+            config = as_decoupled(config) if plan.is_decoupled else config
         _log.info("model '%s': %s: %s", config.name, " and ".join(place.pools) or "in segments", place.why)
-        served = (
-            _serve_in(config, version, statistics, router, router.of(place.pools), timer, engine)
-            if place.pools
-            else _serve_cut(config, checked, version, statistics)
-        )
-        if config.is_cached and cache_bytes:
-            served = replace(served, infer=Cached(served.infer, cache, statistics, engine.changes))
+        if place.pools:
+            pools = self._router.of(place.pools)
+            served = _serve_in(config, version, statistics, self._router, pools, self._timer, self.engine)
+        else:
+            served = self._serve_cut(config, plan, version, statistics)
+        if config.is_cached and self._has_cache:
+            served = replace(served, infer=Cached(served.infer, self._cache, statistics, self.engine.changes))
         return served
 
-    def _serve_cut(config: ModelConfig, checked: graph.Plan, version: int, statistics: ModelStatistics) -> Served:
-        if any(step.max_inflight for step in checked.steps):
+    def propagate(self, name: str, override: Override | None, config: ModelConfig | None) -> None:
+        """Have replicas load a model, or unload it. Raises Internal when one cannot."""
+        self._control.models(name, override, self._home(config) if config is not None else ())
+
+    def _serve_cut(self, config: ModelConfig, plan: graph.Plan, version: int, statistics: ModelStatistics) -> Served:
+        """A graph whose models live in several pools."""
+        if any(step.max_inflight for step in plan.steps):
             problem = "max_inflight_requests: is not supported on Ray for a graph whose models live in several pools"
             raise ConfigError(f"ensemble '{config.name}': {problem}")
-        segments = fallback.Segments(config, control, router, timer)
+        segments = fallback.Segments(config, self._control, self._router, self._timer)
         infer = PlacedExecutor(
-            checked,
+            plan,
             str(version),
-            fallback.ToSteps(engine),
+            fallback.ToSteps(self.engine),
             statistics,
-            lambda step: home(config_of(step.model_name, step.version), specs, config_of).pools or None,
+            lambda step: self._home(self._config_of(step.model_name, step.version)) or None,
             segments.serve,
         )
-        served = local.serve_ensemble(config, infer, engine)
+        served = local.serve_ensemble(config, infer, self.engine)
         return replace(
             served,
             close=segments.close,
@@ -84,11 +106,12 @@ def make_engine(
             reason=lambda: served.reason() or ("" if segments.are_ready() else "a segment is not loaded yet"),
         )
 
-    def propagate(name: str, override: Override | None, config: ModelConfig | None) -> None:
-        control.models(name, override, home(config, specs, config_of).pools if config is not None else ())
+    def _home(self, config: ModelConfig) -> tuple[str, ...]:
+        """The names of the pools that a model executes in whole; none of a graph that is cut."""
+        return home(config, self._specs, self._config_of).pools
 
-    engine = Engine(root, load, is_controllable, propagate, control_timeout_s=control_timeout_s)
-    return engine
+    def _config_of(self, name: str, version: str) -> ModelConfig:
+        return self.engine.model(name, version).config
 
 
 def _serve_in(

@@ -109,18 +109,25 @@ class Gateway:
             raise ConfigError("; ".join(self._engine.failures()))
         await asyncio.to_thread(self._follow, changes)
         self._router.spawn(self._follow_forever())
-        api = front_end_setup.make_api(self._engine, options, logs)
+        await self._listen(context)
+        if options.model_control_mode == "poll":
+            self._router.spawn(self._poll_forever(options.repository_poll_secs))
+        garbage.settle()
+
+    async def _listen(self, context: Any) -> None:
+        """Open the ports, shared with other gateways of this machine, and begin to watch those."""
+        options = self._options
+        api = front_end_setup.make_api(self._engine, options, self._logs)
         shared = replace(front_end_setup.addresses(options), shares_ports=True, metrics_ports=METRICS_PORTS)
         if not _others(context):  # with which to share
             shared.check_free()
         self._engine.is_strict = options.strict_readiness
-        self._server = Server(api, shared, lambda: pool_metrics(pools), shows_host=options.allow_cpu_metrics)
+        self._server = Server(
+            api, shared, lambda: pool_metrics(self._router.pools), shows_host=options.allow_cpu_metrics
+        )
         self._taken = await self._server.start()
         self._url = replace(self._taken, http_tls=shared.http_tls).url
-        if options.model_control_mode == "poll":
-            self._router.spawn(self._poll_forever(options.repository_poll_secs))
         self._router.spawn(_watch_forever(watch.group(self._taken, shared.grpc_host)))
-        garbage.settle()
 
     def addresses(self) -> Addresses:
         """Where it listens."""

@@ -127,14 +127,16 @@ class Replica:
             takes=(FALLBACK_PARAMETER,),
         )
         health.listen(self._failed)
-        # What does not end must not keep the others from being served, unless all must be.
+        await self._load(options, News(RayStore(), serve.get_replica_context().app_name))
+        garbage.settle()
+
+    async def _load(self, options: ReplicaOptions, news: News) -> None:
+        """Load all models. What does not end must not keep the others from being served, unless all must be."""
         patience_s = None if options.exits_on_error else options.control_timeout_s
-        news = News(RayStore(), serve.get_replica_context().app_name)
-        async with Writer(news, self._id, pool, self._engine.started):
+        async with Writer(news, self._id, self._pool, self._engine.started):
             await asyncio.to_thread(self._engine.load_all, options.models, patience_s)
             if self._engine.failures() and options.exits_on_error:
                 raise ConfigError("; ".join(self._engine.failures()))
-        garbage.settle()
 
     async def infer(self, message: wire.BatchMessage, generation: int, to: str = "") -> wire.AnswerMessage | str:
         """Answers to a batch, in order; a request's error is its answer, never an exception.

@@ -56,19 +56,7 @@ def serve_on_ray(options: argparse.Namespace) -> int:
         _start_ray(options, stop)
         for number in (signal.SIGINT, signal.SIGTERM):  # ray.init has set handlers of its own
             signal.signal(number, lambda *_: stop.ask())
-        watch = _HeadWatch(is_ours)
-        threading.Thread(target=watch.run, args=(stop, supervised), name="watch", daemon=True).start()
-        with _loop() as loop:
-            try:
-                _run(options, application, stop, loop)
-            except Exception as error:
-                if lost := watch.lost():
-                    raise ClusterLost(f"{lost} ({error})") from None
-                raise
-            finally:
-                stop.asked.set()
-                watch.close()
-                _stop_serving(options.exit_timeout_secs, stop)
+        _serve(options, application, stop)
     except (SystemExit, KeyboardInterrupt):  # Ray's handlers, while it starts
         _log.info(_STOPPING_EARLY)
     except ClusterLost as lost:
@@ -85,6 +73,23 @@ def serve_on_ray(options: argparse.Namespace) -> int:
     logging.shutdown()
     # Ray's own exit handlers would wait for the processes that have just been ended.
     os._exit(status)
+
+
+def _serve(options: argparse.Namespace, application: Options, stop: "_Stop") -> None:
+    """Until asked to stop. Raises ClusterLost where what has failed is the cluster."""
+    watch = _HeadWatch(stop.is_ours)
+    threading.Thread(target=watch.run, args=(stop, options.engine_of), name="watch", daemon=True).start()
+    with _loop() as loop:
+        try:
+            _run(options, application, stop, loop)
+        except Exception as error:
+            if lost := watch.lost():
+                raise ClusterLost(f"{lost} ({error})") from None
+            raise
+        finally:
+            stop.asked.set()
+            watch.close()
+            _stop_serving(options.exit_timeout_secs, stop)
 
 
 class _Stop:
