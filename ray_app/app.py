@@ -20,7 +20,7 @@ from tutti.ray_app.placement import GATEWAY_CPUS, PoolSpec, check_cpus, models_f
 from tutti.ray_app.replica import Replica, ReplicaOptions  # noqa: E402
 
 _HEALTH_CHECK_PERIOD_S = 1.0
-# After three times this a gateway that no other one of its machine watches is replaced.
+# Serve replaces a gateway that fails three health checks in a row. One with neighbours is found earlier: see watch.
 _GATEWAY_TIMEOUT_S = 10.0
 
 
@@ -56,7 +56,7 @@ def build(arguments: Options) -> Any:
 
 
 def _forget_what_has_ended(name: str) -> None:
-    """Loads of an earlier run are forgotten; those of one that is being updated are kept."""
+    """Forget the loads of an application that has ended. Those of one that is being updated are kept."""
     store = RayStore()
     app = (store.get(journal.owner_key(name)) or b"").decode()
     actors = ray.util.list_named_actors(all_namespaces=True)

@@ -17,22 +17,22 @@ from tutti.scheduling.cost import LatencyModel
 
 # Replicas are meant to be busy for this share of their time.
 UTILIZATION = 0.7
-# What waits should be gone after so long.
+# Requests that wait should be served within this.
 DRAIN_S = 2.0
 METRIC = "tutti_wanted"
-# For Serve. A replica that is not needed is kept for a while: loads that come and go do not start one each time.
+# For Serve. A replica is kept for a while after it is needed: a load that comes and goes would start one each time.
 SERVE_SETTINGS: Mapping[str, float] = MappingProxyType(
     {"metrics_interval_s": 0.5, "look_back_period_s": 1.0, "upscale_delay_s": 0.0, "downscale_delay_s": 15.0}
 )
 _WINDOW_NS = 1_000_000_000
-# One request in a hundred that is late adds a tenth to the work, one in ten doubles it. Halved every half minute.
+# If 1% of requests are late, the work counts for a tenth more; at 10% for twice as much. Halves every half minute.
 _MISSES_WEIGHT = 10
 _MISSES_FADE_NS = 30_000_000_000
 _MISSES_OF = 20
-# What is no noise: a quarter more and half a replica, or less than half.
+# A demand is a step, not noise, above 1.25 times the last one plus half a replica, or below half of it.
 _ABOVE, _ABOVE_BY, _BELOW = 1.25, 0.5, 0.5
 _STEADY_NS = 5_000_000_000
-# A gateway that has not told anything for so long is gone.
+# A gateway that has told nothing for this long is gone.
 _TOLD_FOR_S = 5.0
 
 
@@ -47,7 +47,8 @@ class Meter:
     def arrived(self, at_ns: int, rows: int) -> None:
         with self._lock:
             last = self._arrived[-1] if self._arrived else None
-            if last is not None and at_ns - last[0] < _WINDOW_NS // 50:  # together: few entries, however many requests
+            # Arrivals that are close share an entry: entries stay few, however many requests come.
+            if last is not None and at_ns - last[0] < _WINDOW_NS // 50:
                 self._arrived[-1] = (last[0], last[1] + rows)
             else:
                 self._arrived.append((at_ns, rows))
@@ -63,7 +64,7 @@ class Meter:
 def row_s(model: LatencyModel, most_rows: int) -> float:
     """What a row costs in the largest batch, seconds; 0 when nothing is known.
 
-    Where only one size is known, as it costs in that: a line needs two.
+    Where only one batch size is known, the cost is that of a row in it: a line needs two points.
     """
     known = model.sizes()
     rows = most_rows if len(known) > 1 else max(known, default=0.0)
@@ -80,7 +81,7 @@ class Misses:
     _at_ns: int = 0
 
     def count(self, at_ns: int, late: int, requests: int, has_enough: bool) -> None:
-        """Of all that have ended, so many were late. While replicas are still to come, misses say nothing."""
+        """Of all `requests` that have ended, `late` were late. Misses are not counted while replicas are missing."""
         if at_ns - self._at_ns < _WINDOW_NS:
             return
         self.share *= 0.5 ** ((at_ns - self._at_ns) / _MISSES_FADE_NS)
@@ -145,16 +146,16 @@ class Wanted:
         self._told[gateway] = replicas, now_s
 
     def total(self, now_s: float) -> float:
-        """Of the gateways that still tell."""
+        """Replicas that the work of all gateways needs that have told lately."""
         for gateway in [name for name, (_, at_s) in self._told.items() if now_s - at_s > _TOLD_FOR_S]:
             del self._told[gateway]
         return sum(replicas for replicas, _ in self._told.values())
 
 
 def policy(context: Any) -> tuple[float, dict[str, Any]]:
-    """For Serve's controller, which applies limits and delays: what the gateways say, told by the pool's replicas.
+    """The replicas to have, for Serve's controller, which applies limits and delays.
 
-    What no replica has been told yet stays as it is.
+    Gateways tell replicas what they need, and replicas tell Serve. While no replica has been told, the target stays.
     """
     told = (context.aggregated_metrics or {}).get(METRIC, {})
     if not told:

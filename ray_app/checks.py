@@ -27,7 +27,9 @@ def files_and_flags(options: Options, gpus: float | None) -> None:
     if gpus is not None:
         models(options, options.pool_specs(gpus))
     elif options.pools is not None:
-        specs = options.model_copy(update={"autoscaled_cluster": True}).pool_specs(0)  # any number of GPUs will do
+        specs = options.model_copy(update={"autoscaled_cluster": True}).pool_specs(
+            0
+        )  # the number of GPUs does not matter here
         models(options, specs)
     else:
         models(options, ())
@@ -58,7 +60,7 @@ def _config(configs: dict[str, ModelConfig], name: str) -> ModelConfig:
 
 
 def machine(options: Options) -> None:
-    """What a gateway on this machine needs of it: raises ConfigError for a port that somebody else has, or a file."""
+    """What a gateway on this machine needs of it: raises ConfigError for a port that another process has, or a file."""
     front_end_setup.check_written(options)
     try:
         replace(front_end_setup.addresses(options), metrics_ports=METRICS_PORTS).check_free()
@@ -82,7 +84,7 @@ def address(text: str) -> None:
 
 
 def _is_head(target: str) -> bool:
-    """Whether a head answers, be it that it wants a token."""
+    """Whether a cluster's head answers; one that asks for a token does."""
     import grpc
 
     no_head = (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)

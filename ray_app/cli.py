@@ -11,7 +11,7 @@ from typing import Any
 from tutti.console.arguments import Parser, positive, whole
 from tutti.console.help_format import Help, examples
 
-# Of GPUs or replicas: more are a slip.
+# The most GPUs or replicas that a flag takes: a larger number is a typing error.
 _MOST = 1_000_000
 
 

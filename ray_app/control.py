@@ -45,9 +45,9 @@ class Desired:
         self._changes: dict[str, Change] = {}
 
     def add(self, change: Change) -> None:
-        """The next one."""
+        """Add the next change, which replaces an earlier one of its model."""
         self._changes[change.model] = change
-        self.generation = change.generation  # last: who sees it finds the change
+        self.generation = change.generation  # set last: whoever sees the new generation finds its change
 
     def last(self, model: str) -> Change | None:
         return self._changes.get(model)
@@ -66,7 +66,7 @@ class Records(Protocol):
 
 
 class Carrier(Protocol):
-    """What reaches the replicas."""
+    """Reaches the replicas."""
 
     def places(self, model: str) -> Sequence[Any]: ...
 
@@ -79,7 +79,7 @@ class Control:
     def __init__(
         self, router: Carrier, records: Records, loop: asyncio.AbstractEventLoop, timeout_s: float = TIMEOUT_S
     ) -> None:
-        """A replica is waited for no longer than `timeout_s`, which the router sees to."""
+        """The router waits for each replica for `timeout_s` at most."""
         self._router = router
         self._timeout_s = timeout_s
         self._records = records

@@ -12,7 +12,7 @@ from tutti.console.arguments import plain
 from tutti.core import files, paths
 from tutti.core.errors import ConfigError, reason
 
-# Of a file with more mistakes, the others are counted.
+# So many mistakes of a file are named; the others are only counted.
 _MOST_PROBLEMS = 3
 
 

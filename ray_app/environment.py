@@ -18,8 +18,8 @@ SETTINGS = {
 }
 
 
-# Ray takes 127.0.0.1 for this node's address, as it does where it supports no clusters: all of it but Serve's replicas
-# listens there only, its pages of metrics too, which ask nobody for a token. It must stand before ray is imported.
+# Makes Ray take 127.0.0.1 for this node's address. All of Ray but Serve's replicas then listens there only, also its
+# pages of metrics, which ask for no token. It must be set before ray is imported.
 _LOOPBACK = ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 

@@ -28,7 +28,7 @@ from tutti.scheduling.scheduler import Scheduler, Timer
 from tutti.serving.engine import Engine
 
 FALLBACK = "tutti.fallback"
-# Which share of a lower pool's slots for a model may be taken while the preferred pool is up, but busy.
+# A busy preferred pool may take this share of a lower pool's slots for a model.
 MAX_SPILL = 0.5
 # A hop may carry more than the model's batch: the replica's own scheduler cuts it to size.
 MIN_HOP_ROWS = 128
@@ -66,11 +66,11 @@ class Fallback:
 
     @property
     def pools(self) -> Sequence[Pool]:
-        """Those that may answer."""
+        """The pools that may answer, in order of preference."""
         return self._hop.pools
 
     def demand(self) -> Demand:
-        """What comes and waits, and what a row costs."""
+        """How many rows come and wait, and what a row costs."""
         return self._hop.demand()
 
     def pending(self) -> int:
@@ -99,7 +99,7 @@ def of_model(
         scheduler = Scheduler(config.name, queue, statistics, timer, spill)
         most_rows = merging.rows_at_most(config)
         batch_rows = max(1, config.max_batch_size)
-        # A graph works on several requests at once, whatever a batch of it is.
+        # A replica executes many requests of a graph at once: the batch size is no limit.
         least_rows = queue.configured_rows if config.is_ensemble else batch_rows * _instances(config)
         return Hop(scheduler, config.name, key, router, among, statistics, most_rows, batch_rows, least_rows)
 
@@ -107,7 +107,7 @@ def of_model(
 
 
 class ToSteps:
-    """A graph's way to its models. What is asked of the graph is asked of those only that heed it, as pools do."""
+    """A graph's way to its models. A parameter that a model would not heed is not passed on to it, as in pools."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -123,12 +123,12 @@ class ToSteps:
     def _heeds(self, request: InferRequest) -> bool:
         try:
             return FALLBACK_PARAMETER in self._engine.model(request.model_name, request.model_version).takes
-        except InferError:  # the engine says so itself
+        except InferError:  # the engine refuses it itself
             return True
 
 
 class Segments:
-    """The segments of one graph, which go by its `tutti.fallback`. Each has a queue here, and pools that execute it."""
+    """The segments of one graph, whose `tutti.fallback` holds. Each has a queue here, and pools that execute it."""
 
     def __init__(self, config: ModelConfig, control: Control, router: Router, timer: Timer) -> None:
         self._config = config
@@ -138,7 +138,7 @@ class Segments:
         self._made: dict[str, Fallback] = {}
 
     def serve(self, step: graph.Step, segment: graph.Plan, pools: Any) -> Infer:
-        """`pools` are the names of those it lives in."""
+        """A way to the segment of a step; `pools` are the names of those that execute it."""
         name, statistics = step.model_name, ModelStatistics()
         most_rows = step.max_rows if step.is_merged else 1
         batch_rows = max(1, step.max_rows)
@@ -167,7 +167,7 @@ def _instances(config: ModelConfig) -> int:
 
 
 def hop_policy(config: ModelConfig) -> BatchingPolicy:
-    """How calls wait for a hop: by the model's priorities and timeouts, but never for more calls to come."""
+    """How calls wait for a hop: by the model's priorities and timeouts. A hop never waits for more calls to come."""
     rows = max(config.max_batch_size, MIN_HOP_ROWS)
     if config.batching is None:
         return BatchingPolicy(rows)

@@ -39,7 +39,7 @@ def simulate_fluid(scenario: Scenario, progress: Tell = lambda _share: None) -> 
     for tick in range(math.ceil(load.seconds / _TICK_S)):
         now_s = tick * _TICK_S
         progress(now_s / load.seconds)
-        requests = load.rate(now_s) * _TICK_S  # that they come in crowds and gaps is in what was learned
+        requests = load.rate(now_s) * _TICK_S  # an even flow: bursts are part of the learned latencies
         result.requests += requests
         backlog.add(now_s, requests)
         pool = next((pool for pool in pools if pool.up), None)
@@ -56,7 +56,7 @@ def _serve(
 ) -> None:
     """What a pool does in one tick."""
     most = pool.up * pool.rows_per_s * _TICK_S / scenario.mean_rows
-    # Where requests wait here, what was learned is to have no queue of its own.
+    # A backlog is counted here, so that the learned latencies must not include a queue, too.
     share = backlog.requests / most if backlog.requests <= most else _WITHOUT_QUEUE
     durations_s, pool.row_s = pool.latencies.under_load(share, pool.up)
     for arrived_s, count in backlog.take(most):
@@ -74,7 +74,7 @@ def _scale(
     rng: np.random.Generator,
     result: Result,
 ) -> None:
-    """Tell each pool's controller of the demand, which is the first one's."""
+    """Let each pool's controller decide. All demand is the first pool's."""
     for pool in pools:
         is_first = pool is pools[0]
         arrivals_per_s, left = (float(rng.poisson(requests)) / _TICK_S, waiting) if is_first else (0.0, 0.0)

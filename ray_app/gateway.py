@@ -41,11 +41,11 @@ _log = logging.getLogger(__name__)
 
 
 FOLLOW_INTERVAL_S = 0.25
-# Replicas that are there may take so long to be heard of, and segments to reach them.
+# A replica that is there may take this long to answer a probe, and a segment to reach it.
 _SETTLE_S = 3.0
 # How long replicas may take to say what they have loaded.
 _LOADS_TIMEOUT_S = 10.0
-# When a gateway ends, clients get so long to go elsewhere.
+# Clients get this long to go to another gateway when one ends.
 DRAIN_S = 2.0
 
 
@@ -62,7 +62,7 @@ class ClusterLogs(Logs):
         return settings
 
     def follow(self, changes: Mapping[str, Any]) -> None:
-        """What another gateway has been told, and has told the replicas."""
+        """Apply a change that another gateway was asked for. It has told the replicas itself."""
         super().update(changes)
 
 
@@ -119,7 +119,7 @@ class Gateway:
         options = self._options
         api = front_end_setup.make_api(self._engine, options, self._logs)
         shared = replace(front_end_setup.addresses(options), shares_ports=True, metrics_ports=METRICS_PORTS)
-        if not _others(context):  # with which to share
+        if not _others(context):  # a gateway shares its ports with other gateways only
             shared.check_free()
         self._engine.is_strict = options.strict_readiness
         self._server = Server(
@@ -140,7 +140,7 @@ class Gateway:
         )
 
     def has_begun(self) -> bool:
-        """Whether it is ready; or never will be: all replicas have what they could load, and serve that."""
+        """Whether it is ready, or will not become so: every replica is up and serves what could be loaded."""
         is_full = self._is_full()
         self._full_s = (self._full_s or time.monotonic()) if is_full else 0.0
         gives_up = is_full and not self._options.exit_on_error and time.monotonic() - self._full_s > _SETTLE_S
@@ -163,7 +163,7 @@ class Gateway:
     async def overview(self) -> Overview:
         """What is served and where, and what is not and why, for people."""
         until_s = time.monotonic() + _SETTLE_S
-        while not self._is_full() and time.monotonic() < until_s:  # Serve has told the command of them before
+        while not self._is_full() and time.monotonic() < until_s:  # Serve knows of replicas before this gateway does
             await asyncio.sleep(FOLLOW_INTERVAL_S)
         models = self._engine.models()
         reports = await asyncio.gather(*(self._loads(pool) for pool in self._router.pools))
@@ -197,8 +197,8 @@ class Gateway:
         (await self.overview()).tell(log)
 
     async def _loads(self, pool: Pool) -> list[Loads]:
-        """Of the pool's replicas, where they say so in time."""
-        if not pool.status.is_up:  # it would be waited for
+        """What each of the pool's replicas has loaded; nothing where they do not say so in time."""
+        if not pool.status.is_up:  # Serve would wait for a replica to start
             return []
         try:
             async with asyncio.timeout(_LOADS_TIMEOUT_S):
@@ -209,7 +209,7 @@ class Gateway:
             return []
 
     async def finish(self) -> None:
-        """Stop listening, and let open requests end: the application ends as a whole, nobody is to go elsewhere."""
+        """Stop listening, and let open requests end. The whole application ends: there is no other gateway to go to."""
         self._has_ended = True
         await self._server.stop()
 
@@ -222,7 +222,7 @@ class Gateway:
         """Do here what other gateways have done. Blocks."""
         for change in changes:
             if change is not self._journal.desired.last(change.model):
-                continue  # it has changed again since
+                continue  # a later change has replaced it
             try:
                 if change.logs is not None:
                     self._logs.follow(change.logs)
@@ -236,16 +236,16 @@ class Gateway:
             await asyncio.sleep(FOLLOW_INTERVAL_S)
             try:
                 changes = await asyncio.to_thread(self._journal.news)
-            except Exception as error:  # it is in the cluster's head, which may be gone for a while
+            except Exception as error:  # the journal is in the cluster's head, which may be gone for a while
                 _log.debug("the journal cannot be read: %s", error)
                 continue
             for change in changes:
-                if change.override is not None:  # until then the replicas have what this gateway has
+                if change.override is not None:  # until then replicas serve what this gateway serves
                     await self._router.wait_for(change.generation, self._control_timeout_s)
                 await asyncio.to_thread(self._follow, [change])
 
     async def _poll_forever(self, interval_s: float) -> None:
-        """One of the gateways looks at the repository, each time whoever comes first."""
+        """Look at the repository in turns: of all gateways, the first to claim an interval does it."""
         while True:
             await asyncio.sleep(interval_s)
             turn = int(time.time() / interval_s)
@@ -266,7 +266,7 @@ def _to_driver() -> logging.Logger:
 
 
 async def _watch_forever(group: str) -> None:
-    """Beat, and kill those of this machine's gateways that do not any more."""
+    """Beat, and kill the gateways of this machine that have stopped beating."""
     if not watch.is_possible():
         return
     try:
@@ -289,7 +289,7 @@ def _others(context: Any) -> bool:
 
 
 def _pool(spec: PoolSpec, handle: Any) -> Pool:
-    """`handle.options` builds a new object at each call: made once."""
+    """A pool over its deployment's handle, whose `options` are called here only: each call builds a new object."""
     pickled = {"request_serialization": "pickle", "response_serialization": "pickle"}
     return Pool(
         PoolStatus(spec.name),

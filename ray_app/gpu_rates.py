@@ -19,7 +19,7 @@ _COPY_NS = 5_000
 _WAKE_NS = 40_000
 _HOST_NS = 150_000
 _REQUEST_NS = 400_000
-# Clients enough for two full batches, each with so small a part of one.
+# So many clients send requests of a sixteenth of a batch each: together they fill two batches.
 _CLIENTS = 32
 
 

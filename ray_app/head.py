@@ -8,9 +8,9 @@ from collections.abc import Callable
 _log = logging.getLogger(__name__)
 
 ASK_INTERVAL_S = 2.0
-# Ray ends a process that has not reached the head for a minute: who is to say so must be earlier.
+# Ray ends a process that has not reached the head for a minute. The loss must be told before that.
 SILENCE_S = 45.0
-# A process that was paused, or its machine, has heard nothing meanwhile.
+# After a pause this long of the process or its machine, missing answers say nothing about the head.
 STANDSTILL_S = 10.0
 CLOSE_TIMEOUT_S = 5.0
 
@@ -34,7 +34,7 @@ class Head:
     def lost(self) -> str:
         """Why the cluster is no more; "" while it is. To be looked at every second or so."""
         now_s = self._clock()
-        if now_s - self._looked_s > STANDSTILL_S:  # whoever looks has stood still, and so has who asks
+        if now_s - self._looked_s > STANDSTILL_S:  # this process stood still, the asking thread included
             self._answered_s = now_s
         self._looked_s = now_s
         silent_s = now_s - self._answered_s

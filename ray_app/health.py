@@ -10,11 +10,11 @@ from tutti.core.errors import DeviceLost, Internal, Unknown
 from tutti.core.types import Answer, InferRequest, InferResponse, Tensor
 from tutti.repository.config import JOINING, ModelConfig
 
-# A replica that has had nothing to do for so long is asked for an inference.
+# A replica that was idle for this long is asked for an inference.
 IDLE_S = 5.0
-# It may wait behind nothing: what takes longer does not come.
+# An idle replica has no queue: an answer that takes longer than this will not come.
 INFERENCE_TIMEOUT_S = 20.0
-# A model that works does not answer so. Other errors say that the request was wrong, or that it was not executed.
+# Errors that a working model does not answer with. Others say that the request was wrong, or was not executed.
 _SYMPTOMS = (Internal, DeviceLost, Unknown)
 
 

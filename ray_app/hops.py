@@ -16,11 +16,11 @@ from tutti.ray_app.settling import settle_batch
 from tutti.scheduling.cost import Costs
 from tutti.scheduling.scheduler import Scheduler
 
-# How often one looks whether requests wait for replicas that do not come.
+# How often a hop looks whether requests wait for replicas that do not come.
 _LOOK_EVERY_S = 0.25
 # Several batches of a model go to a replica together if they take no longer than this.
 _TOGETHER_NS = 10_000_000
-# After so long without a batch, how long a replica took says nothing about it any more.
+# After this long without a batch, earlier times say nothing about a replica any more.
 _FORGET_NS = 5_000_000_000
 
 
@@ -142,7 +142,7 @@ class Hop:
         self.scheduler.limit_batches(self._least_rows * max(1, _TOGETHER_NS // max(1, batch_ns)))
 
     def demand(self) -> Demand:
-        """Of the first of its pools."""
+        """What its first pool has to serve."""
         first = [instances[0] for instances in self._instances.values() if instances and instances[0].rank == 0]
         costs = [cost for instance in first if (cost := row_s(instance.costs.of(None), self.batch_rows))]
         at_ns, counts, pool = now_ns(), self.statistics.counts, self.pools[0]
@@ -162,7 +162,7 @@ class Hop:
         self._end()
 
     def _refresh(self) -> None:
-        """On the router's loop, whenever replicas are others."""
+        """Add and remove instances as replicas come and go. Called on the router's loop."""
         if self._is_closed:
             return
         present = {
@@ -184,9 +184,9 @@ class Hop:
             self._empty_since_ns = 0 if present else now_ns()
 
     def _try_again(self) -> None:
-        """A replica that was slow is given nothing while others are quicker: what is known of it grows old.
+        """Forget the costs of replicas that have had no batch for long, so that they are tried again.
 
-        It is forgotten then, so that the replica is tried.
+        A replica that was slow gets nothing while others are quicker, and would never show that it has recovered.
         """
         at_ns = now_ns()
         for instances in self._instances.values():
@@ -196,11 +196,11 @@ class Hop:
                     instance.costs, instance.learned_ns = costs, at_ns
 
     async def _look_forever(self) -> None:
-        """What waits for a replica does not wait for ever."""
+        """Refuse calls that have waited too long for a replica, and have Serve start one."""
         while not self._is_closed:
             await asyncio.sleep(_LOOK_EVERY_S)
             self._try_again()
-            self._row_s = self.demand().row_s  # what was known last, while there is no replica
+            self._row_s = self.demand().row_s  # kept for the time without a replica
             if not self._instances and self.scheduler.queued_rows():
                 self.router.call_for(self.pools)
             patience_s = max(pool.patience_s for pool in self.pools)

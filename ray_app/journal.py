@@ -76,7 +76,7 @@ class Journal:
                     break
             before = self.desired.last(model)
             self.desired.add(change)
-            if before is not None:  # its files need not be kept
+            if before is not None:  # the files that its override carries need not be kept
                 self._store.replace(self._key(before.generation), b"")
         return change
 
@@ -89,7 +89,7 @@ class Journal:
 
     def _read(self) -> None:
         while (entry := self._store.get(self._key(self.desired.generation + 1))) is not None:
-            if not entry:  # another one of the same model follows
+            if not entry:  # a later change of the same model follows
                 self.desired.generation += 1
                 continue
             change: Change = pickle.loads(entry)

@@ -8,7 +8,7 @@ from tutti.core.types import Answer
 
 _log = logging.getLogger(__name__)
 
-# One probe that does not come back may be chance; two in a row mean down.
+# A replica is down after two missed probes in a row: one may be chance.
 MISSED_PROBES = 2
 
 
@@ -35,15 +35,15 @@ class Member:
     generation: int = 0
     is_up: bool = False
     failed_probes: int = 0
-    # It does not answer, and may never.
+    # It has missed so many probes that what waits for it may wait for ever.
     is_hung: bool = False
     in_flight: int = 0
-    # When what it was given is expected to be done, and when it last was done with something.
+    # When its batches are expected to be done, and when one last was.
     busy_until_ns: int = 0
     done_ns: int = 0
 
     def saw(self, name: str, models: Iterable[str], generation: int) -> bool:
-        """It has answered a probe; returns whether that changes what it may be given."""
+        """It has answered a probe. Returns whether it has come up, or has other models."""
         before = (self.is_up, self.models)
         self.name, self.models, self.generation = name, frozenset(models), generation
         self.failed_probes = 0
@@ -52,7 +52,7 @@ class Member:
         return before != (self.is_up, self.models)
 
     def missed(self) -> bool:
-        """A probe did not come back; returns whether it is down with that."""
+        """A probe did not come back. Returns whether the replica went down by that."""
         self.failed_probes += 1
         self.is_hung = self.failed_probes >= MISSED_PROBES
         return self.lost() if self.is_hung else False
@@ -63,7 +63,7 @@ class Member:
         return was_up
 
     def ahead_ns(self, now_ns: int) -> int:
-        """How long what it has will keep it, as far as is known."""
+        """How long its batches will keep it, as far as is known."""
         return max(0, self.busy_until_ns - now_ns) if self.in_flight else 0
 
     def begins(self, now_ns: int, expected_ns: int) -> None:

@@ -35,7 +35,7 @@ def groups(calls: Sequence[Call], most_rows: int) -> list[list[Call]]:
 
 
 def merge(group: Sequence[Call]) -> Call:
-    """One call with the rows of all. It may take as long as the most patient of them waits."""
+    """One call with the rows of all. Its deadline is the latest of theirs; none where one has none."""
     first = group[0]
     if len(group) == 1:
         return first

@@ -19,7 +19,7 @@ from tutti.core.errors import TuttiError
 _log = logging.getLogger(__name__)
 
 WRITE_INTERVAL_S = 1.0
-# Who says nothing new for so long is gone: what kills a process as it loads leaves what it has said.
+# A writer that says nothing new for this long is gone: a process that is killed as it loads leaves its last news.
 _SILENT_S = 10 * WRITE_INTERVAL_S
 
 
@@ -51,7 +51,7 @@ class News:
     def __init__(self, store: Store, app: str) -> None:
         self._store = store
         self._prefix = f"start/{app}/"
-        # What was read last, and since when it has been there by this process's clock: others' may be wrong.
+        # What was read last, and since when by this process's clock: clocks of other machines may be wrong.
         self._seen: dict[bytes, float] = {}
 
     def tell(self, process: str, start: Start) -> None:
@@ -110,7 +110,7 @@ class Writer:
 
     def _write(self) -> None:
         with self._lock, _best_effort():
-            if not self._has_ended:  # a thread is not cancelled with who waits for it
+            if not self._has_ended:  # a thread goes on when its waiting task is cancelled
                 seconds = time.monotonic() - self._start_s
                 self._news.tell(self._process, Start(self._deployment, seconds, *self._progress()))
 

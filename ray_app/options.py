@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from tutti import SERVER_NAME
 from tutti.ray_app.placement import PoolSpec, check_pools, plan_pools
 
-# Of one pool: more are a slip.
+# The most replicas of a pool: a larger number is a typing error.
 MOST_REPLICAS = 1_000_000
 
 
@@ -97,12 +97,12 @@ class Options(BaseModel):
     access_log: str = ""
     trace_config: list[str] = []
     gateways: int = Field(default=1, ge=1)
-    # Of nodes that gateways run on, as Ray counts them: {"gateway": 1}.
+    # Resources that a gateway's node must have, as Ray counts them: {"gateway": 1}.
     gateway_resources: dict[str, float] = {}
     gpu_replicas: int | None = None
     cpu_replicas: int = 1
     pools: list[PoolOptions] | None = None
-    # Nodes come as they are asked for: pools may need more GPUs than there are now.
+    # The cluster adds nodes as they are asked for: pools may need more GPUs than there are now.
     autoscaled_cluster: bool = False
     hang_timeout_secs: float = Field(default=60.0, gt=0)
 

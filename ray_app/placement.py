@@ -13,9 +13,9 @@ from fnmatch import fnmatchcase
 from tutti.core.errors import ConfigError, TuttiError
 from tutti.repository.config import ModelConfig
 
-# How long requests wait where a pool has lost its last replica.
+# Requests wait this long when a pool has lost its last replica.
 PATIENCE_S = 30.0
-# Of a core, for a gateway.
+# The share of a core that a gateway is scheduled with.
 GATEWAY_CPUS = 0.1
 
 ConfigOf = Callable[[str, str], ModelConfig]
@@ -33,7 +33,7 @@ class PoolSpec:
     num_cpus: float
     num_gpus: float
     models: tuple[str, ...] = ("*",)
-    # With `max_replicas` as many as the work needs, between these; `replicas` to begin with.
+    # With `max_replicas` the pool is autoscaled between these, and begins with `replicas`.
     min_replicas: int = 0
     max_replicas: int = 0
 
@@ -141,7 +141,7 @@ def models_for(pool: PoolSpec, pools: Sequence[PoolSpec], configs: dict[str, Mod
         try:
             is_here = pool.name in home(config, pools, config_of).pools
         except ConfigError:
-            continue  # the gateway says so
+            continue  # the gateway reports it
         if is_here:
             names.append(name)
     return names
@@ -162,7 +162,7 @@ def _home_of_model(config: ModelConfig, pools: Sequence[PoolSpec]) -> Home:
             refused.append(f"{pool.name} is for GPUs, and its instances are KIND_CPU")
         else:
             takers.append(pool.name)
-    if not takers and wants_cpu:  # better there than nowhere
+    if not takers and wants_cpu:  # a GPU pool is better than none
         takers = [pool.name for pool in pools if "*" in pool.models]
         refused = ["there is no pool without GPUs for it"]
     if not takers:

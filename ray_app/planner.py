@@ -11,10 +11,10 @@ from tutti.core.errors import ConfigError
 from tutti.ray_app.placement import PoolSpec, home
 from tutti.repository.config import ModelConfig
 
-# What a model takes on a GPU: its files, and as much again for what it computes. A parameter of it may say better.
+# A model takes twice the size of its files on a GPU: weights, and as much for results. Its parameter overrides this.
 WORKING_FACTOR = 2.0
 MEMORY = "tutti.memory_mb"
-# The runtime's own, in each process.
+# Memory that the runtime itself takes in each process.
 CONTEXT_MB = 600.0
 _CPUS_PER_GPU = 2.0
 

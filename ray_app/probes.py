@@ -18,7 +18,7 @@ _log = logging.getLogger(__name__)
 
 PROBE_INTERVAL_S = 0.25
 PROBE_TIMEOUT_S = 1.0
-# However many replicas there are, probing them takes no more than this.
+# Replicas are asked less often when there are many, so that probing costs no more than this.
 MAX_PROBES_PER_S = 100
 
 Watch = Callable[[str, Callable[[list[str], str], None]], None]
@@ -79,7 +79,7 @@ class Probes:
             _log.debug("replica %s did not answer a probe: %s", member.name, error)
             self._membership.lost(pool, member)
             return
-        if description.id != member.id:  # there is none of that id any more
+        if description.id != member.id:  # another replica has answered in its place
             self._membership.lost(pool, member)
             return
         if member.saw(description.name, description.models, description.generation):

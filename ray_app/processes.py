@@ -8,7 +8,7 @@ import psutil
 
 _PR_SET_CHILD_SUBREAPER = 36
 _HEAD = ("gcs_server", "raylet")
-# What is killed ends, but not before the system has taken its memory back.
+# A killed process ends only when the system has taken its memory back.
 _KILL_TIMEOUT_S = 5.0
 
 
@@ -43,7 +43,7 @@ def end_descendants(grace_s: float) -> int:
     for process in stubborn:
         _signal(process, "kill")
     psutil.wait_procs(stubborn, timeout=_KILL_TIMEOUT_S)
-    # Those that were left to this process, or ended before, are waited for by nobody else.
+    # Reap adopted and ended children: no other process waits for them.
     psutil.wait_procs([child for child in psutil.Process().children() if not _is_alive(child)], timeout=0)
     return len(running)
 

@@ -24,7 +24,7 @@ from tutti.ray_app.overview import Loads
 
 _log = logging.getLogger(__name__)
 
-# How long batches inside may take for their answers once a device has failed, and Ray to carry the last of them.
+# After a device has failed, batches inside get this long to be answered, and Ray this long to carry the last answer.
 LEAVE_S = 2.0
 CARRY_S = 0.2
 
@@ -94,7 +94,7 @@ class Replica:
 
     async def __init__(self, options: ReplicaOptions, pool: str) -> None:  # type: ignore[misc]
         if not options.has_gpu:
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before any backend looks for a GPU
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # must be set before a backend looks for a GPU
         from ray import serve
 
         from tutti import ensembles
@@ -115,7 +115,7 @@ class Replica:
         self._applying = asyncio.Lock()
         self._logs = options.logs()
         self._logs.install()
-        # The gateway decides what may be loaded, and keeps the response cache.
+        # The gateway decides what is loaded, and keeps the response cache: replicas need neither.
         self._engine = local.make_engine(
             Path(options.model_repository),
             local.loop_timer(self._loop),
@@ -227,7 +227,7 @@ class Replica:
         `wanted` are the replicas that the work of gateway `by` needs.
         """
         self._wanted.told(by, wanted, time.monotonic())
-        if health.failures():  # it takes nothing any more
+        if health.failures():  # it takes no more requests
             return Description(self._id, self._name, (), self._generation)
         ready = [f"{m.config.name}/{m.version}" for m in self._engine.models() if m.is_ready()]
         return Description(self._id, self._name, (*ready, *self._segments), self._generation)

@@ -10,7 +10,7 @@ from tutti.core.errors import Cancelled, DeadlineExceeded, DeviceLost, InferErro
 from tutti.core.types import Answer, Call
 from tutti.ray_app.members import Member, ReplicaLost, ReplicaSilent
 
-# So many replicas may be lost while they hold a call; then it is to blame.
+# A call is to blame once this many replicas were lost while they held it.
 MAX_SENDS = 3
 
 

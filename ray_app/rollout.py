@@ -12,9 +12,9 @@ from tutti.ray_app.pools import Pool
 
 _log = logging.getLogger(__name__)
 
-# A replica that did not take a change is left alone for so long.
+# A replica that did not take a change is asked again after this.
 REFUSED_PAUSE_S = 0.25
-# Whoever finds that a replica is being told already looks again after so long.
+# A message waits this long where its replica is being told already.
 CATCHING_UP_PAUSE_S = 0.05
 
 

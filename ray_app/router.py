@@ -41,7 +41,7 @@ class Router:
         self._membership = Membership(pools, self._tasks)
         self._probes = Probes(self._membership, self._rollout, self._tasks, name)
         dispatcher = Dispatcher(self._membership, Transport(self._membership, self._rollout, loop))
-        # Of the parts themselves: nothing is added on a request's way.
+        # Bound methods of the parts: a call through the router costs no more than one to the part.
         self.infer, self.stream, self.send_to = dispatcher.infer, dispatcher.stream, dispatcher.send_to
         self.spawn = self._tasks.spawn
         self.listen, self.call_for = self._membership.listen, self._membership.call_for
@@ -66,7 +66,7 @@ class Router:
         """
         members = self._membership.up()
         failures = await asyncio.gather(*(self._rollout.apply(pool, member) for pool, member in members))
-        for pool, member in members:  # what is known of them has changed
+        for pool, member in members:  # a load has changed which models they have
             await self._probes.probe(pool, member)
         return [failure for failure in failures if failure]
 

@@ -8,8 +8,8 @@ from ray.serve.request_router import RequestRouter
 
 Changed = Callable[[list[str], str], None]
 
-# Who wants to know which replicas a deployment has, by its name. Serve makes a router for each handle, in the process
-# and on the loop of who holds it.
+# Callbacks by deployment, called when its replicas change. Serve makes a router for each handle, in the process and on
+# the loop of the handle's holder.
 _watchers: dict[str, Changed] = {}
 
 
@@ -36,7 +36,7 @@ class AddressedRouter(RequestRouter):  # type: ignore[misc]
         self._tell(replica_id.unique_id)
 
     def _tell(self, dead: str = "") -> None:
-        # Serve may carry this class with a copy of its module: the module itself is what `watch` was told.
+        # Serve may pickle this class with a copy of its module. The callbacks are in the imported module.
         from tutti.ray_app import routing
 
         changed = routing._watchers.get(self._deployment_id.name)

@@ -27,15 +27,15 @@ environment.apply()  # before ray.serve is imported
 _log = logging.getLogger("tutti")
 
 _LOOK_INTERVAL_S = 0.5
-# What Ray has begun to end, it may end so long.
+# Processes that Ray has begun to end get this long.
 _LAST_S = 3.0
-# What Ray says where the machine is too busy: it waits for half a minute, whatever its settings say.
+# Ray's message on a machine that is too busy: its limit of half a minute is fixed.
 _STOPPING_EARLY = "stopping, though the cluster is still being started"
 _SLOW_START = "timed out during startup"
 
 
 class ClusterLost(Exception):
-    """There is none, and another one may do."""
+    """The cluster is gone. A new one may do better."""
 
 
 def serve_on_ray(options: argparse.Namespace) -> int:
@@ -43,7 +43,7 @@ def serve_on_ray(options: argparse.Namespace) -> int:
     stop = _Stop(options.exit_timeout_secs, options.ray_address is None)
     supervised: Supervised | None = options.engine_of
     if supervised is not None:
-        end_with(supervised.parent, signal.SIGTERM)  # it has a cluster to end
+        end_with(supervised.parent, signal.SIGTERM)  # SIGTERM, not SIGKILL: this process has a cluster to end
     is_ours = stop.is_ours
     if is_ours:
         processes.adopt_orphans()
@@ -57,14 +57,14 @@ def serve_on_ray(options: argparse.Namespace) -> int:
         for number in (signal.SIGINT, signal.SIGTERM):  # ray.init has set handlers of its own
             signal.signal(number, lambda *_: stop.ask())
         _serve(options, application, stop)
-    except (SystemExit, KeyboardInterrupt):  # Ray's handlers, while it starts
+    except (SystemExit, KeyboardInterrupt):  # raised by Ray's own signal handlers while it starts
         _log.info(_STOPPING_EARLY)
     except ClusterLost as lost:
         stop.end_lost(str(lost), supervised)
-    except ConfigError as error:  # as without Ray
+    except ConfigError as error:  # the same status as without Ray
         _log.error("cannot serve on Ray: %s", error)
         status = restarts.UNUSABLE
-    except Exception as error:  # whatever Ray raises: the processes must be ended all the same
+    except Exception as error:  # Ray raises anything; its processes must be ended in each case
         _log.error("cannot serve on Ray: %s", error)
         status = 1
     finally:
@@ -96,7 +96,7 @@ class _Stop:
     """Whether this process has been asked to stop. It then ends within a time; asked again, at once."""
 
     def __init__(self, timeout_s: float, is_ours: bool) -> None:
-        """`is_ours` is the cluster, which then ends, too."""
+        """The cluster ends with this process if it `is_ours`."""
         self.is_ours = is_ours
         # Whether the application is on the cluster, and whether it serves.
         self.has_deployed = False
@@ -120,7 +120,7 @@ class _Stop:
         self._end(1)
 
     def end_lost(self, why: str, supervised: Supervised | None) -> NoReturn:
-        """Without asking the cluster: there is none any more."""
+        """End this process at once. The cluster is not asked: there is none any more."""
         _log.error("the cluster is lost: %s", why)
         if supervised is not None:
             supervised.report(failed=why)
@@ -145,14 +145,14 @@ class _HeadWatch:
         return f"its head has ended: {ended}" if ended else self._head.lost()
 
     def close(self) -> None:
-        """Before Ray is shut down, which ends a process that asks it something then."""
+        """Ask no more. Must be called before Ray is shut down, which ends a process that asks afterwards."""
         self._head.close()
 
     def run(self, stop: _Stop, supervised: Supervised | None) -> None:
         """End this process when its cluster is lost: what Ray is doing then may never end."""
         while not stop.asked.wait(_LOOK_INTERVAL_S):
             lost = self.lost()
-            if lost and not stop.asked.is_set():  # else it ends since it is to
+            if lost and not stop.asked.is_set():  # once asked to stop, the cluster ends on purpose
                 stop.end_lost(lost, supervised)
 
 
@@ -193,7 +193,7 @@ def _start_ray(options: argparse.Namespace, stop: _Stop) -> None:
                 runtime_env={"env_vars": environment.SETTINGS},
             )
         except Exception as error:
-            if _SLOW_START in str(error):  # nobody's mistake
+            if _SLOW_START in str(error):  # a busy machine, not a wrong flag
                 raise ClusterLost("it has not started in the time that Ray gives it") from None
             if not is_ours and not isinstance(error, ConfigError):
                 lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -202,7 +202,7 @@ def _start_ray(options: argparse.Namespace, stop: _Stop) -> None:
 
 
 def _address(text: str) -> str:
-    """That of the cluster's head. Raises ConfigError where none answers; ConnectionError where "auto" finds none."""
+    """The address of the head. Raises ConfigError if none answers there, ConnectionError if "auto" finds none."""
     if text != "auto":
         return text
     from ray._private import services
@@ -234,7 +234,7 @@ def _run(options: argparse.Namespace, application: Options, stop: _Stop, loop: a
         options.engine_of.report(ready=True)
     telling_pools = asyncio.run_coroutine_threadsafe(tell_pools(handle, stop.asked, known), loop)
     stop.asked.wait()
-    telling_pools.cancel()  # a call once Ray is shut down would start it anew
+    telling_pools.cancel()  # a call after Ray's shutdown would start Ray again
     _log.info("stopping: open requests may end")
     if stop.is_ours:
         finishing = asyncio.run_coroutine_threadsafe(_finish(handle), loop)

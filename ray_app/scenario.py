@@ -37,7 +37,7 @@ class SimulatedPool(PoolOptions):
         return (self.fixed_ms + rows * self.row_ms) / 1e3
 
     def rows_per_s(self, most_rows: int) -> float:
-        """What a replica does at most."""
+        """The rows a second that a replica executes in full batches."""
         return most_rows / self.batch_s(most_rows)
 
 
@@ -82,7 +82,7 @@ class Scenario(_Strict):
     bursts: Bursts | None = None
     rows: list[int] = Field(default=[1], min_length=1)
     deadline_s: float = Field(default=0.0, ge=0)
-    # Whether requests travel as one, as those of backends do that join them anyway.
+    # Whether requests travel to a replica as one, as they do where the backend joins their rows.
     merges: bool = True
     fallback: Literal["late", "missing", "never"] = "late"
     seed: int = 0

@@ -46,7 +46,7 @@ class Sequences:
         self._queued = 0
         self._router = router
         self._statistics = statistics
-        # The replica forgets an idle sequence; only then may its pin go.
+        # A pin must outlive its sequence at the replica, which forgets it when it was idle for long enough.
         self._idle_ns = 2 * idle_ns + 1_000_000_000
         self._lock = threading.Lock()
         self._pins: dict[SequenceId, _Pin] = {}

@@ -43,11 +43,11 @@ async def settle_batch(
         statistics.record_batch(batch, times)
         if any(call.trace is not None for call in batch):
             trace(batch, times, **({} if replica is None else {"pool": replica.pool, "replica": replica.name}))
-    except Exception:  # callers wait
+    except Exception:  # callers must hear of their answers all the same
         _log.exception("model '%s': a batch could not be counted", model)
     try:
         settle(batch)
-    except Exception:  # a broken sink must not hold up what comes next
+    except Exception:  # a broken sink must not hold up the next batch
         _log.exception("model '%s': answers could not be delivered", model)
 
 

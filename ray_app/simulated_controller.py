@@ -51,7 +51,7 @@ class Controller:
 
 @contextlib.contextmanager
 def _time_is(now_s: float) -> Iterator[None]:
-    """Serve's delays go by time.time()."""
+    """Replace the clock of Serve's autoscaling: its delays go by time.time()."""
     from ray.serve import autoscaling_policy
 
     real: Any = autoscaling_policy.time

@@ -110,7 +110,7 @@ class Deployment:
         if not is_first:
             self._starting -= 1
             if len(self.replicas) >= self.controller.target:
-                return  # it is not wanted any more
+                return  # the target has fallen meanwhile
         self._count += 1
         name = f"{self.spec.name}-{self._count}"
         self.replicas[name] = _Replica(name, self.spec, self._most_rows, self._loop)

@@ -60,7 +60,7 @@ def model_config(scenario: Scenario) -> config.ModelConfig:
 
 def simulate(scenario: Scenario, progress: Tell = lambda _share: None) -> Result:
     """Every request of it, telling the share that is done. Not for many: a few tens of thousands take a second."""
-    logging.disable(logging.WARNING)  # of replicas that come and go
+    logging.disable(logging.WARNING)  # nobody wants to read of simulated replicas that come and go
     try:
         return virtual_time.run(lambda: _simulate(scenario, scenario.load(), progress))
     finally:

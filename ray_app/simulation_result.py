@@ -44,7 +44,7 @@ class Result:
     latencies: Latencies = field(default_factory=Latencies)
     replica_s: dict[str, float] = field(default_factory=dict)
     most: dict[str, int] = field(default_factory=dict)
-    # What a row costs, as the gateway has learned at last; seconds.
+    # The gateway's last estimate of what a row costs; seconds.
     row_s: float = 0.0
 
     def lines(self) -> list[str]:

@@ -25,7 +25,7 @@ READY_TIMEOUT_S = 120.0
 # How often a server that starts says how far it is.
 PROGRESS_S = 5.0
 _LOOK_INTERVAL_S = 0.5
-# How often a gateway is asked how many replicas it has, and how long it may take.
+# How often a gateway is asked how many replicas it has, and how long its answer may take.
 _POOLS_INTERVAL_S = 1.0
 _POOLS_TIMEOUT_S = 3.0
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")

@@ -18,9 +18,9 @@ from tutti.ray_app import processes
 
 _log = logging.getLogger("tutti")
 
-# What is left of a cluster that has ended may end by itself for so long.
+# Processes that are left of an ended cluster get this long to end by themselves.
 GRACE_S = 2.0
-# A process that was asked to end is killed so long after it should have.
+# A process that was asked to end is killed this long after its time is up.
 LATE_S = 10.0
 
 
@@ -57,11 +57,11 @@ class Supervisor:
     async def _serve(self, folder: Path) -> EngineProcess:
         """One cluster, from its start until nothing is left of it."""
         cluster = self._cluster = await EngineProcess.start(self._command, folder)
-        if self._stop.is_set():  # meanwhile
+        if self._stop.is_set():  # asked to stop while the process started
             cluster.process.terminate()
         following = asyncio.create_task(self._follow(cluster))
         await cluster.process.wait()
-        await asyncio.wait([following], timeout=1.0)  # the last that it has reported
+        await asyncio.wait([following], timeout=1.0)  # its last reports may still be under way
         following.cancel()
         self._cluster = None
         await asyncio.to_thread(processes.end_descendants, GRACE_S)

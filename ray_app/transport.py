@@ -15,9 +15,9 @@ from tutti.ray_app.membership import Membership
 from tutti.ray_app.pools import Pool
 from tutti.ray_app.rollout import Rollout
 
-# A stream's caller is found to have gone within this.
+# How often a stream looks whether its caller has gone.
 CANCEL_INTERVAL_S = 0.1
-# A replica that is behind gets so long to catch up with the changes before a message.
+# A replica that has missed changes gets this long to catch up before a message is given up.
 CATCH_UP_TIMEOUT_S = 10.0
 
 
@@ -70,7 +70,7 @@ class Transport:
         finally:
             send.cancel()
             waiting.discard(send)
-            if not waiting:  # replicas come and go
+            if not waiting:  # ids of replicas that have ended must not pile up
                 pool.sends.pop(member.id, None)
 
     async def stream(self, member: Member, call: Call, emit: Callable[[Answer], None]) -> Answer:

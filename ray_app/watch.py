@@ -19,7 +19,7 @@ from typing import Protocol
 _log = logging.getLogger(__name__)
 
 BEAT_S = 0.5
-# One that has beaten no more for so many looks of another hangs.
+# A gateway hangs when another one has seen no new beat in this many looks.
 MISSED = 10
 _BYTES = 8
 
@@ -78,12 +78,12 @@ class Watch:
         self._file = self._create()
 
     def beat(self) -> None:
-        """This process does not hang."""
+        """Tell the others that this process does not hang."""
         self._beats += 1
         os.pwrite(self._file, self._beats.to_bytes(_BYTES, "little"), 0)
 
     def look(self) -> list[int]:
-        """Kill those that hang; returns them."""
+        """Kill the processes that hang; returns their ids."""
         hung = self._missed.look(self._others())
         return [process for process in hung if self._kill(process)]
 
@@ -91,7 +91,7 @@ class Watch:
         """Leave the group."""
         self._path.unlink(missing_ok=True)
         os.close(self._file)
-        with suppress(OSError):  # others are still in it
+        with suppress(OSError):  # the folder is not empty while others are in the group
             self._folder.rmdir()
 
     def _create(self) -> int:
@@ -105,10 +105,10 @@ class Watch:
             if _is_at(self._path, file):
                 os.ftruncate(file, 0)
                 return file
-            os.close(file)  # somebody took it for that of a process that has ended
+            os.close(file)  # another process has removed the file between opening and locking
 
     def _others(self) -> dict[int, int]:
-        """The beats of those that live."""
+        """The beats of the other processes that live, by process id."""
         beats = {}
         for name in os.listdir(self._folder):
             if name.isdecimal() and int(name) != os.getpid() and (beat := self._beat_of(name)) is not None:
@@ -116,7 +116,7 @@ class Watch:
         return beats
 
     def _beat_of(self, name: str) -> int | None:
-        """None of a process that has ended, whose file is removed."""
+        """A process's beat; None where it has ended, and its file is then removed."""
         path = self._folder / name
         try:
             file = os.open(path, os.O_RDONLY)
@@ -132,7 +132,7 @@ class Watch:
             os.close(file)
 
     def _kill(self, process: int) -> bool:
-        """Whether it was there to be killed: its number may be another's by now, but then the lock is not held."""
+        """Kill a process; returns whether it was there. A number that is another process's by now holds no lock."""
         try:
             handle = os.pidfd_open(process)
         except ProcessLookupError:
