@@ -23,6 +23,7 @@ from tutti.core import wire
 from tutti.core.errors import Cancelled, DeadlineExceeded, Internal, InvalidArgument, Unavailable
 from tutti.core.types import Answer, Call, now_ns
 from tutti.ray_app.members import Member
+from tutti.ray_app.probes import PROBE_INTERVAL_S
 
 every_way = pytest.mark.parametrize("way", WAYS)
 every_loss = pytest.mark.parametrize("loss", [REFUSE, DIE, HANG, SILENCE])
@@ -224,3 +225,45 @@ def test_what_waits_goes_to_the_replica_that_comes(way: str) -> None:
         assert set(replicas.asked) == {"new"}
 
     served(replicas, test, way)
+
+
+def test_a_silent_replica_is_not_held_against_a_suspect() -> None:
+    replicas = Replicas(5, [DIE, DIE, SILENCE])
+
+    async def test(gateway: Gateway) -> None:
+        assert values(await gateway.serve(gateway.calls(5))) == [-5]
+        assert len(set(replicas.asked)) == 4
+
+    served(replicas, test)
+
+
+def test_the_only_replica_is_asked_again_once_it_is_heard_of() -> None:
+    replicas = Replicas(1, [SILENCE])
+
+    async def test(gateway: Gateway) -> None:
+        calls = gateway.calls(5)
+        gateway.infer(calls)
+        await asyncio.sleep(4.0)  # of simulated time: two probes have been missed
+        assert not gateway.pool.status.is_up
+        replicas.silent.clear()
+        assert values(await answers_to(calls)) == [-5]
+        assert replicas.asked == ["r0", "r0"]
+
+    served(replicas, test)
+
+
+def test_a_lost_replica_is_probed_at_once() -> None:
+    replicas = Replicas(1, [REFUSE])
+
+    async def test(gateway: Gateway) -> None:
+        calls = gateway.calls(5)
+        gateway.infer(calls)
+        await asyncio.sleep(0)
+        member = gateway.pool.status.members["r0"]
+        while not replicas.asked or member.is_up:
+            await asyncio.sleep(0)  # until the message is refused
+        await asyncio.sleep(PROBE_INTERVAL_S / 5)  # of simulated time
+        assert member.is_up, "the next probe would have come later by itself"
+        await answers_to(calls)
+
+    served(replicas, test)
