@@ -21,7 +21,7 @@ HEAVY = {
         "ray_app.routing",
         "ray_app.gateway",
         "ray_app.journal",
-        "ray_app.simulation",
+        "ray_app.simulated_controller",
     },
     "torch": {
         "tutti.backends.pytorch",
