@@ -12,12 +12,15 @@ from typing import Any
 from tutti.core import rows
 from tutti.core.dtypes import Array
 from tutti.core.errors import Cancelled, DeadlineExceeded, InferError, Unavailable
-from tutti.core.types import Answer, Call, Infer, InferRequest, InferResponse, Tensor, now_ns, settle
-from tutti.ensembles.axes import changed_inputs, changed_outputs
+from tutti.core.types import Answer, Call, Infer, InferResponse, now_ns, settle
+from tutti.ensembles import grouping, outputs
+from tutti.ensembles.axes import changed_outputs
 from tutti.ensembles.explain import Explanation, begun_ns
-from tutti.ensembles.frame import Frame, Group, stretch
 from tutti.ensembles.graph import Plan, Step
+from tutti.ensembles.grouping import Group
+from tutti.ensembles.running import Outcome, Piece, Ready, RunningFrame, StepRun
 from tutti.ensembles.solo import SoloExecutor, as_error, in_ensemble, in_turn, output_fault, wanted_outputs
+from tutti.ensembles.step_calls import StepCalls
 from tutti.observing.explanations import PARAMETER, Facts
 from tutti.observing.statistics import ModelStatistics
 from tutti.scheduling.cost import Costs
@@ -27,37 +30,6 @@ _log = logging.getLogger(__name__)
 SHED_PARAMETER = "tutti_shed"
 # How long a frame goes on before one looks again whether its callers still wait.
 _LOOK_EVERY_NS = 500_000
-
-
-class _Piece:
-    """What of a group reaches the model as one request: the `number`th stretch of its rows. A step call's token."""
-
-    __slots__ = ("frame", "group", "number", "rows", "started_ns", "step")
-
-    def __init__(self, frame: Frame, step: Step, group: Group, number: int, rows: int, started_ns: int) -> None:
-        self.frame = frame
-        self.step = step
-        self.group = group
-        self.number = number
-        self.rows = rows
-        self.started_ns = started_ns
-
-
-class _Work:
-    """One step of one frame in execution. `entry` and `times` are for its explanation."""
-
-    __slots__ = ("entry", "groups", "left", "mask", "shed", "times")
-
-    def __init__(self, groups: list[Group], mask: Array | None) -> None:
-        self.groups = groups
-        self.mask = mask
-        self.left = 0
-        self.shed = 0
-        self.entry: dict[str, Any] | None = None
-        self.times: list[Facts] = []
-
-
-_Ready = list[tuple[Frame, Step]]
 
 
 class EnsembleExecutor:
@@ -77,6 +49,7 @@ class EnsembleExecutor:
         }
         self._steps_for: dict[tuple[str, ...], frozenset[int]] = {}
         self._costs = [Costs() for _ in plan.steps]
+        self._calls = StepCalls(plan, self._followers, self._costs, self)
         self._solo = SoloExecutor(plan, version, infer, self._settle)
         self._frame_rows = max(1, *(step.max_rows for step in plan.steps))
 
@@ -89,33 +62,31 @@ class EnsembleExecutor:
             self._solo.start(calls[0])
             return
         is_alike = len(calls) > 1 and self._are_alike(calls)
-        groups: Iterable[Sequence[Call]] = (calls,)
+        bursts: Iterable[Sequence[Call]] = (calls,)
         if not is_alike and len(calls) > 1:
             alike: dict[Hashable, list[Call]] = {}
             for call in calls:
                 alike.setdefault(self._key(call), []).append(call)
-            groups = alike.values()
+            bursts = alike.values()
         ready = []
-        for frame in [self._frame(part, is_alike) for group in groups for part in self._cut(group)]:
+        for frame in [self._frame(part, is_alike) for burst in bursts for part in self._cut(burst)]:
             steps = [plan.steps[index] for index in sorted(frame.waits) if not frame.waits[index]]
             ready += [(frame, step) for step in steps]
         in_turn(self._submit, ready)
 
     def settle(self, calls: Sequence[Call]) -> None:
         """Steps' calls come back: store their outputs, start what has become ready, end what is complete."""
-        ready: _Ready = []
-        again: list[Call] = []
-        ended: list[Call] = []
+        outcome = Outcome()
         for call in calls:
-            piece: _Piece = call.token
+            piece: Piece = call.token
             with piece.frame.lock:
                 if call.times is not None:
                     piece.frame.times.add(piece.step.model_name, call.times, call.arrived_ns)
                 try:
-                    self._take_back(piece, call.answer, ready, again, ended)
+                    self._take_back(piece, call.answer, outcome)
                 except Exception as error:  # as outputs that do not fit together
-                    self._end_all(piece.frame, piece.step, error, ended)
-        self._go_on(ready, again, ended)
+                    self._end_all(piece.frame, piece.step, error, outcome)
+        self._go_on(outcome)
 
     def _key(self, call: Call) -> Hashable:
         """Calls of equal keys share a frame. Large ones do not: they would have to be copied; nor do traced ones."""
@@ -147,66 +118,64 @@ class EnsembleExecutor:
             return False
         return not any(call.request.signature is not signature or call.request.parameters for call in calls)
 
-    def _frame(self, calls: Sequence[Call], is_alike: bool = False) -> Frame:
-        outputs = calls[0].request.outputs
-        steps = self._steps_for.get(outputs)
+    def _frame(self, calls: Sequence[Call], is_alike: bool = False) -> RunningFrame:
+        names = calls[0].request.outputs
+        steps = self._steps_for.get(names)
         if steps is None:
-            steps = self._steps_for[outputs] = self._plan.steps_for(outputs)
-        frame = Frame(self._plan, calls, steps, is_alike)
+            steps = self._steps_for[names] = self._plan.steps_for(names)
+        frame = RunningFrame(self._plan, calls, steps, is_alike)
         parameters = calls[0].request.parameters
         if parameters and parameters.get(PARAMETER) in (True, "true"):
             frame.explanation = Explanation(begun_ns(calls[0]), frame.rows)
         return frame
 
-    def _submit(self, ready: _Ready) -> None:
+    def _submit(self, ready: Ready) -> None:
         calls: dict[int, list[Call]] = {}
-        ended: list[Call] = []
-        following: _Ready = []
+        outcome = Outcome()
         for frame, step in ready:
-            made: list[Call] = []
+            begun: list[Call] = []
             with frame.lock:
                 try:
-                    made = self._prepare(frame, step, following, ended)
+                    begun = self._prepare(frame, step, outcome)
                 except Exception as error:  # as text that is none
-                    self._end_all(frame, step, error, ended)
-            if made and step.index in calls:
-                calls[step.index] += made
-            elif made:
-                calls[step.index] = made
+                    self._end_all(frame, step, error, outcome)
+            if begun and step.index in calls:
+                calls[step.index] += begun
+            elif begun:
+                calls[step.index] = begun
         # What has threads of its own first: it executes while others do so in this one.
         order = calls if len(calls) <= 1 else sorted(calls, key=lambda index: self._plan.steps[index].is_merged)
         for index in order:
             self._infer(calls[index])
-        if following or ended:
-            self._go_on(following, [], ended)
+        self._go_on(outcome)
 
-    def _go_on(self, ready: _Ready, again: Sequence[Call], ended: Sequence[Call]) -> None:
-        if again:
-            self._infer(again)
-        if ready:
-            in_turn(self._submit, ready)
-        if ended:
-            self._settle(ended)
+    def _go_on(self, outcome: Outcome) -> None:
+        if outcome.again:
+            self._infer(outcome.again)
+        if outcome.ready:
+            in_turn(self._submit, outcome.ready)
+        if outcome.ended:
+            self._settle(outcome.ended)
 
     def _settle(self, ended: Sequence[Call]) -> None:
         if not self._is_part:
             record(self._statistics, ended)
         settle(ended)
 
-    def _prepare(self, frame: Frame, step: Step, following: _Ready, ended: list[Call]) -> list[Call]:
+    def _prepare(self, frame: RunningFrame, step: Step, outcome: Outcome) -> list[Call]:
         """The calls of one step for one frame. Where no row takes it, it has ended with that."""
-        self._drop_gone(frame, step, ended)
+        self._drop_gone(frame, step, outcome)
         if step.unless is not None and frame.open:
             for index in frame.leave(step.unless, self._version):
                 self._explained(frame, index)
                 frame.calls[index].times = frame.times
-                ended.append(frame.calls[index])
-        made = self._begin(frame, step) if frame.open else []
-        if not made and frame.open:
-            self._finish(frame, step, following, ended)
-        return made
+                outcome.ended.append(frame.calls[index])
+        calls = self._begin(frame, step) if frame.open else []
+        if not calls and frame.open:
+            self._finish(frame, step, outcome)
+        return calls
 
-    def _drop_gone(self, frame: Frame, step: Step, ended: list[Call]) -> None:
+    def _drop_gone(self, frame: RunningFrame, step: Step, outcome: Outcome) -> None:
         """End the calls that nobody waits for any longer; one looks again after a while only."""
         now = now_ns()
         if not frame.has_deadlines and now - frame.looked_ns < _LOOK_EVERY_NS:
@@ -216,110 +185,48 @@ class EnsembleExecutor:
             if frame.is_over[index] or not (call.is_cancelled or call.deadline_ns):
                 continue
             if call.is_cancelled:
-                self._end(frame, index, step, Cancelled("the request was cancelled by its caller"), ended)
+                self._end(frame, index, step, Cancelled("the request was cancelled by its caller"), outcome)
             elif call.deadline_ns <= now:
-                what = "the request's deadline passed before this step"
-                self._end(frame, index, step, DeadlineExceeded(what), ended)
+                late = DeadlineExceeded("the request's deadline passed before this step")
+                self._end(frame, index, step, late, outcome)
 
-    def _begin(self, frame: Frame, step: Step) -> list[Call]:
+    def _begin(self, frame: RunningFrame, step: Step) -> list[Call]:
         """The calls of one step for one frame; none where no row takes it."""
         mask: Array | None = None
-        whole = frame.everything(step) if step.is_plain else None
+        whole = grouping.everything(frame, step) if step.is_plain else None
         if whole is not None:
-            groups = [whole]
+            requests = [whole]
         else:
             mask = frame.chosen(step)
-            groups = frame.groups(step, mask) if mask is None or mask.any() else []
-            self._count(frame, step, mask, groups)
-        work = frame.working[step.index] = _Work(groups, mask)
+            requests = grouping.groups(frame, step, mask) if mask is None or mask.any() else []
+            self._count(frame, step, mask, requests)
+        run = frame.runs[step.index] = StepRun(requests, mask)
         now = now_ns()
-        calls = self._calls(frame, step, groups[0], now) if groups else []
-        for group in groups[1:]:
-            calls += self._calls(frame, step, group, now)
-        work.left = len(calls)
+        calls = self._calls.of(frame, step, requests[0], now) if requests else []
+        for group in requests[1:]:
+            calls += self._calls.of(frame, step, group, now)
+        run.left = len(calls)
         if not calls and frame.calls[0].trace is not None:
             frame.calls[0].trace.record(f"SKIPPED {step.model_name}: {frame.why_not(step)}", now)
         if frame.explanation is not None:
-            self._explain(frame, step, work, calls, now)
+            self._explain(frame, step, run, calls, now)
         return calls
 
-    def _explain(self, frame: Frame, step: Step, work: _Work, calls: Sequence[Call], now: int) -> None:
+    def _explain(self, frame: RunningFrame, step: Step, run: StepRun, calls: Sequence[Call], now: int) -> None:
         assert frame.explanation is not None
         if not calls:
             frame.explanation.skipped(step.model_name, now, frame.why_not(step))
             return
-        rows_chosen = frame.rows if work.mask is None else int(work.mask.sum())
-        items = sum([group.rows for group in work.groups]) if step.each is not None else None
-        work.entry = frame.explanation.begun(step.model_name, now, rows_chosen, len(calls), items)
+        rows_chosen = frame.rows if run.mask is None else int(run.mask.sum())
+        items = sum([group.rows for group in run.groups]) if step.each is not None else None
+        run.entry = frame.explanation.begun(step.model_name, now, rows_chosen, len(calls), items)
         for call in calls:
             call.trace = times = Facts(call.trace)
-            work.times.append(times)
+            run.times.append(times)
 
-    def _calls(self, frame: Frame, step: Step, group: Group, now: int) -> list[Call]:
-        size = step.max_rows or group.rows
-        count = 1 if group.rows <= size else -(-group.rows // size)
-        group.outputs = [None] * count
-        deadline_ns = self._deadline_ns(frame, step, group) if frame.has_deadlines else 0
-        if count == 1:
-            return [self._call(frame, step, group, group.inputs, 0, group.rows, now, deadline_ns)]
-        made = []
-        for number in range(count):
-            inputs = {name: stretch(tensor, number * size, size) for name, tensor in group.inputs.items()}
-            own = min(size, group.rows - number * size)
-            made.append(self._call(frame, step, group, inputs, number, own, now, deadline_ns))
-        return made
-
-    def _call(
-        self,
-        frame: Frame,
-        step: Step,
-        group: Group,
-        inputs: dict[str, Tensor],
-        number: int,
-        size: int,
-        now: int,
-        deadline_ns: int,
-    ) -> Call:
-        parent = frame.calls[group.calls[0]].request
-        if step.axes_in:
-            inputs = changed_inputs(step.axes_in, inputs)
-        request_id = parent.id if len(group.calls) == 1 else ""
-        request = InferRequest(step.model_name, inputs, step.version, request_id, step.wanted, parent.parameters)
-        request.device_outputs = step.staying
-        call = Call(request, self, _Piece(frame, step, group, number, size, now))
-        call.deadline_ns = deadline_ns
-        call.requests = len(group.calls)
-        if (outer := frame.calls[group.calls[0]].trace) is not None:
-            outer.follow(call)
-            if step.each is not None and call.trace is not None:
-                call.trace.note("items", size)
-        return call
-
-    def _deadline_ns(self, frame: Frame, step: Step, group: Group) -> int:
-        """Until when a step must have ended: as the most patient of its calls says.
-
-        An optional one leaves time for the steps after it, and goes by the most hurried.
-        """
-        deadlines = [frame.calls[index].deadline_ns for index in group.calls]
-        if step.is_optional:
-            given = [deadline for deadline in deadlines if deadline]
-            return max(1, min(given) - self._needed_ns(frame, step)) if given else 0
-        return max(deadlines) if all(deadlines) else 0
-
-    def _needed_ns(self, frame: Frame, step: Step) -> int:
-        """What the longest way from a step's end to the frame's is expected to take."""
-        ways = [
-            self._costs[later].of(None).tail_ns(frame.rows) + self._needed_ns(frame, self._plan.steps[later])
-            for later in self._followers[step.index]
-            if later in frame.waits and not self._plan.steps[later].is_optional
-        ]
-        return max(ways, default=0)
-
-    def _take_back(
-        self, piece: _Piece, answer: Answer | None, ready: _Ready, again: list[Call], ended: list[Call]
-    ) -> None:
+    def _take_back(self, piece: Piece, answer: Answer | None, outcome: Outcome) -> None:
         frame, step = piece.frame, piece.step
-        work: _Work = frame.working[step.index]
+        run = frame.runs[step.index]
         if isinstance(answer, InferResponse):
             answer = self._stored(piece, answer)
         if isinstance(answer, InferResponse):
@@ -327,84 +234,84 @@ class EnsembleExecutor:
                 self._costs[step.index].record(None, frame.rows, now_ns() - piece.started_ns)
         else:
             assert answer is not None
-            self._failed(piece, answer, work, again, ended)
-        work.left -= 1
-        if not work.left and frame.open:
-            self._finish(frame, step, ready, ended)
+            self._failed(piece, answer, run, outcome)
+        run.left -= 1
+        if not run.left and frame.open:
+            self._finish(frame, step, outcome)
 
-    def _stored(self, piece: _Piece, answer: InferResponse) -> InferResponse | InferError:
+    def _stored(self, piece: Piece, answer: InferResponse) -> InferResponse | InferError:
         """The answer, kept; an error where it is not what the graph can go on with."""
         step = piece.step
-        given = wanted_outputs(step, answer)
-        if isinstance(given, InferError):
-            return given
-        fault = output_fault(step, given, piece.rows)
+        tensors = wanted_outputs(step, answer)
+        if isinstance(tensors, InferError):
+            return tensors
+        fault = output_fault(step, tensors, piece.rows)
         if fault is not None:
             return fault
-        piece.group.outputs[piece.number] = changed_outputs(step.axes_out, given) if step.axes_out else given
+        piece.group.outputs[piece.number] = changed_outputs(step.axes_out, tensors) if step.axes_out else tensors
         if piece.frame.explanation is not None:
-            piece.frame.explanation.answered(piece.frame.working[step.index].entry, answer)
+            piece.frame.explanation.answered(piece.frame.runs[step.index].entry, answer)
         return answer
 
-    def _failed(self, piece: _Piece, error: InferError, work: _Work, again: list[Call], ended: list[Call]) -> None:
+    def _failed(self, piece: Piece, error: InferError, run: StepRun, outcome: Outcome) -> None:
         frame, step, group = piece.frame, piece.step, piece.group
         is_refusal = isinstance(error, Unavailable | DeadlineExceeded)
         group.outputs[piece.number] = None
         if step.is_optional and is_refusal:
-            work.shed += len(group.calls)
+            run.shed += len(group.calls)
             for index in group.calls:
                 self._shed(frame, index, step)
         elif len(group.calls) == 1 or is_refusal:
             for index in group.calls:
-                self._end(frame, index, step, error, ended)
-        elif group in work.groups:  # one of them may be to blame: the others are not to pay for it
-            work.groups.remove(group)
+                self._end(frame, index, step, error, outcome)
+        elif group in run.groups:  # one of them may be to blame: the others are not to pay for it
+            run.groups.remove(group)
             now = now_ns()
             for index in group.calls:
                 if not frame.is_over[index]:
-                    alone = frame.group_of(group, index)
+                    alone = grouping.group_of_call(frame, group, index)
                     if not alone.rows:
                         continue
-                    work.groups.append(alone)
-                    calls = self._calls(frame, step, alone, now)
-                    work.left += len(calls)
-                    again += calls
+                    run.groups.append(alone)
+                    calls = self._calls.of(frame, step, alone, now)
+                    run.left += len(calls)
+                    outcome.again += calls
 
-    def _shed(self, frame: Frame, index: int, step: Step) -> None:
+    def _shed(self, frame: RunningFrame, index: int, step: Step) -> None:
         names = frame.shed.setdefault(index, [])
         if step.model_name not in names:
             names.append(step.model_name)
             self._statistics.record_step(step.model_name, 0, 1, 0)
 
-    def _finish(self, frame: Frame, step: Step, ready: _Ready, ended: list[Call]) -> None:
+    def _finish(self, frame: RunningFrame, step: Step, outcome: Outcome) -> None:
         """All of a step's calls are back, or there were none."""
-        work: _Work = frame.working.pop(step.index)
-        if frame.explanation is not None and work.entry is not None:
-            frame.explanation.ended(work.entry, now_ns(), work.times, work.shed)
-        frame.put(step, work.groups, work.mask)
+        run = frame.runs.pop(step.index)
+        if frame.explanation is not None and run.entry is not None:
+            frame.explanation.ended(run.entry, now_ns(), run.times, run.shed)
+        outputs.put(frame, step, run.groups, run.mask)
         frame.left -= 1
         frame.waits[step.index] = -1
         for later in self._followers[step.index]:
             if later in frame.waits:
                 frame.waits[later] -= 1
                 if frame.waits[later] == 0:
-                    ready.append((frame, self._plan.steps[later]))
+                    outcome.ready.append((frame, self._plan.steps[later]))
         for name in step.read:
             if name not in frame.asked and all(
                 frame.waits.get(reader, -1) == -1 for reader in self._plan.readers[name]
             ):
                 frame.columns.pop(name, None)
         if not frame.left:
-            self._complete(frame, ended)
+            self._complete(frame, outcome)
 
-    def _complete(self, frame: Frame, ended: list[Call]) -> None:
+    def _complete(self, frame: RunningFrame, outcome: Outcome) -> None:
         answers = frame.answers(self._version)
         if frame.open == len(frame.calls) and not frame.shed and frame.explanation is None:
             times = frame.times
             for call, answer in zip(frame.calls, answers, strict=True):
                 call.answer = answer
                 call.times = times
-            ended += frame.calls
+            outcome.ended += frame.calls
             answers = []
         for index, answer in enumerate(answers):
             if answer is None:
@@ -414,35 +321,35 @@ class EnsembleExecutor:
             if index in frame.shed:
                 answer.parameters[SHED_PARAMETER] = ",".join(frame.shed[index])
             frame.calls[index].times = frame.times
-            ended.append(frame.calls[index])
+            outcome.ended.append(frame.calls[index])
         frame.columns.clear()
         frame.open = 0
 
-    def _explained(self, frame: Frame, index: int) -> None:
+    def _explained(self, frame: RunningFrame, index: int) -> None:
         if frame.explanation is not None:
             frame.explanation.tell(self._plan.name, frame.calls[index], now_ns())
 
-    def _end(self, frame: Frame, index: int, step: Step, error: InferError, ended: list[Call]) -> None:
+    def _end(self, frame: RunningFrame, index: int, step: Step, error: InferError, outcome: Outcome) -> None:
         if not frame.is_over[index]:
             if not step.is_segment:  # which has said so itself
                 error = in_ensemble(self._plan.name, step, error)
             frame.end(index, error)
-            work: _Work | None = frame.working.get(step.index)
-            if frame.explanation is not None and work is not None and work.entry is not None:
-                frame.explanation.ended(work.entry, now_ns(), work.times, work.shed)
+            run = frame.runs.get(step.index)
+            if frame.explanation is not None and run is not None and run.entry is not None:
+                frame.explanation.ended(run.entry, now_ns(), run.times, run.shed)
             self._explained(frame, index)
             frame.calls[index].times = frame.times
-            ended.append(frame.calls[index])
+            outcome.ended.append(frame.calls[index])
 
-    def _end_all(self, frame: Frame, step: Step, error: Exception, ended: list[Call]) -> None:
+    def _end_all(self, frame: RunningFrame, step: Step, error: Exception, outcome: Outcome) -> None:
         if not isinstance(error, InferError | ValueError):
             _log.exception("ensemble '%s': step '%s' cannot go on", self._plan.name, step.model_name)
-        what = as_error(error)
+        failure = as_error(error)
         for index in range(len(frame.calls)):
-            self._end(frame, index, step, what, ended)
+            self._end(frame, index, step, failure, outcome)
         frame.columns.clear()
 
-    def _count(self, frame: Frame, step: Step, mask: Any, groups: Sequence[Group]) -> None:
+    def _count(self, frame: RunningFrame, step: Step, mask: Any, groups: Sequence[Group]) -> None:
         is_conditional = step.when is not None or step.unless is not None
         skipped = 0
         if is_conditional and mask is not None:
