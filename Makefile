@@ -15,7 +15,7 @@ DIGITS := config:resnet,num_labels=10,embedding_size=16,hidden_sizes=[16,32,64],
 BUILT := $(REPO)/speech_vad/1/model.onnx $(REPO)/text_encoder/1/model.onnx $(REPO)/image_classifier/1/model.onnx
 EXPORT := $(wildcard export/*.py)
 
-.PHONY: demo test test-fast check bench bench-cluster bench-export bench-loadtest chaos chaos-short profile fuzz gpu-kit models loadtest loadtest-cluster triton peers clean
+.PHONY: demo test test-fast check architecture bench bench-cluster bench-export bench-loadtest chaos chaos-short profile fuzz gpu-kit models loadtest loadtest-cluster triton peers clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.ready
@@ -34,6 +34,10 @@ check: $(VENV)/.ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The picture and the list of files in docs/, drawn from the code.
+architecture: $(VENV)/.ready-dev
+	@$(BIN)/python -m tests.architecture
 
 bench: $(VENV)/.ready-dev triton peers
 	@$(MAKE) --no-print-directory -j2 models
