@@ -287,5 +287,6 @@ def _rows(config: ModelConfig, inputs: Mapping[str, Tensor]) -> int:
         raise InvalidArgument(f"input '{other}' batch size does not match other inputs for '{config.name}': {sizes}")
     if not 1 <= rows <= config.max_batch_size:
         limit = f"must be <= {config.max_batch_size} for '{config.name}'"
-        raise InvalidArgument(f"inference request batch-size {limit}, and at least 1, got {rows}")
+        advice = ": send it in several requests, or raise max_batch_size in config.pbtxt" if rows else ""
+        raise InvalidArgument(f"inference request batch-size {limit}, and at least 1, got {rows}{advice}")
     return rows

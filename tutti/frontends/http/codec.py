@@ -16,7 +16,7 @@ import orjson
 from tutti.core import dtypes
 from tutti.core.errors import InvalidArgument, Unsupported
 from tutti.core.types import InferRequest, InferResponse, Parameters, Raw, Shape, SharedRegion, Tensor
-from tutti.frontends.v2.json_values import from_json, is_not_finite, parse_json, texts
+from tutti.frontends.v2.json_values import from_json, is_not_finite, parse_json, shown, texts
 from tutti.frontends.v2.rules import (
     MAX_OUTPUTS,
     NO_REGIONS,
@@ -318,7 +318,7 @@ def _inputs(
             raise invalid(
                 model,
                 f"invalid datatype for input {name}: 'datatype': expected one of {', '.join(dtypes.NUMPY)}, "
-                f"got {datatype!r}",
+                f"got {shown(datatype)}",
             )
         shape = _shape(model, name, item.get("shape"))
         given = _object(model, item, "parameters")
@@ -334,7 +334,7 @@ def _inputs(
             continue
         if size is None:
             if not isinstance(item["data"], list):
-                raise invalid(model, f"input '{name}': 'data': expected an array, got {str(item['data'])[:40]!r}")
+                raise invalid(model, f"input '{name}': 'data': expected an array, got {shown(item['data'])}")
             inputs[name] = Tensor(name, datatype, shape, from_json(model, name, datatype, shape, item["data"]))
             continue
         if not isinstance(size, int) or isinstance(size, bool) or size < 0:
@@ -353,7 +353,7 @@ def _inputs(
 
 def _shape(model: str, name: str, value: Any) -> Shape:
     if not isinstance(value, list) or not all(isinstance(n, int) and not isinstance(n, bool) for n in value):
-        raise invalid(model, f"input '{name}': 'shape': expected an array of whole numbers, got {str(value)[:100]}")
+        raise invalid(model, f"input '{name}': 'shape': expected an array of whole numbers, got {shown(value)}")
     shape = tuple(value)
     if min(shape, default=0) < 0:
         what = "Unable to parse 'shape': attempt to access JSON non-unsigned-integer as unsigned-integer"

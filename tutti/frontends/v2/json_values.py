@@ -18,6 +18,10 @@ from tutti.frontends.v2.rules import invalid
 
 # Of arrays in 'data', whatever the tensor's rank: Triton reads as many.
 MAX_NESTING = 100
+# So much of a value is told in an error.
+_SHOWN = 40
+# What an element is like, by the kind of its dtype: null and a number in quotes are none.
+_LIKE = {"b": " (true or false)", "i": " (as -3)", "u": " (as 3)", "f": " (as 1.5, or NaN without quotes)"}
 # Of one request's JSON.
 MAX_CONTAINERS = 2**20
 MAX_VALUES = 2**22
@@ -92,19 +96,26 @@ def from_json(model: str, name: str, datatype: str, shape: Shape, data: Any) -> 
         raise invalid(model, f"{what}: its data must be binary")
     if datatype == "BYTES":
         return _text_array(model, name, flat).reshape(shape)
-    allowed = {"b": (bool,), "i": (int,), "u": (int,), "f": (int, float)}[dtypes.NUMPY[datatype].kind]
+    kind = dtypes.NUMPY[datatype].kind
+    allowed = {"b": (bool,), "i": (int,), "u": (int,), "f": (int, float)}[kind]
     if not set(map(type, flat)) <= set(allowed):
         for element in [element for element in flat if type(element) not in allowed][:1]:
             raise invalid(
                 model,
                 f"input '{name}': Unable to parse 'data': attempt to access JSON {_accessed(datatype)}: expected "
-                f"{datatype} elements, got {str(element)[:40]!r}",
+                f"{datatype} elements{_LIKE[kind]}, got {shown(element)}",
             )
     try:
         with np.errstate(over="ignore"):  # what is too large for a float is infinite
             return np.array(flat, dtype=dtypes.NUMPY[datatype]).reshape(shape)
     except OverflowError:
         raise invalid(model, f"input '{name}': an element does not fit {datatype}") from None
+
+
+def shown(value: Any) -> str:
+    """A value as the request's JSON has it, or the beginning of it."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def _accessed(datatype: str) -> str:
@@ -127,11 +138,11 @@ def _flatten(value: list[Any], flat: list[Any], depth: int) -> bool:
 
 
 def _text_array(model: str, name: str, flat: list[Any]) -> Any:
-    if not all(isinstance(element, str) for element in flat):
+    for element in [element for element in flat if not isinstance(element, str)][:1]:
         raise invalid(
             model,
             f"input '{name}': Unable to parse JSON bytes array: attempt to access JSON {_accessed('BYTES')}: expected "
-            "BYTES elements as strings",
+            f"BYTES elements as strings, got {shown(element)}",
         )
     array = np.empty(len(flat), dtype=object)
     array[:] = [element.encode() for element in flat]
