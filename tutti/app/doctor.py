@@ -14,7 +14,7 @@ from typing import Literal
 from tutti import __version__
 from tutti.console.arguments import Parser
 from tutti.console.help_format import Help, examples
-from tutti.core import extras
+from tutti.core import extras, locales
 from tutti.devices import gpu_presence, nvml
 
 Verdict = Literal["ok", "note", "bad"]
@@ -64,7 +64,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def examine() -> Iterator[Finding]:
-    for part in (_versions, _libraries, _devices, _limits):
+    for part in (_versions, _libraries, _devices, _limits, _locale):
         yield from part()
 
 
@@ -123,6 +123,14 @@ def _limits() -> Iterator[Finding]:
     is_enough = free >= _ENOUGH_SHARED_BYTES
     advice = "" if is_enough else "; clients that share memory, and Ray, need more (docker run --shm-size=1g)"
     yield Finding("shared memory", "ok" if is_enough else "note", f"{free / 2**30:.2f} GiB free{advice}")
+
+
+def _locale() -> Iterator[Finding]:
+    if locales.has(locales.DEFAULT):
+        yield Finding("locale", "ok", locales.DEFAULT)
+        return
+    need = "ONNX graphs that change the case of texts (StringNormalizer) may need it"
+    yield Finding("locale", "note", f"no {locales.DEFAULT}: {need}: {locales.install(locales.DEFAULT)}")
 
 
 def _cores() -> int:

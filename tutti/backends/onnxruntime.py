@@ -10,6 +10,7 @@ outputs differ by no more than `tutti.cpu_tolerance` (0.05) of their range. That
 
 import functools
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import onnxruntime as ort
 
 from tutti.backends import joined, onnx_graph, onnx_providers, parameters, registry
 from tutti.backends.joined import JoinedBackend
-from tutti.core import dtypes, extras
+from tutti.core import dtypes, extras, locales
 from tutti.core.dtypes import NUMPY, Array
 from tutti.core.errors import ConfigError, InvalidArgument, OutOfMemory
 from tutti.core.types import Infer
@@ -31,6 +32,9 @@ from tutti.scheduling.scheduler import Backend, undone
 _log = logging.getLogger(__name__)
 
 _CPU_TOLERANCE = 0.05
+_NO_LOCALE = re.compile(r"Failed to construct locale with name:([\w.@-]+)")
+# Of ONNX Runtime's log levels.
+_FATAL = 4
 # The size of variable dimensions where a variant is compared.
 _VARIABLE = 8
 
@@ -79,7 +83,7 @@ def _session(config: ModelConfig, path: Path, device: str) -> Any:
         # Without the fallback: it would execute elsewhere, when it starts and after any failure later, and say nothing.
         session = ort.InferenceSession(path, _options(config), providers=providers, enable_fallback=0)
     except Exception as error:
-        raise ConfigError(f"model '{config.name}': onnxruntime cannot load {path.name}: {error}") from None
+        raise ConfigError(f"model '{config.name}': onnxruntime cannot load {path.name}: {_reason(error)}") from None
     _check_providers(config, session, device, onnx_providers.names(providers))
     given = (session.get_inputs(), session.get_overridable_initializers(), session.get_outputs())
     onnx_graph.check(config, *map(onnx_graph.nodes, given))
@@ -132,12 +136,25 @@ def _check_variant(config: ModelConfig, original: Any, variant: Any) -> None:
 
 def complete(proto: Any, path: Path) -> None:
     """Fill in inputs, outputs and batching of a ModelConfig message from the graph. Raises ConfigError."""
+    options = ort.SessionOptions()
+    options.log_severity_level = _FATAL  # what is wrong is raised
     try:
-        session = ort.InferenceSession(path, _quiet(), providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        raise ConfigError(f"model '{proto.name}': onnxruntime cannot load {path.name}: {error}") from None
+        raise ConfigError(f"model '{proto.name}': onnxruntime cannot load {path.name}: {_reason(error)}") from None
     inputs, outputs = onnx_graph.nodes(session.get_inputs()), onnx_graph.nodes(session.get_outputs())
     onnx_graph.complete(proto, list(inputs.values()), list(outputs.values()))
+
+
+def _reason(error: Exception) -> str:
+    """What ONNX Runtime says of a graph that it does not load, and what to do where that is known."""
+    match = _NO_LOCALE.search(str(error))
+    if match is None:
+        return str(error)
+    return (
+        f"a StringNormalizer in it needs the locale '{match[1]}', which this machine lacks: install it (on Debian: "
+        f"{locales.install(match[1])}), or set the node's attribute 'locale' to C.UTF-8"
+    )
 
 
 def _quiet() -> Any:
