@@ -95,7 +95,8 @@ def to_onnx(model: Any, types: Sequence[tuple[str, Any]]) -> Any:
         raise ExportError("skl2onnx leaves its threshold out, and its labels would be others")
     make_convertible(model)
     options = {id(part): _text_options(part) for part in within(model) if hasattr(part, "vocabulary_")}
-    as_tensors = {id(model): {"zipmap": False}} if hasattr(model, "predict_proba") else {}
+    has_scores = hasattr(model, "predict_proba") or hasattr(model, "decision_function")
+    as_tensors = {id(model): {"zipmap": False}} if has_scores else {}
     # The newest of these operators that all its converters know.
     opset = {"": skl2onnx.__max_supported_opset__, "ai.onnx.ml": 3}
     convert = partial(skl2onnx.to_onnx, model, initial_types=list(types), target_opset=opset)

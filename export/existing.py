@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tutti.core.errors import ConfigError
-from tutti.export.initial import Draft, Field, Shape
+from tutti.export.draft import Draft, Field, Shape
 from tutti.repository import config
 from tutti.repository.config import TensorSpec
 

@@ -5,10 +5,8 @@ Face's is `tutti export`'s, which knows its tokenizer and verifies it; here it i
 """
 
 import argparse
-import json
 import os
 import re
-import shlex
 import shutil
 import sys
 import tempfile
@@ -18,15 +16,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from tutti.app import overview
 from tutti.console.arguments import Parser, shown, whole
 from tutti.console.help_format import Help, examples
 from tutti.console.progress import Work
 from tutti.core import extras, file_kinds, paths
 from tutti.core.errors import ConfigError, TuttiError, reason
-from tutti.export import existing, initial, layout, served
+from tutti.export import asking, existing, initial, layout, served
+from tutti.export.draft import Draft
 from tutti.export.errors import ExportError, first_line
-from tutti.export.initial import Draft
 from tutti.export.served import Staged
 from tutti.repository import config, folders
 
@@ -34,8 +31,6 @@ from tutti.repository import config, folders
 _FREE_SIZES = (1, 8, 32, 224)
 # Rows of a batch, to see that they are joined and taken apart.
 _ROWS = 3
-# Where `tutti serve` listens.
-_URL = "http://127.0.0.1:8000"
 _EXTRAS = {"torch": "pytorch", "sklearn": "sklearn", "skl2onnx": "sklearn", "joblib": "sklearn", "onnx": "sklearn"}
 # Names of files that say nothing of the model in them.
 _NAMELESS = frozenset(["model", "best", "last", "checkpoint", "pytorch_model", "net", "network", "export", "exported"])
@@ -64,8 +59,8 @@ def main(arguments: Sequence[str]) -> int:
         where = f"'{error.filename}': " if error.filename else ""
         print(f"tutti init: {where}{reason(error)}", file=sys.stderr)
     except Exception as error:  # what libraries raise on models that nobody here has seen
-        what = f"'{options.source}' is not covered, or something is wrong with it"
-        print(f"tutti init: {what}: {type(error).__name__}: {first_line(error)}", file=sys.stderr)
+        problem = f"'{options.source}' is not covered, or something is wrong with it"
+        print(f"tutti init: {problem}: {type(error).__name__}: {first_line(error)}", file=sys.stderr)
     return 1
 
 
@@ -121,8 +116,8 @@ def make_parser() -> argparse.ArgumentParser:
 def _init(options: argparse.Namespace) -> int:
     source: Path = options.source
     if not source.is_dir() and not source.is_file():
-        what = f": {file_kinds.of(source)}" if os.path.lexists(source) else paths.meant(source)
-        raise ExportError(f"no file {shown(source)}{what}")
+        hint = f": {file_kinds.of(source)}" if os.path.lexists(source) else paths.meant(source)
+        raise ExportError(f"no file {shown(source)}{hint}")
     name = _name_of(source) if options.name is None else options.name
     if not folders.is_name(name):
         raise ExportError(f"--name: expected what a folder can be called, got {shown(name)}")
@@ -159,9 +154,9 @@ def _kept(target: Path, options: argparse.Namespace) -> list[Path]:
             return []
         raise ExportError(f"'{target}' exists, and has no config.pbtxt; --force writes over it, --name gives another")
     if version.exists() and not options.force:
-        what = "--force writes over it, --version adds another, --name gives another model"
-        raise ExportError(f"'{version}' exists; {what}")
-    return [one for one in target.iterdir() if one.is_file()]
+        ways = "--force writes over it, --version adds another, --name gives another model"
+        raise ExportError(f"'{version}' exists; {ways}")
+    return [path for path in target.iterdir() if path.is_file()]
 
 
 def _name_of(source: Path) -> str:
@@ -186,7 +181,7 @@ def _export(source: Path, name: str, options: argparse.Namespace) -> int:
             raise ExportError(f"{flag} is of files, and '{source}' is a checkpoint: its configuration says that")
     kind = initial.checkpoint_kind(source)
     print(f"'{source}' is a checkpoint: tutti export {kind} {source} --name {name} --repository {options.repository}")
-    given = [
+    arguments = [
         kind,
         str(source),
         "--name",
@@ -196,7 +191,7 @@ def _export(source: Path, name: str, options: argparse.Namespace) -> int:
         "--version",
         str(options.version),
     ]
-    return cli.main(given)
+    return cli.main(arguments)
 
 
 def _proved(
@@ -274,13 +269,13 @@ def _prove(draft: Draft, name: str, work: Path, version: int, kept: Sequence[Pat
     folder = work / "models" / name
     shutil.rmtree(folder, ignore_errors=True)
     draft.write(folder, version)
-    for one in kept:
-        shutil.copy(one, folder)
+    for path in kept:
+        shutil.copy(path, folder)
     with served.staged(work / "models") as models:
         failures = []
         for size in _FREE_SIZES if draft.has_free_sizes else _FREE_SIZES[:1]:
             try:
-                return Proof(_asked(models, draft, name, size), _command(models, draft, name))
+                return Proof(_asked(models, draft, name, size), asking.command(name, draft.example(size, 1), draft))
             except ExportError as error:
                 failures.append(error)
         raise failures[0]
@@ -292,8 +287,7 @@ def _asked(models: Staged, draft: Draft, name: str, size: int) -> str:
     answer = models.ask(name, draft.example(size, 1))
     took_ms = 1e3 * (time.monotonic() - start)
     shapes = ", ".join(f"{output} {list(array.shape)}" for output, array in answer.items())
-    what = "values that it knows" if draft.known else "zeros"
-    told = [f"asked with {what}, it answered in {took_ms:.1f} ms: {shapes}"]
+    told = [f"asked with {draft.asked_with}, it answered in {took_ms:.1f} ms: {shapes}"]
     if draft.max_batch_size >= _ROWS:
         models.ask(name, draft.example(size, _ROWS))
         told.append(f"and with {_ROWS} rows")
@@ -302,23 +296,7 @@ def _asked(models: Staged, draft: Draft, name: str, size: int) -> str:
     return "; ".join(told)
 
 
-def _command(models: Staged, draft: Draft, name: str) -> str:
-    """For a shell: it asks as the proof did."""
-    if not draft.known:
-        return overview.example(models.models(), _URL)
-    inputs = [
-        {
-            "name": one.name,
-            "shape": list(array.shape),
-            "datatype": one.datatype,
-            "data": [value.decode() if isinstance(value, bytes) else value for value in array.reshape(-1).tolist()],
-        }
-        for one, array in zip(draft.inputs, draft.example(1, 1).values(), strict=True)
-    ]
-    return f"curl -s {_URL}/v2/models/{name}/infer -d {shlex.quote(json.dumps({'inputs': inputs}))}"
-
-
-def _publish(made: Path, target: Path, keeps_files: bool) -> Path | None:
+def _publish(model: Path, target: Path, keeps_files: bool) -> Path | None:
     """Put the model where it belongs: a server that polls never sees half of it. Other versions stay.
 
     Where `keeps_files` the version alone, and all beside it stays as it is. Returns where an old configuration is now.
@@ -327,7 +305,7 @@ def _publish(made: Path, target: Path, keeps_files: bool) -> Path | None:
     moved: Path | None = None
     with tempfile.TemporaryDirectory(prefix=".tutti-init-", dir=target.parent) as folder:
         staged = Path(folder) / "model"
-        shutil.copytree(made, staged)
+        shutil.copytree(model, staged)
         if not target.exists():
             staged.rename(target)
             return None

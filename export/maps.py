@@ -32,6 +32,16 @@ def taken_off(source: Path, target: Path) -> list[str]:
     return told
 
 
+def rename_output(graph: Any, before: str, after: str) -> None:
+    """Call an output of a graph otherwise, where it has one of that name."""
+    for output in graph.output:
+        if output.name == before:
+            output.name = after
+            for node in graph.node:
+                node.output[:] = [after if name == before else name for name in node.output]
+                node.input[:] = [after if name == before else name for name in node.input]
+
+
 def _take_off(node: Any, output: Any, inputs: Any) -> str:
     """The node passes its tensor on, under the name that the map had: a column for each class."""
     from onnx import TensorProto, helper

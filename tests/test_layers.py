@@ -70,8 +70,7 @@ def test_export_imports_only_the_lower_floors_of_the_server(name: str) -> None:
     server -= {
         # What was staged is served before it is seen.
         "export.served": {"tutti.serving.engine", "tutti.serving.local", "tutti.serving.model"},
-        "export.init": {"tutti.app.overview"},  # it speaks to a person
-        "export.initial": {"tutti.backends.onnxruntime"},  # which tells what a graph takes
+        "export.onnx_files": {"tutti.backends.onnxruntime"},  # which tells what a graph takes
     }.get(name, set())
     assert all(floor(other) <= FLOORS.index("tutti.repository") for other in server)
 

@@ -5,7 +5,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,7 @@ from sklearn.model_selection import GridSearchCV, RandomizedSearchCV, TunedThres
 from sklearn.multioutput import MultiOutputClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, StandardScaler
-from sklearn.svm import LinearSVC
+from sklearn.svm import SVC, LinearSVC
 
 from tests.export import checkpoints
 from tests.models import onnx_add_one
@@ -327,6 +326,33 @@ def test_linear_classifiers_become_graphs_in_pipelines_too(tmp_path: Path, capsy
     assert "model.onnx (onnxruntime)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("flags", [[], ["--python"]])
+def test_distances_are_not_called_probabilities(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, model in (("linear", LinearSVC()), ("kernels", SVC()), ("one", make_pipeline(StandardScaler(), SVC()))):
+        model.fit(ROWS, THREE)
+        joblib.dump(model, tmp_path / f"{name}.pkl")
+        assert init.main([str(tmp_path / "models"), str(tmp_path / f"{name}.pkl"), *flags]) == 0
+        told = capsys.readouterr().out
+        assert "output scores  FP" in told
+        assert "probabilities" not in told
+        with served.staged(tmp_path / "models") as models:
+            answer = models.ask(name, {"X": ROWS[:5].astype(np.float32)})
+        np.testing.assert_allclose(answer["scores"], model.decision_function(ROWS[:5]), atol=1e-4)
+
+
+def test_a_locale_that_is_not_here_is_told_with_how_to_install_it(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    in_lower_case(tmp_path / "m.onnx", "tlh_KL.UTF-8")
+    assert cli.main(["init", str(tmp_path / "models"), str(tmp_path / "m.onnx")]) == 1
+    told = capfd.readouterr().err
+    assert "needs the locale 'tlh_KL.UTF-8', which this machine lacks" in told
+    assert "localedef -i tlh_KL -f UTF-8 tlh_KL.UTF-8" in told
+    assert len(told.strip().splitlines()) == 1  # and nothing of ONNX Runtime's own
+
+
 def test_a_pickle_of_another_version_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for module, name in (("sklearn.ensemble.forest", "RandomForestClassifier"), ("sklearn.svm._classes", "OldSVC")):
         (tmp_path / "m.pkl").write_bytes(f"c{module}\n{name}\n.".encode())
@@ -394,6 +420,32 @@ def with_weights_beside(path: Path) -> None:
     onnx.save(model, str(path), save_as_external_data=True, location=f"{path.name}.data", size_threshold=0)
 
 
+class Words(torch.nn.Module):
+    """Answers with a dict; of texts of at least 8 words, and no more than 4 at a time."""
+
+    def forward(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"mean score": ids.float().mean(dim=1), "ids": ids * 2}
+
+
+def words(path: Path) -> None:
+    sizes = {"ids": {0: torch.export.Dim("batch", max=4), 1: torch.export.Dim("words", min=8, max=512)}}
+    program = torch.export.export(Words(), (torch.ones(2, 16, dtype=torch.int64),), dynamic_shapes=sizes)
+    torch.export.save(program, path)
+
+
+def only_large_batches(path: Path) -> None:
+    sizes = {"x": {0: torch.export.Dim("batch", min=4, max=64)}}
+    module = torch.nn.Identity()
+    torch.export.save(torch.export.export(module, (torch.ones(5, 4),), dynamic_shapes=({0: sizes["x"][0]},)), path)
+
+
+def in_lower_case(path: Path, locale: str = "C.UTF-8") -> None:
+    x = helper.make_tensor_value_info("text", TensorProto.STRING, ["N"])
+    y = helper.make_tensor_value_info("lower", TensorProto.STRING, ["N"])
+    node = helper.make_node("StringNormalizer", ["text"], ["lower"], case_change_action="LOWER", locale=locale)
+    write(path, helper.make_graph([node], "g", [x], [y]))
+
+
 # file, how it is made, more flags, what is said, the largest batch
 COVERED: dict[str, tuple[str, Any, list[str], str, int]] = {
     "scikit-learn": ("iris.pkl", iris, [], "its answers to 100 random rows are scikit-learn's", 8),
@@ -406,6 +458,9 @@ COVERED: dict[str, tuple[str, Any, list[str], str, int]] = {
     "torch.export": ("picture.pt2", exported, [], "input  picture  FP32  [3, 16, 16]", 8),
     "torch.export, fixed": ("picture.pt2", fixed, [], "(torch.export's dynamic_shapes frees them)", 0),
     "torch.export, misnamed": ("picture.pt", exported, [], "OUTPUT__0 [1, 5]; and with 3 rows", 8),
+    "torch.export, a dict": ("words.pt2", words, [], "output mean score  FP32  [1]", 4),
+    "torch.export, many rows only": ("many.pt2", only_large_batches, [], "requests are not joined", 0),
+    "texts": ("lower.onnx", in_lower_case, [], 'asked with the text "text", it answered', 0),
     "TorchScript": ("picture.pt", scripted, ["--input", "picture:FP32:3,16,16"], "OUTPUT__0 [1, 5]", 8),
     "odd names": ("odd.onnx", odd, [], "Ident ity:0 [1, 4]; and with 3 rows", 8),
     "no batch": ("odd.onnx", odd, ["--max-batch-size", "0"], "input  in/x:0  FP32  [-1, 4]", 0),
@@ -428,15 +483,27 @@ def test_a_file_becomes_a_model_that_answers(case: str, tmp_path: Path, capsys: 
     assert config.load(folder / "config.pbtxt").max_batch_size == batch
 
 
-def test_what_was_made_is_served_and_the_line_to_ask_works(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    iris(tmp_path / "iris.pkl")
-    assert cli.main(["init", str(tmp_path / "models"), str(tmp_path / "iris.pkl")]) == 0
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("ask it:")]
-    _, _, _, url, _, body = shlex.split(line.partition("ask it:")[2].strip().replace("curl", "a b curl", 1))[-6:]
-    with serving(tmp_path / "models", tmp_path / "log") as served:
-        request = urllib.request.Request(url.replace("127.0.0.1:8000", served.http), body.encode())
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            assert b'"name":"probabilities"' in answer.read()
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_the_lines_that_ask_work_as_they_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = {}
+    for name, make, expected in (
+        ("iris.pkl", iris, '"name":"probabilities"'),
+        ("churn.pkl", churn, '"name":"probabilities"'),
+        ("words.pt2", words, '"name":"mean score"'),
+        ("lower.onnx", in_lower_case, '"data":["text"]'),
+        ("picture.pt2", exported, "OUTPUT__0 [["),
+    ):
+        make(tmp_path / name)
+        assert cli.main(["init", str(tmp_path / "models"), str(tmp_path / name)]) == 0
+        asked[capsys.readouterr().out.partition("ask it:")[2].strip()] = expected
+    assert any(command.startswith("python - <<") for command in asked)
+    with serving(tmp_path / "models", tmp_path / "log") as server:
+        for command, expected in asked.items():
+            here = command.replace("127.0.0.1:8000", server.http).replace("127.0.0.1:8001", server.grpc)
+            here = here.replace("python -", f"{shlex.quote(sys.executable)} -")
+            told = subprocess.run(["bash", "-c", here], capture_output=True, text=True, check=False, timeout=60)
+            assert told.returncode == 0, told.stderr
+            assert expected in told.stdout
 
 
 def test_a_checkpoint_is_exported(
