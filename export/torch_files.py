@@ -83,8 +83,16 @@ def _bounds(size: Any, ranges: Mapping[Any, Any]) -> tuple[int, int]:
     limits = ranges.get(size.node.expr)
     if limits is None:
         return 1, ANY_SIZE
-    least = int(limits.lower) if int(limits.lower) > _ASSUMED else 1
-    return least, int(limits.upper) if limits.upper.is_finite else ANY_SIZE
+    least = _whole(limits.lower, 1)
+    return least if least > _ASSUMED else 1, _whole(limits.upper, ANY_SIZE)
+
+
+def _whole(limit: Any, otherwise: int) -> int:
+    """A limit as a number; of sympy's infinities, which are of several kinds, what stands for them."""
+    try:
+        return int(limit)
+    except (OverflowError, TypeError, ValueError, AttributeError):
+        return otherwise
 
 
 def scripted(source: Path, inputs: Sequence[str]) -> Draft:

@@ -433,6 +433,11 @@ def words(path: Path) -> None:
     torch.export.save(program, path)
 
 
+def of_any_size(path: Path) -> None:
+    sizes = ({0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC},)
+    torch.export.save(torch.export.export(torch.nn.ReLU(), (torch.ones(2, 5),), dynamic_shapes=sizes), path)
+
+
 def only_large_batches(path: Path) -> None:
     sizes = {"x": {0: torch.export.Dim("batch", min=4, max=64)}}
     module = torch.nn.Identity()
@@ -460,6 +465,7 @@ COVERED: dict[str, tuple[str, Any, list[str], str, int]] = {
     "torch.export, misnamed": ("picture.pt", exported, [], "OUTPUT__0 [1, 5]; and with 3 rows", 8),
     "torch.export, a dict": ("words.pt2", words, [], "output mean score  FP32  [1]", 4),
     "torch.export, many rows only": ("many.pt2", only_large_batches, [], "requests are not joined", 0),
+    "torch.export, any size": ("any.pt2", of_any_size, [], "OUTPUT__0 [1, 1]; and with 3 rows", 8),
     "texts": ("lower.onnx", in_lower_case, [], 'asked with the text "text", it answered', 0),
     "TorchScript": ("picture.pt", scripted, ["--input", "picture:FP32:3,16,16"], "OUTPUT__0 [1, 5]", 8),
     "odd names": ("odd.onnx", odd, [], "Ident ity:0 [1, 4]; and with 3 rows", 8),
