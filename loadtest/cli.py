@@ -4,8 +4,8 @@ Light: help, usage and the list of scenarios need no extra; `tutti.loadtest.comm
 """
 
 import argparse
-import importlib.util
 import math
+import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -17,8 +17,6 @@ from tutti.loadtest import names
 from tutti.loadtest.addresses import address
 from tutti.loadtest.errors import ScenarioError
 
-# What the extra `loadtest` installs: all but help needs them.
-LIBRARIES = ("locust", "pyarrow", "pydantic", "yaml", "hpack", "geventhttpclient")
 INVALID = 2
 _MOST_PROCESSES = 256
 _HIGHEST_RATE = 1e6
@@ -28,7 +26,10 @@ _EXITS = "exit status: 0 the goal is met, 1 it is missed, 2 nothing can be said 
 _EXAMPLES = {
     "run": ("tutti loadtest run steady --url 127.0.0.1:8000", "tutti loadtest run my.yaml --output report --seed 7"),
     "saturate": ("tutti loadtest saturate steady --start 100",),
-    "compare": ("tutti loadtest compare 127.0.0.1:8000 127.0.0.1:9000 steady --rounds 20",),
+    "compare": (
+        "tutti loadtest compare 127.0.0.1:8000 127.0.0.1:9000 steady --rounds 20",
+        "tutti loadtest compare monday tuesday  # of two runs with --output",
+    ),
     "replay": ("tutti loadtest replay trace.csv steady --speed 2",),
     "worker": ("tutti loadtest worker --master-host 10.0.0.1",),
 }
@@ -41,9 +42,8 @@ def _examples(*commands: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status."""
     options = parse(sys.argv[1:] if arguments is None else arguments)
-    missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
-    if missing:
-        print(f"tutti loadtest: it needs {' and '.join(missing)}: {extras.install('loadtest')}", file=sys.stderr)
+    if absent := extras.absent("loadtest"):
+        print(f"tutti loadtest: it needs {' and '.join(absent)}: {extras.install('loadtest')}", file=sys.stderr)
         return INVALID
     return run(options)
 
@@ -71,8 +71,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     command = commands[options.command]
     if rest:
         command.error(f"unrecognized arguments: {' '.join(rest)}{_near_flag(command, rest)}")
+    if options.command == "compare" and isinstance(options.a, Path) != isinstance(options.b, Path):
+        command.error(f"expected two servers or two folders of runs, got {options.a} and {options.b}")
+    options.is_of_runs = options.command == "compare" and isinstance(options.a, Path)
     if options.command != "worker" and options.scenario is None:
-        options.scenario = "steady" if options.model else None
+        options.scenario = "steady" if options.model or options.is_of_runs else None
     if options.command != "worker" and options.scenario is None:
         command.error(f"expected a scenario: a file in YAML, or one of these, which come along:\n{names.listing()}")
     options.given, options.locust = given, locust
@@ -125,13 +128,16 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
         metavar="SHARE",
         help="until the bounds are this close, of 1 (default: 0.03)",
     )
-    compare = add("compare", "tell whether server B differs from server A, asked in turns")
-    compare.add_argument("a", metavar="A", type=_address, help="HOST:PORT of one server")
-    compare.add_argument("b", metavar="B", type=_address, help="HOST:PORT of the other")
+    compare = add("compare", "tell whether server B differs from server A, asked in turns; or run B from run A")
+    compare.add_argument("a", metavar="A", type=_side, help="HOST:PORT of one server, or the --output of a run")
+    compare.add_argument("b", metavar="B", type=_side, help="HOST:PORT of the other, or the --output of a later run")
     compare.add_argument(
         "--rounds", type=_rounds, default=10, metavar="N", help="that are compared, 3 or more (default: 10)"
     )
     compare.add_argument("--seconds", type=_positive, default=2.0, metavar="SECONDS", help="of each (default: 2)")
+    compare.add_argument(
+        "--rate", type=_rate, metavar="N", help="requests a second to each server (default: the scenario's first)"
+    )
     replay = add("replay", "send the arrivals of a trace: CSV, or an earlier run's Parquet")
     replay.add_argument("trace", metavar="TRACE", help="arrivals, or seconds and the rates from then on")
     replay.add_argument("--speed", type=_positive, default=1.0, metavar="TIMES", help="times as fast (default: 1)")
@@ -245,6 +251,12 @@ def _port(text: str) -> int:
 
 def _seed(text: str) -> int:
     return _whole(text, 0)
+
+
+def _side(text: str) -> str | Path:
+    """A server, or a folder that a run has left."""
+    path = Path(text)
+    return path if path.is_dir() or os.sep in text else _address(text)
 
 
 def _address(text: str) -> str:

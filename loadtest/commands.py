@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from tutti.frontends import api_keys
 from tutti.loadtest import names, report, runner, scenario, search, server
 from tutti.loadtest.advice import said
 from tutti.loadtest.arrivals import length_s
+from tutti.loadtest.comparison import Comparison, of_runs
 from tutti.loadtest.errors import RunError, ScenarioError
 from tutti.loadtest.payloads import messages
 from tutti.loadtest.process import stop
@@ -201,7 +203,10 @@ def _shown(progress: Progress, before: str = "", more_s: Callable[[], float | No
 
 def _tell(result: Result) -> None:
     judgement, figures, seen = result.judgement, runner.quantiles_ms(result.histogram), result.seen
-    print(f"{seen.requests:,} requests, {seen.errors:,} errors, goodput {seen.good / max(seen.seconds, 1e-9):,.1f} /s")
+    warmup_s = 0.0 if result.stopped else result.scenario.warmup_s
+    after = f" after {warmup_s:g} s of warm-up, which do not count" if warmup_s else ""
+    goodput = f"goodput {seen.good / max(seen.seconds, 1e-9):,.1f} /s"
+    print(f"{seen.requests:,} requests{after}: {seen.errors:,} errors, {goodput}")
     for what, count in result.errors.most_common(5):
         print(f"  {count:,} times {': '.join(filter(None, (what, said(result.reasons.get(what, '')))))}")
     if figures:
@@ -223,8 +228,13 @@ def _leave(options: argparse.Namespace, name: str, told: dict[str, Any], page: s
         return
     (options.output / name).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     path = options.output / "report.html"
+    before = f", over that of {_written_at(path)} (another --output keeps both)" if path.is_file() else ""
     path.write_text(page, encoding="utf-8", errors="backslashreplace")
-    print(f"report: {path}")
+    print(f"report: {path}{before}")
+
+
+def _written_at(path: Path) -> str:
+    return datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y-%m-%d %H:%M")
 
 
 @dataclasses.dataclass(slots=True)
@@ -293,10 +303,9 @@ class _Search:
 
 
 def _say(verdict: Verdict, reasons: Sequence[str]) -> None:
-    if verdict is Verdict.INVALID:
-        print("\n".join(f"tutti loadtest: {reason}" for reason in reasons), file=sys.stderr)
-    else:
-        print("\n".join(reasons))
+    """The verdict, and why; of what says nothing where errors go."""
+    stream = sys.stderr if verdict is Verdict.INVALID else sys.stdout
+    print("\n".join([verdict.name, *(f"  {reason}" for reason in reasons)]), file=stream)
 
 
 def _saturate(options: argparse.Namespace) -> int:
@@ -323,74 +332,47 @@ def _saturate(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
+    if options.is_of_runs:
+        return _compare_runs(options)
     given = _load(options)
-    rate = given.stages[0].rate if given.stages else 0.0
+    rate = options.rate or (given.stages[0].rate if given.stages else 0.0)
     if not rate:
-        raise ScenarioError("compare: expected a first stage with a rate: of each server")
+        raise ScenarioError("compare: expected --rate, or a first stage with a rate: of each server")
     target = given.target.model_copy(update={"urls": [options.a, options.b]})
     stages = [Stage(seconds=options.rounds * options.seconds, rate=2 * rate)]
-    one = given.model_copy(update={"target": target, "stages": stages})
+    both = given.model_copy(update={"target": target, "stages": stages})
+    comparison, progress = Comparison(both, options.seconds, options.rounds), Progress()
     with tempfile.TemporaryDirectory(prefix="tutti-loadtest-") as folder:
-        made = _Comparison(one, options)
         try:
-            _check(one, options)
-            made.measure(options.output or Path(folder))
+            _check(both, options)
+            where = options.output or Path(folder)
+            comparison.measure(runner.run(both, where, options.processes, options.locust, _shown(progress)))
         except RunError as error:
-            made.reasons = [str(error)]
-    _say(made.verdict, made.reasons)
-    told = {
-        "verdict": made.verdict.name,
-        "reasons": made.reasons,
-        "medians_ms": dict(zip("ab", made.medians, strict=False)),
-    }
-    page = report.comparison(one, made.verdict, made.reasons, made.medians, made.found, made.result, _source(options))
-    _leave(options, _JSON[options.command], told, page)
-    return int(made.verdict)
-
-
-@dataclasses.dataclass(slots=True)
-class _Comparison:
-    """What came of asking two servers in turns; INVALID until something has."""
-
-    given: Scenario
-    options: argparse.Namespace
-    verdict: Verdict = Verdict.INVALID
-    reasons: list[str] = dataclasses.field(default_factory=list)
-    medians: list[list[float]] = dataclasses.field(default_factory=list)
-    found: search.Difference | None = None
-    result: Result | None = None
-
-    def measure(self, folder: Path) -> None:
-        """Raises RunError when a server has answered nothing in a round."""
-        progress, options = Progress(), self.options
-        try:
-            result = runner.run(self.given, folder, options.processes, options.locust, _shown(progress))
+            comparison.reasons = [str(error)]
         finally:
             progress.clear()
-        self.result = result
-        if result.judgement.verdict is Verdict.INVALID:
-            self.reasons = list(result.judgement.reasons)
-            return
-        rounds = runner.medians_by_address(result.raw, 2, self.given.warmup_s, options.seconds, options.rounds)
-        for number, pair in enumerate(zip(*rounds, strict=True)):
-            _check_round(number, pair, self.given.target.urls, result)
-        self._decide(rounds)
-
-    def _decide(self, rounds: list[list[float]]) -> None:
-        for number, (a, b) in enumerate(zip(*rounds, strict=True)):
-            print(f"round {number + 1}: A {a:.3f} ms, B {b:.3f} ms")
-        self.medians, self.found = rounds, search.difference(*rounds)
-        found = self.found
-        shown = f"B takes {found.ratio:.3f} times as long at the median ({found.low:.3f} to {found.high:.3f}, 98%)"
-        self.reasons = [f"{'different' if found.is_different else 'no difference'}: {shown}"]
-        self.verdict = Verdict.FAIL if found.is_different and found.ratio > 1 else Verdict.PASS
+    _tell_comparison(comparison)
+    page = report.comparison(
+        both, comparison.verdict, comparison.reasons, comparison.medians, comparison.difference, comparison.result,
+        _source(options),
+    )  # fmt: skip
+    _leave(options, _JSON[options.command], comparison.as_json(), page)
+    return int(comparison.verdict)
 
 
-def _check_round(number: int, pair: Sequence[float], urls: Sequence[str], result: Result) -> None:
-    for name, url, median in zip("AB", urls, pair, strict=True):
-        if median != median:
-            why = "; ".join(f"{what}: {said(result.reasons.get(what, ''))}" for what, _ in result.errors.most_common(2))
-            raise RunError(f"round {number + 1}: {name} ({url}) has answered nothing: {why or 'raise --seconds'}")
+def _compare_runs(options: argparse.Namespace) -> int:
+    """Two runs that are over, by what they have left. Raises RunError where that is not enough."""
+    if options.output is not None:
+        raise ScenarioError("--output: of runs that are over nothing is written: the figures are printed")
+    comparison = of_runs(options.a, options.b)
+    _tell_comparison(comparison)
+    return int(comparison.verdict)
+
+
+def _tell_comparison(comparison: Comparison) -> None:
+    for number, (a, b) in enumerate(zip(*comparison.medians, strict=True)):
+        print(f"{comparison.unit} {number + 1}: A {a:.3f} ms, B {b:.3f} ms")
+    _say(comparison.verdict, comparison.reasons)
 
 
 def _worker(options: argparse.Namespace) -> int:

@@ -32,7 +32,6 @@ from tutti.loadtest.payloads import Message, messages
 from tutti.loadtest.scenario import Scenario
 from tutti.loadtest.server import metadata
 from tutti.loadtest.shared import Region
-from tutti.loadtest.slo import LATE_S
 from tutti.loadtest.timers import Alarm
 
 _PROGRESS_S = 0.5
@@ -76,6 +75,7 @@ class Shard:
         self._recent_s: list[float] = []
         self.cpu: list[float] = []
         self._start = 0.0
+        self._start_at = 0.0
         self._left = count
         self._ended: asyncio.Event = asyncio.Event()
         self._client = CLIENTS[scenario.target.protocol](scenario.target, sent, self._answered, scenario.timeout_s)
@@ -84,7 +84,7 @@ class Shard:
     async def run(self, begin: Callable[[], float]) -> None:
         """Until everything has been answered, or given up. `begin` says when to begin (time.time()); it may block."""
         await self._client.start()
-        start_at = await asyncio.to_thread(begin)
+        start_at = self._start_at = await asyncio.to_thread(begin)
         gc.collect()
         gc.freeze()
         gc.disable()  # a pause would look like the server's
@@ -177,7 +177,7 @@ class Shard:
     def result(self) -> dict[str, Any]:
         """Counts and histograms by stage; what warmed up is left out."""
         latency_ns = (self.done - self.own.due_s) * 1e9
-        late = self.sent - self.own.due_s > LATE_S
+        late = self.sent - self.own.due_s > self.scenario.slo.late_s
         has_error = np.zeros(len(self.own), bool)
         has_error[list(self.error_of)] = True
         is_done, goal_ms = np.isfinite(self.done), self.scenario.slo.p99_ms
@@ -209,6 +209,7 @@ class Shard:
             "cpu": max(self.cpu, default=0.0),
             "cpu_by_time": [round(one, 3) for one in self.cpu],
             "lateness_ms": _quantiles(self.sent - self.own.due_s),
+            "began_at": self._start_at,
             "seconds": self._seconds(),
         }
 

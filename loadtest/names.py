@@ -5,7 +5,7 @@ Light: for help and usage, without YAML or anything else to install.
 
 import difflib
 import stat
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from tutti.loadtest.errors import ScenarioError
@@ -39,7 +39,7 @@ def scenario(given: str) -> Path:
     return file(given, "a scenario in YAML", (".yaml", ".yml"), packaged())
 
 
-def file(given: str, what: str, suffixes: tuple[str, ...], more: Iterable[str] = ()) -> Path:
+def file(given: str, what: str, suffixes: tuple[str, ...], more: Collection[str] = ()) -> Path:
     """A file that can be read. Raises ScenarioError naming it, and one like it: of those beside it, or of `more`.
 
     `what` says what it should be, as in "a scenario in YAML"; `suffixes` are those of such files.
@@ -51,7 +51,8 @@ def file(given: str, what: str, suffixes: tuple[str, ...], more: Iterable[str] =
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
         known = {*_beside(path.parent, suffixes), *more}
-        raise ScenarioError(f"{given}: no such file: expected {what}{_nearest(path.name, known)}") from None
+        hint = _nearest(path.name, known) or (f", or one of {', '.join(more)}" if more else "")
+        raise ScenarioError(f"{given}: no such file: expected {what}{hint}") from None
     except (OSError, ValueError) as error:
         raise ScenarioError(f"{given}: {getattr(error, 'strerror', None) or error}: expected {what}") from None
     if stat.S_ISDIR(mode):

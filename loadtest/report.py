@@ -215,7 +215,7 @@ def _server_charts(result: Result) -> list[str]:
     rows = result.server
     if not rows:
         return []
-    start = rows[0]["at_s"]
+    start = result.began_at or rows[0]["at_s"]
 
     def line(name: str) -> Points:
         return [(row["at_s"] - start, row[name]) for row in rows if name in row]

@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -156,7 +155,6 @@ def run(
     parts = server.parts(scenario) if scenario.target.metrics else []
     length = length_s(scenario)
     with log.open("wb") as file, Sampler(scenario.target, asked, parts) as sampler:
-        began = time.time()
         status = _follow(command, here, file, lambda: _tell(told, length, progress))
     if not result.is_file():
         raise RunError(f"Locust ended with status {status} and left no result: {_last(log)}")
@@ -165,7 +163,8 @@ def run(
     if failed:
         raise RunError("; ".join(failed))
     made = gather(scenario, [one["result"] for one in workers])
-    made.server, made.began_at = list(sampler.rows), began
+    # Charts of the server and of its clients have one zero: when the first request could be due.
+    made.server = [row for row in sampler.rows if row["at_s"] >= made.began_at]
     # Not those that an earlier run with more workers has left.
     own_files = (folder / f"requests.{number}.parquet" for number in range(len(workers)))
     made.raw = [path for path in own_files if path.is_file()]
@@ -262,6 +261,7 @@ def gather(scenario: Scenario, workers: Sequence[Mapping[str, Any]]) -> Result:
         made.waited += one.get("waited", 0)
         if one.get("stopped"):
             made.stopped = stopped_because(one["stopped"], one["reasons"].get(one["stopped"], ""))
+        made.began_at = min(made.began_at or one["began_at"], one["began_at"])
         made.cpu = max(made.cpu, one["cpu"])
         for name, value in one["lateness_ms"].items():
             made.lateness_ms[name] = max(made.lateness_ms.get(name, 0.0), value)

@@ -112,6 +112,14 @@ class Goal(_Strict):
     error_rate: float = Field(default=0.01, ge=0, le=1)
     min_goodput: float = Field(default=0.0, ge=0)
 
+    @property
+    def late_s(self) -> float:
+        """A request that is sent later than this after it was due was not sent when it was due.
+
+        A tenth of the goal, since a wait that counts as latency anyway decides nothing while it is small beside it.
+        """
+        return max(0.010, (self.p99_ms or 0.0) / 1e4)
+
 
 class Scenario(_Strict):
     """All of it. The first `warmup_s` of the stages' first rate come before, and do not count."""

@@ -20,6 +20,8 @@ from tutti.loadtest.scenario import Scenario, Target
 
 # Whoever does not answer such questions in this time would not be worth a load.
 _PATIENCE_S = 4.0
+# So many models are told of a server that lacks the one asked for.
+_MOST_NAMES = 30
 _START = "start a server there, as by `tutti serve model_repository`, or name another with --url HOST:PORT"
 
 
@@ -160,7 +162,9 @@ def _unknown(address: str, model: str, reason: str, index: Sequence[Mapping[str,
     known = [str(one.get("name")) for one in index]
     if model in known or not known:
         return f"model '{model}' at {address}: {reason}"
-    hint = names.near(model, known) or f": --model NAME asks one of {', '.join(known[:8])}"
+    hint = names.near(model, known) or f": --model NAME asks one of {', '.join(known[:_MOST_NAMES])}"
+    if hint.startswith(":") and len(known) > _MOST_NAMES:
+        hint += f" and {len(known) - _MOST_NAMES} more, which /v2/repository/index lists"
     return f"model '{model}' is not served at {address}{hint}"
 
 

@@ -12,10 +12,11 @@ from enum import IntEnum
 from tutti.loadtest.scenario import Goal
 
 Z95 = 1.959964
-# A request that is sent later than this after it was due was not sent when it was due.
-LATE_S = 0.010
 MOST_LATE = 0.01
 MOST_CPU = 0.95
+# How many times as long a run may be to tell what it left open.
+_TIMES = (1.25, 1.5, 2, 3, 5, 10, 20, 50)
+_RELIEF = "raise --processes, send from another machine or a quieter one, or ask for a lower rate"
 
 
 class Verdict(IntEnum):
@@ -58,7 +59,7 @@ class Seen:
         return self.requests - self.errors - self.slow
 
 
-def interval(count: int, of: int) -> tuple[float, float]:
+def interval(count: float, of: float) -> tuple[float, float]:
     """The share `count` / `of` with 95% confidence; everything when there is nothing to go by."""
     if not of:
         return 0.0, 1.0
@@ -73,41 +74,63 @@ def judge(seen: Seen, goal: Goal, stopped: str = "") -> Judgement:
 
     `stopped` says why a run was ended before its end: it says nothing then.
     """
-    invalid = [stopped] if stopped else _invalid(seen)
+    invalid = [stopped] if stopped else _invalid(seen, goal)
     if invalid:
         return Judgement(Verdict.INVALID, invalid)
-    found = [_share("errors", seen.errors, seen.requests, goal.error_rate)]
+    decided = [_share("errors", seen.errors, seen.requests, goal.error_rate, seen)]
     if goal.p99_ms is not None:
         answered = seen.requests - seen.errors
-        found.append(_share(f"answers slower than {goal.p99_ms:g} ms", seen.slow, answered, 0.01))
+        decided.append(_share(f"answers slower than {goal.p99_ms:g} ms", seen.slow, answered, 0.01, seen))
     if goal.min_goodput:
         rate = seen.good / seen.seconds if seen.seconds else 0.0
         is_met = rate >= goal.min_goodput
-        what = f"goodput {rate:,.1f} /s, wanted at least {goal.min_goodput:,.1f}"
-        found.append((Verdict.PASS if is_met else Verdict.FAIL, what))
+        reason = f"goodput {rate:,.1f} /s, wanted at least {goal.min_goodput:,.1f}"
+        decided.append((Verdict.PASS if is_met else Verdict.FAIL, reason))
     order = (Verdict.FAIL, Verdict.INCONCLUSIVE, Verdict.PASS)
-    worst = next(one for one in order if any(verdict == one for verdict, _ in found))
-    return Judgement(worst, [what for _, what in sorted(found, key=lambda item: order.index(item[0]))])
+    worst = next(verdict for verdict in order if any(verdict == other for other, _ in decided))
+    return Judgement(worst, [reason for _, reason in sorted(decided, key=lambda item: order.index(item[0]))])
 
 
-def _share(name: str, count: int, of: int, most: float) -> tuple[Verdict, str]:
+def _share(name: str, count: int, of: int, most: float, seen: Seen) -> tuple[Verdict, str]:
     low, high = interval(count, of)
-    what = f"{name}: {count:,} of {of:,} ({low:.3%} to {high:.3%}), at most {most:.3%} wanted"
+    reason = f"{name}: {count:,} of {of:,} ({low:.3%} to {high:.3%}), at most {most:.3%} wanted"
     if high <= most or (most == 0 and not count and of):
-        return Verdict.PASS, what
-    return (Verdict.FAIL if low > most else Verdict.INCONCLUSIVE), what
+        return Verdict.PASS, reason
+    if low > most:
+        return Verdict.FAIL, reason
+    return Verdict.INCONCLUSIVE, f"{reason}: {_longer(count, of, most, seen.seconds)}"
 
 
-def _invalid(seen: Seen) -> list[str]:
-    found = []
+def _longer(count: int, of: int, most: float, seconds: float) -> str:
+    """What would tell, if the share stays as it is."""
+    times = next((times for times in _TIMES if _is_decided(count * times, of * times, most)), None)
+    if times is None or not of:
+        return "it is at the limit, and a longer run may leave it open, too: ask for a little less, or a little more"
+    return f"some {of * times:,.0f} requests would tell (--seconds {seconds * times:,.0f} at this rate)"
+
+
+def _is_decided(count: float, of: float, most: float) -> bool:
+    low, high = interval(count, of)
+    return high <= most or low > most
+
+
+def _invalid(seen: Seen, goal: Goal) -> list[str]:
+    """Why the run says nothing, and what to do about it."""
+    reasons = []
     if not seen.requests:
-        found.append("no request counts")
+        reasons.append("no request counts: the warm-up took all of it, or nothing was due (raise --seconds or --rate)")
     if seen.unsent:
-        found.append(f"the generator did not send {seen.unsent:,} requests")
+        reasons.append(f"the generator did not send {seen.unsent:,} requests: {_RELIEF}")
     if seen.late > MOST_LATE * max(1, seen.requests):
-        what = f"{seen.late:,} of {seen.requests:,} requests were sent over {LATE_S * 1e3:.0f} ms after they were due"
-        why = f"{seen.waited:,} waited for a connection (target.connections)" if seen.waited else "it had no time"
-        found.append(f"{what}: the generator was the bottleneck: {why}")
+        late = (
+            f"{seen.late:,} of {seen.requests:,} requests were sent over {goal.late_s * 1e3:.0f} ms after they were due"
+        )
+        cause = (
+            f"{seen.waited:,} waited for a connection: raise target.connections"
+            if seen.waited
+            else f"it had no time: {_RELIEF}"
+        )
+        reasons.append(f"{late}, and the generator was the bottleneck: {cause}")
     if seen.cpu > MOST_CPU and seen.late:
-        found.append(f"the generator was busy for {seen.cpu:.0%} of a core, and late")
-    return found
+        reasons.append(f"the generator was busy for {seen.cpu:.0%} of a core, and late: {_RELIEF}")
+    return reasons

@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from scipy import stats
 
-from tutti.loadtest import arrivals, charts, report, runner, sampler, scenario, search, slo
+from tutti.loadtest import arrivals, charts, comparison, report, runner, sampler, scenario, search, slo
+from tutti.loadtest.errors import RunError
 from tutti.loadtest.histogram import Histogram
 from tutti.loadtest.payloads import Payloads, TensorInfo, messages
 from tutti.loadtest.scenario import Goal, Scenario, ScenarioError, Sizes, Stage
@@ -197,6 +200,49 @@ def test_differences_are_found_and_none_are_invented() -> None:
     assert found[1.1] >= 198
 
 
+def test_runs_that_are_over_are_compared_by_what_they_have_left(tmp_path: Path) -> None:
+    rng = np.random.default_rng(2)
+    for name, ms in (("before", 10.0), ("after", 10.0), ("slower", 13.0)):
+        (tmp_path / name).mkdir()
+        due = np.sort(rng.uniform(0, 12, 3000))
+        done = due + ms / 1e3 * rng.lognormal(0, 0.2, len(due))
+        table = pyarrow.table({"scheduled_s": due, "done_s": done, "error": [""] * len(due)})
+        pyarrow.parquet.write_table(table, tmp_path / name / "requests.0.parquet")
+        told = {"scenario": {"warmup_s": 2.0}, "stages": [{"seconds": 10.0}]}
+        (tmp_path / name / "report.json").write_text(json.dumps(told))
+    alike = comparison.of_runs(tmp_path / "before", tmp_path / "after")
+    assert alike.verdict is Verdict.PASS
+    assert alike.reasons[0].startswith("no difference shown, between -")
+    slower = comparison.of_runs(tmp_path / "before", tmp_path / "slower")
+    assert slower.verdict is Verdict.FAIL
+    assert slower.difference is not None
+    assert slower.difference.low < 1.3 < slower.difference.high
+    assert comparison.of_runs(tmp_path / "slower", tmp_path / "before").verdict is Verdict.PASS
+    (tmp_path / "before" / "requests.0.parquet").unlink()
+    with pytest.raises(RunError, match=r"before: has report.json, and no requests"):
+        comparison.of_runs(tmp_path / "before", tmp_path / "after")
+    with pytest.raises(RunError, match=r"nothing: expected what `run SCENARIO --output .*nothing` leaves"):
+        comparison.of_runs(tmp_path / "nothing", tmp_path / "after")
+
+
+def test_what_is_late_goes_by_the_goal() -> None:
+    assert [Goal(p99_ms=ms).late_s for ms in (None, 20, 1000)] == [0.01, 0.01, 0.1]
+    (reason,) = slo.judge(Seen(100, 0, 0, 10, late=20), Goal(p99_ms=1000)).reasons
+    assert "20 of 100 requests were sent over 100 ms after they were due" in reason
+    assert "raise --processes" in reason
+    (reason,) = slo.judge(Seen(100, 0, 0, 10, late=20, waited=20), Goal()).reasons
+    assert "20 waited for a connection: raise target.connections" in reason
+
+
+def test_an_open_run_says_how_much_longer_would_tell() -> None:
+    judgement = slo.judge(Seen(200, 0, 0, 10), Goal(p99_ms=5))
+    assert judgement.verdict is Verdict.INCONCLUSIVE
+    assert "some 400 requests would tell (--seconds 20 at this rate)" in judgement.reasons[0]
+    assert slo.judge(Seen(400, 0, 0, 20), Goal(p99_ms=5)).verdict is Verdict.PASS, "and so it is"
+    at_the_limit = slo.judge(Seen(1000, 0, 10, 10), Goal(p99_ms=5)).reasons[0]
+    assert "it is at the limit" in at_the_limit
+
+
 PAGE = """
 nv_inference_request_success{{model="m",version="1"}} {success}
 nv_inference_request_success{{model="other",version="1"}} 1000000
@@ -240,6 +286,7 @@ def seen_by(count: int, stage: str = "0") -> dict[str, Any]:
         "stages": stages,
         "errors": {"HTTP <503>": 1},
         "reasons": {"HTTP <503>": "<b>no"},
+        "began_at": 5.0,
         "cpu": 0.2,
         "lateness_ms": {"p99": 0.1},
         "seconds": [second],

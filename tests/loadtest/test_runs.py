@@ -261,7 +261,15 @@ def test_saturation_and_comparison(tmp_path: Path, capsys: pytest.CaptureFixture
         assert 199 < bounds["low"] < 310 < 1.4 * bounds["high"]
         command = ["compare", urls["http"], slower["http"], str(write(tmp_path, stages=[{"seconds": 1, "rate": 30}]))]
         assert load([*command, "--rounds", "5", "--seconds", "1"]) == 1
-    assert "different: B takes" in capsys.readouterr().out
+        assert "FAIL\n  different: B takes" in capsys.readouterr().out
+        for name, server in (("before", urls), ("after", slower)):
+            assert load(["run", str(file), "--url", server["http"], "--output", str(tmp_path / name), *LITTLE]) == 0
+        assert load(["compare", str(tmp_path / "before"), str(tmp_path / "after")]) == 1
+    assert "FAIL\n  different: B takes" in capsys.readouterr().out
+
+
+# Of a run: enough to be certain of a hundredth.
+LITTLE = ("--rate", "200", "--seconds", "4")
 
 
 def test_outside_the_repository_a_run_that_always_fails_ends_at_once(

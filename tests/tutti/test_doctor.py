@@ -1,7 +1,9 @@
 """What the doctor finds on a machine, and what it makes of it."""
 
+import re
 import resource
 import shutil
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -85,3 +87,13 @@ def test_a_compiler_is_looked_for_where_the_server_does(monkeypatch: pytest.Monk
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert findings()["C++ compiler"].verdict == "note"
     assert "no no-such-compiler" in findings()["C++ compiler"].text
+
+
+def test_doctor_and_commands_know_the_same_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each extra's own requirements are among them, as pyproject.toml has them."""
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    for extra, needed in extras.NEEDED.items():
+        required = {re.match(r"[\w-]+", line)[0] for line in project["optional-dependencies"][extra]}  # type: ignore[index]
+        assert required - {"tritonclient"} <= set(needed), extra
+    monkeypatch.setattr(extras, "version", lambda name: "" if name in ("hpack", "locust") else "1")
+    assert extras.absent("loadtest") == ["locust", "hpack"]

@@ -18,16 +18,6 @@ from tutti.core import extras, locales
 from tutti.devices import gpu_presence, nvml
 
 Verdict = Literal["ok", "note", "bad"]
-_EXTRAS = {
-    "ray": ("ray", "psutil", "pyyaml"),
-    "export": ("torch", "transformers", "onnx", "onnxscript", "scikit-learn", "safetensors"),
-    "pytorch": ("torch",),
-    "sklearn": ("scikit-learn", "skl2onnx"),
-    "gpu": ("nvidia-ml-py", "cuda-bindings"),
-    "audio": ("soundfile", "soxr"),
-    "loadtest": ("locust", "pyarrow", "pydantic"),
-    "tracing": ("opentelemetry-sdk",),
-}
 _CORE = ("numpy", "onnxruntime", "protobuf", "tritonclient", "pygrpc-native", "uvloop", "orjson")
 _ENOUGH_FILES = 4096
 _SHARED_MEMORY = Path("/dev/shm")
@@ -89,8 +79,8 @@ def _libraries() -> Iterator[Finding]:
     elif gpu_presence.has_gpu() and not extras.version("onnxruntime-gpu"):
         what = "the wheel for processors: ONNX models do not execute on the GPU"
         yield Finding("onnxruntime", "note", f"{what}: {extras.SWAP_ONNXRUNTIME}")
-    for extra, needed in _EXTRAS.items():
-        absent = [name for name in needed if not extras.version(name)]
+    for extra, needed in extras.NEEDED.items():
+        absent = extras.absent(extra)
         has = ", ".join(f"{name} {extras.version(name)}" for name in needed)
         text = f"lacks {', '.join(absent)}: {extras.install(extra)}" if absent else has
         yield Finding(f"extra '{extra}'", "note" if absent else "ok", text)

@@ -20,6 +20,17 @@ TWO_ONNXRUNTIMES = (
     "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files: "
     f"{SWAP_ONNXRUNTIME} (or onnxruntime, to serve on the processor)"
 )
+# The distributions that each extra is for, with those that come by way of others and are imported by name.
+NEEDED = {
+    "ray": ("ray", "psutil", "pyyaml"),
+    "export": ("torch", "transformers", "onnx", "onnxscript", "scikit-learn", "safetensors"),
+    "pytorch": ("torch",),
+    "sklearn": ("scikit-learn", "skl2onnx"),
+    "gpu": ("nvidia-ml-py", "cuda-bindings"),
+    "audio": ("soundfile", "soxr"),
+    "loadtest": ("locust", "hpack", "geventhttpclient", "pyarrow", "pydantic", "pyyaml"),
+    "tracing": ("opentelemetry-sdk", "opentelemetry-exporter-otlp-proto-http"),
+}
 # Where a checkout has its pyproject.toml; of a wheel it is site-packages.
 _ROOT = Path(tutti.__file__).parents[1]
 _NAME = re.compile(r"[\w.-]+")
@@ -61,6 +72,11 @@ def requirements(extra: str) -> list[str]:
 def missing(extra: str) -> list[str]:
     """Those of its requirements that are not installed."""
     return [text for text in requirements(extra) if not version(_NAME.findall(text)[0])]
+
+
+def absent(extra: str) -> list[str]:
+    """Those distributions of an extra that are not installed."""
+    return [name for name in NEEDED[extra] if not version(name)]
 
 
 def install(extra: str = "") -> str:
