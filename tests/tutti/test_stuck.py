@@ -172,7 +172,7 @@ def test_an_unload_says_what_it_waits_for(repository: Repository, monkeypatch: p
     engine([call])
     assert Gate.entered.wait(20)
     with pytest.raises(Unavailable, match=r"'stuck' is served no longer.*instance 'stuck_0' has been executing"):
-        engine.unload("stuck")
+        engine.unload("stuck", drain_s=LIMIT_S)
     assert {e.name: e.state for e in engine.index()} == {"stuck": "UNLOADING"}
     Gate.opened.set()
     gather.wait()
