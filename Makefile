@@ -72,7 +72,7 @@ gpu-kit: $(VENV)/.ready-dev
 	$(BIN)/python -m benchmarks.gpu.kit gpu-kit
 
 chaos-short: $(VENV)/.ready-dev
-	$(BIN)/python -m benchmarks.chaos --minutes 2 --faults 10
+	$(BIN)/python -m benchmarks.chaos --minutes 6 --faults 10 --when-whole
 
 models: $(BUILT)
 

@@ -8,13 +8,14 @@ The exit status is 0 when nothing was lost or wrong.
 import argparse
 import contextlib
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,23 +23,15 @@ from typing import Any
 
 import psutil
 
+from benchmarks.chaos_report import Fault, report
 from benchmarks.machine import commit, hardware
-from benchmarks.open_loop import DEADLINE_S, LoadProcess, Outcome, write_model
+from benchmarks.open_loop import DEADLINE_S, LoadProcess, write_model
 from tutti.loadtest.process import free_ports, stop, wait_until_ready
 
 NODES = 3
 GATEWAYS = 2
 # A replica may grow by so much before it is out of memory.
 HOG_BYTES = 300_000_000
-
-
-@dataclass(slots=True)
-class Fault:
-    """What was done, and when, in seconds since the start."""
-
-    kind: str
-    at_s: float
-    note: str = ""
 
 
 @dataclass
@@ -51,7 +44,7 @@ class Cluster:
     process: Any = None
     http: str = ""
     grpc: str = ""
-    _serial: int = 0
+    _metrics_port: int = 0
 
     def start(self) -> None:
         from ray.cluster_utils import Cluster as RayCluster
@@ -61,6 +54,7 @@ class Cluster:
         for _ in range(NODES):
             self.add_node()
         http, grpc, metrics = free_ports(3)
+        self._metrics_port = metrics
         self.http, self.grpc = f"127.0.0.1:{http}", f"127.0.0.1:{grpc}"
         command = [
             sys.executable, "-m", "tutti.app.cli", "serve", str(self.folder / "models"), "--ray",
@@ -86,6 +80,15 @@ class Cluster:
         """Processes of a deployment's replicas, on whichever node."""
         return [one for one in self.processes() if f"ServeReplica:tutti:{pool}" in " ".join(_command(one))]
 
+    def is_whole(self) -> bool:
+        """Whether all processes are there, and every gateway hears of all replicas."""
+        there = [len(self.replicas(pool)) for pool in ("gpu", "cpu", "gateway")]
+        if there != [NODES, 1, GATEWAYS] or not any(_is_controller(one) for one in self.processes()):
+            return False
+        # Each gateway of a machine has a page of its own, on the first port that was free.
+        heard = [_replicas_heard_of(self._metrics_port + number) for number in range(2 * GATEWAYS)]
+        return heard.count({"gpu": NODES, "cpu": 1}) == GATEWAYS
+
     @staticmethod
     def processes() -> list[psutil.Process]:
         """All below this process. Other clusters of the machine are none of ours: nothing may befall them."""
@@ -95,7 +98,7 @@ class Cluster:
         """A worker node without Serve's controller, and that leaves a gateway."""
         # One gateway of two may go with its node.
         kept = {_raylet(process) for process in self.replicas("gateway")[:1]}
-        kept |= {_raylet(one) for one in self.processes() if "ServeController" in " ".join(_command(one))}
+        kept |= {_raylet(one) for one in self.processes() if _is_controller(one)}
         for node in self.nodes:
             if int(node.all_processes["raylet"][0].process.pid) not in kept:
                 return node
@@ -107,6 +110,20 @@ def _command(process: psutil.Process) -> list[str]:
         return list(process.cmdline())
     except psutil.Error:
         return []
+
+
+def _is_controller(process: psutil.Process) -> bool:
+    return "ServeController" in " ".join(_command(process))
+
+
+def _replicas_heard_of(port: int) -> dict[str, int]:
+    """By pool; of the gateway whose page is there, if one's is."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as page:
+            found = re.findall(r'^tutti_pool_replicas{pool="(.+)"} (\S+)', page.read().decode(), re.MULTILINE)
+    except OSError:
+        return {}
+    return {pool: int(float(count)) for pool, count in found}
 
 
 def _raylet(process: psutil.Process) -> int:
@@ -140,15 +157,41 @@ class Faults:
     def run(self, seconds: float, count: int) -> None:
         """`count` faults at random times, every kind about equally often. Ray wants the main thread for some."""
         gap = (seconds - 2 * _QUIET_S) / count
-        names = [name for _ in range(-(-count // len(self.kinds))) for name in self.kinds][:count]
-        self._rng.shuffle(names)
-        for number, name in enumerate(names):
+        for number, name in enumerate(self._names(count)):
             at_s = _QUIET_S + (number + 0.5 * self._rng.random()) * gap
             time.sleep(max(0.0, at_s - self._load.now_s()))
-            fault = Fault(name, self._load.now_s())
-            self.done.append(fault)
-            fault.note = self.kinds[name]()
-            print(f"{fault.at_s:7.1f} s  {name}  {fault.note}", flush=True)
+            self._do(name)
+
+    def run_when_whole(self, count: int) -> None:
+        """The same, each once the cluster has got over the last one. Raises TimeoutError where it does not."""
+        time.sleep(_SHORT_QUIET_S)
+        for name in self._names(count):
+            time.sleep(self._rng.random())
+            self._do(name)
+            self._wait_until_whole()
+        time.sleep(_SHORT_QUIET_S)
+
+    def _names(self, count: int) -> list[str]:
+        names = [name for _ in range(-(-count // len(self.kinds))) for name in self.kinds][:count]
+        self._rng.shuffle(names)
+        return names
+
+    def _do(self, name: str) -> None:
+        fault = Fault(name, self._load.now_s())
+        self.done.append(fault)
+        fault.note = self.kinds[name]()
+        print(f"{fault.at_s:7.1f} s  {name}  {fault.note}", flush=True)
+
+    def _wait_until_whole(self) -> None:
+        """For a while: what a fault has ended may be there for a moment still."""
+        until, since = time.monotonic() + _RECOVERY_TIMEOUT_S, time.monotonic()
+        while time.monotonic() < since + _WHOLE_S:
+            time.sleep(0.1)
+            if not self._cluster.is_whole():
+                since = time.monotonic()
+            if since > until:
+                what = f"{self.done[-1].kind!r}, after {_RECOVERY_TIMEOUT_S:.0f} s"
+                raise TimeoutError(f"the cluster has not got over {what}")
 
     def _kill(self, pool: str, count: int = 1) -> str:
         found = self._cluster.replicas(pool)
@@ -211,7 +254,7 @@ class Faults:
 
     def _kill_controller(self) -> str:
         for process in self._cluster.processes():
-            if "ServeController" in " ".join(_command(process)):
+            if _is_controller(process):
                 process.send_signal(signal.SIGKILL)
                 return ""
         return "none is there"
@@ -245,51 +288,11 @@ def _limit_memory(pid: int, limit: int) -> Path | None:
 
 # No faults in the first and the last seconds: what is normal is seen there.
 _QUIET_S = 8.0
-
-
-def recovery_s(fault: Fault, following_s: float, outcomes: list[Outcome], normal_s: float) -> float:
-    """From a fault to the end of the last second, before the next fault, in which much was slow.
-
-    Much is more than one request in twenty; slow is four times the 99th percentile without faults.
-    """
-    due: Counter[int] = Counter()
-    slow: Counter[int] = Counter()
-    for one in outcomes:
-        if fault.at_s <= one.due_s < following_s and one.kind != "poison":
-            second = int(one.due_s - fault.at_s)
-            due[second] += 1
-            slow[second] += one.done_s - one.due_s > 4 * normal_s
-    return max((second + 1.0 for second in due if slow[second] > 0.05 * due[second]), default=0.0)
-
-
-def report(
-    outcomes: list[Outcome], retries: int, faults: Faults, rate: float, share: float, seconds: float
-) -> tuple[list[str], bool]:
-    """Lines of the report, and whether all went well."""
-    kinds = Counter("wrong" if one.kind == "ok" and one.version != 1 else one.kind for one in outcomes)
-    quiet = sorted(one.done_s - one.due_s for one in outcomes if one.due_s < faults.done[0].at_s and one.kind == "ok")
-    normal_s = quiet[int(0.99 * (len(quiet) - 1))]
-    all_s = sorted(one.done_s - one.due_s for one in outcomes if one.kind == "ok")
-    lines = [
-        f"{len(outcomes):,} requests in {seconds:.0f} s at {rate:.0f} /s, {share:.0%} of what was done without faults: "
-        f"{kinds['ok']:,} right, {kinds['wrong']} wrong, {kinds['failed']} failed "
-        f"({kinds['failed'] / len(outcomes):.4%}), {kinds['poison']} poison; asked again by the client: {retries}",
-        f"p99 {normal_s * 1e3:.0f} ms before the first fault, {all_s[int(0.99 * len(all_s))] * 1e3:.0f} ms over all; "
-        f"answered by the cpu pool: {sum(one.pool == 'cpu' for one in outcomes) / len(outcomes):.1%}",
-        "",
-        "| fault | times | recovery s, median and most |",
-        "|---|---|---|",
-    ]
-    ends = [fault.at_s for fault in faults.done[1:]] + [seconds]
-    by_kind: dict[str, list[float]] = {}
-    for fault, end_s in zip(faults.done, ends, strict=True):
-        by_kind.setdefault(fault.kind, []).append(recovery_s(fault, end_s, outcomes, normal_s))
-    for kind, took in sorted(by_kind.items()):
-        lines.append(f"| {kind} | {len(took)} | {sorted(took)[len(took) // 2]:.1f}, {max(took):.1f} |")
-    lines += [f"failed: {one.what}" for one in outcomes if one.kind == "failed"][:20]
-    poisons = sum(fault.kind == "poison request" for fault in faults.done)
-    is_well = not kinds["wrong"] and kinds["failed"] <= 0.001 * len(outcomes) and kinds["poison"] == poisons
-    return lines, is_well
+# Where faults follow each other as soon as they can: the same; for how long the cluster is whole before the next one;
+# and what it takes at most to be, on a machine that others keep busy.
+_SHORT_QUIET_S = 3.0
+_WHOLE_S = 1.5
+_RECOVERY_TIMEOUT_S = 100.0
 
 
 def _run(cluster: Cluster, options: argparse.Namespace) -> tuple[list[str], bool]:
@@ -301,8 +304,13 @@ def _run(cluster: Cluster, options: argparse.Namespace) -> tuple[list[str], bool
     load = LoadProcess(cluster.http, cluster.grpc, [(seconds, rate)], options.seed)
     faults = Faults(cluster, load, options.seed)
     faults.kinds = {kind: do for kind, do in faults.kinds.items() if not options.only or kind in options.only}
-    faults.run(seconds, options.faults)
     try:
+        if options.when_whole:
+            faults.run_when_whole(options.faults)
+            load.end()
+            seconds = load.now_s()
+        else:
+            faults.run(seconds, options.faults)
         outcomes, retries = load.result(max(0.0, seconds - load.now_s()) + 4 * DEADLINE_S)
     except TimeoutError as error:
         return [str(error)], False
@@ -312,13 +320,18 @@ def _run(cluster: Cluster, options: argparse.Namespace) -> tuple[list[str], bool
             print(
                 f"{second:4} s: {len(ms)} due, p50 {ms[len(ms) // 2]:.0f}, p99 {ms[int(0.99 * (len(ms) - 1))]:.0f} ms"
             )
-    return report(outcomes, retries, faults, rate, options.share, seconds)
+    return report(outcomes, retries, faults.done, rate, options.share, seconds)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--minutes", type=float, default=15.0)
     parser.add_argument("--faults", type=int, default=50)
+    parser.add_argument(
+        "--when-whole",
+        action="store_true",
+        help="each fault once the cluster has got over the last one, and an end after them; --minutes is the most",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--share", type=float, default=0.6, help="of what is done without faults, as load (default: %(default)s)"

@@ -98,6 +98,7 @@ class Load:
         self._rng = random.Random(seed)
         self._numbers = np.random.default_rng(seed)
         self._running: set[asyncio.Task[None]] = set()
+        self._is_ended = False
 
     def now_s(self) -> float:
         return time.monotonic() - self.start_s
@@ -107,9 +108,11 @@ class Load:
         for due in self._arrivals():
             if due > self.now_s():
                 await asyncio.sleep(due - self.now_s())
+            if self._is_ended:
+                break
             self._begin(due, "http" if self._rng.random() < 0.5 else "grpc", self._values())
         end = sum(seconds for seconds, _ in self._stages)
-        while self._running or self.now_s() < end:
+        while self._running or (self.now_s() < end and not self._is_ended):
             await asyncio.sleep(0.1)
         await self.close()
 
@@ -147,12 +150,19 @@ class Load:
         await asyncio.gather(*(one("http" if number % 2 else "grpc") for number in range(clients)))
         await self.close()
 
-    def poison(self) -> bool:
+    def poison(self) -> None:
         """Begin one request that ends the replica that executes it."""
         x = self._values()
         x[0, 0] = POISON
         self._begin(self.now_s(), "grpc", x, is_poison=True)
-        return True
+
+    def end(self) -> None:
+        """Before its stages' end: begin no more requests."""
+        self._is_ended = True
+
+    def told(self, what: str) -> None:
+        """Do what another process asks for."""
+        {"poison": self.poison, "end": self.end}[what]()
 
     def _values(self) -> Any:
         return self._numbers.integers(100, 1000, (self._rng.choice([1, 1, 2, 4]), WIDTH)).astype(np.float32)
@@ -228,6 +238,10 @@ class LoadProcess:
         self._ours.send("poison")
         return ""
 
+    def end(self) -> None:
+        """What has begun is still waited for."""
+        self._ours.send("end")
+
     def result(self, timeout_s: float) -> tuple[list[Outcome], int]:
         """The outcomes, and how often clients asked again. Raises TimeoutError when the load does not end."""
         if not self._ours.poll(timeout_s):
@@ -242,9 +256,13 @@ def _run_load(
 ) -> None:
     load = Load(http, grpc, stages, seed, deadline_s)
 
+    def listen() -> None:
+        if pipe.poll():
+            load.told(pipe.recv())
+
     async def run() -> None:
         loop = asyncio.get_running_loop()
-        loop.add_reader(pipe.fileno(), lambda: pipe.poll() and pipe.recv() and load.poison())
+        loop.add_reader(pipe.fileno(), listen)
         pipe.send(time.monotonic())
         seconds = sum(seconds for seconds, _ in stages)
         await (load.keep_asking(seconds, clients) if clients else load.run())
