@@ -11,10 +11,9 @@ import tritonclient.grpc as grpcclient
 from tritonclient.utils import InferenceServerException
 
 from tests.conformance.test_every_method import COUNT, ENDLESS
-from tests.models import Repository
 from tests.ray_app.conftest import Application
 from tests.ray_app.test_cluster import replicas
-from tests.serving import serving, wait_until
+from tests.serving import wait_until
 from tutti.ray_app.control import Change, Desired
 from tutti.serving.engine import Override
 
@@ -132,18 +131,17 @@ def test_every_replica_follows(application: Application, tmp_path: Path) -> None
 @pytest.mark.slow
 @pytest.mark.timeout(280)
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_a_stream_whose_replica_dies_says_so(tmp_path: Path) -> None:
-    repository = Repository(tmp_path / "models")
+def test_a_stream_whose_replica_dies_says_so(application: Application, tmp_path: Path) -> None:
+    served, repository = application.served, application.repository
     ends = 'input { name: "x" data_type: TYPE_INT32 dims: 1 } output { name: "y" data_type: TYPE_INT32 dims: 1 }'
     decoupled = f'backend: "python" {ends} model_transaction_policy {{ decoupled: true }}'
     folder = f'parameters {{ key: "folder" value {{ string_value: "{tmp_path}" }} }}'
     repository.add("endless", f"{decoupled} {folder}", {"model.py": ENDLESS})
     repository.add("count", decoupled, {"model.py": COUNT})
+    for model in ("endless", "count"):
+        application.load(model)
     answers: queue.Queue[tuple[object, object]] = queue.Queue()
-    with (
-        serving(repository.root, tmp_path / "log", "--ray", "--cpu-replicas", "1") as served,
-        grpcclient.InferenceServerClient(served.grpc) as client,
-    ):
+    with grpcclient.InferenceServerClient(served.grpc) as client:
         client.start_stream(lambda result, error: answers.put((result, error)))
         tensor = grpcclient.InferInput("x", [1], "INT32")
         tensor.set_data_from_numpy(np.array([3], np.int32))
