@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.models import Repository
+from tests.models import IN_PROCESS, Repository
 from tests.serving import engine_over
 from tutti.backends import completion
 from tutti.core import files
@@ -83,7 +83,7 @@ def test_what_is_no_file_costs_its_model_and_is_not_waited_for(tmp_path: Path, m
     else:
         target.unlink(missing_ok=True)
     make(target)  # type: ignore[operator]
-    model(tmp_path, "good")
+    model(tmp_path, "good", CONFIG + IN_PROCESS.encode())
     with engine_over(tmp_path) as engine:
         assert engine.versions("good") == ["1"]
         assert engine.versions("bad") == []

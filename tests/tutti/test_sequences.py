@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from tests.models import Repository
+from tests.models import IN_PROCESS, Repository
 from tests.serving import Gather, engine_over, infer, wait_until
 from tutti.core.errors import DeadlineExceeded, InferError, Internal, InvalidArgument
 from tutti.core.types import Call, InferRequest, InferResponse, Tensor, now_ns
@@ -45,7 +45,8 @@ def add(repository: Repository, strategy: str, more: str = "", rows: int = 4, co
         output {{ name: "y" data_type: TYPE_INT32 dims: 1 }}
         instance_group {{ count: {count} kind: KIND_CPU }}
         sequence_batching {{ {strategy} {CONTROLS} {more} }}
-        """,
+        """
+        + IN_PROCESS,
         ACCUMULATE,
         "self.sums = {}",
     )
