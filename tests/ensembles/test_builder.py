@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tests.models import Repository
+from tests.models import IN_PROCESS, Repository
 from tests.serving import engine_over, infer
 from tutti.app import cli
 from tutti.core.errors import ConfigError
@@ -19,7 +19,7 @@ from tutti.ensembles.cli import planned
 
 ONE = "data_type: TYPE_FP32 dims: 1"
 SCORE = f"""backend: "python" max_batch_size: 8 dynamic_batching {{}}
-    input {{ name: "x" {ONE} }} output {{ name: "y" {ONE} }}"""
+    input {{ name: "x" {ONE} }} output {{ name: "y" {ONE} }} {IN_PROCESS}"""
 TEN = """
     x = pb_utils.get_input_tensor_by_name(request, "x").as_numpy()
     return pb_utils.InferenceResponse([pb_utils.Tensor("y", x * 10)])

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from tests.models import Repository
+from tests.models import IN_PROCESS, Repository
 from tests.serving import Gather, engine_over, infer
 from tutti import ensembles
 from tutti.core.errors import Cancelled, InferError, InvalidArgument, NotFound
@@ -42,12 +42,15 @@ REFUSE_NEGATIVE = """
         return pb_utils.InferenceResponse([], error)
     return pb_utils.InferenceResponse([pb_utils.Tensor("y", x * 10)])
 """
-FOUR = """
+FOUR = (
+    """
     backend: "python" max_batch_size: 8
     input { name: "x" data_type: TYPE_FP32 dims: 4 }
     output { name: "y" data_type: TYPE_FP32 dims: 4 }
     dynamic_batching {}
 """
+    + IN_PROCESS
+)
 
 
 def ask(value: float, rows: int = 1, outputs: tuple[str, ...] = ()) -> InferRequest:

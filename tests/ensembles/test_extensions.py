@@ -60,9 +60,9 @@ def output(name: str, spec: str = ONE) -> str:
 
 @pytest.fixture
 def models(repository: Repository) -> Repository:
-    repository.add_python("ten", SCORE, TIMES_TEN)
-    repository.add_python("costly", SCORE, TIMES_TEN)
-    repository.add_python("count_up", ITEMS, COUNT_UP)
+    repository.add_python("ten", SCORE + IN_PROCESS, TIMES_TEN)
+    repository.add_python("costly", SCORE + IN_PROCESS, TIMES_TEN)
+    repository.add_python("count_up", ITEMS + IN_PROCESS, COUNT_UP)
     return repository
 
 
@@ -109,7 +109,7 @@ def test_a_step_runs_where_its_condition_holds(serve: Callable[[str], Engine]) -
 
 
 def test_decided_rows_leave_and_their_requests_do_not_wait(models: Repository) -> None:
-    models.add_python("slow", SCORE, f"\n    import time\n    time.sleep(0.5){TIMES_TEN}")
+    models.add_python("slow", SCORE + IN_PROCESS, f"\n    import time\n    time.sleep(0.5){TIMES_TEN}")
     text = ensemble(
         step("ten", "S") + step("slow", "Y", "S"), output("S") + output("Y"), exit="S >= 50", default__Y="7"
     )
@@ -136,7 +136,7 @@ def test_a_branch_without_its_input_is_left_out(serve: Callable[[str], Engine], 
     total = sum(tensor.as_numpy() for tensor in given if tensor is not None)
     return pb_utils.InferenceResponse([pb_utils.Tensor("y", total)])
 """
-    models.add_python("fuse", both, body)
+    models.add_python("fuse", both + IN_PROCESS, body)
     inputs = f'input {{ name: "X" {ONE} optional: true }} input {{ name: "W" {ONE} optional: true }}'
     engine = serve(
         ensemble(
@@ -193,7 +193,7 @@ def test_many_rows_of_items_are_one_execution(models: Repository) -> None:
         "cut",
         f"""backend: "python" max_batch_size: 256 dynamic_batching {{}} input {{ name: "x" {spec} }}
         input {{ name: "n" data_type: TYPE_INT32 dims: 1 }} output {{ name: "items" {spec} }}
-        output {{ name: "count" data_type: TYPE_INT32 dims: 1 }}""",
+        output {{ name: "count" data_type: TYPE_INT32 dims: 1 }} {IN_PROCESS}""",
         """
     x, n = (pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in ("x", "n"))
     return pb_utils.InferenceResponse([pb_utils.Tensor("items", x), pb_utils.Tensor("count", n)])
@@ -226,7 +226,7 @@ def test_many_rows_of_items_are_one_execution(models: Repository) -> None:
 
 
 def test_an_optional_step_is_left_out_where_time_is_short(models: Repository) -> None:
-    models.add_python("slow", SCORE, f"\n    import time\n    time.sleep(0.6){TIMES_TEN}")
+    models.add_python("slow", SCORE + IN_PROCESS, f"\n    import time\n    time.sleep(0.6){TIMES_TEN}")
     text = ensemble(
         step("ten", "S") + step("slow", "Y", "S"), output("S") + output("Y"),
         optional__Y="true", default__Y="-1", deadline_ms="10000",

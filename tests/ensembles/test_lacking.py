@@ -38,7 +38,8 @@ STEP = """
 
 
 def fill(repository: Repository, second: str = "loose", inputs: str = OPTIONAL) -> None:
-    for name, tensors in (("loose", OPTIONAL), ("strict", STRICT)):
+    for name in {"loose", second}:
+        tensors = STRICT if name == "strict" else OPTIONAL
         repository.add(name, f'backend: "python" max_batch_size: 4 {tensors}', {"model.py": MAPS})
     steps = STEP.format(model="loose", a="a", b="b", p="u", q="v") + STEP.format(
         model=second, a="u", b="v", p="p", q="q"

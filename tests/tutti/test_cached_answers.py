@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from tests.models import Repository
+from tests.models import IN_PROCESS, Repository
 from tests.serving import Gather, engine_over, infer, timer
 from tests.tutti.test_model_config import x, y
 from tutti import ensembles
@@ -16,11 +16,14 @@ from tutti.serving import local
 from tutti.serving.engine import Engine
 from tutti.serving.response_cache import Cached, ResponseCache
 
-CACHED = """
+CACHED = (
+    """
     backend: "python" max_batch_size: 4
     input { name: "x" data_type: TYPE_FP32 dims: 1 } output { name: "y" data_type: TYPE_FP32 dims: 1 }
     response_cache { enable: true }
 """
+    + IN_PROCESS
+)
 PLAIN = CACHED.replace("response_cache { enable: true }", "")
 SCALED = """
 self.count += 1
