@@ -52,7 +52,7 @@ def add_counting(repository: Repository, extra: str) -> None:
         backend: "python" max_batch_size: 4
         input {{ name: "x" data_type: TYPE_FP32 dims: 2 }}
         output {{ name: "y" data_type: TYPE_FP32 dims: 2 }}
-        {extra}
+        {extra} {IN_PROCESS}
         """,
         """
         self.count += 1

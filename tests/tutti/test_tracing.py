@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from demo.client import Client
-from tests.models import Repository
+from tests.models import IN_PROCESS, Repository
 from tests.serving import Gather, engine_over, serving, wait_until
 from tutti.core.errors import ConfigError, InferError, InvalidArgument
 from tutti.core.types import Call, InferRequest, InferResponse, Tensor
@@ -264,7 +264,7 @@ def test_a_refused_request_is_traced_with_the_version_that_it_was_for(repository
     repository.add_onnx()
     spec = "data_type: TYPE_FP32 dims: 4"
     io = f'max_batch_size: 8 input {{ name: "x" {spec} }} output {{ name: "y" {spec} }}'
-    repository.add_python("fails", f'backend: "python" {io}', "    raise ValueError('no')\n")
+    repository.add_python("fails", f'backend: "python" {io} {IN_PROCESS}', "    raise ValueError('no')\n")
     maps = 'input_map { key: "x" value: "x" } output_map { key: "y" value: "y" }'
     steps = f'ensemble_scheduling {{ step {{ model_name: "fails" model_version: -1 {maps} }} }}'
     repository.add("around", f'platform: "ensemble" {io} {steps}', {".keep": ""})
