@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.models import IN_PROCESS, Repository, onnx_text
-from tests.serving import Gather, engine_over, infer
+from tests.serving import Gather, engine_over, infer, wait_until
 from tutti.core.errors import InvalidArgument
 from tutti.core.types import Call, InferRequest, InferResponse, Tensor
 from tutti.observing import explanations
@@ -238,7 +238,7 @@ def test_an_optional_step_is_left_out_where_time_is_short(models: Repository) ->
         assert full.parameters == {}  # type: ignore[union-attr]
         hog = threading.Thread(target=lambda: infer(engine, [ask([1])]))
         hog.start()
-        time.sleep(0.05)
+        wait_until(lambda: engine.model("slow").executing())
         (hurried,) = infer(engine, [ask([2], timeout=300_000)])
         hog.join()
         assert shown(hurried) == {"S": [[20]], "Y": [[-1]]}
