@@ -12,6 +12,7 @@ import subprocess
 import threading
 import time
 import urllib.request
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,10 +20,13 @@ from pathlib import Path
 START_TIMEOUT_S = 200.0
 STOP_TIMEOUT_S = 60.0
 _LOG_TAIL = 20_000
+# Ports that this process has asked for: servers that start at the same time do not listen on theirs yet.
+_given: deque[int] = deque(maxlen=500)
+_lock = threading.Lock()
 
 
 def free_ports(count: int) -> list[int]:
-    """Different ports that nobody listens on now.
+    """Different ports that nobody listens on now, nor will who has asked for some shortly before.
 
     Neither the system nor Ray gives out ports of this range: a cluster takes dozens before our servers take theirs.
     """
@@ -31,7 +35,10 @@ def free_ports(count: int) -> list[int]:
         port = random.SystemRandom().randrange(20_000, 32_000)
         with socket.socket() as one, contextlib.suppress(OSError):
             one.bind(("0.0.0.0", port))
-            ports.extend({port} - set(ports))
+            with _lock:
+                if port not in _given:
+                    _given.append(port)
+                    ports.append(port)
     return ports
 
 

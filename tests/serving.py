@@ -6,9 +6,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from tutti import ensembles
 from tutti.core.types import Answer, Call, Infer, InferRequest
@@ -17,6 +19,8 @@ from tutti.observing.logs import Logs
 from tutti.observing.request_log import Event, RequestLog
 from tutti.serving import local
 from tutti.serving.engine import Engine
+
+T = TypeVar("T")
 
 
 def timer(delay_s: float, callback: object) -> None:
@@ -86,6 +90,19 @@ def wait_until(condition: Callable[[], object], timeout_s: float = 20.0) -> None
     while not condition():
         assert time.monotonic() < deadline, "the condition never held"
         pause.wait(0.005)
+
+
+@contextmanager
+def at_once(servers: Sequence[AbstractContextManager[T]]) -> Iterator[list[T]]:
+    """What each gives, in their order; they start at the same time, and end so: much of both is waiting."""
+    with ThreadPoolExecutor(len(servers)) as pool:
+        starts = [pool.submit(one.__enter__) for one in servers]
+        begun = [one for one, start in zip(servers, starts, strict=True) if start.exception() is None]
+        try:
+            yield [start.result() for start in starts]
+        finally:
+            for end in [pool.submit(one.__exit__, None, None, None) for one in begun]:
+                end.result()
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from tests.conformance import corpus
 from tests.conformance.corpus import Case, Grpc, Http
 from tests.models import Repository
 from tests.peers import tritonserver
-from tests.serving import serving
+from tests.serving import at_once, serving
 
 pytestmark = [pytest.mark.triton, pytest.mark.slow, pytest.mark.filterwarnings("ignore::ResourceWarning")]
 
@@ -209,12 +209,10 @@ def serving_all(scratch: Path, *flags_of_ours: tuple[str, ...], with_triton: boo
         stack.enter_context(contextlib.suppress(FileNotFoundError))  # the other servers' have gone before
         stack.callback(_posixshmem.shm_unlink, corpus.SHARED_KEY)
         control = ("--model-control-mode=explicit", "--load-model=*")
-        servers: list[Any] = []
-        if with_triton:
-            servers.append(stack.enter_context(tritonserver.running(repository.root, scratch, *control)))
+        starts: list[Any] = [tritonserver.running(repository.root, scratch, *control)] if with_triton else []
         for number, flags in enumerate(flags_of_ours):
-            log = scratch / f"tutti{number}.log"
-            servers.append(stack.enter_context(serving(repository.root, log, *CONTROL, *flags)))
+            starts.append(serving(repository.root, scratch / f"tutti{number}.log", *CONTROL, *flags))
+        servers = stack.enter_context(at_once(starts))
         yield [Side(one.http, stack.enter_context(grpc.insecure_channel(one.grpc))) for one in servers]
 
 
