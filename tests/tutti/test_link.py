@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import uvloop
 
-from tests.models import Repository, onnx_add_one
+from tests.models import IN_PROCESS, Repository, onnx_add_one
 from tests.serving import Gather, engine_over, infer, wait_until
 from tutti.core import rows
 from tutti.core.errors import Cancelled, DeadlineExceeded, InferError, Internal, Unavailable
@@ -98,7 +98,7 @@ def repository(repository: Repository) -> Repository:
     """
     repository.add("wide", wide, {"model.onnx": onnx_add_one(WIDTH)})
     echo = 'backend: "python" max_batch_size: 4 input { name: "t" data_type: TYPE_STRING dims: -1 }'
-    echo += ' output { name: "seen" data_type: TYPE_STRING dims: 1 }'
+    echo += ' output { name: "seen" data_type: TYPE_STRING dims: 1 }' + IN_PROCESS
     repository.add_python("tells", echo, TELL)
     repository.add_slow()
     return repository
