@@ -82,8 +82,9 @@ class Repository:
             {"model.onnx": onnx_gather()},
         )
 
-    def add_slow(self) -> None:
-        """Waits for as many seconds as input "s" says; one request at a time."""
+    def add_slow(self, began: Path | None = None) -> None:
+        """Waits for as many seconds as input "s" says; one request at a time. Makes the file `began` as it begins."""
+        tells = f"pathlib.Path({str(began)!r}).touch()" if began else ""
         self.add_python(
             "slow",
             """
@@ -92,8 +93,9 @@ class Repository:
             output { name: "n" data_type: TYPE_FP32 dims: 1 }
             """
             + IN_PROCESS,
-            """
-            import threading
+            f"""
+            import pathlib, threading
+            {tells}
             threading.Event().wait(float(pb_utils.get_input_tensor_by_name(request, "s").as_numpy()[0, 0]))
             return pb_utils.InferenceResponse([pb_utils.Tensor("n", np.zeros((1, 1), np.float32))])
             """,

@@ -1,7 +1,6 @@
 """Deadlines, however they are given: what cannot finish in time is refused at once, and nothing else suffers."""
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,19 +12,32 @@ import tritonclient.http as http
 from tritonclient.utils import InferenceServerException
 
 from tests.models import Repository
-from tests.serving import Served, serving
+from tests.serving import Served, serving, wait_until
 
 SLOW_S = 0.4
 
 
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made: Path = tmp_path_factory.mktemp("deadlines") / "repository"
+    Repository(made).add_slow(made.parent / "began")
+    return made
+
+
 @pytest.fixture(scope="module", params=[(), ("--grpc-server", "grpcio")], ids=["native", "grpcio"])
-def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    root: Path = tmp_path_factory.mktemp("deadlines") / "repository"
-    Repository(root).add_slow()
+def server(request: pytest.FixtureRequest, root: Path) -> Iterator[Served]:
     with serving(root, root.parent / "log", *request.param) as served:
         for _ in range(3):  # it learns how long the model takes
             over_http(served)(SLOW_S)
         yield served
+
+
+@pytest.fixture
+def began(root: Path, server: Served) -> Path:
+    """There as soon as a request to the slow model is executed."""
+    file = root.parent / "began"
+    file.unlink(missing_ok=True)
+    return file
 
 
 def inputs(client: Any, seconds: float) -> list[Any]:
@@ -65,11 +77,11 @@ WAYS: dict[str, Callable[[Served], Callable[[float], Any]]] = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_behind_a_slow_request_it_is_refused_at_once(server: Served, way: str) -> None:
+def test_behind_a_slow_request_it_is_refused_at_once(server: Served, began: Path, way: str) -> None:
     before = executions(server)
     busy = threading.Thread(target=over_http(server), args=(SLOW_S,))
     busy.start()
-    time.sleep(0.1)
+    wait_until(began.exists)
     with pytest.raises(InferenceServerException, match="cannot finish in time") as refused:
         WAYS[way](server)(0.0)
     assert refused.value.status() in ("503", "StatusCode.UNAVAILABLE")

@@ -29,7 +29,7 @@ REQUESTS = 400
 def server(tmp_path: Path) -> Iterator[Served]:
     repository = Repository(tmp_path / "repository")
     repository.add_onnx()
-    repository.add_slow()
+    repository.add_slow(tmp_path / "began")
     with serving(repository.root, tmp_path / "log", "--front-end-processes", "2") as served:
         yield served
 
@@ -151,14 +151,15 @@ def test_one_that_dies_is_started_anew_and_the_other_serves_on(server: Served) -
         assert answers()
 
 
-def test_deadlines_and_cancels_reach_the_engine(server: Served) -> None:
+def test_deadlines_and_cancels_reach_the_engine(server: Served, tmp_path: Path) -> None:
+    began = tmp_path / "began"
     with http.InferenceServerClient(server.http) as client:
         for _ in range(2):
             ask(client, http, "slow", 0.3)
+        began.unlink()
         busy = threading.Thread(target=lambda: ask(http.InferenceServerClient(server.http), http, "slow", 0.6))
         busy.start()
-        wait_until(lambda: psutil.Process(server.process.pid).is_running())
-        threading.Event().wait(0.1)
+        wait_until(began.exists)
         with grpc.InferenceServerClient(server.grpc) as other, pytest.raises(InferenceServerException) as refused:
             ask(other, grpc, "slow", 0.0, client_timeout=0.05)
         assert "cannot finish in time" in str(refused.value) or "DEADLINE" in str(refused.value)
