@@ -82,6 +82,11 @@ async def until(condition: Callable[[], bool], made: Any = None) -> None:
             await asyncio.sleep(0.01)
 
 
+def is_cut_off(made: Any) -> bool:
+    """Whether a client over gRPC knows of all its connections that they take no more."""
+    return not any(one.is_open for pool in made._pools for one in pool)
+
+
 class Service(service_pb2_grpc.GRPCInferenceServiceServicer):
     """Answers with what it was asked; takes a time, fails, or ends its streams, as it is told."""
 
@@ -219,7 +224,7 @@ async def test_a_server_that_takes_its_leave_answers_what_it_has() -> None:
             await until(lambda: len(service.asked) == 12)
             made.prepare(12, 0)  # for a connection that will take no more
             stopping = asyncio.create_task(server.stop(10))
-            await asyncio.sleep(0.2)
+            await until(lambda: is_cut_off(made))
             made.send(12, 0)
             await until(lambda: len(seen.ended) == 13)
             await stopping
