@@ -8,7 +8,7 @@ import numpy as np
 from tutti.core.dtypes import NUMPY
 from tutti.core.errors import DeviceLost, Internal, Unknown
 from tutti.core.types import Answer, InferRequest, InferResponse, Tensor
-from tutti.repository.config import JOINING, ModelConfig
+from tutti.repository.config import ModelConfig
 
 # A replica that was idle for this long is asked for an inference.
 IDLE_S = 5.0
@@ -92,7 +92,7 @@ class Prober:
 
 def request_for(config: ModelConfig) -> InferRequest | None:
     """One row of zeros for a model that a request changes nothing in; None for others."""
-    if config.backend not in JOINING or config.sequences is not None or config.ragged:
+    if not config.joins_rows or config.sequences is not None or config.ragged:
         return None
     inputs = {}
     for spec in config.inputs:

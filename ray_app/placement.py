@@ -149,7 +149,7 @@ def models_for(pool: PoolSpec, pools: Sequence[PoolSpec], configs: dict[str, Mod
 
 def _home_of_model(config: ModelConfig, pools: Sequence[PoolSpec]) -> Home:
     kinds = {group.kind for group in config.instance_groups}
-    needs_gpu = ("gpu" in kinds and not config.cpu_filename) or config.backend == "tensorrt"
+    needs_gpu = ("gpu" in kinds and not config.cpu_filename) or config.gpus == "required"
     wants_cpu = kinds == {"cpu"}
     takers: list[str] = []
     refused: list[str] = []

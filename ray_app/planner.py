@@ -86,7 +86,7 @@ def plan(
 def _is_for_cpus(config: ModelConfig) -> bool:
     """What says nothing of GPUs goes there where its backend can: python models as a rule prepare and decode."""
     kinds = {group.kind for group in config.instance_groups}
-    return kinds == {"cpu"} or (config.backend == "python" and "gpu" not in kinds)
+    return kinds == {"cpu"} or (config.gpus == "asked" and "gpu" not in kinds)
 
 
 def _reasons(

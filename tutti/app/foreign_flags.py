@@ -75,7 +75,7 @@ REFUSED: Mapping[str, str] = {
     "--vertex-ai-port": _CLOUD,
     "--vertex-ai-thread-count": _CLOUD,
     "--vertex-ai-default-model": _CLOUD,
-    "--backend-directory": "backends are part of tutti: onnxruntime, pytorch, tensorrt, python; another is a model.py",
+    "--backend-directory": "backends are part of tutti, or come with a Python package; a model.py is one's own",
     "--repoagent-directory": "there are no model agents; change the files before they are served",
     "--cache-directory": "the one cache is part of tutti: --cache-config local,size=BYTES",
     "--pinned-memory-pool-byte-size": _POOLS,

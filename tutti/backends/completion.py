@@ -3,18 +3,15 @@
 A repository is opened here wherever models are to be served, or shown as they would be.
 """
 
+import importlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tutti.core import file_kinds, files
 from tutti.core.errors import ConfigError
-from tutti.repository import folders
+from tutti.repository import config, folders
+from tutti.repository.backend_records import BUILT_IN, BackendRecord
 from tutti.repository.folders import ModelFolder, file_of, versions
-
-# What is completed, by backend: the file that is read where the configuration names none.
-_FILES = {"onnxruntime": "model.onnx", "python": "model.py"}
-_PLATFORMS = {"onnxruntime_onnx": "onnxruntime"}
 
 
 def open_model(root: Path, name: str, override: str | None = None) -> ModelFolder:
@@ -35,27 +32,29 @@ def complete(path: Path, proto: Any) -> None:
 
     `path` is the model's folder. Raises ConfigError for a file that is none.
     """
-    backend = proto.backend or _PLATFORMS.get(proto.platform, "")
-    if not backend and not proto.platform and not proto.HasField("ensemble_scheduling"):
-        backend = next((name for name, file in _FILES.items() if versions(path, file)), "")
-    filename = proto.default_model_filename or _FILES.get(backend, "")
-    if not filename or _leaves(filename):
-        return
-    present = versions(path, filename)
+    record = config.backend_of(proto, path.name)
+    if not (proto.backend or proto.platform or proto.HasField("ensemble_scheduling")):
+        record = _by_file(path)
+    completes = record.completes if record is not None else None
+    usual = record.filenames[:1] if record is not None and completes is not None else ()
+    filename = proto.default_model_filename or "".join(usual)
+    present = [] if not filename or _leaves(filename) else versions(path, filename)
     if not present:
         return
-    proto.backend = backend
     file = file_of(path / str(present[-1]) / filename)
-    if what := file_kinds.mistaken_for_model(file):
-        raise ConfigError(f"model '{path.name}': {present[-1]}/{filename}: it is {what.removeprefix('it is ')}")
-    if backend == "onnxruntime" and (not proto.input or not proto.output):
-        from tutti.backends import onnxruntime
+    if record is not None and (what := record.mistaken(file)):
+        raise ConfigError(f"model '{path.name}': {present[-1]}/{filename}: it {what}")
+    if record is None or completes is None:
+        return
+    proto.backend = record.name
+    if completes(proto, file):
+        importlib.import_module(record.module).complete(proto, file)
 
-        onnxruntime.complete(proto, file)
-    elif backend == "python" and b"auto_complete_config" in files.read_bytes(file):
-        from tutti.backends.python import model
 
-        model.complete(proto, file)
+def _by_file(path: Path) -> BackendRecord | None:
+    """The backend of a model whose configuration names none."""
+    completing = (record for record in BUILT_IN.values() if record.completes is not None)
+    return next((record for record in completing if versions(path, record.filenames[0])), None)
 
 
 def _leaves(filename: str) -> bool:

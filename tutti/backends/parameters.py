@@ -1,48 +1,45 @@
 """Which parameters of a config.pbtxt are read for a backend: one that nobody reads is refused, as a field is.
 
-Python models read their own, so theirs may be any; an ensemble's are the ensembles package's.
+A backend's own are in its record. Python models read their own, so theirs may be any; an ensemble's are the ensembles
+package's.
 """
 
 import logging
+from collections.abc import Sequence
 
 from tutti.core.errors import ConfigError
 from tutti.repository.config import ModelConfig
 
 _log = logging.getLogger(__name__)
 
-# Of every backend that joins a batch. Those that end in "." are followed by the name of a tensor, or of an option.
+# Of every backend whose own are known. Those that end in "." are followed by the name of a tensor, or of an option.
 _COMMON = (
     "tutti.bounds", "tutti.max_dims", "tutti.latency_ms", "tutti.cpu_model_filename", "tutti.gpu_model_filename",
     "tutti.cpu_tolerance", "tutti.hang_timeout_s", "tutti.device_turn", "tutti.fallback", "tutti.memory_mb",
     "tutti.buckets.", "tutti.pad_value.", "tutti.lengths.", "tutti.mask.", "tutti.unpad.", "tutti.compile",
     "tutti.compile.", "tutti.graphs.batch_sizes", "tutti.graphs.max_count",
 )  # fmt: skip
-_OWN = {
-    "onnxruntime": (
-        "intra_op_thread_count", "inter_op_thread_count", "execution_mode", "enable_mem_arena", "enable_mem_pattern",
-        "session.", "cudnn_conv_algo_search", "gpu_mem_limit", "arena_extend_strategy", "do_copy_in_default_stream",
-    ),
-    "pytorch": ("INTRA_OP_THREAD_COUNT", "INTER_OP_THREAD_COUNT", "INFERENCE_MODE"),
-    "tensorrt": (),
-}  # fmt: skip
 # Of Triton's test backends. A model of NVIDIA's quick start, simple_dyna_sequence, has it for a backend that does not
 # read it: it changes nothing there, and is to load here.
 _OF_NO_BACKEND = ("execute_delay_ms",)
 _YES, _NO = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 
 
-def check(config: ModelConfig) -> None:
-    """Raises ConfigError naming a parameter that the model's backend does not read."""
-    own = _OWN.get(config.backend)
+def check(config: ModelConfig, own: Sequence[str] | None) -> None:
+    """Raises ConfigError naming a parameter that the model's backend does not read, beside its `own`; None is any."""
     if own is None:
         return
     known = (*own, *_COMMON)
     for key in config.parameters:
         if key in _OF_NO_BACKEND:
             _log.warning("model '%s': parameters.%s: no backend of Triton's or of ours reads it", config.name, key)
-        elif not any(key == one or (one.endswith(".") and key.startswith(one) and key != one) for one in known):
+        elif not any(_is_of(key, name) for name in known):
             what = f"the {config.backend} backend does not read it; it reads {', '.join(own) or 'none of its own'}"
             raise ConfigError(f"model '{config.name}': parameters.{key}: {what}, and tutti's")
+
+
+def _is_of(key: str, name: str) -> bool:
+    return key == name if not name.endswith(".") else key.startswith(name) and key != name
 
 
 def flag(config: ModelConfig, key: str) -> bool | None:

@@ -7,29 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from tutti.backends import parameters
-from tutti.core import file_kinds, rows
+from tutti.core import extras, rows
 from tutti.core.errors import ConfigError, InferError
 from tutti.core.types import Call, Infer, InferRequest, InferResponse, Tensor
 from tutti.devices.nvml import gpu_count
-from tutti.repository import folders
-from tutti.repository.config import JOINING, InstanceGroup, ModelConfig
+from tutti.repository import backend_records, folders
+from tutti.repository.backend_records import BackendRecord
+from tutti.repository.config import InstanceGroup, ModelConfig
 from tutti.repository.folders import ModelFolder
 from tutti.scheduling.scheduler import Answers, Backend, Executed, undone
 
 if TYPE_CHECKING:
     from tutti.backends.on_device import DeviceWork
-
-SUPPORTED = (*JOINING, "python")
-# What backends load where a configuration names no file.
-_FILES = {
-    "onnxruntime": ("model.onnx",),
-    "pytorch": ("model.pt", "model.pt2"),
-    "tensorrt": ("model.plan",),
-    "python": ("model.py",),
-}
-# Where a backend's module is not named as the backend.
-_MODULES = {"python": "python.model"}
-_NEEDS = {"torch": "PyTorch (pip install torch)", "tensorrt": "TensorRT"}
 
 
 class BackendModule(Protocol):
@@ -42,17 +31,14 @@ def load(folder: ModelFolder, version: int, infer: Infer) -> list[Backend]:
 
     Raises ConfigError when its backend is missing or refuses it.
     """
-    name = folder.config.backend
-    if name not in SUPPORTED:
-        raise ConfigError(f"model '{folder.config.name}': backend: '{name}' is not one of {', '.join(SUPPORTED)}")
-    _check_contents(folder, version)
-    try:
-        module = cast(BackendModule, importlib.import_module(f"tutti.backends.{_MODULES.get(name, name)}"))
-    except ModuleNotFoundError as error:
-        needed = _NEEDS.get((error.name or "").partition(".")[0], f"'{error.name}'")
-        raise ConfigError(f"model '{folder.config.name}': backend: '{name}' needs {needed}") from None
     config = folder.config
-    parameters.check(config)
+    record = backend_records.find(config.backend, config.name)
+    if record is None:
+        choice = backend_records.choice(config.backend)
+        raise ConfigError(f"model '{config.name}': backend: '{config.backend}' is not one of {choice}")
+    _check_contents(folder, version, record)
+    module = _module(config, record)
+    parameters.check(config, record.parameters)
     loaded = module.load(folder, version, infer)
     with undone(loaded):
         if any(spec.reshape is not None for spec in (*config.inputs, *config.outputs)):
@@ -62,19 +48,38 @@ def load(folder: ModelFolder, version: int, infer: Infer) -> list[Backend]:
     return loaded
 
 
-def _check_contents(folder: ModelFolder, version: int) -> None:
+def _module(config: ModelConfig, record: BackendRecord) -> BackendModule:
+    """Raises ConfigError where it is not to be imported."""
+    try:
+        return cast(BackendModule, importlib.import_module(record.module))
+    except ModuleNotFoundError as error:
+        library = (error.name or "").partition(".")[0]
+        advice = f": {_install(record, record.extras[library])}" if library in record.extras else ""
+        raise ConfigError(f"model '{config.name}': backend: '{record.name}' needs '{error.name}'{advice}") from None
+    except Exception as error:
+        if record.name in backend_records.BUILT_IN:
+            raise
+        what = f"module '{record.module}' of {backend_records.distribution(record.name)} cannot be imported"
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"model '{config.name}': backend: '{record.name}': {what}: {reason}") from error
+
+
+def _install(record: BackendRecord, extra: str) -> str:
+    distribution = backend_records.distribution(record.name)
+    return f"pip install '{distribution}[{extra}]'" if distribution else extras.install(extra)
+
+
+def _check_contents(folder: ModelFolder, version: int, record: BackendRecord) -> None:
     """Raises ConfigError for a model's file that is missing, or is none: its library would be slow to say less."""
     config = folder.config
-    usual = (config.model_filename,) if config.model_filename else _FILES[config.backend]
+    usual = (config.model_filename,) if config.model_filename else record.filenames
     names = [*usual, *filter(None, (config.cpu_filename, config.gpu_filename))]
     paths = {name: folders.file_of(folder.version_path(version) / name) for name in names}
     there = {name: path for name, path in paths.items() if path.is_file()}
-    if not there:
+    if not there and usual:
         version_file(folder, version, usual[0])
     for name, path in there.items():
-        if what := file_kinds.mistaken_for_model(path):
-            raise ConfigError(f"model '{config.name}': {version}/{name} is {what}")
-        if config.backend == "pytorch" and (what := file_kinds.mistaken_for_program(path)):
+        if what := record.mistaken(path):
             raise ConfigError(f"model '{config.name}': {version}/{name} {what}")
 
 

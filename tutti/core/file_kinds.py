@@ -17,6 +17,7 @@ EXPORT_IT = (
     "torch.export.save as .pt2"
 )
 _ZIP = "a zip archive"
+_POINTER = "a pointer of Git LFS"
 _LFS = b"version https://git-lfs.github.com/spec/"
 # What no model begins with. The order matters: the first that fits is told.
 _STRANGERS: tuple[tuple[str, str], ...] = (
@@ -52,7 +53,7 @@ def said(head: bytes) -> str:
     if not head:
         return "empty"
     if head.startswith(_LFS):
-        return "a pointer of Git LFS and not the file: 'git lfs pull' fetches it"
+        return f"{_POINTER} and not the file: 'git lfs pull' fetches it"
     if not head.strip(b"\0"):
         return "nothing but zeros, as a file is that was not written to the end"
     for pattern, what in _PATTERNS:
@@ -78,6 +79,12 @@ def mistaken_for_model(path: Path) -> str:
     is_told = path.is_file() and (path.suffix != ".py" or path.stat().st_size > 0)
     what = of(path) if is_told else ""
     return "" if what in _MAY_BE_MODELS else what
+
+
+def unfetched(path: Path) -> str:
+    """That a file of any kind was not fetched, to stand after its name; "" where it was, or is missing."""
+    what = of(path) if path.is_file() else ""
+    return f"is {what}" if what.startswith(_POINTER) else ""
 
 
 def mistaken_for_program(path: Path) -> str:

@@ -19,6 +19,8 @@ from tritonclient.grpc import model_config_pb2 as pb
 from tutti.core import dtypes, files
 from tutti.core.errors import ConfigError, reason
 from tutti.core.types import Shape
+from tutti.repository import backend_records
+from tutti.repository.backend_records import BUILT_IN, BackendRecord, GpuUse
 from tutti.repository.length_limits import ANY_SIZE, MaxDims
 from tutti.repository.length_limits import parse as parse_max_dims
 from tutti.repository.padding import NO_PADDING, Padding
@@ -29,12 +31,8 @@ from tutti.repository.value_bounds import UNBOUNDED, Bounds
 from tutti.repository.value_bounds import parse as parse_bounds
 
 DEFAULT_MAX_QUEUED_ROWS = 16_384
-_PLATFORM_BACKENDS = {
-    "onnxruntime_onnx": "onnxruntime",
-    "tensorrt_plan": "tensorrt",
-    "pytorch_libtorch": "pytorch",
-    "ensemble": "ensemble",
-}
+_ENSEMBLE = "ensemble"
+_PLATFORMS = sorted([record.platform for record in BUILT_IN.values() if record.platform] + [_ENSEMBLE])
 # Dotted paths of the fields this server acts on, or that change nothing that a client can see. Subtrees end in ".*".
 _HONOURED = frozenset(
     {
@@ -79,10 +77,6 @@ _EMPTY_IS_FINE = frozenset(
 )  # fmt: skip
 _DEFAULT_SEQUENCE_IDLE_US = 1_000_000
 _MAX_NAME = 1024
-
-
-# Backends that execute a batch's requests as one, whatever else they carry than tensors.
-JOINING = ("onnxruntime", "pytorch", "tensorrt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,10 +230,13 @@ class ModelConfig:
     max_inflight_requests: int = 0
     # False where requests of several callers must not reach the model as one: their rows could not be told apart.
     makes_rows: bool = True
+    # What its backend's record says.
+    joins_rows: bool = False
+    gpus: GpuUse = "asked"
 
     @property
     def is_ensemble(self) -> bool:
-        return self.backend == "ensemble"
+        return self.backend == _ENSEMBLE
 
     @property
     def is_batched(self) -> bool:
@@ -250,7 +247,7 @@ class ModelConfig:
     def may_merge(self) -> bool:
         """Whether requests of equal shapes may reach the model as one: its backend joins them anyway."""
         is_plain = self.sequences is None and not (self.is_decoupled or self.is_cached)
-        is_joined = self.backend in JOINING and self.batching is not None and self.max_batch_size > 1
+        is_joined = self.joins_rows and self.batching is not None and self.max_batch_size > 1
         return self.makes_rows and is_plain and is_joined and not self.padding.inputs and not self.ragged
 
     @property
@@ -394,20 +391,31 @@ def _complete_and_check(proto: Any, folder: str, complete: Complete) -> ModelCon
     if not proto.name:
         proto.name = folder
     complete(proto)
-    _check(proto, folder)
-    built = _build(proto)
-    _fill_defaults(proto)
+    record = backend_of(proto, folder)
+    _check(proto, folder, record)
+    built = _build(proto, record)
+    _fill_defaults(proto, record)
     return built
 
 
-def _fill_defaults(proto: Any) -> None:
+def backend_of(proto: Any, model: str) -> BackendRecord | None:
+    """The backend that a ModelConfig message names, by its platform maybe; None for an ensemble, and for none.
+
+    Raises ConfigError for an installed one that is broken.
+    """
+    if proto.HasField("ensemble_scheduling"):
+        return None
+    if proto.backend:
+        return backend_records.find(proto.backend, model)
+    return backend_records.of_platform(proto.platform)
+
+
+def _fill_defaults(proto: Any, record: BackendRecord | None) -> None:
     """Say what holds where nothing was said, as Triton shows it to clients and to python models."""
-    filenames = {"onnxruntime": "model.onnx", "python": "model.py", "tensorrt": "model.plan", "pytorch": "model.pt"}
-    backend = proto.backend or _PLATFORM_BACKENDS.get(proto.platform, "")
-    if backend in filenames:
-        proto.backend = backend
-        proto.platform = proto.platform or ("onnxruntime_onnx" if backend == "onnxruntime" else "")
-        proto.default_model_filename = proto.default_model_filename or filenames[backend]
+    if record is not None:
+        proto.backend = record.name
+        proto.platform = proto.platform or (record.platform if record.shows_platform else "")
+        proto.default_model_filename = proto.default_model_filename or next(iter(record.filenames), "")
         if not proto.instance_group:
             proto.instance_group.add()
         for index, group in enumerate(proto.instance_group):
@@ -416,7 +424,7 @@ def _fill_defaults(proto: Any) -> None:
     if not proto.HasField("version_policy"):
         proto.version_policy.latest.num_versions = 1
     for memory in ("input_pinned_memory", "output_pinned_memory"):
-        if backend in filenames and not proto.optimization.HasField(memory):
+        if record is not None and not proto.optimization.HasField(memory):
             getattr(proto.optimization, memory).enable = True
     if proto.HasField("ensemble_scheduling"):
         proto.model_transaction_policy.SetInParent()
@@ -467,7 +475,7 @@ def _set_paths(message: Message, prefix: str = "") -> Iterator[str]:
             yield from nested or [path]
 
 
-def _check(proto: Any, folder: str) -> None:
+def _check(proto: Any, folder: str, record: BackendRecord | None) -> None:
     _check_enums(proto, folder)
     if proto.name != folder:
         raise _fail(folder, "name", f"expected the folder's name '{folder}', got '{proto.name}'")
@@ -484,8 +492,8 @@ def _check(proto: Any, folder: str) -> None:
         if step.model_namespace:
             raise _fail(folder, "ensemble_scheduling.step.model_namespace", "this server does not support the field")
     for kind, specs in (("input", proto.input), ("output", proto.output)):
-        # A python model may make its outputs of nothing.
-        _check_tensors(folder, kind, specs, may_be_none=kind == "input" and proto.backend == "python")
+        may_be_none = kind == "input" and record is not None and not record.needs_inputs
+        _check_tensors(folder, kind, specs, may_be_none)
     _check_batching(proto)
 
 
@@ -573,7 +581,7 @@ def _check_batching(proto: Any) -> None:
             raise _fail(proto.name, "dynamic_batching.priority_queue_policy", f"{expected}, got {level}")
 
 
-def _ragged(proto: Any) -> Ragged:
+def _ragged(proto: Any, record: BackendRecord | None) -> Ragged:
     ragged = frozenset(spec.name for spec in proto.input if spec.allow_ragged_batch)
     inputs, outputs = {spec.name for spec in proto.input}, {spec.name for spec in proto.output}
     made, scattered = [], {}
@@ -599,7 +607,8 @@ def _ragged(proto: Any) -> Ragged:
     found = Ragged(ragged, tuple(made), scattered)
     if found and not proto.max_batch_size:
         raise _fail(proto.name, "input.allow_ragged_batch", "needs max_batch_size of at least 1")
-    if (made or scattered) and (proto.backend == "python" or proto.HasField("ensemble_scheduling")):
+    joins = record is None or record.joins_rows
+    if (made or scattered) and (not joins or proto.HasField("ensemble_scheduling")):
         raise _fail(proto.name, "batch_input", "only backends that join a batch have batch inputs and outputs")
     if found and proto.HasField("sequence_batching"):
         raise _fail(proto.name, "input.allow_ragged_batch", "is not supported with sequence_batching")
@@ -615,11 +624,9 @@ def _padding(proto: Any, parameters: Mapping[str, str], specs: Any) -> Padding:
     return padding
 
 
-def _build(proto: Any) -> ModelConfig:
-    backend = "ensemble" if proto.HasField("ensemble_scheduling") else proto.backend
-    backend = backend or _PLATFORM_BACKENDS.get(proto.platform, "")
-    if not backend:
-        raise _fail(proto.name, "backend", f"expected a backend, or a platform of {sorted(_PLATFORM_BACKENDS)}")
+def _build(proto: Any, record: BackendRecord | None) -> ModelConfig:
+    backend = _backend_name(proto, record)
+    joins_rows = record is not None and record.joins_rows
     policy = proto.dynamic_batching
     is_dynamic = proto.HasField("dynamic_batching")
     parameters = MappingProxyType({key: value.string_value for key, value in proto.parameters.items()})
@@ -628,14 +635,14 @@ def _build(proto: Any) -> ModelConfig:
     warmups = tuple(_warmup(proto, index) for index in range(len(proto.model_warmup)))
     return ModelConfig(
         name=proto.name,
-        platform=proto.platform or {v: k for k, v in _PLATFORM_BACKENDS.items()}.get(backend, backend),
+        platform=proto.platform or (record.platform if record is not None else "") or backend,
         backend=backend,
         max_batch_size=proto.max_batch_size,
         inputs=inputs,
         outputs=outputs,
         batching=_batching(proto) if is_dynamic else None,
         max_queued_rows=policy.default_queue_policy.max_queue_size or DEFAULT_MAX_QUEUED_ROWS,
-        instance_groups=tuple(_group(proto, index) for index in range(len(proto.instance_group))) or (InstanceGroup(),),
+        instance_groups=_groups(proto, record),
         version_policy=_version_policy(proto),
         parameters=parameters,
         steps=_steps(proto),
@@ -647,11 +654,23 @@ def _build(proto: Any) -> ModelConfig:
         warmups=warmups,
         metric_tags=MappingProxyType(dict(proto.metric_tags)),
         padding=padding,
-        ragged=_ragged(proto),
-        bounds=parse_bounds(proto.name, parameters, inputs, padding, is_checked=backend in JOINING),
+        ragged=_ragged(proto, record),
+        bounds=parse_bounds(proto.name, parameters, inputs, padding, is_checked=joins_rows),
         max_dims=parse_max_dims(proto.name, parameters, inputs, padding, warmups),
         max_inflight_requests=proto.ensemble_scheduling.max_inflight_requests,
+        joins_rows=joins_rows,
+        gpus=record.gpus if record is not None else "asked",
     )
+
+
+def _backend_name(proto: Any, record: BackendRecord | None) -> str:
+    """Any that is named: whether there is such a backend is seen when the model is loaded."""
+    if proto.HasField("ensemble_scheduling") or (not proto.backend and proto.platform == _ENSEMBLE):
+        return _ENSEMBLE
+    name: str = proto.backend or (record.name if record is not None else "")
+    if not name:
+        raise _fail(proto.name, "backend", f"expected a backend, or a platform of {_PLATFORMS}")
+    return name
 
 
 def _spec(proto: Any) -> TensorSpec:
@@ -784,11 +803,17 @@ def _warmup(proto: Any, index: int) -> Warmup:
     return Warmup(warmup.name, max(1, warmup.batch_size), warmup.count or 1, MappingProxyType(inputs))
 
 
-def _group(proto: Any, index: int) -> InstanceGroup:
+def _groups(proto: Any, record: BackendRecord | None) -> tuple[InstanceGroup, ...]:
+    groups = tuple(_group(proto, index, record) for index in range(len(proto.instance_group)))
+    return groups or (InstanceGroup(),)
+
+
+def _group(proto: Any, index: int, record: BackendRecord | None) -> InstanceGroup:
     group = proto.instance_group[index]
     kind = pb.ModelInstanceGroup.Kind.Name(group.kind).removeprefix("KIND_").lower()
-    if kind == "model" and (proto.backend != "python" or group.gpus):
-        what = "names no GPUs" if proto.backend == "python" else "is supported for python models only"
+    is_models_choice = record is not None and record.chooses_devices
+    if kind == "model" and (not is_models_choice or group.gpus):
+        what = "names no GPUs" if is_models_choice else "is supported for python models only"
         raise _fail(proto.name, f"instance_group[{index}].kind", f"KIND_MODEL {what}")
     if group.count < 0:
         raise _fail(proto.name, f"instance_group[{index}].count", f"expected 1 or more, got {group.count}")

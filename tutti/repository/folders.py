@@ -16,8 +16,11 @@ from typing import Any
 from tutti.core import files, paths
 from tutti.core.errors import ConfigError, TuttiError, reason
 from tutti.repository import config
+from tutti.repository.backend_records import BUILT_IN
 from tutti.repository.config import ModelConfig
 
+# The files of models that need no config.pbtxt: their backends complete one.
+SELF_EXPLANATORY = tuple(record.filenames[0] for record in BUILT_IN.values() if record.completes is not None)
 _VERSION = re.compile(r"[1-9][0-9]{0,17}")
 _OVERRIDE_FILE = re.compile(r"[1-9][0-9]{0,17}(/[A-Za-z0-9_][A-Za-z0-9_.+-]*)+")
 _MAX_NAME = 255
@@ -103,7 +106,7 @@ def _is_model(path: Path) -> bool:
         if not path.is_dir():
             return False
         is_configured = os.path.lexists(path / "config.pbtxt")
-        return is_configured or bool(versions(path, "model.onnx") or versions(path, "model.py"))
+        return is_configured or any(versions(path, filename) for filename in SELF_EXPLANATORY)
     except OSError:
         return os.path.lexists(path)
 

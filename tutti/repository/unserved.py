@@ -7,21 +7,15 @@ from pathlib import Path
 
 from tutti.core.paths import near as near
 from tutti.repository import folders
+from tutti.repository.backend_records import BUILT_IN
 
 CONFIG = "config.pbtxt"
 # The backend of a file that needs a configuration to be served, and what it is to be called.
-_FORMATS = {
-    ".onnx": ("onnxruntime", "model.onnx"),
-    ".pt": ("pytorch", "model.pt"),
-    ".pth": ("pytorch", "model.pt"),
-    ".pt2": ("pytorch", "model.pt2"),
-    ".plan": ("tensorrt", "model.plan"),
-    ".engine": ("tensorrt", "model.plan"),
-}
+_FORMATS = {suffix: (record, name) for record in BUILT_IN.values() for suffix, name in record.suffixes.items()}
 # `tutti init` makes a model of them.
 _OF_INIT = frozenset([".onnx", ".pt", ".pth", ".pt2"])
 # Such a file is found without a configuration.
-_TELLING = frozenset(["model.onnx", "model.py"])
+_TELLING = frozenset(folders.SELF_EXPLANATORY)
 _CHECKPOINT = ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json")
 _EXAMPLE = (
     'input { name: "INPUT__0" data_type: TYPE_FP32 dims: [ 3, 224, 224 ] } '
@@ -94,9 +88,9 @@ def _of_file(path: Path, where: str, version: int, file: str) -> Iterator[str]:
     """Of a model's file that needs a configuration."""
     if Path(file).suffix not in _FORMATS:
         return
-    backend, usual = _FORMATS[Path(file).suffix]
-    if backend == "onnxruntime":
-        yield f"{where}should be called model.onnx, or be named by default_model_filename in {path.name}/{CONFIG}"
+    record, usual = _FORMATS[Path(file).suffix]
+    if usual in _TELLING:
+        yield f"{where}should be called {usual}, or be named by default_model_filename in {path.name}/{CONFIG}"
         return
     own = path / str(version) / file
     init = (
@@ -105,7 +99,7 @@ def _of_file(path: Path, where: str, version: int, file: str) -> Iterator[str]:
     renamed = "" if file == usual else f' default_model_filename: "{file}"'
     yield (
         f"{where}does not tell its tensors; {init}write {path.name}/{CONFIG}, with names, types and sizes of its own: "
-        f'backend: "{backend}" max_batch_size: 8{renamed} {_EXAMPLE} dynamic_batching {{}}'
+        f'backend: "{record.name}" max_batch_size: 8{renamed} {_EXAMPLE} dynamic_batching {{}}'
     )
 
 
