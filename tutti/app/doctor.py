@@ -16,6 +16,7 @@ from tutti.console.arguments import Parser
 from tutti.console.help_format import Help, examples
 from tutti.core import extras, locales
 from tutti.devices import gpu_presence, nvml
+from tutti.repository import backend_records
 
 Verdict = Literal["ok", "note", "bad"]
 _CORE = ("numpy", "onnxruntime", "protobuf", "tritonclient", "pygrpc-native", "uvloop", "orjson")
@@ -54,7 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def examine() -> Iterator[Finding]:
-    for part in (_versions, _libraries, _devices, _limits, _locale):
+    for part in (_versions, _libraries, _backends, _devices, _limits, _locale):
         yield from part()
 
 
@@ -84,6 +85,15 @@ def _libraries() -> Iterator[Finding]:
         has = ", ".join(f"{name} {extras.version(name)}" for name in needed)
         text = f"lacks {', '.join(absent)}: {extras.install(extra)}" if absent else has
         yield Finding(f"extra '{extra}'", "note" if absent else "ok", text)
+
+
+def _backends() -> Iterator[Finding]:
+    yield Finding("backends", "ok", ", ".join(backend_records.BUILT_IN))
+    for name, distribution in backend_records.installed().items():
+        why = backend_records.broken(name)
+        yield Finding(f"backend '{name}'", "bad" if why else "ok", why or f"of {distribution}")
+    for name, distribution in backend_records.shadowed().items():
+        yield Finding(f"backend '{name}'", "note", f"that of {distribution} is not used: tutti has its own")
 
 
 def _devices() -> Iterator[Finding]:

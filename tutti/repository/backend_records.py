@@ -86,6 +86,11 @@ def installed() -> dict[str, str]:
     return {name: _distributions(points) for name, points in sorted(_entry_points().items()) if name not in BUILT_IN}
 
 
+def shadowed() -> dict[str, str]:
+    """The same of those that nobody can name, since tutti has one of the name."""
+    return {name: _distributions(points) for name, points in sorted(_entry_points().items()) if name in BUILT_IN}
+
+
 def broken(name: str) -> str:
     """Why an installed backend cannot be used; "" where it can."""
     record = _loaded(name)
@@ -101,9 +106,7 @@ def distribution(name: str) -> str:
 def choice(name: str) -> str:
     """What there is in the place of a backend that there is not, to stand after "is not one of"."""
     others = installed()
-    text = ", ".join(BUILT_IN)
-    if others:
-        text += f", and of those installed {', '.join(others)}"
+    text = ", ".join([*BUILT_IN, *(f"{other} (of {distribution})" for other, distribution in others.items())])
     near = difflib.get_close_matches(name.lower(), [*BUILT_IN, *others], 1)
     return f"{text}; did you mean '{near[0]}'?" if near else text
 
