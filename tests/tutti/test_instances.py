@@ -7,7 +7,7 @@ import pytest
 
 from tests.models import Repository, onnx_add_one
 from tests.serving import engine_over, infer
-from tutti.backends import onnxruntime, registry
+from tutti.backends import onnxruntime, placement
 from tutti.core.errors import ConfigError, InferError
 from tutti.core.types import InferRequest, Tensor
 from tutti.devices import process_engines
@@ -19,7 +19,7 @@ TENSORS = 'input { name: "x" data_type: TYPE_FP32 dims: 4 } output { name: "y" d
 
 def placed(groups: str, gpus: int, can_use_gpus: bool = True) -> list[tuple[str, int]]:
     parsed = config.parse(f'backend: "python" {TENSORS} {groups}', "m")
-    return [(group.kind, number) for group, number in registry.instances(parsed, can_use_gpus, gpus)]
+    return [(group.kind, number) for group, number in placement.instances(parsed, can_use_gpus, gpus)]
 
 
 @pytest.mark.parametrize(
@@ -61,13 +61,13 @@ def test_a_gpu_that_does_not_exist_is_refused(gpus: str, asked: int) -> None:
 
 
 def test_by_default_the_gpus_of_this_process_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "gpu_count", lambda: 2)
+    monkeypatch.setattr(placement, "gpu_count", lambda: 2)
     parsed = config.parse(f'backend: "python" {TENSORS}', "m")
-    assert [number for _, number in registry.instances(parsed)] == [0, 1]
+    assert [number for _, number in placement.instances(parsed)] == [0, 1]
 
 
 def test_a_python_model_is_told_its_gpu(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "gpu_count", lambda: 2)
+    monkeypatch.setattr(placement, "gpu_count", lambda: 2)
     code = (
         "import json, pathlib\n"
         "class TritonPythonModel:\n"

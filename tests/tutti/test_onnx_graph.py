@@ -11,7 +11,7 @@ from onnx import helper, numpy_helper
 
 from tests.models import Repository
 from tests.serving import engine_over, infer
-from tutti.backends import registry
+from tutti.backends import model_files
 from tutti.backends.completion import open_model
 from tutti.core.errors import ConfigError
 from tutti.core.types import InferRequest, InferResponse, Tensor
@@ -165,4 +165,4 @@ def test_a_folder_without_the_model_is_named(repository: Repository, tmp_path: P
     repository.add("m", f'backend: "onnxruntime" {CONFIG}', {})
     (repository.root / "m" / "1" / "model.onnx").mkdir()
     with pytest.raises(ConfigError, match=r"version 1 has no file 'model.onnx'"):
-        registry.model_file(open_model(repository.root, "m"), 1, "model.onnx")
+        model_files.model_file(open_model(repository.root, "m"), 1, "model.onnx")

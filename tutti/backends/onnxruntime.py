@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from tutti.backends import joined, onnx_graph, onnx_providers, parameters, registry
+from tutti.backends import joined, model_files, onnx_graph, onnx_providers, parameters, placement
 from tutti.backends.joined import JoinedBackend
 from tutti.core import dtypes, extras, locales
 from tutti.core.dtypes import NUMPY, Array
@@ -42,17 +42,17 @@ _VARIABLE = 8
 def load(folder: ModelFolder, version: int, infer: Infer) -> list[Backend]:
     """One session for each device, shared by the instances there: Run is thread-safe and weights are kept once."""
     config = folder.config
-    path = registry.model_file(folder, version, "model.onnx")
+    path = model_files.model_file(folder, version, "model.onnx")
     sessions: dict[str, Any] = {}
     loaded: list[OnnxBackend] = []
     has_cuda = _has_cuda()
     _warn_of_two()
     with undone(loaded):
-        for group, number in registry.instances(config, has_cuda):
+        for group, number in placement.instances(config, has_cuda):
             device = f"cuda:{number}" if _is_gpu(config, group, has_cuda) else "cpu"
             if device not in sessions:
                 variant = config.cpu_filename if device == "cpu" else config.gpu_filename
-                own = registry.version_file(folder, version, variant) if variant else path
+                own = model_files.version_file(folder, version, variant) if variant else path
                 sessions[device] = _session(config, own, device)
                 if variant and device == "cpu":
                     _check_variant(config, _session(config, path, device), sessions[device])

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tutti.backends import compiled, joined, registry, verification
+from tutti.backends import compiled, joined, model_files, placement, verification
 from tutti.backends.compiled import Compilation
 from tutti.backends.cuda_graphs import ModelGraphs
 from tutti.backends.joined import JoinedBackend
@@ -52,7 +52,7 @@ def load(folder: ModelFolder, version: int, infer: Infer) -> list[Backend]:
     modules: dict[str, Module] = {}
     compilations: dict[Path, Compilation | None] = {}
     graphs = ModelGraphs(folder, version)
-    devices = [_device(config, group, number) for group, number in registry.instances(config)]
+    devices = [_device(config, group, number) for group, number in placement.instances(config)]
     with undone(loaded):
         for device in devices:
             if device not in modules:
@@ -109,11 +109,11 @@ def _program(config: ModelConfig, module: "Module") -> Program:
 def _file(folder: ModelFolder, version: int, device: str) -> Path:
     """The configured file, by default `model.pt2` where there is one, else `model.pt`; on GPUs the variant for them."""
     if device != "cpu" and folder.config.gpu_filename:
-        return registry.version_file(folder, version, folder.config.gpu_filename)
+        return model_files.version_file(folder, version, folder.config.gpu_filename)
     given = folder.config.model_filename
     if given in ("", "model.pt") and (folder.version_path(version) / EXPORTED).is_file():
         return folder.version_path(version) / EXPORTED
-    return registry.model_file(folder, version, "model.pt")
+    return model_files.model_file(folder, version, "model.pt")
 
 
 def _device(config: ModelConfig, group: InstanceGroup, number: int) -> str:

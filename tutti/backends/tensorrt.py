@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tutti.backends import registry
+from tutti.backends import model_files, placement
 from tutti.backends.cuda_graphs import ModelGraphs
 from tutti.backends.on_device import DeviceBackend, Program
 from tutti.core.errors import ConfigError, InvalidArgument
@@ -33,7 +33,7 @@ _DATATYPES = {
 def load(folder: ModelFolder, version: int, infer: Infer) -> list[Backend]:
     """One engine for each GPU, one execution context for each instance."""
     config = folder.config
-    path = registry.model_file(folder, version, "model.plan")
+    path = model_files.model_file(folder, version, "model.plan")
     trt = _module(config)
     if any(group.kind == "cpu" for group in config.instance_groups):
         raise ConfigError(f"model '{config.name}': instance_group.kind: a TensorRT plan executes on GPUs only")
@@ -43,7 +43,7 @@ def load(folder: ModelFolder, version: int, infer: Infer) -> list[Backend]:
     loaded: list[Backend] = []
     graphs = ModelGraphs(folder, version)
     with undone(loaded):
-        for _, number in registry.instances(config):
+        for _, number in placement.instances(config):
             if number not in engines:
                 graphs.try_on(f"cuda:{number}")
                 engines[number] = _engine(config, path, trt, number)
@@ -57,7 +57,7 @@ def load(folder: ModelFolder, version: int, infer: Infer) -> list[Backend]:
 def program(folder: ModelFolder, version: int, device: str) -> Program:
     """The plan on one GPU."""
     config, trt, number = folder.config, _module(folder.config), int(device.partition(":")[2])
-    engine = _engine(config, registry.model_file(folder, version, "model.plan"), trt, number)
+    engine = _engine(config, model_files.model_file(folder, version, "model.plan"), trt, number)
     return TensorRtProgram(config, engine, trt, number)
 
 

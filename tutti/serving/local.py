@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
-from tutti.backends import registry
+from tutti.backends import placement, registry
 from tutti.backends.device_instance import DeviceInstance, PipelinedBackend
 from tutti.core import dtypes
 from tutti.core.daemon_threads import Pool
@@ -275,7 +275,7 @@ def _check_unlimited(config: ModelConfig) -> None:
 
 def _turns(config: ModelConfig, loaded: Sequence[Backend], limits: RateLimits) -> list[Turn | None]:
     """One for each instance; those without limits take none."""
-    placed = registry.instances(config, any(backend.kind not in ("cpu", "auto", "model") for backend in loaded))
+    placed = placement.instances(config, any(backend.kind not in ("cpu", "auto", "model") for backend in loaded))
     turns: list[Turn | None] = []
     try:
         for (group, device), _ in zip(placed, loaded, strict=True):

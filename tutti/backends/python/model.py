@@ -18,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tutti.backends import device_options, registry
+from tutti.backends import device_options, model_files, placement
 from tutti.backends.python import execution_env, isolated, model_imports
 from tutti.backends.python import triton_python_backend_utils as pb_utils
 from tutti.backends.python.coroutines import Coroutines
@@ -48,9 +48,9 @@ _MOST_STARTING = 8
 
 def load(folder: ModelFolder, version: int, infer: Infer) -> list[Backend]:
     """One TritonPythonModel per instance, each in its process or all in this one. They may send requests to `infer`."""
-    path = registry.model_file(folder, version, "model.py")
+    path = model_files.model_file(folder, version, "model.py")
     _takes_inputs_on_host(folder.config)
-    placed = registry.instances(folder.config)
+    placed = placement.instances(folder.config)
     is_isolated = _is_isolated(folder.config, [group for group, _ in placed])
     _check_options(folder.config, is_isolated)
     if is_isolated:
@@ -214,7 +214,7 @@ def _turn_taker(config: ModelConfig, group: InstanceGroup, number: int, path: Pa
 def _instance_name(config: ModelConfig, index: int) -> str:
     """As Triton names it: the group's name, which without one is the model's and the group's number, and its own."""
     for number, group in enumerate(config.instance_groups):
-        count = len(registry.instances(dataclasses.replace(config, instance_groups=(group,))))
+        count = len(placement.instances(dataclasses.replace(config, instance_groups=(group,))))
         if index < count:
             return f"{group.name or f'{config.name}_{number}'}_{index % group.count}"
         index -= count
