@@ -3,13 +3,13 @@
 A repository is opened here wherever models are to be served, or shown as they would be.
 """
 
-import importlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from tutti.backends import importing
 from tutti.core.errors import ConfigError
-from tutti.repository import config, folders
+from tutti.repository import backend_records, config, folders
 from tutti.repository.backend_records import BUILT_IN, BackendRecord
 from tutti.repository.folders import ModelFolder, file_of, versions
 
@@ -33,6 +33,8 @@ def complete(path: Path, proto: Any) -> None:
     `path` is the model's folder. Raises ConfigError for a file that is none.
     """
     record = config.backend_of(proto, path.name)
+    if proto.backend and not proto.HasField("ensemble_scheduling"):
+        backend_records.known(proto.backend, path.name)  # else what it would have completed is what is missed
     if not (proto.backend or proto.platform or proto.HasField("ensemble_scheduling")):
         record = _by_file(path)
     completes = record.completes if record is not None else None
@@ -48,7 +50,7 @@ def complete(path: Path, proto: Any) -> None:
         return
     proto.backend = record.name
     if completes(proto, file):
-        importlib.import_module(record.module).complete(proto, file)
+        importing.module_of(record, path.name).complete(proto, file)
 
 
 def _by_file(path: Path) -> BackendRecord | None:

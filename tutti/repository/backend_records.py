@@ -76,6 +76,14 @@ def find(name: str, model: str) -> BackendRecord | None:
     return record
 
 
+def known(name: str, model: str) -> BackendRecord:
+    """As `find`; raises ConfigError with those there are where there is none."""
+    record = find(name, model)
+    if record is None:
+        raise ConfigError(f"model '{model}': backend: '{name}' is not one of {_choice(name)}")
+    return record
+
+
 def of_platform(platform: str) -> BackendRecord | None:
     """The backend of tutti's that a configuration names by its platform."""
     return next((record for record in BUILT_IN.values() if platform and record.platform == platform), None)
@@ -103,8 +111,8 @@ def distribution(name: str) -> str:
     return next((point.dist.name for point in points if point.dist is not None), "")
 
 
-def choice(name: str) -> str:
-    """What there is in the place of a backend that there is not, to stand after "is not one of"."""
+def _choice(name: str) -> str:
+    """What there is in the place of a backend that there is not."""
     others = installed()
     text = ", ".join([*BUILT_IN, *(f"{other} (of {distribution})" for other, distribution in others.items())])
     near = difflib.get_close_matches(name.lower(), [*BUILT_IN, *others], 1)
