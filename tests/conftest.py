@@ -13,6 +13,7 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from tests import models, wheels
+from tests.distributions import Install, installing
 from tutti.devices import health, process_engines
 from tutti.devices.health import DeviceHealth
 from tutti.devices.simulated import SIMULATED
@@ -59,6 +60,13 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> wheels.Installed:
     """The wheel of this checkout, in an environment of its own."""
     folder = tmp_path_factory.mktemp("wheel")
     return wheels.install(wheels.build(folder), folder / "environment")
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
+    """Installs distributions with backends, for this test."""
+    with installing(tmp_path / "site", monkeypatch) as install:
+        yield install
 
 
 @pytest.fixture

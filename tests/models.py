@@ -26,6 +26,20 @@ def onnx_gather() -> bytes:
     return _serialized(graph)
 
 
+def onnx_doubling() -> bytes:
+    """y = 2x + 1 and its total, [batch, -1] FP32."""
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", "length"]) for name in ("x", "y"))
+    total = helper.make_tensor_value_info("total", TensorProto.FLOAT, ["batch", 1])
+    one, two = (helper.make_tensor(str(value), TensorProto.FLOAT, [1], [value]) for value in (1.0, 2.0))
+    last = helper.make_tensor("last", TensorProto.INT64, [1], [1])
+    nodes = [
+        helper.make_node("Mul", ["x", "2.0"], ["twice"]),
+        helper.make_node("Add", ["twice", "1.0"], ["y"]),
+        helper.make_node("ReduceSum", ["y", "last"], ["total"], keepdims=1),
+    ]
+    return _serialized(helper.make_graph(nodes, "doubling", [x], [y, total], [one, two, last]))
+
+
 def onnx_text() -> bytes:
     """y = x for any number of strings."""
     x, y = (helper.make_tensor_value_info(name, TensorProto.STRING, [None]) for name in ("x", "y"))

@@ -1,14 +1,13 @@
 """The table of backends, and those of other distributions: found, broken, twice, unknown."""
 
-import importlib
+import importlib.util
 import subprocess
 import sys
-import textwrap
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.distributions import Install
 from tests.models import Repository
 from tests.serving import engine_over
 from tutti.app import doctor
@@ -17,38 +16,6 @@ from tutti.repository import backend_records, config
 from tutti.repository.backend_records import BUILT_IN, BackendRecord
 
 TENSORS = 'input { name: "x" data_type: TYPE_FP32 dims: 4 } output { name: "y" data_type: TYPE_FP32 dims: 4 }'
-Install = Callable[..., None]
-
-
-def forget() -> None:
-    backend_records._entry_points.cache_clear()
-    backend_records._loaded.cache_clear()
-
-
-@pytest.fixture
-def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
-    """Makes a distribution with one entry point, and its module of the given source."""
-    site = tmp_path / "site"
-    site.mkdir()
-    monkeypatch.syspath_prepend(site)
-
-    def add(distribution: str, entry_point: str, **modules: str) -> None:
-        info = site / f"{distribution.replace('-', '_')}-1.2.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.2\n")
-        (info / "entry_points.txt").write_text(f"[tutti.backends]\n{entry_point}\n")
-        for name, source in modules.items():
-            (site / f"{name}.py").write_text(textwrap.dedent(source))
-        importlib.invalidate_caches()
-        forget()
-
-    before = set(sys.modules)
-    yield add
-    forget()
-    for name in set(sys.modules) - before:
-        del sys.modules[name]
-
-
 RECORD = """
 from tutti.repository.backend_records import BackendRecord
 RECORD = BackendRecord("added", "added_backend", {fields})
