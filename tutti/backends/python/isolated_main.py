@@ -23,8 +23,9 @@ from tritonclient.grpc import model_config_pb2
 
 from tutti.backends.python import isolated_wire as wire
 from tutti.backends.python import model as python
-from tutti.backends.python import triton_python_backend_utils as pb_utils
 from tutti.backends.python.isolated_wire import Arena
+from tutti.backends.python.pb_utils.errors import told
+from tutti.backends.python.pb_utils.server import serve_with
 from tutti.core.errors import ConfigError, InferError, Internal
 from tutti.core.lifeline import end_with
 from tutti.core.types import Answer, Call, Emit, InferRequest, InferResponse, now_ns
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str]) -> None:
     except ConfigError as error:
         failure = str(error)
     except BaseException as error:
-        failure = pb_utils.told(error)
+        failure = told(error)
     channel.send_bytes(pickle.dumps(failure))
     if failure:
         return
@@ -83,7 +84,7 @@ def complete(arguments: Sequence[str]) -> None:
         python.complete_alone(proto, Path(path))
         channel.send_bytes(pickle.dumps((text_format.MessageToString(proto), "")))
     except BaseException as error:
-        channel.send_bytes(pickle.dumps(("", pb_utils.told(error))))
+        channel.send_bytes(pickle.dumps(("", told(error))))
 
 
 def _load(start: Mapping[str, Any]) -> "python.PythonBackend":
@@ -116,7 +117,7 @@ def _answers(backend: "python.PythonBackend", calls: Sequence[Call]) -> list[Ans
         executed = backend.execute(calls)
         answers = executed() if callable(executed) else executed
     except BaseException as error:
-        what = f"model '{calls[0].request.model_name}': its answers cannot be made: {pb_utils.told(error)}"
+        what = f"model '{calls[0].request.model_name}': its answers cannot be made: {told(error)}"
         answers = [Internal(what)] * len(calls)
     return [
         InferError(str(answer)) if isinstance(answer, Exception) and not isinstance(answer, InferError) else answer
@@ -136,7 +137,7 @@ def _sendable(model: str, answer: Answer | None) -> Answer | None:
     try:
         wire.pack_answers([answer])
     except Exception as error:
-        return Internal(f"model '{model}': an answer cannot be sent: {pb_utils.told(error)}")
+        return Internal(f"model '{model}': an answer cannot be sent: {told(error)}")
     return answer
 
 
@@ -168,7 +169,7 @@ class _Server:
 
     def begin(self, log_level: int) -> None:
         """Answer for the server within this process, from now on."""
-        pb_utils.serve_with(self._infer, self._cancel, _Control(self))
+        serve_with(self._infer, self._cancel, _Control(self))
         custom_metrics.keep_in(self._family)
         logging.basicConfig(handlers=[_LogsToServer(self)], level=log_level, force=True)
         self._log_level = log_level

@@ -20,8 +20,17 @@ from typing import Any
 
 from tutti.backends import device_options, model_files, placement
 from tutti.backends.python import execution_env, isolated, model_imports
-from tutti.backends.python import triton_python_backend_utils as pb_utils
 from tutti.backends.python.coroutines import Coroutines
+from tutti.backends.python.pb_utils import responses as model_responses
+from tutti.backends.python.pb_utils import server
+from tutti.backends.python.pb_utils.completion import ModelConfig as CompletedConfig
+from tutti.backends.python.pb_utils.errors import TritonError, has_text, told
+from tutti.backends.python.pb_utils.requests import InferenceRequest
+from tutti.backends.python.pb_utils.responses import InferenceResponse
+from tutti.backends.python.pb_utils.senders import InferenceResponseSender
+from tutti.backends.python.pb_utils.tensors import Tensor as ModelTensor
+from tutti.backends.python.pb_utils.tensors import sent
+from tutti.backends.python.pb_utils.values import are_parameters
 from tutti.core import rows
 from tutti.core.daemon_threads import Pool
 from tutti.core.dtypes import NUMPY
@@ -99,7 +108,7 @@ def _load_isolated(
 def _load_here(
     folder: ModelFolder, version: int, placed: Sequence[tuple[InstanceGroup, int]], infer: Infer, path: Path
 ) -> list[Backend]:
-    pb_utils.serve_with(infer, control=control_of(infer))
+    server.serve_with(infer, controlling=control_of(infer))
     device_turns.know(str(path.parent))
     loaded: list[Backend] = []
     module: ModuleType | None = None
@@ -118,7 +127,7 @@ def _load_here(
             backend.close()
         if module is not None:
             model_imports.forget(module)
-        what = f"{path.name} failed to load: {pb_utils.told(error)}"
+        what = f"{path.name} failed to load: {told(error)}"
         raise ConfigError(f"model '{folder.config.name}': {what}") from error
     return loaded
 
@@ -130,7 +139,7 @@ def load_one(folder: ModelFolder, version: int, name: str, group: InstanceGroup,
         module = model_imports.import_alone(folder.path, version, filename)
         return PythonBackend(folder, version, module.TritonPythonModel(), name, group, device)
     except BaseException as error:
-        raise ConfigError(f"{filename} failed to load: {pb_utils.told(error)}") from error
+        raise ConfigError(f"{filename} failed to load: {told(error)}") from error
 
 
 def complete(proto: Any, path: Path) -> None:
@@ -145,7 +154,7 @@ def complete(proto: Any, path: Path) -> None:
         else:
             isolated.complete(proto, path)
     except BaseException as error:
-        reason = str(error) if isinstance(error, ConfigError) else pb_utils.told(error)
+        reason = str(error) if isinstance(error, ConfigError) else told(error)
         raise ConfigError(
             f"model '{proto.name}': {path.name} could not complete its configuration: {reason}"
         ) from error
@@ -159,8 +168,8 @@ def complete_alone(proto: Any, path: Path) -> None:
 def _complete_with(module: ModuleType, proto: Any) -> None:
     if not hasattr(module.TritonPythonModel, "auto_complete_config"):
         return
-    completed = module.TritonPythonModel.auto_complete_config(pb_utils.ModelConfig(proto))
-    if not isinstance(completed, pb_utils.ModelConfig):
+    completed = module.TritonPythonModel.auto_complete_config(CompletedConfig(proto))
+    if not isinstance(completed, CompletedConfig):
         raise TypeError(f"auto_complete_config returned a {type(completed).__name__}, no ModelConfig")
 
 
@@ -332,14 +341,14 @@ class PythonBackend:
 
     def _execute(self, calls: list[Call]) -> Executed:
         is_decoupled = self._config.is_decoupled
-        senders: dict[int, pb_utils.InferenceResponseSender] = {}
+        senders: dict[int, InferenceResponseSender] = {}
 
-        def sender_of(call: Call) -> pb_utils.InferenceResponseSender:
+        def sender_of(call: Call) -> InferenceResponseSender:
             sender = senders.get(id(call))
             if sender is None:
                 with self._settled:
                     self._owed += 1
-                sender = senders[id(call)] = pb_utils.InferenceResponseSender(
+                sender = senders[id(call)] = InferenceResponseSender(
                     call, self._sent, self._null, is_decoupled, self._paid
                 )
             return sender
@@ -351,7 +360,7 @@ class PythonBackend:
             on_host = self._takes_inputs_on_host
             with self._turn():
                 responses = self._model.execute(
-                    [pb_utils.InferenceRequest.received(call, self._output_names, sender_of, on_host) for call in calls]
+                    [InferenceRequest.received(call, self._output_names, sender_of, on_host) for call in calls]
                 )
                 if inspect.iscoroutine(responses):
                     if is_decoupled:  # others may be executed meanwhile
@@ -361,7 +370,7 @@ class PythonBackend:
                     wait = self._coroutines.result if self._taker is None else self._coroutines.result_here
                     responses = wait(responses)
                 responses = self._checked(responses, len(calls))
-                pb_utils.detach(responses, calls)  # waits for what is still under way on the device
+                model_responses.detach(responses, calls)  # waits for what is still under way on the device
         except BaseException as error:  # whatever it is, it is this batch's only
             failure = self._failed(error, senders)
             return [None if id(call) in senders else failure for call in calls]
@@ -373,7 +382,7 @@ class PythonBackend:
         return lambda: self._joined(calls, responses) or list(map(self._answer, calls, responses))
 
     def _returned(
-        self, call: Call, response: Any, sender: pb_utils.InferenceResponseSender | None
+        self, call: Call, response: Any, sender: InferenceResponseSender | None
     ) -> InferResponse | InferError | None:
         """What execute returned for a call; None where its sender has answered, or is to."""
         if sender is None:
@@ -385,7 +394,7 @@ class PythonBackend:
     def _went(
         self,
         done: "Future[tuple[Any, BaseException | None]]",
-        senders: dict[int, pb_utils.InferenceResponseSender],
+        senders: dict[int, InferenceResponseSender],
     ) -> None:
         """A coroutine of a decoupled model has ended."""
         try:
@@ -396,7 +405,7 @@ class PythonBackend:
         except BaseException as error:
             self._failed(error, senders)
 
-    def _failed(self, error: BaseException, senders: dict[int, pb_utils.InferenceResponseSender]) -> InferError:
+    def _failed(self, error: BaseException, senders: dict[int, InferenceResponseSender]) -> InferError:
         _log.debug("model '%s': execute failed", self._config.name, exc_info=True)
         failure = self._failure("execute", error)
         for sender in senders.values():
@@ -413,8 +422,8 @@ class PythonBackend:
         if isinstance(error, DeviceLost):  # while it waited for its turn
             return error
         # It begins as Triton's sentence does: clients look at that.
-        says = f"Failed to process the request(s) for model '{self._config.name}': {what} raised {pb_utils.told(error)}"
-        if not pb_utils.has_text(error):
+        says = f"Failed to process the request(s) for model '{self._config.name}': {what} raised {told(error)}"
+        if not has_text(error):
             return Internal(says)
         reason = sticky(error) or (tensors.failure(self._number) if is_unclear(error) else "")
         if reason:
@@ -448,7 +457,7 @@ class PythonBackend:
             return None
         names = [name for name in self._output_names if not asked or name in asked]
         sizes = [call.rows for call in calls]
-        joined = pb_utils.join(responses, names, [NUMPY[self._datatypes[name]] for name in names], sizes)
+        joined = model_responses.join(responses, names, [NUMPY[self._datatypes[name]] for name in names], sizes)
         if joined is None:
             return None
         outputs = [Tensor(n, self._datatypes[n], array.shape, array) for n, array in zip(names, joined, strict=True)]
@@ -457,7 +466,7 @@ class PythonBackend:
     def _sent(self, call: Call, response: Any) -> InferResponse | InferError:
         """The answer that a response sender was given."""
         try:
-            pb_utils.detach([response], [call])
+            model_responses.detach([response], [call])
         except BaseException as error:
             return self._failure("a response", error)
         return self._answer(call, response)
@@ -467,20 +476,20 @@ class PythonBackend:
             return Internal(
                 f"model '{self._config.name}': execute returned no response to a request, and took no response sender"
             )
-        if not isinstance(response, pb_utils.InferenceResponse):
+        if not isinstance(response, InferenceResponse):
             return Internal(
                 f"model '{self._config.name}': Expected an 'InferenceResponse' object in the execute function return "
                 f"list, found type '{type(response).__name__}'"
             )
         error = response.error()
         if error is not None:
-            if not isinstance(error, pb_utils.TritonError):
+            if not isinstance(error, TritonError):
                 got = type(error).__name__
                 return Internal(f"model '{self._config.name}': a response's error: expected a TritonError, got a {got}")
             return error.as_infer_error()
         asked = call.request.outputs
         try:
-            outputs = pb_utils.outputs_of(response)
+            outputs = model_responses.outputs_of(response)
             chosen = [
                 self._output(outputs[name])
                 for name in self._output_names
@@ -489,17 +498,17 @@ class PythonBackend:
         except InferError as bad_output:
             named = f"model '{self._config.name}'"
             return Internal(bad_output.message if named in bad_output.message else f"{named}: {bad_output.message}")
-        parameters = pb_utils.parameters_of(response)
-        if parameters and not pb_utils.are_parameters(parameters):
+        parameters = model_responses.parameters_of(response)
+        if parameters and not are_parameters(parameters):
             return Internal(f"model '{self._config.name}': response parameters: expected numbers, text and booleans")
         return InferResponse(self._config.name, self._version, chosen, parameters)
 
-    def _output(self, tensor: pb_utils.Tensor) -> Tensor:
+    def _output(self, tensor: ModelTensor) -> Tensor:
         """An output as the model made it: as in Triton its datatype is its own, whatever is configured.
 
         But for BF16, for which numpy has no name.
         """
-        output = pb_utils.sent(tensor)
+        output = sent(tensor)
         if output.datatype == "UINT16" and self._datatypes[output.name] == "BF16":
             output.array()  # on a device they would still be called UINT16
             output.datatype = "BF16"

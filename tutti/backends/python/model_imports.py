@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
-from tutti.backends.python import triton_python_backend_utils as pb_utils
+from tutti.backends.python import triton_python_backend_utils
+from tutti.backends.python.pb_utils.folders import know_folder
 
 _FOR_MODELS = Path(__file__).parent / "for_models"
 _lock = threading.Lock()
@@ -25,9 +26,9 @@ def import_alone(folder: Path, version: int, filename: str) -> ModuleType:
     and the version's and the model's folders are searched, then and later. They come behind the standard library and
     before installed packages. Nothing compiled is kept: its age is told in seconds only.
     """
-    sys.modules["triton_python_backend_utils"] = pb_utils
+    sys.modules["triton_python_backend_utils"] = triton_python_backend_utils
     sys.dont_write_bytecode = True
-    pb_utils.know_folder(str(folder / str(version)))
+    know_folder(str(folder / str(version)))
     installed = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
     at = sys.path.index(installed[0]) if installed else len(sys.path)
     sys.path[at:at] = [str(folder / str(version)), str(folder)]
@@ -45,8 +46,8 @@ def import_beside(path: Path, name: str) -> ModuleType:
     That holds for imports at the file's beginning, not for those that its functions make later.
     """
     with _lock, _beside(path.parent, name):
-        sys.modules.setdefault("triton_python_backend_utils", pb_utils)
-        pb_utils.know_folder(str(path.parent))
+        sys.modules.setdefault("triton_python_backend_utils", triton_python_backend_utils)
+        know_folder(str(path.parent))
         return _import(path, name)
 
 
