@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from tests.devices.driving import BYTES, COSTS, MS, ROWS, WIDTH, Feeder, NumberJob, batch_job, simulated
-from tutti.devices.engine import DEPTH
 from tutti.devices.jobs import Resident
+from tutti.devices.offers import DEPTH
 from tutti.devices.pipeline import Pipeline
 from tutti.devices.simulated import Costs, SimulatedDevice, Timeline
 

@@ -8,30 +8,27 @@ pipeline says that it takes another batch as late as staging allows, so that the
 What a batch is, who waits for it and what to do about errors is its job's business. Knows no model and no request.
 """
 
-import logging
 import threading
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from tutti.core.errors import DeviceLost, InferError, OutOfMemory
-from tutti.devices import pacing
-from tutti.devices.accounting import Accounting
+from tutti.core.errors import InferError, OutOfMemory
 from tutti.devices.arena import Arena
-from tutti.devices.executions import LEAD_NS, Executions
+from tutti.devices.exclusive import Exclusive
+from tutti.devices.executions import Executions
+from tutti.devices.hang_watch import HangWatch
 from tutti.devices.health import DeviceHealth
-from tutti.devices.interface import Device, DeviceArray, Event, Stream
-from tutti.devices.jobs import Job, Made, Times, aligned, offsets
+from tutti.devices.interface import Device, Event, Stream
+from tutti.devices.jobs import Job, Times
+from tutti.devices.launching import Launching
+from tutti.devices.loss import Loss
+from tutti.devices.offers import Offers
 from tutti.devices.pipeline import Batch, Execution, Pipeline, Turn
 from tutti.devices.staging import Staging
+from tutti.devices.timing import Timing
 
-_log = logging.getLogger(__name__)
-
-# Batches of one pipeline between staging and answer.
-DEPTH = 4
 OWNED_BYTES = 256 << 20
 HANG_NS = 60_000_000_000
-_LOOK_FOR_HANGS_NS = 1_000_000_000
 # So long a core is spent on waiting for a batch that nothing else is under way beside.
 _QUICK_NS = 1_500_000
 # So long the submitting thread itself looks whether such a batch is done, before it leaves that to another.
@@ -46,25 +43,23 @@ class DeviceEngine:
     ) -> None:
         """`owned_bytes` of pinned memory may be with answers at a time. `hang_ns` is pipelines' default."""
         self.device = device
-        self._staging = Staging(device, owned_bytes)
-        self._accounting = Accounting()
         # The time of each model, by name, whichever pipelines it has had.
         self.model_ns: dict[str, int] = {}
         self._health = health
         self._hang_ns = hang_ns
         self._lock = threading.RLock()
         self._idle = threading.Condition(self._lock)
-        self._pipelines: list[Pipeline] = []
+        self._loss = loss = Loss(device.name)
+        self._staging = Staging(device, owned_bytes)
+        self._timing = Timing(device, self._staging)
         self._executions = Executions(self._is_there)
+        self._launching = Launching(device, self._staging, self._meant)
+        self._offers = Offers(device, self._lock, loss, self._executions, self._timing, self._is_shared)
+        self._exclusive = Exclusive(device, self._lock, loss, self._is_clear, self.report, self._grant)
+        self._watch = HangWatch(device, self._lock, loss, self._executions.granted, self._lose)
         # Batches whose outputs are being copied.
         self._leaving: set[Batch] = set()
-        self._alone: deque[Callable[[], None]] = deque()
-        self._is_alone = False
-        self._copies_end_ns = 0
         self._grant_ns = 0
-        self._last_end: tuple[Event, bool] | None = None
-        self._is_watched = False
-        self._lost = ""
         # Others see devices fail, too: the driver's reports, and models that compute on their own.
         self._end_listening = health.listen(self._failed)
 
@@ -83,18 +78,18 @@ class DeviceEngine:
         hang_ns = self._hang_ns if hang_ns is None else hang_ns
         pipeline = Pipeline(self, name, weight, priority, hang_ns, is_urgent)
         with self._lock:
-            self._pipelines.append(pipeline)
+            self._offers.pipelines.append(pipeline)
             self._executions.add(pipeline)
         return pipeline
 
     def pipelines(self) -> list[Pipeline]:
         """Those of now. Takes no lock, which a device that hangs may hold: to copy a list is one step."""
-        return list(self._pipelines)
+        return list(self._offers.pipelines)
 
     def submit(self, pipeline: Pipeline, job: Job, is_again: bool = False) -> None:
         """As Pipeline.submit."""
         with self._lock:
-            lost = self._lost
+            lost = self._loss.reason
             if not is_again:
                 pipeline.is_told = False
             if not lost:
@@ -103,8 +98,8 @@ class DeviceEngine:
                 batch.is_paced = pipeline.is_paced
                 pipeline.submitted.append(batch)
         if lost:
-            job.fail(self._loss(pipeline))
-            self.device.alarm(0, lambda: self._offer(pipeline))  # what waits is to be answered, too
+            job.fail(self._loss.error(pipeline))
+            self.device.alarm(0, lambda: self._offers.offer(pipeline))  # what waits is to be answered, too
         else:
             self.device.post(lambda: self._stage_next(pipeline))
 
@@ -117,11 +112,11 @@ class DeviceEngine:
         """As Pipeline.close."""
         with self._idle:
             self._idle.wait_for(lambda: not pipeline.open)
-            if pipeline in self._pipelines:
-                self._pipelines.remove(pipeline)
+            if pipeline in self._offers.pipelines:
+                self._offers.pipelines.remove(pipeline)
                 self._executions.remove(pipeline)
-        if not self._lost:  # what a lost device holds goes with its process
-            is_last = not self._pipelines
+        if not self._loss.reason:  # what a lost device holds goes with its process
+            is_last = not self._offers.pipelines
             self.device.call(lambda: self._staging.free(pipeline, is_last))
 
     def close(self) -> None:
@@ -143,24 +138,24 @@ class DeviceEngine:
         """As `turn`, without its end. Blocks until it is granted; raises DeviceLost."""
         turn = Turn(pipeline)
         with self._lock:
-            if not self._lost:
+            if not self._loss.reason:
                 pipeline.turns.append(turn)
                 self._executions.ask(pipeline)
         self._grant()
-        while not self._lost and not turn.granted.wait(timeout=1):
+        while not self._loss.reason and not turn.granted.wait(timeout=1):
             pass  # a device that is lost grants nothing
-        if self._lost:
-            raise self._loss(pipeline)
+        if self._loss.reason:
+            raise self._loss.error(pipeline)
         with self._lock:
             turn.began_ns = self.device.now_ns()
-            self._accounting.begin(turn, turn.began_ns)
+            self._timing.accounting.begin(turn, turn.began_ns)
         return turn
 
     def end_turn(self, turn: Turn) -> None:
         """What was granted is over. Once for each turn, from any thread."""
         with self._lock:
             now = self.device.now_ns()
-            device_ns = self._accounting.end(turn, now)
+            device_ns = self._timing.accounting.end(turn, now)
             if turn in self._executions.granted:
                 turn.pipeline.execution.record(1, max(1, now - turn.began_ns))
                 self._charge(turn, device_ns)
@@ -171,10 +166,7 @@ class DeviceEngine:
 
         It runs, too, when the device is lost, and then meets what every call meets.
         """
-        with self._lock:
-            self._alone.append(work)
-            if self._lost:
-                self._start_alone()
+        self._exclusive.add(work)
         self._grant()
 
     def stream_of(self, pipeline: Pipeline) -> Stream:
@@ -195,7 +187,7 @@ class DeviceEngine:
     @property
     def busy_ns(self) -> int:
         """How long something has executed on the device, as far as it has ended."""
-        return self._accounting.busy_ns
+        return self._timing.accounting.busy_ns
 
     @property
     def arena(self) -> Arena:
@@ -205,13 +197,13 @@ class DeviceEngine:
     @property
     def lost(self) -> str:
         """Why the device answers no more; "" while it does."""
-        return self._lost
+        return self._loss.reason
 
     # The way of a batch, in the submitting thread.
 
     def _stage_next(self, pipeline: Pipeline) -> None:
         with self._lock:
-            if self._lost or not pipeline.submitted:
+            if self._loss.reason or not pipeline.submitted:
                 return
             batch = pipeline.submitted[0]
         try:
@@ -220,27 +212,17 @@ class DeviceEngine:
             self._drop(batch, self._meant(error, pipeline))
             return
         with self._lock:
-            if self._lost:
+            if self._loss.reason:
                 return
-            self._staged(batch)
+            pipeline.submitted.popleft()
+            self._timing.staged(batch)
+            pipeline.staged.append(batch)
+            self._executions.ask(pipeline)
         if not self._grant_turns():
-            self._offer_all()  # else those that are launched do, later: somebody waits for them
-
-    def _staged(self, batch: Batch) -> None:
-        """Learn from a batch's staging, and let it wait for its turn."""
-        pipeline, rows = batch.pipeline, batch.job.rows
-        pipeline.submitted.popleft()
-        now = self.device.now_ns()
-        pipeline.host.record(rows, max(1, now - batch.submitted_ns))
-        copy_ns = pipeline.copy.mean_ns(rows) if batch.copied is not None else 0
-        self._copies_end_ns = max(self._copies_end_ns, now) + copy_ns
-        batch.expected_ns = pipeline.execution.mean_ns(rows)
-        pipeline.last_rows = rows
-        pipeline.staged.append(batch)
-        self._executions.ask(pipeline)
+            self._offers.offer_all()  # else those that are launched do, later: somebody waits for them
 
     def _launch(self, batch: Batch) -> None:
-        if self._lost:
+        if self._loss.reason:
             return
         pipeline, device = batch.pipeline, self.device
         assert pipeline.stream is not None
@@ -248,10 +230,10 @@ class DeviceEngine:
             is_lone = self._is_lone(batch)
             batch.is_urgent = pipeline.is_urgent or is_lone
             batch.begins, batch.ends = self._staging.event(), self._staging.event(batch.is_urgent)
-            batch.error = self._forward(batch)
+            batch.error = self._launching.forward(batch)
             # What was submitted before it failed uses the batch's memory until this is reached.
             device.record(batch.ends, pipeline.stream)
-            left = self._copy_out(batch) if batch.error is None else None
+            left = self._copied_out(batch) if batch.error is None else None
             if not is_lone or left is None:
                 if left is not None:
                     device.notify(left, pipeline.out_stream, lambda error: self._left(batch, left, error))
@@ -260,67 +242,25 @@ class DeviceEngine:
             self._lose_by(error)
             return
         try:
-            self._offer_all()
+            self._offers.offer_all()
         finally:  # what a caller's sink raises must not cost the batch its notice
             if is_lone and left is not None:
                 device.linger(left, pipeline.out_stream, _LINGER_NS, lambda error: self._done(batch, left, error))
 
-    def _is_lone(self, batch: Batch) -> bool:
-        """Whether it is quick and all there is: waking a thread for its end would add to what its caller waits."""
-        return 0 < batch.expected_ns <= _QUICK_NS and sum([pipeline.open for pipeline in self._pipelines]) == 1
-
-    def _forward(self, batch: Batch) -> Exception | None:
-        """Submit the execution; returns why it could not be."""
-        stream, device = batch.pipeline.stream, self.device
-        assert stream is not None and batch.begins is not None
-        try:
-            for event in (batch.copied, *batch.awaited):
-                if event is not None:
-                    device.wait(stream, event)
-            device.record(batch.begins, stream)
-            batch.outputs = device.forward(lambda: self._launched(batch, stream), stream)
-        except Exception as error:
-            return self._meant(error, batch.pipeline)
-        return None
-
-    def _launched(self, batch: Batch, stream: Stream) -> Sequence[DeviceArray]:
-        """The job's outputs. Those that stay outlive the batch, and its inputs' memory is the next one's then."""
-        outputs = batch.job.launch(batch.inputs, stream)
-        there = batch.slot.there if batch.slot is not None else None
-        if there is None:
-            return outputs
-        return [
-            self.device.apart(output, there, stream) if batch.job.stays(index) else output
-            for index, output in enumerate(outputs)
-        ]
-
-    def _copy_out(self, batch: Batch) -> Event | None:
-        """Have the outputs that leave copied into pinned memory; returns what is reached then, if any do."""
-        device, pipeline = self.device, batch.pipeline
-        leaving = [output for index, output in enumerate(batch.outputs) if not batch.job.stays(index)]
-        if not leaving:
+    def _copied_out(self, batch: Batch) -> Event | None:
+        """What is reached when the outputs that leave have left; None where none do, or all have failed meanwhile."""
+        left = self._launching.copy_out(batch)
+        if left is None:
             return None
-        assert batch.ends is not None and pipeline.out_stream is not None
-        try:
-            begins, size = offsets([device.nbytes(output) for output in leaving])
-            batch.out_block = self._staging.arena.take(size)
-        except Exception as error:
-            batch.error = self._meant(error, pipeline)
-            return None
-        batch.out_bytes = size
-        device.wait(pipeline.out_stream, batch.ends)
-        try:
-            for output, begin in zip(leaving, begins, strict=True):
-                device.copy_out(output, batch.out_block, begin, pipeline.out_stream)
-        except Exception as error:  # copies of other outputs may be under way
-            batch.error = self._meant(error, pipeline)
-        left = self._staging.event(batch.is_urgent)
-        device.record(left, pipeline.out_stream)
         with self._lock:
-            if self._lost:  # it has failed with all others
+            if self._loss.reason:
                 return None
             self._leaving.add(batch)
         return left
+
+    def _is_lone(self, batch: Batch) -> bool:
+        """Whether it is quick and all there is: waking a thread for its end would add to what its caller waits."""
+        return 0 < batch.expected_ns <= _QUICK_NS and sum([pipeline.open for pipeline in self._offers.pipelines]) == 1
 
     # What the device gives notice of, in threads of its streams.
 
@@ -329,9 +269,9 @@ class DeviceEngine:
             if error is not None:
                 raise error
             with self._lock:
-                if self._lost:
+                if self._loss.reason:
                     return
-                self._account(batch)
+                self._charge(batch, self._timing.executed(batch))
                 is_over = batch not in self._leaving
         except Exception as failure:
             self._lose_by(failure)
@@ -345,7 +285,7 @@ class DeviceEngine:
             self._lose_by(error)
             return
         with self._lock:
-            if self._lost:
+            if self._loss.reason:
                 return
             self._staging.recycle(left, is_urgent=batch.is_urgent)
             self._leaving.discard(batch)
@@ -360,9 +300,9 @@ class DeviceEngine:
             if error is not None:
                 raise error
             with self._lock:
-                if self._lost:
+                if self._loss.reason:
                     return
-                self._account(batch)
+                self._charge(batch, self._timing.executed(batch))
                 self._staging.recycle(left, is_urgent=batch.is_urgent)
                 self._leaving.discard(batch)
         except Exception as failure:
@@ -371,32 +311,6 @@ class DeviceEngine:
         self._end(batch)
         self._grant()
 
-    def _account(self, batch: Batch) -> None:
-        """Learn from a batch that has executed, and charge it to its pipeline: the time that it alone had.
-
-        It may have begun, as far as its stream is concerned, while the device still executed what another had launched.
-        """
-        pipeline, device = batch.pipeline, self.device
-        assert batch.begins is not None and batch.ends is not None
-        alone_ns = max(0, device.elapsed_ns(batch.begins, batch.ends))
-        if self._last_end is not None:
-            event, is_urgent = self._last_end
-            alone_ns = max(0, min(alone_ns, device.elapsed_ns(event, batch.ends)))
-            if batch.is_paced:
-                pipeline.lateness.record(max(0, device.elapsed_ns(event, batch.begins)), alone_ns)
-            self._staging.recycle(event, is_urgent=is_urgent)
-        self._last_end = batch.ends, batch.is_urgent
-        batch.executed_ns = device.now_ns()
-        batch.execution_start_ns = max(batch.submitted_ns, batch.executed_ns - alone_ns)
-        if batch.error is None:
-            pipeline.execution.record(batch.job.rows, max(1, alone_ns))
-        if batch.copied is not None and batch.copy_begins is not None:
-            pipeline.copy.record(batch.job.rows, max(1, device.elapsed_ns(batch.copy_begins, batch.copied)))
-        self._accounting.executed(alone_ns, batch.executed_ns)
-        self._charge(batch, alone_ns)
-        self._staging.recycle(batch.copy_begins, batch.copied, batch.begins)
-        batch.copy_begins = batch.copied = batch.begins = None
-
     def _charge(self, execution: Execution, device_ns: int) -> None:
         pipeline = execution.pipeline
         pipeline.device_ns += device_ns
@@ -404,33 +318,21 @@ class DeviceEngine:
         self._executions.ended(execution, device_ns, self.device.now_ns())
 
     def _finish(self, batch: Batch) -> None:
-        outputs = batch.outputs
-        batch.drop_tensors()
         if batch.error is not None:
+            batch.drop_tensors()
             if batch.out_block is not None:
                 self._staging.arena.give(batch.out_block)
-            del outputs
             batch.job.fail(batch.error)
             return
-        whole = self._staging.arena.owned(batch.out_block, batch.out_bytes) if batch.out_block is not None else None
-        made: list[Made] = []
-        begin = 0
-        for index, output in enumerate(outputs):
-            if batch.job.stays(index):
-                made.append(Made(output, None))
-                continue
-            assert whole is not None
-            size = self.device.nbytes(output)
-            made.append(Made(output, whole[begin : begin + size]))
-            begin = aligned(begin + size)
-        batch.job.finish(made, Times(batch.submitted_ns, batch.execution_start_ns, batch.executed_ns))
+        times = Times(batch.submitted_ns, batch.execution_start_ns, batch.executed_ns)
+        batch.job.finish(self._launching.outputs(batch), times)
 
     # Decisions, and what they lead to. From any thread.
 
     def _grant(self) -> None:
         """Launch what may be launched, and let pipelines take other batches."""
         self._grant_turns()
-        self._offer_all()
+        self._offers.offer_all()
 
     def _grant_turns(self) -> int:
         """Returns how many batches are launched next."""
@@ -438,7 +340,7 @@ class DeviceEngine:
         try:
             with self._lock:
                 while (execution := self._next()) is not None:
-                    self._executions.grant(execution, self.device.now_ns(), self._copies_end_ns)
+                    self._executions.grant(execution, self.device.now_ns(), self._timing.copies_end_ns)
                     if isinstance(execution, Turn):
                         execution.granted.set()
                     elif isinstance(execution, Batch):
@@ -446,15 +348,11 @@ class DeviceEngine:
                         self.device.post(lambda batch=execution: self._launch(batch))  # type: ignore[misc]
         except Exception as error:  # events of a device that is lost say so
             self._lose_by(error)
-        self._watch()
+        self._watch.begin()
         return batches
 
-    def _offer_all(self) -> None:
-        for pipeline in self.pipelines():
-            self._offer(pipeline)
-
     def _next(self) -> Execution | None:
-        if self._lost or self._is_alone or not self._start_alone():
+        if self._loss.reason or self._exclusive.is_running or not self._exclusive.start():
             return None
         decision = self._executions.next(self.device.now_ns(), self._is_shared())
         if not isinstance(decision, int):
@@ -472,74 +370,13 @@ class DeviceEngine:
     def _is_there(self, batch: Batch) -> bool:
         return batch.copied is None or self.device.is_reached(batch.copied)
 
+    def _is_clear(self) -> bool:
+        return not self._executions.granted and not self._leaving
+
     def _is_shared(self) -> bool:
         """Whether several pipelines have work."""
         held = [execution.pipeline for execution in self._executions.granted if isinstance(execution, Turn)]
-        return sum([p.open > 0 or self._executions.is_asking(p) or p in held for p in self._pipelines]) > 1
-
-    def _offer(self, pipeline: Pipeline, is_paced: bool = False) -> None:
-        """Let the pipeline take another batch, if it is time. `is_paced` when it has been waited for that."""
-        is_full = pipeline.is_full()  # asks others, who may ask this engine
-        with self._lock:
-            if not self._takes_another(pipeline):
-                return
-            now = self.device.now_ns()
-            cut_ns = now if is_full else self._cut_ns(pipeline, now)
-            if cut_ns > now:
-                if not pipeline.alarm_ns or cut_ns < pipeline.alarm_ns:
-                    pipeline.alarm_ns = cut_ns
-                    self.device.alarm(cut_ns - now, lambda: self._alarmed(pipeline))
-                return
-            pipeline.is_told = True
-            pipeline.is_paced = is_paced or pipeline.alarm_ns > 0  # an alarm that is too late, too
-        pipeline.is_free()
-        pipeline.is_paced = False
-
-    def _alarmed(self, pipeline: Pipeline) -> None:
-        with self._lock:
-            pipeline.alarm_ns = 0
-        self._offer(pipeline, is_paced=True)
-
-    def _takes_another(self, pipeline: Pipeline) -> bool:
-        if pipeline.is_told or pipeline not in self._pipelines:
-            return False
-        return bool(self._lost) or (not pipeline.submitted and not pipeline.staged and pipeline.open < DEPTH)
-
-    def _cut_ns(self, pipeline: Pipeline, now_ns: int) -> int:
-        stages = pipeline.stages()
-        if self._lost or not self._executions.granted or not stages.execution_ns:
-            return now_ns
-        end_ns = self._executions.end_ns - (LEAD_NS if self._is_shared() else 0)
-        return pacing.latest_cut_ns(stages, self._copies_end_ns, end_ns) - pipeline.lateness.ns
-
-    def _start_alone(self) -> bool:
-        """Begin what is to run alone, once nothing is under way; returns whether others may go on."""
-        if not self._alone:
-            return True
-        if not self._executions.granted and not self._leaving and not self._is_alone:
-            work = self._alone.popleft()
-            self._is_alone = True
-            self.device.post(lambda: self._run_alone(work))
-        return False
-
-    def _run_alone(self, work: Callable[[], None]) -> None:
-        try:
-            if not self._lost:
-                self._try_alone(self.device.synchronize)
-            self._try_alone(work)  # in any case: somebody may wait for it
-        finally:
-            with self._lock:
-                self._is_alone = False
-                if self._lost:
-                    self._start_alone()
-        self._grant()
-
-    def _try_alone(self, work: Callable[[], None]) -> None:
-        try:
-            work()
-        except Exception as error:
-            if not self.report(error):
-                _log.exception("device %s: what was to run alone failed", self.device.name)
+        return sum([p.open > 0 or self._executions.is_asking(p) or p in held for p in self._offers.pipelines]) > 1
 
     # Endings.
 
@@ -561,7 +398,7 @@ class DeviceEngine:
     def _drop(self, batch: Batch, error: Exception) -> None:
         """A batch that could not be staged."""
         with self._lock:
-            if self._lost:
+            if self._loss.reason:
                 return  # failed with all others
             batch.pipeline.submitted.remove(batch)
         self._staging.give_back(batch)
@@ -577,16 +414,12 @@ class DeviceEngine:
         if self.device.is_memory_error(error):
             return OutOfMemory(f"no memory left on {self.device.name}: {error}")
         if self.report(error):
-            return self._loss(pipeline)
+            return self._loss.error(pipeline)
         return error.with_traceback(None)  # which would keep the batch's tensors
-
-    def _loss(self, pipeline: Pipeline) -> DeviceLost:
-        what = f"device {self.device.name} has failed ({self._lost}); its process is replaced, try again later"
-        return DeviceLost(f"'{pipeline.name}': {what}")
 
     def _lose_by(self, error: Exception) -> None:
         """The device is lost with an error of a call that fails on no device that works."""
-        if not self._lost:
+        if not self._loss.reason:
             self._lose(self.device.fault(error) or f"{type(error).__name__}: {error}")
 
     def _failed(self, device: str, reason: str) -> None:
@@ -596,49 +429,28 @@ class DeviceEngine:
     def _lose(self, reason: str) -> None:
         """The device answers no more: say so first, then fail all that is under way."""
         with self._lock:
-            if self._lost:
+            if self._loss.reason:
                 return
-            self._lost = reason
+            self._loss.reason = reason
             granted = self._executions.clear()
             turns = [execution for execution in granted if isinstance(execution, Turn)]
             batches = [execution for execution in granted if isinstance(execution, Batch)]
             batches += [batch for batch in self._leaving if batch not in granted]
-            for pipeline in self._pipelines:
+            for pipeline in self._offers.pipelines:
                 batches += [*pipeline.submitted, *pipeline.staged]
                 turns += pipeline.turns
                 for waiting in (pipeline.submitted, pipeline.staged, pipeline.turns):
                     waiting.clear()  # type: ignore[attr-defined]
             self._leaving.clear()
-            self._start_alone()
+            self._exclusive.start()
         self._health.fail(self.device.name, reason)
         for turn in turns:
             turn.granted.set()
         for batch in batches:
             batch.drop_tensors()
-            batch.job.fail(self._loss(batch.pipeline))
+            batch.job.fail(self._loss.error(batch.pipeline))
             self._forget(batch)
-        for pipeline in self.pipelines():
-            self._offer(pipeline)
-
-    def _watch(self) -> None:
-        """Look now and then whether the execution whose turn it is ends."""
-        with self._lock:
-            granted = self._executions.granted
-            hang_ns = granted[0].pipeline.hang_ns if granted else 0
-            if self._is_watched or not hang_ns or self._lost:
-                return
-            self._is_watched = True
-        self.device.alarm(min(_LOOK_FOR_HANGS_NS, hang_ns), self._look_for_hang)
-
-    def _look_for_hang(self) -> None:
-        with self._lock:
-            self._is_watched = False
-            granted = self._executions.granted
-            first = granted[0] if granted else None
-            lasts_ns = self.device.now_ns() - first.turn_ns if first is not None else 0
-        if first is not None and first.pipeline.hang_ns and lasts_ns >= first.pipeline.hang_ns:
-            self._lose(f"an execution of '{first.pipeline.name}' has not ended after {lasts_ns / 1e9:.0f} s")
-        self._watch()
+        self._offers.offer_all()
 
     def _reclaim(self) -> None:
         try:
