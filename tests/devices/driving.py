@@ -12,7 +12,8 @@ from tutti.devices.engine import DeviceEngine
 from tutti.devices.health import DeviceHealth
 from tutti.devices.jobs import Made, Part, Times
 from tutti.devices.pipeline import Pipeline
-from tutti.devices.simulated import Costs, SimulatedDevice, Timeline
+from tutti.devices.simulated import Costs, SimulatedDevice
+from tutti.devices.simulated_timeline import Timeline
 
 MS = 1_000_000
 

@@ -3,7 +3,8 @@
 import numpy as np
 
 from tutti.devices.arena import Arena
-from tutti.devices.simulated import Costs, SimulatedDevice, Timeline
+from tutti.devices.simulated import Costs, SimulatedDevice
+from tutti.devices.simulated_timeline import Timeline
 
 SIZE = 1 << 19
 

@@ -10,7 +10,8 @@ from tests.devices.driving import BYTES, COSTS, MS, ROWS, WIDTH, Feeder, NumberJ
 from tutti.devices.jobs import Resident
 from tutti.devices.offers import DEPTH
 from tutti.devices.pipeline import Pipeline
-from tutti.devices.simulated import Costs, SimulatedDevice, Timeline
+from tutti.devices.simulated import Costs, SimulatedDevice
+from tutti.devices.simulated_timeline import Timeline
 
 
 def test_one_batch_alone_takes_the_sum_of_its_stages() -> None:

@@ -11,7 +11,8 @@ from tests.serving import wait_until
 from tutti.core.errors import DeviceLost
 from tutti.devices.engine import DeviceEngine
 from tutti.devices.health import DeviceHealth
-from tutti.devices.simulated import Costs, LiveTimeline, SimulatedDevice
+from tutti.devices.simulated import Costs, SimulatedDevice
+from tutti.devices.simulated_timeline import LiveTimeline
 
 
 @pytest.fixture

@@ -16,7 +16,8 @@ from tutti.devices.arena import COPIED_BYTES
 from tutti.devices.engine import DeviceEngine
 from tutti.devices.health import DeviceHealth
 from tutti.devices.pipeline import Pipeline
-from tutti.devices.simulated import Costs, FaultKind, SimulatedDevice, Timeline
+from tutti.devices.simulated import Costs, FaultKind, SimulatedDevice
+from tutti.devices.simulated_timeline import Timeline
 
 FAULTS: tuple[FaultKind, ...] = ("memory", "launch", "copy", "sticky", "hang")
 

@@ -20,7 +20,8 @@ from tutti.backends import graph_buckets, pytorch
 from tutti.backends.capturing import CudaCapturing, Run, no_collections
 from tutti.backends.cuda_graphs import GraphedProgram
 from tutti.devices import cuda, process_engines
-from tutti.devices.simulated import Costs, SimulatedDevice, Timeline
+from tutti.devices.simulated import Costs, SimulatedDevice
+from tutti.devices.simulated_timeline import Timeline
 from tutti.repository import config
 from tutti.serving import local
 

@@ -4,7 +4,8 @@ import threading
 
 from tutti.devices import health
 from tutti.devices.engine import DeviceEngine
-from tutti.devices.simulated import Costs, LiveTimeline, SimulatedDevice, simulated_gpus
+from tutti.devices.simulated import Costs, SimulatedDevice, simulated_gpus
+from tutti.devices.simulated_timeline import LiveTimeline
 
 _lock = threading.Lock()
 _engines: dict[str, DeviceEngine] = {}

@@ -9,25 +9,20 @@ when it is submitted then, and only the times are simulated. `TUTTI_SIMULATED_GP
 the place of GPUs, for tests, and to try a repository that needs some.
 """
 
-import heapq
-import itertools
-import logging
 import math
 import os
-import threading
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
 from tutti.core.dtypes import NUMPY, Array
 from tutti.devices.interface import Notice
+from tutti.devices.simulated_parts import DeviceBlock, Event, HostBlock, Operation, Stream, Unit
+from tutti.devices.simulated_timeline import LiveTimeline, Timeline
 from tutti.devices.threads import run_and_wait
-
-_log = logging.getLogger(__name__)
 
 _FREED = 0xEE
 SIMULATED = "TUTTI_SIMULATED_GPUS"
@@ -67,151 +62,6 @@ class Costs:
 FaultKind = Literal["memory", "launch", "copy", "sticky", "hang"]
 
 
-class Timeline:
-    """Virtual time: what is to happen when. Ties go in the order in which they were added."""
-
-    def __init__(self) -> None:
-        self._now_ns = 0
-        self._order = itertools.count()
-        self._due: list[tuple[int, int, Callable[[], None]]] = []
-
-    @property
-    def now_ns(self) -> int:
-        return self._now_ns
-
-    def at(self, when_ns: int, work: Callable[[], None]) -> None:
-        heapq.heappush(self._due, (max(when_ns, self.now_ns), next(self._order), work))
-
-    def after(self, delay_ns: int, work: Callable[[], None]) -> None:
-        self.at(self.now_ns + delay_ns, work)
-
-    def run(self, until_ns: float = math.inf) -> None:
-        """Let time pass until nothing is due, or until then."""
-        while self._due and self._due[0][0] <= until_ns:
-            self._now_ns, _, work = heapq.heappop(self._due)
-            work()
-        if until_ns != math.inf:
-            self._now_ns = max(self._now_ns, int(until_ns))
-
-
-class LiveTimeline(Timeline):
-    """The same in real time: a thread does what is due. `at` and `call` may be used from any thread."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._changed = threading.Condition()
-        self._is_ended = False
-        self._thread = threading.Thread(target=self.run, name="simulated device", daemon=True)
-        self._thread.start()
-
-    @property
-    def now_ns(self) -> int:
-        """The host's clock, as tutti.core.types.now_ns."""
-        return time.monotonic_ns()
-
-    def at(self, when_ns: int, work: Callable[[], None]) -> None:
-        with self._changed:
-            super().at(when_ns, work)
-            self._changed.notify()
-
-    def end(self) -> None:
-        """End the thread; what is due later is never done."""
-        with self._changed:
-            self._is_ended = True
-            self._changed.notify()
-
-    def run(self, until_ns: float = math.inf) -> None:
-        while (work := self._next()) is not None:
-            try:
-                work()
-            except Exception:
-                _log.exception("work of a simulated device failed")
-
-    def _next(self) -> Callable[[], None] | None:
-        with self._changed:
-            while not self._is_ended:
-                if not self._due:
-                    self._changed.wait()
-                    continue
-                wait_ns = self._due[0][0] - time.monotonic_ns()
-                if wait_ns <= 0:
-                    return heapq.heappop(self._due)[2]
-                self._changed.wait(wait_ns / 1e9)
-        return None
-
-
-class _HostBlock:
-    def __init__(self, size: int) -> None:
-        self.array: Array = np.empty(size, np.uint8)
-
-
-class _DeviceBlock:
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.memory: Array = np.empty(size, np.uint8)
-
-
-@dataclass(slots=True, eq=False)
-class _Event:
-    """`reached_ns` is of the latest recording; None until the device is there."""
-
-    wake_ns: int = 0
-    number: int = 0
-    reached_ns: int | None = None
-    waiting: list[Callable[[], None]] = field(default_factory=list)
-
-    def record(self) -> None:
-        self.number += 1
-        self.reached_ns = None
-        self.waiting = []
-
-    def reach(self, now_ns: int, number: int) -> None:
-        if number != self.number:  # recorded anew: this was an earlier time's
-            return
-        self.reached_ns = now_ns
-        waiting, self.waiting = self.waiting, []
-        for work in waiting:
-            work()
-
-
-class _Unit:
-    """What does one thing at a time: a copy engine, or the execution units."""
-
-    def __init__(self) -> None:
-        self.free_ns = 0
-        self.busy_ns = 0
-
-    def take(self, now_ns: int, takes_ns: int) -> int:
-        """Do something as soon as it is free; returns when that ends."""
-        self.free_ns = max(self.free_ns, now_ns) + takes_ns
-        self.busy_ns += takes_ns
-        return self.free_ns
-
-
-_Operation = Callable[[Callable[[], None]], None]
-"""Begins something, and calls what it is given when that has ended."""
-
-
-class _Stream:
-    def __init__(self) -> None:
-        self._operations: deque[_Operation] = deque()
-        self._is_busy = False
-
-    def add(self, operation: _Operation) -> None:
-        self._operations.append(operation)
-        if not self._is_busy:
-            self._next()
-
-    def _next(self) -> None:
-        while self._operations and not self._is_busy:
-            self._is_busy = True
-            self._operations.popleft()(self._ended)
-
-    def _ended(self) -> None:
-        self._is_busy = False
-        self._next()
-
-
 class SimulatedDevice:
     """A Device (interface.py) on a timeline, with `memory_bytes` of memory."""
 
@@ -225,15 +75,15 @@ class SimulatedDevice:
         self.memory_bytes = memory_bytes
         self.used_bytes = 0
         self.host_bytes = 0
-        self.execution = _Unit()
-        self._copies_in = _Unit()
-        self._copies_out = _Unit()
+        self.execution = Unit()
+        self._copies_in = Unit()
+        self._copies_out = Unit()
         self._host_free_ns = 0
         self._posted: deque[Callable[[], None]] = deque()
         self._is_posted = False
         self._is_at_work = False
         self._fault = ""
-        self._notices: list[tuple[_Event, Notice]] = []
+        self._notices: list[tuple[Event, Notice]] = []
         # Faults to come, by how many kernels, or allocations, are still to go before them.
         self._planned: dict[FaultKind, int] = {}
 
@@ -288,20 +138,20 @@ class SimulatedDevice:
 
     # Memory.
 
-    def host_block(self, size: int) -> _HostBlock:
+    def host_block(self, size: int) -> HostBlock:
         self.host_bytes += size
-        return _HostBlock(size)
+        return HostBlock(size)
 
     def free_host(self, block: Any) -> None:
         self.host_bytes -= block.array.nbytes
         block.array[:] = _FREED
 
-    def device_block(self, size: int) -> _DeviceBlock:
+    def device_block(self, size: int) -> DeviceBlock:
         self._check()
         if self._is_due("memory") or self.used_bytes + size > self.memory_bytes:
             raise SimulatedMemoryError(f"{size} bytes were asked for, {self.memory_bytes - self.used_bytes} are free")
         self.used_bytes += size
-        return _DeviceBlock(size)
+        return DeviceBlock(size)
 
     def free_device(self, block: Any) -> None:
         self.used_bytes -= block.size
@@ -324,11 +174,11 @@ class SimulatedDevice:
 
     # Streams.
 
-    def stream(self, priority: int = 0) -> _Stream:
-        return _Stream()
+    def stream(self, priority: int = 0) -> Stream:
+        return Stream()
 
-    def event(self, is_urgent: bool = False) -> _Event:
-        return _Event(0 if is_urgent else self.costs.wake_ns)
+    def event(self, is_urgent: bool = False) -> Event:
+        return Event(0 if is_urgent else self.costs.wake_ns)
 
     def record(self, event: Any, stream: Any) -> None:
         self._check()
@@ -460,7 +310,7 @@ class SimulatedDevice:
         if self._fault:
             raise SimulatedFault(self._fault)
 
-    def _submit(self, stream: Any, operation: _Operation) -> None:
+    def _submit(self, stream: Any, operation: Operation) -> None:
         """Put an operation on a stream once the submitting thread's time is there."""
         self._check()
         if self._is_live or self._host_free_ns <= self.timeline.now_ns:
@@ -468,7 +318,7 @@ class SimulatedDevice:
         else:
             self.timeline.at(self._host_free_ns, lambda: stream.add(operation))
 
-    def _timed(self, unit: _Unit, takes_ns: int, move: Callable[[], None]) -> _Operation:
+    def _timed(self, unit: Unit, takes_ns: int, move: Callable[[], None]) -> Operation:
         if self._is_live:
             move()
             move = _nothing

@@ -20,7 +20,8 @@ from tutti.core.types import Call, InferRequest, InferResponse
 from tutti.devices.engine import DeviceEngine
 from tutti.devices.health import DeviceHealth
 from tutti.devices.jobs import Made, Part
-from tutti.devices.simulated import Costs, SimulatedDevice, Timeline
+from tutti.devices.simulated import Costs, SimulatedDevice
+from tutti.devices.simulated_timeline import Timeline
 from tutti.observing.statistics import ModelStatistics
 from tutti.repository.policies import BatchingPolicy
 from tutti.scheduling.batching import BatchQueue
