@@ -246,7 +246,7 @@ def test_with_and_without_turns_a_model_is_refused_once_its_device_has_failed(
 def test_without_a_pytorch_for_the_device_no_turns_are_taken(
     repository: Repository, probe: Probe, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    from tutti.backends.python import model as python
+    from tutti.backends.python import instances as python
 
     def engine_of(name: str) -> DeviceEngine:
         raise error

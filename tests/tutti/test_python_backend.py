@@ -13,7 +13,7 @@ from tritonclient.grpc import model_config_pb2
 from tests.models import IN_PROCESS, Repository
 from tests.serving import Gather, engine_over, infer, wait_until
 from tutti.backends import completion
-from tutti.backends.python import model as python
+from tutti.backends.python import instances, loading, model
 from tutti.backends.python import triton_python_backend_utils as pb_utils
 from tutti.core.errors import ConfigError, InferError, Internal, InvalidArgument, Unsupported
 from tutti.core.types import Call, InferRequest, InferResponse, Tensor
@@ -551,7 +551,8 @@ def test_auto_complete_config_changes_as_much_as_in_triton(
 
 
 def test_arguments_of_initialize(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(python, "gpu_count", lambda: 0)
+    for module in (instances, loading, model):
+        monkeypatch.setattr(module, "gpu_count", lambda: 0)
     add(
         repository,
         "told",

@@ -9,7 +9,7 @@ from tests.devices.fakes import CudaArray, FakeLibrary
 from tests.models import Repository
 from tests.serving import engine_over, infer
 from tests.tutti.test_pytorch_backend import load_error
-from tutti.backends.python import model as python
+from tutti.backends.python import instances, loading, model
 from tutti.backends.python import triton_python_backend_utils as pb_utils
 from tutti.core.errors import DeviceLost, Internal, OutOfMemory
 from tutti.core.types import Answer, InferRequest, InferResponse, Tensor
@@ -310,14 +310,15 @@ def test_other_backends_take_it_from_the_host(repository: Repository, library: F
     ],
 )
 def test_kinds_of_instances(kind: str, listed: tuple[int, ...], gpus: int, expected: str) -> None:
-    assert python.instance_kind(InstanceGroup(kind, 1, listed), gpus) == expected
+    assert instances.instance_kind(InstanceGroup(kind, 1, listed), gpus) == expected
 
 
 @pytest.mark.parametrize(("gpus", "expected"), [(0, ["CPU", "0"]), (2, ["GPU", "1"])])
 def test_an_instance_is_told_its_kind_and_device(
     repository: Repository, monkeypatch: pytest.MonkeyPatch, gpus: int, expected: list[str]
 ) -> None:
-    monkeypatch.setattr(python, "gpu_count", lambda: gpus)
+    for module in (instances, loading, model):
+        monkeypatch.setattr(module, "gpu_count", lambda: gpus)
     config = CONFIG.replace("kind: KIND_CPU", "gpus: 1").format(rows=4, extra="")
     repository.add_python(
         "m",

@@ -27,8 +27,7 @@ from tests.serving import Gather, engine_over, infer, timer, wait_until
 from tests.tutti.test_isolated import has_ended
 from tests.tutti.test_python_backend import Answers
 from tutti.backends import completion
-from tutti.backends.python import isolated, isolated_process, isolated_wire
-from tutti.backends.python import model as python
+from tutti.backends.python import isolated, isolated_process, isolated_wire, loading
 from tutti.core import rows
 from tutti.core.errors import Internal, Unavailable
 from tutti.core.types import Call, Columns, InferRequest, InferResponse, Tensor
@@ -514,7 +513,7 @@ def test_one_that_is_given_up_while_it_starts_again_does_not_stay(
 ) -> None:
     add(repository, "m", ECHO)
     folder = completion.open_model(repository.root, "m")
-    (backend,) = python.load(folder, 1, lambda _: None)
+    (backend,) = loading.load(folder, 1, lambda _: None)
     assert isinstance(backend, isolated.IsolatedBackend)
     started, go = threading.Event(), threading.Event()
     process = isolated_process.ModelProcess
@@ -556,7 +555,7 @@ CLOSES = "os.close(number); threading.Thread(target=self.senders[0].send, args=[
 def test_one_that_can_say_nothing_any_more_is_ended(
     repository: Repository, engine: Engine, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
-    monkeypatch.setattr(isolated_process, "_LEAVE_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(isolated_process, "LEAVE_TIMEOUT_S", 0.1)
     add(repository, "m", LOSES_ITS_CHANNEL.format(way), DECOUPLED)
     engine.load_all()
     answers = Answers()

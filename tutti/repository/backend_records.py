@@ -196,7 +196,7 @@ BUILT_IN: Mapping[str, BackendRecord] = {
             extras={"torch": "pytorch", "tensorrt": "tensorrt"}, parameters=(),
         ),
         BackendRecord(
-            "python", "tutti.backends.python.model", ("model.py",),
+            "python", "tutti.backends.python.loading", ("model.py",),
             completes=_completes_itself, mistaken=_is_no_model, needs_inputs=False, chooses_devices=True,
         ),
     )

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tutti.backends.python.isolated_process import Command
+from tutti.backends.python.interpreter import Command
 from tutti.core import temporary_folders
 from tutti.core.errors import ConfigError
 from tutti.repository.config import ModelConfig

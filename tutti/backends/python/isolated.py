@@ -18,7 +18,8 @@ from google.protobuf import text_format
 
 from tutti.backends.device_options import HANG_PARAMETER, OWN_CODE_HANG_TIMEOUT_S, hang_timeout_s
 from tutti.backends.python import execution_env
-from tutti.backends.python.isolated_process import Ended, Hangs, ModelProcess, completed
+from tutti.backends.python.isolated_completion import completed
+from tutti.backends.python.isolated_process import Ended, Hangs, ModelProcess
 from tutti.core.errors import ConfigError, Internal, Unavailable
 from tutti.core.types import Answer, Call, Infer, InferResponse, settle
 from tutti.repository.config import InstanceGroup, ModelConfig

@@ -5,7 +5,6 @@ also waits for the process to end: a channel's end would not tell, since a helpe
 """
 
 import contextlib
-import json
 import logging
 import math
 import os
@@ -15,18 +14,15 @@ import select
 import signal
 import socket
 import struct
-import subprocess
-import sys
 import threading
 from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 from tutti.backends.python import isolated_wire as wire
+from tutti.backends.python.interpreter import KILL_TIMEOUT_S, LEAVE_TIMEOUT_S, Command, end, is_readable
 from tutti.backends.python.isolated_wire import Arena
 from tutti.core.errors import ConfigError, InferError, Internal, Unavailable
-from tutti.core.operations import Work
 from tutti.core.types import Answer, Call, Infer, InferRequest, InferResponse, control_of, now_ns, settle_all
 from tutti.observing import custom_metrics
 
@@ -34,56 +30,6 @@ _log = logging.getLogger(__name__)
 
 # How long a process may take to end by itself, once it was told to: it owes answers, and finalizes.
 END_TIMEOUT_S = 35.0
-# How long it may then take to leave, with what it has started.
-_LEAVE_TIMEOUT_S = 3.0
-# The kernel ends a process at once, unless a driver holds it.
-_KILL_TIMEOUT_S = 30.0
-_ROOT = str(Path(__file__).parents[3])
-_BEGIN = """
-import json, sys
-head, tail, entry, *arguments = map(json.loads, sys.argv[1:])
-sys.path[:] = head or [path for path in sys.path if path]
-sys.path += [path for path in tail if path not in sys.path]
-sys.argv[1:] = []
-from tutti.backends.python import isolated_main
-getattr(isolated_main, entry)(arguments)
-"""
-
-
-class Command:
-    """How an interpreter for models is started."""
-
-    def __init__(self, executable: str = sys.executable, environment: Mapping[str, str] | None = None) -> None:
-        """With `environment` it is another installation's, whose packages come before the server's."""
-        self._executable = executable
-        self._environment = environment
-        own = [path for path in sys.path if path]
-        self._head: list[str] = own if environment is None else []
-        self._tail = [_ROOT] if environment is None else [_ROOT, *own]
-
-    def start(self, entry: str, descriptors: Sequence[int]) -> tuple["subprocess.Popen[bytes]", int]:
-        """In a session of its own: it is ended with what it has started, and a terminal's signals are the server's.
-
-        With it comes its lifeline, a descriptor: it ends when that is closed, as it is at the latest by this process's
-        end.
-        """
-        theirs, lifeline = os.pipe()  # nothing is written to it
-        given = [theirs, *descriptors]
-        arguments = [json.dumps(each) for each in (self._head, self._tail, entry, *given)]
-        try:
-            process = subprocess.Popen(
-                [self._executable, "-c", _BEGIN, *arguments],
-                pass_fds=given,
-                env=None if self._environment is None else {**os.environ, **self._environment},
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-        except BaseException:
-            os.close(lifeline)
-            raise
-        finally:
-            os.close(theirs)
-        return process, lifeline
 
 
 class Ended(Exception):
@@ -124,12 +70,12 @@ class ModelProcess:
     def _start(self, command: Command, failing: contextlib.ExitStack) -> None:
         (self._calls, their_calls), (self._side, their_side) = socket.socketpair(), socket.socketpair()
         with their_calls, their_side:
-            for end in (self._calls, self._side):
-                failing.callback(end.close)
-            given = [their_calls.fileno(), their_side.fileno(), self._inputs.fd, self._outputs.fd]
-            self._process, self._lifeline = command.start("main", given)
+            for own_end in (self._calls, self._side):
+                failing.callback(own_end.close)
+            descriptors = [their_calls.fileno(), their_side.fileno(), self._inputs.fd, self._outputs.fd]
+            self._process, self._lifeline = command.start("main", descriptors)
         failing.callback(os.close, self._lifeline)
-        failing.callback(_end, self._process)
+        failing.callback(end, self._process)
         self._pidfd = os.pidfd_open(self._process.pid)
         failing.callback(os.close, self._pidfd)
         self._calls_channel = Connection(os.dup(self._calls.fileno()))
@@ -183,8 +129,8 @@ class ModelProcess:
             with self._lock:
                 for number in range(first_id, first_id + len(calls)):
                     self._open.pop(number, None)
-            what = f"its answers cannot be read: {type(error).__name__}: {error}"
-            raise Internal(f"model '{self._name}': {what}") from None
+            reason = f"its answers cannot be read: {type(error).__name__}: {error}"
+            raise Internal(f"model '{self._name}': {reason}") from None
         with self._lock:
             for number, answer in enumerate(answers, first_id):
                 if answer is not None:
@@ -202,9 +148,9 @@ class ModelProcess:
 
     def how_ended(self) -> str:
         """Its status, after it has ended; it is ended if it does not by itself."""
-        if self._status is None and not _is_readable(self._pidfd, _LEAVE_TIMEOUT_S):
+        if self._status is None and not is_readable(self._pidfd, LEAVE_TIMEOUT_S):
             self.kill()
-        self._listener.join(_KILL_TIMEOUT_S)
+        self._listener.join(KILL_TIMEOUT_S)
         return f"status {self._status}"
 
     def kill(self, why: InferError | None = None) -> None:
@@ -213,7 +159,7 @@ class ModelProcess:
         with self._reaping, contextlib.suppress(ProcessLookupError, PermissionError):
             if self._status is None:
                 os.killpg(self._process.pid, signal.SIGKILL)
-        self._listener.join(_KILL_TIMEOUT_S)
+        self._listener.join(KILL_TIMEOUT_S)
         if self._listener.is_alive():  # a driver holds it
             self._fail_open()
         else:
@@ -228,7 +174,7 @@ class ModelProcess:
         except (EOFError, OSError):
             is_fine = False
         if is_fine:
-            _is_readable(self._pidfd, _LEAVE_TIMEOUT_S)
+            is_readable(self._pidfd, LEAVE_TIMEOUT_S)
         self.kill()
         return is_fine
 
@@ -262,7 +208,7 @@ class ModelProcess:
                 break
             if not self._take_all():
                 poll.unregister(self._side)
-                wait_ms = _LEAVE_TIMEOUT_S * 1000  # it ends, or cannot answer any more
+                wait_ms = LEAVE_TIMEOUT_S * 1000  # it ends, or cannot answer any more
         self._has_gone()
 
     def _take_all(self) -> bool:
@@ -286,7 +232,7 @@ class ModelProcess:
     def _has_gone(self) -> None:
         with self._reaping:
             self._kill_group()
-        _is_readable(self._pidfd, math.inf)  # a driver may hold it: who ends it must not wait for that
+        is_readable(self._pidfd, math.inf)  # a driver may hold it: who ends it must not wait for that
         with self._reaping:  # its number may be another's afterwards
             self._kill_group()  # what it had started meanwhile
             self._status = self._process.wait()
@@ -307,8 +253,8 @@ class ModelProcess:
             left = list(self._open.values())
             self._open.clear()
         if left:
-            what = f"its process ended while it executed (status {self._status}) and is started anew"
-            self._fail(left, self._why or Unavailable(f"model '{self._name}': {what}"))
+            reason = f"its process ended while it executed (status {self._status}) and is started anew"
+            self._fail(left, self._why or Unavailable(f"model '{self._name}': {reason}"))
 
     def _fail(self, calls: Sequence[Call], error: InferError) -> None:
         _log.warning("%s", error)
@@ -340,9 +286,9 @@ class ModelProcess:
         """`of` is the number of the traced call in whose name it is made, 0 for none."""
         model, version, request_id, outputs, parameters, heads, payload = request
         inputs = {tensor.name: tensor for tensor in wire.tensors(heads, wire.unpacked(payload))}
-        made = InferRequest(model, inputs, version, request_id, outputs, parameters)
+        inner = InferRequest(model, inputs, version, request_id, outputs, parameters)
         asked = _Asked(self, number)
-        call = self._asked[number] = Call(made, asked, None, asked.emit if takes_many else None)
+        call = self._asked[number] = Call(inner, asked, None, asked.emit if takes_many else None)
         outer = self._open.get(of)
         if outer is not None and outer.trace is not None:
             outer.trace.follow(call)
@@ -356,32 +302,32 @@ class ModelProcess:
         if call is not None:
             call.is_cancelled = True
 
-    def _on_ask(self, number: int, what: str, *details: Any) -> None:
-        if what == "control":  # it may take long, and the model may have to answer meanwhile
-            threading.Thread(target=self._reply, args=(number, what, *details), name="control", daemon=True).start()
+    def _on_ask(self, number: int, question: str, *details: Any) -> None:
+        if question == "control":  # it may take long, and the model may have to answer meanwhile
+            threading.Thread(target=self._reply, args=(number, question, *details), name="control", daemon=True).start()
         else:
-            self._reply(number, what, *details)
+            self._reply(number, question, *details)
 
-    def _reply(self, number: int, what: str, *details: Any) -> None:
+    def _reply(self, number: int, question: str, *details: Any) -> None:
         try:
-            value, failure = self._told(what, *details), ""
+            value, failure = self._told(question, *details), ""
         except Exception as error:
             value, failure = None, str(error)
         self._send("reply", number, value, failure)
 
-    def _told(self, what: str, *details: Any) -> Any:
-        if what == "is cancelled":
+    def _told(self, question: str, *details: Any) -> Any:
+        if question == "is cancelled":
             call = self._open.get(details[0])
             return call is None or call.is_cancelled
-        if what == "control":
+        if question == "control":
             return self._controlled(*details)
-        if what == "family":
+        if question == "family":
             custom_metrics.family(*details)
             return None
-        if what == "metrics":  # those told before this question have been taken
+        if question == "metrics":  # those told before this question have been taken
             return None
         metric = _metric(*details)
-        return metric.value() if what == "value" else None
+        return metric.value() if question == "value" else None
 
     def _controlled(self, action: str, *details: Any) -> Any:
         control = control_of(self._infer)
@@ -433,69 +379,8 @@ class _Asked:
         self._process.tell_asked(self._number, answer, True)
 
 
-def completed(command: Command, text: str, path: Path, limit_s: float) -> str:
-    """The configuration as the model's `auto_complete_config` completes it, in a process. Raises ConfigError."""
-    ours, theirs = socket.socketpair()
-    with ours:
-        with theirs:
-            process, lifeline = command.start("complete", [theirs.fileno()])
-        failure = ""
-        try:
-            watch = Work("a process completes a configuration", lambda: _has_ended_in_time(process, ours, limit_s))
-            try:
-                with Connection(os.dup(ours.fileno())) as channel:
-                    channel.send_bytes(pickle.dumps((text, str(path))))
-                    made, failure = pickle.loads(channel.recv_bytes())
-            except (EOFError, OSError):
-                is_late = watch.wait(_LEAVE_TIMEOUT_S) and not watch.result()
-                status = _end(process)
-                failure = f"it did not end within {limit_s:g} s" if is_late else f"its process ended (status {status})"
-            except Exception as error:
-                failure = f"what its process says cannot be read: {type(error).__name__}: {error}"
-        finally:
-            _end(process)
-            os.close(lifeline)
-    if failure:
-        raise ConfigError(failure)
-    return str(made)
-
-
-def _has_ended_in_time(process: "subprocess.Popen[bytes]", channel: socket.socket, limit_s: float) -> bool:
-    """Wait for a process to end; whoever waits for its channel waits no longer then, or when the time is over.
-
-    The channel's end would not tell: something that the process has started may have it.
-    """
-    try:
-        pidfd = os.pidfd_open(process.pid)
-        try:
-            return _is_readable(pidfd, limit_s)
-        finally:
-            os.close(pidfd)
-    finally:
-        with contextlib.suppress(OSError):
-            channel.shutdown(socket.SHUT_RDWR)
-
-
-def _end(process: "subprocess.Popen[bytes]") -> int | None:
-    """End a process, and all that it has started, at once; returns its status, None where a driver holds it."""
-    if process.returncode is None:  # its number may be another's afterwards
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_KILL_TIMEOUT_S)
-    return process.returncode
-
-
 def _metric(name: str, description: str, kind: int, labels: Any, buckets: Any) -> custom_metrics.Value:
     return custom_metrics.family(name, description, kind).metric(labels, buckets)
-
-
-def _is_readable(descriptor: int, seconds: float) -> bool:
-    if descriptor < 0:
-        return True
-    poll = select.poll()
-    poll.register(descriptor, select.POLLIN)
-    return bool(poll.poll(None if math.isinf(seconds) else seconds * 1000))
 
 
 def _limit(

@@ -1,4 +1,4 @@
-"""Triton's python backend: `model.py` with a TritonPythonModel, unchanged; in a process of its own or in the server's.
+"""An instance of a python model: a TritonPythonModel of a `model.py`, unchanged, in whichever process this is.
 
 Each instance has its own TritonPythonModel. execute gets the batch as a list of requests, as in Triton: nothing is
 joined, so each request may have tensors of its own shape. Tensors may be in a GPU's memory: outputs wherever the model
@@ -7,23 +7,19 @@ GPU.
 """
 
 import contextlib
-import dataclasses
 import inspect
 import json
 import logging
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tutti.backends import device_options, model_files, placement
-from tutti.backends.python import execution_env, isolated, model_imports
+from tutti.backends.python import model_imports
 from tutti.backends.python.coroutines import Coroutines
+from tutti.backends.python.instances import device_of, instance_kind, takes_inputs_on_host
 from tutti.backends.python.pb_utils import responses as model_responses
-from tutti.backends.python.pb_utils import server
-from tutti.backends.python.pb_utils.completion import ModelConfig as CompletedConfig
 from tutti.backends.python.pb_utils.errors import TritonError, has_text, told
 from tutti.backends.python.pb_utils.requests import InferenceRequest
 from tutti.backends.python.pb_utils.responses import InferenceResponse
@@ -32,220 +28,22 @@ from tutti.backends.python.pb_utils.tensors import Tensor as ModelTensor
 from tutti.backends.python.pb_utils.tensors import sent
 from tutti.backends.python.pb_utils.values import are_parameters
 from tutti.core import rows
-from tutti.core.daemon_threads import Pool
 from tutti.core.dtypes import NUMPY
-from tutti.core.errors import ConfigError, DeviceLost, InferError, Internal, OutOfMemory
-from tutti.core.types import Call, Columns, Infer, InferResponse, Tensor, control_of
-from tutti.devices import device_turns, health, tensors
+from tutti.core.errors import DeviceLost, InferError, Internal, OutOfMemory
+from tutti.core.types import Call, Columns, InferResponse, Tensor
+from tutti.devices import health, tensors
 from tutti.devices.device_turns import TurnTaker
 from tutti.devices.errors import is_out_of_memory, is_unclear, sticky
 from tutti.devices.nvml import gpu_count
-from tutti.devices.process_engines import engine_of
 from tutti.repository import config
 from tutti.repository.config import InstanceGroup, ModelConfig
 from tutti.repository.folders import ModelFolder
-from tutti.scheduling.scheduler import Backend, Executed
+from tutti.scheduling.scheduler import Executed
 
 _log = logging.getLogger(__name__)
 
 # How long an unload waits for answers that a model still owes.
 FINALIZE_TIMEOUT_S = 30.0
-ON_HOST_PARAMETER = "FORCE_CPU_ONLY_INPUT_TENSORS"
-# Instances of one model that start at once.
-_MOST_STARTING = 8
-
-
-def load(folder: ModelFolder, version: int, infer: Infer) -> list[Backend]:
-    """One TritonPythonModel per instance, each in its process or all in this one. They may send requests to `infer`."""
-    path = model_files.model_file(folder, version, "model.py")
-    _takes_inputs_on_host(folder.config)
-    placed = placement.instances(folder.config)
-    is_isolated = _is_isolated(folder.config, [group for group, _ in placed])
-    _check_options(folder.config, is_isolated)
-    if is_isolated:
-        return _load_isolated(folder, version, placed, infer)
-    return _load_here(folder, version, placed, infer, path)
-
-
-def _is_isolated(config: ModelConfig, groups: Sequence[InstanceGroup]) -> bool:
-    """Whether instances are processes: unless they share a device, and maybe tensors on it, with the server.
-
-    Raises ConfigError.
-    """
-    choice = isolated.choice(config)
-    if choice == "no" and config.parameters.get(execution_env.PARAMETER):
-        what = f"'no' does not go with parameters.{execution_env.PARAMETER}, which needs a process"
-        raise ConfigError(f"model '{config.name}': parameters.{isolated.PARAMETER}: {what}")
-    if choice or config.parameters.get(execution_env.PARAMETER):
-        return choice != "no"
-    has_gpus = gpu_count() > 0
-    is_on_gpu = any(group.kind == "gpu" for group in config.instance_groups) or not _takes_inputs_on_host(config)
-    is_on_gpu = is_on_gpu or bool(device_options.says_turns(config))
-    return not (has_gpus and is_on_gpu and any(group.kind == "gpu" for group in groups))
-
-
-def _load_isolated(
-    folder: ModelFolder, version: int, placed: Sequence[tuple[InstanceGroup, int]], infer: Infer
-) -> list[Backend]:
-    """Side by side, as Triton does."""
-
-    def start(index: int, group: InstanceGroup, device: int) -> Backend:
-        return isolated.IsolatedBackend(
-            folder, version, _instance_name(folder.config, index), group, device, _device(group, device), infer
-        )
-
-    threads = Pool(_MOST_STARTING, f"{folder.config.name} starts")
-    starting = [threads.submit(start, index, *where) for index, where in enumerate(placed)]
-    failures = [failure for each in starting if (failure := each.exception()) is not None]
-    if failures:
-        for each in starting:
-            if each.exception() is None:
-                each.result().close()
-        raise failures[0]
-    return [each.result() for each in starting]
-
-
-def _load_here(
-    folder: ModelFolder, version: int, placed: Sequence[tuple[InstanceGroup, int]], infer: Infer, path: Path
-) -> list[Backend]:
-    server.serve_with(infer, controlling=control_of(infer))
-    device_turns.know(str(path.parent))
-    loaded: list[Backend] = []
-    module: ModuleType | None = None
-    try:
-        module = model_imports.import_beside(path, f"tutti_model_{folder.config.name}_{version}")
-        for index, (group, device) in enumerate(placed):
-            model = module.TritonPythonModel()
-            taker = _turn_taker(folder.config, group, device, path)
-            loaded.append(
-                PythonBackend(
-                    folder, version, model, _instance_name(folder.config, index), group, device, taker, module
-                )
-            )
-    except BaseException as error:  # a model may do whatever it likes, as ending its process: it is only not served
-        for backend in loaded:
-            backend.close()
-        if module is not None:
-            model_imports.forget(module)
-        what = f"{path.name} failed to load: {told(error)}"
-        raise ConfigError(f"model '{folder.config.name}': {what}") from error
-    return loaded
-
-
-def load_one(folder: ModelFolder, version: int, name: str, group: InstanceGroup, device: int) -> "PythonBackend":
-    """One instance, in a process that has no others. Raises ConfigError."""
-    filename = folder.config.model_filename or "model.py"
-    try:
-        module = model_imports.import_alone(folder.path, version, filename)
-        return PythonBackend(folder, version, module.TritonPythonModel(), name, group, device)
-    except BaseException as error:
-        raise ConfigError(f"{filename} failed to load: {told(error)}") from error
-
-
-def complete(proto: Any, path: Path) -> None:
-    """Let model.py complete the configuration, where it has `auto_complete_config`. Raises ConfigError."""
-    parameters = proto.parameters
-    is_here = isolated.PARAMETER in parameters and parameters[isolated.PARAMETER].string_value == "no"
-    try:
-        if is_here:
-            module = model_imports.import_beside(path, f"tutti_model_{proto.name}_config")
-            model_imports.forget(module)
-            _complete_with(module, proto)
-        else:
-            isolated.complete(proto, path)
-    except BaseException as error:
-        reason = str(error) if isinstance(error, ConfigError) else told(error)
-        raise ConfigError(
-            f"model '{proto.name}': {path.name} could not complete its configuration: {reason}"
-        ) from error
-
-
-def complete_alone(proto: Any, path: Path) -> None:
-    """The same in a process that has no other model. Raises whatever model.py raises."""
-    _complete_with(model_imports.import_alone(path.parents[1], int(path.parent.name), path.name), proto)
-
-
-def _complete_with(module: ModuleType, proto: Any) -> None:
-    if not hasattr(module.TritonPythonModel, "auto_complete_config"):
-        return
-    completed = module.TritonPythonModel.auto_complete_config(CompletedConfig(proto))
-    if not isinstance(completed, CompletedConfig):
-        raise TypeError(f"auto_complete_config returned a {type(completed).__name__}, no ModelConfig")
-
-
-def _device(group: InstanceGroup, number: int) -> str:
-    """Where an instance is: "cpu", or as "cuda:0"."""
-    gpus = gpu_count()
-    return f"cuda:{number}" if number < gpus and instance_kind(group, gpus) == "GPU" else "cpu"
-
-
-def _may_take_turns(config: ModelConfig, group: InstanceGroup) -> bool:
-    """Whether instances of the group take turns, where there is a GPU. A decoupled model computes when it likes.
-
-    KIND_AUTO is a GPU where there is one, as in Triton: for models that only prepare text, too, by their default. So it
-    is KIND_GPU that says that a model computes there, or the parameter.
-    """
-    says = device_options.says_turns(config)
-    computes = says if says is not None else group.kind == "gpu"
-    return computes and group.kind != "cpu" and not config.is_decoupled
-
-
-def _check_options(config: ModelConfig, is_isolated: bool) -> None:
-    """Raises ConfigError for a limit that nothing would keep."""
-    device_options.hang_timeout_s(config)
-    device_options.says_turns(config)
-    if is_isolated or not config.parameters.get(device_options.HANG_PARAMETER):
-        return
-    if not any(_may_take_turns(config, group) for group in config.instance_groups):
-        name = f"model '{config.name}': parameters.{device_options.HANG_PARAMETER}"
-        what = f"is for models in processes of their own (no parameters.{isolated.PARAMETER} 'no')"
-        raise ConfigError(f"{name}: {what}, and for KIND_GPU, whose instances take turns: nothing else is noticed")
-
-
-def _turn_taker(config: ModelConfig, group: InstanceGroup, number: int, path: Path) -> TurnTaker | None:
-    """What has the turns of an instance; None where it takes none."""
-    # A group that was KIND_AUTO comes back as another one from being placed.
-    configured = group if group in config.instance_groups else dataclasses.replace(group, kind="auto")
-    device = _device(group, number)
-    if device == "cpu" or not _may_take_turns(config, configured):
-        return None
-    try:
-        engine = engine_of(device)
-    except Exception as error:  # the model may compute there with another library
-        what = "model '%s' takes no turns on %s: that needs a PyTorch that can use it: %s"
-        _log.warning(what, config.name, device, error)
-        return None
-    hang_ns = device_options.hang_ns(config, device_options.OWN_CODE_HANG_TIMEOUT_S)
-    pipeline = engine.pipeline(config.name, device_options.weight(config), hang_ns=hang_ns)
-    return TurnTaker(engine, pipeline, str(path.parent))
-
-
-def _instance_name(config: ModelConfig, index: int) -> str:
-    """As Triton names it: the group's name, which without one is the model's and the group's number, and its own."""
-    for number, group in enumerate(config.instance_groups):
-        count = len(placement.instances(dataclasses.replace(config, instance_groups=(group,))))
-        if index < count:
-            return f"{group.name or f'{config.name}_{number}'}_{index % group.count}"
-        index -= count
-    raise IndexError(f"model '{config.name}' has no such instance")
-
-
-def instance_kind(group: InstanceGroup, gpus: int) -> str:
-    """ "GPU", "CPU" or "MODEL" for an instance group. KIND_AUTO is a GPU where there are any, and all that it lists.
-
-    As Triton's core resolves it (NormalizeInstanceGroup in model_config_utils.cc), whose python backend prefers GPUs.
-    """
-    if group.kind == "auto":
-        return "GPU" if gpus and all(device < gpus for device in group.gpus) else "CPU"
-    return "MODEL" if group.kind == "model" else "GPU" if group.kind == "gpu" else "CPU"
-
-
-def _takes_inputs_on_host(model: ModelConfig) -> bool:
-    """Whether the model is to have all inputs in host memory. Raises ConfigError."""
-    text = model.parameters.get(ON_HOST_PARAMETER, "yes")
-    if text not in ("yes", "no"):
-        raise ConfigError(f"model '{model.name}': parameters.{ON_HOST_PARAMETER}: expected 'yes' or 'no', got '{text}'")
-    return text == "yes"
 
 
 class PythonBackend:
@@ -265,7 +63,7 @@ class PythonBackend:
         """`number` is the GPU's. With `taker` each execution has a turn on it. `module` is forgotten at the end."""
         self.runs_inline = False  # a model may wait for whatever it likes
         self.kind = f"{group.kind}"
-        self.device = _device(group, number)
+        self.device = device_of(group, number)
         self._taker = taker
         self._module = module
         self._coroutines = Coroutines(folder.config.name)
@@ -273,7 +71,7 @@ class PythonBackend:
         self._version = str(version)
         self._model = model
         self._number = number
-        self._takes_inputs_on_host = _takes_inputs_on_host(folder.config)
+        self._takes_inputs_on_host = takes_inputs_on_host(folder.config)
         self._datatypes = {spec.name: spec.datatype for spec in folder.config.outputs}
         for state in folder.config.sequences.states if folder.config.sequences is not None else ():
             self._datatypes[state.output_name] = state.datatype  # the server keeps it for the next request
@@ -417,12 +215,12 @@ class PythonBackend:
             self._owed -= 1
             self._settled.notify_all()
 
-    def _failure(self, what: str, error: BaseException) -> InferError:
+    def _failure(self, action: str, error: BaseException) -> InferError:
         """What callers are told of an error of the model's. One that ends a device's use is reported to its health."""
         if isinstance(error, DeviceLost):  # while it waited for its turn
             return error
         # It begins as Triton's sentence does: clients look at that.
-        says = f"Failed to process the request(s) for model '{self._config.name}': {what} raised {told(error)}"
+        says = f"Failed to process the request(s) for model '{self._config.name}': {action} raised {told(error)}"
         if not has_text(error):
             return Internal(says)
         reason = sticky(error) or (tensors.failure(self._number) if is_unclear(error) else "")
