@@ -25,11 +25,13 @@ HEAVY = {
     },
     "torch": {
         "tutti.backends.pytorch",
+        "tutti.backends.aot_packages",
         "tutti.backends.compiled",
         "tutti.backends.compiler_process",
         "tutti.backends.cuda_graphs",
         "tutti.backends.verification",
         "tutti.backends.tensorrt",
+        "tutti.backends.torch_modules",
         "tutti.backends.capturing",
         "tutti.devices.cuda",
     },

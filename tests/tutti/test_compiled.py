@@ -28,7 +28,17 @@ from tutti.repository import config
 
 torch = pytest.importorskip("torch")
 
-from tutti.backends import artefacts, compiled, compiler, compiler_process, largest_batch, pytorch, verification  # noqa: E402
+from tutti.backends import (  # noqa: E402
+    aot_packages,
+    artefacts,
+    compile_options,
+    compiled,
+    compiler,
+    compiler_process,
+    largest_batch,
+    pytorch,
+    verification,
+)
 from tutti.backends.compiler import AOT, JIT, Job, Uncompilable  # noqa: E402
 from tutti.backends.cuda_graphs import ModelGraphs  # noqa: E402
 from tutti.devices import cuda  # noqa: E402
@@ -394,7 +404,7 @@ def test_what_fails_on_one_gpu_is_not_tried_on_the_next(
     repository.add("m", text_of(compile=JIT), {"model.pt2": encoder})
     path = repository.root / "m" / "1" / "model.pt2"
     parsed = open_model(repository.root, "m").config
-    compilation = compiled.wanted(parsed, path)
+    compilation = compile_options.wanted(parsed, path)
     assert compilation is not None
     assert [compiled.entry(parsed, compilation, path, f"cuda:{number % 3}") for number in range(6)] == [None] * 6
     assert len(fake.jobs) == 1
@@ -700,10 +710,10 @@ def test_a_package_is_for_one_kind_of_gpu(
     archive({"m/data/aotinductor/model/a_metadata.json": json.dumps(told)})(tmp_path / "model.pt2")
     parsed = config.parse(text_of(), "m")
     if not why:
-        compiled._check_target(parsed, tmp_path / "model.pt2", "cuda:1")
+        aot_packages._check_target(parsed, tmp_path / "model.pt2", "cuda:1")
         return
     with pytest.raises(ConfigError, match=f"model 'm': model.pt2 is an AOTInductor package {why}$"):
-        compiled.package(parsed, tmp_path / "model.pt2", "cuda:1", 1)
+        aot_packages.package(parsed, tmp_path / "model.pt2", "cuda:1", 1)
 
 
 def test_an_exported_program_is_no_package(tmp_path: Path, encoder: bytes) -> None:
@@ -711,9 +721,9 @@ def test_an_exported_program_is_no_package(tmp_path: Path, encoder: bytes) -> No
     (tmp_path / "junk.pt2").write_bytes(b"junk")
     archive({"m/models/model.json": "", "m/data/aotinductor/model/a.so": ""})(tmp_path / "both.pt2")
     archive({"m/data/aotinductor/model/a.so": ""})(tmp_path / "package.pt2")
-    packages = [path.stem for path in sorted(tmp_path.glob("*.pt2")) if compiled.is_package(path)]
+    packages = [path.stem for path in sorted(tmp_path.glob("*.pt2")) if compile_options.is_package(path)]
     assert packages == ["package"]
-    assert not compiled.is_package(tmp_path / "none.pt2")
+    assert not compile_options.is_package(tmp_path / "none.pt2")
 
 
 def test_arguments_of_a_package_have_names() -> None:
@@ -725,7 +735,7 @@ def test_arguments_of_a_package_have_names() -> None:
 
     named = node("dict", '["mask", "pair"]', leaf(), node("list", "null", leaf(), leaf()))
     spec = node("tuple", "null", node("tuple", "null", leaf(), node("list", "null", leaf())), named)
-    assert compiled._arguments(spec) == ["0", "1", "mask", "pair.0", "pair.1"]
+    assert aot_packages._arguments(spec) == ["0", "1", "mask", "pair.0", "pair.1"]
 
 
 # For real
@@ -749,10 +759,10 @@ def test_aot_inductor_compiles_and_its_package_is_a_model_too(
     check_answers(repository.root)
     (warning,) = warnings_in(caplog)
     assert warning.endswith("model.pt2 is an AOTInductor package already: parameters.tutti.compile changes nothing")
-    loaded = compiled.Package(package_at := repository.root / "m" / "1" / "model.pt2", "cpu", 1)
+    loaded = aot_packages.Package(package_at := repository.root / "m" / "1" / "model.pt2", "cpu", 1)
     with pytest.raises(TypeError, match="takes 2 tensors, got 1"):
         loaded(torch.zeros(1, 1))
-    assert compiled.is_package(package_at)
+    assert compile_options.is_package(package_at)
     assert not cache.exists()
 
 

@@ -16,7 +16,7 @@ from tests.tutti.test_cuda_graphs import GRAPHS, LENGTHS, Greedy, Polynomial, X,
 from tests.tutti.test_device_backend import IDS, Embed, Identity, ids_request
 from tests.tutti.test_pytorch_backend import scripted
 from tutti import ensembles
-from tutti.backends import graph_buckets, pytorch
+from tutti.backends import graph_buckets, pytorch, torch_modules
 from tutti.backends.capturing import CudaCapturing, Run, no_collections
 from tutti.backends.cuda_graphs import GraphedProgram
 from tutti.devices import cuda, process_engines
@@ -48,7 +48,7 @@ class OnProcessor(CudaCapturing):
 
 def graphed(text: str, module: Any, argument: str) -> tuple[GraphedProgram, pytorch.TorchProgram]:
     parsed = config.parse(text, "m")
-    program = pytorch.TorchProgram(parsed, pytorch.Module(parsed, module, [argument]))
+    program = pytorch.TorchProgram(parsed, torch_modules.Module(parsed, module, [argument]))
     with_graphs = GraphedProgram(parsed, program)
     device = SimulatedDevice(Timeline(), Costs())
     assert not with_graphs.capture(graph_buckets.plan(parsed).buckets, OnProcessor(), device)

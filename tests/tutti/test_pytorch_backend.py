@@ -20,7 +20,7 @@ from tutti.serving import local
 
 torch = pytest.importorskip("torch")
 
-from tutti.backends import pytorch  # noqa: E402 - it needs PyTorch
+from tutti.backends import pytorch, torch_modules  # noqa: E402 - it needs PyTorch
 
 CONFIG = """
 {backend} max_batch_size: 8
@@ -113,9 +113,9 @@ def test_weights_go_with_the_last_instance(
     repository: Repository, filename: str, save: Any, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At once, although some reference to the module may be left."""
-    modules: list[pytorch.Module] = []
-    begin_use = pytorch.Module.begin_use
-    monkeypatch.setattr(pytorch.Module, "begin_use", lambda module: (modules.append(module), begin_use(module)))
+    modules: list[torch_modules.Module] = []
+    begin_use = torch_modules.Module.begin_use
+    monkeypatch.setattr(torch_modules.Module, "begin_use", lambda module: (modules.append(module), begin_use(module)))
     text = CONFIG.format(backend='backend: "pytorch"', a="left", b="right", y="y", z="z").replace("dims: 1", "dims: 3")
     repository.add("m", f"{text} instance_group {{ kind: {kind} count: 2 }}", {filename: save(Weighted())})
     threes = np.full((1, 3), 3, np.float32)
@@ -124,15 +124,15 @@ def test_weights_go_with_the_last_instance(
         assert isinstance(answer, InferResponse)
         assert answer.tensor("y").array().tolist() == [[6.0] * 3] and answer.tensor("z").array().tolist() == [[4.0] * 3]
         first, last = modules
-        assert first is last and pytorch._held_bytes(first._forward) == 24
+        assert first is last and torch_modules._held_bytes(first._forward) == 24
     for engine in process_engines.engines():  # on a device they go once nothing is under way there
         engine.device.call(lambda: None)
-    assert pytorch._held_bytes(first._forward) == 0
+    assert torch_modules._held_bytes(first._forward) == 0
 
 
 def test_weights_stay_while_an_instance_uses_them() -> None:
     text = CONFIG.format(backend='backend: "pytorch"', a="left", b="right", y="y", z="z")
-    module = pytorch.Module(config.parse(text, "m"), Weighted(), ["left", "right"])
+    module = torch_modules.Module(config.parse(text, "m"), Weighted(), ["left", "right"])
     module.begin_use()
     module.begin_use()
     shift = module._forward.shift

@@ -17,13 +17,11 @@ A `model.pt2` that is an AOTInductor package already is loaded as it is.
 import importlib
 import json
 import logging
-import math
 import os
 import platform
 import time
-import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -33,79 +31,16 @@ from google.protobuf import text_format
 from torch.utils import _pytree as pytree
 
 from tutti.backends import artefacts, compiler, largest_batch, verification
+from tutti.backends.aot_packages import Package
 from tutti.backends.artefacts import CacheError
-from tutti.backends.compiler import AOT, JIT, KEPT, LARGEST, MODES, PACKAGE, Job, Uncompilable
-from tutti.core.errors import ConfigError
+from tutti.backends.compile_options import Compilation
+from tutti.backends.compiler import AOT, JIT, KEPT, LARGEST, PACKAGE, Job, Uncompilable
 from tutti.devices.cuda import loading
 from tutti.repository.config import ModelConfig
 
 _log = logging.getLogger(__name__)
 
-PARAMETER = "tutti.compile"
-_TIMEOUT_S = 1800.0
-# What GPU code takes for granted of where its inputs begin.
-_ALIGNMENT = 16
-
 Forward = Callable[..., Any]
-
-
-@dataclass
-class Compilation:
-    """What a model's parameters ask for; a `tolerance` below 0 is the datatype's own."""
-
-    how: str
-    mode: str = MODES[0]
-    tolerance: float = -1.0
-    timeout_s: float = _TIMEOUT_S
-    # Whether it may be made now, or is only taken where it has been.
-    makes: bool = True
-    # The entry of each device, None where there is none to be had.
-    entries: dict[str, Path | None] = field(default_factory=dict)
-    # The kinds of devices on which it has failed: it would on the next of them, too.
-    failures: set[str] = field(default_factory=set)
-
-
-def wanted(config: ModelConfig, path: Path, makes: bool = True) -> Compilation | None:
-    """How the model's file is to be compiled; None for not at all. Raises ConfigError for a value that is none.
-
-    Without `makes` what has not been compiled before is not.
-    """
-    own = {key: value for key, value in config.parameters.items() if key.startswith(f"{PARAMETER}.")}
-    unknown = [key for key in own if key.removeprefix(f"{PARAMETER}.") not in ("mode", "tolerance", "timeout_s")]
-    if unknown:
-        raise _bad(config, unknown[0], "there are mode, tolerance and timeout_s")
-    how = config.parameters.get(PARAMETER, "")
-    if not how:
-        if own:
-            raise _bad(config, next(iter(own)), f"needs {PARAMETER}")
-        return None
-    if how not in (AOT, JIT):
-        raise _bad(config, PARAMETER, f"expected '{AOT}' or '{JIT}', got '{how}'")
-    if path.suffix != ".pt2":
-        raise _bad(config, PARAMETER, f"expected a torch.export package (.pt2), got {path.name}: TorchScript is none")
-    mode = own.get(f"{PARAMETER}.mode", MODES[0])
-    if mode not in MODES:
-        why = ": it records CUDA graphs of its own" if mode in ("reduce-overhead", "max-autotune") else ""
-        raise _bad(config, f"{PARAMETER}.mode", f"expected {' or '.join(MODES)}, got '{mode}'{why}")
-    numbers = (_number(config, "tolerance", -1.0), _number(config, "timeout_s", _TIMEOUT_S))
-    return None if is_package(path) else Compilation(how, mode, *numbers, makes)
-
-
-def _number(config: ModelConfig, name: str, default: float) -> float:
-    text = config.parameters.get(f"{PARAMETER}.{name}")
-    if text is None:
-        return default
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise _bad(config, f"{PARAMETER}.{name}", f"expected a number of at least 0, got '{text}'")
-    return value
-
-
-def _bad(config: ModelConfig, key: str, why: str) -> ConfigError:
-    return ConfigError(f"model '{config.name}': parameters.{key}: {why}")
 
 
 def exported(path: Path, device: str) -> Any:
@@ -221,32 +156,6 @@ def opened(folder: Path, how: str, program: Any, device: str, runners: int) -> F
     return Kept(folder / KEPT, program)
 
 
-class Package:
-    """An AOTInductor package. `forward(*tensors)` gives what the model's own forward would.
-
-    On a GPU a single thread submits, and no batch waits for the one before: the package does no waiting of its own,
-    and can be captured in a graph. It holds the interpreter's lock while it executes, on a processor for all of it.
-    """
-
-    def __init__(self, path: Path, device: str, runners: int) -> None:
-        is_cuda = device.startswith("cuda")
-        index = int(device.partition(":")[2]) if is_cuda else -1
-        # What torch._inductor.package.load_package does, without importing the compiler for it.
-        load = torch._C._aoti.AOTIModelPackageLoader
-        self._loader = load(str(path), "model", is_cuda, 1 if is_cuda else max(1, runners), index)
-        self._run = self._loader.boxed_run
-        given, made = self._loader.get_call_spec()
-        self.arguments = _arguments(json.loads(given)[1])
-        self._made = pytree.treespec_loads(made)
-        self._is_cuda = is_cuda
-
-    def __call__(self, *tensors: Any) -> Any:
-        if len(tensors) != len(self.arguments):
-            raise TypeError(f"the package takes {len(self.arguments)} tensors, got {len(tensors)}")
-        given = [_aligned(tensor) for tensor in tensors] if self._is_cuda else list(tensors)
-        return pytree.tree_unflatten(self._run(given), self._made)
-
-
 class Kept:
     """What torch.compile's compiler has kept of an exported program, whose weights it shares."""
 
@@ -258,31 +167,12 @@ class Kept:
         # Weights, buffers and constants: the first arguments.
         self.weights = _lifted(program)
         self._count = len(program.graph_signature.user_inputs)
-        self._made = program.call_spec.out_spec
+        self._outputs = program.call_spec.out_spec
 
     def __call__(self, *tensors: Any) -> Any:
         if len(tensors) != self._count:
             raise TypeError(f"forward takes {self._count} tensors, got {len(tensors)}")
-        return pytree.tree_unflatten(list(self._compiled(*self.weights, *tensors)), self._made)
-
-
-def _aligned(tensor: Any) -> Any:
-    """A row of a larger tensor may begin where GPU code would fault."""
-    return tensor.clone() if tensor.data_ptr() % _ALIGNMENT else tensor
-
-
-def _arguments(spec: Any) -> list[str]:
-    """Names for the tensors of a serialized tree of (args, kwargs): numbers, and what has a name."""
-    positional, named = spec["children_spec"]
-    names = [str(number) for number in range(_leaves(positional))]
-    for name, child in zip(json.loads(named["context"]), named["children_spec"], strict=True):
-        count = _leaves(child)
-        names += [name] if count == 1 else [f"{name}.{number}" for number in range(count)]
-    return names
-
-
-def _leaves(spec: Any) -> int:
-    return 1 if spec["type"] is None else sum(map(_leaves, spec["children_spec"]))
+        return pytree.tree_unflatten(list(self._compiled(*self.weights, *tensors)), self._outputs)
 
 
 def check_is_stateless(program: Any) -> None:
@@ -299,12 +189,12 @@ def check_is_stateless(program: Any) -> None:
         schema = getattr(node.target, "_schema", None)
         if schema is None:
             continue
-        given = [node.kwargs.get(spec.name, None) for spec in schema.arguments]
-        given[: len(node.args)] = node.args
-        pairs = list(zip(schema.arguments, given, strict=True))
+        values = [node.kwargs.get(spec.name, None) for spec in schema.arguments]
+        values[: len(node.args)] = node.args
+        pairs = list(zip(schema.arguments, values, strict=True))
         aliased = [spec for spec, value in pairs if spec.alias_info is not None and shared.intersection(_nodes(value))]
         written += [str(node.target) for spec in aliased if spec.alias_info.is_write]
-        if aliased and any(made.alias_info is not None for made in schema.returns):
+        if aliased and any(result.alias_info is not None for result in schema.returns):
             shared.add(node)
     if written:
         raise Uncompilable(f"forward writes to its buffers or inputs ({written[0]})")
@@ -323,54 +213,6 @@ def _lifted(program: Any) -> list[Any]:
             kept = program.state_dict if spec.target in program.state_dict else program.constants
             tensors.append(kept[spec.target])
     return tensors
-
-
-def is_package(path: Path) -> bool:
-    """Whether the file is an AOTInductor package, with no exported program in it."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except (OSError, zipfile.BadZipFile):
-        return False
-    parts = [name.partition("/")[2] for name in names]
-    return any(name.startswith("data/aotinductor/") for name in parts) and not any(
-        name.startswith("models/") for name in parts
-    )
-
-
-def package(config: ModelConfig, path: Path, device: str, runners: int) -> tuple[Forward, list[str]]:
-    """A user's package, and names of its arguments. Raises ConfigError when it is not for the device."""
-    if PARAMETER in config.parameters:
-        what = f"{path.name} is an AOTInductor package already: parameters.{PARAMETER} changes nothing"
-        _log.warning("model '%s': %s", config.name, what)
-    _check_target(config, path, device)
-    try:
-        with loading:
-            loaded = Package(path, device, runners)
-    except Exception as error:
-        what = f"PyTorch cannot load the AOTInductor package {path.name}: {compiler.one_line(error)}"
-        raise ConfigError(f"model '{config.name}': {what}") from None
-    return loaded, loaded.arguments
-
-
-def _check_target(config: ModelConfig, path: Path, device: str) -> None:
-    """A package on a device that it is not for would not say so, but crash."""
-    kind = device.partition(":")[0]
-    capability = "".join(map(str, torch.cuda.get_device_capability(device))) if kind == "cuda" else ""
-    for told in _metadata(path):
-        made_for, capability_made_for = told.get("AOTI_DEVICE_KEY", kind), told.get("AOTI_COMPUTE_CAPABILITY", "")
-        is_other_gpu = capability and capability_made_for and capability_made_for != capability
-        if made_for == kind and not is_other_gpu:
-            continue
-        what = f"{path.name} is an AOTInductor package for {made_for} {capability_made_for}".strip()
-        raise ConfigError(f"model '{config.name}': {what}, not for {kind} {capability}".strip())
-
-
-def _metadata(path: Path) -> list[dict[str, str]]:
-    """What the libraries of a package say that they are for."""
-    with zipfile.ZipFile(path) as archive:
-        told = [json.loads(archive.read(name)) for name in archive.namelist() if name.endswith("_metadata.json")]
-    return [metadata for metadata in told if isinstance(metadata, dict)]
 
 
 def expectations(
@@ -404,10 +246,9 @@ def first_difference(forward: Forward, pairs: Sequence[tuple[list[Any], Any]], a
     """What a compiled model does differently; "" when it does the same."""
     for inputs, expected in pairs:
         with torch.inference_mode():
-            made = forward(*inputs)
-        found = verification.difference(expected, made, allowed)
-        if found:
-            return found
+            outputs = forward(*inputs)
+        if difference := verification.difference(expected, outputs, allowed):
+            return difference
     return ""
 
 
@@ -429,11 +270,11 @@ def verified(
             inductor.config.compile_threads = 1
         with loading:
             forward = opened(folder, compilation.how, program, device, runners)
-            found = first_difference(forward, expectations(program, fills, device), allowed)
+            fault = first_difference(forward, expectations(program, fills, device), allowed)
     except Exception as error:
-        found = compiler.one_line(error)
-    if found:
-        refuse(config, device, f"{found} (compiled in {folder})")
+        fault = compiler.one_line(error)
+    if fault:
+        refuse(config, device, f"{fault} (compiled in {folder})")
         return None
     _log.info("model '%s': executes what was compiled for %s, from %s", config.name, device, folder)
     rows = largest_batch.rows_of(config, compilation.how, device)
@@ -456,11 +297,11 @@ def _verified_largest(
     try:
         with loading:
             forward = opened(folder, JIT, program, device, 1)
-            found = first_difference(forward, expectations(program, fills, device, rows), allowed)
+            fault = first_difference(forward, expectations(program, fills, device, rows), allowed)
     except Exception as error:
-        found = compiler.one_line(error)
-    if found:
-        what = "model '%s': batches of %d execute what was compiled for any size on %s: %s (compiled in %s)"
-        _log.warning(what, config.name, rows, device, found, folder)
+        fault = compiler.one_line(error)
+    if fault:
+        message = "model '%s': batches of %d execute what was compiled for any size on %s: %s (compiled in %s)"
+        _log.warning(message, config.name, rows, device, fault, folder)
         return None
     return forward

@@ -7,26 +7,26 @@ asks for it (compiled.py). And `tutti.gpu_model_filename`: the file for GPUs, as
 """
 
 import logging
-import re
-import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from tutti.backends import compiled, joined, model_files, placement, verification
-from tutti.backends.compiled import Compilation
+from tutti.backends import aot_packages, compile_options, compiled, joined, model_files, placement, verification
+from tutti.backends.compile_options import Compilation
 from tutti.backends.cuda_graphs import ModelGraphs
 from tutti.backends.joined import JoinedBackend
 from tutti.backends.on_device import DeviceBackend, Program
+from tutti.backends.torch_modules import Module, order_of
 from tutti.core.daemon_threads import Pool
 from tutti.core.dtypes import Array
-from tutti.core.errors import ConfigError, Internal
+from tutti.core.errors import ConfigError
 from tutti.core.types import Infer, OnDevice
-from tutti.devices.cuda import TORCH, empty_caches, loading
+from tutti.devices.cuda import empty_caches, loading
 from tutti.devices.simulated import simulated_gpus
 from tutti.repository.config import InstanceGroup, ModelConfig
 from tutti.repository.folders import ModelFolder
@@ -35,7 +35,6 @@ from tutti.scheduling.scheduler import Backend, undone
 _log = logging.getLogger(__name__)
 
 EXPORTED = "model.pt2"
-_INDEX = re.compile(r".*__(\d+)")
 # One thread loads, for as long as the process lives: PyTorch 2.11 for CUDA crashes where there is no device and another
 # thread loads a package after the first has ended.
 _loader = Pool(1, "pytorch loads")
@@ -58,40 +57,46 @@ def load(folder: ModelFolder, version: int, infer: Infer) -> list[Backend]:
             if device not in modules:
                 path = _file(folder, version, device)
                 if path not in compilations:
-                    compilations[path] = compiled.wanted(config, path)
+                    compilations[path] = compile_options.wanted(config, path)
                 compilation = compilations[path]
                 if device != "cpu" and graphs.are_planned:
                     if compilation is not None:  # what is tried is what will serve
                         compiled.entry(config, compilation, path, _place(device))
                     graphs.try_on(device)
                 modules[device] = _module(config, path, device, compilation, devices.count(device))
-            if device == "cpu":
-                on_host = TorchBackend(config, str(version), modules[device])
-                on_host.joins = not joined.may_join(config) or joined.makes_rows(config, on_host.run) is not False
-                if not on_host.joins:
-                    _log.warning(
-                        "model '%s' makes other rows than the batch's: its requests are executed one by one",
-                        config.name,
-                    )
-                loaded.append(on_host)
-            else:
-                backend = DeviceBackend(config, str(version), device, _program(config, modules[device]))
-                backend.holds(modules[device], modules[device].nbytes)
-                loaded.append(backend)
-                graphs.add_to(backend)
+            make = _on_host if device == "cpu" else partial(_on_device, device, graphs)
+            loaded.append(make(config, str(version), modules[device]))
     for device, module in modules.items():
         if device != "cpu" and module.nbytes:
             _log.info("model '%s' version %d: %.1f MiB on %s", config.name, version, module.nbytes / 2**20, device)
     return loaded
 
 
+def _on_host(config: ModelConfig, version: str, module: Module) -> Backend:
+    backend = TorchBackend(config, version, module)
+    backend.joins = not joined.may_join(config) or joined.makes_rows(config, backend.run) is not False
+    if not backend.joins:
+        _log.warning("model '%s' makes other rows than the batch's: its requests are executed one by one", config.name)
+    return backend
+
+
+def _on_device(device: str, graphs: ModelGraphs, config: ModelConfig, version: str, module: Module) -> Backend:
+    backend = DeviceBackend(config, version, device, _program(config, module))
+    backend.holds(module, module.nbytes)
+    graphs.add_to(backend)
+    return backend
+
+
 def program(folder: ModelFolder, version: int, device: str) -> Program:
     """The model on one GPU, compiled if it has been before."""
     config, path = folder.config, _file(folder, version, device)
-    return _program(config, _module(config, path, device, compiled.wanted(config, path, makes=False), 1))
+    return _program(
+        config,
+        _module(config, path, device, compile_options.wanted(config, path, makes=False), 1),
+    )
 
 
-def _module(config: ModelConfig, path: Path, device: str, compilation: Compilation | None, runners: int) -> "Module":
+def _module(config: ModelConfig, path: Path, device: str, compilation: Compilation | None, runners: int) -> Module:
     """The model's callable on a device, for so many instances."""
     place = _place(device)
     forward = _forward(config, path, place, compilation, runners)
@@ -102,7 +107,7 @@ def _module(config: ModelConfig, path: Path, device: str, compilation: Compilati
     return module
 
 
-def _program(config: ModelConfig, module: "Module") -> Program:
+def _program(config: ModelConfig, module: Module) -> Program:
     return (SimulatedTorchProgram if simulated_gpus() else TorchProgram)(config, module)
 
 
@@ -110,8 +115,8 @@ def _file(folder: ModelFolder, version: int, device: str) -> Path:
     """The configured file, by default `model.pt2` where there is one, else `model.pt`; on GPUs the variant for them."""
     if device != "cpu" and folder.config.gpu_filename:
         return model_files.version_file(folder, version, folder.config.gpu_filename)
-    given = folder.config.model_filename
-    if given in ("", "model.pt") and (folder.version_path(version) / EXPORTED).is_file():
+    filename = folder.config.model_filename
+    if filename in ("", "model.pt") and (folder.version_path(version) / EXPORTED).is_file():
         return folder.version_path(version) / EXPORTED
     return model_files.model_file(folder, version, "model.pt")
 
@@ -152,15 +157,15 @@ def _forward(
     if path.suffix != ".pt2":
         module = _loaded(config, path, lambda: _scripted(path, device))
         return module, [argument.name for argument in module.forward.schema.arguments[1:]], _writes_inputs(module)
-    if compiled.is_package(path):
-        return *compiled.package(config, path, device, runners), True  # it does not tell
+    if compile_options.is_package(path):
+        return *aot_packages.package(config, path, device, runners), True  # it does not tell
     # Without the lock: it may take minutes.
     folder = compiled.entry(config, compilation, path, device) if compilation is not None else None
     program = _loaded(config, path, lambda: compiled.exported(path, device))
     forward = None
     if compilation is not None and folder is not None:
-        own_fills = fills(config, program)
-        forward = compiled.verified(config, compilation, folder, program, device, own_fills, runners)
+        filling = fills(config, program)
+        forward = compiled.verified(config, compilation, folder, program, device, filling, runners)
     # The guards are of the shapes that it was traced with: narrower than what it can do.
     return forward or program.module(check_guards=False), _arguments(program), _writes_anywhere(program)
 
@@ -207,108 +212,7 @@ def _arguments(program: Any) -> list[str]:
 
 def fills(config: ModelConfig, program: Any) -> list[verification.Fill]:
     """What to fill the arguments of an exported program with, where it is tried."""
-    return verification.fills(config, _order(config, _arguments(program)))
-
-
-def _order(config: ModelConfig, arguments: Sequence[str]) -> list[str]:
-    """The inputs in the order of forward's arguments. Raises ConfigError naming an input that has no place."""
-    names = [spec.name for spec in config.inputs]
-    indexed = {int(found[1]): name for name in names if (found := _INDEX.fullmatch(name))}
-    if len(indexed) == len(names):
-        if sorted(indexed) != list(range(len(names))):
-            raise ConfigError(f"model '{config.name}': input: expected __0 to __{len(names) - 1}, got {names}")
-        ordered = [indexed[index] for index in range(len(names))]
-    elif set(names) <= set(arguments):
-        ordered = [name for name in arguments if name in names]
-    else:
-        ordered = names
-    if len(ordered) > len(arguments):
-        raise ConfigError(f"model '{config.name}': input: forward takes {list(arguments)}, configured are {names}")
-    return ordered
-
-
-def _tensors(forward: Callable[..., Any]) -> list[torch.Tensor]:
-    """Parameters, buffers and constants. TorchScript does not tell of its constants, nor a package of anything."""
-    if isinstance(forward, compiled.Kept):
-        return forward.weights
-    if not isinstance(forward, torch.nn.Module):
-        return []
-    own = [value for module in forward.modules() for value in vars(module).values()]
-    return [value for value in (*forward.parameters(), *forward.buffers(), *own) if isinstance(value, torch.Tensor)]
-
-
-def _held_bytes(forward: Callable[..., Any]) -> int:
-    """What a model's tensors take; what shares memory counts once."""
-    storages = [tensor.untyped_storage() for tensor in _tensors(forward)]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-
-
-class Module:
-    """A model's callable, whose inputs and outputs have names. Instances share it: each begins to use it and ends."""
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        forward: Callable[..., Any],
-        arguments: Sequence[str],
-        device: str = "cpu",
-        writes_inputs: bool = False,
-    ) -> None:
-        """What `writes_inputs` gets copies: others read the same memory."""
-        self._forward = forward
-        self._writes_inputs = writes_inputs
-        self._device = torch.device(device)
-        # Of its weights; activations are the allocator's, which all models share.
-        self.nbytes = _held_bytes(forward)
-        self._users = 0
-        self._lock = threading.Lock()
-        self.order = _order(config, arguments)
-        self._outputs = {spec.name: TORCH[spec.datatype] for spec in config.outputs}
-        for state in config.sequences.states if config.sequences is not None else ():
-            self._outputs[state.output_name] = TORCH[state.datatype]
-        self._mode = (
-            torch.inference_mode if config.parameters.get("INFERENCE_MODE", "true") == "true" else torch.no_grad
-        )
-
-    def begin_use(self) -> None:
-        with self._lock:
-            self._users += 1
-
-    def end_use(self) -> None:
-        """With the last user the weights go: PyTorch's modules refer to themselves, and are collected late."""
-        with self._lock:
-            self._users -= 1
-            if self._users:
-                return
-        for tensor in _tensors(self._forward):
-            tensor.data = tensor.new_empty(0)  # what an answer still refers to stays
-
-    def __call__(self, inputs: Mapping[str, Any], names: Sequence[str]) -> list[Any]:
-        """The outputs `names` on the module's device, in their configured datatypes and without gaps."""
-        with self._mode():
-            given = [inputs[name] for name in self.order if name in inputs]
-            if self._writes_inputs:
-                given = [tensor.clone() for tensor in given]
-            made = self._named(self._forward(*given))
-            return [made[name].detach().to(self._device, self._outputs[name]).contiguous() for name in names]
-
-    def _named(self, made: Any) -> Mapping[str, Any]:
-        """The outputs by name."""
-        names = list(self._outputs)
-        if isinstance(made, Mapping):
-            missing = [name for name in names if name not in made]
-            if missing:
-                raise Internal(f"forward returned {sorted(map(str, made))}, not '{missing[0]}'")
-            return made
-        tensors = list(made) if isinstance(made, tuple | list) else [made]
-        found = {}
-        for position, name in enumerate(names):
-            indexed = _INDEX.fullmatch(name)
-            index = int(indexed[1]) if indexed else position
-            if index >= len(tensors) or not isinstance(tensors[index], torch.Tensor):
-                raise Internal(f"forward returned {len(tensors)} values, none is a tensor for output '{name}'")
-            found[name] = tensors[index]
-        return found
+    return verification.fills(config, order_of(config, _arguments(program)))
 
 
 class TorchProgram:
@@ -368,8 +272,8 @@ class TorchBackend(JoinedBackend):
         self._bfloat = _of_bfloat(config)
 
     def run(self, names: Sequence[str], feed: Mapping[str, Array]) -> Sequence[Array]:
-        made = self._module({name: _tensor(array, name in self._bfloat) for name, array in feed.items()}, names)
-        return [_array(tensor) for tensor in made]
+        outputs = self._module({name: _tensor(array, name in self._bfloat) for name, array in feed.items()}, names)
+        return [_array(tensor) for tensor in outputs]
 
     def close(self) -> None:
         super().close()
