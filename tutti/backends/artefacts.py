@@ -31,9 +31,9 @@ class CacheError(Exception):
 
 def default_root() -> Path:
     """`$TUTTI_CACHE_DIR/compiled`, by default `~/.cache/tutti/compiled`. Raises CacheError without a home."""
-    given = os.environ.get(VARIABLE, "")
+    folder = os.environ.get(VARIABLE, "")
     try:
-        return (Path(given) if given else Path.home() / ".cache" / "tutti").absolute() / "compiled"
+        return (Path(folder) if folder else Path.home() / ".cache" / "tutti").absolute() / "compiled"
     except RuntimeError as error:
         raise CacheError(f"there is no folder for compiled models: {error} (set {VARIABLE})") from None
 

@@ -57,8 +57,8 @@ class Checked(Wrapped):
         datatype, dims = self._outputs[tensor.name]
         is_array = isinstance(tensor.data, np.ndarray)
         if tensor.datatype != datatype or (is_array and tensor.array().dtype != NUMPY[datatype]):
-            made = f"{tensor.datatype} ({tensor.array().dtype})" if is_array else tensor.datatype
-            return f"output '{tensor.name}': expected {datatype}, got {made}"
+            answered = f"{tensor.datatype} ({tensor.array().dtype})" if is_array else tensor.datatype
+            return f"output '{tensor.name}': expected {datatype}, got {answered}"
         expected = (*rows, *dims)
         is_fitting = len(expected) == len(tensor.shape) and all(
             dim in (-1, size) for dim, size in zip(expected, tensor.shape, strict=True)

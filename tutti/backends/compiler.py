@@ -148,8 +148,8 @@ def _last_words(log: str) -> str:
     """Where it crashed, as faulthandler tells; else the last line that it wrote."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     if (crash := log.find("Fatal Python error: ")) >= 0:
-        what, *stack = log[crash:].splitlines()
-        return " ".join([what, *[line.strip() for line in stack if line.startswith("  File ")][:1]])
+        headline, *stack = log[crash:].splitlines()
+        return " ".join([headline, *[line.strip() for line in stack if line.startswith("  File ")][:1]])
     return lines[-1] if lines else "it wrote nothing"
 
 

@@ -44,8 +44,8 @@ def complete(path: Path, proto: Any) -> None:
     if not present:
         return
     file = file_of(path / str(present[-1]) / filename)
-    if record is not None and (what := record.mistaken(file)):
-        raise ConfigError(f"model '{path.name}': {present[-1]}/{filename}: it {what}")
+    if record is not None and (fault := record.mistaken(file)):
+        raise ConfigError(f"model '{path.name}': {present[-1]}/{filename}: it {fault}")
     if record is None or completes is None:
         return
     proto.backend = record.name

@@ -79,8 +79,8 @@ class GraphedProgram:
     @property
     def graphs(self) -> list[Captured]:
         """From the smallest to the largest."""
-        captured = [one for of_shape in self._graphs.values() for one in of_shape]
-        return sorted(captured, key=lambda one: one.bucket.elements)
+        graphs = [captured for of_shape in self._graphs.values() for captured in of_shape]
+        return sorted(graphs, key=lambda captured: captured.bucket.elements)
 
     # Executing.
 
@@ -130,8 +130,8 @@ class GraphedProgram:
         self._misses[shapes] += 1
         if self._misses[shapes] == _OFTEN:
             shown = ", ".join(f"'{name}' {list(shape)}" for name, shape in zip(self.inputs, shapes, strict=True))
-            what = "model '%s': %s has been executed %d times, and there is no CUDA graph for it"
-            _log.info(what, self._config.name, shown, _OFTEN)
+            message = "model '%s': %s has been executed %d times, and there is no CUDA graph for it"
+            _log.info(message, self._config.name, shown, _OFTEN)
 
     # Capturing.
 
@@ -169,12 +169,12 @@ class GraphedProgram:
 
         In the submitting thread, the stream its current one, with nothing else under way.
         """
-        found: dict[Hashable, CapturedSizes] = {}
+        sizes: dict[Hashable, CapturedSizes] = {}
         for graphs in self._graphs.values():
             if are_all_filled_up([captured.bucket for captured in graphs]):
                 times = {captured.bucket.rows: _execution_ns(captured, device, stream) for captured in graphs}
-                found[tuple(sorted(graphs[0].bucket.shapes.items()))] = CapturedSizes(list(times), times)
-        return found
+                sizes[tuple(sorted(graphs[0].bucket.shapes.items()))] = CapturedSizes(list(times), times)
+        return sizes
 
     def _filled(self, bucket: Bucket) -> dict[str, DeviceArray]:
         assert self._capturing is not None
@@ -270,14 +270,14 @@ def capture(
 
 def measure(engine: DeviceEngine, pipeline: Pipeline, program: GraphedProgram) -> dict[Hashable, CapturedSizes]:
     """As GraphedProgram.measured, when the device has nothing else to do. Blocks until then."""
-    found: dict[Hashable, CapturedSizes] = {}
+    sizes: dict[Hashable, CapturedSizes] = {}
 
     def work() -> None:
         stream, device = engine.stream_of(pipeline), engine.device
-        found.update(device.forward(lambda: program.measured(device, stream), stream))
+        sizes.update(device.forward(lambda: program.measured(device, stream), stream))
 
     run_and_wait(engine.alone, work)
-    return found
+    return sizes
 
 
 class ModelGraphs:
@@ -308,7 +308,9 @@ class ModelGraphs:
             _log.warning("model '%s': it runs on %s without CUDA graphs: %s", name, device, result.failure)
         left_out = {self._plan.buckets[index]: why for index, why in result.left_out.items()}
         self._tell(device, left_out)
-        self._buckets[device] = [] if result.failure else [one for one in self._plan.buckets if one not in left_out]
+        self._buckets[device] = (
+            [] if result.failure else [bucket for bucket in self._plan.buckets if bucket not in left_out]
+        )
 
     def add_to(self, backend: DeviceBackend) -> None:
         """Capture an instance's graphs, before it serves."""
@@ -324,8 +326,10 @@ class ModelGraphs:
             backend.pipeline.captured = measure(backend.engine, backend.pipeline, program)
         except Exception as error:
             if not backend.engine.report(error):
-                what = "model '%s': it runs on %s without CUDA graphs, a capture has failed; start the server anew: %s"
-                _log.error(what, name, device, reason(error))
+                message = (
+                    "model '%s': it runs on %s without CUDA graphs, a capture has failed; start the server anew: %s"
+                )
+                _log.error(message, name, device, reason(error))
             return
         self._tell(device, left_out)
         backend.program = program

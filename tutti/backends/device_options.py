@@ -22,8 +22,8 @@ def hang_timeout_s(config: ModelConfig, default_s: float = HANG_TIMEOUT_S) -> fl
     except ValueError:
         seconds = math.nan
     if not 0 <= seconds < math.inf:
-        what = f"expected seconds, 0 for no limit, got '{text}'"
-        raise ConfigError(f"model '{config.name}': parameters.{HANG_PARAMETER}: {what}")
+        expected = f"expected seconds, 0 for no limit, got '{text}'"
+        raise ConfigError(f"model '{config.name}': parameters.{HANG_PARAMETER}: {expected}")
     return seconds
 
 

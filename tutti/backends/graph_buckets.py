@@ -104,8 +104,8 @@ def _bodies(config: ModelConfig) -> tuple[list[dict[str, Shape]], str]:
         if -1 not in spec.model_dims:
             continue
         if spec.name not in padded:
-            what = f"input '{spec.name}' has variable dims {list(spec.model_dims)}"
-            return [], f"{what}: they need parameters.tutti.buckets.{spec.name}, or a graph_spec"
+            finding = f"input '{spec.name}' has variable dims {list(spec.model_dims)}"
+            return [], f"{finding}: they need parameters.tutti.buckets.{spec.name}, or a graph_spec"
         if spec.reshape is not None:
             return [], f"input '{spec.name}' has variable dims and a reshape: they need a graph_spec"
     groups = sorted({padded[spec.name].buckets for spec in config.inputs if -1 in spec.model_dims})
@@ -132,8 +132,8 @@ def _batch_sizes(config: ModelConfig, most_sizes: int) -> list[int]:
         return next((sizes for sizes in spaced if len(sizes) <= most_sizes), spaced[-1])
     sizes = [part.strip() for part in text.split(",")]
     if not all(size.isdecimal() and 1 <= int(size) <= most for size in sizes):
-        what = f"expected sizes from 1 to max_batch_size {most}, as '1, 4', got '{text[:80]}'"
-        raise _bad(config, f"parameters.{BATCH_SIZES}", what)
+        expected = f"expected sizes from 1 to max_batch_size {most}, as '1, 4', got '{text[:80]}'"
+        raise _bad(config, f"parameters.{BATCH_SIZES}", expected)
     return sorted(set(map(int, sizes)))
 
 
@@ -167,8 +167,8 @@ def _specified(config: ModelConfig, bodies: Sequence[Mapping[str, Shape]], notes
             lower = spec.graph_lower_bound
             least = _rows(config, f"{path}.graph_lower_bound.batch_size", lower.batch_size)
             if least > rows:
-                what = f"expected at most batch_size {rows}, got {least}"
-                raise _bad(config, f"{path}.graph_lower_bound.batch_size", what)
+                expected = f"expected at most batch_size {rows}, got {least}"
+                raise _bad(config, f"{path}.graph_lower_bound.batch_size", expected)
             notes += _bounds(config, path, spec)
         for body in shapes:
             buckets[(rows, *sorted(body.items()))] = Bucket(rows, least, body)
@@ -183,13 +183,13 @@ def _rows(config: ModelConfig, path: str, rows: int) -> int:
     return rows
 
 
-def _shapes(config: ModelConfig, path: str, given: Any) -> dict[str, Shape]:
+def _shapes(config: ModelConfig, path: str, values: Any) -> dict[str, Shape]:
     by_name = {spec.name: spec for spec in config.inputs}
-    if set(given) != set(by_name):
-        raise _bad(config, path, f"expected the inputs {sorted(by_name)}, got {sorted(given)}")
+    if set(values) != set(by_name):
+        raise _bad(config, path, f"expected the inputs {sorted(by_name)}, got {sorted(values)}")
     shapes = {}
     for name, spec in by_name.items():
-        shape = tuple(given[name].dim)
+        shape = tuple(values[name].dim)
         if not _fits(spec.model_dims, shape):
             raise _bad(config, f"{path}['{name}']", f"expected a shape of {list(spec.model_dims)}, got {list(shape)}")
         shapes[name] = shape
@@ -208,11 +208,11 @@ def _bounds(config: ModelConfig, path: str, spec: Any) -> list[str]:
             raise _bad(config, f"{path}.graph_lower_bound.input", f"graph_spec has no input '{name}'")
         low, high = list(lower.dim), list(spec.input[name].dim)
         if len(low) != len(high) or any(not 0 <= a <= b for a, b in zip(low, high, strict=False)):
-            what = f"expected dims of at most {high}, got {low}"
-            raise _bad(config, f"{path}.graph_lower_bound.input['{name}']", what)
+            expected = f"expected dims of at most {high}, got {low}"
+            raise _bad(config, f"{path}.graph_lower_bound.input['{name}']", expected)
         if low != high:
-            what = f"{path}: input '{name}': only {high} has a CUDA graph, smaller shapes have none"
-            return [f"{what}: parameters.tutti.buckets.{name} would pad them"]
+            finding = f"{path}: input '{name}': only {high} has a CUDA graph, smaller shapes have none"
+            return [f"{finding}: parameters.tutti.buckets.{name} would pad them"]
     return []
 
 

@@ -34,9 +34,9 @@ def module_of(record: BackendRecord, model: str) -> BackendModule:
     except (Exception, SystemExit) as error:
         if record.name in BUILT_IN:
             raise
-        what = f"module '{record.module}' of {backend_records.distribution(record.name)} cannot be imported"
+        failure = f"module '{record.module}' of {backend_records.distribution(record.name)} cannot be imported"
         reason = f"{type(error).__name__}: {error}"
-        raise ConfigError(f"model '{model}': backend: '{record.name}': {what}: {reason}") from error
+        raise ConfigError(f"model '{model}': backend: '{record.name}': {failure}: {reason}") from error
 
 
 def _install(record: BackendRecord, extra: str) -> str:

@@ -94,9 +94,9 @@ class JoinedModel:
         dims = self._dims[tensor.name]
         shape, body = list(tensor.shape), tensor.shape[len(rows_wanted) :]
         if tensor.shape[: len(rows_wanted)] != rows_wanted:
-            what = f"expected {rows_wanted[0]} rows, as many as the batch, got shape {shape}"
+            expected = f"expected {rows_wanted[0]} rows, as many as the batch, got shape {shape}"
             hint = "max_batch_size: 0 serves a model whose first axis is another one"
-            raise Internal(f"output '{tensor.name}': {what}: {hint}")
+            raise Internal(f"output '{tensor.name}': {expected}: {hint}")
         if len(body) != len(dims) or any(dim not in (-1, size) for dim, size in zip(dims, body, strict=True)):
             raise Internal(f"output '{tensor.name}': configured with dims {list(dims)}, the model made {shape}")
 
@@ -121,9 +121,9 @@ class JoinedModel:
             InferResponse(
                 self.config.name,
                 self._version,
-                [part for part in own if not request.outputs or part.name in request.outputs],
+                [part for part in parts if not request.outputs or part.name in request.outputs],
             )
-            for request, own in zip(requests, zip(*columns, strict=True), strict=True)
+            for request, parts in zip(requests, zip(*columns, strict=True), strict=True)
         ]
 
     def _output(self, name: str, array: Array) -> Tensor:
@@ -206,7 +206,7 @@ class JoinedBackend(JoinedModel):
         known = self._ways.setdefault(len(requests), Alternatives())
         way = known.choose()
         start_ns = now_ns()
-        answers = self._execute(requests) if way == 0 else [self._execute([one])[0] for one in requests]
+        answers = self._execute(requests) if way == 0 else [self._execute([request])[0] for request in requests]
         known.record(way, now_ns() - start_ns, len(requests))
         return answers
 
@@ -296,11 +296,11 @@ def makes_rows(config: ModelConfig, run: Run) -> bool | None:
     count = min(_TRIAL_ROWS, config.max_batch_size)
     names = [spec.name for spec in config.outputs]
     try:
-        made = run(names, trial_inputs(config, count))
+        outputs = run(names, trial_inputs(config, count))
     except Exception:
         _log.debug("model '%s': the trial of its rows failed", config.name, exc_info=True)
         return None
-    return all(array.shape[:1] == (count,) for array in made)
+    return all(array.shape[:1] == (count,) for array in outputs)
 
 
 def trial_inputs(config: ModelConfig, count: int) -> dict[str, Array]:

@@ -18,8 +18,8 @@ def check(folder: ModelFolder, version: int, record: BackendRecord) -> None:
     if not there and usual:
         version_file(folder, version, usual[0])
     for name, path in there.items():
-        if what := record.mistaken(path):
-            raise ConfigError(f"model '{config.name}': {version}/{name} {what}")
+        if fault := record.mistaken(path):
+            raise ConfigError(f"model '{config.name}': {version}/{name} {fault}")
 
 
 def model_file(folder: ModelFolder, version: int, default: str) -> Path:
@@ -29,13 +29,13 @@ def model_file(folder: ModelFolder, version: int, default: str) -> Path:
 
 def version_file(folder: ModelFolder, version: int, name: str) -> Path:
     """A file in the version's folder. Raises ConfigError if it is not there."""
-    given = folders.file_of(folder.version_path(version) / name)
+    named = folders.file_of(folder.version_path(version) / name)
     try:
-        path = given.resolve()
+        path = named.resolve()
     except (OSError, RuntimeError):  # a link that leads to itself
-        path = given
+        path = named
     if not path.is_relative_to(folder.path.resolve()) or not path.is_file():
-        raise ConfigError(f"model '{folder.config.name}': version {version} has no file '{name}'{_instead(given)}")
+        raise ConfigError(f"model '{folder.config.name}': version {version} has no file '{name}'{_instead(named)}")
     return path
 
 

@@ -105,10 +105,10 @@ class DeviceBackend(JoinedModel):
         )
         self.pipeline.version = version
 
-    def holds(self, what: object, nbytes: int) -> None:
+    def holds(self, owner: object, nbytes: int) -> None:
         """Let metrics tell of memory on the device, where it is known. What instances share is counted once."""
         if nbytes:
-            self.pipeline.memory[id(what)] = nbytes
+            self.pipeline.memory[id(owner)] = nbytes
 
     def batch(self, requests: Sequence[InferRequest]) -> "DeviceBatch":
         """What their execution needs, and how its outputs become their answers."""
@@ -148,12 +148,12 @@ class DeviceBatch:
         """The inputs, in the program's order. Raises InferError for what must not reach the device."""
         config = self._backend.config
         extra = config.ragged.made(self._requests) if config.ragged else {}
-        given = self._requests[0].inputs
+        inputs = self._requests[0].inputs
         parts: list[Part] = []
         for name in self._backend.program.inputs:
             if name in extra:
                 added = [_part_of(extra[name], dtypes.from_numpy(extra[name].dtype))]
-            elif name in given:
+            elif name in inputs:
                 added = self._input(name)
             else:
                 continue
@@ -164,11 +164,11 @@ class DeviceBatch:
     def launch(self, arrays: Sequence[DeviceArray], stream: Stream) -> Sequence[DeviceArray]:
         program = self._backend.program
         inputs: dict[str, DeviceArray] = {}
-        at = 0
+        position = 0
         for name, count in self._order:
-            own = arrays[at : at + count]
-            inputs[name] = own[0] if count == 1 else program.concatenate(own)
-            at += count
+            stretch = arrays[position : position + count]
+            inputs[name] = stretch[0] if count == 1 else program.concatenate(stretch)
+            position += count
         return program.execute(inputs, self._names)
 
     def stays(self, index: int) -> bool:
@@ -176,7 +176,7 @@ class DeviceBatch:
 
     def answers(self, outputs: Sequence[Made]) -> Sequence[InferResponse]:
         """The calls' answers, in order."""
-        tensors = [self._output(name, made) for name, made in zip(self._names, outputs, strict=True)]
+        tensors = [self._output(name, output) for name, output in zip(self._names, outputs, strict=True)]
         self._backend.check_outputs(self._requests, tensors)
         if not self._staying or len(self._requests) == 1:
             return self._backend.answers(self._requests, tensors, self._is_alike)
@@ -203,10 +203,10 @@ class DeviceBatch:
         if len(tensors) > 1:
             shape = (sum([tensor.shape[0] for tensor in tensors]), *first.shape[1:])
         size = math.prod(shape) * NUMPY[first.datatype].itemsize
-        given = sum([len(raw) for raw in raws])
-        if given != size:
-            what = f"expected {size} bytes for {first.datatype}{list(shape)}, got {given}"
-            raise InvalidArgument(f"input '{name}': {what}")
+        byte_size = sum([len(raw) for raw in raws])
+        if byte_size != size:
+            expected = f"expected {size} bytes for {first.datatype}{list(shape)}, got {byte_size}"
+            raise InvalidArgument(f"input '{name}': {expected}")
         return [Part(first.datatype, shape, size, partial(self._write, name, first.datatype, shape, raws))]
 
     def _write(self, name: str, datatype: str, shape: Shape, raws: Sequence[Any], host: Array) -> None:
@@ -214,11 +214,11 @@ class DeviceBatch:
         if len(host) < len(raws) * _SMALL_BYTES:
             host[:] = np.frombuffer(b"".join(raws), np.uint8)
         else:
-            at = 0
+            position = 0
             for raw in raws:
                 size = len(raw)
-                host[at : at + size] = np.frombuffer(raw, np.uint8)
-                at += size
+                host[position : position + size] = np.frombuffer(raw, np.uint8)
+                position += size
         if name in self._backend.config.bounds.ranges:
             self._backend.config.bounds.check(name, host.view(NUMPY[datatype]).reshape(shape))
 
@@ -231,27 +231,27 @@ class DeviceBatch:
         array = data.array_there if isinstance(data, TensorOnDevice) else self._backend.program.adopt(data)
         return Part(tensor.datatype, tensor.shape, resident=Resident(array.reshape(tensor.shape)))
 
-    def _output(self, name: str, made: Made) -> Tensor:
+    def _output(self, name: str, output: Made) -> Tensor:
         datatype = self._backend.datatype(name)
-        shape = tuple(made.array.shape)
-        if made.host is None:
-            there = TensorOnDevice(made.array, self._backend.device, self._backend.engine.device.read)
+        shape = tuple(output.array.shape)
+        if output.host is None:
+            there = TensorOnDevice(output.array, self._backend.device, self._backend.engine.device.read)
             return Tensor(name, datatype, shape, there)
-        return Tensor(name, datatype, shape, made.host.view(NUMPY[datatype]).reshape(shape))
+        return Tensor(name, datatype, shape, output.host.view(NUMPY[datatype]).reshape(shape))
 
     def _split(self, outputs: Sequence[Tensor]) -> list[InferResponse]:
         """Each request's rows of outputs some of which are on the device."""
         answers = []
-        at = 0
+        start = 0
         for request in self._requests:
-            stop = at + next(iter(request.inputs.values())).shape[0]
-            own = [
-                rows.part(output, at, stop)
+            stop = start + next(iter(request.inputs.values())).shape[0]
+            parts = [
+                rows.part(output, start, stop)
                 for output in outputs
                 if not request.outputs or output.name in request.outputs
             ]
-            answers.append(self._backend.response(own))
-            at = stop
+            answers.append(self._backend.response(parts))
+            start = stop
         return answers
 
 

@@ -33,14 +33,14 @@ class Node:
     first_axis: str = ""
 
 
-def nodes(given: Iterable[Any]) -> dict[str, Node]:
+def nodes(tensors: Iterable[Any]) -> dict[str, Node]:
     """A session's tensors by name. Those of no datatype of Triton's have ONNX Runtime's word for it."""
-    found = {}
-    for one in given:
-        shape = tuple(size if isinstance(size, int) and size >= 0 else -1 for size in one.shape)
-        first = one.shape[0] if one.shape and isinstance(one.shape[0], str) else ""
-        found[one.name] = Node(one.name, _ORT_TYPES.get(one.type, one.type), shape, first)
-    return found
+    nodes = {}
+    for tensor in tensors:
+        shape = tuple(size if isinstance(size, int) and size >= 0 else -1 for size in tensor.shape)
+        first = tensor.shape[0] if tensor.shape and isinstance(tensor.shape[0], str) else ""
+        nodes[tensor.name] = Node(tensor.name, _ORT_TYPES.get(tensor.type, tensor.type), shape, first)
+    return nodes
 
 
 def complete(proto: Any, inputs: Sequence[Node], outputs: Sequence[Node]) -> None:
@@ -54,13 +54,13 @@ def complete(proto: Any, inputs: Sequence[Node], outputs: Sequence[Node]) -> Non
         proto.max_batch_size = _COMPLETED_BATCH_SIZE
         proto.dynamic_batching.SetInParent()
     sequences = proto.sequence_batching
-    own = {control.name for control in sequences.control_input}  # the server feeds and reads these itself
-    own.update(name for state in sequences.state for name in (state.input_name, state.output_name))
-    for field, given in ((proto.input, inputs), (proto.output, outputs)):
+    of_sequences = {control.name for control in sequences.control_input}  # the server feeds and reads these itself
+    of_sequences.update(name for state in sequences.state for name in (state.input_name, state.output_name))
+    for field, nodes in ((proto.input, inputs), (proto.output, outputs)):
         if field:
             continue
-        for node in given:
-            if node.name not in own:
+        for node in nodes:
+            if node.name not in of_sequences:
                 _complete_tensor(proto, field, node)
 
 
@@ -69,8 +69,8 @@ def _complete_tensor(proto: Any, field: Any, node: Node) -> None:
         advice = ""
         if node.datatype.startswith("seq(map"):
             advice = ": `tutti init` makes a tensor of it, and so does skl2onnx's option zipmap=False"
-        what = f"has type {node.datatype}, which is no tensor of Triton's{advice}"
-        raise ConfigError(f"model '{proto.name}': tensor '{node.name}' {what}")
+        reason = f"has type {node.datatype}, which is no tensor of Triton's{advice}"
+        raise ConfigError(f"model '{proto.name}': tensor '{node.name}' {reason}")
     dims = node.shape[1:] if proto.max_batch_size else node.shape
     spec = field.add(name=node.name, data_type=pb.DataType.Value(to_config(node.datatype)), dims=dims or [1])
     if not dims and proto.max_batch_size:
@@ -100,10 +100,10 @@ def check(config: ModelConfig, inputs: dict[str, Node], defaults: dict[str, Node
     _check_surplus(config, inputs)
 
 
-def _node_of(config: ModelConfig, kind: str, spec: TensorSpec, given: dict[str, Node]) -> Node:
-    node = given.get(spec.name)
+def _node_of(config: ModelConfig, kind: str, spec: TensorSpec, nodes: dict[str, Node]) -> Node:
+    node = nodes.get(spec.name)
     if node is None:
-        raise _fail(config, kind, spec.name, f"the graph has {sorted(given)}")
+        raise _fail(config, kind, spec.name, f"the graph has {sorted(nodes)}")
     if node.datatype != spec.datatype:
         raise _fail(config, kind, spec.name, f"configured as {spec.datatype}, the graph has {node.datatype}")
     return node
@@ -116,8 +116,8 @@ def _check_shape(config: ModelConfig, kind: str, spec: TensorSpec, node: Node) -
             raise _fail(config, kind, spec.name, f"is a scalar in the graph: expected dims of 1, got {list(dims)}")
         return
     if config.is_batched and node.shape[:1] != (-1,):
-        what = f"max_batch_size is {config.max_batch_size}: expected a variable first axis in the graph, {_has(node)}"
-        raise _fail(config, kind, spec.name, what)
+        reason = f"max_batch_size is {config.max_batch_size}: expected a variable first axis in the graph, {_has(node)}"
+        raise _fail(config, kind, spec.name, reason)
     wanted = (-1, *dims) if config.is_batched else dims
     fits = len(wanted) == len(node.shape) and all(n in (-1, dim) for n, dim in zip(node.shape, wanted, strict=True))
     if not fits:
@@ -127,8 +127,8 @@ def _check_shape(config: ModelConfig, kind: str, spec: TensorSpec, node: Node) -
 
 def _check_made_by_server(config: ModelConfig, inputs: dict[str, Node], outputs: dict[str, Node]) -> None:
     """What the server feeds and keeps itself has to be in the graph, too."""
-    for one in config.ragged.batch_inputs:
-        for name in one.names:
+    for batch_input in config.ragged.batch_inputs:
+        for name in batch_input.names:
             if name not in inputs:
                 raise _fail(config, "batch_input", name, f"the graph has {sorted(inputs)}")
     if config.sequences is None:
@@ -141,13 +141,13 @@ def _check_made_by_server(config: ModelConfig, inputs: dict[str, Node], outputs:
             if name not in there:
                 raise _fail(config, "sequence_batching", name, f"the graph has {sorted(there)}")
             if there[name].datatype != datatype:
-                what = f"configured as {datatype}, the graph has {there[name].datatype}"
-                raise _fail(config, "sequence_batching", name, what)
+                mismatch = f"configured as {datatype}, the graph has {there[name].datatype}"
+                raise _fail(config, "sequence_batching", name, mismatch)
 
 
 def _check_surplus(config: ModelConfig, inputs: dict[str, Node]) -> None:
     known = {spec.name for spec in config.inputs}
-    known.update(name for one in config.ragged.batch_inputs for name in one.names)
+    known.update(name for batch_input in config.ragged.batch_inputs for name in batch_input.names)
     if config.sequences is not None:
         known.update(control.name for control in config.sequences.controls)
         known.update(state.input_name for state in config.sequences.states)
@@ -163,10 +163,10 @@ def names_rows(config: ModelConfig, inputs: dict[str, Node], outputs: dict[str, 
     return len(names) == 1 and "" not in names
 
 
-def scalars(given: Iterable[Node], specs: Sequence[TensorSpec]) -> dict[str, Shape]:
+def scalars(nodes: Iterable[Node], specs: Sequence[TensorSpec]) -> dict[str, Shape]:
     """Tensors without axes in the graph that are configured with some, of size 1: their configured shapes."""
     dims = {spec.name: spec.model_dims for spec in specs}
-    return {node.name: dims[node.name] for node in given if not node.shape and dims.get(node.name)}
+    return {node.name: dims[node.name] for node in nodes if not node.shape and dims.get(node.name)}
 
 
 def _has(node: Node) -> str:

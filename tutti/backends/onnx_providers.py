@@ -54,14 +54,14 @@ def providers(config: ModelConfig, device: str) -> list[str | Provider]:
             chosen.append((TENSORRT, {"device_id": number, **_tensorrt_options(config, dict(accelerator.parameters))}))
         else:
             raise _fail(config, _WHERE, f"expected 'tensorrt' or 'cuda', got '{accelerator.name}'")
-    own = {key: config.parameters[key] for key in _CUDA_MODEL_PARAMETERS if key in config.parameters}
-    cuda |= _cuda_options(config, own, "parameters")
+    parameters = {key: config.parameters[key] for key in _CUDA_MODEL_PARAMETERS if key in config.parameters}
+    cuda |= _cuda_options(config, parameters, "parameters")
     return [*chosen, (CUDA, {"device_id": number, **cuda}), CPU]
 
 
-def _cuda_options(config: ModelConfig, given: Mapping[str, str], where: str) -> dict[str, str]:
+def _cuda_options(config: ModelConfig, parameters: Mapping[str, str], where: str) -> dict[str, str]:
     options = {}
-    for key, value in given.items():
+    for key, value in parameters.items():
         if key in _CUDA_RESERVED:
             raise _fail(config, f"{where}: parameter '{key}'", "the server sets it itself, by the instance's device")
         if key not in _CUDA_OPTIONS:
@@ -74,15 +74,15 @@ def _cuda_options(config: ModelConfig, given: Mapping[str, str], where: str) -> 
     return options
 
 
-def _tensorrt_options(config: ModelConfig, given: dict[str, str]) -> dict[str, str]:
+def _tensorrt_options(config: ModelConfig, parameters: dict[str, str]) -> dict[str, str]:
     options = {"trt_engine_cache_enable": "0"}
-    precision = given.pop("precision_mode", "FP32")
+    precision = parameters.pop("precision_mode", "FP32")
     if precision not in _PRECISIONS:
-        what = f"expected one of {', '.join(_PRECISIONS)}, got '{precision}'"
-        raise _fail(config, f"{_WHERE}: parameter 'precision_mode'", what)
+        expected = f"expected one of {', '.join(_PRECISIONS)}, got '{precision}'"
+        raise _fail(config, f"{_WHERE}: parameter 'precision_mode'", expected)
     if _PRECISIONS[precision]:
         options[_PRECISIONS[precision]] = "1"
-    for key, value in given.items():
+    for key, value in parameters.items():
         name = _TENSORRT_NAMES.get(key, key)
         if not name.startswith("trt_"):
             raise _fail(config, _WHERE, f"parameter '{key}' is not known")
@@ -148,4 +148,4 @@ _CUDA_OPTIONS: dict[str, Callable[[str], str]] = {
 
 def names(chosen: list[Any]) -> list[str]:
     """The providers' names alone."""
-    return [one if isinstance(one, str) else one[0] for one in chosen]
+    return [provider if isinstance(provider, str) else provider[0] for provider in chosen]

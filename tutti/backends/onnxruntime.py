@@ -52,8 +52,8 @@ def load(folder: ModelFolder, version: int, infer: Infer) -> list[Backend]:
             device = f"cuda:{number}" if _is_gpu(config, group, has_cuda) else "cpu"
             if device not in sessions:
                 variant = config.cpu_filename if device == "cpu" else config.gpu_filename
-                own = model_files.version_file(folder, version, variant) if variant else path
-                sessions[device] = _session(config, own, device)
+                file = model_files.version_file(folder, version, variant) if variant else path
+                sessions[device] = _session(config, file, device)
                 if variant and device == "cpu":
                     _check_variant(config, _session(config, path, device), sessions[device])
             loaded.append(OnnxBackend(config, str(version), sessions[device], device))
@@ -71,8 +71,8 @@ def _try_rows(config: ModelConfig, loaded: Sequence["OnnxBackend"]) -> None:
     first = loaded[0]
     makes = joined.makes_rows(config, first.run)
     if makes is False or (makes is None and not first.names_rows):
-        what = "makes other rows than the batch's" if makes is False else "could not be tried with zeros"
-        _log.warning("model '%s': its graph %s: its requests are executed one by one", config.name, what)
+        finding = "makes other rows than the batch's" if makes is False else "could not be tried with zeros"
+        _log.warning("model '%s': its graph %s: its requests are executed one by one", config.name, finding)
         for backend in loaded:
             backend.joins = False
 
@@ -85,8 +85,8 @@ def _session(config: ModelConfig, path: Path, device: str) -> Any:
     except Exception as error:
         raise ConfigError(f"model '{config.name}': onnxruntime cannot load {path.name}: {_reason(error)}") from None
     _check_providers(config, session, device, onnx_providers.names(providers))
-    given = (session.get_inputs(), session.get_overridable_initializers(), session.get_outputs())
-    onnx_graph.check(config, *map(onnx_graph.nodes, given))
+    tensors = (session.get_inputs(), session.get_overridable_initializers(), session.get_outputs())
+    onnx_graph.check(config, *map(onnx_graph.nodes, tensors))
     return session
 
 
@@ -94,8 +94,8 @@ def _check_providers(config: ModelConfig, session: Any, device: str, wanted: Seq
     """A provider whose libraries are not to be found is only logged of, and left out."""
     missing = [name for name in wanted if name not in session.get_providers()]
     if missing:
-        what = f"onnxruntime could not start {', '.join(missing)} on {device}: its log says which library it lacks"
-        raise ConfigError(f"model '{config.name}': {what} (instance_group.kind: KIND_CPU does without)")
+        failure = f"onnxruntime could not start {', '.join(missing)} on {device}: its log says which library it lacks"
+        raise ConfigError(f"model '{config.name}': {failure} (instance_group.kind: KIND_CPU does without)")
 
 
 def _check_variant(config: ModelConfig, original: Any, variant: Any) -> None:
@@ -120,13 +120,13 @@ def _check_variant(config: ModelConfig, original: Any, variant: Any) -> None:
     except Exception as error:
         _log.warning("model '%s': its variant for CPUs cannot be compared with it: %s", config.name, error)
         return
-    for spec, right, made in zip(
+    for spec, right, output in zip(
         config.outputs, expected, variant.run([o.name for o in config.outputs], feed), strict=True
     ):
         if not np.issubdtype(right.dtype, np.number) or not right.size:
             continue
         span = max(float(np.abs(right.astype(np.float64)).max()), 1e-6)
-        off = float(np.abs(right.astype(np.float64) - made.astype(np.float64)).max()) / span
+        off = float(np.abs(right.astype(np.float64) - output.astype(np.float64)).max()) / span
         if not off <= tolerance:
             raise ConfigError(
                 f"model '{config.name}': '{config.cpu_filename}' differs in output '{spec.name}' by {off:.1%} of its "
@@ -223,7 +223,7 @@ class OnnxBackend(JoinedBackend):
         # Text can be bound to no memory: such a model's tensors are passed as they are.
         self._text_outputs = frozenset(name for name, datatype in self._datatypes.items() if datatype == "BYTES")
         self._is_bound = device != "cpu" and not self._text_inputs and not self._text_outputs
-        inputs, outputs = (onnx_graph.nodes(given) for given in (session.get_inputs(), session.get_outputs()))
+        inputs, outputs = (onnx_graph.nodes(tensors) for tensors in (session.get_inputs(), session.get_outputs()))
         self.names_rows = onnx_graph.names_rows(config, inputs, outputs)
         self._scalar_inputs = onnx_graph.scalars(inputs.values(), config.inputs)
         self._scalar_outputs = onnx_graph.scalars(outputs.values(), config.outputs)

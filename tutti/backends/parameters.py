@@ -25,17 +25,17 @@ _OF_NO_BACKEND = ("execute_delay_ms",)
 _YES, _NO = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 
 
-def check(config: ModelConfig, own: Sequence[str] | None) -> None:
+def check(config: ModelConfig, read: Sequence[str] | None) -> None:
     """Raises ConfigError naming a parameter that the model's backend does not read, beside its `own`; None is any."""
-    if own is None:
+    if read is None:
         return
-    known = (*own, *_COMMON)
+    known = (*read, *_COMMON)
     for key in config.parameters:
         if key in _OF_NO_BACKEND:
             _log.warning("model '%s': parameters.%s: no backend of Triton's or of ours reads it", config.name, key)
         elif not any(_is_of(key, name) for name in known):
-            what = f"the {config.backend} backend does not read it; it reads {', '.join(own) or 'none of its own'}"
-            raise ConfigError(f"model '{config.name}': parameters.{key}: {what}, and tutti's")
+            reason = f"the {config.backend} backend does not read it; it reads {', '.join(read) or 'none of its read'}"
+            raise ConfigError(f"model '{config.name}': parameters.{key}: {reason}, and tutti's")
 
 
 def _is_of(key: str, name: str) -> bool:

@@ -67,8 +67,8 @@ def _engine(config: ModelConfig, path: Path, trt: Any, number: int) -> tuple[Any
         runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))
         engine = runtime.deserialize_cuda_engine(path.read_bytes())
     if engine is None:
-        what = f"was built by another version of TensorRT than {trt.__version__}, or for another GPU"
-        raise ConfigError(f"model '{config.name}': {path.name} {what}")
+        reason = f"was built by another version of TensorRT than {trt.__version__}, or for another GPU"
+        raise ConfigError(f"model '{config.name}': {path.name} {reason}")
     check(config, engine, trt)
     return engine, runtime
 

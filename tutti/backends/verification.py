@@ -27,14 +27,14 @@ _COARSE = 0.1
 def fills(config: ModelConfig, order: Sequence[str]) -> list[Fill]:
     """What to fill the inputs `order` with."""
     masks = {spec.mask for spec in config.padding.inputs.values()}
-    found: list[Fill] = []
+    fills_by_input: list[Fill] = []
     for name in order:
         limit = config.bounds.ranges.get(name)
         if name in masks or "mask" in name.lower():
-            found.append((1, 1))
+            fills_by_input.append((1, 1))
         else:
-            found.append(None if limit is None else (limit.low, min(limit.high, limit.low + _RANDOM)))
-    return found
+            fills_by_input.append(None if limit is None else (limit.low, min(limit.high, limit.low + _RANDOM)))
+    return fills_by_input
 
 
 def tolerance(exported: Any) -> float:
@@ -61,10 +61,10 @@ def samples(exported: Any, fills: Sequence[Fill], device: str) -> Iterator[list[
         ]
 
 
-def difference(expected: Any, made: Any, allowed: float) -> str:
+def difference(expected: Any, outputs: Any, allowed: float) -> str:
     """Where outputs differ by more than a share `allowed` of their range, and by how much; "" where none does."""
     named, structure = pytree.tree_flatten_with_path(expected)
-    others, structure_made = pytree.tree_flatten(made)
+    others, structure_made = pytree.tree_flatten(outputs)
     if structure != structure_made:
         return f"its outputs are {structure_made}, not {structure}"
     for (path, right), other in zip(named, others, strict=True):
@@ -77,18 +77,19 @@ def difference(expected: Any, made: Any, allowed: float) -> str:
     return ""
 
 
-def _off(right: Any, made: Any) -> float:
+def _off(right: Any, output: Any) -> float:
     """The greatest difference as a share of the range; of other than floats the share that differs."""
     if not right.numel():
         return 0.0
     if not right.dtype.is_floating_point:
-        return float((right != made).double().mean())
-    right, made = right.detach().double(), made.detach().double()
+        return float((right != output).double().mean())
+    right, output = right.detach().double(), output.detach().double()
     is_finite = right.isfinite()
-    if not torch.allclose(right[~is_finite], made[~is_finite], equal_nan=True) or not made[is_finite].isfinite().all():
+    is_like = torch.allclose(right[~is_finite], output[~is_finite], equal_nan=True)
+    if not is_like or not output[is_finite].isfinite().all():
         return float("inf")
-    right, made = right[is_finite], made[is_finite]
-    return float((right - made).abs().max() / max(float(right.abs().max()), 1e-6)) if right.numel() else 0.0
+    right, output = right[is_finite], output[is_finite]
+    return float((right - output).abs().max() / max(float(right.abs().max()), 1e-6)) if right.numel() else 0.0
 
 
 def _node(exported: Any, op: str) -> Any:
@@ -103,12 +104,12 @@ def _inputs(exported: Any) -> list[Any]:
 
 def _known(specs: Sequence[Any], examples: Sequence[Any]) -> dict[Any, int]:
     """The sizes that the model was exported with, by their symbols."""
-    found: dict[Any, int] = {}
+    sizes: dict[Any, int] = {}
     for spec, example in zip(specs, examples, strict=False):
         for length, size in zip(spec.shape, getattr(example, "shape", ()), strict=False):
             if isinstance(length, torch.SymInt) and length.node.expr.is_Symbol:
-                found.setdefault(length.node.expr, int(size))
-    return found
+                sizes.setdefault(length.node.expr, int(size))
+    return sizes
 
 
 Pick = Callable[[int, int], int]

@@ -140,16 +140,16 @@ def given_up(held: HeldTurn | None = None) -> Iterator[None]:
 
     That is the execution of this thread, else the one that `held` belongs to.
     """
-    own = held_here() or held
-    if own is None:
+    turn = held_here() or held
+    if turn is None:
         with _given_up_by_stranger():
             yield
         return
-    own.give_up()
+    turn.give_up()
     try:
         yield
     finally:
-        own.ask_again()
+        turn.ask_again()
 
 
 @contextmanager

@@ -98,8 +98,8 @@ def describe(capsule: Any) -> Description:
     kind = tensor.dtype
     datatype = _DATATYPES.get((kind.code, kind.bits)) if kind.lanes == 1 else None
     if datatype is None:
-        what = f"code {kind.code}, {kind.bits} bits, {kind.lanes} lanes"
-        raise ValueError(f"DLPack tensor has elements of a type that Triton has no name for: {what}")
+        element = f"code {kind.code}, {kind.bits} bits, {kind.lanes} lanes"
+        raise ValueError(f"DLPack tensor has elements of a type that Triton has no name for: {element}")
     return Description(tensor.device_type, tensor.device_id, datatype, shape)
 
 

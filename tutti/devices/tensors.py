@@ -140,8 +140,8 @@ def _nothing() -> None:
 
 def library_for(exporter: Any) -> Library:
     """The exporter's own library, else one that is imported already, else one that is there. Raises Unsupported."""
-    own = type(exporter).__module__.partition(".")[0]
-    there = sorted(_NAMES, key=lambda name: (name != own, name not in sys.modules))
+    maker = type(exporter).__module__.partition(".")[0]
+    there = sorted(_NAMES, key=lambda name: (name != maker, name not in sys.modules))
     for name in there:
         with _lock:
             if name not in _libraries and importlib.util.find_spec(name) is not None:

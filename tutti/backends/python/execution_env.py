@@ -34,20 +34,20 @@ def command(config: ModelConfig, folder: Path) -> Command:
 
 def command_of(proto: Any, folder: Path) -> Command:
     """The same of a configuration that is not complete yet."""
-    given = proto.parameters[PARAMETER].string_value if PARAMETER in proto.parameters else ""
-    return _command(proto.name, given, folder)
+    archive = proto.parameters[PARAMETER].string_value if PARAMETER in proto.parameters else ""
+    return _command(proto.name, archive, folder)
 
 
-def _command(model: str, given: str, folder: Path) -> Command:
-    if not given:
+def _command(model: str, archive: str, folder: Path) -> Command:
+    if not archive:
         return Command()
-    path = Path(given.replace(_MODEL_FOLDER, str(folder.resolve())))
+    path = Path(archive.replace(_MODEL_FOLDER, str(folder.resolve())))
     try:
         root = path if path.is_dir() else _unpack(path)
         return _within(root)
     except (OSError, ValueError, tarfile.TarError, EOFError, subprocess.SubprocessError) as error:
         reason = str(error).partition("\n")[0]
-        raise ConfigError(f"model '{model}': parameters.{PARAMETER}: '{given}': {reason}") from None
+        raise ConfigError(f"model '{model}': parameters.{PARAMETER}: '{archive}': {reason}") from None
 
 
 def _within(root: Path) -> Command:

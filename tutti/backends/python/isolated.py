@@ -33,11 +33,11 @@ PARAMETER = "tutti.isolate"
 
 def choice(config: ModelConfig) -> str:
     """ "process", "no", or "" where the model does not say. Raises ConfigError."""
-    given = config.parameters.get(PARAMETER, "")
-    if given not in ("", "process", "no"):
-        what = f"expected 'process' or 'no', got '{given}'"
-        raise ConfigError(f"model '{config.name}': parameters.{PARAMETER}: {what}")
-    return given
+    text = config.parameters.get(PARAMETER, "")
+    if text not in ("", "process", "no"):
+        expected = f"expected 'process' or 'no', got '{text}'"
+        raise ConfigError(f"model '{config.name}': parameters.{PARAMETER}: {expected}")
+    return text
 
 
 class IsolatedBackend:
@@ -94,9 +94,9 @@ class IsolatedBackend:
             return self._replaced(calls)
         except Hangs:
             limit = f"{self._hang_timeout_s:g} s (parameters.{HANG_PARAMETER})"
-            what = f"model '{self._name}': its process did not answer for {limit} and is started anew"
-            _log.warning("%s", what)
-            process.kill(Internal(what))
+            message = f"model '{self._name}': its process did not answer for {limit} and is started anew"
+            _log.warning("%s", message)
+            process.kill(Internal(message))
             return self._replaced(calls)
         if has_lost_device:
             process.kill()

@@ -59,8 +59,8 @@ class Arena:
     def write(self, parts: Sequence[tuple[int, Raw]], begin: int, size: int) -> None:
         """Put each part to its place in the stretch that begins there."""
         view = memoryview(self._mapped(begin + size))[begin:]
-        for at, raw in parts:
-            view[at : at + len(raw)] = raw
+        for offset, raw in parts:
+            view[offset : offset + len(raw)] = raw
 
     def read(self, begin: int, size: int) -> memoryview:
         """A stretch, which its reader may write to; nothing else is put there while any view of it is left."""
@@ -119,8 +119,8 @@ class Packing:
             arena.write(self._parts, begin, self._size)
             return begin, self._size
         joined = bytearray(self._size)
-        for at, raw in self._parts:
-            joined[at : at + len(raw)] = raw
+        for offset, raw in self._parts:
+            joined[offset : offset + len(raw)] = raw
         return bytes(joined)
 
 
@@ -134,7 +134,9 @@ def unpacked(payload: Payload, arena: Arena | None = None) -> memoryview:
 
 def tensors(heads: Sequence[TensorHead], view: memoryview) -> list[Tensor]:
     """Tensors that are views of a stretch."""
-    return [Tensor(name, datatype, shape, view[at : at + size]) for name, datatype, shape, at, size in heads]
+    return [
+        Tensor(name, datatype, shape, view[offset : offset + size]) for name, datatype, shape, offset, size in heads
+    ]
 
 
 # (id of the call, id of the request, outputs, parameters, tensors, ns left to its deadline, the trace's context, rows)

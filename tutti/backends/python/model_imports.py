@@ -30,8 +30,8 @@ def import_alone(folder: Path, version: int, filename: str) -> ModuleType:
     sys.dont_write_bytecode = True
     know_folder(str(folder / str(version)))
     installed = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
-    at = sys.path.index(installed[0]) if installed else len(sys.path)
-    sys.path[at:at] = [str(folder / str(version)), str(folder)]
+    position = sys.path.index(installed[0]) if installed else len(sys.path)
+    sys.path[position:position] = [str(folder / str(version)), str(folder)]
     sys.path.append(str(_FOR_MODELS))
     path = folder / str(version) / filename
     if path.suffix == ".py" and path.stem.count(".") == 0 and path.parent == folder / str(version):
