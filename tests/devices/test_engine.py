@@ -266,8 +266,8 @@ def test_what_is_to_run_alone_runs_when_the_device_is_lost_too() -> None:
     pipeline = engine.pipeline("model")
     Feeder(device, pipeline, lambda: batch_job(device), 100 * MS)
     done: list[str] = []
-    device.timeline.at(49 * MS, lambda: engine.alone(lambda: done.append("before")))
-    device.timeline.at(49 * MS, lambda: device.fail("an illegal access"))
+    device.timeline.schedule(49 * MS, lambda: engine.alone(lambda: done.append("before")))
+    device.timeline.schedule(49 * MS, lambda: device.fail("an illegal access"))
     device.timeline.run()
     engine.alone(lambda: done.append("after"))
     device.timeline.run()

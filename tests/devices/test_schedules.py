@@ -46,7 +46,9 @@ class Schedule:
             pipeline = self.engine.pipeline(f"model {number}", weight=rng.choice((1.0, 3.0)))
             self._schedule(pipeline)
         if rng.random() < 0.2:
-            self.device.timeline.at(rng.randrange(20 * MS), lambda: self.engine.alone(lambda: self.device.spend(MS)))
+            self.device.timeline.schedule(
+                rng.randrange(20 * MS), lambda: self.engine.alone(lambda: self.device.spend(MS))
+            )
 
     def _schedule(self, pipeline: Pipeline) -> None:
         rng = self.rng
@@ -76,7 +78,7 @@ class Schedule:
                 pipeline.submit(job, is_again=True)
 
             self.jobs.append(job)
-            self.device.timeline.at(arrives, again if rng.random() < 0.1 else arrive)
+            self.device.timeline.schedule(arrives, again if rng.random() < 0.1 else arrive)
 
     def _job(self) -> NumberJob:
         rng = self.rng

@@ -97,7 +97,7 @@ class SimulatedDevice:
         # From any thread: what was posted is looked at in the timeline's.
         self._posted.append(work)
         if self._is_live:
-            self.timeline.at(0, self._run_next)
+            self.timeline.schedule(0, self._run_next)
         else:
             self._run_next()
 
@@ -124,7 +124,7 @@ class SimulatedDevice:
     def _run_next(self) -> None:
         if self._posted and not self._is_posted:
             self._is_posted = True
-            self.timeline.at(self._host_free_ns, self._run_posted)
+            self.timeline.schedule(self._host_free_ns, self._run_posted)
 
     def _run_posted(self) -> None:
         # What the work submits reaches the device when the work's own time is over.
@@ -316,7 +316,7 @@ class SimulatedDevice:
         if self._is_live or self._host_free_ns <= self.timeline.now_ns:
             stream.add(operation)
         else:
-            self.timeline.at(self._host_free_ns, lambda: stream.add(operation))
+            self.timeline.schedule(self._host_free_ns, lambda: stream.add(operation))
 
     def _timed(self, unit: Unit, takes_ns: int, move: Callable[[], None]) -> Operation:
         if self._is_live:
@@ -330,7 +330,7 @@ class SimulatedDevice:
                 if not self._fault:
                     ended()
 
-            self.timeline.at(unit.take(self.timeline.now_ns, takes_ns), end)
+            self.timeline.schedule(unit.take(self.timeline.now_ns, takes_ns), end)
 
         return begin
 

@@ -23,11 +23,11 @@ class Timeline:
     def now_ns(self) -> int:
         return self._now_ns
 
-    def at(self, when_ns: int, work: Callable[[], None]) -> None:
+    def schedule(self, when_ns: int, work: Callable[[], None]) -> None:
         heapq.heappush(self._due, (max(when_ns, self.now_ns), next(self._order), work))
 
     def after(self, delay_ns: int, work: Callable[[], None]) -> None:
-        self.at(self.now_ns + delay_ns, work)
+        self.schedule(self.now_ns + delay_ns, work)
 
     def run(self, until_ns: float = math.inf) -> None:
         """Let time pass until nothing is due, or until then."""
@@ -39,7 +39,7 @@ class Timeline:
 
 
 class LiveTimeline(Timeline):
-    """The same in real time: a thread does what is due. `at` and `call` may be used from any thread."""
+    """The same in real time: a thread does what is due. `schedule` and `call` may be used from any thread."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,9 +53,9 @@ class LiveTimeline(Timeline):
         """The host's clock, as tutti.core.types.now_ns."""
         return time.monotonic_ns()
 
-    def at(self, when_ns: int, work: Callable[[], None]) -> None:
+    def schedule(self, when_ns: int, work: Callable[[], None]) -> None:
         with self._changed:
-            super().at(when_ns, work)
+            super().schedule(when_ns, work)
             self._changed.notify()
 
     def end(self) -> None:

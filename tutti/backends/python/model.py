@@ -13,6 +13,7 @@ import logging
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -140,17 +141,7 @@ class PythonBackend:
     def _execute(self, calls: list[Call]) -> Executed:
         is_decoupled = self._config.is_decoupled
         senders: dict[int, InferenceResponseSender] = {}
-
-        def sender_of(call: Call) -> InferenceResponseSender:
-            sender = senders.get(id(call))
-            if sender is None:
-                with self._settled:
-                    self._owed += 1
-                sender = senders[id(call)] = InferenceResponseSender(
-                    call, self._sent, self._null, is_decoupled, self._paid
-                )
-            return sender
-
+        sender_of = partial(self._sender_of, senders)
         if is_decoupled:  # a sender that nobody keeps fails its call, so none is forgotten
             for call in calls:
                 sender_of(call)
@@ -178,6 +169,15 @@ class PythonBackend:
                 for call, response in zip(calls, responses, strict=True)
             ]
         return lambda: self._joined(calls, responses) or list(map(self._answer, calls, responses))
+
+    def _sender_of(self, senders: dict[int, InferenceResponseSender], call: Call) -> InferenceResponseSender:
+        sender = senders.get(id(call))
+        if sender is None:
+            with self._settled:
+                self._owed += 1
+            is_decoupled = self._config.is_decoupled
+            sender = senders[id(call)] = InferenceResponseSender(call, self._sent, self._null, is_decoupled, self._paid)
+        return sender
 
     def _returned(
         self, call: Call, response: Any, sender: InferenceResponseSender | None
