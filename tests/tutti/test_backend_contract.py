@@ -97,3 +97,10 @@ class TestPython(Doubling):
 
 class TestPythonInTheServersProcess(TestPython):
     config = f"{TestPython.config} {models.IN_PROCESS}"
+
+
+@pytest.mark.usefixtures("simulated_gpu")
+class TestPytorchThroughADevicesEngine(TestPytorch):
+    """Its weights, batches and answers on a simulated GPU."""
+
+    config = f"{TestPytorch.config} instance_group {{ kind: KIND_GPU }}"
