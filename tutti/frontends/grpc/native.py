@@ -19,6 +19,7 @@ from pygrpc_native import EVENT_CALL, NativeGrpcFront
 
 from tutti.core.errors import InferError, Unavailable
 from tutti.core.types import Call, InferRequest, now_ns
+from tutti.frontends.deadlines import timeout_ns
 from tutti.frontends.gate import Category
 from tutti.frontends.grpc import codec as grpc_codec
 from tutti.frontends.grpc import keepalive
@@ -35,7 +36,6 @@ from tutti.frontends.grpc.methods import (
     metadata_headers,
 )
 from tutti.frontends.held_bytes import COUNTED_BYTES
-from tutti.frontends.v2 import rules
 from tutti.frontends.v2.api import Api, Elsewhere
 from tutti.frontends.v2.following import Came
 
@@ -322,7 +322,7 @@ class GrpcFront:
         left_ns = 0
         try:
             if isinstance(timeout, bytes):
-                left_ns = rules.timeout_ns(b"grpc-timeout", timeout)
+                left_ns = timeout_ns(b"grpc-timeout", timeout)
             request = self._decoded(payload)
             if request.classes and api.is_front_end:
                 raise Elsewhere

@@ -21,6 +21,7 @@ import numpy as np
 from tutti.core.daemon_threads import Pool
 from tutti.core.errors import InferError, InvalidArgument
 from tutti.core.types import POOL_PARAMETER, Call, Columns, InferRequest, InferResponse, Parameters, Raw, now_ns
+from tutti.frontends.deadlines import TIMEOUT_HEADERS, timeout_ns
 from tutti.frontends.gate import Gate
 from tutti.frontends.held_bytes import COUNTED_BYTES, STALLED_S, WRITE_TIMEOUT_S, Holding
 from tutti.frontends.http import answer_headers, compression
@@ -38,7 +39,6 @@ from tutti.frontends.http.connection import (
 )
 from tutti.frontends.http.status import REFUSED, status_of
 from tutti.frontends.size_limits import Limits
-from tutti.frontends.v2 import rules
 from tutti.frontends.v2.api import Api, Elsewhere
 
 _log = logging.getLogger(__name__)
@@ -278,7 +278,7 @@ class HttpFront:
                 exchange.head.infer = head
         name, version, header_length = head.model, head.version, head.header_length
         exchange.encoding = head.reply_coding
-        exchange.timeout_ns = head.timeout_ns
+        exchange.timeout_ns = head.left_ns
         exchange.request_id = head.request_id
         if head.coding and self._api.is_front_end:
             raise Elsewhere
@@ -387,7 +387,7 @@ def new_memory(size: int) -> memoryview:
 class InferHead:
     """What an infer request's head says: its model, its JSON's length, how it and its answer are compressed, its time.
 
-    `timeout_ns` is 0 where the client waits for as long as it takes; `request_id` is b"" where it has sent none.
+    `left_ns` is 0 where the client waits for as long as it takes; `request_id` is b"" where it has sent none.
     """
 
     model: str
@@ -395,14 +395,14 @@ class InferHead:
     header_length: int | None
     coding: str
     reply_coding: str
-    timeout_ns: int
+    left_ns: int
     request_id: bytes
 
 
 def _infer_head(model: str, version: str, headers: Sequence[tuple[bytes, bytes]]) -> InferHead:
     header_length: int | None = None
     coding = reply_coding = ""
-    timeout_ns, request_id = 0, b""
+    left_ns, request_id = 0, b""
     for key, value in headers:
         if key == b"inference-header-content-length":
             if not value.isdigit() or len(value) > 18:
@@ -412,12 +412,12 @@ def _infer_head(model: str, version: str, headers: Sequence[tuple[bytes, bytes]]
             coding = value.decode("latin-1").lower()
         elif key == b"accept-encoding":
             reply_coding = compression.choose(value.decode("latin-1"))
-        elif key in rules.TIMEOUT_HEADERS:
-            given_ns = rules.timeout_ns(key, value)
-            timeout_ns = min(timeout_ns or given_ns, given_ns)
+        elif key in TIMEOUT_HEADERS:
+            header_ns = timeout_ns(key, value)
+            left_ns = min(left_ns or header_ns, header_ns)
         elif key == answer_headers.ID_HEADER:
             request_id = answer_headers.id_of(value)
-    return InferHead(model, version, header_length, coding, reply_coding, timeout_ns, request_id)
+    return InferHead(model, version, header_length, coding, reply_coding, left_ns, request_id)
 
 
 class _Reply:

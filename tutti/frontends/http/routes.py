@@ -17,10 +17,11 @@ from tutti.core.daemon_threads import Pool
 from tutti.core.errors import DeadlineExceeded, InferError, InvalidArgument, Unavailable
 from tutti.core.types import Call, InferRequest, InferResponse, now_ns
 from tutti.frontends.awaited_answers import Answers
+from tutti.frontends.deadlines import least_ns
 from tutti.frontends.gate import Category, Gate
 from tutti.frontends.http import answer_headers, compression
 from tutti.frontends.http.status import REFUSED, status_of
-from tutti.frontends.v2 import generate, json_values, rules
+from tutti.frontends.v2 import generate, json_values
 from tutti.frontends.v2.api import Api
 from tutti.repository.config import ModelConfig
 
@@ -320,11 +321,9 @@ class _Routes:
         self._api.http.forward_headers(request.headers.items(), sent)
         answers = Answers()
         call = request.scope["call"] = answers.call(sent)
-        for header in rules.TIMEOUT_HEADERS:
-            value = request.headers.get(header.decode())
-            if value is not None:
-                deadline_ns = now_ns() + rules.timeout_ns(header, value.encode("latin-1"))
-                call.deadline_ns = min(call.deadline_ns or deadline_ns, deadline_ns)
+        left_ns = least_ns(request.headers.raw)
+        if left_ns:
+            call.deadline_ns = now_ns() + left_ns
         if self._api.tracer.is_on:
             self._api.tracer.begin(call, request.headers.get("traceparent", ""), "HTTP")
         exchange = request.scope.get("exchange")
