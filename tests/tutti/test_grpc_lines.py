@@ -15,12 +15,13 @@ from tritonclient.grpc import service_pb2_grpc
 from tests.serving import Noted, wait_until
 from tutti.core.errors import NotFound
 from tutti.core.types import Call, InferResponse, Tensor
+from tutti.frontends.door import Access
 from tutti.frontends.gate import Gate
 from tutti.frontends.grpc import codec as grpc_codec
 from tutti.frontends.grpc.aio import GrpcioFront
 from tutti.frontends.grpc.native import GrpcFront
 from tutti.frontends.size_limits import Limits
-from tutti.frontends.v2.api import Access, Api
+from tutti.frontends.v2.api import Api
 from tutti.observing.request_log import Event
 
 MIB = 2**20

@@ -276,7 +276,7 @@ def test_a_refused_request_is_traced_with_the_version_that_it_was_for(repository
             x = Tensor.of(name, np.zeros((1, 4), np.float32))
             call = Call(InferRequest(model, {name: x}, model_version=version), gather)
             tracer.begin(call)
-            api.submit([call])
+            api.engine([call])
             gather.wait()
             with pytest.raises(InferError):
                 api.complete(call)

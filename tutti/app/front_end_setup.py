@@ -9,10 +9,11 @@ from tutti.core import files
 from tutti.core.errors import ConfigError, reason, sayable
 from tutti.devices.ipc import CudaIpc
 from tutti.frontends import gate, ports
+from tutti.frontends.door import Access
 from tutti.frontends.gate import Gate
 from tutti.frontends.grpc import keepalive
 from tutti.frontends.size_limits import CASE_MATTERS, Limits
-from tutti.frontends.v2.api import Access, Api
+from tutti.frontends.v2.api import Api
 from tutti.frontends.v2.shared_memory import SharedMemory
 from tutti.observing import request_log, tracing
 from tutti.observing.logs import Logs

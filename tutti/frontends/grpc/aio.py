@@ -7,7 +7,7 @@ asks for it.
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import grpc
@@ -15,24 +15,18 @@ import grpc
 from tutti.core.errors import InferError
 from tutti.core.types import Call, InferRequest, InferResponse, now_ns
 from tutti.frontends.awaited_answers import Answers, Item
+from tutti.frontends.door import Door, Failure
 from tutti.frontends.gate import Category
 from tutti.frontends.grpc import codec as grpc_codec
 from tutti.frontends.grpc import log_events as grpc_events
 from tutti.frontends.grpc import methods as grpc_methods
-from tutti.frontends.grpc.methods import (
-    HEALTH_WATCH,
-    INTERNAL,
-    MODEL_INFER,
-    MODEL_STREAM_INFER,
-    REFUSED,
-    code_of,
-    details_of,
-    metadata_headers,
-)
+from tutti.frontends.grpc.methods import DIALECT, HEALTH_WATCH, MODEL_INFER, MODEL_STREAM_INFER, metadata_headers
 from tutti.frontends.v2.api import Api
 
 _log = logging.getLogger(__name__)
 
+# A call's metadata is read from its context, and only where somebody wants to see it.
+_DIALECT = replace(DIALECT, read_headers=lambda context: metadata_headers(context.invocation_metadata()))
 _STATUS = {code.value[0]: code for code in grpc.StatusCode}
 _WATCH_S = 0.5
 # A client that sends on without waiting is read only as far as this.
@@ -59,6 +53,7 @@ class GrpcioFront:
     def __init__(self, api: Api, address: str, tls: TlsFiles | None = None, shares_port: bool = False) -> None:
         """`address` is HOST:PORT or unix:PATH."""
         self._api = api
+        self._door = Door(_DIALECT, api.engine, api.grpc, api.tracer)
         self._open: set[Answers] = set()
         limit = min(api.limits.max_grpc_message_size, api.limits.max_inflight_bytes, 2**31 - 1)
         self._server = grpc.aio.server(
@@ -105,14 +100,11 @@ class GrpcioFront:
         async def answer(payload: bytes, context: Any) -> bytes:
             await self._check(method.category, path, payload, context)
             began_ns, message = now_ns(), b""
-            failure: tuple[int, str] | None = None
+            failure: Failure | None = None
             try:
                 message = await self._api.in_thread(method.answer, payload) if method.blocks else method.answer(payload)
-            except InferError as error:
-                failure = code_of(error), details_of(error)
             except Exception as error:
-                _log.exception("a gRPC call failed")
-                failure = INTERNAL, f"internal error: {type(error).__name__}"
+                failure = self._door.failure(error, "a gRPC call failed")
             except asyncio.CancelledError:
                 failure = _left(context)
                 raise
@@ -127,42 +119,35 @@ class GrpcioFront:
         return answer
 
     async def _check(self, category: Category, path: str, payload: bytes, context: Any) -> None:
-        gate = self._api.grpc.gate
-        if gate.is_open:
+        if self._api.grpc.gate.is_open:
             return
-        refusal = gate.check(category, metadata_headers(context.invocation_metadata()))
-        if refusal:
+        refusal = self._door.refusal(category, context)
+        if refusal is not None:
             if self._api.requests.is_on:
-                grpc_events.note_refusal(self._api.requests, path, REFUSED[refusal], payload, context.peer())
-            code, message = REFUSED[refusal]
+                grpc_events.note_refusal(self._api.requests, path, refusal, payload, context.peer())
+            code, message = refusal
             await context.abort(_STATUS[code], message)
-
-    def _decoded(self, payload: bytes) -> InferRequest:
-        try:
-            return grpc_codec.decode(payload, self._api.shared_memory)
-        except InferError as error:
-            raise self._api.blamed(*grpc_codec.target(payload), error) from None
 
     async def _infer(self, payload: bytes, context: Any) -> bytes:
         await self._check("inference", MODEL_INFER, payload, context)
         answers = Answers()
         self._open.add(answers)
-        failure: tuple[int, str] | None = None
+        failure: Failure | None = None
         call: Call | None = None
         message = b""
         try:
-            call = answers.call(self._decoded(payload))
+            call = answers.call(grpc_codec.decode(payload, self._api.shared_memory))
             call.emit = None  # one answer only
-            self._begin(call, context)
-            self._api.submit([call])
+            self._door.begin(call, context, _left_ns(context))
+            self._door.submit([call])
             await answers.get()
             response, shared = self._api.complete(call)
             message = grpc_codec.encode(response, call.request.id, shared)
-        except InferError as error:
-            failure = code_of(error), details_of(error)
         except Exception as error:
-            _log.exception("a ModelInfer call failed")
-            failure = INTERNAL, f"internal error: {type(error).__name__}"
+            if call is None:
+                failure = self._door.decode_failure(error, *grpc_codec.target(payload))
+            else:
+                failure = self._door.encode_failure(error, call)
         except asyncio.CancelledError:
             failure = _left(context)
             raise
@@ -176,24 +161,12 @@ class GrpcioFront:
             await context.abort(_STATUS[code], details)
         return message
 
-    def _note(
-        self, call: Call | None, failure: tuple[int, str] | None, payload: bytes, message: bytes, context: Any
-    ) -> None:
+    def _note(self, call: Call | None, failure: Failure | None, payload: bytes, message: bytes, context: Any) -> None:
         log, peer = self._api.requests, context.peer()
         if call is not None:
             grpc_events.note_call(log, call, failure, (len(payload), len(message)), peer)
         elif failure is not None:
             grpc_events.note_refusal(log, MODEL_INFER, failure, payload, peer)
-
-    def _begin(self, call: Call, context: Any) -> None:
-        left_s = context.time_remaining()
-        if left_s is not None:
-            call.deadline_ns = now_ns() + max(1, int(left_s * 1e9))
-        if self._api.grpc.forward is not None or self._api.tracer.is_on:
-            headers = metadata_headers(context.invocation_metadata())
-            self._api.grpc.forward_headers(headers.items(), call.request)
-            if self._api.tracer.is_on:
-                self._api.tracer.begin(call, headers.get("traceparent", ""), "GRPC")
 
     async def _stream(self, requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
         """Requests are taken as they come; each answer goes out as soon as it is there, with its request's id."""
@@ -203,26 +176,26 @@ class GrpcioFront:
         self._open.add(answers)
         room = asyncio.Semaphore(_MAX_STREAM_CALLS)
         reader = asyncio.create_task(self._read(requests, context, answers, room))
-        failure: tuple[int, str] | None = None
+        failure: Failure | None = None
         try:
             while (item := await answers.next()) is not None:
                 if item.is_final:
                     room.release()
-                failed: tuple[int, str] | None = None
+                failed: Failure | None = None
                 try:
                     message = self._shown(item)
                 except InferError as error:
-                    failed = code_of(error), details_of(error)
+                    failed = self._door.encode_failure(error, item.call)
                     if ends_on_error:
                         self._note_stream(item, failed, 0, context)
                         raise
-                    message = grpc_codec.encode_stream_error(details_of(error), item.call.request.id)
+                    message = grpc_codec.encode_stream_error(failed[1], item.call.request.id)
                 if item.is_final:
                     self._note_stream(item, failed, len(message), context)
                 if message:
                     yield message
         except InferError as error:
-            failure = code_of(error), details_of(error)
+            failure = self._door.failure(error, "a stream failed")
             await context.abort(_STATUS[failure[0]], failure[1])
         finally:
             self._open.discard(answers)
@@ -232,7 +205,7 @@ class GrpcioFront:
                 for call in list(answers.open):  # the stream has ended before they did
                     grpc_events.note_streamed(self._api.requests, call, failure or _left(context), 0, context.peer())
 
-    def _note_stream(self, item: Item, failure: tuple[int, str] | None, size: int, context: Any) -> None:
+    def _note_stream(self, item: Item, failure: Failure | None, size: int, context: Any) -> None:
         """A request of a stream has its last answer, of `size` bytes."""
         if self._api.requests.is_on:
             grpc_events.note_streamed(self._api.requests, item.call, failure, size, context.peer())
@@ -251,8 +224,8 @@ class GrpcioFront:
                     continue
                 wants_empty = bool(request.parameters.pop("triton_enable_empty_final_response", False))
                 call = answers.call(request, wants_empty)
-                self._begin(call, context)
-                self._api.submit([call])
+                self._door.begin(call, context, _left_ns(context))
+                self._door.submit([call])
         except Exception:
             _log.debug("a stream was not read to its end", exc_info=True)
         finally:
@@ -287,7 +260,13 @@ class GrpcioFront:
             await asyncio.sleep(_WATCH_S)
 
 
-def _left(context: Any) -> tuple[int, str]:
+def _left_ns(context: Any) -> int:
+    """How long a call's client waits; 0 for as long as it takes."""
+    left_s = context.time_remaining()
+    return 0 if left_s is None else max(1, int(left_s * 1e9))
+
+
+def _left(context: Any) -> Failure:
     """What the client of a call has seen that has been cancelled: the end of its time, or its own."""
     left_s = context.time_remaining()
     return grpc_events.left(grpc_events.GONE, 0 if left_s is None else now_ns() + int(left_s * 1e9))

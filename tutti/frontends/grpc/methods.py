@@ -13,6 +13,7 @@ from tritonclient.grpc import service_pb2 as pb
 
 from tutti.core import errors
 from tutti.core.errors import InferError, InvalidArgument, NotFound
+from tutti.frontends.door import Dialect
 from tutti.frontends.gate import Category
 from tutti.frontends.v2.api import Api
 
@@ -24,11 +25,12 @@ HEALTH_WATCH = "/grpc.health.v1.Health/Watch"
 
 INTERNAL = 13
 RESOURCE_EXHAUSTED = 8
+UNAVAILABLE = 14
 # The one table from errors to gRPC status codes (numbers of grpc.StatusCode).
 _CODES: dict[type[InferError], int] = {
     errors.InvalidArgument: 3,
     errors.NotFound: 5,
-    errors.Unavailable: 14,
+    errors.Unavailable: UNAVAILABLE,
     errors.DeadlineExceeded: 4,
     errors.Unsupported: 12,
     errors.Cancelled: 1,
@@ -36,25 +38,34 @@ _CODES: dict[type[InferError], int] = {
     errors.AlreadyExists: 6,
     errors.Internal: INTERNAL,
 }
-# What the gate says -> status code and message.
-REFUSED: dict[str, tuple[int, str]] = {
-    "restricted": (14, "This protocol is restricted, expecting header 'triton-grpc-protocol-<key>'"),
-    "unauthenticated": (16, "an API key is needed: authorization: Bearer KEY"),
-}
 
 
 RawAnswered = Callable[[int, bytes, str], None]
 """`answered(code, message, details)`: gRPC's status code, 0 for a serialized response, and the error's text."""
 
 
-def code_of(error: InferError) -> int:
-    return next((_CODES[kind] for kind in type(error).__mro__ if kind in _CODES), INTERNAL)
-
-
-def details_of(error: InferError) -> str:
+def _details(error: InferError) -> str:
     """What the caller is told; of a deadline in gRPC's own words, as when its own clock ends the call."""
     is_late = isinstance(error, errors.DeadlineExceeded | errors.TooLate)
     return f"Deadline Exceeded: {error.message}" if is_late else error.message
+
+
+def metadata_headers(metadata: Any) -> Mapping[str, str]:
+    """A call's text metadata; names are lower-case."""
+    return {name: value for name, value in metadata or () if isinstance(value, str)}
+
+
+DIALECT = Dialect(
+    "GRPC",
+    _CODES,
+    INTERNAL,
+    {
+        "restricted": (UNAVAILABLE, "This protocol is restricted, expecting header 'triton-grpc-protocol-<key>'"),
+        "unauthenticated": (16, "an API key is needed: authorization: Bearer KEY"),
+    },
+    metadata_headers,
+    _details,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,8 +248,3 @@ def _trace_value(key: str, values: list[str]) -> Any:
     if len(values) > 1:
         raise InvalidArgument(f"trace setting '{key[:100]}': expected one value, got {len(values)}")
     return values[0]
-
-
-def metadata_headers(metadata: Any) -> Mapping[str, str]:
-    """A call's text metadata; names are lower-case."""
-    return {name: value for name, value in metadata or () if isinstance(value, str)}

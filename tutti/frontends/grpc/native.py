@@ -17,27 +17,20 @@ from typing import Any
 
 from pygrpc_native import EVENT_CALL, NativeGrpcFront
 
-from tutti.core.errors import InferError, Unavailable
-from tutti.core.types import Call, InferRequest, now_ns
+from tutti.core.errors import InferError
+from tutti.core.types import Call, now_ns
+from tutti.frontends.arrival import Arrival
 from tutti.frontends.deadlines import timeout_ns
+from tutti.frontends.door import Door, Elsewhere, Failure
 from tutti.frontends.gate import Category
 from tutti.frontends.grpc import codec as grpc_codec
 from tutti.frontends.grpc import keepalive
 from tutti.frontends.grpc import log_events as grpc_events
 from tutti.frontends.grpc import methods as grpc_methods
 from tutti.frontends.grpc.memory_guard import Guard
-from tutti.frontends.grpc.methods import (
-    INTERNAL,
-    MODEL_INFER,
-    REFUSED,
-    RESOURCE_EXHAUSTED,
-    code_of,
-    details_of,
-    metadata_headers,
-)
+from tutti.frontends.grpc.methods import DIALECT, MODEL_INFER, RESOURCE_EXHAUSTED, UNAVAILABLE
 from tutti.frontends.held_bytes import COUNTED_BYTES
-from tutti.frontends.v2.api import Api, Elsewhere
-from tutti.frontends.v2.following import Came
+from tutti.frontends.v2.api import Api
 
 _log = logging.getLogger(__name__)
 
@@ -68,6 +61,7 @@ class GrpcFront:
         A front-end process has `raw` take the path and the serialized request of what it cannot answer itself.
         """
         self._api = api
+        self._door = Door(DIALECT, api.engine, api.grpc, api.tracer)
         self._is_open = api.grpc.gate.is_open
         self._is_ending = False
         # Those that came after that.
@@ -93,7 +87,7 @@ class GrpcFront:
             client_key_metadata="grpc-timeout",
             call_details=True,
             bearer_token_sha256=keys or None,
-            unauthenticated_message=REFUSED["unauthenticated"][1],
+            unauthenticated_message=DIALECT.refusals["unauthenticated"][1],
             # They tell how many bytes of answers have left it, or were dropped.
             metrics=True,
             reuse_port=shares_port,
@@ -147,17 +141,18 @@ class GrpcFront:
         self._refuse_late()  # who came meanwhile, for the same reason not before
 
     def _refuse_late(self) -> None:
-        refusal = code_of(Unavailable("")), "the server is shutting down: try again later"
+        refusal = UNAVAILABLE, "the server is shutting down: try again later"
         while self._late:
             call_id, index, peer = self._late.popleft()
             self._refuse(call_id, self._paths[index], refusal, b"", peer)
 
     def refuse_open(self, error: InferError) -> None:
         """Answer the calls that are inside with an error."""
+        told = self._door.failure(error, "a call was refused")
         for call_id in list(self._open):
             call, peer = self._open.pop(call_id, _NOBODY)
             if call is not None:
-                failure = self._fail(call_id, (code_of(error), details_of(error)), call.deadline_ns)
+                failure = self._fail(call_id, told, call.deadline_ns)
                 if self._api.requests.is_on:
                     self._note(call, failure, 0, peer)
 
@@ -174,7 +169,7 @@ class GrpcFront:
             known, peer = self._open.pop(call.token, _NOBODY)
             if self._held:
                 self._api.holding.give(self._held.pop(call.token, 0))
-            failure: tuple[int, str] | None = None
+            failure: Failure | None = None
             message = b""
             try:
                 response, shared = self._api.complete(call)
@@ -183,26 +178,22 @@ class GrpcFront:
                     failure = self._give(guard, call.token, message, peer)
                 else:
                     failure = self._respond(call.token, message)
-            except InferError as error:
-                error.__traceback__ = None  # it leads to the call, which has the error: a cycle that keeps the tensors
-                failure = code_of(error), details_of(error)
             except Exception as error:
-                _log.exception("a response of model '%s' could not be encoded", call.request.model_name)
-                failure = INTERNAL, f"internal error: {type(error).__name__}"
+                failure = self._door.encode_failure(error, call)
             if failure is not None:
                 failure = self._fail(call.token, failure, call.deadline_ns)
             if (is_noted or self._sizes) and known is not None:  # else it was refused when the server stopped
                 self._note(call, failure, len(message), peer)
 
-    def _note(self, call: Call, failure: tuple[int, str] | None, size: int, peer: str) -> None:
+    def _note(self, call: Call, failure: Failure | None, size: int, peer: str) -> None:
         sizes = self._sizes.pop(call.token, 0), size if failure is None else 0
         grpc_events.note_call(self._api.requests, call, failure, sizes, peer)
 
-    def _fail(self, call_id: int, failure: tuple[int, str], deadline_ns: int = 0) -> tuple[int, str]:
+    def _fail(self, call_id: int, failure: Failure, deadline_ns: int = 0) -> Failure:
         """End a call with an error; returns what its client was told, which may have left."""
         return failure if self._front.fail(call_id, *failure) else grpc_events.left(failure, deadline_ns)
 
-    def _give(self, guard: Guard, call_id: int, message: bytes, peer: str) -> tuple[int, str] | None:
+    def _give(self, guard: Guard, call_id: int, message: bytes, peer: str) -> Failure | None:
         """Answer, if that may be held until its client has read it; else why not."""
         size = len(message)
         limit = self._api.holding.limit
@@ -214,11 +205,11 @@ class GrpcFront:
         if guard.may_give(peer, size):
             failure = self._respond(call_id, message)
         else:
-            failure = code_of(Unavailable("")), self._api.holding.refusal
+            failure = UNAVAILABLE, self._api.holding.refusal
         self._given -= size
         return failure
 
-    def _respond(self, call_id: int, message: bytes) -> tuple[int, str] | None:
+    def _respond(self, call_id: int, message: bytes) -> Failure | None:
         """Answer; for a client that has left, what that is called."""
         size = len(message)
         self._given += size
@@ -279,21 +270,14 @@ class GrpcFront:
                 else:
                     self._ask(call_id, method, payload or b"", details)
             except Exception as error:  # whatever it is, those that came together with it are answered
-                _log.exception("a gRPC call was not taken")
-                self._front.fail(call_id, INTERNAL, f"internal error: {type(error).__name__}")
+                self._front.fail(call_id, *self._door.failure(error, "a gRPC call was not taken"))
         if calls:
-            self._api.submit(calls)
+            self._door.submit(calls)
 
     def _cancel(self, call_id: int) -> None:
         call, _ = self._open.get(call_id, _NOBODY)
         if call is not None:
             call.is_cancelled = True
-
-    def _decoded(self, payload: bytes) -> InferRequest:
-        try:
-            return self._templates.decode(payload, self._api.shared_memory)
-        except InferError as error:
-            raise self._api.blamed(*grpc_codec.target(payload), error) from None
 
     def _accept(self, call_id: int, payload: bytes, timeout: bytes | str | None, details: Any) -> Call | None:
         """An infer request, decoded; None when it has been answered with an error.
@@ -306,7 +290,7 @@ class GrpcFront:
         ):
             return None
         if len(payload) >= COUNTED_BYTES and not api.holding.take(len(payload)):
-            refusal = code_of(Unavailable("")), api.holding.refusal
+            refusal = UNAVAILABLE, api.holding.refusal
             self._refuse(call_id, MODEL_INFER, refusal, payload, _peer(timeout, details))
             return None
         call: Call | None = None
@@ -323,28 +307,19 @@ class GrpcFront:
         try:
             if isinstance(timeout, bytes):
                 left_ns = timeout_ns(b"grpc-timeout", timeout)
-            request = self._decoded(payload)
+            request = self._templates.decode(payload, api.shared_memory)
             if request.classes and api.is_front_end:
                 raise Elsewhere
             call = Call(request, self, call_id)
         except Elsewhere:
-            came = Came.now(_context(details), "GRPC") if api.tracer.is_on else None
-            self._ask_elsewhere(call_id, 0, payload, left_ns, _peer(timeout, details), came)
-            return None
-        except InferError as error:
-            self._refuse(call_id, MODEL_INFER, (code_of(error), details_of(error)), payload, _peer(timeout, details))
+            arrival = self._door.arrival(details and details[0]) if api.tracer.is_on else None
+            self._ask_elsewhere(call_id, 0, payload, left_ns, _peer(timeout, details), arrival)
             return None
         except Exception as error:
-            _log.exception("a ModelInfer message could not be decoded")
-            failure = INTERNAL, f"internal error: {type(error).__name__}"
+            failure = self._door.decode_failure(error, *grpc_codec.target(payload))
             self._refuse(call_id, MODEL_INFER, failure, payload, _peer(timeout, details))
             return None
-        if left_ns:
-            call.deadline_ns = now_ns() + left_ns
-        if api.grpc.forward is not None and details is not None:
-            api.grpc.forward_headers(metadata_headers(details[0]).items(), call.request)
-        if api.tracer.is_on:
-            api.tracer.begin(call, _context(details), "GRPC")
+        self._door.begin(call, details and details[0], left_ns)
         self._open[call_id] = call, _peer(timeout, details)
         if api.requests.is_on:
             self._sizes[call_id] = len(payload)
@@ -352,14 +327,14 @@ class GrpcFront:
             self._held[call_id] = len(payload)
         return call
 
-    def _refuse(self, call_id: int, path: str, failure: tuple[int, str], payload: bytes, peer: str) -> None:
+    def _refuse(self, call_id: int, path: str, failure: Failure, payload: bytes, peer: str) -> None:
         """Answer a call that nobody was asked for."""
         failure = self._fail(call_id, failure)
         if self._api.requests.is_on:
             grpc_events.note_refusal(self._api.requests, path, failure, payload, peer)
 
     def _ask_elsewhere(
-        self, call_id: int, index: int, payload: bytes, left_ns: int, peer: str, came: Came | None = None
+        self, call_id: int, index: int, payload: bytes, left_ns: int, peer: str, arrival: Arrival | None = None
     ) -> None:
         """Have the engine's process answer a call."""
         assert self._raw is not None
@@ -369,7 +344,7 @@ class GrpcFront:
             outside = grpc_events.outside(path, payload, peer, left_ns)
         owed_by = peer if method is None else None
         self._elsewhere.add(call_id)
-        self._raw(path, payload, left_ns, partial(self._answer_raw, call_id, owed_by, outside), came)
+        self._raw(path, payload, left_ns, partial(self._answer_raw, call_id, owed_by, outside), arrival)
 
     def _answer_raw(
         self,
@@ -400,14 +375,12 @@ class GrpcFront:
         if self._is_ending:
             self._late.append((call_id, index, _peer(None, details)))
             return False
-        refusal: tuple[int, str] | None = None
-        gate = self._api.grpc.gate
+        refusal: Failure | None = None
         if len(payload) > self._max_message_size:
             what = f"the message has {len(payload)} bytes, at most {self._max_message_size} pass"
             refusal = RESOURCE_EXHAUSTED, what
-        elif not gate.is_open:
-            refused = gate.check(category, metadata_headers(details[0] if details is not None else ()))
-            refusal = REFUSED[refused] if refused else None
+        elif not self._api.grpc.gate.is_open:
+            refusal = self._door.refusal(category, details and details[0])
         if refusal is not None:
             self._refuse(call_id, self._paths[index], refusal, payload, _peer(None, details))
         return refusal is None
@@ -428,16 +401,13 @@ class GrpcFront:
         method = self._methods[index]
         assert method is not None
         began_ns, message = now_ns(), b""
-        failure: tuple[int, str] | None = None
+        failure: Failure | None = None
         try:
             message = method.answer(payload)
             if not self._front.respond(call_id, message):
                 failure = grpc_events.GONE
-        except InferError as error:
-            failure = code_of(error), details_of(error)
         except Exception as error:
-            _log.exception("a gRPC call failed")
-            failure = INTERNAL, f"internal error: {type(error).__name__}"
+            failure = self._door.failure(error, "a gRPC call failed")
         if failure is not None:
             left_ns = _left_ns(details)
             failure = self._fail(call_id, failure, began_ns + left_ns if left_ns else 0)
@@ -457,11 +427,6 @@ def _peer(key: bytes | str | None, details: Any) -> str:
 def _left_ns(details: Any) -> int:
     """How long a call's client waited when it came, where its details are known; 0 for as long as it takes."""
     return max(1, int(details[2] * 1e9)) if details is not None and details[2] is not None else 0
-
-
-def _context(details: Any) -> str:
-    """The trace that a call says it is part of, where its details are known."""
-    return metadata_headers(details[0]).get("traceparent", "") if details is not None else ""
 
 
 def _tell(guard: Guard, events: Sequence[Any]) -> None:

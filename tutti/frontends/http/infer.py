@@ -22,7 +22,7 @@ from tutti.core.daemon_threads import Pool
 from tutti.core.errors import InferError, InvalidArgument
 from tutti.core.types import POOL_PARAMETER, Call, Columns, InferRequest, InferResponse, Parameters, Raw, now_ns
 from tutti.frontends.deadlines import TIMEOUT_HEADERS, timeout_ns
-from tutti.frontends.gate import Gate
+from tutti.frontends.door import Door, Elsewhere
 from tutti.frontends.held_bytes import COUNTED_BYTES, STALLED_S, WRITE_TIMEOUT_S, Holding
 from tutti.frontends.http import answer_headers, compression
 from tutti.frontends.http import codec as http_codec
@@ -37,9 +37,9 @@ from tutti.frontends.http.connection import (
     error_response,
     response_head,
 )
-from tutti.frontends.http.status import REFUSED, status_of
+from tutti.frontends.http.status import DIALECT
 from tutti.frontends.size_limits import Limits
-from tutti.frontends.v2.api import Api, Elsewhere
+from tutti.frontends.v2.api import Api
 
 _log = logging.getLogger(__name__)
 
@@ -73,6 +73,7 @@ class HttpFront:
         self.memory = memory or new_memory
         self._app = app
         self._api = api
+        self._door = Door(DIALECT, api.engine, api.http, api.tracer) if api is not None else None
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
         self._arrived: list[Exchange] = []
@@ -117,7 +118,7 @@ class HttpFront:
             await asyncio.sleep(0.01)
         for connection in list(self.connections):
             if error is not None:
-                connection.refuse_open(status_of(error), error.message)
+                connection.refuse_open(DIALECT.code_of(error), error.message)
             connection.end()
         for task in self._tasks:
             task.cancel()
@@ -127,7 +128,7 @@ class HttpFront:
         """A complete request. Infer requests wait for the end of this turn of the loop."""
         is_known = exchange.head is not None and exchange.head.infer is not None
         if self._api is not None and (is_known or self._route(exchange.url) is not None):
-            if not self._api.http.gate.is_open and not self._may_infer(self._api.http.gate, exchange):
+            if not self._api.http.gate.is_open and not self._may_infer(exchange):
                 return
             if exchange.method != b"POST":
                 exchange.connection.respond(exchange, 405, "method not allowed: infer needs POST")
@@ -198,77 +199,65 @@ class HttpFront:
             self._routes[url] = route
         return route
 
-    def _may_infer(self, gate: Gate, exchange: Exchange) -> bool:
-        refusal = gate.check("inference", http_headers(exchange.headers))
-        if refusal:
-            exchange.connection.respond(exchange, *REFUSED[refusal])
-        return not refusal
+    def _may_infer(self, exchange: Exchange) -> bool:
+        assert self._door is not None
+        refusal = self._door.refusal("inference", exchange.headers)
+        if refusal is not None:
+            exchange.connection.respond(exchange, *refusal)
+        return refusal is None
 
     def _flush(self) -> None:
-        assert self._api is not None
+        assert self._door is not None
         arrived, self._arrived = self._arrived, []
         calls = []
         for exchange in arrived:
             try:
                 calls.append(self._call(exchange))
-            except InferError as error:
-                self._refuse(exchange, error)
             except Elsewhere:
                 self._start_app(exchange)
             except _TakesLong:
                 self._decoder.submit(self._take_long, exchange)
             except Exception as error:  # whatever it is, those that came together with it are answered
-                _log.exception("an infer request could not be decoded")
-                exchange.connection.respond(exchange, 500, f"internal error: {type(error).__name__}")
+                self._refuse(exchange, error)
         if calls:
-            self._api.submit(calls)
+            self._door.submit(calls)
 
     def _take_long(self, exchange: Exchange) -> None:
         """In the decoder's thread: a request that would hold up the loop."""
-        assert self._api is not None
+        assert self._door is not None
         later = self._loop.call_soon_threadsafe
         # No name may keep the errors: they lead to this frame, and such a cycle would keep the body.
         try:
-            self._api.submit([self._call(exchange, may_take_long=True)])
-        except InferError as error:
-            later(self._refuse, exchange, error)
+            self._door.submit([self._call(exchange, may_take_long=True)])
         except Elsewhere:
             later(self._start_app, exchange)
         except Exception as error:
-            _log.exception("an infer request could not be decoded")
-            later(exchange.connection.respond, exchange, 500, f"internal error: {type(error).__name__}")
+            later(self._refuse, exchange, error)
 
-    def _refuse(self, exchange: Exchange, error: InferError) -> None:
+    def _refuse(self, exchange: Exchange, error: Exception) -> None:
         """Answer a request that did not decode."""
-        assert self._api is not None
+        assert self._door is not None
         exchange.body = b""  # inflated it may be large, and its client may not read the answer
-        route = self._route(exchange.url)
-        blamed = self._api.blamed(*route, error) if route is not None else error
-        exchange.connection.respond(exchange, status_of(blamed), blamed.message)
+        failure = self._door.decode_failure(error, *(self._route(exchange.url) or ("", "")))
+        exchange.connection.respond(exchange, *failure)
 
     def _call(self, exchange: Exchange, may_take_long: bool = False) -> Call:
         """The exchange's request as a call. Raises _TakesLong where that is not for this thread."""
-        assert self._api is not None
-        is_traced = self._api.tracer.is_on
-        received_ns = now_ns() if is_traced else 0
+        door = self._door
+        assert door is not None
+        received_ns = now_ns() if door.tracer.is_on else 0
         request, exchange.reply = self._decode(exchange, may_take_long)
         call = Call(request, self, exchange)
-        if exchange.timeout_ns:
-            call.deadline_ns = now_ns() + exchange.timeout_ns
-        if self._api.http.forward is not None:
-            self._api.http.forward_headers(http_headers(exchange.headers).items(), request)
-        if is_traced:
-            context = http_headers(exchange.headers).get("traceparent", "")
-            self._api.tracer.begin(call, context, "HTTP", received_ns)
-            if call.trace is not None:  # it is known by the answer's id, as in logs
-                exchange.request_id = exchange.request_id or answer_headers.request_id(request.id)
-                call.trace.note("answer_id", exchange.request_id.decode())
+        door.begin(call, exchange.headers, exchange.timeout_ns, received_ns)
+        if call.trace is not None:  # it is known by the answer's id, as in logs
+            exchange.request_id = exchange.request_id or answer_headers.request_id(request.id)
+            call.trace.note("answer_id", exchange.request_id.decode())
         exchange.call = call
         exchange.body = b""
         return call
 
     def _decode(self, exchange: Exchange, may_take_long: bool) -> tuple[InferRequest, ReplyFormat]:
-        assert self._api is not None
+        assert self._api is not None and self._door is not None
         head = exchange.head.infer if exchange.head is not None else None
         if type(head) is not InferHead:
             route = self._route(exchange.url)
@@ -288,7 +277,7 @@ class HttpFront:
         if head.coding:
             exchange.body = compression.decompress(exchange.body, head.coding, self.limits.max_input_size)
         if header_length == 0:
-            config = self._api.engine.model(name, version).config
+            config = self._door.model(name, version).config
             return http_codec.decode_raw(config, version, exchange.body), http_codec.BINARY_REPLY
         regions = self._api.shared_memory
         request, reply = http_codec.decode(name, version, exchange.body, header_length, self._headers, regions)
@@ -298,7 +287,7 @@ class HttpFront:
 
     def _encode(self, call: Call, mates: "_Mates") -> Response:
         exchange: Exchange = call.token
-        assert self._api is not None
+        assert self._api is not None and self._door is not None
         try:
             response, shared = self._api.complete(call)
             columns = response.columns
@@ -312,13 +301,9 @@ class HttpFront:
                 return pieces if mates.is_large else b"".join(pieces)
             header_length, parts = http_codec.encode(response, call.request.id, exchange.reply, shared)
             return _response(call, header_length, parts, response.parameters, mates.now_ns)
-        except InferError as error:
-            error.__traceback__ = None  # it leads to the call, which has the error: a cycle that keeps the tensors
-            return error_response(status_of(error), error.message, exchange.keep_alive, _about(call, mates.now_ns))
         except Exception as error:
-            _log.exception("a response of model '%s' could not be encoded", call.request.model_name)
-            what = f"internal error: {type(error).__name__}"
-            return error_response(500, what, exchange.keep_alive, _about(call, mates.now_ns))
+            failure = self._door.encode_failure(error, call)
+            return error_response(*failure, exchange.keep_alive, _about(call, mates.now_ns))
 
     async def _run_app(self, exchange: Exchange) -> None:
         """Let the app answer: in one piece, or as it comes where the app sends it in parts."""
@@ -470,11 +455,6 @@ class _Reply:
             connection.deliver(exchange, part + b"0\r\n\r\n")
         elif part:
             await connection.send_part(exchange, part)
-
-
-def http_headers(headers: Sequence[tuple[bytes, bytes]]) -> dict[str, str]:
-    """Names are lower-case; of a repeated header the last one counts."""
-    return {name.decode("latin-1"): value.decode("latin-1") for name, value in headers}
 
 
 def _scope(exchange: Exchange) -> dict[str, Any]:

@@ -18,9 +18,10 @@ from tutti.core.errors import DeadlineExceeded, InferError, InvalidArgument, Una
 from tutti.core.types import Call, InferRequest, InferResponse, now_ns
 from tutti.frontends.awaited_answers import Answers
 from tutti.frontends.deadlines import least_ns
+from tutti.frontends.door import Door
 from tutti.frontends.gate import Category, Gate
 from tutti.frontends.http import answer_headers, compression
-from tutti.frontends.http.status import REFUSED, status_of
+from tutti.frontends.http.status import DIALECT
 from tutti.frontends.v2 import generate, json_values
 from tutti.frontends.v2.api import Api
 from tutti.repository.config import ModelConfig
@@ -44,7 +45,7 @@ def guarded(gate: Gate, category: Category | None, handler: Handler) -> Handler:
     async def guard(request: Request) -> Response:
         refusal = gate.check(category, request.headers)
         if refusal:
-            status, message = REFUSED[refusal]
+            status, message = DIALECT.refusals[refusal]
             return json_response({"error": message}, status)
         return await handler(request)
 
@@ -136,7 +137,7 @@ def metrics_app(
 
 async def _infer_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, InferError)
-    response = json_response({"error": error.message}, status_of(error))
+    response = json_response({"error": error.message}, DIALECT.code_of(error))
     if "began_ns" in request.scope:  # an inference
         call = request.scope.get("call")
         passed = answer_headers.total(now_ns() - request.scope["began_ns"]).decode()
@@ -153,6 +154,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
 class _Routes:
     def __init__(self, api: Api) -> None:
         self._api = api
+        self._door = Door(DIALECT, api.engine, api.http, api.tracer)
         self._decoding = asyncio.Lock()
 
     async def live(self, _: Request) -> Response:
@@ -277,7 +279,7 @@ class _Routes:
         if isinstance(first.answer, InferError) and is_refused:
             self._api.tracer.end(call)
             raise first.answer
-        status = status_of(first.answer) if isinstance(first.answer, InferError) else 200
+        status = DIALECT.code_of(first.answer) if isinstance(first.answer, InferError) else 200
 
         async def events() -> AsyncIterator[bytes]:
             item = first
@@ -316,22 +318,17 @@ class _Routes:
     async def _submit(self, request: Request) -> tuple[Call, Answers]:
         request.scope["began_ns"] = now_ns()
         name, version = _model(request)
-        config = self._api.engine.model(name, version).config
+        config = self._door.model(name, version).config
         sent = await self._decode(config, version, await request.body(), request.headers.get("content-encoding", ""))
-        self._api.http.forward_headers(request.headers.items(), sent)
         answers = Answers()
         call = request.scope["call"] = answers.call(sent)
-        left_ns = least_ns(request.headers.raw)
-        if left_ns:
-            call.deadline_ns = now_ns() + left_ns
-        if self._api.tracer.is_on:
-            self._api.tracer.begin(call, request.headers.get("traceparent", ""), "HTTP")
+        self._door.begin(call, request.headers.raw, least_ns(request.headers.raw))
         exchange = request.scope.get("exchange")
         if exchange is not None:
             _, known_as = exchange.known_as(call.request.id)
             if call.trace is not None:
                 call.trace.note("answer_id", known_as.decode())
-        self._api.submit([call])
+        self._door.submit([call])
         return call, answers
 
 

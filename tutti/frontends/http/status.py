@@ -1,6 +1,9 @@
-"""The one table from errors to HTTP status codes."""
+"""How HTTP tells failures: the one table from errors to status codes, and the gate's refusals."""
+
+from collections.abc import Sequence
 
 from tutti.core import errors
+from tutti.frontends.door import Dialect
 
 _STATUS: dict[type[errors.InferError], int] = {
     errors.InvalidArgument: 400,
@@ -15,11 +18,18 @@ _STATUS: dict[type[errors.InferError], int] = {
 }
 
 
-REFUSED: dict[str, tuple[int, str]] = {
-    "restricted": (403, "This API is restricted"),
-    "unauthenticated": (401, "an API key is needed: Authorization: Bearer KEY"),
-}
+def http_headers(headers: Sequence[tuple[bytes, bytes]]) -> dict[str, str]:
+    """Names are lower-case; of a repeated header the last one counts."""
+    return {name.decode("latin-1"): value.decode("latin-1") for name, value in headers}
 
 
-def status_of(error: errors.InferError) -> int:
-    return next((_STATUS[kind] for kind in type(error).__mro__ if kind in _STATUS), 500)
+DIALECT = Dialect(
+    "HTTP",
+    _STATUS,
+    500,
+    {
+        "restricted": (403, "This API is restricted"),
+        "unauthenticated": (401, "an API key is needed: Authorization: Bearer KEY"),
+    },
+    http_headers,
+)

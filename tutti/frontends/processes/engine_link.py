@@ -15,19 +15,20 @@ from typing import Any
 
 from tutti.core.errors import InferError, Internal, Unavailable
 from tutti.core.types import Answer, Call, InferResponse, Raw, now_ns
+from tutti.frontends.arrival import UNKNOWN, Arrival
+from tutti.frontends.door import Door, Failure
 from tutti.frontends.freed_memory import INTERVAL_S, Freed
 from tutti.frontends.grpc import codec as grpc_codec
-from tutti.frontends.grpc.methods import INTERNAL, MODEL_INFER, Method, code_of, details_of, methods
+from tutti.frontends.grpc.methods import DIALECT, MODEL_INFER, Method, methods
 from tutti.frontends.held_bytes import COUNTED_BYTES
 from tutti.frontends.processes.bursts import Entry, Joined, Unpacking, pack_answers
 from tutti.frontends.processes.link_end import End
 from tutti.frontends.v2.api import Api
-from tutti.frontends.v2.following import Came, Follower, Leader
+from tutti.frontends.v2.following import Follower, Leader
 
 _log = logging.getLogger(__name__)
 
 _MAX_SIGNATURES = 4096
-_UNKNOWN = Came("", "", 0, 0, {})
 # Front-ends that have sent within such a time send at once.
 _BESIDE_OTHERS_S = 0.001
 # One call for several requests takes no more of a batch than this: others are to fit in beside it.
@@ -43,6 +44,8 @@ class EngineSide:
 
     def __init__(self, api: Api) -> None:
         self._api = api
+        # What comes through it are calls of front-end processes, and serialized messages of gRPC.
+        self.door = Door(DIALECT, api.engine, api.grpc, api.tracer)
         self._methods = methods(api)
         self._ends: set[EngineEnd] = set()
         self._arrived: list[Call] = []
@@ -90,7 +93,7 @@ class EngineSide:
         if end is not self._last_end:
             self._last_end, self._others_until_s = end, now_s + _BESIDE_OTHERS_S
         if not self._arrived and now_s > self._others_until_s:
-            self._api.submit(calls)
+            self.door.submit(calls)
             return
         if not self._arrived:
             asyncio.get_running_loop().call_soon(self._flush)
@@ -127,7 +130,7 @@ class EngineSide:
         if self._api.tracer.is_on:
             return 1
         try:
-            config = self._api.engine.model(entry.model_name, entry.model_version).config
+            config = self.door.model(entry.model_name, entry.model_version).config
         except InferError:  # it will be told to each
             return 1
         if not config.may_merge or not all(head[2] for head in entry.heads):
@@ -161,7 +164,7 @@ class EngineSide:
     def _flush(self) -> None:
         calls, self._arrived = self._arrived, []
         if calls:
-            self._api.submit(calls)
+            self.door.submit(calls)
 
 
 class EngineEnd(End, Follower):
@@ -173,6 +176,7 @@ class EngineEnd(End, Follower):
     def __init__(self, api: Api, table: dict[str, Method], side: EngineSide, siblings: "set[EngineEnd]") -> None:
         super().__init__()
         self._api = api
+        self._door = side.door
         self._methods = table
         self._side = side
         self._siblings = siblings
@@ -205,12 +209,12 @@ class EngineEnd(End, Follower):
         kind = values[0]
         if kind == "infer":
             calls = self._side.calls(values[1], data, self)
-            is_traced, came = self._api.tracer.is_on, values[2] if len(values) > 2 else {}
+            is_traced, arrivals = self._api.tracer.is_on, values[2] if len(values) > 2 else {}
             for call in calls:
                 token = call.token
                 self.open[token if type(token) is int else token.first] = call
                 if is_traced and type(token) is int:
-                    Came(*came.get(token, _UNKNOWN)).begin(self._api.tracer, call)
+                    self._door.resume(call, Arrival(*arrivals.get(token, UNKNOWN)))
             self._side.submit(calls, self)
         elif kind == "free":
             if self.arena is not None:
@@ -223,8 +227,8 @@ class EngineEnd(End, Follower):
             self._side.leader.look()
         else:
             _, number, path, left_ns, *told = values
-            came = Came(*told[0]) if told else Came.now("", "GRPC")
-            self._begin_raw(number, path, left_ns, data, came)
+            arrival = Arrival(*told[0]) if told else self._door.arrival(None)
+            self._begin_raw(number, path, left_ns, data, arrival)
 
     def settle(self, calls: Sequence[Call]) -> None:
         plain: list[Call] = []
@@ -247,7 +251,7 @@ class EngineEnd(End, Follower):
         if plain and self._transport is not None:
             self._send_answers(plain)
         if again:
-            self._api.submit(again)
+            self._door.submit(again)
 
     def _send_answers(self, calls: Sequence[Call]) -> None:
         """One that cannot be packed is an error of its own, not of those that were settled with it.
@@ -284,7 +288,7 @@ class EngineEnd(End, Follower):
         else:
             call.is_cancelled = True
 
-    def _begin_raw(self, number: int, path: str, left_ns: int, data: memoryview, came: Came) -> None:
+    def _begin_raw(self, number: int, path: str, left_ns: int, data: memoryview, arrival: Arrival) -> None:
         """A serialized request of a unary gRPC method."""
         payload = bytes(data)
         if path != MODEL_INFER:
@@ -292,14 +296,12 @@ class EngineEnd(End, Follower):
             return
         try:
             call = Call(grpc_codec.decode(payload, self._api.shared_memory), self, (number,))
-        except InferError as error:
-            self._send_raw(number, code_of(error), details=details_of(error))
+        except Exception as error:
+            self._refuse_raw(number, self._door.decode_failure(error))
             return
-        call.deadline_ns = now_ns() + left_ns if left_ns else 0
         self.open[number] = call
-        if self._api.tracer.is_on:
-            came.begin(self._api.tracer, call)
-        self._api.submit([call])
+        self._door.resume(call, arrival, left_ns)
+        self._door.submit([call])
 
     def _end_raw(self, call: Call) -> None:
         (number,) = call.token
@@ -307,11 +309,12 @@ class EngineEnd(End, Follower):
         try:
             response, shared = self._api.complete(call)
             self._send_raw(number, 0, grpc_codec.encode(response, call.request.id, shared))
-        except InferError as error:
-            self._send_raw(number, code_of(error), details=details_of(error))
         except Exception as error:
-            _log.exception("a response of model '%s' could not be encoded", call.request.model_name)
-            self._send_raw(number, INTERNAL, details=f"internal error: {type(error).__name__}")
+            self._refuse_raw(number, self._door.encode_failure(error, call))
+
+    def _refuse_raw(self, number: int, failure: Failure) -> None:
+        code, details = failure
+        self._send_raw(number, code, details=details)
 
     def _send_raw(self, number: int, code: int, message: bytes = b"", details: str = "") -> None:
         self.send(("raw", number, code, details), [message])
@@ -325,11 +328,8 @@ class EngineEnd(End, Follower):
     def _answer(self, number: int, method: Method, payload: bytes) -> None:
         try:
             self._send_raw(number, 0, method.answer(payload))
-        except InferError as error:
-            self._send_raw(number, code_of(error), details=details_of(error))
         except Exception as error:
-            _log.exception("a gRPC call failed")
-            self._send_raw(number, INTERNAL, details=f"internal error: {type(error).__name__}")
+            self._refuse_raw(number, self._door.failure(error, "a gRPC call failed"))
 
 
 def _is_large(answer: Answer | None) -> bool:

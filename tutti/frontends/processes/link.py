@@ -20,17 +20,17 @@ import numpy as np
 
 from tutti.core.errors import Unavailable
 from tutti.core.types import Call, Raw, SharedRegion, now_ns, settle_all
-from tutti.frontends.grpc.methods import HEALTH_CHECK, NOT_SERVING, SERVICE, RawAnswered
+from tutti.frontends.arrival import Arrival
+from tutti.frontends.door import Elsewhere
+from tutti.frontends.grpc.methods import HEALTH_CHECK, NOT_SERVING, SERVICE, UNAVAILABLE, RawAnswered
 from tutti.frontends.processes.bursts import Answered, Unpacking, groups, pack
 from tutti.frontends.processes.link_end import End
-from tutti.frontends.v2.api import Elsewhere
-from tutti.frontends.v2.following import Came, Followed, TracesElsewhere
+from tutti.frontends.v2.following import Followed, TracesElsewhere
 from tutti.observing.logs import Settings
 
 _log = logging.getLogger(__name__)
 
 CANCEL_INTERVAL_S = 0.05
-_UNAVAILABLE = 14
 # What a front-end process says of itself, and of the models, while there is no engine: it lives, nothing is ready.
 _WITHOUT_ENGINE = {
     SERVICE + "ServerLive": b"\x08\x01",
@@ -191,12 +191,14 @@ class FrontEnd:
             self._open.update(enumerate(group, self._next))
             self._next += len(group)
         if self.traces.is_on:
-            came = self.traces.came(self._open, range(first, self._next))
-            connection.send(("infer", entries, came), pieces)
+            arrivals = self.traces.arrivals(self._open, range(first, self._next))
+            connection.send(("infer", entries, arrivals), pieces)
         else:
             connection.send(("infer", entries), pieces)
 
-    def ask_raw(self, path: str, payload: bytes, left_ns: int, answered: RawAnswered, came: Came | None = None) -> None:
+    def ask_raw(
+        self, path: str, payload: bytes, left_ns: int, answered: RawAnswered, arrival: Arrival | None = None
+    ) -> None:
         """Have the engine's process answer a serialized request of a unary gRPC method."""
         number = next(self._numbers)
         with self._lock:
@@ -208,7 +210,7 @@ class FrontEnd:
         if is_mine or connection is None:
             self._refuse_raw(path, answered)
         else:
-            told = (tuple(came),) if came is not None else ()
+            told = (tuple(arrival),) if arrival is not None else ()
             connection.send(("raw", number, path, left_ns, *told), [payload])
 
     def model(self, name: str, version: str) -> Any:
@@ -251,7 +253,7 @@ class FrontEnd:
         if path in _WITHOUT_ENGINE:
             answered(0, _WITHOUT_ENGINE[path], "")
         else:
-            answered(_UNAVAILABLE, b"", self.refusal.message)
+            answered(UNAVAILABLE, b"", self.refusal.message)
 
     def _look_for_cancelled(self) -> None:
         """Callers only mark their calls: now and then the engine is told."""

@@ -18,9 +18,8 @@ from tutti.frontends.gate import Gate
 from tutti.frontends.held_bytes import COUNTED_BYTES
 from tutti.frontends.http import log_events as http_events
 from tutti.frontends.http.connection import Exchange, error_response, response_head
-from tutti.frontends.http.infer import http_headers
 from tutti.frontends.http.log_events import CLIENT_HEADER, client_of
-from tutti.frontends.http.status import REFUSED
+from tutti.frontends.http.status import DIALECT, http_headers
 from tutti.frontends.processes.link import FrontEnd
 from tutti.observing.request_log import RequestLog
 
@@ -87,7 +86,7 @@ class Relay:
         if path in _LIVE or path == _READY or model is not None:
             refusal = self._gate.check("health", http_headers(exchange.headers))
             if refusal:
-                exchange.connection.respond(exchange, *REFUSED[refusal])
+                exchange.connection.respond(exchange, *DIALECT.refusals[refusal])
             elif model is not None:
                 name = model[1].decode("utf-8", "replace")
                 exchange.connection.respond(exchange, 400, f"model '{name}' is not ready: {why}")

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tutti.frontends.door import Access
 from tutti.frontends.size_limits import Limits
-from tutti.frontends.v2.api import Access
 from tutti.observing.logs import Logs, Settings
 from tutti.observing.request_log import RequestLog
 

@@ -7,17 +7,14 @@ the server is here: limits, gates, shared memory, traces.
 import asyncio
 import base64
 import binascii
-import logging
-import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 from tutti import SERVER_NAME, __version__
 from tutti.core.daemon_threads import Pool
-from tutti.core.errors import InferError, Internal, InvalidArgument, NotFound
-from tutti.core.types import Call, InferRequest, InferResponse, settle_all
-from tutti.frontends.gate import Gate
+from tutti.core.errors import InferError, InvalidArgument, NotFound
+from tutti.core.types import Call, InferRequest, InferResponse
+from tutti.frontends.door import Access, response_of
 from tutti.frontends.held_bytes import Holding
 from tutti.frontends.size_limits import Limits
 from tutti.frontends.v2.classification import classify
@@ -30,8 +27,6 @@ from tutti.repository.config import ModelConfig, as_json
 from tutti.serving.engine import Engine, Override
 from tutti.serving.model import Model
 
-_log = logging.getLogger(__name__)
-
 _EXTENSIONS = [
     "classification", "sequence", "model_repository", "model_repository(unload_dependents)", "schedule_policy",
     "model_configuration", "binary_tensor_data", "parameters", "statistics", "trace", "logging",
@@ -39,30 +34,6 @@ _EXTENSIONS = [
 _FILE_PREFIX = "file:"
 _MOST_CONTROL_CALLS = 64
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Access:
-    """Who may call over one protocol, and which of its headers reach the model as parameters."""
-
-    gate: Gate = field(default_factory=Gate)
-    forward: re.Pattern[str] | None = None
-
-    @property
-    def needs_headers(self) -> bool:
-        return self.forward is not None or not self.gate.is_open
-
-    def forward_headers(self, headers: Iterable[tuple[str, str]], request: InferRequest) -> None:
-        """Give the request the matching headers as parameters; its own ones are not replaced."""
-        if self.forward is None:
-            return
-        for name, value in headers:
-            if self.forward.fullmatch(name):
-                request.parameters.setdefault(name, value)
-
-
-class Elsewhere(Exception):
-    """Only the engine's process can do it, and this is another one."""
 
 
 class Api:
@@ -110,27 +81,6 @@ class Api:
 
     # inference
 
-    def submit(self, calls: Sequence[Call]) -> None:
-        """Hand calls over. An Infer never raises; should one do so all the same, its callers get an answer."""
-        try:
-            self.engine(calls)
-        except Exception as error:
-            _log.exception("a burst of %d calls was not taken", len(calls))
-            failed = [call for call in calls if call.answer is None]
-            settle_all(failed, Internal(f"internal error: {type(error).__name__}"))
-
-    def blamed(self, name: str, version: str, error: InferError) -> InferError:
-        """The error of a request that did not decode; that there is no such model comes first, as in Triton."""
-        if self.is_front_end or not name:
-            return error
-        try:
-            self.engine.model(name, version)
-        except NotFound as unknown:
-            return unknown
-        except InferError:
-            pass
-        return error
-
     def _version_of(self, request: InferRequest) -> str:
         """The version that a refused request has asked for, or the one that would have answered it."""
         if request.model_version:
@@ -145,12 +95,7 @@ class Api:
         answer, request = call.answer, call.request
         if type(answer) is InferResponse and not request.classes and not request.shared_outputs and call.trace is None:
             return answer, ()  # nearly always
-        if call.trace is not None:
-            self.tracer.end(call)
-        if isinstance(answer, InferError):
-            raise answer
-        assert answer is not None
-        return self.as_asked(request, answer)
+        return self.as_asked(request, response_of(call, self.tracer))
 
     def as_asked(self, request: InferRequest, response: InferResponse) -> tuple[InferResponse, Collection[str]]:
         """As `complete`, for one of several answers."""

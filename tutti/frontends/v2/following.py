@@ -9,10 +9,10 @@ import threading
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from tutti.core.types import Call, now_ns
+from tutti.core.types import Call
+from tutti.frontends.arrival import Arrival
 from tutti.frontends.v2.api import Api
 from tutti.observing.logs import Settings
-from tutti.observing.tracing import Tracer
 
 # A process that hangs does not hold up a client's change for longer.
 PATIENCE_S = 2.0
@@ -77,40 +77,17 @@ class Leader:
             )
 
 
-class Came(NamedTuple):
-    """How a request came to a front-end process: what the trace of it begins with. Times are of the clock of now_ns."""
-
-    context: str
-    protocol: str
-    received_ns: int
-    started_ns: int
-    notes: Mapping[str, object]
-
-    @classmethod
-    def now(cls, context: str, protocol: str, received_ns: int = 0) -> "Came":
-        """It has been decoded, which has begun at `received_ns`, where that is known."""
-        started_ns = now_ns()
-        return cls(context, protocol, received_ns or started_ns, started_ns, {})
-
-    def begin(self, tracer: Tracer, call: Call) -> None:
-        """In the engine's process: trace the call if its turn has come."""
-        tracer.begin(call, self.context, self.protocol, self.received_ns, self.started_ns)
-        if call.trace is not None:
-            for what, value in self.notes.items():
-                call.trace.note(what, value)
-
-
 class _Noted:
     """In a trace's place: the engine's process has that."""
 
-    def __init__(self, came: Came) -> None:
-        self.came = came
+    def __init__(self, arrival: Arrival) -> None:
+        self.arrival = arrival
 
     def record(self, activity: str, ns: int) -> None:
         """Nothing happens to a call here."""
 
-    def note(self, what: str, value: object) -> None:
-        self.came = self.came._replace(notes={**self.came.notes, what: value})
+    def note(self, label: str, value: object) -> None:
+        self.arrival = self.arrival._replace(notes={**self.arrival.notes, label: value})
 
     def follow(self, call: Call) -> None:
         """No calls are made here."""
@@ -123,7 +100,7 @@ class TracesElsewhere:
         self.is_on = self.needs_headers = False
 
     def begin(self, call: Call, context: str = "", protocol: str = "", received_ns: int = 0) -> None:
-        call.trace = _Noted(Came.now(context, protocol, received_ns))
+        call.trace = _Noted(Arrival.now(context, protocol, received_ns))
 
     def end(self, call: Call) -> None:
         call.trace = None
@@ -131,7 +108,7 @@ class TracesElsewhere:
     def close(self) -> None:
         """Nothing here."""
 
-    def came(self, calls: Mapping[int, Call], numbers: range) -> dict[int, tuple[Any, ...]]:
-        """How those of the numbered calls came for which it was noted."""
+    def arrivals(self, calls: Mapping[int, Call], numbers: range) -> dict[int, tuple[Any, ...]]:
+        """How the numbered calls came, as far as it was noted."""
         traces = {number: calls[number].trace for number in numbers}
-        return {number: tuple(trace.came) for number, trace in traces.items() if isinstance(trace, _Noted)}
+        return {number: tuple(trace.arrival) for number, trace in traces.items() if isinstance(trace, _Noted)}
