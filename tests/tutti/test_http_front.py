@@ -22,9 +22,10 @@ from tutti.core.errors import Unavailable
 from tutti.core.types import Call, Columns, InferRequest, InferResponse, Tensor
 from tutti.frontends.http import connection as http
 from tutti.frontends.http import infer as front
+from tutti.frontends.http import request_reader
 from tutti.frontends.http import routes as http_api
 from tutti.frontends.http.codec import BINARY_REPLY
-from tutti.frontends.http.connection import Exchange
+from tutti.frontends.http.exchange import Exchange
 from tutti.frontends.http.infer import HttpFront
 from tutti.frontends.size_limits import Limits
 from tutti.frontends.v2.api import Api
@@ -199,8 +200,8 @@ def test_keep_alive_serves_many_requests(server: Running) -> None:
         (b"POST /v2 HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n", 400),
         (b"POST /v2 HTTP/1.1\r\ntransfer-encoding: chunked, identity\r\n\r\n0\r\n\r\n", 400),
         (b"GET /v2 HTTP/1.1\r\nhost: t\r\nupgrade: websocket\r\nconnection: upgrade\r\n\r\n", 400),
-        (b"GET /v2 HTTP/1.1\r\nx: " + b"a" * http.MAX_HEADER_BYTES + b"\r\n\r\n", 431),
-        (b"GET /" + b"a" * http.MAX_HEADER_BYTES + b" HTTP/1.1\r\n\r\n", 431),
+        (b"GET /v2 HTTP/1.1\r\nx: " + b"a" * request_reader.MAX_HEADER_BYTES + b"\r\n\r\n", 431),
+        (b"GET /" + b"a" * request_reader.MAX_HEADER_BYTES + b" HTTP/1.1\r\n\r\n", 431),
         (b"POST /v2/models/add_one/infer HTTP/1.1\r\ncontent-length: 10001\r\n\r\n", 413),
         (b"POST /v2 HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n2711\r\n" + b"a" * 10001 + b"\r\n0\r\n\r\n", 413),
     ],

@@ -18,7 +18,7 @@ from tutti.core.errors import ConfigError
 from tutti.core.types import Call, InferRequest, Raw, Spent
 from tutti.frontends.grpc import log_events as grpc_events
 from tutti.frontends.http import log_events as http_events
-from tutti.frontends.http.connection import Exchange
+from tutti.frontends.http.exchange import Exchange
 from tutti.observing import request_log
 from tutti.observing.logs import Logs
 from tutti.observing.request_log import Event, RequestLog, line, slow

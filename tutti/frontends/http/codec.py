@@ -33,10 +33,14 @@ from tutti.repository.config import ModelConfig, TensorSpec
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ReplyFormat:
-    """Which outputs go as binary: those named in `binary`, by default the others as `default_is_binary` says."""
+    """Which outputs go as binary: those named in `binary`, by default the others as `default_is_binary` says.
+
+    `coding` is how the whole body is compressed, "" for not at all.
+    """
 
     default_is_binary: bool = False
     binary: Mapping[str, bool] = field(default_factory=dict)
+    coding: str = ""
 
     def is_binary(self, name: str) -> bool:
         return self.binary.get(name, self.default_is_binary)

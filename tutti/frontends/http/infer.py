@@ -10,7 +10,7 @@ import re
 import ssl
 import threading
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -28,15 +28,8 @@ from tutti.frontends.http import answer_headers, compression
 from tutti.frontends.http import codec as http_codec
 from tutti.frontends.http import log_events as http_events
 from tutti.frontends.http.codec import ReplyFormat
-from tutti.frontends.http.connection import (
-    LARGE_RESPONSE_BYTES,
-    Connection,
-    Exchange,
-    Head,
-    Response,
-    error_response,
-    response_head,
-)
+from tutti.frontends.http.connection import Connection
+from tutti.frontends.http.exchange import Exchange, Head, Response, error_response, response_head
 from tutti.frontends.http.status import DIALECT
 from tutti.frontends.size_limits import Limits
 from tutti.frontends.v2.api import Api
@@ -51,6 +44,8 @@ _MAX_ROUTE_BYTES = 512
 # JSON from here on, and what is compressed, may take long to decode; a thousand times as much may be inflated.
 _LONG_JSON_BYTES = 256 * 1024
 _LONG_CODED_BYTES = 1024
+# A response from here on is written in the pieces it is made of, rather than joined.
+LARGE_RESPONSE_BYTES = 64 * 1024
 
 AsgiApp = Callable[[Any, Any, Any], Awaitable[None]]
 
@@ -126,7 +121,7 @@ class HttpFront:
 
     def handle(self, exchange: Exchange) -> None:
         """A complete request. Infer requests wait for the end of this turn of the loop."""
-        is_known = exchange.head is not None and exchange.head.infer is not None
+        is_known = exchange.head is not None and exchange.head.memo is not None
         if self._api is not None and (is_known or self._route(exchange.url) is not None):
             if not self._api.http.gate.is_open and not self._may_infer(exchange):
                 return
@@ -246,9 +241,12 @@ class HttpFront:
         door = self._door
         assert door is not None
         received_ns = now_ns() if door.tracer.is_on else 0
-        request, exchange.reply = self._decode(exchange, may_take_long)
+        head = exchange.head.memo if exchange.head is not None else None
+        if type(head) is not InferHead:
+            head = self._read_head(exchange)
+        request, exchange.reply = self._decode(head, exchange, may_take_long)
         call = Call(request, self, exchange)
-        door.begin(call, exchange.headers, exchange.timeout_ns, received_ns)
+        door.begin(call, exchange.headers, head.left_ns, received_ns)
         if call.trace is not None:  # it is known by the answer's id, as in logs
             exchange.request_id = exchange.request_id or answer_headers.request_id(request.id)
             call.trace.note("answer_id", exchange.request_id.decode())
@@ -256,18 +254,17 @@ class HttpFront:
         exchange.body = b""
         return call
 
-    def _decode(self, exchange: Exchange, may_take_long: bool) -> tuple[InferRequest, ReplyFormat]:
+    def _read_head(self, exchange: Exchange) -> "InferHead":
+        route = self._route(exchange.url)
+        assert route is not None, "else it is not an infer request"
+        head = _infer_head(*route, exchange.headers)
+        if exchange.head is not None:
+            exchange.head.memo = head
+        return head
+
+    def _decode(self, head: "InferHead", exchange: Exchange, may_take_long: bool) -> tuple[InferRequest, ReplyFormat]:
         assert self._api is not None and self._door is not None
-        head = exchange.head.infer if exchange.head is not None else None
-        if type(head) is not InferHead:
-            route = self._route(exchange.url)
-            assert route is not None
-            head = _infer_head(*route, exchange.headers)
-            if exchange.head is not None:
-                exchange.head.infer = head
         name, version, header_length = head.model, head.version, head.header_length
-        exchange.encoding = head.reply_coding
-        exchange.timeout_ns = head.left_ns
         exchange.request_id = head.request_id
         if head.coding and self._api.is_front_end:
             raise Elsewhere
@@ -278,11 +275,14 @@ class HttpFront:
             exchange.body = compression.decompress(exchange.body, head.coding, self.limits.max_input_size)
         if header_length == 0:
             config = self._door.model(name, version).config
-            return http_codec.decode_raw(config, version, exchange.body), http_codec.BINARY_REPLY
-        regions = self._api.shared_memory
-        request, reply = http_codec.decode(name, version, exchange.body, header_length, self._headers, regions)
+            request, reply = http_codec.decode_raw(config, version, exchange.body), http_codec.BINARY_REPLY
+        else:
+            regions = self._api.shared_memory
+            request, reply = http_codec.decode(name, version, exchange.body, header_length, self._headers, regions)
         if request.classes and self._api.is_front_end:
             raise Elsewhere
+        if head.reply_coding:
+            reply = replace(reply, coding=head.reply_coding)
         return request, reply
 
     def _encode(self, call: Call, mates: "_Mates") -> Response:
@@ -291,7 +291,7 @@ class HttpFront:
         try:
             response, shared = self._api.complete(call)
             columns = response.columns
-            is_plain = exchange.keep_alive and not exchange.encoding and not call.request.id and not shared
+            is_plain = exchange.keep_alive and not call.request.id and not shared
             if columns is not None and is_plain and mates.have(call, response, exchange):
                 start, stop = response.start, response.stop
                 sent = exchange.request_id
@@ -483,7 +483,8 @@ def _pieces(parts: list[Raw]) -> Response:
 
 def _response(call: Call, header_length: int | None, parts: list[Raw], parameters: Parameters, now: int) -> Response:
     exchange: Exchange = call.token
-    if header_length is not None and exchange.keep_alive and not exchange.encoding:
+    coding = exchange.reply.coding
+    if header_length is not None and exchange.keep_alive and not coding:
         start = _binary_start(header_length, sum(map(len, parts)))
         if parameters:
             start += _pool_line(parameters)
@@ -494,9 +495,9 @@ def _response(call: Call, header_length: int | None, parts: list[Raw], parameter
     headers = [_JSON_TYPE] if header_length is None else [_BINARY_TYPE]
     if header_length is not None:
         headers.append((b"inference-header-content-length", b"%d" % header_length))
-    if exchange.encoding:
-        body = compression.compress(body, exchange.encoding)
-        headers.append((b"content-encoding", exchange.encoding.encode()))
+    if coding:
+        body = compression.compress(body, coding)
+        headers.append((b"content-encoding", coding.encode()))
     if parameters and (pool := _pool(parameters)):
         headers.append((_POOL_HEADER, pool))
     return response_head(200, headers + _about(call, now), len(body), exchange.keep_alive) + body
@@ -557,10 +558,10 @@ class _Mates:
 
     def _begin(self, response: InferResponse, exchange: Exchange) -> bool:
         """Make what does not depend on the time; False for an answer that is not all in binary."""
-        found = http_codec.part_header(response, exchange.reply)
-        if found is None:
+        header = http_codec.part_header(response, exchange.reply) if not exchange.reply.coding else None
+        if header is None:
             return False
-        self.header, size = found
+        self.header, size = header
         self._columns, self._reply = response.columns, exchange.reply
         self._rows, self._parameters = response.stop - response.start, response.parameters
         self._is_own = not exchange.request_id

@@ -14,7 +14,7 @@ import orjson
 
 from tutti.core.errors import InferError
 from tutti.core.types import POOL_PARAMETER, Answer, Call, InferResponse
-from tutti.frontends.http.connection import Exchange, Response
+from tutti.frontends.http.exchange import Exchange, Response
 from tutti.observing.request_log import Event, RequestLog, harmless
 
 # How a front-end process tells the engine's who has asked it.

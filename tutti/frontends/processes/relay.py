@@ -17,7 +17,7 @@ from tutti.core.types import now_ns
 from tutti.frontends.gate import Gate
 from tutti.frontends.held_bytes import COUNTED_BYTES
 from tutti.frontends.http import log_events as http_events
-from tutti.frontends.http.connection import Exchange, error_response, response_head
+from tutti.frontends.http.exchange import Exchange, error_response, response_head
 from tutti.frontends.http.log_events import CLIENT_HEADER, client_of
 from tutti.frontends.http.status import DIALECT, http_headers
 from tutti.frontends.processes.link import FrontEnd
