@@ -29,7 +29,7 @@ from tutti.frontends.http import compression
 from tutti.frontends.http import connection as http_connection
 from tutti.frontends.http.connection import Connection
 from tutti.frontends.http.exchange import Exchange
-from tutti.frontends.http.infer import new_memory
+from tutti.frontends.http.server import new_memory
 from tutti.frontends.size_limits import Limits
 from tutti.frontends.v2 import generate
 from tutti.repository import config

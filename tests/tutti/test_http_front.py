@@ -24,9 +24,11 @@ from tutti.frontends.http import connection as http
 from tutti.frontends.http import infer as front
 from tutti.frontends.http import request_reader
 from tutti.frontends.http import routes as http_api
+from tutti.frontends.http import server as listening
 from tutti.frontends.http.codec import BINARY_REPLY
 from tutti.frontends.http.exchange import Exchange
 from tutti.frontends.http.infer import HttpFront
+from tutti.frontends.http.infer_answers import Mates
 from tutti.frontends.size_limits import Limits
 from tutti.frontends.v2.api import Api
 from tutti.serving.engine import Engine
@@ -383,7 +385,7 @@ def head_of(parameters: Any) -> bytes:
     columns = Columns([Tensor.of("y", np.zeros((2, 1), np.float32))])
     response = InferResponse.of_part("m", "1", columns, 0, 1)
     response.parameters = parameters
-    mates = front._Mates(1)
+    mates = Mates(1)
     assert mates.have(call, response, exchange)
     length = len(mates.header)
     response.parameters = {}
@@ -523,7 +525,7 @@ def test_a_refusal_within_a_body_has_its_own_requests_id(server: Running) -> Non
 def test_answers_that_nobody_reads_make_room_for_those_that_somebody_does(
     server: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(front, "STALLED_S", -1.0)
+    monkeypatch.setattr(listening, "STALLED_S", -1.0)
     server.front.holding.limit = 60 * 2**20
     answer = b"HTTP/1.1 200 OK\r\ncontent-length: 33554432\r\n\r\n", bytes(32 * 2**20)
     monkeypatch.setattr(server.front, "_encode", lambda *_: list(answer))
@@ -671,7 +673,6 @@ def test_a_request_that_waited_for_another_says_so(server: Running) -> None:
 def test_a_large_answer_for_which_there_is_no_room_is_noted_as_refused(
     server: Running, monkeypatch: pytest.MonkeyPatch, is_app: bool
 ) -> None:
-    assert server.front._api is not None
     log = server.front._api.requests = Noted()
     large = b"HTTP/1.1 200 OK\r\ncontent-length: 100000\r\n\r\n", bytes(100_000)
 
@@ -699,7 +700,6 @@ def break_off(connection: socket.socket) -> None:
 
 
 def noted_by(server: Running) -> Noted:
-    assert server.front._api is not None
     log = server.front._api.requests = Noted()
     return log
 

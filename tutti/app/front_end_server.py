@@ -16,6 +16,7 @@ from tutti.frontends.grpc.aio import GrpcioFront, TlsFiles
 from tutti.frontends.grpc.native import GrpcFront
 from tutti.frontends.http import routes as http_api
 from tutti.frontends.http.infer import HttpFront
+from tutti.frontends.http.server import HttpServer
 from tutti.frontends.processes.engine_link import EngineSide
 from tutti.frontends.processes.pool import check_free
 from tutti.frontends.processes.worker_task import Logging, Task
@@ -160,7 +161,7 @@ class Server:
         self._extra = extra
         self._sample = sample
         self._shows_host = shows_host
-        self._http: list[HttpFront] = []
+        self._http: list[HttpServer] = []
         self._grpc: GrpcFront | None = None
         self._grpcio: GrpcioFront | None = None
         self._link: EngineSide | None = None
@@ -191,7 +192,7 @@ class Server:
 
     async def _start_metrics(self) -> int:
         metrics = Metrics(self._api.engine, self._extra, self._shows_host)
-        front = HttpFront(http_api.metrics_app(metrics.render, self._api.http.gate, self._sample))
+        front = HttpServer(http_api.metrics_app(metrics.render, self._api.http.gate, self._sample))
         self._http.append(front)
         first, host = self._addresses.metrics_port, self._addresses.metrics_host or self._addresses.host
         assert first is not None
