@@ -8,8 +8,9 @@ import pytest
 from tutti.core.errors import InferError, InvalidArgument
 from tutti.core.types import Columns, InferResponse, Tensor
 from tutti.frontends.http import codec as http_codec
-from tutti.frontends.http.codec import BINARY_REPLY, JSON_REPLY, HeaderCache, ReplyFormat
+from tutti.frontends.http.codec import HeaderCache
 from tutti.frontends.v2 import json_values
+from tutti.frontends.v2.json_request import BINARY_REPLY, JSON_REPLY, ReplyFormat
 from tutti.repository import config
 
 

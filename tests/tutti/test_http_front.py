@@ -25,12 +25,12 @@ from tutti.frontends.http import infer as front
 from tutti.frontends.http import request_reader
 from tutti.frontends.http import routes as http_api
 from tutti.frontends.http import server as listening
-from tutti.frontends.http.codec import BINARY_REPLY
 from tutti.frontends.http.exchange import Exchange
 from tutti.frontends.http.infer import HttpFront
 from tutti.frontends.http.infer_answers import Mates
 from tutti.frontends.size_limits import Limits
 from tutti.frontends.v2.api import Api
+from tutti.frontends.v2.json_request import BINARY_REPLY
 from tutti.serving.engine import Engine
 
 MAX_BODY = 10_000

@@ -18,6 +18,7 @@ from tutti.backends.python import triton_python_backend_utils as pb_utils
 from tutti.core.errors import ConfigError, InferError, Internal, InvalidArgument, Unsupported
 from tutti.core.types import Call, InferRequest, InferResponse, Tensor
 from tutti.frontends.http import codec as http_codec
+from tutti.frontends.v2.json_request import JSON_REPLY
 
 ONE_TO_ONE = """
     backend: "python" max_batch_size: {rows}
@@ -292,7 +293,7 @@ def test_outputs_are_what_the_model_made(
         assert isinstance(answer, InferResponse), answer
         (output,) = answer.outputs
         assert (output.datatype, output.shape, output.array().tolist()) == (datatype, shape, values)
-        (shown,) = json.loads(b"".join(http_codec.encode(answer, "", http_codec.JSON_REPLY)[1]))["outputs"]
+        (shown,) = json.loads(b"".join(http_codec.encode(answer, "", JSON_REPLY)[1]))["outputs"]
         assert (shown["datatype"], shown["shape"]) == (datatype, list(shape))
 
 

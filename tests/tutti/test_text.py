@@ -8,8 +8,8 @@ from tests.serving import engine_over, infer
 from tutti.core.errors import InvalidArgument
 from tutti.core.types import InferRequest, InferResponse, Tensor
 from tutti.frontends.http import codec as http_codec
-from tutti.frontends.http.codec import ReplyFormat
 from tutti.frontends.v2 import json_values
+from tutti.frontends.v2.json_request import ReplyFormat
 
 TEXTS = ["plain", "Besançon", "中文", "", "tail\0", " a\0b ", "\N{GRINNING FACE}", "e\u0301"]
 NO_TEXT = [b"\xff", b"ok\xc3", b"\xed\xa0\x80"]

@@ -1,12 +1,13 @@
-"""The KServe v2 infer request and response over HTTP: JSON, binary tensors and raw bodies. Pure.
+"""Bodies of infer requests and responses over HTTP: JSON headers with binary tensors behind them, and raw ones. Pure.
 
-Sizes and positions are bytes. Rules follow Triton's binary tensor data extension.
+Clients repeat their JSON header byte for byte, and a model's answers are alike but for their data: what repeats is
+read, or written, once. What the JSON of a request says is v2/json_request.py's. Sizes and positions are bytes.
 """
 
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -14,45 +15,13 @@ import numpy as np
 import orjson
 
 from tutti.core import dtypes
-from tutti.core.errors import InvalidArgument, Unsupported
+from tutti.core.errors import InvalidArgument
 from tutti.core.types import InferRequest, InferResponse, Parameters, Raw, Shape, SharedRegion, Tensor
-from tutti.frontends.v2.json_values import from_json, is_not_finite, parse_json, shown, texts
-from tutti.frontends.v2.rules import (
-    MAX_OUTPUTS,
-    NO_REGIONS,
-    Regions,
-    check_classes,
-    check_parameters,
-    check_shape,
-    check_size,
-    invalid,
-    shared_region,
-)
+from tutti.frontends.v2 import json_request
+from tutti.frontends.v2.json_request import ReplyFormat
+from tutti.frontends.v2.json_values import is_not_finite, texts
+from tutti.frontends.v2.rules import NO_REGIONS, Regions, invalid
 from tutti.repository.config import ModelConfig, TensorSpec
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ReplyFormat:
-    """Which outputs go as binary: those named in `binary`, by default the others as `default_is_binary` says.
-
-    `coding` is how the whole body is compressed, "" for not at all.
-    """
-
-    default_is_binary: bool = False
-    binary: Mapping[str, bool] = field(default_factory=dict)
-    coding: str = ""
-
-    def is_binary(self, name: str) -> bool:
-        return self.binary.get(name, self.default_is_binary)
-
-    def all_binary(self, outputs: Sequence[Tensor]) -> bool:
-        if not self.binary:
-            return self.default_is_binary
-        return all(self.is_binary(tensor.name) for tensor in outputs)
-
-
-JSON_REPLY = ReplyFormat()
-BINARY_REPLY = ReplyFormat(default_is_binary=True)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,10 +41,10 @@ class Header:
     def request(self, name: str, version: str, data: memoryview) -> InferRequest:
         """The request with `data_size` bytes of data; tensors are views of them."""
         inputs = {}
-        at = 0
+        start = 0
         for tensor_name, datatype, shape, size in self.heads:
-            inputs[tensor_name] = Tensor(tensor_name, datatype, shape, data[at : at + size])
-            at += size
+            inputs[tensor_name] = Tensor(tensor_name, datatype, shape, data[start : start + size])
+            start += size
         return InferRequest(
             name, inputs, version, "", self.outputs, dict(self.parameters), self.classes, _NOTHING_SHARED, self
         )
@@ -137,41 +106,16 @@ def decode(
     if known is not None:
         return known.request(name, version, view[header_length:]), known.reply
     if header_length is None:
-        return _decode(name, version, view, view[:0], regions)
+        return json_request.decode(name, version, view, view[:0], regions)
     if header_length > len(view):
         raise invalid(name, f"Inference-Header-Content-Length is {header_length}, the body has {len(view)} bytes")
     data = view[header_length:]
     if cache is None:
-        return _decode(name, version, view[:header_length], data, regions)
+        return json_request.decode(name, version, view[:header_length], data, regions)
     header = bytes(view[:header_length])
-    request, reply = _decode(name, version, memoryview(header), data, regions)
+    request, reply = json_request.decode(name, version, memoryview(header), data, regions)
     cache.remember(header, request, reply)
     return request, reply
-
-
-def _decode(
-    name: str, version: str, text: memoryview, data: memoryview, regions: Regions
-) -> tuple[InferRequest, ReplyFormat]:
-    try:
-        header = parse_json(text)
-    except ValueError as error:
-        raise invalid(name, f"the request's JSON does not parse: {error}") from None
-    if not isinstance(header, dict):
-        raise invalid(name, "the request's JSON: expected an object")
-    inputs, used = _inputs(name, header, data, regions)
-    if used != len(data):
-        raise invalid(
-            name,
-            f"unexpected additional input data for model '{name}': {len(data) - used} bytes of binary data are left "
-            "over after the last input",
-        )
-    parameters = _object(name, header, "parameters")
-    outputs, classes, shared, reply = _outputs(name, header, parameters, regions)
-    check_parameters(name, parameters, text, allows_end=False)
-    request_id = header.get("id", "")
-    if not isinstance(request_id, str):
-        raise invalid(name, "'id': expected a string")
-    return InferRequest(name, inputs, version, request_id, outputs, parameters, classes, shared), reply
 
 
 def decode_raw(config: ModelConfig, version: str, body: Raw) -> InferRequest:
@@ -249,7 +193,7 @@ def part_header(response: InferResponse, reply: ReplyFormat) -> tuple[bytes, int
         return header
     outputs = columns.part(start, stop)
     described = tuple([(t.name, t.datatype, t.shape, len(t.raw())) for t in outputs])
-    size = sum(item[3] for item in described)
+    size = sum(output[3] for output in described)
     header = None
     if size and reply.all_binary(outputs):
         header = _binary_header(response.model_name, response.model_version, parameters, described), size
@@ -289,127 +233,6 @@ def _json_output(model: str, tensor: Tensor) -> bytes:
     return orjson.dumps(entry, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
-def _object(model: str, parent: Mapping[str, Any], key: str) -> dict[str, Any]:
-    value = parent.get(key)
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise invalid(model, f"'{key}': expected an object")
-    return value
-
-
-def _list(model: str, parent: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
-    value = parent.get(key, [])
-    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-        raise invalid(model, f"'{key}': expected an array of objects")
-    return value
-
-
-def _inputs(
-    model: str, header: Mapping[str, Any], binary: memoryview, regions: Regions
-) -> tuple[dict[str, Tensor], int]:
-    """The tensors, and how many bytes of `binary` they used."""
-    inputs: dict[str, Tensor] = {}
-    at = 0
-    for item in _list(model, header, "inputs"):
-        name = item.get("name")
-        if not isinstance(name, str):
-            raise invalid(model, "an input has no 'name'")
-        if name in inputs:
-            raise invalid(model, f"input '{name}' already exists in request: it is given more than once")
-        datatype = item.get("datatype")
-        if not isinstance(datatype, str) or datatype not in dtypes.NUMPY:
-            raise invalid(
-                model,
-                f"invalid datatype for input {name}: 'datatype': expected one of {', '.join(dtypes.NUMPY)}, "
-                f"got {shown(datatype)}",
-            )
-        shape = _shape(model, name, item.get("shape"))
-        given = _object(model, item, "parameters")
-        size = given.get("binary_data_size")
-        region = shared_region(model, f"input '{name}'", given)
-        if (size is not None) + ("data" in item) + (region is not None) != 1:
-            raise invalid(
-                model, f"input '{name}': expected one of 'data', 'binary_data_size' and 'shared_memory_region'"
-            )
-        if region is not None:
-            inputs[name] = Tensor(name, datatype, shape, regions.read(region))
-            check_size(model, inputs[name], region.byte_size)
-            continue
-        if size is None:
-            if not isinstance(item["data"], list):
-                raise invalid(model, f"input '{name}': 'data': expected an array, got {shown(item['data'])}")
-            inputs[name] = Tensor(name, datatype, shape, from_json(model, name, datatype, shape, item["data"]))
-            continue
-        if not isinstance(size, int) or isinstance(size, bool) or size < 0:
-            raise invalid(model, f"input '{name}': 'binary_data_size': expected a whole number, got {size!r}")
-        if at + size > len(binary):
-            more = f"unexpected size for input '{name}', expecting {at + size - len(binary)} additional bytes"
-            raise invalid(
-                model,
-                f"{more}: input '{name}': expected {size} bytes of binary data, only {len(binary) - at} are left",
-            )
-        inputs[name] = Tensor(name, datatype, shape, binary[at : at + size])
-        check_size(model, inputs[name], size)
-        at += size
-    return inputs, at
-
-
-def _shape(model: str, name: str, value: Any) -> Shape:
-    if not isinstance(value, list) or not all(isinstance(n, int) and not isinstance(n, bool) for n in value):
-        raise invalid(model, f"input '{name}': 'shape': expected an array of whole numbers, got {shown(value)}")
-    shape = tuple(value)
-    if min(shape, default=0) < 0:
-        what = "Unable to parse 'shape': attempt to access JSON non-unsigned-integer as unsigned-integer"
-        raise invalid(model, f"input '{name}': {what}: expected sizes of 0 or more, got {value[:40]}")
-    check_shape(model, name, shape)
-    return shape
-
-
-def _outputs(
-    model: str, header: Mapping[str, Any], parameters: dict[str, Any], regions: Regions
-) -> tuple[tuple[str, ...], dict[str, int], dict[str, SharedRegion], ReplyFormat]:
-    """Names asked for, once each, classes wanted of them, where they go in shared memory, and their form.
-
-    Takes the wire-only `binary_data_output` out of the parameters.
-    """
-    default = parameters.pop("binary_data_output", False)
-    if not isinstance(default, bool):
-        raise invalid(model, f"'binary_data_output': expected true or false, got {default!r}")
-    items = _list(model, header, "outputs")
-    if not items:
-        return (), {}, {}, BINARY_REPLY if default else JSON_REPLY
-    if len(items) > MAX_OUTPUTS:
-        raise invalid(model, f"at most {MAX_OUTPUTS} outputs can be asked for, got {len(items)}")
-    names: list[str] = []
-    binary: dict[str, bool] = {}
-    classes = {}
-    shared = {}
-    for item in items:
-        name = item.get("name")
-        if not isinstance(name, str):
-            raise invalid(model, "an output has no 'name'")
-        if name in binary:
-            continue  # once is enough
-        wanted = _object(model, item, "parameters")
-        for key, value in wanted.items():
-            if key == "classification":
-                if value != 0:  # none wanted
-                    classes[name] = check_classes(model, name, value)
-            elif key != "binary_data" and not key.startswith("shared_memory_"):
-                raise Unsupported(f"model '{model}': output '{name}': parameter '{key}' is not supported")
-        region = shared_region(model, f"output '{name}'", wanted)
-        if region is not None:
-            regions.check(region)
-            shared[name] = region
-        names.append(name)
-        is_binary = wanted.get("binary_data", False)
-        if not isinstance(is_binary, bool):
-            raise invalid(model, f"output '{name}': 'binary_data': expected true or false, got {is_binary!r:.100}")
-        binary[name] = is_binary
-    return tuple(names), classes, shared, ReplyFormat(default, binary)
-
-
 def _raw_shape(config: ModelConfig, spec: TensorSpec, size: int, item_size: int) -> Shape:
     dims = spec.dims
     known = math.prod(dim for dim in dims if dim != -1) * item_size
@@ -430,8 +253,8 @@ def _with_row(tensor: Tensor) -> Any:
 
 def _json_data(model: str, tensor: Tensor) -> Any:
     if tensor.datatype in ("FP16", "BF16"):
-        what = f"sending {tensor.datatype} data via JSON is not supported. Please use the binary data format for output"
-        raise invalid(model, f"{what} '{tensor.name}'")
+        why = f"sending {tensor.datatype} data via JSON is not supported. Please use the binary data format for output"
+        raise invalid(model, f"{why} '{tensor.name}'")
     array = tensor.array().reshape(-1)
     if tensor.datatype == "BYTES":
         return texts(model, tensor.name, array.tolist())

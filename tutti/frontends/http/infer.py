@@ -19,13 +19,13 @@ from tutti.frontends.http import answer_headers, compression, infer_answers
 from tutti.frontends.http import codec as http_codec
 from tutti.frontends.http import log_events as http_events
 from tutti.frontends.http.asgi import Reply
-from tutti.frontends.http.codec import ReplyFormat
 from tutti.frontends.http.exchange import Exchange, Response, error_response
 from tutti.frontends.http.infer_answers import HEAD_END, Mates
 from tutti.frontends.http.infer_head import InferHead, Routes, read_head
 from tutti.frontends.http.server import AsgiApp, HttpServer
 from tutti.frontends.http.status import DIALECT
 from tutti.frontends.v2.api import Api
+from tutti.frontends.v2.json_request import BINARY_REPLY, ReplyFormat
 
 _log = logging.getLogger(__name__)
 
@@ -195,7 +195,7 @@ class HttpFront(HttpServer):
             exchange.body = compression.decompress(exchange.body, head.coding, self.limits.max_input_size)
         if header_length == 0:
             config = self._door.model(name, version).config
-            request, reply = http_codec.decode_raw(config, version, exchange.body), http_codec.BINARY_REPLY
+            request, reply = http_codec.decode_raw(config, version, exchange.body), BINARY_REPLY
         else:
             regions = self._api.shared_memory
             request, reply = http_codec.decode(name, version, exchange.body, header_length, self._headers, regions)

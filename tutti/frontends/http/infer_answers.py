@@ -7,8 +7,8 @@ from functools import lru_cache
 from tutti.core.types import POOL_PARAMETER, Call, Columns, InferResponse, Parameters, Raw
 from tutti.frontends.http import answer_headers, compression
 from tutti.frontends.http import codec as http_codec
-from tutti.frontends.http.codec import ReplyFormat
 from tutti.frontends.http.exchange import Exchange, Response, response_head
+from tutti.frontends.v2.json_request import ReplyFormat
 
 # A response from here on is written in the pieces it is made of, rather than joined.
 LARGE_RESPONSE_BYTES = 64 * 1024
