@@ -18,6 +18,7 @@ from tests.models import Repository
 from tests.serving import engine_over, wait_until
 from tutti.core.types import Call, InferResponse, Tensor
 from tutti.frontends.grpc import memory_guard
+from tutti.frontends.grpc.given_answers import GivenAnswers
 from tutti.frontends.grpc.memory_guard import Watch, peer_name, received, taken
 from tutti.frontends.grpc.native import GrpcFront
 from tutti.frontends.grpc.unread_answers import Unread
@@ -272,29 +273,25 @@ class Metrics:
         return {"methods": {"/inference.GRPCInferenceService/ModelInfer": {"started": self.started, "status": status}}}
 
 
-def test_what_was_answered_too_late_is_not_owed_for_ever(bounded: Bounded) -> None:
+def test_what_was_answered_too_late_is_not_owed_for_ever() -> None:
     """The server says that it has such an answer, and no status tells of it. There is always a call under way."""
-    front, told = bounded.front, Metrics()
-    native, front._front = front._front, cast(Any, told)
-    try:
-        front._largest = MIB
-        for number in range(100):
-            call = Call(None, None, number)  # type: ignore[arg-type]
-            front._open = {number: (call, "")}
-            told.started += 2
-            told.ended += 1  # too late: nothing was sent
-            front._given += MIB
-            assert front._under_way() <= 20 * MIB, "what is lost goes, though calls are under way at each look"
-            front._open = {}
-            told.ended += 1
-            told.sent += MIB
-            front._given += MIB
-        front._open = {}
-        for _ in range(20):
-            left = front._under_way()
-        assert left == 0
-    finally:
-        front._front = native
+    told = Metrics()
+    answers = GivenAnswers(told, Holding(100 * MIB), {})
+    answers.largest = MIB
+    for number in range(100):
+        call = Call(None, None, number)  # type: ignore[arg-type]
+        answers.open_calls = {number: (call, "")}
+        told.started += 2
+        told.ended += 1  # too late: nothing was sent
+        answers.total += MIB
+        assert answers.under_way() <= 20 * MIB, "what is lost goes, though calls are under way at each look"
+        answers.open_calls = {}
+        told.ended += 1
+        told.sent += MIB
+        answers.total += MIB
+    for _ in range(20):
+        left = answers.under_way()
+    assert left == 0
 
 
 def test_answers_that_nobody_reads_are_bounded(bounded: Bounded, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,7 +137,7 @@ def behind() -> Iterator[tuple[Api, GrpcFront, _Elsewhere]]:
     native = front._front
     # Its callers are there: it takes each answer, and each error.
     taken = SimpleNamespace(respond=lambda *_: True, fail=lambda *_: True, metrics=native.metrics)
-    front._front = cast(Any, taken)
+    front._front = front._answers.native = cast(Any, taken)
     yield api, front, other
     native.close()
 

@@ -27,6 +27,7 @@ from tutti.frontends.grpc import codec as grpc_codec
 from tutti.frontends.grpc import keepalive
 from tutti.frontends.grpc import log_events as grpc_events
 from tutti.frontends.grpc import methods as grpc_methods
+from tutti.frontends.grpc.given_answers import GivenAnswers
 from tutti.frontends.grpc.memory_guard import Guard
 from tutti.frontends.grpc.methods import DIALECT, MODEL_INFER, RESOURCE_EXHAUSTED, UNAVAILABLE
 from tutti.frontends.held_bytes import COUNTED_BYTES
@@ -37,8 +38,6 @@ _log = logging.getLogger(__name__)
 _BURST = 64
 # Fewer while messages are large: each call that is taken has its message in memory of its own.
 _BURST_OF_LARGE = 4
-# The native server has no answer if so many times running it has no call but those that wait for theirs.
-_LOOKS = 10
 _NOBODY: tuple[Call | None, str] = (None, "")
 # Answers are on their way for so long after the last one was given.
 _LAST_S = 0.1
@@ -67,32 +66,11 @@ class GrpcFront:
         # Those that came after that.
         self._late: deque[tuple[int, int, str]] = deque()
         self._max_message_size = min(api.limits.max_grpc_message_size, api.limits.max_inflight_bytes)
-        self._guard = None
-        if sys.platform == "linux":
-            self._guard = Guard(self._max_message_size, api.holding, self._under_way, not api.is_front_end)
         self._raw = raw
         table = grpc_methods.methods(api)
         self._methods = [None, *table.values()]
         self._paths = [MODEL_INFER, *table]
-        # Only with call_details does the front tell of unary calls that were cancelled or ran out of time.
-        paths = [(path, False) for path in self._paths]
-        # It checks API keys before it reads, and decompresses, a message: the gate would come after.
-        keys = [hashlib.sha256(key.encode()).digest() for key in api.grpc.gate.api_keys]
-        native: Any = keepalive.native(api.limits.grpc_settings)
-        self._front = NativeGrpcFront(
-            f"{host}:{port}",
-            paths,
-            io_threads=1,
-            # Comes with each call, at no cost; its details would take a tenth of the rate.
-            client_key_metadata="grpc-timeout",
-            call_details=True,
-            bearer_token_sha256=keys or None,
-            unauthenticated_message=DIALECT.refusals["unauthenticated"][1],
-            # They tell how many bytes of answers have left it, or were dropped.
-            metrics=True,
-            reuse_port=shares_port,
-            **native,
-        )
+        self._front = _native_front(api, f"{host}:{port}", self._paths, shares_port)
         if fallback is not None:
             self._front.set_fallback(fallback)
         self._templates = grpc_codec.TemplateCache()
@@ -100,13 +78,10 @@ class GrpcFront:
         self._open: dict[int, tuple[Call, str]] = {}
         # Those that another process answers.
         self._elsewhere: set[int] = set()
-        # All bytes of answers that the native server has got.
-        self._given = 0
-        self._largest = 0
-        # What answers that came just as their calls ended have left in that count: no status tells of them.
-        self._lost = 0
-        # What seemed so at the last looks: each may be wrong for calls that came and went meanwhile.
-        self._missing: deque[int] = deque(maxlen=_LOOKS)
+        self._answers = GivenAnswers(self._front, api.holding, self._open)
+        self._guard = None
+        if sys.platform == "linux":
+            self._guard = Guard(self._max_message_size, api.holding, self._answers.under_way, not api.is_front_end)
         # The sizes of the large ones among their requests.
         self._held: dict[int, int] = {}
         # The sizes of all, while requests are noted.
@@ -163,7 +138,7 @@ class GrpcFront:
         self._thread.join(timeout=5.0)
 
     def settle(self, calls: Sequence[Call]) -> None:
-        guard = self._guard
+        guard, answers = self._guard, self._answers
         is_noted = self._api.requests.is_on
         for call in calls:
             known, peer = self._open.pop(call.token, _NOBODY)
@@ -175,9 +150,9 @@ class GrpcFront:
                 response, shared = self._api.complete(call)
                 message = grpc_codec.encode(response, call.request.id, shared)
                 if guard is not None and (len(message) >= COUNTED_BYTES or guard.is_owing):
-                    failure = self._give(guard, call.token, message, peer)
+                    failure = answers.give(guard, call.token, message, peer)
                 else:
-                    failure = self._respond(call.token, message)
+                    failure = answers.respond(call.token, message)
             except Exception as error:
                 failure = self._door.encode_failure(error, call)
             if failure is not None:
@@ -192,48 +167,6 @@ class GrpcFront:
     def _fail(self, call_id: int, failure: Failure, deadline_ns: int = 0) -> Failure:
         """End a call with an error; returns what its client was told, which may have left."""
         return failure if self._front.fail(call_id, *failure) else grpc_events.left(failure, deadline_ns)
-
-    def _give(self, guard: Guard, call_id: int, message: bytes, peer: str) -> Failure | None:
-        """Answer, if that may be held until its client has read it; else why not."""
-        size = len(message)
-        limit = self._api.holding.limit
-        if size > limit:  # trying again would not help
-            what = f"the answer has {size} bytes, all that are held at a time at most {limit} (--max-inflight-bytes)"
-            return RESOURCE_EXHAUSTED, what
-        self._largest = max(self._largest, size)
-        self._given += size  # before: the guard takes no more to be owed than has been given
-        if guard.may_give(peer, size):
-            failure = self._respond(call_id, message)
-        else:
-            failure = UNAVAILABLE, self._api.holding.refusal
-        self._given -= size
-        return failure
-
-    def _respond(self, call_id: int, message: bytes) -> Failure | None:
-        """Answer; for a client that has left, what that is called."""
-        size = len(message)
-        self._given += size
-        if self._front.respond(call_id, message):
-            return None
-        self._given -= size
-        return grpc_events.GONE
-
-    def _under_way(self) -> int:
-        """How many bytes of answers the native server has, at most. One thread at a time asks."""
-        # Before the metrics, as those that wait: what comes in between must not seem to be lost.
-        given = self._given
-        waiting = [call_id for call_id, (call, _) in list(self._open.items()) if not call.is_cancelled]
-        metrics = self._front.metrics()
-        assert metrics is not None
-        infer = metrics["methods"][MODEL_INFER]
-        ended = infer["status"].values()
-        given -= sum(int(status["sent"]["sum"]) for status in ended)
-        open_ones = infer["started"] - sum(int(status["count"]) for status in ended)
-        answered = max(0, open_ones - sum([call_id in self._open for call_id in waiting]))
-        self._missing.append(given - answered * self._largest)
-        if len(self._missing) == _LOOKS:
-            self._lost = max(self._lost, min(self._missing))
-        return given - self._lost
 
     def _receive(self) -> None:
         receive: Callable[[int], Any] = self._front.recv_batch
@@ -359,9 +292,9 @@ class GrpcFront:
         self._elsewhere.discard(call_id)
         failure = (code, details) if code else None
         if failure is None and self._guard is not None and peer is not None and len(message) >= COUNTED_BYTES:
-            failure = self._give(self._guard, call_id, message, peer)
+            failure = self._answers.give(self._guard, call_id, message, peer)
         elif failure is None and peer is not None:
-            failure = self._respond(call_id, message)
+            failure = self._answers.respond(call_id, message)
         elif failure is None and not self._front.respond(call_id, message):
             failure = grpc_events.GONE
         if failure is not None:
@@ -377,8 +310,8 @@ class GrpcFront:
             return False
         refusal: Failure | None = None
         if len(payload) > self._max_message_size:
-            what = f"the message has {len(payload)} bytes, at most {self._max_message_size} pass"
-            refusal = RESOURCE_EXHAUSTED, what
+            too_large = f"the message has {len(payload)} bytes, at most {self._max_message_size} pass"
+            refusal = RESOURCE_EXHAUSTED, too_large
         elif not self._api.grpc.gate.is_open:
             refusal = self._door.refusal(category, details and details[0])
         if refusal is not None:
@@ -415,6 +348,28 @@ class GrpcFront:
             sizes, took_ns = (len(payload), len(message) if failure is None else 0), now_ns() - began_ns
             peer = _peer(None, details)
             grpc_events.note_method(self._api.requests, self._paths[index], failure, sizes, peer, took_ns)
+
+
+def _native_front(api: Api, address: str, paths: Sequence[str], shares_port: bool) -> Any:
+    """The server in Rust, which does not listen yet."""
+    # It checks API keys before it reads, and decompresses, a message: the gate would come after.
+    keys = [hashlib.sha256(key.encode()).digest() for key in api.grpc.gate.api_keys]
+    settings: Any = keepalive.native(api.limits.grpc_settings)
+    return NativeGrpcFront(
+        address,
+        [(path, False) for path in paths],
+        io_threads=1,
+        # Comes with each call, at no cost; its details would take a tenth of the rate.
+        client_key_metadata="grpc-timeout",
+        # Without it the server does not tell of unary calls that were cancelled or ran out of time.
+        call_details=True,
+        bearer_token_sha256=keys or None,
+        unauthenticated_message=DIALECT.refusals["unauthenticated"][1],
+        # They tell how many bytes of answers have left it, or were dropped.
+        metrics=True,
+        reuse_port=shares_port,
+        **settings,
+    )
 
 
 def _peer(key: bytes | str | None, details: Any) -> str:
