@@ -3,36 +3,29 @@
 import asyncio
 import base64
 import binascii
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import orjson
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 from starlette.routing import Route
 
 from tutti.core.daemon_threads import Pool
-from tutti.core.errors import DeadlineExceeded, InferError, InvalidArgument, Unavailable
-from tutti.core.types import Call, InferRequest, InferResponse, now_ns
-from tutti.frontends.awaited_answers import Answers
-from tutti.frontends.deadlines import least_ns
-from tutti.frontends.door import Door
+from tutti.core.errors import InferError, InvalidArgument
+from tutti.core.types import now_ns
 from tutti.frontends.gate import Category, Gate
-from tutti.frontends.http import answer_headers, compression
+from tutti.frontends.http import answer_headers
+from tutti.frontends.http.generate_routes import GenerateRoutes, model_of, timing
 from tutti.frontends.http.status import DIALECT
-from tutti.frontends.v2 import generate, json_values
+from tutti.frontends.v2 import json_values
 from tutti.frontends.v2.api import Api
-from tutti.repository.config import ModelConfig
 
 Handler = Callable[[Request], Awaitable[Response]]
-
-_LONG_BODY_BYTES = 256 * 1024
-_ONE_ANSWER = (
-    "generate expects model to produce exactly 1 response, use generate stream for model that generates various number "
-    "of responses"
-)
+Entry = tuple[Category, str, str, Handler]
+"""A route: its API, as the gate knows it, its verb, its path, and who answers."""
 
 
 def json_response(value: Any, status: int = 200) -> Response:
@@ -54,10 +47,17 @@ def guarded(gate: Gate, category: Category | None, handler: Handler) -> Handler:
 
 def make_app(api: Api) -> Starlette:
     """Health, metadata, configuration, statistics, the repository, settings, shared memory and generate."""
-    routes = _Routes(api)
-    models = ("/v2/models/{model}", "/v2/models/{model}/versions/{version:int}")
-    shm, cuda = "/v2/systemsharedmemory", "/v2/cudasharedmemory"
-    table: list[tuple[Category, str, str, Handler]] = [
+    table = _table(_Routes(api), GenerateRoutes(api))
+    app = Starlette(
+        routes=_merged(table, api.http.gate),
+        exception_handlers={InferError: _infer_error, HTTPException: _http_error},
+    )
+    app.router.redirect_slashes = False  # another spelling of a path is another path
+    return app
+
+
+def _table(routes: "_Routes", generate: GenerateRoutes) -> list[Entry]:
+    table: list[Entry] = [
         ("health", "GET", "/-/healthz", routes.live),
         ("health", "GET", "/v2/health/live", routes.live),
         ("health", "GET", "/v2/health/ready", routes.ready),
@@ -72,6 +72,23 @@ def make_app(api: Api) -> Starlette:
         ("trace", "POST", "/v2/models/{model}/trace/setting", routes.update_trace),
         ("logging", "GET", "/v2/logging", routes.logs),
         ("logging", "POST", "/v2/logging", routes.update_logs),
+        *_shared_memory(routes),
+    ]
+    for prefix in ("/v2/models/{model}", "/v2/models/{model}/versions/{version:int}"):
+        table += [
+            ("metadata", "GET", prefix, routes.metadata),
+            ("health", "GET", f"{prefix}/ready", routes.model_ready),
+            ("model-config", "GET", f"{prefix}/config", routes.config),
+            ("statistics", "GET", f"{prefix}/stats", routes.statistics),
+            ("inference", "POST", f"{prefix}/generate", generate.generate),
+            ("inference", "POST", f"{prefix}/generate_stream", generate.generate_stream),
+        ]
+    return table
+
+
+def _shared_memory(routes: "_Routes") -> list[Entry]:
+    shm, cuda = "/v2/systemsharedmemory", "/v2/cudasharedmemory"
+    return [
         ("shared-memory", "GET", f"{shm}/status", routes.shared_status),
         ("shared-memory", "GET", f"{shm}/region/{{region}}/status", routes.shared_status),
         ("shared-memory", "POST", f"{shm}/region/{{region}}/register", routes.register_shared),
@@ -83,24 +100,9 @@ def make_app(api: Api) -> Starlette:
         ("shared-memory", "POST", f"{cuda}/region/{{region}}/unregister", routes.unregister_cuda),
         ("shared-memory", "POST", f"{cuda}/unregister", routes.unregister_cuda),
     ]
-    for prefix in models:
-        table += [
-            ("metadata", "GET", prefix, routes.metadata),
-            ("health", "GET", f"{prefix}/ready", routes.model_ready),
-            ("model-config", "GET", f"{prefix}/config", routes.config),
-            ("statistics", "GET", f"{prefix}/stats", routes.statistics),
-            ("inference", "POST", f"{prefix}/generate", routes.generate),
-            ("inference", "POST", f"{prefix}/generate_stream", routes.generate_stream),
-        ]
-    app = Starlette(
-        routes=_merged(table, api.http.gate),
-        exception_handlers={InferError: _infer_error, HTTPException: _http_error},
-    )
-    app.router.redirect_slashes = False  # another spelling of a path is another path
-    return app
 
 
-def _merged(table: Sequence[tuple[Category, str, str, Handler]], gate: Gate) -> list[Route]:
+def _merged(table: Sequence[Entry], gate: Gate) -> list[Route]:
     """One route per path, so that a wrong verb is told from a wrong path."""
     by_path: dict[str, dict[str, Handler]] = {}
     for category, method, path, handler in table:
@@ -141,21 +143,19 @@ async def _infer_error(request: Request, error: Exception) -> Response:
     if "began_ns" in request.scope:  # an inference
         call = request.scope.get("call")
         passed = answer_headers.total(now_ns() - request.scope["began_ns"]).decode()
-        response.headers["server-timing"] = _timing(call) if call is not None else passed
+        response.headers["server-timing"] = timing(call) if call is not None else passed
     return response
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    what = {404: "no such route", 405: "method not allowed"}.get(error.status_code, error.detail)
-    return json_response({"error": f"{what}: {request.method} {request.url.path}"}, error.status_code)
+    problem = {404: "no such route", 405: "method not allowed"}.get(error.status_code, error.detail)
+    return json_response({"error": f"{problem}: {request.method} {request.url.path}"}, error.status_code)
 
 
 class _Routes:
     def __init__(self, api: Api) -> None:
         self._api = api
-        self._door = Door(DIALECT, api.engine, api.http, api.tracer)
-        self._decoding = asyncio.Lock()
 
     async def live(self, _: Request) -> Response:
         return Response()
@@ -167,19 +167,19 @@ class _Routes:
         return json_response(self._api.server_metadata())
 
     async def metadata(self, request: Request) -> Response:
-        return json_response(self._api.model_metadata(*_model(request)))
+        return json_response(self._api.model_metadata(*model_of(request)))
 
     async def model_ready(self, request: Request) -> Response:
-        name, version = _model(request)
+        name, version = model_of(request)
         if not self._api.is_model_ready(name, version):
             raise InvalidArgument(f"model '{name}' is not ready")
         return Response()
 
     async def config(self, request: Request) -> Response:
-        return json_response(self._api.model_config_json(*_model(request)))
+        return json_response(self._api.model_config_json(*model_of(request)))
 
     async def statistics(self, request: Request) -> Response:
-        return json_response(self._api.statistics(*_model(request)))
+        return json_response(self._api.statistics(*model_of(request)))
 
     async def all_statistics(self, _: Request) -> Response:
         return json_response(self._api.statistics())
@@ -190,19 +190,19 @@ class _Routes:
         return json_response([{key: value for key, value in entry.items() if value} for entry in entries])
 
     async def load(self, request: Request) -> Response:
-        await self._api.in_thread(self._api.load, _model(request)[0], await _parameters(request))
+        await self._api.in_thread(self._api.load, model_of(request)[0], await _parameters(request))
         return Response()
 
     async def unload(self, request: Request) -> Response:
-        await self._api.in_thread(self._api.unload, _model(request)[0], await _parameters(request))
+        await self._api.in_thread(self._api.unload, model_of(request)[0], await _parameters(request))
         return Response()
 
     async def trace(self, request: Request) -> Response:
-        return json_response(self._api.trace_settings(_model(request)[0]))
+        return json_response(self._api.trace_settings(model_of(request)[0]))
 
     async def update_trace(self, request: Request) -> Response:
         changes = await _json_object(request)
-        return json_response(await self._api.in_thread(self._api.update_trace_settings, _model(request)[0], changes))
+        return json_response(await self._api.in_thread(self._api.update_trace_settings, model_of(request)[0], changes))
 
     async def logs(self, _: Request) -> Response:
         return json_response(self._api.logs.settings())
@@ -249,95 +249,6 @@ class _Routes:
     async def unregister_cuda(self, request: Request) -> Response:
         await self._api.in_thread(self._api.shared_memory.unregister_cuda, request.path_params.get("region", ""))
         return Response()
-
-    async def generate(self, request: Request) -> Response:
-        call, answers = await self._submit(request)
-        found: list[InferResponse] = []
-        try:
-            while True:
-                item = await answers.get()
-                if isinstance(item.answer, InferError):
-                    raise item.answer
-                if not item.answer.is_null:
-                    found.append(item.answer)
-                if item.is_final:
-                    break
-        finally:
-            answers.cancel()
-            self._api.tracer.end(call)
-        if len(found) != 1:
-            raise InvalidArgument(f"model '{call.request.model_name}': {_ONE_ANSWER}")
-        headers = {"server-timing": _timing(call)}
-        return Response(generate.encode(found[0], call.request.id), headers=headers, media_type="application/json")
-
-    async def generate_stream(self, request: Request) -> Response:
-        call, answers = await self._submit(request)
-        # A request that is refused has a plain answer. What a model says is an event, and an error that comes first is
-        # the response's status, too.
-        first = await answers.get()
-        is_refused = call.key is None or isinstance(first.answer, Unavailable | DeadlineExceeded)
-        if isinstance(first.answer, InferError) and is_refused:
-            self._api.tracer.end(call)
-            raise first.answer
-        status = DIALECT.code_of(first.answer) if isinstance(first.answer, InferError) else 200
-
-        async def events() -> AsyncIterator[bytes]:
-            item = first
-            try:
-                while True:
-                    if isinstance(item.answer, InferError):
-                        yield b"data: %b\n\n" % orjson.dumps({"error": item.answer.message})
-                    elif not item.answer.is_null:
-                        yield b"data: %b\n\n" % generate.encode(item.answer, call.request.id)
-                    if item.is_final:
-                        return
-                    item = await answers.get()
-            finally:
-                answers.cancel()
-                self._api.tracer.end(call)
-
-        # How long the first answer took; of the others nobody knows yet.
-        headers = {"server-timing": _timing(call)}
-        return StreamingResponse(events(), status, headers, "text/event-stream")
-
-    async def _decode(self, config: ModelConfig, version: str, body: bytes, encoding: str) -> InferRequest:
-        """What may take long is decoded beside the loop, one after the other: so little is inflated at a time."""
-
-        def decode() -> InferRequest:
-            inflated = compression.decompress(body, encoding.lower(), self._api.limits.max_input_size)
-            return generate.decode(config, version, inflated)
-
-        if encoding.lower() not in ("", "identity"):
-            async with self._decoding:
-                return await asyncio.to_thread(decode)
-        if len(body) < _LONG_BODY_BYTES:
-            return generate.decode(config, version, body)
-        async with self._decoding:
-            return await asyncio.to_thread(generate.decode, config, version, body)
-
-    async def _submit(self, request: Request) -> tuple[Call, Answers]:
-        request.scope["began_ns"] = now_ns()
-        name, version = _model(request)
-        config = self._door.model(name, version).config
-        sent = await self._decode(config, version, await request.body(), request.headers.get("content-encoding", ""))
-        answers = Answers()
-        call = request.scope["call"] = answers.call(sent)
-        self._door.begin(call, request.headers.raw, least_ns(request.headers.raw))
-        exchange = request.scope.get("exchange")
-        if exchange is not None:
-            _, known_as = exchange.known_as(call.request.id)
-            if call.trace is not None:
-                call.trace.note("answer_id", known_as.decode())
-        self._door.submit([call])
-        return call, answers
-
-
-def _timing(call: Call) -> str:
-    return answer_headers.timing(call.arrived_ns, call.times, now_ns()).decode()
-
-
-def _model(request: Request) -> tuple[str, str]:
-    return request.path_params.get("model", ""), str(request.path_params.get("version", ""))
 
 
 async def _json_object(request: Request) -> dict[str, Any]:
