@@ -81,52 +81,13 @@ class Metrics:
         Triton's counters are named without the library's `_total`, and its dashboards ask for those names; those of
         models are named as the models say.
         """
-        own = {*(name for name, _, _ in _COUNTERS if name.startswith("nv_")), _FAILURE, gpu_metrics.ENERGY}
-        names = {name.encode() for name in own | set(custom_metrics.counters())}
+        tritons = {*(name for name, _, _ in _COUNTERS if name.startswith("nv_")), _FAILURE, gpu_metrics.ENERGY}
+        names = {name.encode() for name in tritons | set(custom_metrics.counters())}
         page = _TOTAL.sub(lambda m: m[1] + m[2] if m[2] in names else m[0], generate_latest(self._registry))
         return page, CONTENT_TYPE_LATEST
 
     def collect(self) -> Iterator[Any]:
-        models = self._engine.models()
-        # A model's metric_tags are labels; the others leave them empty.
-        tags = sorted({tag for model in models for tag in model.config.metric_tags})
-        names = ["model", "version", *tags]
-
-        def labels(model: Model) -> list[str]:
-            return [model.config.name, str(model.version), *(model.config.metric_tags.get(tag, "") for tag in tags)]
-
-        for name, text, count in _COUNTERS:
-            counter = CounterMetricFamily(name, text, labels=names)
-            for model in models:
-                counter.add_metric(labels(model), count(model.statistics.counts))
-            yield counter
-        failures = CounterMetricFamily(_FAILURE, "Number of failed inference requests", labels=[*names, "reason"])
-        for model in models:
-            for reason, failed in model.statistics.counts.fail_reasons.items():
-                failures.add_metric([*labels(model), reason], failed)
-        yield failures
-        for name, text, value in _GAUGES:
-            gauge = GaugeMetricFamily(name, text, labels=names)
-            for model in models:
-                gauge.add_metric(labels(model), value(model))
-            yield gauge
-        for name, text, histogram in _HISTOGRAMS:
-            family = HistogramMetricFamily(name, text, labels=names)
-            for model in models:
-                found = histogram(model.statistics.counts)
-                family.add_metric(labels(model), _buckets(found), found.ns / 1e9)
-            yield family
-        for name, text, of_step in _OF_STEPS:
-            counter = CounterMetricFamily(name, text, labels=[*names, "step"])
-            for model in models:
-                for step, counts in dict(model.statistics.counts.steps).items():
-                    counter.add_metric([*labels(model), step], of_step(counts))
-            yield counter
-        steps = GaugeMetricFamily(_STEP, "1 for each model that does an ensemble's work", labels=[*names, "step"])
-        for model in models:
-            for step in _steps_below(model, models):
-                steps.add_metric([*labels(model), step], 1.0)
-        yield steps
+        yield from _of_models(_Labelled(self._engine.models()))
         if self._host is not None:
             yield from self._host.collect()
         yield from engine_metrics.collect()
@@ -135,17 +96,73 @@ class Metrics:
             yield from self._extra()
 
 
+class _Labelled:
+    """Models and their labels. A model's metric_tags are labels of all: the others leave them empty."""
+
+    def __init__(self, models: Sequence[Model]) -> None:
+        self.models = models
+        self._tags = sorted({tag for model in models for tag in model.config.metric_tags})
+        self.names = ["model", "version", *self._tags]
+
+    def __iter__(self) -> Iterator[tuple[Model, list[str]]]:
+        for model in self.models:
+            tags = (model.config.metric_tags.get(tag, "") for tag in self._tags)
+            yield model, [model.config.name, str(model.version), *tags]
+
+
+def _of_models(labelled: _Labelled) -> Iterator[Any]:
+    names = labelled.names
+    for name, text, count in _COUNTERS:
+        counter = CounterMetricFamily(name, text, labels=names)
+        for model, labels in labelled:
+            counter.add_metric(labels, count(model.statistics.counts))
+        yield counter
+    failures = CounterMetricFamily(_FAILURE, "Number of failed inference requests", labels=[*names, "reason"])
+    for model, labels in labelled:
+        for reason, failed in model.statistics.counts.fail_reasons.items():
+            failures.add_metric([*labels, reason], failed)
+    yield failures
+    for name, text, value in _GAUGES:
+        gauge = GaugeMetricFamily(name, text, labels=names)
+        for model, labels in labelled:
+            gauge.add_metric(labels, value(model))
+        yield gauge
+    for name, text, histogram in _HISTOGRAMS:
+        family = HistogramMetricFamily(name, text, labels=names)
+        for model, labels in labelled:
+            durations = histogram(model.statistics.counts)
+            family.add_metric(labels, _buckets(durations), durations.ns / 1e9)
+        yield family
+    yield from _of_steps(labelled)
+
+
+def _of_steps(labelled: _Labelled) -> Iterator[Any]:
+    """Of ensembles."""
+    names = [*labelled.names, "step"]
+    for name, text, of_step in _OF_STEPS:
+        counter = CounterMetricFamily(name, text, labels=names)
+        for model, labels in labelled:
+            for step, counts in dict(model.statistics.counts.steps).items():
+                counter.add_metric([*labels, step], of_step(counts))
+        yield counter
+    steps = GaugeMetricFamily(_STEP, "1 for each model that does an ensemble's work", labels=names)
+    for model, labels in labelled:
+        for step in _steps_below(model, labelled.models):
+            steps.add_metric([*labels, step], 1.0)
+    yield steps
+
+
 def _steps_below(model: Model, models: Sequence[Model]) -> list[str]:
     """The models of an ensemble's steps, and of theirs where they are ensembles; each once."""
-    own = {one.config.name: one.config.steps for one in models}
-    found: dict[str, None] = {}
+    steps = {other.config.name: other.config.steps for other in models}
+    below: dict[str, None] = {}
     left = [step.model_name for step in model.config.steps]
     while left:
         name = left.pop()
-        if name not in found:
-            found[name] = None
-            left += [step.model_name for step in own.get(name, ())]
-    return sorted(found)
+        if name not in below:
+            below[name] = None
+            left += [step.model_name for step in steps.get(name, ())]
+    return sorted(below)
 
 
 def _buckets(histogram: Histogram) -> list[tuple[str, float]]:
