@@ -1,185 +1,156 @@
 """`make demo`: serve the sample repository on Ray, send real samples with tritonclient, check, print and draw.
 
-Exits non-zero if any answer is wrong, or if the server leaves a process behind.
+Exits non-zero if any answer is wrong, if the server leaves a process behind, and with a sentence that says what to do
+where the demo cannot be held. Light, so that it can say what is not installed.
 """
 
-import csv
-import subprocess
+import contextlib
+import os
+import signal
 import sys
 import time
-from collections.abc import Sequence
+import traceback
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import TYPE_CHECKING
 
-import numpy as np
-import psutil
+from tutti.console.progress import Work
+from tutti.core import extras
+from tutti.core.errors import reason
 
-from demo.client import Arrays, Client, Item, as_bytes, load_items
-from demo.picture import draw
-from tutti.console.progress import Work, last_line
-from tutti.export import digits
-from tutti.loadtest.process import free_ports, stop, wait_until_ready
+if TYPE_CHECKING:
+    from demo.server import Server
 
 REPOSITORY = Path("model_repository")
-LABELLED = Path("export/data/moderation.tsv")
+# What `make models` makes last of each modality.
+BUILT = ("speech_vad/1/model.onnx", "text_encoder/1/model.onnx", "image_classifier/1/model.onnx")
+LABELS = REPOSITORY / "text_classifier" / "labels.txt"
 PICTURE = Path("demo/content_intelligence.png")
-BOUNDARY_S = 0.15
-TOLERANCE = 1e-4
-BATCH = 32
-
-
-class Checks:
-    """What was expected and what came; the exit status."""
-
-    def __init__(self) -> None:
-        self.failures: list[str] = []
-
-    def expect(self, is_right: bool, what: str) -> None:
-        if not is_right:
-            self.failures.append(what)
-
-
-def start_server(log: Any) -> tuple[subprocess.Popen[bytes], list[Client]]:
-    """`tutti serve --ray` on free ports. Raises RuntimeError with the end of its log when it does not come up."""
-    http_port, grpc_port, metrics_port = free_ports(3)
-    command = [
-        sys.executable, "-m", "tutti.app.cli", "serve", str(REPOSITORY), "--ray",
-        "--http-port", str(http_port), "--grpc-port", str(grpc_port), "--metrics-port", str(metrics_port),
-    ]  # fmt: skip
-    server = subprocess.Popen(command, stdout=log, stderr=log)
-    ready = f"http://127.0.0.1:{http_port}/v2/health/ready"
-    with Work(f"tutti serve {REPOSITORY} --ray") as work:
-        wait_until_ready(server, ready, Path(log.name), lambda: work.say(last_line(log.fileno())))
-    return server, [Client("http", f"127.0.0.1:{http_port}"), Client("grpc", f"127.0.0.1:{grpc_port}")]
-
-
-def stop_server(server: subprocess.Popen[bytes], checks: Checks) -> None:
-    """SIGTERM, and see that the server takes all its processes with it."""
-    family = psutil.Process(server.pid).children(recursive=True)
-    checks.expect(stop(server), "the server did not stop by itself")
-    _, alive = psutil.wait_procs(family, timeout=15)
-    for process in alive:
-        process.kill()
-    checks.expect(not alive, f"the server left {len(alive)} processes behind")
-
-
-def boundaries_found(known: Sequence[Sequence[float]], found: np.ndarray[Any, Any]) -> int:
-    """How many of the known starts and ends have a found one of the same kind within BOUNDARY_S."""
-    pairs = [(float(start), float(end)) for start, end in found if start >= 0]
-    return sum(
-        any(abs(pair[side] - segment[side]) <= BOUNDARY_S for pair in pairs) for segment in known for side in (0, 1)
-    )
-
-
-def same(a: Arrays, b: Arrays) -> bool:
-    return a.keys() == b.keys() and all(
-        a[name].shape == b[name].shape and np.abs(a[name] - b[name]).max(initial=0.0) <= TOLERANCE for name in a
-    )
-
-
-def run_items(clients: list[Client], labels: list[str], checks: Checks) -> list[tuple[Item, Arrays]]:
-    """Every item over both protocols: one line of the table each."""
-    print(f"\n{'item':<13} {'speech segments':<16} {'text says':<18} {'picture shows':<14} {'moderation':<10} answers")
-    answered = []
-    for item in load_items():
-        (over_http, pool), (over_grpc, _) = (client.infer("content_intelligence", item.inputs()) for client in clients)
-        segments = over_http["SEGMENTS"][0]
-        scores = over_http["LABEL_SCORES"][0]
-        label = labels[int(scores.argmax())] if scores.any() else labels[0]  # the gate saw no need for a closer look
-        digit = int(over_http["IMAGE_SCORES"][0].argmax())
-        equal = same(over_http, over_grpc)
-        checks.expect(equal, f"{item.name}: HTTP and gRPC answers differ")
-        checks.expect(len(segments) == len(item.segments_s), f"{item.name}: {len(segments)} segments of speech")
-        checks.expect(label == item.label, f"{item.name}: text label {label}, expected {item.label}")
-        checks.expect(digit == item.digit, f"{item.name}: digit {digit}, expected {item.digit}")
-        speech_s = float((segments[:, 1] - segments[:, 0]).sum())
-        text = f"{label} {scores.max():.2f}" if scores.any() else f"{label} (gate)"
-        picture = f"{digit} ({over_http['IMAGE_SCORES'][0].max():.2f})"
-        score = float(over_http["MODERATION_SCORE"][0, 0])
-        agreement = "http = grpc" if equal else "DIFFERENT"
-        shown = f"{len(segments)} of {len(item.segments_s)}, {speech_s:.1f} s"
-        levels = over_http["SEGMENT_LEVELS"][0]
-        checks.expect(len(levels) == len(segments), f"{item.name}: {len(levels)} levels of {len(segments)} segments")
-        print(f"{item.name:<13} {shown:<16} {text:<18} {picture:<14} {score:<10.3f} {agreement}, {pool} pool")
-        answered.append((item, over_http))
-    for name, output in (("TEXT", "TEXT_RISK"), ("IMAGE", "IMAGE_SCORES"), ("AUDIO", "SEGMENT_LEVELS")):
-        alone, _ = clients[0].infer("content_intelligence", {name: item.inputs()[name]})
-        others = {"TEXT_RISK", "IMAGE_SCORES", "SEGMENT_LEVELS"} - {output}
-        checks.expect(output in alone and not others & alone.keys(), f"{item.name}: {name} alone: {sorted(alone)}")
-        print(f"{item.name}, its {name} alone: moderation {float(alone['MODERATION_SCORE'][0, 0]):.3f}")
-    return answered
-
-
-def check_quality(
-    clients: list[Client], answered: list[tuple[Item, Arrays]], labels: list[str], checks: Checks
-) -> None:
-    """Held-out quality, through the server."""
-    clips = {tuple(map(tuple, item.segments_s)): answer["SEGMENTS"][0] for item, answer in answered}
-    known = sum(2 * len(segments) for segments in clips)
-    found = sum(boundaries_found(segments, got) for segments, got in clips.items())
-    with Work("held-out quality", 2) as progress:
-        progress.step("texts")
-        texts, expected = held_out_texts()
-        models = ("text_tokenizer", "text_encoder", "text_classifier")
-        embedded = in_batches(clients[1], models, as_bytes(texts), "TEXT", progress)
-        progress.step("digits")
-        _, _, pictures, numbers = digits.load()
-        files = as_bytes([digits.to_png(picture) for picture in pictures])
-        scored = in_batches(clients[0], ("image_decoder", "image_classifier"), files, "IMAGE", progress)
-    text_right = sum(labels[int(scores.argmax())] == label for scores, label in zip(embedded, expected, strict=True))
-    digits_right = sum(int(scores.argmax()) == number for scores, number in zip(scored, numbers, strict=True))
-    print(f"\n{'held-out quality':<44} {'right':>11}  {'share':>6}  required")
-    for what, right, total, required in (
-        (f"speech boundaries within {BOUNDARY_S:g} s", found, known, 0.90),
-        ("text labels (test split, 4 classes)", text_right, len(texts), 0.90),
-        ("digits (held-out fifth of scikit-learn's)", digits_right, len(numbers), 0.97),
-    ):
-        share = right / total
-        print(f"{what:<44} {right:>4} of {total:<4} {share:>6.3f}  {required:.2f}")
-        checks.expect(share >= required, f"{what}: {share:.3f}, required is {required}")
-
-
-def held_out_texts() -> tuple[list[bytes], list[str]]:
-    with LABELLED.open(encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE) if row["split"] == "test"]
-    return [row["text"].encode() for row in rows], [row["label"] for row in rows]
-
-
-def in_batches(
-    client: Client, models: Sequence[str], rows: np.ndarray[Any, Any], name: str, progress: Work
-) -> list[np.ndarray[Any, Any]]:
-    """Rows through one model after another, BATCH at a time; the last model's only output, row by row."""
-    results: list[np.ndarray[Any, Any]] = []
-    for at in range(0, len(rows), BATCH):
-        progress.at(at / len(rows))
-        outputs: Arrays = {name: rows[at : at + BATCH]}
-        for model in models:
-            outputs, _ = client.infer(model, outputs)
-        (only,) = outputs.values()
-        results.extend(only)
-    return results
+LOG = Path("demo/server.log")
+# An answer takes less than a second; one that has not come by then never will.
+TIMEOUT_S = 60.0
 
 
 def main() -> int:
-    checks = Checks()
-    labels = (REPOSITORY / "text_classifier" / "labels.txt").read_text().split()
-    started = time.monotonic()
-    with open("demo/server.log", "w+", encoding="utf-8") as log:
-        server, clients = start_server(log)
-        print(f"tutti serve {REPOSITORY} --ray: ready after {time.monotonic() - started:.1f} s")
+    """Hold the demo; returns its exit status."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
+    try:
+        status = _run()
+        sys.stdout.flush()
+        return status
+    except _Stopped as error:
+        print("demo: stopped by hand, and the server with it", file=sys.stderr)
+        return error.status
+    except BrokenPipeError:  # as of `| head`: who reads has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except Exception as error:
+        print(f"demo: {_sentence(error)}", file=sys.stderr)
+        _forget_output()
+        return 1
+
+
+class _Stopped(SystemExit):
+    """The demo was asked to end. A SystemExit, since gevent tells of a KeyboardInterrupt with a traceback."""
+
+    def __init__(self, number: int) -> None:
+        self.status = 128 + number
+        super().__init__(self.status)
+
+
+def _interrupt(number: int, _: FrameType | None) -> None:
+    raise _Stopped(number)
+
+
+def _forget_output() -> None:
+    """What could not be written would be tried again as the process ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _sentence(error: Exception) -> str:
+    """What went wrong, and what to do."""
+    if isinstance(error, ImportError):
+        what = f"'{error.name}' is not installed" if isinstance(error, ModuleNotFoundError) else reason(error)
+        return f"{what}: run make demo, which installs what it needs, or {extras.install('ray,export,demo')}"
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else "what it prints cannot be written: "
+        return f"{where}{reason(error)}: make that possible, then run make demo again"
+    if type(error).__module__ == "demo.server":
+        return str(error)
+    with contextlib.suppress(OSError), LOG.open("a", encoding="utf-8") as log:
+        traceback.print_exception(error, file=log)
+    return f"{type(error).__name__}: {reason(error)}: a fault of the demo's own, whose place {LOG} ends with"
+
+
+def _run() -> int:
+    from demo.server import Server
+
+    _check_built()
+    with LOG.open("w+", encoding="utf-8") as log:
+        started = time.monotonic()
+        server = Server(REPOSITORY, log)
         try:
-            answered = run_items(clients, labels, checks)
-            check_quality(clients, answered, labels, checks)
-            with Work("drawing"):
-                draw(answered, labels, PICTURE)
-            print(f"\npicture: {PICTURE}")
+            server.wait_until_ready()
+            print(f"tutti serve {REPOSITORY} --ray: ready after {time.monotonic() - started:.1f} s")
+            failures = _ask(server)
         finally:
-            with Work("stopping the server"):
-                stop_server(server, checks)
-    for failure in checks.failures:
+            left = _stop(server)
+    failures += left
+    for failure in failures:
         print(f"WRONG: {failure}")
-    print("all answers are right" if not checks.failures else f"{len(checks.failures)} checks failed")
-    return 1 if checks.failures else 0
+    print("all answers are right" if not failures else f"{len(failures)} checks failed; the server's log is {LOG}")
+    return 1 if failures else 0
+
+
+def _check_built() -> None:
+    """Raises DemoError where there is nothing to serve."""
+    from demo.server import DemoError
+
+    missing = [path for path in (LABELS, *(REPOSITORY / one for one in BUILT)) if not path.is_file()]
+    if missing and not Path("Makefile").is_file():
+        raise DemoError(f"{REPOSITORY} is not in this folder: run it in the project's")
+    if missing:
+        raise DemoError(f"{missing[0]} is not built: run make demo, which builds the sample models")
+
+
+def _ask(server: "Server") -> list[str]:
+    """What was wrong with the answers. Raises DemoError where there are none, or no picture can be drawn of them."""
+    from demo import checks
+    from demo.client import Client
+    from demo.picture import draw
+    from demo.server import DemoError
+
+    labels, found = LABELS.read_text().split(), checks.Checks()
+    addresses = ("http", server.http_port), ("grpc", server.grpc_port)
+    clients = [Client(protocol, f"127.0.0.1:{port}", TIMEOUT_S) for protocol, port in addresses]
+    try:
+        answered = checks.run_items(clients, labels, found)
+        checks.check_quality(clients, answered, labels, found)
+    except checks.NoAnswer as error:
+        raise DemoError(server.why(str(error))) from error
+    try:
+        with Work("drawing"):
+            draw(answered, labels, PICTURE)
+    except OSError as error:
+        raise DemoError(
+            f"{PICTURE} cannot be written: {reason(error)}: make room for it, then run make demo again"
+        ) from None
+    print(f"\npicture: {PICTURE}")
+    return found.failures
+
+
+def _stop(server: "Server") -> list[str]:
+    """As the server's; asked again meanwhile, at once."""
+    try:
+        with Work("stopping the server"):
+            return server.stop()
+    except _Stopped:
+        server.kill()
+        raise
 
 
 if __name__ == "__main__":

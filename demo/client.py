@@ -68,8 +68,10 @@ def load_items() -> list[Item]:
 class Client:
     """One protocol's tritonclient."""
 
-    def __init__(self, protocol: str, url: str) -> None:
+    def __init__(self, protocol: str, url: str, timeout_s: float | None = None) -> None:
+        """An answer over gRPC is waited for as long as `timeout_s`; over HTTP the library itself waits 60 s."""
         self.protocol = protocol
+        self._limits = {"client_timeout": timeout_s} if protocol == "grpc" and timeout_s else {}
         self._library: Any = httpclient if protocol == "http" else grpcclient
         self._client = self._library.InferenceServerClient(url)
 
@@ -86,7 +88,7 @@ class Client:
             tensor = self._library.InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype))
             tensor.set_data_from_numpy(array)
             tensors.append(tensor)
-        result = self._client.infer(model, tensors)
+        result = self._client.infer(model, tensors, **self._limits)
         response = result.get_response()
         if self.protocol == "http":
             names = [output["name"] for output in response["outputs"]]
