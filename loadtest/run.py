@@ -4,13 +4,15 @@ python -m tutti.loadtest.run [--ray] SCENARIO [SCENARIO ...] [--output FOLDER]
 """
 
 import argparse
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 from tutti.loadtest import names
 from tutti.loadtest.errors import ScenarioError
-from tutti.loadtest.process import free_ports, stop, wait_until_ready
+from tutti.loadtest.process import START_TIMEOUT_S, free_ports, stop, wait_until_ready
+from tutti.loadtest.slo import Verdict
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -39,8 +41,23 @@ def main() -> int:
     try:
         wait_until_ready(server, f"http://127.0.0.1:{http}/v2/health/ready")
         return max(_run(path, http, metrics, options.output, rest) for path in scenarios)
+    except RuntimeError:  # it has said itself why, on this terminal
+        print(f"tutti.loadtest.run: no scenario was run: {_ended(server.poll())}", file=sys.stderr)
+        return int(Verdict.INVALID)
+    except KeyboardInterrupt:
+        print("tutti.loadtest.run: stopped by hand, and the server with it", file=sys.stderr)
+        return 128 + signal.SIGINT
     finally:
         stop(server)
+
+
+def _ended(status: int | None) -> str:
+    """What became of a server that did not come up."""
+    if status is None:
+        return f"the server was not ready within {START_TIMEOUT_S:g} s"
+    if status < 0:
+        return f"the server was ended by {signal.Signals(-status).name}"
+    return f"the server ended with status {status}, and has said why above"
 
 
 def _run(path: Path, http: int, metrics: int, output: Path, rest: list[str]) -> int:

@@ -317,6 +317,15 @@ def test_scenarios_against_a_server_of_their_own(sample_repository: Path, tmp_pa
     assert done.returncode in JUDGED, done.stdout[-2000:]
 
 
+def test_a_server_that_does_not_come_up_ends_the_scenarios_with_a_sentence(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tutti.loadtest.run", "steady", "--repository", str(tmp_path / "none")]
+    command += ["--output", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("tutti.loadtest.run: no scenario was run: the server ended with ")
+    assert "Traceback" not in done.stderr
+
+
 def test_locusts_own_users_still_run(sample_repository: Path, tmp_path: Path) -> None:
     """In closed loop: loadtest/closed_loop.py. They take models at random: longer, until each was asked over both."""
     models = {path.parent.name for path in sample_repository.glob("*/config.pbtxt")}

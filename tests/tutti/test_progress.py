@@ -4,12 +4,14 @@ import io
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.serving import wait_until
 from tutti.console import progress
 
 ROOT = Path(__file__).parents[2]
@@ -141,3 +143,24 @@ def test_commands_of_others_are_told_of_and_their_failures_shown() -> None:
         assert done.stdout == ""
         if status:
             assert done.stderr.endswith("found it\ninstalling: it ended with status 3\n")
+
+
+def test_commands_of_others_that_end_otherwise_are_told_of_in_a_sentence(tmp_path: Path) -> None:
+    """Stopped by hand as a terminal does it, killed, and not there at all."""
+    telling = [sys.executable, "-m", "tutti.console.progress", "installing"]
+    own = "import os, signal, sys; open(sys.argv[1], 'w').close(); signal.pause()"
+    asleep = [*telling, sys.executable, "-c", own, str(tmp_path / "on")]
+    with subprocess.Popen(asleep, stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True) as process:
+        wait_until((tmp_path / "on").exists, 60.0)
+        os.killpg(process.pid, signal.SIGINT)
+        _, said = process.communicate()
+    assert (process.returncode, said.splitlines()[-1]) == (130, "installing: stopped by hand")
+    killed = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"]
+    for command, status, ending in (
+        (killed, 137, "installing: it was killed, by another process or by the system for want of memory\n"),
+        ([str(tmp_path / "none")], 1, f"installing: {tmp_path / 'none'}: No such file or directory\n"),
+    ):
+        done = subprocess.run([*telling, *command], capture_output=True, text=True, check=False, cwd=ROOT)
+        assert done.returncode == status
+        assert done.stderr.endswith(ending)
+        assert "Traceback" not in done.stderr

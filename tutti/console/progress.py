@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -173,8 +174,27 @@ def run(what: str, command: Sequence[str]) -> int:
             log.seek(0)
             said = log.read().decode(errors="replace")
     if status:
-        print(f"{said.rstrip()}\n{what}: it ended with status {status}", file=sys.stderr)
-    return status
+        print(f"{said.rstrip()}\n{what}: {_ending(status)}", file=sys.stderr)
+    return status if status >= 0 else 128 - status
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`run` for a shell: WHAT, and the command. Returns its status, or one of our own with a sentence."""
+    what, *command = arguments
+    try:
+        return run(what, command)
+    except KeyboardInterrupt:
+        print(f"{what}: stopped by hand", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except OSError as error:  # it cannot be started, or what it says cannot be kept
+        print(f"{what}: {error.filename or command[0]}: {error.strerror}", file=sys.stderr)
+        return 1
+
+
+def _ending(status: int) -> str:
+    if status == -signal.SIGKILL:
+        return "it was killed, by another process or by the system for want of memory"
+    return f"it was ended by {signal.Signals(-status).name}" if status < 0 else f"it ended with status {status}"
 
 
 def last_line(file: int) -> str:
@@ -188,4 +208,4 @@ def last_line(file: int) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1], sys.argv[2:]))
+    sys.exit(main(sys.argv[1:]))
