@@ -19,7 +19,8 @@ LINKS = [(page, link) for page in PAGES for link in re.findall(r"\]\(([^)#:]+)[^
 
 @pytest.mark.slow
 def test_the_examples_run_against_a_server(sample_repository: Path, tmp_path: Path) -> None:
-    texts = ["The farmers market opens at eight", "Act now and win a free phone", 'Tea, or "coffee"?'] * 5
+    skipped = "The train to the coast leaves at nine in the morning"
+    texts = ["The farmers market opens at eight", "Act now and win a free phone", 'Tea, or "coffee"?', skipped] * 4
     with (tmp_path / "texts.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["text"], *([text] for text in texts)])
     (first,), (sample, table) = examples("README.md"), examples("docs/sample.md")
@@ -32,6 +33,9 @@ def test_the_examples_run_against_a_server(sample_repository: Path, tmp_path: Pa
     with (tmp_path / "moderated.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["text"] for row in rows] == texts
+    assert [row["label"] for row in rows] == ["safe", "spam", "safe", "safe"] * 4
+    assert rows[3]["safe"] == "0.000", "the gate has left out the encoder"
+    assert "\nspam [" in all_of_it
     assert float(rows[1]["spam"]) > 0.5 > float(rows[0]["score"])
 
 
