@@ -101,7 +101,10 @@ def of_model(
         batch_rows = max(1, config.max_batch_size)
         # A replica executes many requests of a graph at once: the batch size is no limit.
         least_rows = queue.configured_rows if config.is_ensemble else batch_rows * _instances(config)
-        return Hop(scheduler, config.name, key, router, among, statistics, most_rows, batch_rows, least_rows)
+        return Hop(
+            scheduler, config.name, key, router, among, statistics, most_rows, batch_rows, least_rows,
+            has_steps=config.is_ensemble,
+        )  # fmt: skip
 
     return Fallback(config, pools, hop)
 
@@ -147,7 +150,10 @@ class Segments:
             queue = BatchQueue(BatchingPolicy(max(step.max_rows, MIN_HOP_ROWS)), DEFAULT_MAX_QUEUED_ROWS)
             scheduler = Scheduler(name, queue, statistics, self._timer, spill)
             least_rows = queue.configured_rows
-            return Hop(scheduler, name, name, self._router, among, statistics, most_rows, batch_rows, least_rows)
+            return Hop(
+                scheduler, name, name, self._router, among, statistics, most_rows, batch_rows, least_rows,
+                has_steps=True,
+            )  # fmt: skip
 
         self._control.load_segment(name, segment, pools)
         self._made[name] = way = Fallback(self._config, self._router.of(pools), hop)

@@ -150,9 +150,9 @@ class Gateway:
         pools = zip(self._router.pools, self._specs, strict=True)
         return all(len(pool.status.up) >= spec.replicas for pool, spec in pools)
 
-    def replicas(self) -> dict[str, int]:
-        """How many each pool has, by its name."""
-        return {pool.status.name: len(pool.status.up) for pool in self._router.pools}
+    def replicas(self) -> dict[str, list[str]]:
+        """The names of those that each pool has, as gpu-4711 of process 4711, by the pool's name."""
+        return {pool.status.name: sorted(member.name for member in pool.status.up) for pool in self._router.pools}
 
     def unready(self) -> str:
         """Why it is not ready."""

@@ -61,7 +61,7 @@ class ReplicaInstance:
 
         delivery = hop.router.infer(batch, hop.key, hop.pools, member, hop.most_rows)
         try:
-            await settle_batch(hop.name, batch, start_ns, hop.statistics, delivery, finished)
+            await settle_batch(hop.name, batch, start_ns, hop.statistics, delivery, finished, hop.has_steps)
         finally:
             hop.scheduler.release(self)
 
@@ -104,10 +104,12 @@ class Hop:
         most_rows: int,
         batch_rows: int,
         least_rows: int,
+        has_steps: bool = False,
     ) -> None:
         """Up to `most_rows` rows travel as one request; the model takes `batch_rows` at once.
 
         Of a model that takes its time no more than `least_rows` go to a replica together: another may be free for them.
+        What `has_steps` is a graph, or a part of one, whose answers may tell of them.
         """
         self.scheduler = scheduler
         self.name = name
@@ -117,6 +119,7 @@ class Hop:
         self.statistics = statistics
         self.most_rows = most_rows
         self.batch_rows = batch_rows
+        self.has_steps = has_steps
         self.meter = Meter()
         self.misses = Misses()
         self._least_rows = least_rows

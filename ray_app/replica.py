@@ -1,6 +1,7 @@
 """A replica: every model of the repository in one process, answering whole batches."""
 
 import asyncio
+import json
 import logging
 import os
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 from tutti.app import restarts
 from tutti.core import wire
 from tutti.core.errors import ConfigError
-from tutti.core.types import FALLBACK_PARAMETER, Call, Infer, now_ns
+from tutti.core.types import FALLBACK_PARAMETER, Call, Infer, InferResponse, now_ns
 from tutti.devices.health import health
 from tutti.observing.logs import Logs
 from tutti.ray_app.autoscaling import METRIC, Wanted
@@ -21,6 +22,7 @@ from tutti.ray_app.journal import RayStore
 from tutti.ray_app.news import News, Writer
 from tutti.ray_app.options import Options
 from tutti.ray_app.overview import Loads
+from tutti.ray_app.settling import STEPS_PARAMETER
 
 _log = logging.getLogger(__name__)
 
@@ -42,6 +44,7 @@ class ReplicaOptions:
     has_gpu: bool
     hang_timeout_s: float
     control_timeout_s: float
+    log_slow_ms: float
 
     @classmethod
     def of(cls, options: Options, models: Sequence[str], has_gpu: bool) -> "ReplicaOptions":
@@ -56,6 +59,7 @@ class ReplicaOptions:
             has_gpu,
             options.hang_timeout_secs,
             options.control_timeout_secs,
+            options.log_slow_ms,
         )
 
     def logs(self) -> Logs:
@@ -89,6 +93,14 @@ class _Gather:
             self.done.set_result(None)
 
 
+def _tell_steps(calls: Sequence[Call]) -> None:
+    """Of slow requests to ensembles, for the gateway's log: where their time went here."""
+    for call in calls:
+        steps = call.times.spent(call.arrived_ns).steps if call.times is not None else ()
+        if steps and isinstance(call.answer, InferResponse):
+            call.answer.parameters[STEPS_PARAMETER] = json.dumps(steps)
+
+
 class Replica:
     """The class of both pools' deployments. Raises ConfigError from its constructor if a model cannot be loaded."""
 
@@ -110,6 +122,7 @@ class Replica:
         self._prober = Prober()
         self._leaving: asyncio.Task[None] | None = None
         self._hang_timeout_s = options.hang_timeout_s
+        self._slow_ns = int(options.log_slow_ms * 1e6)
         self._generation = 0
         self._wanted = Wanted()
         self._applying = asyncio.Lock()
@@ -147,14 +160,16 @@ class Replica:
         refusal = self._refusal(generation, to)
         if refusal:
             return refusal
-        gather = _Gather(len(message[2]), self._loop)
-        calls = wire.unpack_calls(message, gather, now_ns())
+        gather, began_ns = _Gather(len(message[2]), self._loop), now_ns()
+        calls = wire.unpack_calls(message, gather, began_ns)
         self._pulse.begins(message[0], time.monotonic())
         try:
             self._segments.get(message[0], self._engine)(calls)
             await gather.done
         finally:
             self._pulse.ends(message[0], time.monotonic())
+        if 0 < self._slow_ns <= now_ns() - began_ns:
+            _tell_steps(calls)
         return wire.pack_answers([call.answer for call in calls if call.answer is not None])
 
     async def stream(

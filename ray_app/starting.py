@@ -26,6 +26,9 @@ READY_TIMEOUT_S = 120.0
 PROGRESS_S = 5.0
 _LOOK_INTERVAL_S = 0.5
 # How often a gateway is asked how many replicas it has, and how long its answer may take.
+Pools = dict[str, list[str]]
+"""The names of the replicas that each pool has, by its name."""
+
 _POOLS_INTERVAL_S = 1.0
 _POOLS_TIMEOUT_S = 3.0
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -96,8 +99,8 @@ def _summary(message: str) -> str:
     return lines[0] if len(lines) < 3 else f"{lines[0]} {lines[-1]}"
 
 
-async def report_ready(handle: Any, stop: threading.Event) -> dict[str, int]:
-    """Say where the gateway listens and what it serves, once it does; returns how many replicas pools had just before.
+async def report_ready(handle: Any, stop: threading.Event) -> Pools:
+    """Say where the gateway listens and what it serves, once it does; returns which replicas pools had just before.
 
     Raises TimeoutError where that never comes.
     """
@@ -111,13 +114,13 @@ async def report_ready(handle: Any, stop: threading.Event) -> dict[str, int]:
         await asyncio.sleep(0.1)
     if stop.is_set():
         return {}
-    counts = await _replicas(handle)
+    pools = await _replicas(handle)
     (await handle.overview.remote()).tell(_log)
-    return counts
+    return pools
 
 
-async def tell_pools(handle: Any, stop: threading.Event, known: dict[str, int] | None = None) -> None:
-    """Log how many replicas pools have, when that changes from what is `known`, by default from now on.
+async def tell_pools(handle: Any, stop: threading.Event, known: Pools | None = None) -> None:
+    """Log which replicas pools have, when that changes from what is `known`, by default from now on.
 
     Gateways may differ for a moment: it is to be said twice.
     """
@@ -125,23 +128,31 @@ async def tell_pools(handle: Any, stop: threading.Event, known: dict[str, int] |
     last = known
     while not stop.is_set():
         await asyncio.sleep(_POOLS_INTERVAL_S)
-        counts = await _replicas(handle)
-        if counts == last and counts != known and not stop.is_set():
-            for name in [name for name in counts if name in known and counts[name] != known[name]]:
-                level = logging.WARNING if counts[name] < known[name] else logging.INFO
-                _log.log(level, "pool '%s' has %d replicas, it had %d", name, counts[name], known[name])
-            known = counts
-        last = counts or last
+        pools = await _replicas(handle)
+        if pools == last and pools != known and not stop.is_set():
+            for name in [name for name in pools if name in known and pools[name] != known[name]]:
+                level = logging.WARNING if len(pools[name]) < len(known[name]) else logging.INFO
+                _log.log(level, "pool '%s' %s", name, _change(known[name], pools[name]))
+            known = pools
+        last = pools or last
 
 
-async def _replicas(handle: Any) -> dict[str, int]:
-    """By pool; empty where no gateway answers now."""
+def _change(before: Sequence[str], after: Sequence[str]) -> str:
+    gone = [name for name in before if name not in after]
+    new = [name for name in after if name not in before]
+    count = f"has {len(after)} replica{'' if len(after) == 1 else 's'}, it had {len(before)}"
+    parts = [f"{', '.join(names)} {verb}" for names, verb in ((gone, "left"), (new, "came")) if names]
+    return f"{count}: {'; '.join(parts)}"
+
+
+async def _replicas(handle: Any) -> Pools:
+    """Empty where no gateway answers now."""
     try:
         async with asyncio.timeout(_POOLS_TIMEOUT_S):
-            counts: dict[str, int] = await handle.replicas.remote()
-            return counts
+            pools: Pools = await handle.replicas.remote()
+            return pools
     except Exception as error:
-        _log.debug("no gateway says how many replicas there are: %s", error)
+        _log.debug("no gateway says which replicas there are: %s", error)
         return {}
 
 

@@ -1,6 +1,7 @@
 """Whatever becomes of a batch's delivery, each call is answered, counted and settled once."""
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from tutti.core.errors import DeadlineExceeded, InferError, Internal, Unavailabl
 from tutti.core.types import Call, InferRequest, InferResponse
 from tutti.observing.statistics import ModelStatistics
 from tutti.ray_app.members import Member
-from tutti.ray_app.settling import Delivery, settle_batch
+from tutti.ray_app.settling import STEPS_PARAMETER, Delivery, settle_batch
 
 
 class Sink:
@@ -68,6 +69,24 @@ def test_the_sender_hears_of_the_replica_before_callers_do() -> None:
     )
     assert heard == [("r0", True, [])]
     assert (successes, failures) == (2, 0)
+
+
+def test_a_slow_answer_tells_the_log_of_its_steps_and_its_caller_nothing() -> None:
+    steps = [["tokenizer", 10, 20, 1], ["encoder", 30, 4000, 8]]
+
+    async def tells() -> Delivery:
+        told = InferResponse("m", "1", [])
+        told.parameters = {STEPS_PARAMETER: json.dumps(steps), "tutti_pool": "gpu"}
+        return [told, InferResponse("m", "1", [])], Member("r0", "gpu", name="gpu-4711")
+
+    calls = [Call(InferRequest("m", {}), Sink()) for _ in range(2)]
+    asyncio.run(settle_batch("m", calls, 1, ModelStatistics(), tells(), lambda *_: None, has_steps=True))
+    slow, quick = [call.times.spent(0) for call in calls if call.times is not None]
+    assert slow.steps == tuple(map(tuple, steps))
+    assert (slow.replica, quick.replica, quick.steps) == ("gpu-4711", "gpu-4711", ())
+    assert slow.compute_ns == quick.compute_ns > 0
+    assert isinstance(calls[0].answer, InferResponse)
+    assert calls[0].answer.parameters == {"tutti_pool": "gpu"}
 
 
 def test_callers_hear_of_answers_though_the_sender_fails() -> None:

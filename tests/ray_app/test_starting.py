@@ -185,13 +185,13 @@ def test_pools_are_told_of_when_they_have_changed(
 ) -> None:
     """What one gateway says alone, before the other has heard of it, is said once."""
     monkeypatch.setattr(starting, "_POOLS_INTERVAL_S", 0.0)
-    two, one = {"cpu": 2}, {"cpu": 1}
+    two, one = {"cpu": ["cpu-1", "cpu-2"]}, {"cpu": ["cpu-2"]}
     handle = Counting(two, two, one, two, one, None, one, one, two, two, two)
     with caplog.at_level(logging.INFO, "tutti"):
         asyncio.run(starting.tell_pools(handle, handle.stop))
     assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
-        ("WARNING", "pool 'cpu' has 1 replicas, it had 2"),
-        ("INFO", "pool 'cpu' has 2 replicas, it had 1"),
+        ("WARNING", "pool 'cpu' has 1 replica, it had 2: cpu-1 left"),
+        ("INFO", "pool 'cpu' has 2 replicas, it had 1: cpu-1 came"),
     ]
 
 

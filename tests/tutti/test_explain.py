@@ -321,7 +321,9 @@ def test_a_server_explains_over_every_door(
         assert cli.main(asked) == 0
         assert "by add_one_0 on cpu" in capsys.readouterr().out
         assert cli.main(["explain", "add_on", *asked[2:]]) == 1
-        assert "add_on" in capsys.readouterr().err
+        assert "'add_on' is not found; did you mean 'add_one'?" in capsys.readouterr().err
+        assert cli.main(["explain", "add_one", "x=1,2,3,4", "--url", served.grpc]) == 1
+        assert "is it the gRPC port? explain asks the HTTP port" in capsys.readouterr().err
         for library, url in ((httpclient, served.http), (grpcclient, served.grpc)):
             tensor = library.InferInput("x", [1, 4], "FP32")
             tensor.set_data_from_numpy(X)

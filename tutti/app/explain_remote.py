@@ -4,6 +4,7 @@ Knows nothing of command lines. None is between this machine and the server: a p
 """
 
 import contextlib
+import difflib
 import http.client
 import json
 import threading
@@ -44,13 +45,30 @@ class Server:
         model = f"{self._url}/v2/models/{quote(name, safe='')}"
         with Work(f"asking '{name}' at {self._url}") as work:
             work.step("its configuration", repeat + 1)
-            inputs = inputs_of(config.parse_json(self._fetched(f"{model}/config"), name))
+            inputs = inputs_of(config.parse_json(self._config(name, f"{model}/config"), name))
             head, body = _request(inputs)
             told = b""
             for number in range(repeat):
                 work.step(f"request {number + 1}")
                 told = self._fetched(f"{model}/infer", body, {_LENGTH_HEADER: str(head)})
         return self._parameter(told)
+
+    def _config(self, name: str, url: str) -> bytes:
+        """Raises ConfigError, for a name that is not served with one that is like it."""
+        try:
+            return self._fetched(url)
+        except ConfigError as error:
+            if near := difflib.get_close_matches(name, self._names(), 1):
+                raise ConfigError(f"{error}; did you mean '{near[0]}'?") from None
+            raise
+
+    def _names(self) -> list[str]:
+        """Of the models that the server has; none where it does not tell."""
+        try:
+            index = json.loads(self._fetched(f"{self._url}/v2/repository/index", b"{}"))
+            return [str(entry["name"]) for entry in index]
+        except (ConfigError, ValueError, LookupError, TypeError):
+            return []
 
     def _parameter(self, answer: bytes) -> str:
         try:
@@ -110,7 +128,8 @@ def _failure(url: str, error: Exception) -> ConfigError:
         return ConfigError(_refusal(error))
     why = error.reason if isinstance(error, urllib.error.URLError) else error
     told = reason(why) if isinstance(why, BaseException) else why
-    hint = "; is it the HTTP port?" if isinstance(why, http.client.HTTPException) else ""
+    speaks_otherwise = isinstance(why, http.client.HTTPException | ConnectionResetError | BrokenPipeError)
+    hint = "; is it the gRPC port? explain asks the HTTP port, 8000 by default" if speaks_otherwise else ""
     return ConfigError(f"{url} cannot be asked: {told}{hint}")
 
 

@@ -220,7 +220,7 @@ class Spent(NamedTuple):
 
     `rows` are those of the batch that it was executed in, 0 where that is not known. `steps` are an ensemble's: (name,
     queued, computed, rows of its largest batch). Those that ran beside each other are in both sums, which may exceed
-    what the request took.
+    what the request took. `replica` names the one that it was executed by, as gpu-4711 of the pool gpu in process 4711.
     """
 
     queue_ns: int = 0
@@ -228,6 +228,7 @@ class Spent(NamedTuple):
     rows: int = 0
     is_cached: bool = False
     steps: tuple[tuple[str, int, int, int], ...] = ()
+    replica: str = ""
 
     def spent(self, arrived_ns: int) -> "Spent":
         return self

@@ -321,7 +321,13 @@ def fields(event: Event) -> dict[str, Any]:
             name: {"queue_ms": _ms(queue), "compute_ms": _ms(ns), **({"batch_rows": rows} if rows else {})}
             for name, queue, ns, rows in longest
         }
-    shown |= {"pool": event.pool[:_MOST_NAME], "client": event.client[:_MOST_NAME], "error": event.error[:_MOST_TEXT]}
+    replica = spent.replica if spent is not None else ""
+    shown |= {
+        "pool": event.pool[:_MOST_NAME],
+        "replica": replica,
+        "client": event.client[:_MOST_NAME],
+        "error": event.error[:_MOST_TEXT],
+    }
     said = {key: sayable(value) if isinstance(value, str) else value for key, value in shown.items()}
     return {key: value for key, value in said.items() if value != ""}
 
@@ -369,6 +375,7 @@ def _where(event: Event) -> str:
         return "its answer was cached"
     other_ns = event.total_ns - spent.queue_ns - spent.compute_ns
     told = f"{_shown(spent.queue_ns)} in the queue, {_shown(spent.compute_ns)} executed{_batch(spent.rows)}"
+    told += f" on replica {spent.replica}" if spent.replica else ""
     if spent.steps:
         name, queue_ns, compute_ns, rows = max(spent.steps, key=lambda step: step[1] + step[2])
         longest = f"the longest step '{name}' waited {_shown(queue_ns)} and was executed for {_shown(compute_ns)}"

@@ -58,11 +58,12 @@ class BatchTimes:
     infer_end_ns: int
     end_ns: int
     rows: int = 0
+    replica: str = ""
 
     def spent(self, arrived_ns: int) -> Spent:
         """Where the time of one of its requests went."""
         queue_ns = max(0, self.start_ns - arrived_ns) if arrived_ns else 0
-        return Spent(queue_ns, self.end_ns - self.start_ns, self.rows)
+        return Spent(queue_ns, self.end_ns - self.start_ns, self.rows, replica=self.replica)
 
 
 @dataclass(slots=True)
