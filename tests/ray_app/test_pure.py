@@ -274,7 +274,7 @@ def test_no_flag_is_ignored_on_ray(name: str, capsys: pytest.CaptureFixture[str]
         return
     assert name in Options.model_fields
     read = read_in("ray_app", "tutti/app/front_end_setup.py", "ray_app/options.py")
-    assert "given" in read, "which reads those of connections"
+    assert "settings_of" in read, "which reads those of connections"
     assert name in read | {setting.dest for setting in keepalive.SETTINGS}
     files = [f"--{one}-{file}" for one in ("http", "grpc") for file in ("server-cert", "server-key", "root-cert")]
     files = [argument for flag in files for argument in (flag, "f")]  # which TLS needs
@@ -328,7 +328,7 @@ def test_serve_yaml_takes_the_same_settings_of_connections(setting: keepalive.Se
     taken = [True, False] if setting.unit == "BOOL" else [setting.least, 2**31 - 1]
     for value in taken:
         options = Options.model_validate({"model_repository": "models", setting.dest: value})
-        assert keepalive.given(options) == ((setting.name, value),)
+        assert keepalive.settings_of(options) == ((setting.name, value),)
     for wrong in ["maybe"] if setting.unit == "BOOL" else [setting.least - 1, 2**31]:
         with pytest.raises(ValidationError, match=setting.dest):
             Options.model_validate({"model_repository": "models", setting.dest: wrong})

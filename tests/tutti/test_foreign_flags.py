@@ -174,9 +174,9 @@ def test_readiness_may_leave_models_out(repository: Repository) -> None:
 def test_settings_of_connections_reach_the_servers_that_have_them(capsys: pytest.CaptureFixture[str]) -> None:
     for setting in keepalive.SETTINGS:
         with_grpcio = serve_options.parse(["models", f"{setting.flag}=1", "--grpc-server=grpcio"])
-        assert keepalive.given(with_grpcio) == ((setting.name, 1),)
+        assert keepalive.settings_of(with_grpcio) == ((setting.name, 1),)
         if setting.is_native:
-            assert keepalive.given(serve_options.parse(["models", setting.flag, "1"])) == ((setting.name, 1),)
+            assert keepalive.settings_of(serve_options.parse(["models", setting.flag, "1"])) == ((setting.name, 1),)
         else:
             assert f"{setting.flag} needs --grpc-server grpcio" in refusal(capsys, f"{setting.flag}=1")
         assert keepalive.native(((setting.name, 1),)) == ({setting.name: 1} if setting.is_native else {})
@@ -191,12 +191,12 @@ def test_a_server_starts_with_each_of_them(repository: Repository, setting: keep
     if setting.is_native:
         options = serve_options.parse(["models", setting.flag, text])
         with engine_over(repository.root) as engine:
-            front = GrpcFront(Api(engine, Limits(grpc_settings=keepalive.given(options))), "127.0.0.1", 0)
+            front = GrpcFront(Api(engine, Limits(grpc_settings=keepalive.settings_of(options))), "127.0.0.1", 0)
             front.start()
             front.stop()
     else:
         options = serve_options.parse(["models", "--grpc-server", "grpcio", setting.flag, text])
-        assert keepalive.native(keepalive.given(options)) == {}
+        assert keepalive.native(keepalive.settings_of(options)) == {}
 
 
 def test_settings_that_no_server_takes_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -74,7 +74,7 @@ def make_api(engine: Engine, options: Options, logs: Logs) -> Api:
             options.http_max_input_size,
             options.grpc_max_message_size,
             options.max_inflight_bytes,
-            keepalive.given(options),
+            keepalive.settings_of(options),
         ),
         Access(http_gate, _pattern(options.http_header_forward_pattern)),
         Access(grpc_gate, _pattern(options.grpc_header_forward_pattern)),

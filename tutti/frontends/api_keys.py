@@ -15,8 +15,8 @@ FLAG = "--api-key-file"
 
 def add_to(parser: argparse.ArgumentParser) -> None:
     """The flag, of a command that asks a server."""
-    what = "show the server the first key of this file (default: none)"
-    parser.add_argument(FLAG, type=Path, metavar="FILE", help=what)
+    help_text = "show the server the first key of this file (default: none)"
+    parser.add_argument(FLAG, type=Path, metavar="FILE", help=help_text)
 
 
 def headers(path: Path | None) -> dict[str, str]:

@@ -46,10 +46,10 @@ class Answers:
 
     def call(self, request: InferRequest, token: Any = None) -> Call:
         """A call whose answers come here."""
-        made = Call(request, self, token)
-        made.emit = lambda response: self._emit(made, response)
-        self.open.add(made)
-        return made
+        call = Call(request, self, token)
+        call.emit = lambda response: self._emit(call, response)
+        self.open.add(call)
+        return call
 
     def settle(self, calls: Sequence[Call]) -> None:
         for call in calls:

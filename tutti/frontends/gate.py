@@ -52,12 +52,12 @@ class Gate:
     def _has_key(self, headers: Mapping[str, str]) -> list[bool]:
         """One comparison per key, whatever the outcome of the others."""
         scheme, _, token = headers.get("authorization", "").partition(" ")
-        given = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
-        return [_equal(given, key) for key in self.api_keys]
+        shown = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+        return [_equal(shown, key) for key in self.api_keys]
 
 
-def _equal(given: str, expected: str) -> bool:
-    return hmac.compare_digest(given.encode(), expected.encode())
+def _equal(shown: str, expected: str) -> bool:
+    return hmac.compare_digest(shown.encode(), expected.encode())
 
 
 def parse_restricted(arguments: Sequence[str], header_prefix: str = "") -> dict[str, tuple[str, str]]:
@@ -72,8 +72,8 @@ def parse_restricted(arguments: Sequence[str], header_prefix: str = "") -> dict[
         if not _HEADER.fullmatch(key):
             raise ConfigError(f"{flag} '{sayable(argument)}': expected the name of a header, got '{sayable(key)}'")
         if not (value.isascii() and value.isprintable()):
-            what = "expected the value of a header, of ASCII characters that can be seen"
-            raise ConfigError(f"{flag} '{sayable(key)}': {what}, got {value!a}")
+            problem = "expected the value of a header, of ASCII characters that can be seen"
+            raise ConfigError(f"{flag} '{sayable(key)}': {problem}, got {value!a}")
         for name in names.split(","):
             if name not in CATEGORIES:
                 raise ConfigError(f"{flag}: '{sayable(name)}' is no API: expected one of {', '.join(CATEGORIES)}")

@@ -30,8 +30,11 @@ def given_twice(options: Options) -> str:
         ("--grpc-port", options.grpc_address or options.host, options.grpc_port, options.allow_grpc),
         ("--metrics-port", options.metrics_address or host, options.metrics_port, options.allow_metrics),
     )
-    open_doors = [(flag, _NAMES.get(at, at), port) for flag, at, port, is_open in doors if is_open and port]
-    for (one, at, port), (other, other_at, other_port) in combinations(open_doors, 2):
-        if port == other_port and (at == other_at or at in _EVERY or other_at in _EVERY):
-            return f"{one} and {other} are both {port}: expected a port for each, or 0 for any that is free"
+    open_doors = [
+        (flag, _NAMES.get(address, address), port) for flag, address, port, is_open in doors if is_open and port
+    ]
+    for (flag, address, port), (other_flag, other_address, other_port) in combinations(open_doors, 2):
+        is_shared = address == other_address or address in _EVERY or other_address in _EVERY
+        if port == other_port and is_shared:
+            return f"{flag} and {other_flag} are both {port}: expected a port for each, or 0 for any that is free"
     return ""

@@ -93,45 +93,45 @@ def _take_raw_inputs(payload: bytes) -> tuple[bytes, list[memoryview] | None]:
     view = memoryview(payload)
     kept: list[Raw] = []
     inputs = []
-    at = 0
+    end = 0
     try:
-        while at < len(payload):
-            start = at
-            tag, at = _read_varint(payload, at)
+        while end < len(payload):
+            start = end
+            tag, end = _read_varint(payload, end)
             kind = tag & 7
             if kind == 0:
-                _, at = _read_varint(payload, at)
+                _, end = _read_varint(payload, end)
             elif kind == 1:
-                at += 8
+                end += 8
             elif kind == 5:
-                at += 4
+                end += 4
             elif kind == 2:
-                size, at = _read_varint(payload, at)
-                at += size
-                if tag == _RAW_INPUT_TAG[0] and at <= len(payload):
-                    inputs.append(view[at - size : at])
+                size, end = _read_varint(payload, end)
+                end += size
+                if tag == _RAW_INPUT_TAG[0] and end <= len(payload):
+                    inputs.append(view[end - size : end])
                     continue
             else:
                 return payload, None
             if len(kept) > MAX_FIELDS:
                 return payload, None
-            kept.append(view[start:at])
+            kept.append(view[start:end])
     except IndexError:
         return payload, None
-    if at != len(payload):
+    if end != len(payload):
         return payload, None
     return b"".join(kept), inputs
 
 
-def _read_varint(data: bytes, at: int) -> tuple[int, int]:
+def _read_varint(data: bytes, offset: int) -> tuple[int, int]:
     """(value, where it ends). Raises IndexError when it does not end."""
     value = shift = 0
     while True:
-        byte = data[at]
-        at += 1
+        byte = data[offset]
+        offset += 1
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
-            return value, at
+            return value, offset
         shift += 7
         if shift > 63:
             raise IndexError("a varint has at most ten bytes")
@@ -197,15 +197,15 @@ class TemplateCache:
         if request.id or request.shared_outputs or any(isinstance(tensor.data, np.ndarray) for tensor in tensors):
             return
         tail = [(_RAW_INPUT_TAG + _varint(size), size) for t in tensors for size in [len(t.raw())]]
-        at = len(payload) - sum(len(head) + size for head, size in tail)
-        if at > self.MAX_TEMPLATE_BYTES:
+        offset = len(payload) - sum(len(head) + size for head, size in tail)
+        if offset > self.MAX_TEMPLATE_BYTES:
             return
-        fixed, heads = [(0, payload[: max(at, 0)])], []
+        fixed, heads = [(0, payload[: max(offset, 0)])], []
         for tensor, (head, size) in zip(tensors, tail, strict=True):
-            fixed.append((at, head))
-            at += len(head)
-            heads.append((tensor.name, tensor.datatype, tensor.shape, at, at + size))
-            at += size
+            fixed.append((offset, head))
+            offset += len(head)
+            heads.append((tensor.name, tensor.datatype, tensor.shape, offset, offset + size))
+            offset += size
         classes, parameters = request.classes, dict(request.parameters)
         template = Template(
             request.model_name, request.model_version, request.outputs, parameters, classes, tuple(fixed), tuple(heads)

@@ -60,7 +60,7 @@ SETTINGS = (
 )  # fmt: skip
 
 
-def given(options: object) -> tuple[tuple[str, int], ...]:
+def settings_of(options: object) -> tuple[tuple[str, int], ...]:
     """(name, value) of those that were given among the options."""
     values = ((setting.name, getattr(options, setting.dest, None)) for setting in SETTINGS)
     return tuple((name, int(value)) for name, value in values if value is not None)

@@ -115,16 +115,16 @@ class Guard:
     What is owed to clients counts in `holding`. The two halves share nothing but that: a peer may be in both.
     """
 
-    def __init__(self, limit: int, holding: Holding, given: Callable[[], int], sees_streams: bool = True) -> None:
-        """`limit` is for messages under way with all that is held; `given()` says how many bytes of answers the native
-        server has, at most. Without `sees_streams` the holding is not told of theirs, since another process has them.
-        Raises OSError where the system does not tell.
+    def __init__(self, limit: int, holding: Holding, under_way: Callable[[], int], sees_streams: bool = True) -> None:
+        """`limit` is for messages under way with all that is held; `under_way()` says how many bytes of answers the
+        native server has, at most. Without `sees_streams` the holding is not told of theirs, since another process has
+        them. Raises OSError where the system does not tell.
         """
         self._watch = Watch(limit)
         self._limit = limit
         self._sees_streams = sees_streams
         self._holding = holding
-        self._given = given
+        self._under_way = under_way
         self._unread = Unread()
         self._unread_lock = threading.Lock()
         self._names_peers_until = 0.0
@@ -211,8 +211,8 @@ class Guard:
     def _end_unread(self, peer: str, now: float) -> int:
         """Break with a client; returns what is owed to it, which counts until the native server has let it go."""
         _log.warning("%s: it does not read its gRPC answers", peer)
-        with contextlib.suppress(OSError), _borrowed(self._file(peer)) as one:
-            one.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError), _borrowed(self._file(peer)) as connection:
+            connection.shutdown(socket.SHUT_RDWR)
         return self._unread.waits(peer, now)
 
     def _look_at_unread(self, now: float) -> None:
@@ -222,13 +222,13 @@ class Guard:
         for peer in peers:
             taken = self._taken(peer) if self._is_there(peer) else None
             self._holding.give(self._unread.saw(peer, taken, now))
-        self._holding.give(self._unread.forgive(max(0, self._given())))
+        self._holding.give(self._unread.forgive(max(0, self._under_way())))
 
     def _taken(self, peer: str) -> int | None:
         """How many bytes for a peer the system has taken; None for one that has gone."""
         try:
-            with _borrowed(self._file(peer)) as one:
-                return taken(one)
+            with _borrowed(self._file(peer)) as connection:
+                return taken(connection)
         except OSError:
             return None
 
@@ -271,9 +271,9 @@ class Guard:
         if not self._watch and resident < self._base + GROWTH_BYTES:
             return
         come: dict[str, int] = {}
-        for peer, one in _connections(self._port):
+        for peer, connection in _connections(self._port):
             with contextlib.suppress(OSError):  # it is gone
-                come[peer] = received(one)
+                come[peer] = received(connection)
         with self._lock:
             largest = self._watch.saw(come, self._holding.held, self._streamed - before)
             is_calm = self._watch.is_calm
@@ -292,27 +292,27 @@ class Guard:
                 self._watch.end()
 
     def _break_with(self, peer: str) -> None:
-        for name, one in _connections(self._port):
+        for name, connection in _connections(self._port):
             if name == peer:
                 with contextlib.suppress(OSError):
-                    one.shutdown(socket.SHUT_RDWR)
+                    connection.shutdown(socket.SHUT_RDWR)
 
 
 @contextlib.contextmanager
 def _borrowed(descriptor: int) -> Iterator[socket.socket]:
     """A connection that stays the server's own. Raises OSError when it has gone."""
-    one = socket.socket(fileno=descriptor)
+    connection = socket.socket(fileno=descriptor)
     try:
-        yield one
+        yield connection
     finally:
-        one.detach()
+        connection.detach()
 
 
 def _peer_of(descriptor: int) -> str:
     """ "" for one that has gone, or is no connection."""
     try:
-        with _borrowed(descriptor) as one:
-            return peer_name(one.getpeername())
+        with _borrowed(descriptor) as connection:
+            return peer_name(connection.getpeername())
     except (OSError, ValueError):  # a Unix socket's name is a text
         return ""
 
@@ -324,17 +324,17 @@ def _connections(port: int) -> Iterator[tuple[str, socket.socket]]:
     no descriptors left.
     """
     for name in os.listdir("/proc/self/fd"):
-        one: socket.socket | None = None
+        connection: socket.socket | None = None
         try:
             if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:") or _port_of(int(name)) != port:
                 continue
-            one = socket.socket(fileno=int(name))
-            yield peer_name(one.getpeername()), one
+            connection = socket.socket(fileno=int(name))
+            yield peer_name(connection.getpeername()), connection
         except OSError:  # without a peer, or gone
             continue
         finally:
-            if one is not None:
-                one.detach()
+            if connection is not None:
+                connection.detach()
 
 
 def _port_of(descriptor: int) -> int:
@@ -368,7 +368,7 @@ def taken(connection: socket.socket) -> int:
     return acknowledged + int(_INT.unpack(fcntl.ioctl(connection, termios.TIOCOUTQ, bytes(_INT.size)))[0])
 
 
-def _told(connection: socket.socket, at: int) -> int:
-    size = at + _U64.size
+def _told(connection: socket.socket, offset: int) -> int:
+    size = offset + _U64.size
     info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, size)
-    return int(_U64.unpack_from(info, at)[0]) if len(info) == size else 0
+    return int(_U64.unpack_from(info, offset)[0]) if len(info) == size else 0

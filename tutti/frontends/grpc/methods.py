@@ -79,39 +79,39 @@ class Method:
 
 def methods(api: Api) -> dict[str, Method]:
     """Path -> method."""
-    own = _Methods(api)
+    handlers = _Methods(api)
     table: dict[str, tuple[Category, Any, Callable[[Any], Any]]] = {
         "ServerLive": ("health", pb.ServerLiveRequest, lambda _: pb.ServerLiveResponse(live=True)),
         "ServerReady": ("health", pb.ServerReadyRequest, lambda _: pb.ServerReadyResponse(ready=api.engine.is_ready())),
-        "ModelReady": ("health", pb.ModelReadyRequest, own.model_ready),
-        "ServerMetadata": ("metadata", pb.ServerMetadataRequest, own.server_metadata),
-        "ModelMetadata": ("metadata", pb.ModelMetadataRequest, own.metadata),
-        "ModelConfig": ("model-config", pb.ModelConfigRequest, own.config),
-        "ModelStatistics": ("statistics", pb.ModelStatisticsRequest, own.statistics),
-        "RepositoryIndex": ("model-repository", pb.RepositoryIndexRequest, own.index),
-        "RepositoryModelLoad": ("model-repository", pb.RepositoryModelLoadRequest, own.load),
-        "RepositoryModelUnload": ("model-repository", pb.RepositoryModelUnloadRequest, own.unload),
-        "TraceSetting": ("trace", pb.TraceSettingRequest, own.trace),
-        "LogSettings": ("logging", pb.LogSettingsRequest, own.logs),
-        "SystemSharedMemoryStatus": ("shared-memory", pb.SystemSharedMemoryStatusRequest, own.shared_status),
-        "SystemSharedMemoryRegister": ("shared-memory", pb.SystemSharedMemoryRegisterRequest, own.register_shared),
+        "ModelReady": ("health", pb.ModelReadyRequest, handlers.model_ready),
+        "ServerMetadata": ("metadata", pb.ServerMetadataRequest, handlers.server_metadata),
+        "ModelMetadata": ("metadata", pb.ModelMetadataRequest, handlers.metadata),
+        "ModelConfig": ("model-config", pb.ModelConfigRequest, handlers.config),
+        "ModelStatistics": ("statistics", pb.ModelStatisticsRequest, handlers.statistics),
+        "RepositoryIndex": ("model-repository", pb.RepositoryIndexRequest, handlers.index),
+        "RepositoryModelLoad": ("model-repository", pb.RepositoryModelLoadRequest, handlers.load),
+        "RepositoryModelUnload": ("model-repository", pb.RepositoryModelUnloadRequest, handlers.unload),
+        "TraceSetting": ("trace", pb.TraceSettingRequest, handlers.trace),
+        "LogSettings": ("logging", pb.LogSettingsRequest, handlers.logs),
+        "SystemSharedMemoryStatus": ("shared-memory", pb.SystemSharedMemoryStatusRequest, handlers.shared_status),
+        "SystemSharedMemoryRegister": ("shared-memory", pb.SystemSharedMemoryRegisterRequest, handlers.register_shared),
         "SystemSharedMemoryUnregister": (
-            "shared-memory", pb.SystemSharedMemoryUnregisterRequest, own.unregister_shared,
+            "shared-memory", pb.SystemSharedMemoryUnregisterRequest, handlers.unregister_shared,
         ),
-        "CudaSharedMemoryStatus": ("shared-memory", pb.CudaSharedMemoryStatusRequest, own.cuda_status),
-        "CudaSharedMemoryRegister": ("shared-memory", pb.CudaSharedMemoryRegisterRequest, own.register_cuda),
-        "CudaSharedMemoryUnregister": ("shared-memory", pb.CudaSharedMemoryUnregisterRequest, own.unregister_cuda),
+        "CudaSharedMemoryStatus": ("shared-memory", pb.CudaSharedMemoryStatusRequest, handlers.cuda_status),
+        "CudaSharedMemoryRegister": ("shared-memory", pb.CudaSharedMemoryRegisterRequest, handlers.register_cuda),
+        "CudaSharedMemoryUnregister": ("shared-memory", pb.CudaSharedMemoryUnregisterRequest, handlers.unregister_cuda),
     }  # fmt: skip
     slow = (
         "RepositoryIndex", "RepositoryModelLoad", "RepositoryModelUnload", "TraceSetting", "LogSettings",
         "SystemSharedMemoryUnregister", "CudaSharedMemoryRegister", "CudaSharedMemoryUnregister",
     )  # fmt: skip
-    made = {
+    by_path = {
         SERVICE + name: Method(_unary(request, handle), category, name in slow)
         for name, (category, request, handle) in table.items()
     }
-    made[HEALTH_CHECK] = Method(lambda payload: health(api, payload), "health")
-    return made
+    by_path[HEALTH_CHECK] = Method(lambda payload: health(api, payload), "health")
+    return by_path
 
 
 def health(api: Api, payload: bytes) -> bytes:

@@ -62,8 +62,7 @@ class GrpcFront:
         self._api = api
         self._door = Door(DIALECT, api.engine, api.grpc, api.tracer)
         self._is_open = api.grpc.gate.is_open
-        self._is_ending = False
-        # Those that came after that.
+        self._is_ending = False  # whoever comes then is late
         self._late: deque[tuple[int, int, str]] = deque()
         self._max_message_size = min(api.limits.max_grpc_message_size, api.limits.max_inflight_bytes)
         self._raw = raw

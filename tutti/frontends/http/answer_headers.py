@@ -23,12 +23,12 @@ _numbers = itertools.count(1)
 _PLACES = tuple([b"%x\r\n\r\n" % place for place in range(256)])
 
 
-def id_of(given: bytes) -> bytes:
+def id_of(sent: bytes) -> bytes:
     """What a client has sent as its request's id, where it may come back: no more than 128 visible characters of ASCII.
 
     Else b"".
     """
-    return given if _MAY_BE_ID.fullmatch(given) else b""
+    return sent if _MAY_BE_ID.fullmatch(sent) else b""
 
 
 def new_id() -> bytes:
@@ -45,9 +45,9 @@ def place(number: int) -> bytes:
     return _PLACES[number] if number < len(_PLACES) else b"%x\r\n\r\n" % number
 
 
-def request_id(own: str) -> bytes:
-    """The header's value for a request that came without: its own id, where it has one, else a new one."""
-    return (id_of(own.encode("utf-8", "replace")) if own else b"") or b"%b%x" % (_PREFIX, next(_numbers))
+def request_id(body_id: str) -> bytes:
+    """The header's value for a request that came without: the id in its body, where it has one, else a new one."""
+    return (id_of(body_id.encode("utf-8", "replace")) if body_id else b"") or b"%b%x" % (_PREFIX, next(_numbers))
 
 
 # What is quick takes one of few times, again and again: hundredths of milliseconds are all that is told.

@@ -79,7 +79,7 @@ def groups(calls: Sequence[Call], now_ns: int) -> list[list[Call]]:
     """Calls that are alike, in the order of their first ones."""
     if len(calls) == 1:
         return [[calls[0]]]
-    found: list[list[Call]] = []
+    grouped: list[list[Call]] = []
     begun: dict[Hashable, list[Call] | None] = {}
     for call in calls:
         key = _key(call, now_ns)
@@ -87,10 +87,10 @@ def groups(calls: Sequence[Call], now_ns: int) -> list[list[Call]]:
         if group is not None:
             group.append(call)
             continue
-        found.append([call])
+        grouped.append([call])
         if key not in begun:
-            begun[key] = found[-1] if _may_join(call.request) else None
-    return found
+            begun[key] = grouped[-1] if _may_join(call.request) else None
+    return grouped
 
 
 def _key(call: Call, now_ns: int) -> Hashable:
@@ -223,7 +223,7 @@ class Unpacking:
 
     data: memoryview
     find: Find
-    at: int = 0
+    offset: int = 0
 
     def tensors(self, heads: Sequence[Head]) -> list[Tensor]:
         """The tensors of one request, or of one answer."""
@@ -232,8 +232,8 @@ class Unpacking:
             if place is not None:
                 raw = self.find(place, size)
             else:
-                raw = self.data[self.at : self.at + size]
-                self.at += size
+                raw = self.data[self.offset : self.offset + size]
+                self.offset += size
             tensors.append(Tensor(name, datatype, shape, raw))
         return tensors
 
@@ -255,8 +255,8 @@ class Unpacking:
         deadlines = [now_ns + left for left in entry.left_ns]
         joined: list[Raw] = []
         for _, _, _, size, _ in entry.heads:
-            joined.append(self.data[self.at : self.at + size * entry.requests])
-            self.at += size * entry.requests
+            joined.append(self.data[self.offset : self.offset + size * entry.requests])
+            self.offset += size * entry.requests
         return Joined(entry, joined, deadlines, signature, 0, entry.requests)
 
     def answers(self, answered: Answered) -> list[Answer]:
@@ -278,17 +278,17 @@ def _split(model: str, version: str, outputs: list[Tensor], sizes: Sequence[int]
     if all(tensor.datatype != "BYTES" for tensor in outputs):
         return rows.parts(model, version, Columns(outputs), sizes)
     parts = zip(*[rows.split(output, sizes) for output in outputs], strict=True)
-    return [InferResponse(model, version, list(own)) for own in parts]
+    return [InferResponse(model, version, list(part)) for part in parts]
 
 
 def pack_answers(calls: Sequence[Call], lend: Lend, pieces: list[Raw]) -> list[Answered]:
     """The answers of calls whose tokens are numbers, or a Joined's, which has succeeded."""
     packed = []
-    at = 0
-    while at < len(calls):
-        stop, first, sizes = _run(calls, at)
-        answer: Any = calls[at].answer
-        times, arrived_ns = calls[at].times, calls[at].arrived_ns
+    start = 0
+    while start < len(calls):
+        stop, first, sizes = _run(calls, start)
+        answer: Any = calls[start].answer
+        times, arrived_ns = calls[start].times, calls[start].arrived_ns
         spent = tuple(times.spent(arrived_ns)) if times is not None else None
         if isinstance(answer, InferError):
             packed.append(Answered(first, (), answer, spent))
@@ -296,9 +296,9 @@ def pack_answers(calls: Sequence[Call], lend: Lend, pieces: list[Raw]) -> list[A
             last: Any = calls[stop - 1].answer
             heads = tuple(_heads(answer, last.stop, lend, pieces))
             head = answer.model_name, answer.model_version, answer.parameters, heads, answer.is_null
-            queues_ns = _queues_ns(calls[at:stop], spent) if spent is not None and stop - at > 1 else ()
+            queues_ns = _queues_ns(calls[start:stop], spent) if spent is not None and stop - start > 1 else ()
             packed.append(Answered(first, sizes, head, spent, queues_ns))
-        at = stop
+        start = stop
     return packed
 
 
@@ -310,28 +310,28 @@ def _queues_ns(calls: Sequence[Call], spent: tuple[Any, ...]) -> tuple[int, ...]
     return tuple([spent[0] + first_ns - call.arrived_ns for call in calls])
 
 
-def _run(calls: Sequence[Call], at: int) -> tuple[int, int, tuple[int, ...]]:
-    """(where the calls end that have one answer with the one at `at`, its number, the rows of each if there are more).
+def _run(calls: Sequence[Call], start: int) -> tuple[int, int, tuple[int, ...]]:
+    """(where the calls end that share the answer of the one at `start`, its number, the rows of each of several).
 
     They follow one another in their numbers and in the rows of one batch.
     """
-    token, answer = calls[at].token, calls[at].answer
+    token, answer = calls[start].token, calls[start].answer
     if isinstance(token, Joined):
-        return at + 1, token.first, (token.rows,) * len(token)
-    if at + 1 == len(calls):
-        return at + 1, token, ()
+        return start + 1, token.first, (token.rows,) * len(token)
+    if start + 1 == len(calls):
+        return start + 1, token, ()
     sizes: list[int] = []
     columns = answer.columns if isinstance(answer, InferResponse) else None
     if columns is not None:
         begin = answer.start  # type: ignore[union-attr]
-        for call in calls[at:]:
+        for call in calls[start:]:
             other: Any = call.answer
             is_next = call.token == token + len(sizes) and isinstance(other, InferResponse)
             if not is_next or other.columns is not columns or other.start != begin or other.parameters:
                 break
             begin = other.stop
             sizes.append(other.stop - other.start)
-    return (at + len(sizes), token, tuple(sizes)) if len(sizes) > 1 else (at + 1, token, ())
+    return (start + len(sizes), token, tuple(sizes)) if len(sizes) > 1 else (start + 1, token, ())
 
 
 def _heads(answer: InferResponse, stop: int, lend: Lend, pieces: list[Raw]) -> list[Head]:

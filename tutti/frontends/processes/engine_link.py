@@ -81,9 +81,9 @@ class EngineSide:
             await asyncio.sleep(0.005)
 
     def close(self) -> None:
-        for own in (self._accepting, self._giving_back):
-            if own is not None:
-                own.cancel()
+        for task in (self._accepting, self._giving_back):
+            if task is not None:
+                task.cancel()
         for task in self._meeting:
             task.cancel()
 
@@ -103,22 +103,22 @@ class EngineSide:
         """Calls for several requests each, where their model joins those anyway, else one for each."""
         unpacking = Unpacking(data, end.find)
         now = now_ns()
-        found: list[Call] = []
+        calls: list[Call] = []
         for values in entries:
             entry = Entry(*values)
             if entry.requests == 1:
-                found.append(unpacking.single(entry, end, now))
+                calls.append(unpacking.single(entry, end, now))
                 continue
             if len(self._signatures) >= _MAX_SIGNATURES:
                 self._signatures.clear()
             joined = unpacking.entry(entry, now, self._signatures)
             together = self._together(entry)
             if together == 1:
-                found += joined.alone(end)
+                calls += joined.alone(end)
                 continue
             for start in range(0, len(joined), together):
-                found.append(joined.part(start, start + together).call(end))
-        return found
+                calls.append(joined.part(start, start + together).call(end))
+        return calls
 
     def forget(self, end: "EngineEnd") -> None:
         """It has gone."""
@@ -244,7 +244,7 @@ class EngineEnd(End, Follower):
                 self._end_raw(call)
             elif isinstance(call.answer, InferError):  # one of them may be to blame: others are not to pay for it
                 again += token.alone(self)
-                self.open.update((one.token, one) for one in again[-len(token) :])
+                self.open.update((single.token, single) for single in again[-len(token) :])
             else:
                 self.open.pop(token.first, None)
                 plain.append(call)
@@ -279,7 +279,7 @@ class EngineEnd(End, Follower):
     def _cancel(self, number: int) -> None:
         call = self.open.get(number)
         if call is None or isinstance(call.token, Joined):
-            call = next((one for one in self.open.values() if _stands_for(one, number)), None)
+            call = next((other for other in self.open.values() if _stands_for(other, number)), None)
         if call is None:
             return
         if isinstance(call.token, Joined):

@@ -59,8 +59,8 @@ class Frames(asyncio.BufferedProtocol):
         if self._large_end == len(self._large):
             frame, self._large = self._large, None
             values_size, _ = _HEAD.unpack_from(frame)
-            at = _HEAD.size + values_size
-            self.handle(pickle.loads(frame[_HEAD.size : at]), frame[at:])
+            end = _HEAD.size + values_size
+            self.handle(pickle.loads(frame[_HEAD.size : end]), frame[end:])
 
     def send(self, values: Any, pieces: Sequence[Raw] = ()) -> None:
         """From any thread. The pieces, one after the other, are the frame's bytes; they must not change."""
@@ -96,35 +96,35 @@ class Frames(asyncio.BufferedProtocol):
         self.woken()
 
     def _take_frames(self) -> None:
-        at, end, received, head_size = self._start, self._end, self._received, _HEAD.size
-        while end - at >= head_size:
-            values_size, size = _HEAD.unpack_from(received, at)
-            begin = at + head_size + values_size
+        start, end, received, head_size = self._start, self._end, self._received, _HEAD.size
+        while end - start >= head_size:
+            values_size, size = _HEAD.unpack_from(received, start)
+            begin = start + head_size + values_size
             stop = begin + size
             if stop > end:
-                self._await(at, stop - at)
+                self._await(start, stop - start)
                 return
-            self.handle(pickle.loads(received[at + head_size : begin]), memoryview(bytes(received[begin:stop])))
-            at = stop
-        if at == end:
+            self.handle(pickle.loads(received[start + head_size : begin]), memoryview(bytes(received[begin:stop])))
+            start = stop
+        if start == end:
             self._start = self._end = 0
         else:
-            self._await(at, 0)
+            self._await(start, 0)
 
-    def _await(self, at: int, size: int) -> None:
-        """Make room for the rest of the frame that begins at `at`, of `size` bytes where that is known."""
-        received, have = self._received, self._end - at
+    def _await(self, start: int, size: int) -> None:
+        """Make room for the rest of the frame that begins at `start`, of `size` bytes where that is known."""
+        received, have = self._received, self._end - start
         if size > len(received) // 2:
             large: Any = np.empty(size, np.uint8)
             self._large = memoryview(large)
-            self._large[:have] = received[at : self._end]
+            self._large[:have] = received[start : self._end]
             self._large_end = have
             self._start = self._end = 0
             return
-        if len(received) - at < max(size, len(received) // 2):
-            received[:have] = bytes(received[at : self._end])
-            at, self._end = 0, have
-        self._start = at
+        if len(received) - start < max(size, len(received) // 2):
+            received[:have] = bytes(received[start : self._end])
+            start, self._end = 0, have
+        self._start = start
 
     def _write(self, frame: list[Raw]) -> None:
         if self._transport is not None and not self._transport.is_closing():

@@ -117,15 +117,15 @@ class FrontEnd:
     async def connect(self, folder: Path) -> None:
         """Send to the engine whose sockets are in `folder` from now on. Raises OSError when it does not listen."""
         connection = _Connection(self)
-        own = socket.socket(socket.AF_UNIX)
-        own.setblocking(False)
+        unix_socket = socket.socket(socket.AF_UNIX)
+        unix_socket.setblocking(False)
         try:
-            await self._loop.sock_connect(own, str(folder / "engine"))
-            connection.greet(own)
-            await connection.meet(own)
-            await self._loop.create_unix_connection(lambda: connection, sock=own)
+            await self._loop.sock_connect(unix_socket, str(folder / "engine"))
+            connection.greet(unix_socket)
+            await connection.meet(unix_socket)
+            await self._loop.create_unix_connection(lambda: connection, sock=unix_socket)
         except BaseException:
-            connection.give_up(own)
+            connection.give_up(unix_socket)
             raise
         await connection.follows.wait()
         before = self._connection

@@ -95,14 +95,14 @@ class FrontEnds:
         """Hold a port for the processes, which share it. Raises OSError when another server has it, naming it."""
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         check_free(host, port, family, name)
-        one = socket.socket(family)
+        listener = socket.socket(family)
         # Connections that the last server closed hold the port for a minute: only a socket with the option that
         # server's had may have it before, and that server may have been of another kind.
         for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
-            one.setsockopt(socket.SOL_SOCKET, option, 1)
-        one.bind((host, port))
-        self._reserved.append(one)
-        return int(one.getsockname()[1])
+            listener.setsockopt(socket.SOL_SOCKET, option, 1)
+        listener.bind((host, port))
+        self._reserved.append(listener)
+        return int(listener.getsockname()[1])
 
     def start(self, task: Path) -> None:
         """Let them begin; the first time, they listen once they are told of an engine."""
@@ -120,13 +120,13 @@ class FrontEnds:
         failed = asyncio.create_task(self._failed.wait())
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
-                for one in linked:
-                    await asyncio.wait([one, failed], return_when=asyncio.FIRST_COMPLETED)
+                for link in linked:
+                    await asyncio.wait([link, failed], return_when=asyncio.FIRST_COMPLETED)
         except TimeoutError:
             raise OSError(f"a front-end process did not start in {START_TIMEOUT_S:g} s") from None
         finally:
-            for one in (*linked, failed):
-                one.cancel()
+            for waiting in (*linked, failed):
+                waiting.cancel()
         if self._failed.is_set():
             raise OSError("a front-end process did not start")
         self._has_opened = True
@@ -150,8 +150,8 @@ class FrontEnds:
             self.kill()
             for keeper in late:
                 keeper.cancel()
-        for one in self._reserved:
-            one.close()
+        for listener in self._reserved:
+            listener.close()
 
     def kill(self) -> None:
         for place in self._places:

@@ -56,22 +56,22 @@ class Buddies:
             have *= 2
             if have > self._size:
                 return None
-        at = min(self._free[have])
-        self._free[have].remove(at)
+        offset = min(self._free[have])
+        self._free[have].remove(offset)
         while have > wanted:
             have //= 2
-            self._free.setdefault(have, set()).add(at + have)
-        self._taken[at] = wanted
-        return at
+            self._free.setdefault(have, set()).add(offset + have)
+        self._taken[offset] = wanted
+        return offset
 
-    def give(self, at: int) -> None:
-        """The stretch that began at `at` is free again."""
-        size = self._taken.pop(at)
-        while size < self._size and at ^ size in self._free.get(size, ()):
-            self._free[size].remove(at ^ size)
-            at &= ~size
+    def give(self, offset: int) -> None:
+        """The stretch that began at `offset` is free again."""
+        size = self._taken.pop(offset)
+        while size < self._size and offset ^ size in self._free.get(size, ()):
+            self._free[size].remove(offset ^ size)
+            offset &= ~size
             size *= 2
-        self._free.setdefault(size, set()).add(at)
+        self._free.setdefault(size, set()).add(offset)
 
 
 class Arena:
@@ -170,8 +170,8 @@ class Borrowed:
 
     def view(self, place: Place, size: int) -> memoryview:
         """The bytes at a place, once for each time they were lent."""
-        block, at = place
-        return _leased(self, self._memory[at : at + size], block)
+        block, offset = place
+        return _leased(self, self._memory[offset : offset + size], block)
 
 
 class _Lease:

@@ -69,9 +69,9 @@ class Api:
         # What may wait for long, as a load, has threads of its own: it must not use up others'.
         self.control = Pool(_MOST_CONTROL_CALLS, "control")
 
-    async def in_thread(self, do: Callable[..., T], *given: Any) -> T:
+    async def in_thread(self, do: Callable[..., T], *arguments: Any) -> T:
         """Call what may wait for long in one of the threads for that."""
-        return await asyncio.get_running_loop().run_in_executor(self.control, do, *given)
+        return await asyncio.get_running_loop().run_in_executor(self.control, do, *arguments)
 
     def close(self) -> None:
         """Write what is left of the traces and of the log of requests, and let go of clients' memory."""

@@ -73,7 +73,7 @@ class Leader:
             return
         with self._answered:
             self._answered.wait_for(
-                lambda: all(one.followed >= number or one.has_ended for one in followers), PATIENCE_S
+                lambda: all(follower.followed >= number or follower.has_ended for follower in followers), PATIENCE_S
             )
 
 

@@ -20,16 +20,16 @@ def decode(config: ModelConfig, version: str, body: bytes) -> InferRequest:
     """Raises InvalidArgument naming the model and the member."""
     name = config.name
     try:
-        given = json_values.parse_json(body)
+        members = json_values.parse_json(body)
     except ValueError as error:
         raise InvalidArgument(f"model '{name}': the request's JSON does not parse: {error}") from None
-    if not isinstance(given, dict):
+    if not isinstance(members, dict):
         raise InvalidArgument(f"model '{name}': the request's JSON: expected an object")
     specs = {spec.name: spec for spec in config.inputs}
-    _check_members(name, given, specs, body)
+    _check_members(name, members, specs, body)
     inputs: dict[str, Tensor] = {}
     parameters: Parameters = {}
-    for key, value in given.items():
+    for key, value in members.items():
         if key in specs:
             inputs[key] = _tensor(config, specs[key], value)
         elif key == "parameters":
@@ -37,15 +37,15 @@ def decode(config: ModelConfig, version: str, body: bytes) -> InferRequest:
         else:
             parameters[key] = value
     rules.check_parameters(name, parameters, body)
-    request_id = given.get("id", "")
+    request_id = members.get("id", "")
     if not isinstance(request_id, str):
         raise InvalidArgument(f"model '{name}': 'id': expected a string")
     return InferRequest(name, inputs, version, request_id, (), parameters)
 
 
-def _check_members(name: str, given: dict[str, Any], specs: dict[str, TensorSpec], body: bytes) -> None:
+def _check_members(name: str, members: dict[str, Any], specs: dict[str, TensorSpec], body: bytes) -> None:
     """Raises InvalidArgument for an input that the JSON object has more than once, where the reader keeps the last."""
-    if all(body.count(b'"%s"' % key.encode()) < 2 for key in specs if key in given):
+    if all(body.count(b'"%s"' % key.encode()) < 2 for key in specs if key in members):
         return
     seen: set[str] = set()
     try:

@@ -49,8 +49,8 @@ def parse_json(text: Raw) -> Any:
 def _check_values(text: Raw) -> None:
     """Before it is parsed: each value takes up to forty times its text. Raises ValueError."""
     containers = values = 0
-    for at in range(0, len(text), _COUNTED_AT_ONCE):
-        piece = bytes(text[at : at + _COUNTED_AT_ONCE])
+    for start in range(0, len(text), _COUNTED_AT_ONCE):
+        piece = bytes(text[start : start + _COUNTED_AT_ONCE])
         containers += piece.count(b"[") + piece.count(b"{")
         values += piece.count(b",")
     if containers > MAX_CONTAINERS or values > MAX_VALUES:
@@ -81,8 +81,8 @@ def from_json(model: str, name: str, datatype: str, shape: Shape, data: Any) -> 
     """The numpy array of a JSON value. Raises InvalidArgument."""
     flat: list[Any] = []
     if not _flatten(data if isinstance(data, list) else [data], flat, MAX_NESTING):
-        what = f"JSON nesting depth exceeds maximum allowed limit ({MAX_NESTING})"
-        raise invalid(model, f"input '{name}': {what}: 'data' is nested more than that")
+        problem = f"JSON nesting depth exceeds maximum allowed limit ({MAX_NESTING})"
+        raise invalid(model, f"input '{name}': {problem}: 'data' is nested more than that")
     if len(flat) != math.prod(shape):
         raise invalid(
             model,
@@ -90,10 +90,10 @@ def from_json(model: str, name: str, datatype: str, shape: Shape, data: Any) -> 
             f"{math.prod(shape)} elements for shape {list(shape)}, got {len(flat)}",
         )
     if datatype in ("FP16", "BF16") and flat:
-        what = (
+        problem = (
             f"receiving {datatype} data via JSON is not supported. Please use the binary data format for input {name}"
         )
-        raise invalid(model, f"{what}: its data must be binary")
+        raise invalid(model, f"{problem}: its data must be binary")
     if datatype == "BYTES":
         return _text_array(model, name, flat).reshape(shape)
     kind = dtypes.NUMPY[datatype].kind
@@ -151,11 +151,11 @@ def _text_array(model: str, name: str, flat: list[Any]) -> Any:
 
 def texts(model: str, name: str, elements: Iterable[Any]) -> list[str]:
     """BYTES elements as JSON has them. Raises InvalidArgument for what is no UTF-8: other bytes would come out."""
-    found = []
+    decoded = []
     for element in elements:
         try:
-            found.append(element.decode() if isinstance(element, bytes) else str(element))
+            decoded.append(element.decode() if isinstance(element, bytes) else str(element))
         except UnicodeDecodeError as error:
-            what = f"element {len(found)} is no UTF-8, and JSON cannot carry it: ask for binary data ({error})"
-            raise invalid(model, f"output '{name}': {what}") from None
-    return found
+            problem = f"element {len(decoded)} is no UTF-8, and JSON cannot carry it: ask for binary data ({error})"
+            raise invalid(model, f"output '{name}': {problem}") from None
+    return decoded

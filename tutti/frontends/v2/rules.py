@@ -99,17 +99,17 @@ def _check_float(model: str, key: str, value: float, text: Raw) -> None:
         raise invalid(model, f"parameter '{key}': {int(value)} does not fit 64 bits")
 
 
-def shared_region(model: str, what: str, parameters: Mapping[str, Any]) -> SharedRegion | None:
+def shared_region(model: str, tensor: str, parameters: Mapping[str, Any]) -> SharedRegion | None:
     """The shared memory that a tensor's parameters name, if they name any. Raises InvalidArgument."""
     name = parameters.get("shared_memory_region")
     if name is None:
         return None
     size, offset = parameters.get("shared_memory_byte_size"), parameters.get("shared_memory_offset", 0)
     if not isinstance(name, str):
-        raise invalid(model, f"{what}: 'shared_memory_region': expected a name")
+        raise invalid(model, f"{tensor}: 'shared_memory_region': expected a name")
     for key, value in (("shared_memory_byte_size", size), ("shared_memory_offset", offset)):
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**62:
-            raise invalid(model, f"{what}: '{key}': expected a whole number, got {value!r}")
+            raise invalid(model, f"{tensor}: '{key}': expected a whole number, got {value!r}")
     assert isinstance(size, int) and isinstance(offset, int)
     return SharedRegion(name, offset, size)
 

@@ -54,25 +54,25 @@ class Segment:
 
     def read(self, offset: int, size: int) -> bytes:
         parts = []
-        at = self._offset + offset
-        end = at + size
-        while at < end:
-            part = os.pread(self._descriptor, end - at, at)
+        position = self._offset + offset
+        end = position + size
+        while position < end:
+            part = os.pread(self._descriptor, end - position, position)
             if not part:
                 raise self._too_short()
             parts.append(part)
-            at += len(part)
+            position += len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def write(self, offset: int, data: Raw) -> None:
-        at = self._offset + offset
-        if at + len(data) > self.size():
+        position = self._offset + offset
+        if position + len(data) > self.size():
             raise self._too_short()
         view = memoryview(data)
         while view:
-            written = os.pwrite(self._descriptor, view, at)
+            written = os.pwrite(self._descriptor, view, position)
             view = view[written:]
-            at += written
+            position += written
 
     def close(self) -> None:
         os.close(self._descriptor)
