@@ -14,12 +14,11 @@ from contextlib import contextmanager
 
 from tutti.core.errors import InferError, OutOfMemory
 from tutti.devices.arena import Arena
-from tutti.devices.exclusive import Exclusive
 from tutti.devices.executions import Executions
-from tutti.devices.hang_watch import HangWatch
+from tutti.devices.granting import Granting
 from tutti.devices.health import DeviceHealth
 from tutti.devices.interface import Device, Event, Stream
-from tutti.devices.jobs import Job, Times
+from tutti.devices.jobs import Job
 from tutti.devices.launching import Launching
 from tutti.devices.loss import Loss
 from tutti.devices.offers import Offers
@@ -52,14 +51,14 @@ class DeviceEngine:
         self._loss = loss = Loss(device.name)
         self._staging = Staging(device, owned_bytes)
         self._timing = Timing(device, self._staging)
-        self._executions = Executions(self._is_there)
-        self._launching = Launching(device, self._staging, self._meant)
-        self._offers = Offers(device, self._lock, loss, self._executions, self._timing, self._is_shared)
-        self._exclusive = Exclusive(device, self._lock, loss, self._is_clear, self.report, self._grant)
-        self._watch = HangWatch(device, self._lock, loss, self._executions.granted, self._lose)
+        self._executions = Executions(lambda batch: batch.copied is None or device.is_reached(batch.copied))
         # Batches whose outputs are being copied.
         self._leaving: set[Batch] = set()
-        self._grant_ns = 0
+        self._launching = Launching(device, self._staging, self._meant)
+        self._offers = Offers(device, self._lock, loss, self._executions, self._timing)
+        self._granting = Granting(
+            device, self._lock, loss, self._executions, self._leaving, self._timing, self._offers, self
+        )
         # Others see devices fail, too: the driver's reports, and models that compute on their own.
         self._end_listening = health.listen(self._failed)
 
@@ -83,7 +82,7 @@ class DeviceEngine:
         return pipeline
 
     def pipelines(self) -> list[Pipeline]:
-        """Those of now. Takes no lock, which a device that hangs may hold: to copy a list is one step."""
+        """The pipelines of now. Takes no lock, which a device that hangs may hold: to copy a list is one step."""
         return list(self._offers.pipelines)
 
     def submit(self, pipeline: Pipeline, job: Job, is_again: bool = False) -> None:
@@ -141,7 +140,7 @@ class DeviceEngine:
             if not self._loss.reason:
                 pipeline.turns.append(turn)
                 self._executions.ask(pipeline)
-        self._grant()
+        self._granting.grant()
         while not self._loss.reason and not turn.granted.wait(timeout=1):
             pass  # a device that is lost grants nothing
         if self._loss.reason:
@@ -159,15 +158,15 @@ class DeviceEngine:
             if turn in self._executions.granted:
                 turn.pipeline.execution.record(1, max(1, now - turn.began_ns))
                 self._charge(turn, device_ns)
-        self._grant()
+        self._granting.grant()
 
     def alone(self, work: Callable[[], None]) -> None:
         """Have `work` run in the submitting thread while nothing else is under way on the device. Does not wait.
 
         It runs, too, when the device is lost, and then meets what every call meets.
         """
-        self._exclusive.add(work)
-        self._grant()
+        self._granting.exclusive.add(work)
+        self._granting.grant()
 
     def stream_of(self, pipeline: Pipeline) -> Stream:
         """What its batches execute on, for what is to be prepared there. In the submitting thread."""
@@ -181,7 +180,7 @@ class DeviceEngine:
         """What a library's own thread has met: why the device is lost with it, "" where it is not."""
         reason = self.device.fault(error)
         if reason:
-            self._lose(reason)
+            self.lose(reason)
         return reason
 
     @property
@@ -218,10 +217,11 @@ class DeviceEngine:
             self._timing.staged(batch)
             pipeline.staged.append(batch)
             self._executions.ask(pipeline)
-        if not self._grant_turns():
+        if not self._granting.grant_turns():
             self._offers.offer_all()  # else those that are launched do, later: somebody waits for them
 
-    def _launch(self, batch: Batch) -> None:
+    def launch(self, batch: Batch) -> None:
+        """Submit a batch whose turn it is. In the submitting thread."""
         if self._loss.reason:
             return
         pipeline, device = batch.pipeline, self.device
@@ -239,7 +239,7 @@ class DeviceEngine:
                     device.notify(left, pipeline.out_stream, lambda error: self._left(batch, left, error))
                 device.notify(batch.ends, pipeline.stream, lambda error: self._executed(batch, error))
         except Exception as error:
-            self._lose_by(error)
+            self.lose_by(error)
             return
         try:
             self._offers.offer_all()
@@ -274,15 +274,15 @@ class DeviceEngine:
                 self._charge(batch, self._timing.executed(batch))
                 is_over = batch not in self._leaving
         except Exception as failure:
-            self._lose_by(failure)
+            self.lose_by(failure)
             return
         if is_over:
             self._end(batch)
-        self._grant()
+        self._granting.grant()
 
     def _left(self, batch: Batch, left: Event, error: Exception | None) -> None:
         if error is not None:
-            self._lose_by(error)
+            self.lose_by(error)
             return
         with self._lock:
             if self._loss.reason:
@@ -292,7 +292,7 @@ class DeviceEngine:
             is_over = batch not in self._executions.granted  # its execution's notice comes from another thread
         if is_over:
             self._end(batch)
-        self._grant()
+        self._granting.grant()
 
     def _done(self, batch: Batch, left: Event, error: Exception | None) -> None:
         """A batch that is by itself has executed, and its outputs have left: its caller comes first."""
@@ -306,10 +306,10 @@ class DeviceEngine:
                 self._staging.recycle(left, is_urgent=batch.is_urgent)
                 self._leaving.discard(batch)
         except Exception as failure:
-            self._lose_by(failure)
+            self.lose_by(failure)
             return
         self._end(batch)
-        self._grant()
+        self._granting.grant()
 
     def _charge(self, execution: Execution, device_ns: int) -> None:
         pipeline = execution.pipeline
@@ -317,74 +317,13 @@ class DeviceEngine:
         self.model_ns[pipeline.name] = self.model_ns.get(pipeline.name, 0) + device_ns
         self._executions.ended(execution, device_ns, self.device.now_ns())
 
-    def _finish(self, batch: Batch) -> None:
-        if batch.error is not None:
-            batch.drop_tensors()
-            if batch.out_block is not None:
-                self._staging.arena.give(batch.out_block)
-            batch.job.fail(batch.error)
-            return
-        times = Times(batch.submitted_ns, batch.execution_start_ns, batch.executed_ns)
-        batch.job.finish(self._launching.outputs(batch), times)
-
-    # Decisions, and what they lead to. From any thread.
-
-    def _grant(self) -> None:
-        """Launch what may be launched, and let pipelines take other batches."""
-        self._grant_turns()
-        self._offers.offer_all()
-
-    def _grant_turns(self) -> int:
-        """Returns how many batches are launched next."""
-        batches = 0
-        try:
-            with self._lock:
-                while (execution := self._next()) is not None:
-                    self._executions.grant(execution, self.device.now_ns(), self._timing.copies_end_ns)
-                    if isinstance(execution, Turn):
-                        execution.granted.set()
-                    elif isinstance(execution, Batch):
-                        batches += 1
-                        self.device.post(lambda batch=execution: self._launch(batch))  # type: ignore[misc]
-        except Exception as error:  # events of a device that is lost say so
-            self._lose_by(error)
-        self._watch.begin()
-        return batches
-
-    def _next(self) -> Execution | None:
-        if self._loss.reason or self._exclusive.is_running or not self._exclusive.start():
-            return None
-        decision = self._executions.next(self.device.now_ns(), self._is_shared())
-        if not isinstance(decision, int):
-            return decision
-        if decision and (not self._grant_ns or decision < self._grant_ns):
-            self._grant_ns = decision
-            self.device.alarm(decision - self.device.now_ns(), self._grant_at_last)
-        return None
-
-    def _grant_at_last(self) -> None:
-        with self._lock:
-            self._grant_ns = 0
-        self._grant()
-
-    def _is_there(self, batch: Batch) -> bool:
-        return batch.copied is None or self.device.is_reached(batch.copied)
-
-    def _is_clear(self) -> bool:
-        return not self._executions.granted and not self._leaving
-
-    def _is_shared(self) -> bool:
-        """Whether several pipelines have work."""
-        held = [execution.pipeline for execution in self._executions.granted if isinstance(execution, Turn)]
-        return sum([p.open > 0 or self._executions.is_asking(p) or p in held for p in self._offers.pipelines]) > 1
-
     # Endings.
 
     def _end(self, batch: Batch) -> None:
         """It has executed, and its outputs have left, which may be its inputs' memory."""
         self._staging.give_back(batch)
         try:
-            self._finish(batch)
+            self._launching.finish(batch)
         finally:
             self._forget(batch)
 
@@ -405,7 +344,7 @@ class DeviceEngine:
         batch.drop_tensors()
         batch.job.fail(error)
         self._forget(batch)
-        self._grant()
+        self._granting.grant()
 
     def _meant(self, error: Exception, pipeline: Pipeline) -> Exception:
         """What an error means for a batch. Where the device is lost with it, that is told to all."""
@@ -417,16 +356,16 @@ class DeviceEngine:
             return self._loss.error(pipeline)
         return error.with_traceback(None)  # which would keep the batch's tensors
 
-    def _lose_by(self, error: Exception) -> None:
+    def lose_by(self, error: Exception) -> None:
         """The device is lost with an error of a call that fails on no device that works."""
         if not self._loss.reason:
-            self._lose(self.device.fault(error) or f"{type(error).__name__}: {error}")
+            self.lose(self.device.fault(error) or f"{type(error).__name__}: {error}")
 
     def _failed(self, device: str, reason: str) -> None:
         if device == self.device.name:
-            self._lose(reason)
+            self.lose(reason)
 
-    def _lose(self, reason: str) -> None:
+    def lose(self, reason: str) -> None:
         """The device answers no more: say so first, then fail all that is under way."""
         with self._lock:
             if self._loss.reason:
@@ -442,7 +381,7 @@ class DeviceEngine:
                 for waiting in (pipeline.submitted, pipeline.staged, pipeline.turns):
                     waiting.clear()  # type: ignore[attr-defined]
             self._leaving.clear()
-            self._exclusive.start()
+            self._granting.exclusive.start()
         self._health.fail(self.device.name, reason)
         for turn in turns:
             turn.granted.set()

@@ -42,8 +42,10 @@ class Executions:
             self._shares.asks(pipeline)
             self._asking[pipeline] = None
 
-    def is_asking(self, pipeline: Pipeline) -> bool:
-        return pipeline in self._asking
+    def are_shared(self, pipelines: Sequence[Pipeline]) -> bool:
+        """Whether several of the pipelines have work."""
+        held = [execution.pipeline for execution in self.granted if isinstance(execution, Turn)]
+        return sum([p.open > 0 or p in self._asking or p in held for p in pipelines]) > 1
 
     def next(self, now_ns: int, is_shared: bool) -> Execution | int:
         """What is launched now, with its turn granted; else when to ask again, 0 for when something has ended.

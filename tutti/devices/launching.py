@@ -1,13 +1,13 @@
-"""What is submitted to a device for a batch whose turn it is: its execution, and the copies of its outputs.
+"""What is submitted to a device for a batch whose turn it is, its execution and the copies of its outputs; and its end.
 
-In the submitting thread, which waits for none of it. An error is the batch's, whose memory what was submitted before
-still uses.
+The submitting thread waits for none of it. An error belongs to the batch; what was submitted before the error still
+uses the memory of the batch.
 """
 
 from collections.abc import Callable, Sequence
 
 from tutti.devices.interface import Device, DeviceArray, Event, Stream
-from tutti.devices.jobs import Made, aligned, offsets
+from tutti.devices.jobs import Made, Times, aligned, offsets
 from tutti.devices.pipeline import Batch, Pipeline
 from tutti.devices.staging import Staging
 
@@ -35,7 +35,7 @@ class Launching:
         return None
 
     def _launched(self, batch: Batch, stream: Stream) -> Sequence[DeviceArray]:
-        """The job's outputs. Those that stay outlive the batch, and its inputs' memory is the next one's then."""
+        """The job's outputs. An output that stays is moved out of the inputs' memory, which the next batch gets."""
         outputs = batch.job.launch(batch.inputs, stream)
         there = batch.slot.there if batch.slot is not None else None
         if there is None:
@@ -69,7 +69,18 @@ class Launching:
         device.record(left, pipeline.out_stream)
         return left
 
-    def outputs(self, batch: Batch) -> list[Made]:
+    def finish(self, batch: Batch) -> None:
+        """Tell the job what has become of it. In the thread that was given notice."""
+        if batch.error is not None:
+            batch.drop_tensors()
+            if batch.out_block is not None:
+                self._staging.arena.give(batch.out_block)
+            batch.job.fail(batch.error)
+            return
+        times = Times(batch.submitted_ns, batch.execution_start_ns, batch.executed_ns)
+        batch.job.finish(self._outputs(batch), times)
+
+    def _outputs(self, batch: Batch) -> list[Made]:
         """What a batch has made, each output on the device or in pinned memory; the batch holds it no longer."""
         arena = self._staging.arena
         on_device = batch.outputs

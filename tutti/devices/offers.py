@@ -1,6 +1,5 @@
 """When a pipeline is told that it takes another batch: as late as staging allows, so that the batch is a large one."""
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 from tutti.devices import pacing
@@ -24,16 +23,13 @@ class Offers:
         loss: Loss,
         executions: Executions,
         timing: Timing,
-        is_shared: Callable[[], bool],
     ) -> None:
-        """`is_shared` says whether several pipelines have work."""
         self.pipelines: list[Pipeline] = []
         self._device = device
         self._lock = lock
         self._loss = loss
         self._executions = executions
         self._timing = timing
-        self._is_shared = is_shared
 
     def offer_all(self) -> None:
         for pipeline in list(self.pipelines):
@@ -71,5 +67,5 @@ class Offers:
         stages = pipeline.stages()
         if self._loss.reason or not self._executions.granted or not stages.execution_ns:
             return now_ns
-        end_ns = self._executions.end_ns - (LEAD_NS if self._is_shared() else 0)
+        end_ns = self._executions.end_ns - (LEAD_NS if self._executions.are_shared(self.pipelines) else 0)
         return pacing.latest_cut_ns(stages, self._timing.copies_end_ns, end_ns) - pipeline.lateness.ns
