@@ -500,7 +500,7 @@ class OnHost(torch.nn.Module):
 
 def test_outputs_that_a_module_makes_elsewhere_come_to_its_device(repository: Repository) -> None:
     from tutti.backends.completion import open_model
-    from tutti.backends.pytorch import Module
+    from tutti.backends.torch_modules import Module
 
     repository.add("same", SAME, {"model.pt": b""})
     config = open_model(repository.root, "same").config

@@ -82,7 +82,7 @@ def test_what_a_device_has_done(repository: Repository, caplog: pytest.LogCaptur
 
 @pytest.mark.usefixtures("simulated_gpu")
 def test_memory_that_is_shared_counts_once(repository: Repository) -> None:
-    from tutti.backends.pytorch import _held_bytes
+    from tutti.backends.torch_modules import _held_bytes
 
     own_bytes = TABLE_BYTES + 4 * 4 + 3 * 4
     assert _held_bytes(Tied()) == own_bytes

@@ -27,7 +27,7 @@ from tests.serving import Gather, engine_over, infer, timer, wait_until
 from tests.tutti.test_isolated import has_ended
 from tests.tutti.test_python_backend import Answers
 from tutti.backends import completion
-from tutti.backends.python import isolated, isolated_process, isolated_wire, loading
+from tutti.backends.python import interpreter, isolated, isolated_process, isolated_wire, loading
 from tutti.core import rows
 from tutti.core.errors import Internal, Unavailable
 from tutti.core.types import Call, Columns, InferRequest, InferResponse, Tensor
@@ -570,9 +570,9 @@ def test_what_cannot_be_started_whole_leaves_nothing(
 ) -> None:
     """As where there are no more descriptors."""
     started: list[subprocess.Popen[bytes]] = []
-    start = isolated_process.Command.start
+    start = interpreter.Command.start
 
-    def noted(command: isolated_process.Command, *given: Any) -> Any:
+    def noted(command: interpreter.Command, *given: Any) -> Any:
         process, lifeline = start(command, *given)
         started.append(process)
         return process, lifeline
@@ -580,7 +580,7 @@ def test_what_cannot_be_started_whole_leaves_nothing(
     def fails(_: int) -> int:
         raise OSError(errno.EMFILE, "Too many open files")
 
-    monkeypatch.setattr(isolated_process.Command, "start", noted)
+    monkeypatch.setattr(interpreter.Command, "start", noted)
     monkeypatch.setattr(os, "pidfd_open", fails)
     add(repository, "m", ECHO)
     before = set(os.listdir("/proc/self/fd"))

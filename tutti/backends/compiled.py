@@ -74,7 +74,7 @@ def _entry(config: ModelConfig, compilation: Compilation, path: Path, device: st
         root, name = artefacts.default_root(), _name(key)
         if not compilation.makes:
             return root / name if artefacts.is_whole(root / name, key) else None
-        wait_s = timeout_s * (2 if rows else 1)  # whoever makes it compiles so often
+        wait_s = timeout_s * (2 if rows else 1)  # who makes the entry compiles twice, if there is a largest batch
         return artefacts.entry(root, name, key, lambda folder: _make(job, folder, rows), wait_s)
     except (CacheError, Uncompilable) as error:
         compilation.failures.add(key["device"])

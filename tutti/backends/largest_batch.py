@@ -28,7 +28,7 @@ def rows_of(config: ModelConfig, how: str, device: str) -> int:
 
 
 def make(job: Job, folder: Path) -> None:
-    """Compile for batches of `job.rows` into a new folder; without one it was in vain."""
+    """Compile for batches of `job.rows` into a new folder, which is gone where that fails."""
     folder.mkdir()
     try:
         compiler.compile_apart(job, folder)

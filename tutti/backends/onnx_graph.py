@@ -34,7 +34,7 @@ class Node:
 
 
 def nodes(tensors: Iterable[Any]) -> dict[str, Node]:
-    """A session's tensors by name. Those of no datatype of Triton's have ONNX Runtime's word for it."""
+    """A session's tensors by name. A type that Triton has no datatype for keeps ONNX Runtime's name."""
     nodes = {}
     for tensor in tensors:
         shape = tuple(size if isinstance(size, int) and size >= 0 else -1 for size in tensor.shape)

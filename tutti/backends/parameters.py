@@ -12,7 +12,8 @@ from tutti.repository.config import ModelConfig
 
 _log = logging.getLogger(__name__)
 
-# Of every backend whose own are known. Those that end in "." are followed by the name of a tensor, or of an option.
+# Read for every backend whose record lists its own. A name that ends in "." stands for all that begin with it: the
+# name of a tensor, or of an option, follows.
 _COMMON = (
     "tutti.bounds", "tutti.max_dims", "tutti.latency_ms", "tutti.cpu_model_filename", "tutti.gpu_model_filename",
     "tutti.cpu_tolerance", "tutti.hang_timeout_s", "tutti.device_turn", "tutti.fallback", "tutti.memory_mb",

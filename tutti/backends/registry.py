@@ -64,7 +64,7 @@ def _loaded_by_another(
     if not isinstance(loaded, list) or not loaded:
         raise ConfigError(f"{subject}: expected a list of instances from load, got {loaded!r:.100}")
     with undone(loaded):
-        # Those that join requests have their outputs checked before these are parted.
+        # A backend that joins requests checks its outputs itself, before it parts them.
         return [
             backend if isinstance(backend, JoinedModel) else around(Checked(folder.config, backend), backend)
             for backend in loaded

@@ -136,9 +136,9 @@ def held_here() -> HeldTurn | None:
 
 @contextmanager
 def given_up(held: HeldTurn | None = None) -> Iterator[None]:
-    """Give up within the block the turn of whoever waits here for another model. Raises DeviceLost at its end.
+    """Within the block, give up the turn of an execution that waits for another model. Raises DeviceLost at its end.
 
-    That is the execution of this thread, else the one that `held` belongs to.
+    It is the execution of this thread, else the one that `held` belongs to.
     """
     turn = held_here() or held
     if turn is None:

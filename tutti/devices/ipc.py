@@ -188,7 +188,7 @@ class CudaIpc:
 
 @contextmanager
 def _named(device: str) -> Iterator[None]:
-    """Turn a failure that is nobody's mistake into an InferError that names the device."""
+    """Turn a failure that is no mistake of the caller's into an InferError that names the device."""
     try:
         yield
     except _Failure as failure:

@@ -146,7 +146,7 @@ class Nvml:
         return True
 
     def _handles(self) -> dict[str, Any]:
-        """Every GPU of the machine by its UUID, in the order of the PCI bus. One that does not answer is left out."""
+        """Every GPU of the machine by its UUID, in the order of the PCI bus. A GPU that does not answer is left out."""
         count = self.read("nvmlDeviceGetCount") or 0
         handles = [self.read("nvmlDeviceGetHandleByIndex", index) for index in range(count)]
         answering = [handle for handle in handles if handle is not None]

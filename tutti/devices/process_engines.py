@@ -21,7 +21,7 @@ def engine_of(name: str) -> DeviceEngine:
 
 
 def engines() -> list[DeviceEngine]:
-    """Those that something runs on, or has."""
+    """The engines of all devices that something has run on."""
     with _lock:
         return list(_engines.values())
 

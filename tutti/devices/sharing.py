@@ -16,7 +16,7 @@ class Shares:
     def __init__(self) -> None:
         self._used: dict[Hashable, float] = {}
         self._weights: dict[Hashable, float] = {}
-        # The share of whoever was chosen last: nobody who asks has less.
+        # The share of the user that was chosen last: no user that asks has a smaller one.
         self._level = 0.0
 
     def add(self, user: Hashable, weight: float = 1.0) -> None:

@@ -278,7 +278,7 @@ class SimulatedDevice:
         self._planned[kind] = after
 
     def fail(self, reason: str) -> None:
-        """Fail for good, now: whoever waits for an event is told."""
+        """Fail for good, now: every wait for an event ends with an error."""
         self._fault = self._fault or reason
         notices, self._notices = self._notices, []
         for _, notice in notices:

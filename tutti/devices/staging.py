@@ -51,7 +51,7 @@ class Staging:
     def stream_of(self, pipeline: Pipeline) -> Stream:
         """What the pipeline's batches execute on: made when it is first asked for, and with it that of its copies."""
         if pipeline.stream is None:
-            # Those of a pipeline that has gone: libraries keep workspaces for each, and a device threads.
+            # A removed pipeline's streams are used again: libraries keep workspaces for each, and a device threads.
             unused = self._unused.get(pipeline.priority)
             pair = unused.pop() if unused else (self._device.stream(pipeline.priority), self._device.stream())
             pipeline.stream, pipeline.out_stream = pair
@@ -65,7 +65,7 @@ class Staging:
             batch.slot = None
 
     def event(self, is_urgent: bool = False) -> Event:
-        """One that nothing refers to."""
+        """An event that nothing refers to."""
         with self._lock:
             if self._events[is_urgent]:
                 return self._events[is_urgent].pop()

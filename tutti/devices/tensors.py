@@ -116,7 +116,7 @@ class DeviceTensor:
     def __dlpack__(
         self, *, stream: Any = None, dl_device: tuple[int, int] | None = None, copy: bool | None = None, **options: Any
     ) -> Any:
-        """The elements are complete, so that it is all one which stream reads them, and which version is asked for."""
+        """The elements are complete, so any stream may read them, and any version may be asked for."""
         if copy or (dl_device is not None and tuple(dl_device) != self.__dlpack_device__()):
             raise BufferError(f"a tensor on {self.device} is exported as it is, where it is")
         return self._capsule()

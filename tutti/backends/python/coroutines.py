@@ -74,7 +74,7 @@ class Coroutines:
 
 
 async def _outcome(work: Coroutine[Any, Any, Any]) -> tuple[Any, BaseException | None]:
-    """Whatever it raises is a value: SystemExit would end the loop, and CancelledError leave whoever waits."""
+    """The result, or what it raises: SystemExit would end the loop, and CancelledError leave its caller waiting."""
     try:
         return await work, None
     except BaseException as error:

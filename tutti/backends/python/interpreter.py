@@ -65,7 +65,7 @@ class Command:
 
 def end(process: "subprocess.Popen[bytes]") -> int | None:
     """End a process, and all that it has started, at once; returns its status, None where a driver holds it."""
-    if process.returncode is None:  # its number may be another's afterwards
+    if process.returncode is None:  # afterwards another process may have its number
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):

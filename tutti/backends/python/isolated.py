@@ -146,7 +146,7 @@ class IsolatedBackend:
             raise ConfigError(f"model '{self._name}': {error}") from None
         process.limit(self._hang_timeout_s)
         self._process = process
-        if self._is_given_up:  # meanwhile: whoever did that has not seen it
+        if self._is_given_up:  # meanwhile: who gave it up has not seen the new process
             process.kill()
             raise ConfigError(f"model '{self._name}': its process was given up while it started")
         return process

@@ -41,7 +41,7 @@ def completed(command: Command, text: str, path: Path, limit_s: float) -> str:
 
 
 def _has_ended_in_time(process: "subprocess.Popen[bytes]", channel: socket.socket, limit_s: float) -> bool:
-    """Wait for a process to end; whoever waits for its channel waits no longer then, or when the time is over.
+    """Wait until a process ends, or the time is over; then shut its channel, so that its reader stops waiting.
 
     The channel's end would not tell: something that the process has started may have it.
     """

@@ -188,7 +188,7 @@ class ModelProcess:
         self._outbox.put(None)
         if self._writer is not None:
             self._writer.join()
-        with self._talking:  # its number may be another's as soon as it is closed
+        with self._talking:  # once it is closed, another file may get its number
             self._calls_channel.close()
         self._side_channel.close()
         self._calls.close()
@@ -233,7 +233,7 @@ class ModelProcess:
         with self._reaping:
             self._kill_group()
         is_readable(self._pidfd, math.inf)  # a driver may hold it: who ends it must not wait for that
-        with self._reaping:  # its number may be another's afterwards
+        with self._reaping:  # afterwards another process may have its number
             self._kill_group()  # what it had started meanwhile
             self._status = self._process.wait()
         for call in list(self._asked.values()):
@@ -241,7 +241,7 @@ class ModelProcess:
         self._fail_open()
         for channel in (self._calls, self._side):
             with contextlib.suppress(OSError):
-                channel.shutdown(socket.SHUT_RDWR)  # whoever executes, or writes, waits no longer
+                channel.shutdown(socket.SHUT_RDWR)  # threads that execute or write stop waiting
 
     def _kill_group(self) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -386,7 +386,7 @@ def _metric(name: str, description: str, kind: int, labels: Any, buckets: Any) -
 def _limit(
     connection: socket.socket, seconds: float, which: Sequence[int] = (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO)
 ) -> None:
-    """Whoever waits for the connection for longer gets a BlockingIOError; 0 is no limit. The kernel looks to it."""
+    """A wait on the connection that lasts longer raises BlockingIOError; 0 is no limit. The kernel keeps the time."""
     microseconds = math.ceil(seconds * 1e6)
     time_of_kernel = struct.pack("ll", *divmod(microseconds, 1_000_000))
     for option in which:

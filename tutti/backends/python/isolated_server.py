@@ -45,7 +45,7 @@ class ServerLink:
         threading.Thread(target=self._listen, name="server", daemon=True).start()
 
     def follow(self, log_level: int) -> None:
-        """The server logs from that level on. One that the model has set stays until the server's changes."""
+        """Log from the server's level on. A level that the model has set stays until the server's changes."""
         if log_level != self._log_level:
             self._log_level = log_level
             logging.getLogger().setLevel(log_level)

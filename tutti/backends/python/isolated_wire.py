@@ -171,7 +171,7 @@ Answers = tuple[str, Any, Payload]
 
 
 def pack_answers(answers: Sequence[Answer | None], arena: Arena | None = None, begin: int = 0) -> Answers:
-    """Answers in the order of their calls; None stays None. One that has no wire form raises."""
+    """Answers in the order of their calls; None stays None. Raises for an answer that has no wire form."""
     packing = Packing()
     columns = _columns(answers)
     if columns is not None:
@@ -226,7 +226,7 @@ def _as_array(tensor: Tensor) -> Tensor:
 
 
 class Incoming:
-    """Messages of a channel, put together as their bytes come: whoever sends one may stop in the midst of it."""
+    """Messages of a channel, put together as their bytes come: a sender may stop in the midst of one."""
 
     def __init__(self, channel: socket.socket) -> None:
         self._channel = channel

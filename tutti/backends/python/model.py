@@ -216,7 +216,7 @@ class PythonBackend:
             self._settled.notify_all()
 
     def _failure(self, action: str, error: BaseException) -> InferError:
-        """What callers are told of an error of the model's. One that ends a device's use is reported to its health."""
+        """What callers are told of a model's error. The device's health is told of an error that ends its use."""
         if isinstance(error, DeviceLost):  # while it waited for its turn
             return error
         # It begins as Triton's sentence does: clients look at that.

@@ -153,7 +153,7 @@ class InferenceRequest:
         return start | (TRITONSERVER_REQUEST_FLAG_SEQUENCE_END if parameters.get("sequence_end") else 0)
 
     def set_flags(self, flags: int) -> None:
-        """Those of sequences, in place of what was said before."""
+        """Set the flags of sequences, in place of earlier ones."""
         self._request = replace(self._request, parameters={**self._request.parameters, **_flagged(flags)})
 
     def timeout(self) -> int:

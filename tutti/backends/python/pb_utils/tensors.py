@@ -96,7 +96,7 @@ class Tensor:
         return self.__dlpack__()
 
     def __dlpack__(self, stream: Any = None, **options: Any) -> Any:
-        """The elements are complete: it is all one which stream reads them."""
+        """The elements are complete, so any stream may read them."""
         data = self._data
         if not isinstance(data, np.ndarray):
             return data.__dlpack__(stream=stream, **options)
