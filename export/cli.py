@@ -252,7 +252,7 @@ def _export(options: argparse.Namespace, work: Path) -> int:
 
 def _made(options: argparse.Namespace, work: Path, label: str, progress: Work) -> "Outcome | list[str]":
     """What came of it, or lines for a person where nothing was to be done. Raises ParityError."""
-    progress.step(f"read {options.source}")
+    progress.step("load what it needs; small models take about a minute in all")
     from tutti.export import sources
 
     source = sources.resolve(options.source)  # before seconds of imports
@@ -269,7 +269,7 @@ def _made(options: argparse.Namespace, work: Path, label: str, progress: Work) -
     if known:
         unchanged = f"nothing has changed: {', '.join(known)} in {options.repository} (--force does it again)"
         return [f"{label}: {unchanged}", *commands.following(options.repository, known)]
-    product = _product(options, source, work)
+    product = _product(options, source, work, progress)
     if options.dry_run:
         return [f"{label}: {source.provenance}", *pipeline.plan_lines(product, own, options.repository)]
     return pipeline.run(product, source, options.name, options.repository, own, work, key, progress)
@@ -306,11 +306,12 @@ def _gpu(options: argparse.Namespace, variants: Sequence[str]) -> str:
     return named[options.gpu] if options.gpu else (narrow or ["torch"])[0]
 
 
-def _product(options: argparse.Namespace, source: "Source", work: Path) -> "Product":
+def _product(options: argparse.Namespace, source: "Source", work: Path, progress: Work) -> "Product":
     ensemble = f"{options.name}_ensemble" if options.ensemble is None else options.ensemble
     if options.kind == "audio":
         from tutti.export import audio
 
+        progress.say(f"read {options.source}")
         return audio.product(
             source, options.name, ensemble, work, options.language, options.task, options.samples,
             options.input_type.upper(),
@@ -318,11 +319,21 @@ def _product(options: argparse.Namespace, source: "Source", work: Path) -> "Prod
     if options.kind == "text":
         from tutti.export import text
 
+        progress.say(f"read {options.source}")
         return text.product(
-            source, options.name, ensemble, work, options.task, options.labelled, options.samples, options.prompt
+            source,
+            options.name,
+            ensemble,
+            work,
+            options.task,
+            options.labelled,
+            options.samples,
+            options.prompt,
+            progress.say,
         )
     from tutti.export import pixels, vision
 
+    progress.say(f"read {options.source}" + (f", and train it on {options.train}" if options.train else ""))
     return vision.product(
         source, options.name, ensemble, work, options.task, options.labels, options.template, options.train,
         options.image_size, options.samples, pixels.Form(options.input_type, options.input_layout),

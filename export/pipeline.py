@@ -93,6 +93,7 @@ def run(
     for graph in product.graphs:
         folder = work / graph.name
         folder.mkdir(parents=True)
+        progress.say(f"{graph.name}: what PyTorch answers")
         builder = Builder(graph, folder, options.compute_capability)
         outcome.results.append(builder.result)
         for variant in options.variants:
@@ -114,7 +115,7 @@ def run(
     if product.ensemble is not None:
         ensemble = product.ensemble(entries)
         entries[ensemble.name] = ensemble
-    progress.step("publish", total)
+    progress.step("load and ask what is to be published", total)
     with Staging(repository) as staging:
         _stage(staging, entries, outcome, work)
         outcome.checks += _look_at(staging.folder, entries, outcome)

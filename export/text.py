@@ -96,8 +96,12 @@ def product(
     labelled: Path | None,
     samples: Path | None,
     prompt: str | None = None,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> Product:
-    """NAME_tokenizer with the graph over its ids; given a labelled file, a head and a gate, too."""
+    """NAME_tokenizer with the graph over its ids; given a labelled file, a head and a gate, too.
+
+    `tell` is told what is begun.
+    """
     encoder = load(source, task, prompt)
     graphs = [graph(encoder, name, _samples(samples))]
     steps: list[layout.Entry] = []
@@ -113,6 +117,7 @@ def product(
             raise ExportError(
                 "--labelled trains a head over embeddings: expected a checkpoint with a tokenizer, to embed"
             )
+        tell(f"train a head and a gate on {labelled}")
         examples = read_labelled(labelled)
         head, embeddings, accuracy = train_head(encoder, examples)
         labels = examples.labels
@@ -130,5 +135,6 @@ def product(
         steps += last
         names = [f"{name}_tokenizer", *(one.name for one in graphs), *(one.name for one in last)]
         make = lambda entries: chain(ensemble, encoder.texts, [entries[one] for one in names])  # noqa: E731
+    tell("ask the checkpoint itself" if make is not None and labelled is None else "prepare the graphs")
     asked = text_trials.trials(encoder, source) if make is not None and labelled is None else []
     return Product(graphs, steps, make, source.provenance, checks, accuracy, asked)

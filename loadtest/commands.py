@@ -20,7 +20,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from tutti.console.progress import Progress, clock
+from tutti.console.progress import Progress, amount, clock
 from tutti.core.errors import ConfigError
 from tutti.frontends import api_keys
 from tutti.loadtest import names, report, runner, scenario, search, server
@@ -195,7 +195,9 @@ def _shown(progress: Progress, before: str = "", more_s: Callable[[], float | No
         if not left_s and not more:
             progress.show(f"{before}{text}, and the last are waited for")
             return
-        after = f"{clock(left_s + more)} left" if more is not None else f"{clock(left_s)} left of this one"
+        # Of one run the schedule tells what is left; of a search, what its other probes may take.
+        all_of_it = f"{amount(left_s + more)} left" if more else f"{clock(left_s)} left"
+        after = all_of_it if more is not None else f"{clock(left_s)} left of this one"
         progress.show(f"{before}{text}, {after}")
 
     return show

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
+from tutti.console.progress import Pace, amount
 from tutti.core.errors import TuttiError
 
 _log = logging.getLogger(__name__)
@@ -36,12 +37,15 @@ class Store(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """A process that starts, for `seconds` now: it has loaded `done` of `total` models, or `failure` says why not."""
+    """A process that starts: it has loaded `done` of `total` models, or `failure` says why not.
+
+    `left_s` is how long the others may take, None where nobody knows.
+    """
 
     deployment: str
-    seconds: float = 0.0
     done: int = 0
     total: int = 0
+    left_s: float | None = None
     failure: str = ""
 
 
@@ -89,7 +93,7 @@ class Writer:
         self._process = process
         self._deployment = deployment
         self._progress = progress
-        self._start_s = time.monotonic()
+        self._start_s, self._pace = time.monotonic(), Pace()
         self._lock = threading.Lock()
         self._has_ended = False
         self._writing: asyncio.Task[None] | None = None
@@ -111,8 +115,9 @@ class Writer:
     def _write(self) -> None:
         with self._lock, _best_effort():
             if not self._has_ended:  # a thread goes on when its waiting task is cancelled
-                seconds = time.monotonic() - self._start_s
-                self._news.tell(self._process, Start(self._deployment, seconds, *self._progress()))
+                done, total = self._progress()
+                left_s = self._pace.left_s(done, total, time.monotonic() - self._start_s)
+                self._news.tell(self._process, Start(self._deployment, done, total, left_s))
 
     def _end(self, failure: str) -> None:
         with self._lock, _best_effort():
@@ -136,7 +141,6 @@ def progress(starts: Sequence[Start]) -> str:
     told = {}
     for start in sorted(starts, key=lambda start: start.done - start.total, reverse=True):
         if start.done < start.total:
-            left_s = start.seconds / start.done * (start.total - start.done) if start.done else 0
-            left = f", about {left_s:.0f} s left" if left_s else ""
+            left = f", {amount(start.left_s)} left" if start.left_s is not None else ""
             told[start.deployment] = f"{start.deployment} has loaded {start.done} of {start.total} models{left}"
     return "; ".join(told[name] for name in sorted(told))

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from tutti.console.progress import Repeats
 from tutti.core.errors import ConfigError
 from tutti.ray_app.news import News, Start, progress
 
@@ -22,7 +23,7 @@ _log = logging.getLogger("tutti")
 
 APP = "tutti"
 READY_TIMEOUT_S = 120.0
-# How often a server that starts says how far it is.
+# How often a server that starts says how far it is; what is not new it says more and more seldom.
 PROGRESS_S = 5.0
 _LOOK_INTERVAL_S = 0.5
 # How often a gateway is asked how many replicas it has, and how long its answer may take.
@@ -38,10 +39,14 @@ _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 def telling(wait: str) -> Iterator[None]:
     """Say what is waited for, and for how long by now."""
     has_ended, start_s = threading.Event(), time.monotonic()
+    repeats = Repeats(PROGRESS_S)
+    repeats.is_due(wait, start_s)
 
     def tell() -> None:
-        while not has_ended.wait(PROGRESS_S):
-            _log.info("%s: %.0f s by now", wait, time.monotonic() - start_s)
+        while not has_ended.wait(_LOOK_INTERVAL_S):
+            now_s = time.monotonic()
+            if repeats.is_due(wait, now_s):
+                _log.info("%s: %.0f s by now", wait, now_s - start_s)
 
     _log.info("%s", wait)
     threading.Thread(target=tell, name="progress", daemon=True).start()
@@ -58,7 +63,8 @@ def wait_until_running(store: News, stop: threading.Event) -> None:
     """
     from ray import serve
 
-    start_s = told_s = time.monotonic()
+    start_s, repeats = time.monotonic(), Repeats(PROGRESS_S)
+    repeats.is_due("", start_s)
     warned: set[str] = set()
     while not stop.wait(_LOOK_INTERVAL_S):
         application, starts = serve.status().applications[APP], store.read()
@@ -68,9 +74,9 @@ def wait_until_running(store: News, stop: threading.Event) -> None:
             return
         if application.status == "DEPLOY_FAILED":
             raise ConfigError(f"{_summary(application.message)} {_reasons(application)}")
-        if time.monotonic() - told_s >= PROGRESS_S:
-            told_s = time.monotonic()
-            _log.info("starting replicas: %s; %.0f s by now", _states(application, starts), told_s - start_s)
+        states, now_s = _states(application, starts), time.monotonic()
+        if repeats.is_due(states, now_s):
+            _log.info("starting replicas: %s; %.0f s by now", states, now_s - start_s)
             messages = {deployment.message for deployment in application.deployments.values()}
             for message in messages - warned - {""}:
                 warned.add(message)

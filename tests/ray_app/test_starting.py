@@ -265,10 +265,10 @@ def test_one_that_was_killed_as_it_loaded_is_not_counted(monkeypatch: pytest.Mon
     monkeypatch.setattr(news, "time", SimpleNamespace(monotonic=lambda: now_s))
     store = Memory()
     reader, writer = News(store, "app"), News(store, "app")
-    writer.tell("killed", Start("cpu", 30.0, 3, 10))
+    writer.tell("killed", Start("cpu", 3, 10))
     writer.tell_failure("failed", Start("gpu", failure="no file"))
     for second in range(30):
-        writer.tell("alive", Start("cpu", second, 5, 10))
+        writer.tell("alive", Start("cpu", 5, 10, second))
         told = [(one.done, one.failure) for one in reader.read()]
         assert (5, "") in told and (0, "no file") in told
         now_s += news.WRITE_INTERVAL_S
@@ -292,7 +292,7 @@ def test_a_store_that_fails_keeps_nobody_from_starting() -> None:
 
 
 def test_progress_is_of_the_replica_that_has_most_to_do() -> None:
-    starts = [Start("gpu", 10, 3, 4), Start("gpu", 10, 1, 4), Start("cpu", 10, 0, 2), Start("gateway")]
+    starts = [Start("gpu", 3, 4, 3.0), Start("gpu", 1, 4, 30.0), Start("cpu", 0, 2), Start("gateway")]
     told = news.progress(starts)
     assert told == "cpu has loaded 0 of 2 models; gpu has loaded 1 of 4 models, about 30 s left"
     assert news.progress([Start("gateway")]) == ""

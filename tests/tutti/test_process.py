@@ -35,6 +35,7 @@ def test_models_that_load_are_not_counted_as_loaded(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(process, "PROGRESS_S", 0)
+    monkeypatch.setattr(process, "LOOK_S", 0)
     done = iter([0, 1, 3])
     engine = SimpleNamespace(started=lambda: (next(done), 4))
     with caplog.at_level(logging.INFO), pytest.raises(RuntimeError, match="StopIteration"):

@@ -57,21 +57,88 @@ def test_no_line_is_longer_than_the_terminal(monkeypatch: pytest.MonkeyPatch) ->
     assert progress.cut("short", 5) == "short"
 
 
+def test_a_log_has_a_line_that_says_nothing_new_more_and_more_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, out = [0.0], io.StringIO()
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    shown = progress.Progress(out)
+    for second in range(400):
+        clock[0] = second
+        shown.show(f"{second}", "read" if second < 380 else "checks")
+    assert out.getvalue().split() == [
+        "0",
+        "5",
+        "15",
+        "35",
+        "75",
+        "135",
+        "195",
+        "255",
+        "315",
+        "375",
+        "380",
+        "385",
+        "395",
+    ]
+
+
+def test_a_line_that_comes_again_soon_with_something_new_waits_for_its_time() -> None:
+    repeats = progress.Repeats(2.0)
+    times = [(0.0, "a"), (1.0, "b"), (2.0, "b"), (3.0, "b"), (4.0, "b"), (6.0, "b"), (7.0, "c"), (8.0, "c")]
+    assert [repeats.is_due(about, now_s) for now_s, about in times] == [
+        True, False, True, False, True, False, True, False,
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("given", "line"),
     [
-        (("export", "", 0, 0, 0.0, 3.9, 3.9), "export, 3 s"),
-        (("export", "fp32", 0, 4, 0.0, 3.0, 3.0), "export [1/4], 3 s: fp32"),
-        (("export", "int8", 1, 4, 0.0, 12.0, 2.0), "export [2/4], 12 s, about 28 s left: int8"),
-        (("export", "int8", 1, 4, 0.0, 95.0, 85.0), "export [2/4], 1 min 35 s, about 20 s left: int8"),
-        (("export", "all", 3, 4, 0.0, 95.0, 5.0), "export [4/4], 1 min 35 s, about 25 s left: all"),
-        (("export", "all", 3, 4, 0.0, 95.0, 50.0), "export [4/4], 1 min 35 s: all"),
-        (("simulate", "", 0, 0, 0.25, 10.0, 10.0), "simulate, 25%, 10 s, about 30 s left"),
-        (("x", "b", 1, 3, 0.5, 20.0, 10.0), "x [2/3], 50%, 20 s, about 25 s left: b"),
+        (("export", "", 0, 0, 0.0, 3.9, None), "export, 3 s"),
+        (("export", "fp32", 0, 4, 0.0, 3.0, None), "export [1/4], 3 s: fp32"),
+        (("export", "int8", 1, 4, 0.0, 12.0, 28.0), "export [2/4], 12 s, about 30 s left: int8"),
+        (("export", "int8", 1, 4, 0.0, 95.0, 70.0), "export [2/4], 1 min 35 s, about a minute left: int8"),
+        (("simulate", "", 0, 0, 0.25, 10.0, 3.0), "simulate, 25%, 10 s, a few seconds left"),
     ],
 )
-def test_what_a_line_says(given: tuple[str, str, int, int, float, float, float], line: str) -> None:
+def test_what_a_line_says(given: tuple[str, str, int, int, float, float, float | None], line: str) -> None:
     assert progress.told(*given) == line
+
+
+@pytest.mark.parametrize(
+    ("given", "left_s"),
+    [
+        # done, total, share, passed_s, step_s, is_alike
+        ((0, 4, 0.0, 3.0, 3.0, True), None),
+        ((1, 4, 0.0, 12.0, 2.0, True), 28.0),
+        ((1, 4, 0.0, 12.0, 2.0, False), None),  # what has been read says nothing of what is to be built
+        ((3, 4, 0.0, 95.0, 5.0, True), 25.0),
+        ((3, 4, 0.0, 95.0, 50.0, True), None),  # it takes longer than those before it: nobody knows how long
+        ((1, 4, 0.0, 95.0, 85.0, True), None),
+        ((0, 0, 0.25, 10.0, 10.0, False), 30.0),
+        ((0, 0, 0.01, 10.0, 10.0, False), None),
+        ((1, 3, 0.5, 20.0, 10.0, True), 25.0),
+        ((1, 3, 0.5, 20.0, 10.0, False), None),
+        ((2, 3, 0.5, 20.0, 10.0, False), 10.0),
+    ],
+)
+def test_what_is_left_is_told_where_somebody_knows(
+    given: tuple[int, int, float, float, float, bool], left_s: float | None
+) -> None:
+    assert progress.left_s(*given) == left_s
+
+
+def test_the_pace_of_pieces_is_that_of_those_that_are_done() -> None:
+    """Of ten models nine are loaded in 9 s and the last takes a minute: never that no time is left."""
+    pace = progress.Pace()
+    told = [pace.left_s(min(9, second), 10, second) for second in range(70)]
+    assert told[:10] == [None, *(float(10 - second) for second in range(1, 10))]
+    assert told[10] == 0.0 and set(told[11:]) == {None}
+
+
+def test_estimates_are_no_closer_than_they_are_known() -> None:
+    assert [progress.amount(s) for s in (0.0, 5, 5.1, 41, 50, 51, 89, 90, 150, 7800)] == [
+        "a few seconds", "a few seconds", "about 10 s", "about 50 s", "about 50 s", "about a minute", "about a minute",
+        "about 2 min", "about 2 min", "about 2 h 10 min",
+    ]  # fmt: skip
 
 
 def test_times_are_told_as_people_do() -> None:
@@ -106,7 +173,7 @@ def test_a_terminal_is_told_of_long_work_and_left_clean() -> None:
     ) as process:  # fmt: skip
         os.close(theirs)
         seen = b""
-        while not re.search(rb"\rexport \[2/3\], \d+ s(, about \d+ s left)?: int8", seen):
+        while not re.search(rb"\rexport \[2/3\], \d+ s(, [a-z0-9 ]+ left)?: int8", seen):
             seen += os.read(ours, 1024)
         assert process.stdin is not None
         process.stdin.close()

@@ -202,7 +202,7 @@ def _told_here(options: argparse.Namespace) -> str:
     try:
         if engine.failures():
             raise ConfigError("; ".join(engine.failures()))
-        with Work(f"asking '{name}'") as work:
+        with Work(f"asking '{name}'", is_alike=True) as work:
             told = ""
             for number in range(options.repeat):
                 work.step(f"request {number + 1}", options.repeat)

@@ -23,7 +23,7 @@ from tutti.app import front_end_setup, overview, restarts
 from tutti.app.front_end_server import Server
 from tutti.app.process_end import Ending, held_by, now
 from tutti.app.reports import Supervised, end_with
-from tutti.console.progress import clock
+from tutti.console.progress import Pace, Repeats, amount, clock
 from tutti.core import garbage
 from tutti.core.daemon_threads import Pool
 from tutti.core.errors import DeviceLost
@@ -44,6 +44,7 @@ _log = logging.getLogger("tutti")
 LEAVE_S = 2.0
 # How often a server that loads models says how far it is.
 PROGRESS_S = 2.0
+LOOK_S = 0.5
 # What may hang does so in one of these: loads, the engine's end, and what is asked of drivers.
 _THREADS = 8
 T = TypeVar("T")
@@ -197,14 +198,15 @@ def _hint(options: argparse.Namespace) -> None:
 
 async def _tell_progress(engine: Engine) -> None:
     """While models load: how many have, and how long the others may take."""
-    start = time.monotonic()
+    start, repeats, pace = time.monotonic(), Repeats(PROGRESS_S), Pace()
     while True:
-        await asyncio.sleep(PROGRESS_S)
+        await asyncio.sleep(LOOK_S)
         done, total = engine.started()
-        if not total:  # the repository is still being looked at
-            continue
         passed_s = time.monotonic() - start
-        left = f", about {clock(passed_s / done * (total - done))} left" if 0 < done < total else ""
+        left_s = pace.left_s(done, total, passed_s)
+        if not total or passed_s < PROGRESS_S or not repeats.is_due(done, passed_s):
+            continue  # the repository is still being looked at, or there is nothing new
+        left = f", {amount(left_s)} left" if left_s is not None else ""
         _log.info("loading: %d of %d models after %s%s", done, total, clock(passed_s, is_up=False), left)
 
 

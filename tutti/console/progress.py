@@ -20,11 +20,49 @@ from typing import TextIO
 # A terminal's line changes so often, in seconds; a log gets a new line so often.
 _TERMINAL_S = 0.5
 _LOG_S = 5.0
+# A line that says nothing new comes again after so long at the most.
+_LONGEST_S = 60.0
+# Less than this share of a step tells nothing of the rest.
+_TELLING = 0.05
 _TIME = re.compile(r"^\d{4}-\d\d-\d\d[T ][\d:.,]+\s+")
 # What a terminal takes to erase the rest of a line: another process may have written a longer one.
 _ERASE = "\x1b[K"
 # Work that is done sooner than this is not told of.
 _SILENT_S = 2.0
+
+
+class Repeats:
+    """When a line may come in a log, where lines stay: not soon after the last, and ever later while it is the same.
+
+    So a reader sees that work goes on, and is not told the same thing again and again.
+    """
+
+    def __init__(self, every_s: float) -> None:
+        self._every_s = self._pause_s = every_s
+        self._told_s = -math.inf
+        self._about: object = None
+
+    def is_due(self, about: object, now_s: float) -> bool:
+        """Whether a line is to come now. `about` is what it says, but for the time that has passed."""
+        is_same = about == self._about
+        if now_s < self._told_s + (self._pause_s if is_same else self._every_s):
+            return False
+        self._pause_s = max(self._every_s, min(2 * self._pause_s, _LONGEST_S)) if is_same else self._every_s
+        self._told_s, self._about = now_s, about
+        return True
+
+
+class Pace:
+    """How long the rest of many pieces may take, by when those before them were done."""
+
+    def __init__(self) -> None:
+        self._done, self._done_s = 0, 0.0
+
+    def left_s(self, done: int, total: int, passed_s: float) -> float | None:
+        """None where nobody knows: at the start, and where the next takes longer than those before it would have it."""
+        if done != self._done:
+            self._done, self._done_s = done, passed_s
+        return rest_s(done, total, self._done_s, passed_s - self._done_s)
 
 
 class Progress:
@@ -33,30 +71,28 @@ class Progress:
     def __init__(self, out: TextIO | None = None) -> None:
         self._out = out or sys.stderr
         self._is_terminal = self._out.isatty() and os.environ.get("TERM") != "dumb"
-        self._every_s = _TERMINAL_S if self._is_terminal else _LOG_S
         self._next_s = 0.0
+        self._repeats = Repeats(_LOG_S)
         self._is_shown = False
 
-    def show(self, text: str) -> None:
-        """Unless the last was a moment ago."""
+    def show(self, text: str, about: object = None) -> None:
+        """Unless the last was a moment ago; `about` is what it says but for the time that has passed (default: all)."""
         now = time.monotonic()
-        if now < self._next_s:
-            return
-        self._next_s = now + self._every_s
-        if self._is_terminal:
-            text = cut(text, shutil.get_terminal_size().columns - 1)
-            self._out.write("\r" + text + _ERASE)
+        if self._is_terminal and now >= self._next_s:
+            self._next_s = now + _TERMINAL_S
+            self._out.write("\r" + cut(text, shutil.get_terminal_size().columns - 1) + _ERASE)
+            self._out.flush()
             self._is_shown = True
-        else:
+        elif not self._is_terminal and self._repeats.is_due(text if about is None else about, now):
             self._out.write(text + "\n")
-        self._out.flush()
+            self._out.flush()
 
     def clear(self) -> None:
         """Take the line from a terminal; the next is shown at once."""
         if self._is_shown:
             self._out.write("\r" + _ERASE)
             self._out.flush()
-        self._is_shown, self._next_s = False, 0.0
+        self._is_shown, self._next_s, self._repeats = False, 0.0, Repeats(_LOG_S)
 
 
 class Work:
@@ -65,8 +101,9 @@ class Work:
     Nothing is told of work that takes no two seconds. Use it in a `with`; the line is gone when that ends.
     """
 
-    def __init__(self, what: str, total: int = 0, out: TextIO | None = None) -> None:
-        self._what = what
+    def __init__(self, what: str, total: int = 0, out: TextIO | None = None, is_alike: bool = False) -> None:
+        """Of steps that are `is_alike` those that are done tell how long the others take; of others nobody knows."""
+        self._what, self._is_alike = what, is_alike
         self._lines = Progress(out)
         self._start = self._began = time.monotonic()
         self._total, self._done, self._step, self._share = total, 0, "", 0.0
@@ -105,14 +142,14 @@ class Work:
             pause_s = _TERMINAL_S / 2
             with self._lock:
                 now = time.monotonic()
-                line = told(
-                    self._what, self._step, self._done, self._total, self._share, now - self._start, now - self._began
-                )
-                self._lines.show(line)
+                passed_s, step_s = now - self._start, now - self._began
+                left = left_s(self._done, self._total, self._share, passed_s, step_s, self._is_alike)
+                line = told(self._what, self._step, self._done, self._total, self._share, passed_s, left)
+                self._lines.show(line, (self._step, self._done, f"{self._share:.0%}"))
 
 
-def told(what: str, step: str, done: int, total: int, share: float, passed_s: float, step_s: float) -> str:
-    """The line: `done` steps of `total` (0: nobody knows) in `passed_s`, and `share` of one that is on for `step_s`.
+def told(what: str, step: str, done: int, total: int, share: float, passed_s: float, left: float | None) -> str:
+    """The line: `done` steps of `total` (0: nobody knows) in `passed_s`, `share` of one, and what is left, if known.
 
     What may be long is its end, which a narrow terminal cuts off.
     """
@@ -120,24 +157,45 @@ def told(what: str, step: str, done: int, total: int, share: float, passed_s: fl
     parts = [clock(passed_s, is_up=False)]
     if share:
         parts.insert(0, f"{share:.0%}")
-    left = left_s(done, total, share, passed_s, step_s)
     if left is not None:
-        parts.append(f"about {clock(left)} left")
+        parts.append(f"{amount(left)} left")
     return f"{what}{count}, {', '.join(parts)}{f': {step}' if step else ''}"
 
 
-def left_s(done: int, total: int, share: float, passed_s: float, step_s: float) -> float | None:
-    """As if the steps to come took as long as those before them, on an average; None where nobody knows."""
-    if share:
+def left_s(done: int, total: int, share: float, passed_s: float, step_s: float, is_alike: bool) -> float | None:
+    """Of `total` steps (0: of one) `done` are, and `share` of one that is on for `step_s`; None where nobody knows.
+
+    What is done tells of what is to come only where that is alike: of an export's steps one takes seconds, the next
+    minutes.
+    """
+    is_last = done + 1 >= total
+    if share >= _TELLING and (is_last or is_alike):
         own = step_s * (1 - share) / share
         average = (passed_s - step_s + step_s / share) / (done + 1)
         return own + average * max(0, total - done - 1)
-    if not done or total <= done:
+    return rest_s(done, total, passed_s - step_s, step_s) if is_alike and not share else None
+
+
+def rest_s(done: int, total: int, done_s: float, since_s: float) -> float | None:
+    """Of alike pieces `done` took `done_s`, and `since_s` have passed since; None where nobody knows.
+
+    That is so before the first is done, and where the next takes longer than it was to: when it will be done, and
+    whether the others take as long, nothing tells.
+    """
+    if not 0 < done < total or since_s > done_s / done:
         return None
-    average, more = (passed_s - step_s) / done, total - done - 1
-    if step_s > average and not more:
-        return None
-    return max(0.0, average - step_s) + average * more
+    return done_s / done * (total - done) - since_s
+
+
+def amount(seconds: float) -> str:
+    """As an estimate is told: no closer than it is known."""
+    if seconds <= 5:
+        return "a few seconds"
+    if seconds <= 50:
+        return f"about {10 * math.ceil(seconds / 10)} s"
+    if seconds < 90:
+        return "about a minute"
+    return f"about {round(seconds / 60)} min" if seconds < 5400 else f"about {clock(seconds)}"
 
 
 def clock(seconds: float, is_up: bool = True) -> str:
