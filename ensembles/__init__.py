@@ -3,8 +3,9 @@
 from collections.abc import Callable
 
 from tutti.core.types import Infer
-from tutti.ensembles.graph import plan, with_staying
+from tutti.ensembles.graph import with_staying
 from tutti.ensembles.placed import executor_of
+from tutti.ensembles.planner import plan
 from tutti.observing.statistics import ModelStatistics
 from tutti.repository.config import ModelConfig, as_decoupled
 from tutti.repository.folders import ModelFolder

@@ -24,8 +24,7 @@ from tritonclient.grpc import model_config_pb2 as pb
 from tutti.backends import completion
 from tutti.core.dtypes import NUMPY, to_config
 from tutti.core.errors import ConfigError
-from tutti.ensembles import arguments, conditions, extensions
-from tutti.ensembles import graph as graphs
+from tutti.ensembles import arguments, conditions, extensions, planner
 from tutti.ensembles.conditions import ConditionError
 from tutti.ensembles.expressions import Expression, Tensor, Value, bare
 from tutti.ensembles.graph import GraphError
@@ -291,7 +290,7 @@ class Graph:
     def _check(self, made: pb.ModelConfig, names: Mapping[int, str]) -> None:
         try:
             parsed = config.parse(text_format.MessageToString(made), self.name)
-            graphs.plan(parsed, lambda name, version: self._model(name, int(version or -1)))
+            planner.plan(parsed, lambda name, version: self._model(name, int(version or -1)))
         except GraphError as error:
             raise MistakeAt(str(error), self._place_of(error.path, names)) from None
         except ConfigError as error:

@@ -11,7 +11,7 @@ from tutti.backends import completion
 from tutti.console.arguments import Parser
 from tutti.console.help_format import Help, examples
 from tutti.core.errors import ConfigError, reason
-from tutti.ensembles import graph, picture, show
+from tutti.ensembles import graph, picture, planner, show
 from tutti.ensembles.source import graph_of
 from tutti.repository import folders, unserved
 from tutti.repository.config import ModelConfig
@@ -98,7 +98,7 @@ def planned(root: Path, name: str) -> graph.Plan:
     config = completion.open_model(root, name).config
     if not config.is_ensemble:
         raise ConfigError(f"model '{name}' is no ensemble")
-    return graph.plan(config, lambda model, version: _config_of(root, model, version))
+    return planner.plan(config, lambda model, version: _config_of(root, model, version))
 
 
 def _config_of(root: Path, name: str, version: str) -> ModelConfig:

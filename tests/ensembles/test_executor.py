@@ -12,7 +12,7 @@ from tests.serving import Gather, engine_over, infer
 from tutti import ensembles
 from tutti.core.errors import Cancelled, InferError, InvalidArgument, NotFound
 from tutti.core.types import Call, InferRequest, InferResponse, Tensor, settle
-from tutti.ensembles import graph
+from tutti.ensembles import graph, planner
 from tutti.ensembles.executor import EnsembleExecutor
 from tutti.observing.statistics import ModelStatistics
 from tutti.repository import config
@@ -220,7 +220,7 @@ def oracle(plan: graph.Plan, summers: dict[str, Summer], x: np.ndarray) -> dict[
 def test_random_graphs_agree_with_the_oracle(seed: int) -> None:
     rng = random.Random(seed)
     made, models, summers = random_ensemble(rng)
-    plan = graph.plan(made, lambda name, _: models[name])
+    plan = planner.plan(made, lambda name, _: models[name])
     statistics = ModelStatistics()
 
     def serve(calls: Sequence[Call]) -> None:
@@ -270,7 +270,7 @@ def test_merged_requests_that_fail_are_tried_one_by_one_whatever_rows_they_have(
             call.answer = InferResponse("m", "1", [Tensor.of("y", x + more[0] if more else -x)])
         settle(calls[::-1])
 
-    executor = EnsembleExecutor(graph.plan(made, lambda name, _: models[name]), "1", serve, ModelStatistics())
+    executor = EnsembleExecutor(planner.plan(made, lambda name, _: models[name]), "1", serve, ModelStatistics())
 
     def counted(calls: Sequence[Call]) -> None:
         for call in calls:
@@ -302,7 +302,7 @@ def test_a_step_that_fails_while_another_is_started_with_it_ends_the_request_alo
     """
     repository.add("both", both, {})
     with engine_over(repository.root) as engine:
-        plan = graph.plan(engine.model("both").config, lambda name, version: engine.model(name).config)
+        plan = planner.plan(engine.model("both").config, lambda name, version: engine.model(name).config)
     asked: list[Call] = []
 
     def serve(calls: Sequence[Call]) -> None:

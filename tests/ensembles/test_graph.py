@@ -3,7 +3,7 @@
 import pytest
 
 from tutti.core.errors import ConfigError, NotFound
-from tutti.ensembles import graph
+from tutti.ensembles import planner
 from tutti.repository import config
 
 MODELS = {
@@ -66,7 +66,7 @@ def ensemble(*steps: str, output: str = "Y", kind: str = "TYPE_FP32", dims: str 
 
 
 def test_a_diamond() -> None:
-    plan = graph.plan(
+    plan = planner.plan(
         ensemble(
             step("add", {"l": "U", "r": "V"}, {"s": "Y"}),
             step("double", {"a": "X"}, {"b": "U"}),
@@ -81,7 +81,7 @@ def test_a_diamond() -> None:
 
 
 def test_only_the_steps_an_output_needs() -> None:
-    plan = graph.plan(
+    plan = planner.plan(
         ensemble(
             step("double", {"a": "X"}, {"b": "Y"}),
             step("double", {"a": "Y"}, {"b": "Z"}),
@@ -118,18 +118,18 @@ def test_only_the_steps_an_output_needs() -> None:
 )
 def test_mistakes_are_found_at_load(made: list[str], says: str) -> None:
     with pytest.raises(ConfigError, match="ensemble 'e'") as caught:
-        graph.plan(ensemble(*made), config_of)
+        planner.plan(ensemble(*made), config_of)
     assert says in str(caught.value)
 
 
 def test_outputs_must_fit() -> None:
     made = step("double", {"a": "X"}, {"b": "Y"})
     with pytest.raises(ConfigError, match="configured as INT32, its step makes FP32"):
-        graph.plan(ensemble(made, kind="TYPE_INT32"), config_of)
+        planner.plan(ensemble(made, kind="TYPE_INT32"), config_of)
     with pytest.raises(ConfigError, match="configured with shape"):
-        graph.plan(ensemble(made, dims="[ 4, 4 ]"), config_of)
+        planner.plan(ensemble(made, dims="[ 4, 4 ]"), config_of)
 
 
 def test_an_optional_input_may_stay_unmapped() -> None:
-    plan = graph.plan(ensemble(step("add", {"l": "X"}, {"s": "Y"})), config_of)
+    plan = planner.plan(ensemble(step("add", {"l": "X"}, {"s": "Y"})), config_of)
     assert plan.steps[0].inputs == (("l", "X"),)

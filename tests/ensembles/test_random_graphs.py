@@ -16,7 +16,7 @@ import pytest
 from tests.serving import infer
 from tutti.core.errors import InferError, Internal, InvalidArgument
 from tutti.core.types import Call, Infer, InferRequest, InferResponse, Tensor, settle
-from tutti.ensembles import graph
+from tutti.ensembles import graph, planner
 from tutti.ensembles.executor import EnsembleExecutor
 from tutti.ensembles.placed import PlacedExecutor, executor_of_segment
 from tutti.observing.statistics import ModelStatistics
@@ -348,7 +348,7 @@ def test_graphs_cut_by_places_agree_with_the_oracle(shard: int) -> None:
             assert len({places[inner.model_name] for inner in segment.steps}) == 1  # noqa: B023
             return executor_of_segment(pickle.loads(pickle.dumps(segment)), models)
 
-        plan = graph.plan(config.parse(drawn.text, "e"), lambda name, _, drawn=drawn: drawn.configs[name])
+        plan = planner.plan(config.parse(drawn.text, "e"), lambda name, _, drawn=drawn: drawn.configs[name])
         made = PlacedExecutor(
             plan, "1", models, ModelStatistics(), lambda step, places=places: places[step.model_name], serve
         )
@@ -365,7 +365,7 @@ def test_random_graphs_agree_with_the_oracle(shard: int) -> None:
     for seed in range(shard, GRAPHS, SHARDS):
         rng = random.Random(seed)
         drawn = draw(rng)
-        plan = graph.plan(config.parse(drawn.text, "e"), lambda name, _, drawn=drawn: drawn.configs[name])
+        plan = planner.plan(config.parse(drawn.text, "e"), lambda name, _, drawn=drawn: drawn.configs[name])
         executor = Counted(EnsembleExecutor(plan, "1", Models(drawn.models, rng), ModelStatistics()))
         asked = requests_of(rng, seed)
         expected = [oracle(drawn, request) for request in asked]

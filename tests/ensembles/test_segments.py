@@ -7,7 +7,7 @@ import pytest
 
 from tests.serving import infer
 from tutti.core.types import Call, Infer, InferRequest, InferResponse, Tensor, settle
-from tutti.ensembles import graph
+from tutti.ensembles import graph, planner
 from tutti.ensembles.placed import PlacedExecutor, executor_of_segment
 from tutti.ensembles.segments import Cut, cut
 from tutti.observing.statistics import ModelStatistics
@@ -40,7 +40,7 @@ def plan_of(*steps: str, outputs: str, extra: dict[str, str] | None = None) -> g
         f'parameters {{ key: "tutti.{k}" value {{ string_value: "{v}" }} }}' for k, v in (extra or {}).items()
     )
     text = f'platform: "ensemble" max_batch_size: 8 {inputs} {shown} {parameters} ensemble_scheduling {{ {made} }}'
-    return graph.plan(config.parse(text, "e"), lambda name, _: model(name))
+    return planner.plan(config.parse(text, "e"), lambda name, _: model(name))
 
 
 def place_of(step: graph.Step) -> str | None:

@@ -12,7 +12,7 @@ from tests.models import Repository
 from tests.serving import Gather, engine_over, wait_until
 from tutti.core.errors import Cancelled, ConfigError, InferError, Internal, Unsupported
 from tutti.core.types import Call, InferRequest, InferResponse, Tensor
-from tutti.ensembles import graph
+from tutti.ensembles import graph, planner
 from tutti.ensembles.streams import StreamExecutor
 from tutti.observing.statistics import ModelStatistics
 from tutti.repository import config
@@ -52,7 +52,7 @@ def parameter(key: str, text: str) -> str:
 
 def plan_of(text: str, nested: dict[str, str] | None = None) -> graph.Plan:
     known = configs(nested)
-    return graph.plan(config.parse(text, "stream"), lambda name, _: known[name])
+    return planner.plan(config.parse(text, "stream"), lambda name, _: known[name])
 
 
 def value(tensor: Tensor) -> int:

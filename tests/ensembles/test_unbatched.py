@@ -10,7 +10,7 @@ from tests.models import Repository
 from tests.serving import Gather, engine_over, infer
 from tutti.core.errors import InferError
 from tutti.core.types import Call, InferRequest, InferResponse, Tensor, settle
-from tutti.ensembles import graph
+from tutti.ensembles import planner
 from tutti.ensembles.placed import executor_of
 from tutti.observing.statistics import ModelStatistics
 from tutti.repository import config
@@ -175,7 +175,7 @@ def test_a_tensor_whose_axis_cannot_be_changed_is_answered(is_decoupled: bool, w
     policy = "model_transaction_policy { decoupled: true }" if is_decoupled else ""
     single = config.parse(MODEL % (0, "2", "2") + policy, "single")
     step = 'model_name: "single" model_version: -1 input_map { key: "x" value: "x" } output_map { key: "y" value: "y" }'
-    plan = graph.plan(config.parse(GRAPH % (8, "2", "2", f"{{ {step} }}"), "graph"), lambda *_: single)
+    plan = planner.plan(config.parse(GRAPH % (8, "2", "2", f"{{ {step} }}"), "graph"), lambda *_: single)
     assert plan.steps[0].axes_in and plan.steps[0].axes_out
     lost = {where: Lost()}
 
