@@ -76,7 +76,7 @@ class TestPytorch(Doubling):
         (folder / "model.pt").write_bytes(buffer.getvalue())
 
 
-class TestPython(Doubling):
+class PythonModel(Doubling):
     config = f'backend: "python" {VARIABLE}'
     has_checked_outputs = False
 
@@ -95,8 +95,13 @@ class TestPython(Doubling):
         )
 
 
-class TestPythonInTheServersProcess(TestPython):
-    config = f"{TestPython.config} {models.IN_PROCESS}"
+@pytest.mark.slow  # a process for each of its instances
+class TestPython(PythonModel):
+    pass
+
+
+class TestPythonInTheServersProcess(PythonModel):
+    config = f"{PythonModel.config} {models.IN_PROCESS}"
 
 
 @pytest.mark.usefixtures("simulated_gpu")

@@ -238,8 +238,8 @@ class BackendContract(ContractModel):
             before = held()
             for _ in range(2):
                 serve_and_unload()
-            wait_until(lambda: all(now <= then for now, then in zip(held(), before, strict=True)), "threads, files "
-                        f"and processes are left: {before} before, {held()} after")  # fmt: skip
+            message = f"more threads, open files or processes are left than the {before} before"
+            wait_until(lambda: all(now <= then for now, then in zip(held(), before, strict=True)), message)
 
     def test_nobody_keeps_an_instance_that_is_closed(self, tmp_path: Path) -> None:
         folder = completion.open_model(self.folder(tmp_path), NAME)
@@ -248,7 +248,12 @@ class BackendContract(ContractModel):
         for backend in loaded:
             backend.close()
         del loaded, backend
-        wait_until(lambda: not gc.collect() and not any(ref() for ref in references), "an instance lives on")
+
+        def are_gone() -> bool:
+            gc.collect()
+            return not any(reference() for reference in references)
+
+        wait_until(are_gone, "an instance lives on")
 
 
 def _rename(output: Any) -> None:

@@ -203,16 +203,23 @@ def _no_ensembles(*_: object) -> Any:
 
 def held() -> tuple[int, int, int]:
     """How many threads, open files and processes this process has; 0 where the system does not say."""
-    return threading.active_count(), _count("fd"), sum(
-        len(path.read_text().split()) for path in Path("/proc/self/task").glob("*/children")
-    )  # fmt: skip
+    children = [_read(path) for path in Path("/proc/self/task").glob("*/children")]
+    return threading.active_count(), _open_files(), sum(len(numbers.split()) for numbers in children)
 
 
-def _count(folder: str) -> int:
+def _open_files() -> int:
     try:
-        return len(os.listdir(f"/proc/self/{folder}"))
+        return len(os.listdir("/proc/self/fd"))
     except OSError:
         return 0
+
+
+def _read(path: Path) -> str:
+    """What the system says of a thread; "" of one that has ended meanwhile."""
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
 
 
 def wait_until(condition: Callable[[], bool], message: str) -> None:
