@@ -31,7 +31,7 @@ BACKEND = """
         if FAULT != "knows no file" and path.read_bytes() != b"plain":
             raise ConfigError(f"model '{folder.config.name}': not a plain file")
         placed = instances(folder.config, can_use_gpus=False)
-        return [(Unchecked if FAULT == "checks nothing" else Plain)(folder.config, version)
+        return [(Unchecked if FAULT.startswith("joins") else Plain)(folder.config, version)
                 for _ in (placed if FAULT != "makes one" else placed[:1])]
 
     def complete(proto, path):
@@ -81,11 +81,13 @@ BACKEND = """
             pass
 
     class Unchecked(JoinedBackend):
+        library = "plain"
+
         def __init__(self, config, version):
             super().__init__(config, str(version))
 
         def run(self, names, feed):
-            return [2 * feed["x"] + 1 for _ in names]
+            return [2 * feed["x"] + 1 for _ in (names if FAULT != "joins none" else ())]
 
         def check_outputs(self, requests, outputs):
             pass
@@ -137,7 +139,7 @@ FAULTS = {
     "ignores shapes": "test_requests_of_other_shapes_are_answered_beside_each_other",
     "writes inputs": "test_inputs_are_left_as_they_came",
     "reuses memory": "test_answers_stay_as_they_are_while_others_are_made",
-    "checks nothing": "test_outputs_other_than_configured_are_errors_that_name_the_model",
+    "joins unchecked": "test_outputs_other_than_configured_are_errors_that_name_the_model",
     "fails together": "test_a_request_that_fails_fails_alone",
     "blames nobody": "test_a_request_that_fails_fails_alone",
     "keeps a thread": "test_what_it_holds_is_given_back_when_it_is_closed",
@@ -174,6 +176,15 @@ def test_what_another_distributions_backend_answers_is_checked(
             (answer,) = infer(engine, [InferRequest("m", {"x": Tensor.of("x", x)})])
             assert isinstance(answer, Internal)
             assert answer.message == f"model 'm': backend 'plain': {says}"
+
+
+def test_one_that_joins_and_makes_other_arrays_is_told(faulty: pytest.MonkeyPatch, repository: Repository) -> None:
+    faulty.setattr("plain_backend.FAULT", "joins none")
+    repository.add("m", Plain.config, {"plain.txt": "plain"})
+    with engine_over(repository.root) as engine:
+        (answer,) = infer(engine, [InferRequest("m", {"x": Tensor.of("x", np.zeros((1, 4), np.float32))})])
+    assert isinstance(answer, Internal)
+    assert answer.message.startswith("model 'm': plain failed on input 'x' FP32[1, 4]: zip() argument 2 is shorter")
 
 
 def test_a_padded_model_of_another_distribution_is_checked_within(

@@ -242,11 +242,13 @@ class JoinedBackend(JoinedModel):
             raise type(error)(f"model '{self.config.name}': {error.message}") from None
         except Exception as error:
             raise self._meant(first, error) from None
-        outputs = [self._output(name, array) for name, array in zip(names, arrays, strict=True)]
         try:
+            outputs = [self._output(name, array) for name, array in zip(names, arrays, strict=True)]
             self.check_outputs(requests, outputs)
         except InferError as error:
             raise type(error)(f"model '{self.config.name}': {error.message}") from None
+        except Exception as error:  # other arrays than asked for, or none
+            raise self.failure(first, error) from None
         return self.answers(requests, outputs, is_alike)
 
     def _meant(self, request: InferRequest, error: Exception) -> InferError:
