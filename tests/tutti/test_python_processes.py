@@ -27,7 +27,7 @@ from tests.serving import Gather, engine_over, infer, timer, wait_until
 from tests.tutti.test_isolated import has_ended
 from tests.tutti.test_python_backend import Answers
 from tutti.backends import completion
-from tutti.backends.python import interpreter, isolated, isolated_process, isolated_wire, loading
+from tutti.backends.python import interpreter, isolated, isolated_process, isolated_questions, isolated_wire, loading
 from tutti.core import rows
 from tutti.core.errors import Internal, Unavailable
 from tutti.core.types import Call, Columns, InferRequest, InferResponse, Tensor
@@ -338,13 +338,13 @@ def execute(self, requests):
 def test_an_answer_comes_after_what_was_counted_for_it(
     repository: Repository, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    take = isolated_process.ModelProcess._on_metric
+    take = isolated_questions.Questions.on_metric
 
-    def take_late(self: isolated_process.ModelProcess, *change: Any) -> None:
+    def take_late(self: isolated_questions.Questions, *change: Any) -> None:
         time.sleep(0.2)  # answers have a channel of their own, and overtake
         take(self, *change)
 
-    monkeypatch.setattr(isolated_process.ModelProcess, "_on_metric", take_late)
+    monkeypatch.setattr(isolated_questions.Questions, "on_metric", take_late)
     add(repository, "m", COUNTS)
     engine.load_all()
     for turn in (1, 2):

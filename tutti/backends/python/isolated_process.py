@@ -1,6 +1,6 @@
 """The server's end of a python model's process: starts it, talks to it, notices its death, ends it and its helpers.
 
-Whoever executes a batch reads its answers itself. All else that the process says comes to a thread of its own, which
+The thread that executes a batch reads its answers. All else that the process says comes to a thread of its own, which
 also waits for the process to end: a channel's end would not tell, since a helper of the model's may have it.
 """
 
@@ -21,10 +21,10 @@ from typing import Any
 
 from tutti.backends.python import isolated_wire as wire
 from tutti.backends.python.interpreter import KILL_TIMEOUT_S, LEAVE_TIMEOUT_S, Command, end, is_readable
+from tutti.backends.python.isolated_questions import Questions
 from tutti.backends.python.isolated_wire import Arena
 from tutti.core.errors import ConfigError, InferError, Internal, Unavailable
-from tutti.core.types import Answer, Call, Infer, InferRequest, InferResponse, control_of, now_ns, settle_all
-from tutti.observing import custom_metrics
+from tutti.core.types import Answer, Call, Infer, InferResponse, now_ns, settle_all
 
 _log = logging.getLogger(__name__)
 
@@ -46,10 +46,9 @@ class ModelProcess:
     def __init__(self, name: str, command: Command, start: Mapping[str, Any], infer: Infer, limit_s: float) -> None:
         """Returns when the model is initialized. Raises ConfigError, after `limit_s` (0: any time) if not before."""
         self._name = name
-        self._infer = infer
         self._lock = threading.Lock()
         self._open: dict[int, Call] = {}
-        self._asked: dict[int, Call] = {}
+        self._questions = Questions(name, infer, self._open, self._send)
         self._next_id = 1
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._writer: threading.Thread | None = None
@@ -225,7 +224,7 @@ class ModelProcess:
         kind = "something"
         try:
             kind, *rest = pickle.loads(data)
-            getattr(self, f"_on_{kind}")(*rest)
+            (self._on_answer if kind == "answer" else getattr(self._questions, f"on_{kind}"))(*rest)
         except Exception:
             _log.exception("model '%s': what its process says (%s) cannot be followed", self._name, kind)
 
@@ -236,8 +235,7 @@ class ModelProcess:
         with self._reaping:  # afterwards another process may have its number
             self._kill_group()  # what it had started meanwhile
             self._status = self._process.wait()
-        for call in list(self._asked.values()):
-            call.is_cancelled = True
+        self._questions.cancel_all()
         self._fail_open()
         for channel in (self._calls, self._side):
             with contextlib.suppress(OSError):
@@ -282,72 +280,6 @@ class ModelProcess:
         except InferError as error:  # its caller does not take its answers
             self._send("refused", number, error)
 
-    def _on_infer(self, number: int, takes_many: bool, request: tuple[Any, ...], of: int) -> None:
-        """`of` is the number of the traced call in whose name it is made, 0 for none."""
-        model, version, request_id, outputs, parameters, heads, payload = request
-        inputs = {tensor.name: tensor for tensor in wire.tensors(heads, wire.unpacked(payload))}
-        inner = InferRequest(model, inputs, version, request_id, outputs, parameters)
-        asked = _Asked(self, number)
-        call = self._asked[number] = Call(inner, asked, None, asked.emit if takes_many else None)
-        outer = self._open.get(of)
-        if outer is not None and outer.trace is not None:
-            outer.trace.follow(call)
-        try:
-            self._infer([call])
-        except Exception as error:
-            call.finish(Internal(f"model '{model}' could not be asked: {type(error).__name__}: {error}"))
-
-    def _on_cancel(self, number: int) -> None:
-        call = self._asked.get(number)
-        if call is not None:
-            call.is_cancelled = True
-
-    def _on_ask(self, number: int, question: str, *details: Any) -> None:
-        if question == "control":  # it may take long, and the model may have to answer meanwhile
-            threading.Thread(target=self._reply, args=(number, question, *details), name="control", daemon=True).start()
-        else:
-            self._reply(number, question, *details)
-
-    def _reply(self, number: int, question: str, *details: Any) -> None:
-        try:
-            value, failure = self._told(question, *details), ""
-        except Exception as error:
-            value, failure = None, str(error)
-        self._send("reply", number, value, failure)
-
-    def _told(self, question: str, *details: Any) -> Any:
-        if question == "is cancelled":
-            call = self._open.get(details[0])
-            return call is None or call.is_cancelled
-        if question == "control":
-            return self._controlled(*details)
-        if question == "family":
-            custom_metrics.family(*details)
-            return None
-        if question == "metrics":  # those told before this question have been taken
-            return None
-        metric = _metric(*details)
-        return metric.value() if question == "value" else None
-
-    def _controlled(self, action: str, *details: Any) -> Any:
-        control = control_of(self._infer)
-        if control is None:
-            raise Unavailable(f"model '{self._name}': nothing loads models here")
-        return getattr(control, action)(*details)
-
-    def _on_metric(self, *message: Any) -> None:
-        *which, change, value = message
-        getattr(_metric(*which), change)(value)
-
-    def _on_log(self, name: str, level: int, text: str) -> None:
-        logging.getLogger(name).log(level, "%s", text)
-
-    def tell_asked(self, number: int, answer: Answer, is_final: bool) -> None:
-        """Another model has answered, from any thread."""
-        if is_final:
-            self._asked.pop(number, None)
-        self._send("answered", number, is_final, wire.pack_answers([answer]))
-
     def _send(self, *message: Any) -> None:
         """On the second channel, without waiting: a process that does not read must hold up nobody."""
         data = pickle.dumps(message, protocol=5)
@@ -361,26 +293,6 @@ class ModelProcess:
         with contextlib.suppress(OSError):
             while (data := self._outbox.get()) is not None:
                 self._side_channel.send_bytes(data)
-
-
-class _Asked:
-    """The sink of a request that a model's process makes."""
-
-    def __init__(self, process: ModelProcess, number: int) -> None:
-        self._process = process
-        self._number = number
-
-    def emit(self, response: InferResponse) -> None:
-        self._process.tell_asked(self._number, response, False)
-
-    def settle(self, calls: Sequence[Call]) -> None:
-        answer = calls[0].answer
-        assert answer is not None
-        self._process.tell_asked(self._number, answer, True)
-
-
-def _metric(name: str, description: str, kind: int, labels: Any, buckets: Any) -> custom_metrics.Value:
-    return custom_metrics.family(name, description, kind).metric(labels, buckets)
 
 
 def _limit(
