@@ -23,7 +23,7 @@ class Item:
     call: Call
     answer: Answer
     is_final: bool
-    # Bytes, of one that the reader has to keep up with.
+    # Bytes that count as unread; 0 for the last answer.
     size: int = 0
 
 
@@ -54,7 +54,7 @@ class Answers:
     def settle(self, calls: Sequence[Call]) -> None:
         for call in calls:
             assert call.answer is not None
-            call.emit = None  # it refers back to the call
+            call.emit = None  # it refers to the call: a cycle
             self._items.append(Item(call, call.answer, True))
         self._wake()
 

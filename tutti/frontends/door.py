@@ -113,7 +113,7 @@ class Door:
         """
         if left_ns:
             call.deadline_ns = now_ns() + left_ns
-        if not self._forwards and not self.tracer.is_on:  # nearly always
+        if not self._forwards and not self.tracer.is_on:  # the usual case
             return
         texts = self.dialect.read_headers(headers)
         self.access.forward_headers(texts.items(), call.request)

@@ -8,7 +8,7 @@ import ctypes
 import os
 from collections.abc import Callable
 
-# What has been freed may stay with the process as far as this; then the system gets it back, at most so often.
+# So much freed memory may stay with the process; more goes back to the system, at most once in INTERVAL_S.
 _KEPT_BYTES = 96 * 1024 * 1024
 INTERVAL_S = 0.25
 
@@ -23,7 +23,7 @@ class Freed:
         self._memory = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
         self._trim: Callable[[int], int] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)
         self._trimmed_at = 0.0
-        # What the process had besides what is held, when nothing was left that could be given back.
+        # What the process needs besides what is held: the least that it had after giving back all it could.
         self._kept = self.resident_bytes()
 
     def resident_bytes(self) -> int:

@@ -2,9 +2,9 @@
 
 import threading
 
-# What is smaller is not counted: keeping account of it would cost more than it holds.
+# Smaller requests and answers are not counted: accounting for them would cost more than they hold.
 COUNTED_BYTES = 64 * 1024
-# A client that reads nothing of its answers for so long has gone; where room is needed, this is enough.
+# A client that has read nothing for so long is given up; where room is needed, after STALLED_S.
 WRITE_TIMEOUT_S = 30.0
 STALLED_S = 1.0
 
@@ -14,7 +14,7 @@ class Holding:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        # Bytes of messages that have come on streams, of which nobody knows the connections.
+        # Bytes of messages that have come on streams. Which connections they came on nobody knows.
         self.streamed = 0
         self._held = 0
         self._lock = threading.Lock()

@@ -15,9 +15,9 @@ class Limits:
 
     max_input_size: int = 64 * 1024 * 1024
     max_grpc_message_size: int = 2**31 - 1
-    # Of all requests and answers together that are held; what is beyond is refused.
+    # All requests and answers that are held, together; what would exceed it is refused.
     max_inflight_bytes: int = 256 * 1024 * 1024
-    # Of gRPC's connections, by the names in keepalive.SETTINGS.
+    # Settings of gRPC's connections, by the names in keepalive.SETTINGS.
     grpc_settings: tuple[tuple[str, int], ...] = ()
 
     def of_each(self, processes: int) -> "Limits":

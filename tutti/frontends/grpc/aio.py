@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 _DIALECT = replace(DIALECT, read_headers=lambda context: metadata_headers(context.invocation_metadata()))
 _STATUS = {code.value[0]: code for code in grpc.StatusCode}
 _WATCH_S = 0.5
-# A client that sends on without waiting is read only as far as this.
+# How many requests of a stream may be open: a client that does not wait for answers is not read further.
 _MAX_STREAM_CALLS = 4096
 
 
@@ -202,7 +202,7 @@ class GrpcioFront:
             answers.cancel()
             reader.cancel()
             if self._api.requests.is_on:
-                for call in list(answers.open):  # the stream has ended before they did
+                for call in list(answers.open):  # the stream has ended without their answers
                     grpc_events.note_streamed(self._api.requests, call, failure or _left(context), 0, context.peer())
 
     def _note_stream(self, item: Item, failure: Failure | None, size: int, context: Any) -> None:

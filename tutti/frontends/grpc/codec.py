@@ -27,13 +27,13 @@ _RAW_TAG = b"\x32"
 _RAW_INPUT_TAG = b"\x3a"
 _ID_TAG = b"\x1a"
 LARGE_MESSAGE_BYTES = 16 * 1024
-# A message with more fields than this is left to protobuf, which walks faster.
+# A message with more fields is left to protobuf, which reads many fields faster than Python does.
 MAX_FIELDS = 256
 
 
 def decode(payload: bytes, regions: Regions = NO_REGIONS) -> InferRequest:
     """A serialized ModelInferRequest. Raises InvalidArgument naming the model and the tensor."""
-    # Protobuf would copy what is large twice.
+    # Large tensors are taken out first: protobuf would copy them twice.
     head, views = _take_raw_inputs(payload) if len(payload) >= LARGE_MESSAGE_BYTES else (payload, None)
     try:
         message = pb.ModelInferRequest.FromString(head)
@@ -176,7 +176,7 @@ class TemplateCache:
 
     MAX_TEMPLATES = 1024
     MAX_OF_A_LENGTH = 8
-    # Of a message but for its data; longer ones are read each time.
+    # The size of a message without its data. Longer ones are not kept: a client must not fill the memory.
     MAX_TEMPLATE_BYTES = 8192
 
     def __init__(self) -> None:
@@ -210,13 +210,13 @@ class TemplateCache:
         template = Template(
             request.model_name, request.model_version, request.outputs, parameters, classes, tuple(fixed), tuple(heads)
         )
-        # Other encoders may order the fields otherwise, or input may be in shared memory.
+        # A message whose fields are in another order, or whose input is in shared memory, makes no template.
         if fixed[1:] and fixed[1][0] >= 0 and template.fits(payload) and _is_same(template.request(payload), request):
             if self._count >= self.MAX_TEMPLATES:
                 self._by_length.clear()
                 self._count = 0
             known = self._by_length.setdefault(len(payload), [])
-            if len(known) >= self.MAX_OF_A_LENGTH:  # the oldest is the likeliest to be of no more use
+            if len(known) >= self.MAX_OF_A_LENGTH:  # drop the oldest: it is the least likely to come again
                 known.pop(0)
                 self._count -= 1
             known.append(template)
@@ -339,7 +339,7 @@ def _outputs(
         raise _bad(model, f"at most {rules.MAX_OUTPUTS} outputs can be asked for, got {len(message.outputs)}")
     for item in message.outputs:
         if item.name in names:
-            continue  # once is enough
+            continue  # an output that is named twice is answered once
         parameters = _parameters(item.parameters)
         if "classification" in parameters:
             classes[item.name] = rules.check_classes(model, item.name, parameters.pop("classification"))

@@ -14,7 +14,7 @@ from tutti.frontends.grpc import log_events as grpc_events
 from tutti.frontends.grpc.methods import MODEL_INFER, RESOURCE_EXHAUSTED, UNAVAILABLE
 from tutti.frontends.held_bytes import Holding
 
-# The native server has no answer if so many times running it has no call but those that wait for theirs.
+# The native server holds no answer if at so many looks in a row all its calls were waiting for theirs.
 _LOOKS = 10
 
 
@@ -35,9 +35,9 @@ class GivenAnswers:
         # All bytes of answers that the native server has got.
         self.total = 0
         self.largest = 0
-        # What answers that came just as their calls ended have left in that count: no status tells of them.
+        # Bytes in `total` that no status will ever tell of: of answers given just as their calls ended.
         self._lost = 0
-        # What seemed so at the last looks: each may be wrong for calls that came and went meanwhile.
+        # What seemed lost at the last looks. One look may be wrong, for calls that came and went during it.
         self._missing: deque[int] = deque(maxlen=_LOOKS)
 
     def respond(self, call_id: int, message: bytes) -> Failure | None:
@@ -53,11 +53,11 @@ class GivenAnswers:
         """Answer, if that may be held until its client has read it; else why not."""
         size = len(message)
         limit = self._holding.limit
-        if size > limit:  # trying again would not help
+        if size > limit:  # an error that says so, since trying again would not help
             why = f"the answer has {size} bytes, all that are held at a time at most {limit} (--max-inflight-bytes)"
             return RESOURCE_EXHAUSTED, why
         self.largest = max(self.largest, size)
-        self.total += size  # before: the guard takes no more to be owed than has been given
+        self.total += size  # first: the guard never takes more to be owed than has been given
         has_room = guard.may_give(peer, size)
         failure = self.respond(call_id, message) if has_room else (UNAVAILABLE, self._holding.refusal)
         self.total -= size
@@ -65,7 +65,7 @@ class GivenAnswers:
 
     def under_way(self) -> int:
         """How many bytes of answers the native server has, at most. One thread at a time asks."""
-        # Before the metrics, as those that wait: what comes in between must not seem to be lost.
+        # Both are read before the metrics: what is given in between must not seem to be lost.
         total = self.total
         waiting = [call_id for call_id, (call, _) in list(self.open_calls.items()) if not call.is_cancelled]
         metrics = self.native.metrics()

@@ -19,7 +19,7 @@ _NAMES = (
 # A call whose client has left before its answer, as gRPC has it.
 GONE = 1, "the client had gone before its answer"
 _LATE = 4
-# The native server's clock begins as a call comes, ours when it is taken.
+# The native server measures a deadline from when a call comes, we from when it is taken.
 _CLOCKS_NS = 10_000_000
 _PEER = re.compile(r"ipv[46]:(?:%5B|\[)?(.*?)(?:%5D|\])?:(\d+)")
 

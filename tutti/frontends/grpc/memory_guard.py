@@ -27,9 +27,9 @@ _log = logging.getLogger(__name__)
 
 _INTERVAL_S = 0.02
 _WATCHING_INTERVAL_S = 0.002
-# The process may grow by so much before anything is looked at.
+# Until the process has grown by so much, no connection is looked at.
 GROWTH_BYTES = 32 * 1024 * 1024
-# Connections are watched for so long after the last one that had more than this under way.
+# Watching ends when for so long no connection has had more than this under way.
 _CALM_BYTES = 1024 * 1024
 _CALM_S = 1.0
 # Where linux/tcp.h has tcpi_bytes_acked and tcpi_bytes_received.
@@ -39,15 +39,15 @@ _U64 = struct.Struct("=Q")
 # How an address begins: its family, and of IP the port.
 _ADDRESS = struct.Struct("=HH")
 _libc = ctypes.CDLL(None)
-# How long a look may take that is under way when the guard is to end.
+# How long `stop` waits for a look that is under way.
 _LAST_LOOK_S = 5.0
-# What a call has besides its message: headers, and a frame's head for each part of it, at least.
+# The least that a call has besides its message: headers, and a frame's head for each part of it.
 _HEADERS_BYTES = 64
 _FRAMES_SHARE = 1024
 _INT = struct.Struct("=i")
-# After an answer to nobody knows whom, calls come with their peers for so long.
+# After an answer to an unknown peer, calls are asked for their peers for so long.
 _NAMES_PEERS_S = 600.0
-# Of all that may be held, what may be owed to connections that nobody knows: one part of so many.
+# At most one part in so many of all that may be held may be owed to unknown peers.
 _UNKNOWN_SHARE = 2
 
 
@@ -180,7 +180,7 @@ class Guard:
         now = time.monotonic()
         with self._unread_lock:
             if size >= COUNTED_BYTES:
-                self._names_peers_until = now + _NAMES_PEERS_S  # the next one may have a deadline, and no peer
+                self._names_peers_until = now + _NAMES_PEERS_S  # a call with a deadline hides its peer
             if not peer and size >= COUNTED_BYTES:
                 most = self._holding.limit // _UNKNOWN_SHARE
                 if self._unread.unknown + size > most:
@@ -217,7 +217,7 @@ class Guard:
 
     def _look_at_unread(self, now: float) -> None:
         peers = self._unread.peers
-        if not all(map(self._is_there, peers)):  # one look for all that have gone
+        if not all(map(self._is_there, peers)):  # looked up once for all of them, if any has gone
             self._files = self._found()
         for peer in peers:
             taken = self._taken(peer) if self._is_there(peer) else None
@@ -279,7 +279,7 @@ class Guard:
             is_calm = self._watch.is_calm
         if largest and not self._sees_streams and resident - self._base < self._limit // 2:
             with self._lock:
-                self._watch.end()  # it was a stream's: what has come is not here
+                self._watch.end()  # the bytes were a stream's, whose messages are in another process
         elif largest:
             _log.warning("%s: its gRPC messages are larger than what is left of --max-inflight-bytes", largest)
             self._break_with(largest)
@@ -313,7 +313,7 @@ def _peer_of(descriptor: int) -> str:
     try:
         with _borrowed(descriptor) as connection:
             return peer_name(connection.getpeername())
-    except (OSError, ValueError):  # a Unix socket's name is a text
+    except (OSError, ValueError):  # a Unix socket has no address of two parts
         return ""
 
 
@@ -363,7 +363,7 @@ def received(connection: socket.socket) -> int:
 
 def taken(connection: socket.socket) -> int:
     """How many bytes a process has written to a TCP connection. Raises OSError where the system does not tell."""
-    # Acknowledged ones are read first: what is acknowledged in between is not counted for a moment, never twice.
+    # The acknowledged bytes are read first: bytes acknowledged between the two are then missed, never counted twice.
     acknowledged = _told(connection, _BYTES_ACKED_AT)
     return acknowledged + int(_INT.unpack(fcntl.ioctl(connection, termios.TIOCOUTQ, bytes(_INT.size)))[0])
 

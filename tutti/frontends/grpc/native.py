@@ -36,10 +36,10 @@ from tutti.frontends.v2.api import Api
 _log = logging.getLogger(__name__)
 
 _BURST = 64
-# Fewer while messages are large: each call that is taken has its message in memory of its own.
+# While messages are large fewer are taken at a time: each one taken is copied into memory of its own.
 _BURST_OF_LARGE = 4
 _NOBODY: tuple[Call | None, str] = (None, "")
-# Answers are on their way for so long after the last one was given.
+# How long the native server may need to send what it was given last.
 _LAST_S = 0.1
 
 
@@ -73,17 +73,17 @@ class GrpcFront:
         if fallback is not None:
             self._front.set_fallback(fallback)
         self._templates = grpc_codec.TemplateCache()
-        # With whom each is from, "" where it is not known.
+        # Calls that wait for their answers, by id, and whom each is from, "" where nobody knows.
         self._open: dict[int, tuple[Call, str]] = {}
-        # Those that another process answers.
+        # Calls that another process answers.
         self._elsewhere: set[int] = set()
         self._answers = GivenAnswers(self._front, api.holding, self._open)
         self._guard = None
         if sys.platform == "linux":
             self._guard = Guard(self._max_message_size, api.holding, self._answers.under_way, not api.is_front_end)
-        # The sizes of the large ones among their requests.
+        # Bytes of the requests that count as held: the large ones.
         self._held: dict[int, int] = {}
-        # The sizes of all, while requests are noted.
+        # Bytes of all requests, while requests are noted.
         self._sizes: dict[int, int] = {}
         self._thread = threading.Thread(target=self._receive, name="grpc", daemon=True)
 
@@ -111,8 +111,8 @@ class GrpcFront:
         self._is_ending, self._is_open = True, False
         await self.drain(grace_s)
         self._refuse_late()
-        await asyncio.sleep(_LAST_S)  # what was answered last is on its way
-        self._refuse_late()  # who came meanwhile, for the same reason not before
+        await asyncio.sleep(_LAST_S)  # the last answers leave before the connections close
+        self._refuse_late()  # those that came in the meantime
 
     def _refuse_late(self) -> None:
         refusal = UNAVAILABLE, "the server is shutting down: try again later"
@@ -174,7 +174,7 @@ class GrpcFront:
             receive = self._front.recv_batch_details
         usual = self._front.recv_batch_details if needs_headers else self._front.recv_batch
         guard = self._guard
-        # Who a call is from, the guard has to know only while it watches connections.
+        # Whom a call is from costs time to tell, and the guard needs it only while it watches connections.
         burst = _BURST
         while (events := receive(burst)) is not None:
             if guard is not None:
@@ -186,7 +186,7 @@ class GrpcFront:
                 elif receive is not usual:
                     receive = usual
             self._take(events)
-            del events  # what they carry does not wait for the next ones
+            del events  # else their messages would be kept until the next ones come
 
     def _take(self, events: Sequence[Any]) -> None:
         calls = []
@@ -201,7 +201,7 @@ class GrpcFront:
                         calls.append(call)
                 else:
                     self._ask(call_id, method, payload or b"", details)
-            except Exception as error:  # whatever it is, those that came together with it are answered
+            except Exception as error:  # the other calls of the burst go on
                 self._front.fail(call_id, *self._door.failure(error, "a gRPC call was not taken"))
         if calls:
             self._door.submit(calls)
@@ -351,20 +351,20 @@ class GrpcFront:
 
 def _native_front(api: Api, address: str, paths: Sequence[str], shares_port: bool) -> Any:
     """The server in Rust, which does not listen yet."""
-    # It checks API keys before it reads, and decompresses, a message: the gate would come after.
+    # The native server checks API keys itself: it does so before it reads and decompresses a message.
     keys = [hashlib.sha256(key.encode()).digest() for key in api.grpc.gate.api_keys]
     settings: Any = keepalive.native(api.limits.grpc_settings)
     return NativeGrpcFront(
         address,
         [(path, False) for path in paths],
         io_threads=1,
-        # Comes with each call, at no cost; its details would take a tenth of the rate.
+        # This header comes with each call at no cost; all details of calls would cost a tenth of the rate.
         client_key_metadata="grpc-timeout",
         # Without it the server does not tell of unary calls that were cancelled or ran out of time.
         call_details=True,
         bearer_token_sha256=keys or None,
         unauthenticated_message=DIALECT.refusals["unauthenticated"][1],
-        # They tell how many bytes of answers have left it, or were dropped.
+        # GivenAnswers reads from them how many bytes of answers have left the server, or were dropped.
         metrics=True,
         reuse_port=shares_port,
         **settings,

@@ -24,7 +24,7 @@ class Unread:
 
     def __init__(self) -> None:
         self._debts: dict[str, _Debt] = {}
-        # To connections that nobody knows.
+        # Bytes owed to peers that nobody knows.
         self.unknown = 0
 
     def __bool__(self) -> bool:

@@ -17,7 +17,7 @@ ID_HEADER = b"x-request-id"
 TIMING_HEADER = b"server-timing"
 
 _MAY_BE_ID = re.compile(rb"[!-~]{1,128}")
-# Of this process: what another one, or the next of its number, makes is another.
+# Ids begin with the process and its start, so that no two processes make the same, even if they share a number.
 _PREFIX = b"%x-%x-" % (os.getpid(), time.time_ns() // 1_000_000 & 0xFFFFFF)
 _numbers = itertools.count(1)
 _PLACES = tuple([b"%x\r\n\r\n" % place for place in range(256)])
@@ -50,7 +50,7 @@ def request_id(body_id: str) -> bytes:
     return (id_of(body_id.encode("utf-8", "replace")) if body_id else b"") or b"%b%x" % (_PREFIX, next(_numbers))
 
 
-# What is quick takes one of few times, again and again: hundredths of milliseconds are all that is told.
+# Times are told in hundredths of milliseconds. Quick requests take few different times, so their texts are kept.
 
 
 @lru_cache(maxsize=8192)
@@ -66,7 +66,7 @@ def _phases(queue_ns: int, compute_ns: int, total_ns: int) -> bytes:
 def timing(arrived_ns: int, times: Times | None, now_ns: int) -> bytes:
     """The header's value, milliseconds: queue and compute as far as they are known, and all until now."""
     passed_ns = now_ns - arrived_ns if arrived_ns else 0
-    if type(times) is BatchTimes:  # nearly always, and once for each batch at least
+    if type(times) is BatchTimes:  # the usual case; it is called at least once for each batch
         start_ns = times.start_ns
         return _phases(start_ns - arrived_ns, times.end_ns - start_ns, passed_ns)
     if times is None:

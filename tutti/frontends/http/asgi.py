@@ -13,9 +13,9 @@ class Reply:
     def __init__(self, exchange: Exchange) -> None:
         self._held = b""
         self._exchange = exchange
-        # 0 until it has begun; and the bytes of its body.
+        # The status is 0 until the response has begun; the size is that of its body so far.
         self.status = self.size = 0
-        # Where it is an error that comes in one piece.
+        # The body of an error that comes in one piece.
         self.error = b""
         self._headers: list[tuple[bytes, bytes]] = []
         self._is_begun = False

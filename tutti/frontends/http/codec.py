@@ -57,12 +57,12 @@ class HeaderCache:
     """Headers that were parsed before. Clients repeat theirs byte for byte, unless they send ids or JSON data."""
 
     MAX_HEADERS = 1024
-    # Longer ones are read each time: what is kept must not be a client's to fill.
+    # Longer headers are not kept: a client must not fill the memory.
     MAX_HEADER_BYTES = 8192
 
     def __init__(self) -> None:
         self._known: dict[bytes, Header] = {}
-        # The last one that was found: to compare costs less than to look up, and most follow their like.
+        # The last header that was found: most requests are like the one before, and comparing is cheaper than hashing.
         self._last: tuple[bytes, Header | None] = b"", None
 
     def find(self, body: Raw, length: int) -> Header | None:
@@ -160,7 +160,7 @@ def encode(
     for tensor in response.outputs:
         if tensor.name in shared:
             entry = {"name": tensor.name, "datatype": tensor.datatype, "shape": tensor.shape}
-            outputs.append(orjson.dumps(entry))  # and nothing else: clients take any parameters for those of data
+            outputs.append(orjson.dumps(entry))  # no parameters: clients take any for a sign of data
         elif reply.is_binary(tensor.name):
             raw = tensor.raw()
             binaries.append(raw)
@@ -201,7 +201,7 @@ def part_header(response: InferResponse, reply: ReplyFormat) -> tuple[bytes, int
     return header
 
 
-# Responses of one model repeat all but their data: what does not change is serialized once.
+# Responses of one model differ only in their data: all else is serialized once.
 
 
 @lru_cache(maxsize=1024)

@@ -14,14 +14,14 @@ from tutti.frontends.http.exchange import Exchange, Response, error_response
 from tutti.frontends.http.request_reader import Receiving, RequestReader
 
 MAX_PIPELINED = 128
-# A client that still sends what has been refused would not read the answer if the connection broke under it.
+# How long a refused client may go on sending: it reads the answer only if the connection does not break meanwhile.
 LINGER_S = 2.0
-# How long answers are awaited for a client that sends no more; an app's may be endless streams.
+# How long a client that has closed its side may wait for answers. An app's are given less: they may be endless.
 HALF_CLOSED_S = 30.0
 HALF_CLOSED_APP_S = 0.5
 IDLE_TIMEOUT_S = 75.0
 READ_TIMEOUT_S = 60.0
-# A body may take so long, and longer by its size.
+# The slowest a body may come, beyond twice READ_TIMEOUT_S.
 LEAST_RATE_BYTES_S = 16 * 1024
 
 
@@ -46,7 +46,7 @@ class Connection(RequestReader):
         self.pending: deque[Exchange] = deque()
         super().__init__(front)
         self._front: Front = front
-        # What its client has not read, and since when it reads nothing.
+        # Bytes that its client has not read, and when it last read any.
         self._unread = 0
         self.read_at = 0.0
         # The client's address, as the system says it.
@@ -71,7 +71,7 @@ class Connection(RequestReader):
             if exchange.task is not None:
                 exchange.task.cancel()
             if exchange.call is None and exchange.task is None and exchange.response is not None:
-                exchange.release()  # the others are released with their answers
+                exchange.release()  # calls and apps release theirs when they answer
         self.pending.clear()
         self._can_write.set()
         if self._counting is not None:
@@ -131,11 +131,11 @@ class Connection(RequestReader):
         if type(response) is list or len(response) >= COUNTED_BYTES:
             response = self._with_room(exchange, response)
         exchange.response = response
-        exchange.call = None  # the two refer to each other: left to the garbage collector, they cost milliseconds
+        exchange.call = None  # the two are a cycle: left to the garbage collector, it costs milliseconds
         self._flush()
 
     def _with_room(self, exchange: Exchange, response: Response) -> Response:
-        if exchange.parts is not None or exchange not in self.pending:  # its head is out, or nobody waits
+        if exchange.parts is not None or exchange not in self.pending:  # too late to refuse it, or nobody waits
             return response
         size = sum(map(len, response)) if isinstance(response, list) else len(response)
         if not self.holding.take(size):

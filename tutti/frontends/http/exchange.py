@@ -122,13 +122,13 @@ class Exchange:
         self.call: Cancellable | None = None
         self.task: asyncio.Task[None] | None = None
         self.parts: list[bytes] | None = None
-        # How the front wants to answer: its own.
+        # The form of the answer, which only the front knows.
         self.reply: Any = None
-        # As the client sent it, where that may come back.
+        # The client's x-request-id, b"" for none that may come back.
         self.request_id = b""
-        # What was delivered, which may be a refusal in the place of what should have been.
+        # What was delivered: the answer, or a refusal in its place.
         self.response: Response | None = None
-        # Of its body, then of its answer until that is written.
+        # Bytes held: of its body, then of its answer until that is written.
         self.held = 0
 
     def known_as(self, body_id: str = "") -> tuple[bytes, bytes]:

@@ -58,16 +58,15 @@ class GenerateRoutes:
 
     async def generate_stream(self, request: Request) -> Response:
         call, answers = await self._submit(request)
-        # A request that is refused has a plain answer. What a model says is an event, and an error that comes first is
-        # the response's status, too.
+        # A refused request is answered with a plain error. What a model answers is an event, errors too; if its first
+        # answer is an error, the response has that error's status.
         first = await answers.get()
         is_refused = call.key is None or isinstance(first.answer, Unavailable | DeadlineExceeded)
         if isinstance(first.answer, InferError) and is_refused:
             self._api.tracer.end(call)
             raise first.answer
         status = DIALECT.code_of(first.answer) if isinstance(first.answer, InferError) else 200
-
-        # How long the first answer took; of the others nobody knows yet.
+        # It is the first answer's time: headers go out before the others are there.
         headers = {"server-timing": timing(call)}
         return StreamingResponse(self._events(call, answers, first), status, headers, "text/event-stream")
 

@@ -29,7 +29,7 @@ from tutti.frontends.v2.json_request import BINARY_REPLY, ReplyFormat
 
 _log = logging.getLogger(__name__)
 
-# JSON from here on, and what is compressed, may take long to decode; a thousand times as much may be inflated.
+# Larger JSON takes long to decode, and so may compressed bodies, which can inflate a thousandfold.
 _LONG_JSON_BYTES = 256 * 1024
 _LONG_CODED_BYTES = 1024
 
@@ -47,7 +47,7 @@ class HttpFront(HttpServer):
         self._api = api
         self._door = Door(DIALECT, api.engine, api.http, api.tracer)
         self._is_open = api.http.gate.is_open
-        # What takes long to decode does so beside the loop, one after the other.
+        # Decodes what takes long beside the loop, one request after the other.
         self._decoder = Pool(1, "http-decode")
         self._thread = threading.get_ident()
         self._arrived: list[Exchange] = []
@@ -93,7 +93,7 @@ class HttpFront(HttpServer):
         small: list[tuple[Call, Response]] = []
         large: list[tuple[Call, Response]] = []
         for call, (exchange, response) in zip(calls, answered, strict=True):
-            if exchange.response is not None:  # it was answered, and noted, when the server stopped
+            if exchange.response is not None:  # it was answered and noted when the server stopped
                 continue
             is_large = isinstance(response, list) or len(response) >= COUNTED_BYTES
             (large if is_large else small).append((call, response))
@@ -114,8 +114,8 @@ class HttpFront(HttpServer):
     def app_answered(self, exchange: Exchange, reply: Reply, call: Call | None, took_ns: int) -> None:
         if not self._api.requests.is_on:
             return
-        if not reply.status and (exchange.response is not None or self._api.is_front_end):  # whoever answered notes it
-            return
+        if not reply.status and (exchange.response is not None or self._api.is_front_end):
+            return  # whoever answered has noted it
         is_begun = exchange.parts is not None or exchange.response is not None
         answered = (reply.status, reply.size, reply.error) if is_begun else (0, 0, b"")
         http_events.note_reply(self._api.requests, exchange, answered, call, took_ns)
@@ -136,7 +136,7 @@ class HttpFront(HttpServer):
                 self._start_app(exchange)
             except _TakesLong:
                 self._decoder.submit(self._take_long, exchange)
-            except Exception as error:  # whatever it is, those that came together with it are answered
+            except Exception as error:  # the other requests of the burst go on
                 self._refuse(exchange, error)
         if calls:
             self._door.submit(calls)
@@ -144,7 +144,7 @@ class HttpFront(HttpServer):
     def _take_long(self, exchange: Exchange) -> None:
         """In the decoder's thread: a request that would hold up the loop."""
         later = self._loop.call_soon_threadsafe
-        # No name may keep the errors: they lead to this frame, and such a cycle would keep the body.
+        # The error is passed on and not kept: it leads to this frame, and the cycle would keep the body.
         try:
             self._door.submit([self._call(exchange, may_take_long=True)])
         except Elsewhere:
@@ -154,7 +154,7 @@ class HttpFront(HttpServer):
 
     def _refuse(self, exchange: Exchange, error: Exception) -> None:
         """Answer a request that did not decode."""
-        exchange.body = b""  # inflated it may be large, and its client may not read the answer
+        exchange.body = b""  # let it go now: it may be large, and its client slow to read the answer
         failure = self._door.decode_failure(error, *(self._routes.find(exchange.url) or ("", "")))
         exchange.connection.respond(exchange, *failure)
 
@@ -168,7 +168,7 @@ class HttpFront(HttpServer):
         request, exchange.reply = self._decode(head, exchange, may_take_long)
         call = Call(request, self, exchange)
         door.begin(call, exchange.headers, head.left_ns, received_ns)
-        if call.trace is not None:  # it is known by the answer's id, as in logs
+        if call.trace is not None:  # traces and logs name a request by its answer's id
             exchange.request_id = exchange.request_id or answer_headers.request_id(request.id)
             call.trace.note("answer_id", exchange.request_id.decode())
         exchange.call = call
@@ -231,6 +231,6 @@ def _deliver(answered: _Answered) -> None:
     for exchange, response in answered:
         try:
             exchange.connection.deliver(exchange, response)
-        except Exception:  # the others' answers are not lost with it
+        except Exception:  # the other answers are delivered all the same
             _log.exception("an answer could not be written")
             exchange.connection.abort()

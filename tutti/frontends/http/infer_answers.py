@@ -10,7 +10,7 @@ from tutti.frontends.http import codec as http_codec
 from tutti.frontends.http.exchange import Exchange, Response, response_head
 from tutti.frontends.v2.json_request import ReplyFormat
 
-# A response from here on is written in the pieces it is made of, rather than joined.
+# A larger response is written in the pieces that it is made of: joining them would cost more.
 LARGE_RESPONSE_BYTES = 64 * 1024
 
 HEAD_END = b"\r\n\r\n"
@@ -34,10 +34,10 @@ def _binary_start(header_length: int, length: int) -> bytes:
 class Mates:
     """What answers that are settled together have in common: nearly always all but their ids and their data."""
 
-    # Up to the answer's id, and from there to its data. Most are made for one answer that needs nothing of this.
+    # The response up to its id, and from behind the id to its data.
     head = header = b""
     is_large = False
-    # Of the last answer that was looked at.
+    # What the two were made for.
     _columns: Columns | None = None
     _reply: ReplyFormat | None = None
     _arrived_ns = _rows = 0

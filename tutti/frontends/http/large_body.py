@@ -60,12 +60,12 @@ class LargeBody(asyncio.BufferedProtocol):
         assert exchange is not None, "the protocol is another from then on"
         self._size += nbytes
         if not self._connection.hold(exchange, nbytes):
-            self._body = memoryview(bytearray(COUNTED_BYTES))  # what is still sent is taken and forgotten
+            self._body = memoryview(bytearray(COUNTED_BYTES))  # what is still sent is received here and forgotten
             self._size = 0
             return
         self._connection.last_read = asyncio.get_running_loop().time()
         if self._size == len(self._body):
             self._exchange = None
             exchange.body = self._body
-            self._body = memoryview(b"")  # a transport keeps the protocols that it has had
+            self._body = memoryview(b"")  # let go: the transport keeps a reference to this object
             self._connection.end_large_body(exchange)

@@ -22,7 +22,7 @@ CLIENT_HEADER = b"tutti-client"
 _PROBES = frozenset({b"/v2/health/live", b"/v2/health/ready", b"/-/healthz"})
 _OF_MODEL = re.compile(rb"/v2/models/([^/]+)(?:/versions/([0-9]{1,19}))?/(infer|generate|generate_stream)")
 _HEAD_BYTES = 2048
-# What other servers' logs have for a client that was told nothing, since it had gone.
+# The status that other servers log, too, for a client that had gone before its answer.
 GONE = 499
 GONE_MESSAGE = "the client had gone before its answer"
 
@@ -90,7 +90,7 @@ def note_reply(
         spent = call.times.spent(call.arrived_ns) if call.times is not None else None
     if not status:
         status, size, error = GONE, 0, GONE_MESSAGE
-    elif exchange.connection.has_gone and exchange.response is None:  # it has got a part
+    elif exchange.connection.has_gone and exchange.response is None:  # gone amid its answer
         error = error or GONE_MESSAGE
     _, sent_id = exchange.known_as()
     log.note(

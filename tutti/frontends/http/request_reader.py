@@ -22,7 +22,7 @@ _HEADER_OVERHEAD = 4  # ": " and the line's end
 MAX_KNOWN_HEADS = 1024
 MAX_KNOWN_HEAD_BYTES = 4096
 _NOT_REPEATABLE = frozenset({b"transfer-encoding", b"expect", b"upgrade"})
-# A body from here on is received into the one buffer it stays in.
+# A larger body is received into the one buffer that it stays in.
 LARGE_BODY_BYTES = 64 * 1024
 
 
@@ -58,7 +58,7 @@ class RequestReader(asyncio.Protocol, Client):
         # The length of the body being read, where it is a large one of known length.
         self._large_length = 0
         self._is_reading = False
-        # The connection is to end: what still comes is not read.
+        # Whether the connection is to end: what still comes is not read.
         self._is_closing = False
         self._is_read_paused = False
         self._new_head = b""
@@ -144,7 +144,7 @@ class RequestReader(asyncio.Protocol, Client):
             return
         lengths = [value for name, value in exchange.headers if name == b"content-length"]
         names = {name for name, _ in exchange.headers}
-        # Each line of it must be one that llhttp has told of: then it ends where the body began.
+        # If each of its lines is a header that llhttp has told of, the head ends where the body began.
         is_plain = raw.count(b"\n") == raw.count(b"\r\n") == len(exchange.headers) + 2
         if not is_plain or exchange.is_http_1_0 or len(lengths) > 1 or names & _NOT_REPEATABLE:
             return
@@ -260,7 +260,7 @@ class RequestReader(asyncio.Protocol, Client):
     def end_large_body(self, exchange: Exchange) -> None:
         """The whole body is there."""
         self._is_reading = False
-        self._parser = httptools.HttpRequestParser(self)  # the last one still waits for the body's rest
+        self._parser = httptools.HttpRequestParser(self)  # the old parser still waits for the body that went past it
         self._start_message()
         self._switch(self)
         if self._is_closing:  # it has been refused meanwhile
@@ -274,7 +274,7 @@ class RequestReader(asyncio.Protocol, Client):
         if transport is None or transport.is_closing():
             return
         transport.set_protocol(protocol)
-        if not self._is_read_paused:  # reading goes on in the way that the new protocol wants
+        if not self._is_read_paused:  # makes the transport read as the new protocol wants
             transport.pause_reading()
             transport.resume_reading()
 

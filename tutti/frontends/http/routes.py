@@ -52,7 +52,7 @@ def make_app(api: Api) -> Starlette:
         routes=_merged(table, api.http.gate),
         exception_handlers={InferError: _infer_error, HTTPException: _http_error},
     )
-    app.router.redirect_slashes = False  # another spelling of a path is another path
+    app.router.redirect_slashes = False  # a path with a slash more is another path
     return app
 
 
@@ -124,7 +124,7 @@ def metrics_app(
 ) -> Starlette:
     """`GET /metrics`; `render` gives the page and its content type. `sample` is called before it, in a thread."""
 
-    sampling = Pool(1, "sample")  # a driver may hang
+    sampling = Pool(1, "sample")  # one thread: a driver that hangs takes no more
 
     async def metrics(_: Request) -> Response:
         if sample is not None:
@@ -186,7 +186,7 @@ class _Routes:
 
     async def index(self, request: Request) -> Response:
         only_ready = bool((await _json_object(request)).get("ready", False))
-        entries = await self._api.in_thread(self._api.index, only_ready)  # it looks at every folder
+        entries = await self._api.in_thread(self._api.index, only_ready)  # in a thread: it reads every model's folder
         return json_response([{key: value for key, value in entry.items() if value} for entry in entries])
 
     async def load(self, request: Request) -> Response:

@@ -124,18 +124,18 @@ class HttpServer:
             if is_received:  # an app that asks again waits for the client to go: it is cancelled then
                 await asyncio.Event().wait()
             is_received = True
-            body, exchange.body = exchange.body, b""  # what is copied here is not held twice
+            body, exchange.body = exchange.body, b""  # the app gets a copy: let go of the original
             return {"type": "http.request", "body": bytes(body), "more_body": False}
 
         try:
             await self._app(scope, receive, reply.send)
         except Exception as error:
             _log.exception("%s %s failed", exchange.method.decode("latin-1"), exchange.url.decode("latin-1"))
-            if exchange.response is not None:  # the app has answered, and tells of it so
+            if exchange.response is not None:  # the app raises after its answer, to have it logged
                 return
             if exchange.parts is None:
                 exchange.connection.respond(exchange, 500, f"internal error: {type(error).__name__}")
-                reply.status = 0  # it was noted
+                reply.status = 0  # `respond` has noted it
             else:
                 exchange.connection.abort()  # half a response is out: only a broken connection tells the client
         finally:

@@ -32,9 +32,9 @@ Lend = Callable[[Raw], Place | None]
 Find = Callable[[Place, int], Raw]
 """Its inverse."""
 
-# (name, datatype, shape and bytes of one request's, where it lies). In band it follows the one before it.
+# (name, datatype, shape and bytes of one request's tensor, where it lies). None: in band, behind the one before it.
 Head = tuple[str, str, Shape, int, Place | None]
-# Requests with deadlines are alike if these are no further apart than this: 4 ms.
+# Requests are alike if what is left to their deadlines is the same in units of 2**22 ns, about 4 ms.
 _PATIENCE_BITS = 22
 
 
@@ -99,7 +99,7 @@ def _key(call: Call, now_ns: int) -> Hashable:
     if signature is None:
         signature = tuple([(t.name, t.datatype, t.shape, len(_raw(t))) for t in request.inputs.values()])
         signature += request.outputs
-    # Clocks of callers differ by less than what they wait for.
+    # Deadlines that are nearly the same need not keep requests apart.
     patience = (call.deadline_ns - now_ns) >> _PATIENCE_BITS if call.deadline_ns else None
     return request.model_name, request.model_version, signature, patience, bool(request.parameters)
 

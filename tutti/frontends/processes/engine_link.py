@@ -29,13 +29,13 @@ from tutti.frontends.v2.following import Follower, Leader
 _log = logging.getLogger(__name__)
 
 _MAX_SIGNATURES = 4096
-# Front-ends that have sent within such a time send at once.
+# Front-ends that send within so long of each other count as sending at once: their bursts are joined.
 _BESIDE_OTHERS_S = 0.001
-# One call for several requests takes no more of a batch than this: others are to fit in beside it.
+# A call for several requests takes at most one part in so many of a batch: others are to fit in beside it.
 _SHARE_OF_BATCH = 2
-# What goes beside the arenas waits for a front-end process to read it.
+# How much may wait for a front-end process to read it, besides what lies in arenas.
 _MOST_UNSENT_BYTES = 64 * 1024 * 1024
-# What came while the last answers were awaited may end, too.
+# How long calls may take that came while the last answers were awaited.
 _LAST_S = 0.2
 
 
@@ -49,7 +49,7 @@ class EngineSide:
         self._methods = methods(api)
         self._ends: set[EngineEnd] = set()
         self._arrived: list[Call] = []
-        # Who sent last, and until when others are taken to send, too.
+        # Who sent last, and until when others are expected to send as well.
         self._last_end: EngineEnd | None = None
         self._others_until_s = 0.0
         self._accepting: asyncio.Task[None] | None = None
@@ -131,7 +131,7 @@ class EngineSide:
             return 1
         try:
             config = self.door.model(entry.model_name, entry.model_version).config
-        except InferError:  # it will be told to each
+        except InferError:  # each request is told by itself
             return 1
         if not config.may_merge or not all(head[2] for head in entry.heads):
             return 1
@@ -180,12 +180,12 @@ class EngineEnd(End, Follower):
         self._methods = table
         self._side = side
         self._siblings = siblings
-        # By the number of the first request of each.
+        # Calls by the number of their first request.
         self.open: dict[int, Call] = {}
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        self._siblings.add(self)  # before: of a change that comes now it is told afterwards
+        self._siblings.add(self)  # first: a change that comes now is then told, too
         self._side.leader.tell([self])
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -242,7 +242,7 @@ class EngineEnd(End, Follower):
                 plain.append(call)
             elif type(token) is tuple:
                 self._end_raw(call)
-            elif isinstance(call.answer, InferError):  # one of them may be to blame: others are not to pay for it
+            elif isinstance(call.answer, InferError):  # one request may be to blame: each is tried alone
                 again += token.alone(self)
                 self.open.update((single.token, single) for single in again[-len(token) :])
             else:

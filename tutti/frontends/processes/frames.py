@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 # The length of the values and that of the bytes.
 _HEAD = struct.Struct("<QQ")
 _RECEIVED_BYTES = 256 * 1024
-# Bytes of this size and more are written from where they are, others joined.
+# Larger pieces are written from where they are; smaller ones are joined first.
 _OWN_PIECE_BYTES = 16 * 1024
 
 
@@ -92,7 +92,7 @@ class Frames(asyncio.BufferedProtocol):
             self._write(self._outbox.popleft())
 
     def _wake(self) -> None:
-        self._is_waking = False  # before: what comes meanwhile wakes again
+        self._is_waking = False  # first: what comes from now on has to wake again
         self.woken()
 
     def _take_frames(self) -> None:

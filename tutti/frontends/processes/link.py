@@ -47,7 +47,7 @@ class _Connection(End):
     def __init__(self, owner: "FrontEnd") -> None:
         super().__init__()
         self._owner = owner
-        # What the engine's process wants followed is known.
+        # Set once the engine's process has said how to log and trace.
         self.follows = asyncio.Event()
 
     def handle(self, values: Any, data: memoryview) -> None:
@@ -129,7 +129,7 @@ class FrontEnd:
             raise
         await connection.follows.wait()
         before = self._connection
-        if before is not None:  # it has been given up, and lives on
+        if before is not None:  # an engine that was replaced, but has not ended
             self.lost(before)
             before.close()
         if connection.has_ended:

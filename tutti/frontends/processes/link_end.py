@@ -23,7 +23,7 @@ class End(Frames):
         super().__init__()
         self.arena: Arena | None = new_arena()
         self._borrowed: Borrowed | None = None
-        # Blocks of the peer's that nobody here reads any more.
+        # Blocks of the peer's memory that nobody here reads any more.
         self._ended: deque[int] = deque()
         self._is_giving_back = False
 
@@ -65,7 +65,7 @@ class End(Frames):
             self._loop.call_soon_threadsafe(self._loop.call_later, _GIVE_BACK_S, self._send_ended)
 
     def _send_ended(self) -> None:
-        self._is_giving_back = False  # before: what comes meanwhile is sent later
+        self._is_giving_back = False  # first: what ends from now on is sent the next time
         ended = []
         while self._ended:
             ended.append(self._ended.popleft())

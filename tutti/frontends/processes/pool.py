@@ -82,13 +82,13 @@ class FrontEnds:
         self._places = [_Place() for _ in range(count)]
         self._reserved: list[socket.socket] = []
         self._keepers: list[asyncio.Task[None]] = []
-        # What one that is started now is told.
+        # What a process that is started now is told first.
         self._state: list[Mapping[str, object]] = []
         self._engine: Path | None = None
         self._has_opened = False
         self._is_stopping = False
         self._failed = asyncio.Event()
-        # What this process writes to, they may; their own standard output leads here.
+        # This process's standard output, which front-end processes write to: their own leads here.
         self._stdout = _standard_output()
 
     def reserve(self, host: str, port: int, name: str = "http") -> int:
@@ -96,8 +96,8 @@ class FrontEnds:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         check_free(host, port, family, name)
         listener = socket.socket(family)
-        # Connections that the last server closed hold the port for a minute: only a socket with the option that
-        # server's had may have it before, and that server may have been of another kind.
+        # Connections that the last server closed hold the port for a minute, but for sockets with the same option as
+        # its own. Which that was nobody knows: both are set.
         for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
             listener.setsockopt(socket.SOL_SOCKET, option, 1)
         listener.bind((host, port))

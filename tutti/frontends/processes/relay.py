@@ -32,7 +32,7 @@ _MODEL_READY = re.compile(rb"/v2/models/([^/]+)(?:/versions/[0-9]+)?/ready")
 _NO_BODY = (204, 304)
 _MAX_HEAD_BYTES = 1 << 20
 _PART_BYTES = 1 << 16
-# Whoever asks for the server's health is answered though the engine is not: it may hang.
+# A question for the server's health is answered after so long even if the engine hangs.
 PROBE_TIMEOUT_S = 2.0
 
 
@@ -63,7 +63,7 @@ class Relay:
                 writer.writelines(_request(exchange))
                 await _pass_on(reader, exchange, passed)
         except (OSError, EOFError, asyncio.LimitOverrunError) as error:
-            # One that has ended is replaced; only one that does not answer is no sign of life.
+            # An engine that has ended is replaced, so the server lives; one that hangs is reported as dead.
             if path in _LIVE and self._link.is_announced and isinstance(error, TimeoutError):
                 exchange.connection.respond(exchange, 503, "the engine's process does not answer")
             elif exchange.parts is None:

@@ -21,12 +21,12 @@ import numpy as np
 from tutti.core.dtypes import Array
 from tutti.core.types import Raw
 
-# From here on a tensor goes through a block: below, its copies cost less than keeping account of it.
+# Larger tensors go through a block; copies of smaller ones cost less than accounting for a block.
 LARGE_BYTES = 64 * 1024
 # Touched memory stays with the arena, so this is what a link may take, each way.
 ARENA_BYTES = 128 * 1024 * 1024
 _SMALLEST = 64 * 1024
-# One block must not keep out all others.
+# The largest block: one must not keep out all others.
 _SHARE = 4
 _HELLO = struct.Struct("<Q")
 

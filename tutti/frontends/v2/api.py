@@ -66,7 +66,7 @@ class Api:
             self.tracer.version_of = self._version_of
         self.logs = logs or Logs()
         self.requests = requests or RequestLog(self.logs)
-        # What may wait for long, as a load, has threads of its own: it must not use up others'.
+        # Threads for what may wait for long, as a load does: it must not use up those of others.
         self.control = Pool(_MOST_CONTROL_CALLS, "control")
 
     async def in_thread(self, do: Callable[..., T], *arguments: Any) -> T:
@@ -94,7 +94,7 @@ class Api:
         """A settled call's response as its request asks for it, and the outputs that are now in shared memory."""
         answer, request = call.answer, call.request
         if type(answer) is InferResponse and not request.classes and not request.shared_outputs and call.trace is None:
-            return answer, ()  # nearly always
+            return answer, ()  # the usual case
         return self.as_asked(request, response_of(call, self.tracer))
 
     def as_asked(self, request: InferRequest, response: InferResponse) -> tuple[InferResponse, Collection[str]]:
@@ -184,7 +184,7 @@ class Api:
         if name:
             try:
                 self.engine.model(name, version)
-            except NotFound as error:  # in Triton too no NotFound
+            except NotFound as error:  # as in Triton
                 raise InvalidArgument(error.message) from None
             models = [m for m in models if m.config.name == name and (not version or str(m.version) == version)]
         return {"model_stats": [_model_statistics(model) for model in models]}

@@ -14,7 +14,7 @@ from tutti.frontends.arrival import Arrival
 from tutti.frontends.v2.api import Api
 from tutti.observing.logs import Settings
 
-# A process that hangs does not hold up a client's change for longer.
+# How long a client's change waits for processes that do not answer.
 PATIENCE_S = 2.0
 
 
@@ -69,7 +69,7 @@ class Leader:
     def _tell_all(self) -> None:
         followers = list(self._followers)
         number = self.tell(followers)
-        if threading.get_ident() == self._thread:  # nobody else takes their answers
+        if threading.get_ident() == self._thread:  # their answers come on this thread: waiting here would block them
             return
         with self._answered:
             self._answered.wait_for(

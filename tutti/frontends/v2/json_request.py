@@ -160,7 +160,7 @@ def _outputs(
         if not isinstance(name, str):
             raise invalid(model, "an output has no 'name'")
         if name in binary:
-            continue  # once is enough
+            continue  # an output that is named twice is answered once
         wanted = _object(model, entry, "parameters")
         count = _class_count(model, name, wanted)
         if count:

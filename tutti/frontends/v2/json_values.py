@@ -16,13 +16,13 @@ from tutti.core import dtypes
 from tutti.core.types import Raw, Shape
 from tutti.frontends.v2.rules import invalid
 
-# Of arrays in 'data', whatever the tensor's rank: Triton reads as many.
+# How deep arrays in 'data' may be nested, whatever the tensor's rank. Triton's limit.
 MAX_NESTING = 100
 # So much of a value is told in an error.
 _SHOWN = 40
 # What an element is like, by the kind of its dtype: null and a number in quotes are none.
 _LIKE = {"b": " (true or false)", "i": " (as -3)", "u": " (as 3)", "f": " (as 1.5, or NaN without quotes)"}
-# Of one request's JSON.
+# The most that the JSON of one request may have.
 MAX_CONTAINERS = 2**20
 MAX_VALUES = 2**22
 _UNCOUNTED_JSON_BYTES = 64 * 1024
@@ -106,7 +106,7 @@ def from_json(model: str, name: str, datatype: str, shape: Shape, data: Any) -> 
                 f"{datatype} elements{_LIKE[kind]}, got {shown(element)}",
             )
     try:
-        with np.errstate(over="ignore"):  # what is too large for a float is infinite
+        with np.errstate(over="ignore"):  # a number that is too large becomes infinity
             return np.array(flat, dtype=dtypes.NUMPY[datatype]).reshape(shape)
     except OverflowError:
         raise invalid(model, f"input '{name}': an element does not fit {datatype}") from None

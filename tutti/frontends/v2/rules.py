@@ -15,7 +15,7 @@ from tutti.core.types import Raw, Shape, SharedRegion, Tensor
 MAX_DIMENSIONS = 32
 MAX_ELEMENTS = 2**40
 MAX_OUTPUTS = 1024
-# Numbers of so many digits may not fit 64 bits: orjson reads those that do not as floats.
+# Numbers so long may exceed 64 bits; orjson then reads them as floats.
 _LONG_NUMBER = re.compile(rb"[:\s](-?[0-9]{19,})\s*[,}]")
 
 
@@ -76,7 +76,7 @@ def check_parameters(model: str, parameters: Mapping[str, Any], text: Raw = b"",
             _check_own(model, key, value)
 
 
-# Parameters that say something to the server itself: what they are, since another type would be passed over.
+# Parameters that the server itself reads, and their types: a value of another type would be ignored in silence.
 _OF_THE_SERVER: dict[str, tuple[tuple[type, ...], str]] = {
     "priority": ((int,), "a whole number of 0 or more"),
     "timeout": ((int,), "a whole number of microseconds"),
@@ -129,7 +129,7 @@ def check_size(model: str, tensor: Tensor, size: int) -> None:
 
 def check_shape(model: str, name: str, shape: Shape) -> None:
     """Raise InvalidArgument for negative, too many or too large dimensions."""
-    # Zeros do not count: numpy multiplies the others.
+    # Sizes of 0 are left out, as numpy does when it checks the total.
     product = math.prod(shape) if 0 not in shape else math.prod(size or 1 for size in shape)
     if product > MAX_ELEMENTS and min(shape) >= 0:
         most = f"causes total element count to exceed maximum size of {MAX_ELEMENTS}"

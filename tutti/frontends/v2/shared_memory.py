@@ -23,7 +23,7 @@ _KEY = re.compile(r"/?[A-Za-z0-9_][A-Za-z0-9_.-]{0,250}")
 _NAME = re.compile(r"[^\x00-\x1f\x7f]{1,255}")
 # Segments that servers and runtimes keep for themselves.
 _RESERVED = ("triton_python_backend_shm", "psm_", "sem.", "plasma", "ray_", "torch_", "nccl")
-# Each holds a file descriptor, or a mapping on a device.
+# Each region holds a file descriptor, or a mapping on a device.
 _MAX_REGIONS = 256
 UNREGISTER_TIMEOUT_S = 10.0
 
