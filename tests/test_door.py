@@ -347,7 +347,7 @@ def test_an_engine_that_raises_leaves_no_call_unanswered(caplog: pytest.LogCaptu
 def test_an_error_has_its_code_and_is_not_logged(
     error: Exception, failure: tuple[int, str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert door().failure(error, "something failed") == failure
+    assert DIALECT.failure(error, "something failed") == failure
     assert not caplog.records
 
 

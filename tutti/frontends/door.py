@@ -65,8 +65,9 @@ class Dialect:
     """How one protocol says what all of them have.
 
     `name` is what traces call it. `codes` are its status codes for errors, an error's subclasses having the nearest,
-    and `internal` the code of all others. `refusals` are the gate's. `read_headers` makes a mapping of the headers in
-    the protocol's own form, lower-case names to values; None may come, too. `message` is what is told of an error.
+    and `internal` the code of all others. `refusals` are what the gate's are told as. `read_headers` makes a mapping of
+    lower-case names from whatever the front end hands over as a call's headers; without it they are one, or None.
+    `message` is what is told of an error.
     """
 
     name: str
@@ -78,6 +79,28 @@ class Dialect:
 
     def code_of(self, error: InferError) -> int:
         return next((self.codes[kind] for kind in type(error).__mro__ if kind in self.codes), self.internal)
+
+    def refusal(self, gate: Gate, category: Category | None, headers: Any) -> Failure | None:
+        """Why a call must not pass a gate; None if it may."""
+        refusal = gate.check(category, self.read_headers(headers))
+        return self.refusals[refusal] if refusal else None
+
+    def failure(self, error: Exception, event: str, *names: object) -> Failure:
+        """What a client is told. All but an InferError is a fault."""
+        if not isinstance(error, InferError):
+            return self.fault(error, event, *names)
+        error.__traceback__ = None  # it leads to the call, which has the error: a cycle that keeps the tensors
+        return self.code_of(error), self.message(error)
+
+    def fault(self, error: Exception, event: str, *names: object) -> Failure:
+        """What a client is told of a fault of tutti's. It is logged: `event` % `names`."""
+        _log.error(event, *names, exc_info=error)
+        return self.internal, internal(error).message
+
+
+def internal(error: Exception) -> Internal:
+    """A fault of tutti's as a call's answer: no more than its kind is told, for its text may be anything."""
+    return Internal(f"internal error: {type(error).__name__}")
 
 
 class Door:
@@ -95,8 +118,7 @@ class Door:
 
     def refusal(self, category: Category | None, headers: Any) -> Failure | None:
         """Why a call must not pass; None if it may. Who asks `access.gate.is_open` first need not ask this."""
-        refusal = self.access.gate.check(category, self.dialect.read_headers(headers))
-        return self.dialect.refusals[refusal] if refusal else None
+        return self.dialect.refusal(self.access.gate, category, headers)
 
     def model(self, name: str, version: str = "") -> Model:
         """The model that answers, for a front end whose requests cannot be read without its configuration.
@@ -141,7 +163,7 @@ class Door:
         except Exception as error:
             _log.exception("a burst of %d calls was not taken", len(calls))
             failed = [call for call in calls if call.answer is None]
-            settle_all(failed, Internal(f"internal error: {type(error).__name__}"))
+            settle_all(failed, internal(error))
 
     def response(self, call: Call) -> InferResponse:
         """The response of a settled call. Raises its error."""
@@ -159,19 +181,11 @@ class Door:
                 error = unknown
             except (InferError, Elsewhere):
                 pass
-        return self.failure(error, "an infer request could not be decoded")
+        return self.dialect.failure(error, "an infer request could not be decoded")
 
     def encode_failure(self, error: Exception, call: Call) -> Failure:
         """What the client of a settled call is told that has failed, or whose response could not be encoded."""
-        return self.failure(error, "a response of model '%s' could not be encoded", call.request.model_name)
-
-    def failure(self, error: Exception, event: str, *names: object) -> Failure:
-        """What the client is told. All but an InferError is a fault of tutti's, and logged: `event` % `names`."""
-        if isinstance(error, InferError):
-            error.__traceback__ = None  # it leads to the call, which has the error: a cycle that keeps the tensors
-            return self.dialect.code_of(error), self.dialect.message(error)
-        _log.error(event, *names, exc_info=error)
-        return self.dialect.internal, f"internal error: {type(error).__name__}"
+        return self.dialect.failure(error, "a response of model '%s' could not be encoded", call.request.model_name)
 
 
 def response_of(call: Call, tracer: Tracer) -> InferResponse:

@@ -104,7 +104,7 @@ class GrpcioFront:
             try:
                 message = await self._api.in_thread(method.answer, payload) if method.blocks else method.answer(payload)
             except Exception as error:
-                failure = self._door.failure(error, "a gRPC call failed")
+                failure = DIALECT.failure(error, "a gRPC call failed")
             except asyncio.CancelledError:
                 failure = _left(context)
                 raise
@@ -195,7 +195,7 @@ class GrpcioFront:
                 if message:
                     yield message
         except InferError as error:
-            failure = self._door.failure(error, "a stream failed")
+            failure = DIALECT.failure(error, "a stream failed")
             await context.abort(_STATUS[failure[0]], failure[1])
         finally:
             self._open.discard(answers)

@@ -122,7 +122,7 @@ class GrpcFront:
 
     def refuse_open(self, error: InferError) -> None:
         """Answer the calls that are inside with an error."""
-        told = self._door.failure(error, "a call was refused")
+        told = DIALECT.failure(error, "a call was refused")
         for call_id in list(self._open):
             call, peer = self._open.pop(call_id, _NOBODY)
             if call is not None:
@@ -202,7 +202,7 @@ class GrpcFront:
                 else:
                     self._ask(call_id, method, payload or b"", details)
             except Exception as error:  # the other calls of the burst go on
-                self._front.fail(call_id, *self._door.failure(error, "a gRPC call was not taken"))
+                self._front.fail(call_id, *DIALECT.failure(error, "a gRPC call was not taken"))
         if calls:
             self._door.submit(calls)
 
@@ -339,7 +339,7 @@ class GrpcFront:
             if not self._front.respond(call_id, message):
                 failure = grpc_events.GONE
         except Exception as error:
-            failure = self._door.failure(error, "a gRPC call failed")
+            failure = DIALECT.failure(error, "a gRPC call failed")
         if failure is not None:
             left_ns = _left_ns(details)
             failure = self._fail(call_id, failure, began_ns + left_ns if left_ns else 0)

@@ -36,9 +36,9 @@ def guarded(gate: Gate, category: Category | None, handler: Handler) -> Handler:
     """The handler behind the gate."""
 
     async def guard(request: Request) -> Response:
-        refusal = gate.check(category, request.headers)
-        if refusal:
-            status, message = DIALECT.refusals[refusal]
+        refusal = DIALECT.refusal(gate, category, request.headers.raw)
+        if refusal is not None:
+            status, message = refusal
             return json_response({"error": message}, status)
         return await handler(request)
 

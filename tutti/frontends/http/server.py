@@ -5,7 +5,6 @@ connection.py. infer.py has infer requests answered without the app.
 """
 
 import asyncio
-import logging
 import ssl
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -21,8 +20,6 @@ from tutti.frontends.http.connection import Connection
 from tutti.frontends.http.exchange import Exchange, Head
 from tutti.frontends.http.status import DIALECT
 from tutti.frontends.size_limits import Limits
-
-_log = logging.getLogger(__name__)
 
 _SWEEP_S = 5.0
 
@@ -130,11 +127,12 @@ class HttpServer:
         try:
             await self._app(scope, receive, reply.send)
         except Exception as error:
-            _log.exception("%s %s failed", exchange.method.decode("latin-1"), exchange.url.decode("latin-1"))
+            request = exchange.method.decode("latin-1"), exchange.url.decode("latin-1")
+            failure = DIALECT.fault(error, "%s %s failed", *request)
             if exchange.response is not None:  # the app raises after its answer, to have it logged
                 return
             if exchange.parts is None:
-                exchange.connection.respond(exchange, 500, f"internal error: {type(error).__name__}")
+                exchange.connection.respond(exchange, *failure)
                 reply.status = 0  # `respond` has noted it
             else:
                 exchange.connection.abort()  # half a response is out: only a broken connection tells the client

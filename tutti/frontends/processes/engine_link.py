@@ -13,10 +13,10 @@ from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tutti.core.errors import InferError, Internal, Unavailable
+from tutti.core.errors import InferError, Unavailable
 from tutti.core.types import Answer, Call, InferResponse, Raw, now_ns
 from tutti.frontends.arrival import UNKNOWN, Arrival
-from tutti.frontends.door import Door, Failure
+from tutti.frontends.door import Door, Failure, internal
 from tutti.frontends.freed_memory import INTERVAL_S, Freed
 from tutti.frontends.grpc import codec as grpc_codec
 from tutti.frontends.grpc.methods import DIALECT, MODEL_INFER, Method, methods
@@ -272,7 +272,7 @@ class EngineEnd(End, Follower):
                     self._send_answers([call])
                 return
             _log.exception("a response of model '%s' could not be encoded", calls[0].request.model_name)
-            calls[0].answer = Internal(f"internal error: {type(error).__name__}")
+            calls[0].answer = internal(error)
             pieces, packed = [], list(map(tuple, pack_answers(calls, self.lend, [])))
         self.send(("answers", packed), pieces)
 
@@ -329,7 +329,7 @@ class EngineEnd(End, Follower):
         try:
             self._send_raw(number, 0, method.answer(payload))
         except Exception as error:
-            self._refuse_raw(number, self._door.failure(error, "a gRPC call failed"))
+            self._refuse_raw(number, DIALECT.failure(error, "a gRPC call failed"))
 
 
 def _is_large(answer: Answer | None) -> bool:

@@ -19,7 +19,7 @@ from tutti.frontends.held_bytes import COUNTED_BYTES
 from tutti.frontends.http import log_events as http_events
 from tutti.frontends.http.exchange import Exchange, error_response, response_head
 from tutti.frontends.http.log_events import CLIENT_HEADER, client_of
-from tutti.frontends.http.status import DIALECT, http_headers
+from tutti.frontends.http.status import DIALECT
 from tutti.frontends.processes.link import FrontEnd
 from tutti.observing.request_log import RequestLog
 
@@ -84,9 +84,9 @@ class Relay:
         model = _MODEL_READY.fullmatch(path)
         why = self._link.refusal.message
         if path in _LIVE or path == _READY or model is not None:
-            refusal = self._gate.check("health", http_headers(exchange.headers))
-            if refusal:
-                exchange.connection.respond(exchange, *DIALECT.refusals[refusal])
+            refusal = DIALECT.refusal(self._gate, "health", exchange.headers)
+            if refusal is not None:
+                exchange.connection.respond(exchange, *refusal)
             elif model is not None:
                 name = model[1].decode("utf-8", "replace")
                 exchange.connection.respond(exchange, 400, f"model '{name}' is not ready: {why}")
