@@ -59,7 +59,7 @@ class Answers:
         self._wake()
 
     def end(self) -> None:
-        """No more calls will be made."""
+        """Say that no more calls will be made."""
         self._has_ended = True
         self._ready.set()
 
@@ -90,12 +90,12 @@ class Answers:
         return item
 
     def fail(self, error: InferError) -> None:
-        """No more answers will come."""
+        """Have readers get `error` once they have read the answers that are there."""
         self._failure = error
         self._ready.set()
 
     def cancel(self) -> None:
-        """Nobody waits any more."""
+        """Cancel the calls that are open: nobody waits for them."""
         for call in self.open:
             call.is_cancelled = True
 

@@ -14,7 +14,7 @@ INTERVAL_S = 0.25
 
 
 class Freed:
-    """One for a process; one thread at a time."""
+    """Gives memory back. A process has one, and one thread at a time uses it."""
 
     _memory = -1
 
@@ -30,7 +30,7 @@ class Freed:
         return int(os.pread(self._memory, 256, 0).split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     def give_back(self, held: int, now: float) -> int:
-        """Give back what is free, where that is much; `held` is known to be in use. Returns what is resident."""
+        """Give free memory back, if it is much. `held` bytes are known to be in use. Returns the resident bytes."""
         resident = self.resident_bytes()
         self._kept = min(self._kept, resident - held)
         is_much = resident - held > self._kept + _KEPT_BYTES

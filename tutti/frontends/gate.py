@@ -37,7 +37,7 @@ class Gate:
 
     @property
     def is_open(self) -> bool:
-        """Whether everything passes: nobody need ask."""
+        """Whether every call passes, so that `check` need not be asked."""
         return not self.restricted and not self.api_keys
 
     def check(self, category: Category | None, headers: Mapping[str, str]) -> Refusal:
@@ -50,7 +50,7 @@ class Gate:
         return ""
 
     def _has_key(self, headers: Mapping[str, str]) -> list[bool]:
-        """One comparison per key, whatever the outcome of the others."""
+        """Compare with each key, even after a match: the time must not tell which key it was."""
         scheme, _, token = headers.get("authorization", "").partition(" ")
         shown = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
         return [_equal(shown, key) for key in self.api_keys]

@@ -36,7 +36,7 @@ class Holding:
             return True
 
     def change(self, size: int) -> None:
-        """What is held has become so much more, or less, and cannot be refused any more."""
+        """Count `size` bytes more, or less if negative, that are held already: they cannot be refused."""
         with self._lock:
             self._held += size
 

@@ -23,7 +23,7 @@ class Options(Protocol):
 
 
 def given_twice(options: Options) -> str:
-    """What is wrong with ports that two front-ends would have on one address; "" where each has its own."""
+    """The error about two front-ends with one port on one address; "" if there are none."""
     host = options.http_address or options.host
     doors = (
         ("--http-port", host, options.http_port, options.allow_http),

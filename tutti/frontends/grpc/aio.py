@@ -35,7 +35,7 @@ _MAX_STREAM_CALLS = 4096
 
 @dataclass(frozen=True, slots=True)
 class TlsFiles:
-    """PEM contents. With `root_certificate` clients must show a certificate of it."""
+    """Contents of PEM files. With a `root_certificate` clients must show a certificate that it has signed."""
 
     certificate: bytes
     key: bytes
@@ -267,7 +267,7 @@ def _left_ns(context: Any) -> int:
 
 
 def _left(context: Any) -> Failure:
-    """What the client of a call has seen that has been cancelled: the end of its time, or its own."""
+    """What the client of a cancelled call has seen: the end of its deadline, or its own cancelling."""
     left_s = context.time_remaining()
     return grpc_events.left(grpc_events.GONE, 0 if left_s is None else now_ns() + int(left_s * 1e9))
 

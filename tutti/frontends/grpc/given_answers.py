@@ -41,7 +41,7 @@ class GivenAnswers:
         self._missing: deque[int] = deque(maxlen=_LOOKS)
 
     def respond(self, call_id: int, message: bytes) -> Failure | None:
-        """Answer; for a client that has left, what that is called."""
+        """Answer. Returns why not, if the client has left."""
         size = len(message)
         self.total += size
         if self.native.respond(call_id, message):
@@ -50,7 +50,7 @@ class GivenAnswers:
         return grpc_events.GONE
 
     def give(self, guard: Guarding, call_id: int, message: bytes, peer: str) -> Failure | None:
-        """Answer, if that may be held until its client has read it; else why not."""
+        """Answer, if the answer may be held until its client has read it. Returns why not."""
         size = len(message)
         limit = self._holding.limit
         if size > limit:  # an error that says so, since trying again would not help

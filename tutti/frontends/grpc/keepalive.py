@@ -61,7 +61,7 @@ SETTINGS = (
 
 
 def settings_of(options: object) -> tuple[tuple[str, int], ...]:
-    """(name, value) of those that were given among the options."""
+    """(name, value) of the settings whose flags are among the options."""
     values = ((setting.name, getattr(options, setting.dest, None)) for setting in SETTINGS)
     return tuple((name, int(value)) for name, value in values if value is not None)
 

@@ -25,7 +25,7 @@ _PEER = re.compile(r"ipv[46]:(?:%5B|\[)?(.*?)(?:%5D|\])?:(\d+)")
 
 
 def left(failure: tuple[int, str], deadline_ns: int) -> tuple[int, str]:
-    """What the client of a call that ended with `failure` has seen, as it had left: the end of its time, or its own."""
+    """What a client has seen that left before `failure` could be told: the end of its deadline, or its leaving."""
     seen = (_LATE, GONE[1]) if deadline_ns and now_ns() >= deadline_ns - _CLOCKS_NS else GONE
     return failure if failure[0] == seen[0] else seen
 
@@ -63,7 +63,7 @@ def note_streamed(log: RequestLog, call: Call, failure: tuple[int, str] | None, 
 
 @harmless
 def note_refusal(log: RequestLog, path: str, failure: tuple[int, str], payload: bytes, peer: str) -> None:
-    """A call that nobody was asked for. It took no time."""
+    """A call that was refused before anybody worked on it. It took no time."""
     if log.wants(0):
         _note_method(log, path, failure, (len(payload), 0), peer, 0, _target(path, payload))
 
@@ -81,7 +81,7 @@ class Outside(NamedTuple):
 
 
 def outside(path: str, payload: bytes, peer: str, left_ns: int = 0) -> Outside:
-    """Of a call that comes now."""
+    """What to keep of a call that comes now."""
     now = now_ns()
     return Outside(path, peer, now, len(payload), _target(path, payload), now + left_ns if left_ns else 0)
 

@@ -65,7 +65,7 @@ class Connection:
 
 
 class Watch:
-    """Which connection is to be broken with. Pure: told what has come on each, and what calls were of."""
+    """Decides which connection to break with, from what has come on each and from the calls made of it. Pure."""
 
     def __init__(self, limit: int) -> None:
         """Bytes that all messages under way may have, with what is held besides."""
@@ -140,7 +140,7 @@ class Guard:
 
     @property
     def is_watching(self) -> bool:
-        """Whether it has to be told of calls."""
+        """Whether `took` has to be told of each call."""
         return bool(self._watch)
 
     @property
@@ -150,7 +150,7 @@ class Guard:
 
     @property
     def is_owing(self) -> bool:
-        """Whether it has to be told of small answers, too."""
+        """Whether `may_give` has to be asked for small answers, too."""
         return bool(self._unread)
 
     def start(self, port: int) -> None:
@@ -167,7 +167,7 @@ class Guard:
             self._watch.took(peer, size)
 
     def took_unknown(self) -> None:
-        """Calls have come, nobody knows from whom: begin anew, and have the next ones say it."""
+        """Calls have come from unknown peers: begin to count anew, and have the next calls name theirs."""
         self._names_peers_until = time.monotonic() + _NAMES_PEERS_S
         with self._lock:
             self._watch.end()
@@ -300,7 +300,7 @@ class Guard:
 
 @contextlib.contextmanager
 def _borrowed(descriptor: int) -> Iterator[socket.socket]:
-    """A connection that stays the server's own. Raises OSError when it has gone."""
+    """A socket over a descriptor that the server keeps. Raises OSError when the connection has gone."""
     connection = socket.socket(fileno=descriptor)
     try:
         yield connection

@@ -45,7 +45,7 @@ RawAnswered = Callable[[int, bytes, str], None]
 
 
 def _details(error: InferError) -> str:
-    """What the caller is told; of a deadline in gRPC's own words, as when its own clock ends the call."""
+    """What the caller is told. A deadline is told in gRPC's own words, as when the client's clock ends the call."""
     is_late = isinstance(error, errors.DeadlineExceeded | errors.TooLate)
     return f"Deadline Exceeded: {error.message}" if is_late else error.message
 
@@ -240,7 +240,7 @@ class _Methods:
 
 
 def _trace_value(key: str, values: list[str]) -> Any:
-    """No value clears a setting; all but the level have one."""
+    """A setting's value: None, which clears it, for no values; the level alone may have several."""
     if not values:
         return None
     if key == "trace_level":

@@ -164,7 +164,7 @@ class GrpcFront:
         grpc_events.note_call(self._api.requests, call, failure, sizes, peer)
 
     def _fail(self, call_id: int, failure: Failure, deadline_ns: int = 0) -> Failure:
-        """End a call with an error; returns what its client was told, which may have left."""
+        """End a call with an error. Returns what its client has seen, which differs if it has left."""
         return failure if self._front.fail(call_id, *failure) else grpc_events.left(failure, deadline_ns)
 
     def _receive(self) -> None:
@@ -260,7 +260,7 @@ class GrpcFront:
         return call
 
     def _refuse(self, call_id: int, path: str, failure: Failure, payload: bytes, peer: str) -> None:
-        """Answer a call that nobody was asked for."""
+        """Answer a call with an error before any model is asked."""
         failure = self._fail(call_id, failure)
         if self._api.requests.is_on:
             grpc_events.note_refusal(self._api.requests, path, failure, payload, peer)
@@ -303,7 +303,7 @@ class GrpcFront:
             grpc_events.note_outside(self._api.requests, outside, failure, size)
 
     def _may_pass(self, call_id: int, index: int, category: Category, payload: bytes, details: Any) -> bool:
-        """Check size and gate; a call that may not pass is answered, one that came too late when the server ends."""
+        """Check size and gate. A call that may not pass is answered at once; a late one, when the server ends."""
         if self._is_ending:
             self._late.append((call_id, index, _peer(None, details)))
             return False
@@ -372,7 +372,7 @@ def _native_front(api: Api, address: str, paths: Sequence[str], shares_port: boo
 
 
 def _peer(key: bytes | str | None, details: Any) -> str:
-    """Whom a call is from: a text in the place of the header that it has not, else among its details."""
+    """Whom a call is from. The native server puts the peer, a text, in place of a header that the call has not."""
     if isinstance(key, str):
         return key
     return str(details[1]) if details is not None else ""

@@ -20,7 +20,7 @@ class _Debt:
 
 
 class Unread:
-    """What is owed to whom."""
+    """How many bytes are owed to which connection."""
 
     def __init__(self) -> None:
         self._debts: dict[str, _Debt] = {}

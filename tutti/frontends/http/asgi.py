@@ -8,7 +8,7 @@ from tutti.frontends.http.exchange import Exchange, response_head
 
 
 class Reply:
-    """An ASGI app's messages as an HTTP response: chunked where it comes in parts, but for HTTP/1.0, which cannot."""
+    """An ASGI app's messages as an HTTP response. Parts are sent as chunks, but joined for HTTP/1.0, which has none."""
 
     def __init__(self, exchange: Exchange) -> None:
         self._held = b""

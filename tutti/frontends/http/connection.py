@@ -78,9 +78,9 @@ class Connection(RequestReader):
             self._counting.release()
 
     def eof_received(self) -> bool:
-        """The client sends no more. Most have gone, some wait for their answers: what is being executed is answered.
+        """The client sends no more. It may wait for its answers: what is being executed is answered.
 
-        What only waits in a queue is cancelled.
+        Most such clients have gone, so what only waits in a queue is cancelled.
         """
         if not self.pending or self._is_reading:
             return False
@@ -96,7 +96,7 @@ class Connection(RequestReader):
 
     @property
     def has_gone(self) -> bool:
-        """Its client is told nothing any more. From any thread."""
+        """Whether the connection has ended, so that nothing can be told any more. From any thread."""
         return self._transport is None
 
     def _accept(self, exchange: Exchange) -> None:
@@ -112,7 +112,7 @@ class Connection(RequestReader):
     # responses
 
     def passed_ns(self) -> int:
-        """Since something came last."""
+        """Nanoseconds since something came last."""
         return int((self._loop.time() - self.last_read) * 1e9)
 
     def respond(self, exchange: Exchange, status: int, message: str) -> None:
@@ -178,7 +178,7 @@ class Connection(RequestReader):
             self._update_reading()
 
     def refuse_open(self, status: int, message: str) -> None:
-        """Answer what is not answered yet with an error, and close. A response that has begun can be none any more."""
+        """Answer all open requests with an error, and close; but none behind a response that has begun."""
         waiting = list(self.pending)
         for exchange in waiting:
             if exchange.parts is not None:

@@ -31,10 +31,10 @@ class Client(Protocol):
 
     @property
     def has_gone(self) -> bool:
-        """Nothing is told to it any more. From any thread."""
+        """Whether the connection has ended. From any thread."""
 
     def passed_ns(self) -> int:
-        """Since something came last."""
+        """Nanoseconds since something came last."""
 
     def respond(self, exchange: "Exchange", status: int, message: str) -> None:
         """Answer with an error."""
@@ -77,7 +77,7 @@ def response_head(status: int, headers: Sequence[tuple[bytes, bytes]], length: i
 def error_response(
     status: int, message: str, keep_alive: bool, about: Sequence[tuple[bytes, bytes]] | None = None
 ) -> bytes:
-    """With the headers that tell of its request; where none are given, with an id for it."""
+    """A whole response. `about` are the headers that tell of its request; without them it gets a new id."""
     body = orjson.dumps({"error": shown(message)})
     headers = [
         (b"content-type", b"application/json"),

@@ -89,7 +89,7 @@ class HttpFront(HttpServer):
             _log.debug("the loop is closed: %d answers are dropped", len(answered))
 
     def _note(self, calls: Sequence[Call], answered: "_Answered", now: int) -> list[tuple[Call, Response]]:
-        """Note all answers but large ones, which are returned: whether there is room for them shows on the loop."""
+        """Note the small answers, and return the large ones: whether there is room for them shows on the loop."""
         small: list[tuple[Call, Response]] = []
         large: list[tuple[Call, Response]] = []
         for call, (exchange, response) in zip(calls, answered, strict=True):

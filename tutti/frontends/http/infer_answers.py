@@ -27,7 +27,7 @@ _BINARY_HEAD = (
 
 @lru_cache(maxsize=4096)
 def _binary_start(header_length: int, length: int) -> bytes:
-    """An answer's head up to what is its own."""
+    """The part of an answer's head that depends on lengths alone."""
     return _BINARY_HEAD % (header_length, length)
 
 
@@ -49,7 +49,7 @@ class Mates:
         self.now_ns = now_ns
 
     def have(self, call: Call, response: InferResponse, exchange: Exchange) -> bool:
-        """Whether it is an answer all in binary: then `head` and `header` are its own."""
+        """Whether all of the answer is binary. If so, `head` and `header` are those of this answer."""
         if (
             response.columns is not self._columns
             or exchange.reply is not self._reply
@@ -128,6 +128,6 @@ def _pool_line(parameters: Parameters) -> bytes:
 
 
 def _pool(parameters: Parameters) -> bytes:
-    """The pool that answered, where a parameter says so: a model may write there what is no header."""
+    """The pool that answered, if a parameter names one. A model may write anything there: b"" if it is no header."""
     pool = parameters.get(POOL_PARAMETER)
     return pool.encode() if isinstance(pool, str) and _POOL_NAME.fullmatch(pool) else b""

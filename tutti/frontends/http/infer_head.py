@@ -18,7 +18,7 @@ Route = tuple[str, str]
 
 
 class Routes:
-    """Infer URLs and their models, those that were asked for before by a look."""
+    """Infer URLs and their models. URLs that were asked for before are looked up."""
 
     def __init__(self) -> None:
         self._known: dict[bytes, Route | None] = {}

@@ -132,7 +132,7 @@ def _target(exchange: Exchange) -> tuple[str, str, str]:
 
 
 def _bytes_in(exchange: Exchange) -> int:
-    """Of the body, as announced."""
+    """Bytes of the body, as announced."""
     if exchange.head is not None:
         return exchange.head.length
     length = _sent(exchange, b"content-length")

@@ -138,7 +138,7 @@ class RequestReader(asyncio.Protocol, Client):
         return data[start:] if start else data
 
     def _remember(self, exchange: Exchange) -> None:
-        """Keep the head of the request that llhttp has just read, if all of it is about this one message."""
+        """Keep the head of the request that llhttp has just read, if it means the same whenever it comes."""
         raw, self._new_head = self._new_head, b""
         if not raw:
             return

@@ -105,14 +105,14 @@ def _key(call: Call, now_ns: int) -> Hashable:
 
 
 def _may_join(request: InferRequest) -> bool:
-    """Not those with parameters, which may say anything, nor those whose copies would count."""
+    """Whether a request may be joined: without parameters, which may say anything, and small enough to copy."""
     if request.parameters or not request.inputs:
         return False
     return sum([len(_raw(tensor)) for tensor in request.inputs.values()]) < LARGE_BYTES
 
 
 def _raw(tensor: Tensor) -> Raw:
-    """The wire form, kept where it had to be made."""
+    """The wire form of a tensor, which keeps it if it had to be made."""
     if not isinstance(tensor.data, RAW_TYPES):
         tensor.data = tensor.raw()
     return tensor.data  # type: ignore[return-value]
@@ -157,7 +157,7 @@ class Joined:
     def __init__(
         self, entry: Entry, data: Sequence[Raw], deadlines_ns: Sequence[int], signature: Hashable, start: int, stop: int
     ) -> None:
-        """Those from `start` to `stop` of an entry whose tensors are `data`."""
+        """The requests from `start` to `stop` of an entry whose tensors are `data`."""
         self._entry = entry
         self._data = data
         self._deadlines = deadlines_ns
@@ -176,13 +176,13 @@ class Joined:
         return range(self.first, self.first + len(self))
 
     def part(self, start: int, stop: int) -> "Joined":
-        """Those from `start` up to `stop`, which may be beyond the end."""
+        """The requests from `start` up to `stop`, which may be beyond the end."""
         stop = min(stop, self.stop)
         return Joined(self._entry, self._data, self._deadlines, self._signature, start, stop)
 
     @property
     def rows(self) -> int:
-        """Of one of them."""
+        """Rows of each request."""
         return self._entry.heads[0][2][0]
 
     def call(self, sink: Sink) -> Call:
@@ -303,7 +303,7 @@ def pack_answers(calls: Sequence[Call], lend: Lend, pieces: list[Raw]) -> list[A
 
 
 def _queues_ns(calls: Sequence[Call], spent: tuple[Any, ...]) -> tuple[int, ...]:
-    """How long each of a batch has waited, where they have not arrived together."""
+    """How long each request of a batch has waited; () if all arrived together."""
     first_ns = calls[0].arrived_ns
     if calls[-1].arrived_ns == first_ns:  # they are in the order of their numbers
         return ()
@@ -335,7 +335,7 @@ def _run(calls: Sequence[Call], start: int) -> tuple[int, int, tuple[int, ...]]:
 
 
 def _heads(answer: InferResponse, stop: int, lend: Lend, pieces: list[Raw]) -> list[Head]:
-    """Of a response, or of the rows of its batch up to `stop`."""
+    """The heads of a response's outputs, or of the rows of its batch up to `stop`."""
     columns = answer.columns
     if columns is None:
         return [_head(tensor, tensor.raw(), lend, pieces) for tensor in answer.outputs]

@@ -88,7 +88,7 @@ class EngineSide:
             task.cancel()
 
     def submit(self, calls: Sequence[Call], end: "EngineEnd") -> None:
-        """Hand calls over: with what others send in this turn of the loop, where others do send just now."""
+        """Hand calls over: with those that others send in this turn of the loop, if others have sent a moment ago."""
         now_s = time.monotonic()
         if end is not self._last_end:
             self._last_end, self._others_until_s = end, now_s + _BESIDE_OTHERS_S
@@ -121,12 +121,12 @@ class EngineSide:
         return calls
 
     def forget(self, end: "EngineEnd") -> None:
-        """It has gone."""
+        """A front-end process has gone."""
         if self._last_end is end:
             self._last_end = None
 
     def _together(self, entry: Entry) -> int:
-        """How many of an entry's requests are one call. Traces are of single ones."""
+        """How many of an entry's requests become one call. While requests are traced, each is its own."""
         if self._api.tracer.is_on:
             return 1
         try:
@@ -201,7 +201,7 @@ class EngineEnd(End, Follower):
         self.open.clear()
 
     def pause(self) -> None:
-        """Leave unread what comes."""
+        """Read no more."""
         if self._transport is not None and self._transport.is_reading():
             self._transport.pause_reading()
 
@@ -254,9 +254,9 @@ class EngineEnd(End, Follower):
             self._door.submit(again)
 
     def _send_answers(self, calls: Sequence[Call]) -> None:
-        """One that cannot be packed is an error of its own, not of those that were settled with it.
+        """Send answers. One that cannot be packed becomes an error, and the others are sent all the same.
 
-        A front-end process that is behind gets no more large ones.
+        A front-end process that does not keep up with reading gets no more large ones.
         """
         unsent = self.unsent_bytes()
         if unsent > _MOST_UNSENT_BYTES:
@@ -339,7 +339,7 @@ def _is_large(answer: Answer | None) -> bool:
 
 
 async def _give_back(freed: Freed) -> None:
-    """What is beyond the arenas is freed once it is on its way: large answers go there where those are full."""
+    """Give freed memory back now and then. Large answers that arenas have no room for are sent from it."""
     while True:
         await asyncio.sleep(INTERVAL_S)
         await asyncio.to_thread(freed.give_back, 0, time.monotonic())

@@ -132,7 +132,7 @@ class Frames(asyncio.BufferedProtocol):
 
 
 def _frame(values: Any, pieces: Sequence[Raw]) -> list[Raw]:
-    """What is written: small pieces are joined, large ones stay where they are."""
+    """The buffers to write for a frame: small pieces joined, large ones as they are."""
     pickled = pickle.dumps(values, protocol=5)
     size = sum(map(len, pieces))
     small: list[Raw] = [_HEAD.pack(len(pickled), size), pickled]

@@ -214,7 +214,7 @@ class FrontEnd:
             connection.send(("raw", number, path, left_ns, *told), [payload])
 
     def model(self, name: str, version: str) -> Any:
-        """Nothing of models is known here."""
+        """Raises Elsewhere: a front-end process knows no models."""
         raise Elsewhere
 
     def answered_raw(self, number: int, code: int, message: bytes, details: str) -> None:
@@ -256,7 +256,7 @@ class FrontEnd:
             answered(UNAVAILABLE, b"", self.refusal.message)
 
     def _look_for_cancelled(self) -> None:
-        """Callers only mark their calls: now and then the engine is told."""
+        """Tell the engine now and then which calls are cancelled: callers only mark them."""
         connection = self._connection
         gone = [number for number, call in self._open.items() if call.is_cancelled]
         if gone and connection is not None:

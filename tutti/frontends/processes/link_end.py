@@ -28,7 +28,7 @@ class End(Frames):
         self._is_giving_back = False
 
     def greet(self, connection: socket.socket) -> None:
-        """Before anything is received. Raises OSError."""
+        """Greet the peer, before anything is received. Raises OSError."""
         send_arena(connection, self.arena)
 
     def give_up(self, connection: socket.socket) -> None:
@@ -43,7 +43,7 @@ class End(Frames):
         self._borrowed = receive_arena(connection, self._give_back)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """What is still looked at keeps the memory that it is in."""
+        """Let go of both memories. Views that are still used keep theirs."""
         self._transport = None
         self.arena = self._borrowed = None
 

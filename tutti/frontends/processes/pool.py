@@ -49,13 +49,13 @@ def check_free(host: str, port: int, family: int, name: str) -> None:
 
 
 def _check_free(host: str, port: int, family: int) -> None:
-    """Connections that have been closed may hold a port: whether anybody listens, a connection tells."""
+    """Raises OSError if anybody listens on a port. A connection tells: a port may also be held by closed connections."""
     with socket.socket(family) as alone:
         alone.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             alone.bind((host, port))
             return
-        except (UnicodeError, TypeError):  # which it is, the socket's own encoding decides
+        except (UnicodeError, TypeError):  # either, by how the socket encodes the name
             raise OSError(errno.EINVAL, "expected an address, or the name of a host") from None
         except OSError as error:
             if error.errno != errno.EADDRINUSE:

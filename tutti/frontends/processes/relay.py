@@ -80,7 +80,7 @@ class Relay:
                 writer.close()
 
     def _answer(self, exchange: Exchange, path: bytes) -> None:
-        """Without the engine."""
+        """Answer without the engine."""
         model = _MODEL_READY.fullmatch(path)
         why = self._link.refusal.message
         if path in _LIVE or path == _READY or model is not None:
@@ -156,7 +156,7 @@ async def _pass_on(reader: StreamReader, exchange: Exchange, passed: _Passed) ->
 
 
 async def _pass_length(reader: StreamReader, head: bytes, passed: _Passed, left: int) -> None:
-    """In parts from where there might be no room for it: its status is out, and noted, in the engine's process."""
+    """A body of known length. A large one goes in parts: to refuse it would contradict what the engine has noted."""
     exchange = passed.exchange
     if len(head) + left < COUNTED_BYTES:
         exchange.connection.deliver(exchange, head + await reader.readexactly(left))

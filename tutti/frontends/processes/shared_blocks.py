@@ -127,7 +127,7 @@ class Arena:
         return block, _address(np.frombuffer(view, np.uint8)) - self._address
 
     def given_back(self, blocks: Iterable[int]) -> None:
-        """The peer reads what it was lent no more."""
+        """The peer has given these blocks back."""
         self._ended.extend(blocks)
 
     def in_use(self) -> int:
@@ -137,7 +137,7 @@ class Arena:
             return len(self._buddies)
 
     def close_file(self) -> None:
-        """The peer has it: here the mapping is enough."""
+        """Close the file once the peer has it: this process needs only the mapping."""
         if self.file >= 0:
             os.close(self.file)
             self.file = -1

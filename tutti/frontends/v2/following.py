@@ -78,7 +78,7 @@ class Leader:
 
 
 class _Noted:
-    """In a trace's place: the engine's process has that."""
+    """Stands for a trace: the trace itself is in the engine's process."""
 
     def __init__(self, arrival: Arrival) -> None:
         self.arrival = arrival

@@ -137,7 +137,7 @@ def _of_models(labelled: _Labelled) -> Iterator[Any]:
 
 
 def _of_steps(labelled: _Labelled) -> Iterator[Any]:
-    """Of ensembles."""
+    """What is counted of ensembles' steps, and which models are steps of which."""
     names = [*labelled.names, "step"]
     for name, text, of_step in _OF_STEPS:
         counter = CounterMetricFamily(name, text, labels=names)

@@ -301,7 +301,7 @@ class SharedMemory:
             self._close(entry)
 
     def _close(self, entry: _Entry) -> None:
-        """Close what nobody can come to use any more."""
+        """Close a region that nobody can use any more."""
         try:
             entry.storage.close()
         except InferError as error:
