@@ -49,7 +49,7 @@ def check_free(host: str, port: int, family: int, name: str) -> None:
 
 
 def _check_free(host: str, port: int, family: int) -> None:
-    """Raises OSError if anybody listens on a port. A connection tells: a port may also be held by closed connections."""
+    """Raises OSError if anybody listens on a port. A connection tells: closed ones may hold a port, too."""
     with socket.socket(family) as alone:
         alone.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
