@@ -26,7 +26,7 @@ from tests.serving import engine_over, wait_until
 from tutti.core.errors import DeadlineExceeded, Internal, InvalidArgument, TooLate
 from tutti.core.types import Call, InferRequest, InferResponse, Tensor, now_ns
 from tutti.frontends.arrival import Arrival
-from tutti.frontends.door import Access, Door
+from tutti.frontends.door import Access, Door, answer_of
 from tutti.frontends.gate import Gate
 from tutti.frontends.grpc.native import GrpcFront
 from tutti.frontends.http import routes as http_api
@@ -359,6 +359,14 @@ def test_a_fault_is_internal_and_logged_with_where_it_was(caplog: pytest.LogCapt
     assert told == (99, "internal error: ZeroDivisionError")
     assert "a response of model 'm' could not be encoded" in caplog.text
     assert "test_door.py" in caplog.text
+
+
+def test_a_fault_as_an_answer_tells_no_more_than_its_kind(caplog: pytest.LogCaptureFixture) -> None:
+    answer = answer_of(RuntimeError("secret"), "%s was not read", "it")
+    assert (type(answer), answer.message) == (Internal, "internal error: RuntimeError")
+    assert "it was not read" in caplog.text
+    refused = InvalidArgument("no")
+    assert answer_of(refused, "it was not read") is refused
 
 
 def test_an_error_that_was_told_keeps_no_tensors() -> None:

@@ -244,3 +244,19 @@ def test_a_request_that_fails_in_a_stream_has_a_line_also_where_it_ends_the_stre
     asyncio.run(ask())
     event = noted(api)
     assert (event.request, event.model, event.status, event.error) == ("stream", "large", "NOT_FOUND", "there is none")
+
+
+def test_a_fault_at_one_request_of_a_stream_leaves_the_others(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = grpc_codec.decode
+
+    def fails_once(*args: Any) -> Any:
+        monkeypatch.setattr(grpc_codec, "decode", decode)
+        raise MemoryError
+
+    async def ask() -> list[tuple[str, str]]:
+        async with grpcio(api) as stub:
+            stream = stub.ModelStreamInfer(iter([request(), request()]), timeout=20)
+            return [(answer.error_message, answer.infer_response.id) async for answer in stream]
+
+    monkeypatch.setattr(grpc_codec, "decode", fails_once)
+    assert asyncio.run(ask()) == [("internal error: MemoryError", "r1"), ("", "r1")]

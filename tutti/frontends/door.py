@@ -86,20 +86,24 @@ class Dialect:
         return self.refusals[refusal] if refusal else None
 
     def failure(self, error: Exception, event: str, *names: object) -> Failure:
-        """What a client is told. All but an InferError is a fault."""
-        if not isinstance(error, InferError):
-            return self.fault(error, event, *names)
+        """What a client is told of an error; `event` % `names` is logged of a fault."""
+        answer = answer_of(error, event, *names)
+        return self.code_of(answer), self.message(answer)
+
+
+def answer_of(error: Exception, event: str, *names: object) -> InferError:
+    """An error as the answer to a call. All but an InferError is a fault of tutti's.
+
+    A fault is logged, `event` % `names`, and the client told no more than its kind: its text may be anything.
+    """
+    if isinstance(error, InferError):
         error.__traceback__ = None  # it leads to the call, which has the error: a cycle that keeps the tensors
-        return self.code_of(error), self.message(error)
-
-    def fault(self, error: Exception, event: str, *names: object) -> Failure:
-        """What a client is told of a fault of tutti's. It is logged: `event` % `names`."""
-        _log.error(event, *names, exc_info=error)
-        return self.internal, internal(error).message
+        return error
+    _log.error(event, *names, exc_info=error)
+    return _internal(error)
 
 
-def internal(error: Exception) -> Internal:
-    """A fault of tutti's as a call's answer: no more than its kind is told, for its text may be anything."""
+def _internal(error: Exception) -> Internal:
     return Internal(f"internal error: {type(error).__name__}")
 
 
@@ -162,8 +166,7 @@ class Door:
             self.engine(calls)
         except Exception as error:
             _log.exception("a burst of %d calls was not taken", len(calls))
-            failed = [call for call in calls if call.answer is None]
-            settle_all(failed, internal(error))
+            settle_all([call for call in calls if call.answer is None], _internal(error))
 
     def response(self, call: Call) -> InferResponse:
         """The response of a settled call. Raises its error."""

@@ -15,7 +15,7 @@ import grpc
 from tutti.core.errors import InferError
 from tutti.core.types import Call, InferRequest, InferResponse, now_ns
 from tutti.frontends.awaited_answers import Answers, Item
-from tutti.frontends.door import Door, Failure
+from tutti.frontends.door import Door, Failure, answer_of
 from tutti.frontends.gate import Category
 from tutti.frontends.grpc import codec as grpc_codec
 from tutti.frontends.grpc import log_events as grpc_events
@@ -219,8 +219,9 @@ class GrpcioFront:
                 await room.acquire()
                 try:
                     request = grpc_codec.decode(payload, self._api.shared_memory)
-                except InferError as error:
-                    answers.call(InferRequest("", {}, id=grpc_codec.id_of(payload))).finish(error)
+                except Exception as error:
+                    refused = answers.call(InferRequest("", {}, id=grpc_codec.id_of(payload)))
+                    refused.finish(answer_of(error, "an infer request could not be decoded"))
                     continue
                 wants_empty = bool(request.parameters.pop("triton_enable_empty_final_response", False))
                 call = answers.call(request, wants_empty)

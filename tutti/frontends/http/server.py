@@ -128,7 +128,7 @@ class HttpServer:
             await self._app(scope, receive, reply.send)
         except Exception as error:
             request = exchange.method.decode("latin-1"), exchange.url.decode("latin-1")
-            failure = DIALECT.fault(error, "%s %s failed", *request)
+            failure = DIALECT.failure(error, "%s %s failed", *request)
             if exchange.response is not None:  # the app raises after its answer, to have it logged
                 return
             if exchange.parts is None:

@@ -16,7 +16,7 @@ from typing import Any
 from tutti.core.errors import InferError, Unavailable
 from tutti.core.types import Answer, Call, InferResponse, Raw, now_ns
 from tutti.frontends.arrival import UNKNOWN, Arrival
-from tutti.frontends.door import Door, Failure, internal
+from tutti.frontends.door import Door, Failure, answer_of
 from tutti.frontends.freed_memory import INTERVAL_S, Freed
 from tutti.frontends.grpc import codec as grpc_codec
 from tutti.frontends.grpc.methods import DIALECT, MODEL_INFER, Method, methods
@@ -208,7 +208,7 @@ class EngineEnd(End, Follower):
     def handle(self, values: Any, data: memoryview) -> None:
         kind = values[0]
         if kind == "infer":
-            calls = self._side.calls(values[1], data, self)
+            calls = self._side.calls(values[1], data, self)  # with the deadlines that are in their entries
             is_traced, arrivals = self._api.tracer.is_on, values[2] if len(values) > 2 else {}
             for call in calls:
                 token = call.token
@@ -271,8 +271,8 @@ class EngineEnd(End, Follower):
                 for call in calls:
                     self._send_answers([call])
                 return
-            _log.exception("a response of model '%s' could not be encoded", calls[0].request.model_name)
-            calls[0].answer = internal(error)
+            model = calls[0].request.model_name
+            calls[0].answer = answer_of(error, "a response of model '%s' could not be encoded", model)
             pieces, packed = [], list(map(tuple, pack_answers(calls, self.lend, [])))
         self.send(("answers", packed), pieces)
 
