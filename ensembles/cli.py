@@ -1,6 +1,7 @@
 """`tutti ensemble`: check, show, draw, explain and build the ensembles of a repository."""
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -142,7 +143,7 @@ def _draw(options: argparse.Namespace) -> int:
 
 def _build(options: argparse.Namespace) -> int:
     made = graph_of(options.file, options.repository)
-    where = "" if options.repository == _REPOSITORY else f" --repository {options.repository}"
+    where = "" if options.repository == _REPOSITORY else f" --repository {shlex.quote(str(options.repository))}"
     text = f"# Written by `tutti ensemble build {options.file.as_posix()}`.\n{made.config()}"
     path = options.repository / made.name / "config.pbtxt"
     if options.check:
@@ -155,5 +156,6 @@ def _build(options: argparse.Namespace) -> int:
     path.write_text(text, encoding="utf-8")
     print(path)
     specs = completion.open_model(options.repository, made.name).config.inputs
-    print(f"try it: tutti explain {made.name} {' '.join(f'{spec.name}=...' for spec in specs)}{where}", file=sys.stderr)
+    inputs = " ".join(shlex.quote(f"{spec.name}=...") for spec in specs)
+    print(f"try it: tutti explain {made.name} {inputs}{where}", file=sys.stderr)
     return 0

@@ -282,21 +282,3 @@ def test_the_sample_graph_is_what_its_file_makes(sample_repository: Path) -> Non
         == 0
     )
     assert "for each of" in show.table(planned(sample_repository, "content_intelligence"))
-
-
-def test_the_documentations_examples_are_right(sample_repository: Path, tmp_path: Path) -> None:
-    text = (Path(__file__).parents[2] / "docs" / "ensembles.md").read_text()
-    root = tmp_path / "repository"
-    root.mkdir()
-    for model in ("text_gate", "text_tokenizer", "text_encoder", "text_classifier"):
-        (root / model).symlink_to((sample_repository / model).resolve())
-    (root / "moderate" / "1").mkdir(parents=True)
-    config = text[text.index('name: "moderate"') :].partition("```")[0]
-    (root / "moderate" / "config.pbtxt").write_text(config)
-    assert [step.model_name for step in planned(root, "moderate").steps] == [
-        "text_gate", "text_tokenizer", "text_encoder",
-    ]  # fmt: skip
-    file = tmp_path / "moderate.py"
-    file.write_text(text[text.index("from tutti.ensembles.builder") :].partition("```")[0])
-    assert cli.main(["ensemble", "build", str(file), "--repository", str(root)]) == 0
-    assert len(planned(root, "moderate").steps) == 4
