@@ -3,9 +3,9 @@
 from collections.abc import Callable
 
 from tutti.core.types import Infer
+from tutti.ensembles.folder_plans import planned
 from tutti.ensembles.graph import with_staying
 from tutti.ensembles.placed import executor_of
-from tutti.ensembles.planner import plan
 from tutti.observing.statistics import ModelStatistics
 from tutti.repository.config import ModelConfig, as_decoupled
 from tutti.repository.folders import ModelFolder
@@ -23,7 +23,7 @@ def load(
 
     The configuration that comes with it says whether the graph is decoupled.
     """
-    checked = plan(folder.config, lambda name, wanted: model_of(name, wanted).config)
+    checked = planned(folder, lambda name, wanted: model_of(name, wanted).config)
     checked = with_staying(checked, lambda step: model_of(step.model_name, step.version).device)
     config = as_decoupled(folder.config) if checked.is_decoupled else folder.config
     return config, executor_of(checked, str(version), infer, statistics)

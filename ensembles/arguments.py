@@ -3,19 +3,12 @@
 All raise ConfigError; `what` is what is spoken of.
 """
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
 from tutti.backends import completion
 from tutti.core.errors import ConfigError
 from tutti.repository import folders as repository
-
-
-def near(name: str, names: Sequence[str]) -> str:
-    """A hint to the name that may have been meant; "" where none is near."""
-    known = difflib.get_close_matches(str(name), names, 1)
-    return f"; did you mean {known[0]}?" if known else ""
 
 
 def quoted(name: object) -> str:

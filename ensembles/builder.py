@@ -24,7 +24,7 @@ from tritonclient.grpc import model_config_pb2 as pb
 from tutti.backends import completion
 from tutti.core.dtypes import NUMPY, to_config
 from tutti.core.errors import ConfigError
-from tutti.ensembles import arguments, conditions, extensions, planner
+from tutti.ensembles import arguments, conditions, extensions, planner, spelling
 from tutti.ensembles.conditions import ConditionError
 from tutti.ensembles.expressions import Expression, Tensor, Value, bare
 from tutti.ensembles.graph import GraphError
@@ -79,7 +79,7 @@ class Step:
         known = self._outputs()
         for name in names:
             if name not in known:
-                near = arguments.near(name, known)
+                near = spelling.near(name, known)
                 raise ConfigError(f"step '{self.model.name}': the model has no output '{name}', it has {known}{near}")
 
     def _check(self) -> None:
@@ -170,7 +170,7 @@ class Graph:
         if name in self._names:
             raise ConfigError(f"{what}: graph '{self.name}' has a tensor of that name already")
         if datatype not in NUMPY:
-            near = arguments.near(str(datatype).upper().removeprefix("TYPE_"), list(NUMPY))
+            near = spelling.near(str(datatype).upper().removeprefix("TYPE_"), list(NUMPY))
             raise ConfigError(f"{what}: expected a datatype of {', '.join(NUMPY)}, got {datatype!r:.100}{near}")
         tensor = Tensor(self, self._fresh(name), datatype, arguments.dims(what, dims))
         self._inputs.append((tensor, optional))
@@ -361,7 +361,7 @@ class Graph:
         for name, tensor in inputs.items():
             what = f"step '{model.name}': input '{name}'"
             if name not in names:
-                near = arguments.near(name, [*names, *_OPTIONS])
+                near = spelling.near(name, [*names, *_OPTIONS])
                 raise ConfigError(f"step '{model.name}': the model has no input '{name}', it has {names}{near}")
             self._own(what, tensor)
 

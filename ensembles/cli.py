@@ -12,7 +12,7 @@ from tutti.backends import completion
 from tutti.console.arguments import Parser
 from tutti.console.help_format import Help, examples
 from tutti.core.errors import ConfigError, reason
-from tutti.ensembles import graph, picture, planner, show
+from tutti.ensembles import folder_plans, graph, picture, show
 from tutti.ensembles.source import graph_of
 from tutti.repository import folders, unserved
 from tutti.repository.config import ModelConfig
@@ -96,10 +96,10 @@ def _add_repository(command: argparse.ArgumentParser) -> None:
 def planned(root: Path, name: str) -> graph.Plan:
     """The checked plan of one of the repository's ensembles. Raises ConfigError."""
     folders.check_known(root, name)
-    config = completion.open_model(root, name).config
-    if not config.is_ensemble:
+    folder = completion.open_model(root, name)
+    if not folder.config.is_ensemble:
         raise ConfigError(f"model '{name}' is no ensemble")
-    return planner.plan(config, lambda model, version: _config_of(root, model, version))
+    return folder_plans.planned(folder, lambda model, version: _config_of(root, model, version))
 
 
 def _config_of(root: Path, name: str, version: str) -> ModelConfig:

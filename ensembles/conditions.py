@@ -25,6 +25,7 @@ import numpy as np
 
 from tutti.core.dtypes import Array
 from tutti.core.types import Shape
+from tutti.ensembles.spelling import near
 
 MAX_LENGTH = 1000
 MAX_DEPTH = 20
@@ -249,7 +250,8 @@ class _Parser:
 
     def _spec(self, name: str) -> tuple[Kind, Shape]:
         if name not in self._specs:
-            raise ConditionError(f"there is no tensor '{name}', there are {', '.join(sorted(self._specs))}")
+            known = ", ".join(sorted(self._specs))
+            raise ConditionError(f"there is no tensor '{name}', there are {known}{near(name, self._specs)}")
         self.names.append(name)
         datatype, dims = self._specs[name]
         return ("text" if datatype == "BYTES" else "truth" if datatype == "BOOL" else "number"), dims

@@ -17,10 +17,17 @@ A step goes by any tensor that it makes:
     tutti.deadline_ms       how long a request may take that does not say so itself
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from tutti.core.dtypes import NUMPY
+from tutti.ensembles.spelling import near
 
 PREFIX = "tutti."
+_WHOLE = ("tutti.exit", "tutti.deadline_ms")
 GATHERS = ("concat", "max", "min", "mean", "sum")
 
 
@@ -48,7 +55,8 @@ def parse(parameters: Mapping[str, str]) -> Extensions:
     decided, deadline_ns = "", 0
     for key, text in parameters.items():
         if not key.startswith(PREFIX):
-            raise ExtensionError(f"parameters.{key}: an ensemble reads those of tutti only, as tutti.when.TENSOR")
+            why = f"an ensemble reads those of tutti only, as tutti.when.TENSOR{_meant(key, by_kind)}"
+            raise ExtensionError(f"parameters.{key}: {why}")
         kind, _, tensor = key.removeprefix(PREFIX).partition(".")
         if key == "tutti.exit":
             decided = text
@@ -61,7 +69,9 @@ def parse(parameters: Mapping[str, str]) -> Extensions:
         elif kind in by_kind and tensor:
             by_kind[kind][tensor] = text
         else:
-            raise ExtensionError(f"parameters.{key}: is not known; see tutti.when, .default, .each and others")
+            known = ", ".join(f"tutti.{one}.TENSOR" for one in by_kind)
+            why = f"is not known, there are {known}, tutti.exit and tutti.deadline_ms{_meant(key, by_kind)}"
+            raise ExtensionError(f"parameters.{key}: {why}")
     for tensor, how in by_kind["gather"].items():
         if how not in GATHERS:
             raise ExtensionError(f"parameters.tutti.gather.{tensor}: expected one of {', '.join(GATHERS)}, got '{how}'")
@@ -78,3 +88,29 @@ def parse(parameters: Mapping[str, str]) -> Extensions:
         decided,
         deadline_ns,
     )
+
+
+def value(datatype: str, text: str) -> Any:
+    """A default of a tensor of this datatype. Raises ExtensionError for what is none."""
+    if datatype == "BYTES":
+        return text.encode()
+    if datatype == "BOOL":
+        if text not in ("true", "false"):
+            raise ExtensionError(f"expected true or false, got '{text}'")
+        return text == "true"
+    try:
+        number = float(text) if datatype in ("FP16", "FP32", "FP64", "BF16") else int(text)
+        return np.array(number, NUMPY[datatype])[()] if datatype != "BF16" else _bf16(number)
+    except (ValueError, OverflowError):
+        raise ExtensionError(f"expected a value of {datatype}, got '{text}'") from None
+
+
+def _bf16(number: float) -> Any:
+    """The upper half of an FP32."""
+    return np.array([number], np.float32).view(np.uint16)[1]
+
+
+def _meant(key: str, kinds: Iterable[str]) -> str:
+    """The key that may have been meant, with the tensor that it names."""
+    tensor = key.split(".", 2)[2] if key.count(".") > 1 else "TENSOR"
+    return near(key, [*_WHOLE, *(f"{PREFIX}{kind}.{tensor}" for kind in kinds)])

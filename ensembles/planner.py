@@ -8,9 +8,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
-from tutti.core.dtypes import NUMPY
 from tutti.ensembles import conditions, decoupled, extensions
 from tutti.ensembles.conditions import Condition, ConditionError
 from tutti.ensembles.extensions import ExtensionError
@@ -25,6 +22,7 @@ from tutti.ensembles.graph import (
     readers,
     with_dispensable,
 )  # fmt: skip
+from tutti.ensembles.spelling import near
 from tutti.ensembles.tensor_checks import GraphTensors
 from tutti.repository.config import ModelConfig
 
@@ -170,24 +168,11 @@ def _default(tensors: GraphTensors, name: str, text: str) -> Any:
     """A default's text as a value of its tensor."""
     path = f"parameters.tutti.default.{name}"
     if name not in tensors.shapes:
-        raise fail(tensors.config, path, "there is no tensor of that name")
-    datatype = tensors.datatypes[name]
-    if datatype == "BYTES":
-        return text.encode()
-    if datatype == "BOOL":
-        if text not in ("true", "false"):
-            raise fail(tensors.config, path, f"expected true or false, got '{text}'")
-        return text == "true"
+        raise fail(tensors.config, path, f"there is no tensor of that name{near(name, tensors.shapes)}")
     try:
-        number = float(text) if datatype in ("FP16", "FP32", "FP64", "BF16") else int(text)
-        return np.array(number, NUMPY[datatype])[()] if datatype != "BF16" else _bf16(number)
-    except (ValueError, OverflowError):
-        raise fail(tensors.config, path, f"expected a value of {datatype}, got '{text}'") from None
-
-
-def _bf16(number: float) -> Any:
-    """The upper half of an FP32."""
-    return np.array([number], np.float32).view(np.uint16)[1]
+        return extensions.value(tensors.datatypes[name], text)
+    except ExtensionError as error:
+        raise fail(tensors.config, path, str(error)) from None
 
 
 def _joined(texts: Sequence[str]) -> str:

@@ -4,8 +4,10 @@ from tutti.core.types import Shape
 from tutti.ensembles.axes import Axis, shapes_fit
 from tutti.ensembles.extensions import Extensions
 from tutti.ensembles.graph import ConfigOf, Each, fail
+from tutti.ensembles.spelling import near
 from tutti.repository.config import EnsembleStep, ModelConfig, TensorSpec
 
+_BY_STEP = ("when", "each", "gather", "optional")
 _WHOLE = ("INT8", "INT16", "INT32", "INT64", "UINT8", "UINT16", "UINT32", "UINT64")
 
 
@@ -40,8 +42,9 @@ class GraphTensors:
                 self.producer[tensor] = index
         for tensor in (*self.extra.when, *self.extra.each, *self.extra.gather, *self.extra.optional):
             if tensor not in self.producer:
-                kind = "when" if tensor in self.extra.when else "each, gather or optional"
-                raise fail(self.config, f"parameters.tutti.{kind}.{tensor}", "no step makes a tensor of that name")
+                kind = next(kind for kind in _BY_STEP if tensor in getattr(self.extra, kind))
+                why = f"no step makes a tensor of that name{near(tensor, self.producer)}"
+                raise fail(self.config, f"parameters.tutti.{kind}.{tensor}", why)
 
     def path(self, index: int, part: str = "") -> str:
         """What of the configuration a step, or a part of it, is called in errors."""
@@ -68,7 +71,8 @@ class GraphTensors:
         mapped = self.config.steps[index].input_map.values()
         for name in items:
             if name not in mapped:
-                raise fail(self.config, path, f"the step has no input '{name}', it has {sorted(set(mapped))}")
+                why = f"the step has no input '{name}', it has {sorted(set(mapped))}{near(name, mapped)}"
+                raise fail(self.config, path, why)
         if not self.config.is_batched or not self.models[index].is_batched:
             raise fail(self.config, path, "needs max_batch_size of at least 1, of the ensemble and of the model")
         counts = {self.extra.items[name] for name in items if name in self.extra.items}
@@ -83,7 +87,7 @@ class GraphTensors:
         for model_tensor, tensor in step.output_map.items():
             if model_tensor not in specs:
                 path = self.path(index, f"output_map '{model_tensor}'")
-                raise fail(self.config, path, f"the model has outputs {sorted(specs)}")
+                raise fail(self.config, path, f"the model has outputs {sorted(specs)}{near(model_tensor, specs)}")
             shape = model.wire_shape(specs[model_tensor])
             datatype = specs[model_tensor].datatype
             gather = self.extra.gather.get(tensor, "concat")
@@ -137,16 +141,19 @@ class GraphTensors:
                 raise fail(self.config, path, f"input '{name}' of the model is not mapped")
         for model_tensor, tensor in step.input_map.items():
             if model_tensor not in specs:
-                raise fail(self.config, f"{path} '{model_tensor}'", f"the model has inputs {sorted(specs)}")
+                why = f"the model has inputs {sorted(specs)}{near(model_tensor, specs)}"
+                raise fail(self.config, f"{path} '{model_tensor}'", why)
             if tensor not in self.shapes:
-                raise fail(self.config, f"{path} '{model_tensor}'", f"nothing makes ensemble tensor '{tensor}'")
+                why = f"nothing makes ensemble tensor '{tensor}'{near(tensor, self.shapes)}"
+                raise fail(self.config, f"{path} '{model_tensor}'", why)
             self._check_fit(index, f"{path} '{model_tensor}'", specs[model_tensor], tensor)
 
     def _check_counts(self) -> None:
         for name, count in self.extra.items.items():
             path = f"parameters.tutti.items.{name}"
             if name not in self.shapes or count not in self.shapes:
-                raise fail(self.config, path, f"nothing makes '{count if name in self.shapes else name}'")
+                absent = count if name in self.shapes else name
+                raise fail(self.config, path, f"nothing makes '{absent}'{near(absent, self.shapes)}")
             if self.dims(count) not in ((), (1,)) or self.datatypes[count] not in _WHOLE:
                 got = f"'{count}' is {self.datatypes[count]} with dims {list(self.dims(count))}"
                 raise fail(self.config, path, f"expected one whole number a row, {got}")
@@ -190,7 +197,7 @@ class GraphTensors:
         for spec in self.config.outputs:
             path = f"output '{spec.name}'"
             if spec.name not in self.producer:
-                raise fail(self.config, path, "no step makes it")
+                raise fail(self.config, path, f"no step makes it{near(spec.name, self.producer)}")
             if self.datatypes[spec.name] != spec.datatype:
                 datatype = self.datatypes[spec.name]
                 raise fail(self.config, path, f"configured as {spec.datatype}, its step makes {datatype}")

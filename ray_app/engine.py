@@ -7,7 +7,8 @@ from pathlib import Path
 
 from tutti.core.errors import ConfigError
 from tutti.core.types import FALLBACK_PARAMETER, Infer
-from tutti.ensembles import graph, planner
+from tutti.ensembles import graph
+from tutti.ensembles.folder_plans import planned
 from tutti.ensembles.placed import PlacedExecutor
 from tutti.observing.statistics import ModelStatistics
 from tutti.ray_app import fallback
@@ -67,7 +68,7 @@ class _PooledModels:
         config = folder.config
         place = home(config, self._specs, self._config_of)
         if config.is_ensemble:
-            plan = planner.plan(config, self._config_of)
+            plan = planned(folder, self._config_of)
             config = as_decoupled(config) if plan.is_decoupled else config
         _log.info("model '%s': %s: %s", config.name, " and ".join(place.pools) or "in segments", place.why)
         if place.pools:
