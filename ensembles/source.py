@@ -1,6 +1,7 @@
 """The Python file that a graph is written in: what it makes, or a line that says where it is wrong."""
 
-import difflib
+import inspect
+import re
 import traceback
 import types
 from pathlib import Path
@@ -10,8 +11,11 @@ from tutti.core import files
 from tutti.core.errors import ConfigError, reason
 from tutti.ensembles.builder import Graph, Step
 from tutti.ensembles.places import MistakeAt
+from tutti.ensembles.spelling import near
 from tutti.repository import unserved
 
+# What Python says of a keyword that one of the graph's methods does not have.
+_KEYWORD = re.compile(r"^Graph\.(?P<method>\w+)\(\) got an unexpected keyword argument '(?P<given>\w+)'")
 _EXPECTED = "expected a function build(repository) -> Graph (docs/ensembles.md)"
 
 
@@ -35,9 +39,9 @@ def graph_of(file: Path, root: Path) -> Graph:
 
 def _module(file: Path) -> Any:
     if not file.is_file() or file.suffix != ".py":
-        near = unserved.near(file) if not file.exists() else ""
+        meant = unserved.near(file) if not file.exists() else ""
         got = "a folder" if file.is_dir() else "no such file" if not file.exists() else f"a file '{file.name}'"
-        raise ConfigError(f"{file}: expected a Python file, got {got}{f'; did you mean {near!r}?' if near else ''}")
+        raise ConfigError(f"{file}: expected a Python file, got {got}{f'; did you mean {meant!r}?' if meant else ''}")
     module = types.ModuleType(f"tutti_graph_{file.stem}")
     module.__file__ = str(file.absolute())
     try:  # it leaves no compiled file beside it, as an import would
@@ -66,13 +70,13 @@ def _wrong(file: Path, error: BaseException) -> BaseException:
 
 
 def _meant(error: BaseException) -> str:
-    """What an unknown module, or attribute of the builder's own objects, may have been meant for."""
+    """What an unknown module, or attribute or keyword of the builder's own objects, may have been meant for."""
     missing = error.name if isinstance(error, ModuleNotFoundError) else None
     if (missing or "").partition(".")[0] == "ensembles":  # before 0.2 it was a package of its own
         return "; it is tutti.ensembles"
+    if isinstance(error, TypeError) and (match := _KEYWORD.search(str(error))):
+        return near(match["given"], inspect.signature(getattr(Graph, match["method"])).parameters)
     if not isinstance(error, AttributeError) or not type(error.obj).__module__.startswith("tutti.ensembles."):
         return ""
     known = [name for name in dir(error.obj) if not name.startswith("_")]
-    near = difflib.get_close_matches(error.name or "", known, 1)
-    told = f"; did you mean {near[0]}?" if near else ""
-    return told or (f"; it is {error.obj!r}" if isinstance(error.obj, Step) else "")
+    return near(error.name or "", known) or (f"; it is {error.obj!r}" if isinstance(error.obj, Step) else "")

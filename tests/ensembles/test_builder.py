@@ -156,6 +156,8 @@ def test_mistakes_of_the_command(
         ("return graph", "return graph\0", "null bytes"),
         ("return graph", "raise OSError('no')", ":14: OSError: no"),
         (", default=-1", "", "(in Python default=...)"),
+        (", default=-1", ", defalt=-1", "keyword argument 'defalt'; did you mean default?"),
+        ("graph.deadline_ms(", "graph.deadline(", "no attribute 'deadline'; did you mean deadline_ms?"),
     ],
 )
 def test_mistakes_in_a_graphs_file_are_told_with_their_line(
