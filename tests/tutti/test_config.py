@@ -269,3 +269,22 @@ def test_a_list_of_one_needs_no_brackets_in_json() -> None:
 def test_json_that_is_no_configuration_is_told_by_what_is_wrong(text: str, told: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(told)):
         config.parse_json(text, "m")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (
+            "max_batchsize: 8",
+            "'dense': config.pbtxt does not parse: 1:1 : Message type \"inference.ModelConfig\" has no ",
+        ),
+        ("max_batchsize: 8", 'has no field named "max_batchsize"; did you mean max_batch_size?'),
+        ("input { data_type: FP32 }", "has no value named FP32; did you mean TYPE_FP32?"),
+        ("ensemble_scheduling { step { inputmap { } } }", 'named "inputmap"; did you mean input_map?'),
+        ("zzzzzz: 8", 'has no field named "zzzzzz".'),
+    ],
+)
+def test_a_field_that_is_misspelt_is_told_with_the_one_that_was_meant(text: str, told: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        config.parse(text, "dense")
+    assert told in str(error.value)

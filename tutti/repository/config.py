@@ -23,6 +23,7 @@ from tutti.repository import backend_records
 from tutti.repository.backend_records import BUILT_IN, BackendRecord, GpuUse
 from tutti.repository.length_limits import ANY_SIZE, MaxDims
 from tutti.repository.length_limits import parse as parse_max_dims
+from tutti.repository.misspelt import told
 from tutti.repository.padding import NO_PADDING, Padding
 from tutti.repository.padding import parse as parse_padding
 from tutti.repository.policies import NO_LIMIT, BatchingPolicy, QueuePolicy, RateLimit, Resource
@@ -320,10 +321,8 @@ def parse(text: str, folder: str, complete: Complete = lambda _: None) -> ModelC
     """Parse, complete and check one config.pbtxt; `folder` gives the name where the file gives none."""
     try:
         proto = text_format.Parse(text, pb.ModelConfig())
-    except (text_format.ParseError, ValueError) as error:
-        raise ConfigError(f"model '{folder}': config.pbtxt does not parse: {reason(error)}") from None
-    except RecursionError:
-        raise ConfigError(f"model '{folder}': config.pbtxt does not parse: it is nested too deep") from None
+    except (text_format.ParseError, ValueError, RecursionError) as error:
+        raise ConfigError(f"model '{folder}': config.pbtxt does not parse: {told(error)}") from None
     return _complete_and_check(proto, folder, complete)
 
 
@@ -332,7 +331,7 @@ def parse_json(text: str | bytes, folder: str, complete: Complete = lambda _: No
     try:
         proto = _from_json(text)
     except (json_format.ParseError, ValueError, RecursionError) as error:
-        raise ConfigError(f"model '{folder}': the configuration's JSON does not parse: {reason(error)}") from None
+        raise ConfigError(f"model '{folder}': the configuration's JSON does not parse: {told(error)}") from None
     return _complete_and_check(proto, folder, complete)
 
 
