@@ -20,7 +20,8 @@ from tutti.ray_app.sequences import Sequences
 from tutti.ray_app.streams import Streams
 from tutti.repository.config import ModelConfig, as_decoupled
 from tutti.repository.folders import ModelFolder
-from tutti.scheduling.scheduler import InOrder, Timer
+from tutti.scheduling.interface import Timer
+from tutti.scheduling.ordering import InOrder
 from tutti.serving import local
 from tutti.serving.engine import CONTROL_TIMEOUT_S, Engine, Override
 from tutti.serving.model import Served

@@ -24,7 +24,8 @@ from tutti.ray_app.router import Router
 from tutti.repository.config import DEFAULT_MAX_QUEUED_ROWS, ModelConfig
 from tutti.repository.policies import BatchingPolicy
 from tutti.scheduling.batching import BatchQueue
-from tutti.scheduling.scheduler import Scheduler, Timer
+from tutti.scheduling.interface import Timer
+from tutti.scheduling.scheduler import Scheduler
 from tutti.serving.engine import Engine
 
 FALLBACK = "tutti.fallback"

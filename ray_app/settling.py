@@ -13,7 +13,7 @@ from tutti.core.errors import InferError, Internal, Unavailable
 from tutti.core.types import Answer, Call, InferResponse, now_ns, settle
 from tutti.observing.statistics import BatchTimes, ModelStatistics
 from tutti.ray_app.members import Member
-from tutti.scheduling.scheduler import as_infer_error, trace
+from tutti.scheduling.delivery import as_infer_error, trace
 
 _log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from tutti.frontends.grpc.methods import NOT_SERVING, SERVICE, SERVING, methods
 from tutti.frontends.http import routes as http_api
 from tutti.frontends.v2.api import Api
 from tutti.frontends.v2.metrics_page import Metrics
-from tutti.scheduling import scheduler
+from tutti.scheduling import interface
 from tutti.serving import local
 from tutti.serving.engine import Engine
 
@@ -41,7 +41,7 @@ ENSEMBLE = """
 class OnDevice:
     """A backend as on a device, whose batches execute when they may."""
 
-    def __init__(self, backend: scheduler.Backend, device: str, may_execute: threading.Event) -> None:
+    def __init__(self, backend: interface.Backend, device: str, may_execute: threading.Event) -> None:
         self.device = device
         self.runs_inline = False
         self.kind = "cuda"
@@ -50,7 +50,7 @@ class OnDevice:
         self._execute = backend.execute
         self._may_execute = may_execute
 
-    def execute(self, calls: Sequence[Call]) -> scheduler.Executed:
+    def execute(self, calls: Sequence[Call]) -> interface.Executed:
         self.begun += 1
         assert self._may_execute.wait(30)
         return self._execute(calls)

@@ -10,7 +10,9 @@ from tutti.observing.statistics import ModelStatistics
 from tutti.repository.policies import BatchingPolicy
 from tutti.scheduling.batching import BatchQueue
 from tutti.scheduling.cost import Costs
-from tutti.scheduling.scheduler import InOrder, Scheduler, ThreadInstance
+from tutti.scheduling.ordering import InOrder
+from tutti.scheduling.scheduler import Scheduler
+from tutti.scheduling.thread_instance import ThreadInstance
 
 
 class HeldInstance:

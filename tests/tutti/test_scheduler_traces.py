@@ -15,6 +15,7 @@ from tutti.core.errors import Cancelled, DeadlineExceeded, InferError, Internal,
 from tutti.core.types import Call, InferRequest, InferResponse, settle
 from tutti.observing.statistics import ModelStatistics
 from tutti.repository.policies import BatchingPolicy, QueuePolicy
+from tutti.scheduling import instances
 from tutti.scheduling import scheduler as scheduler_module
 from tutti.scheduling.batching import BatchQueue
 from tutti.scheduling.cost import Costs
@@ -244,7 +245,8 @@ class Run:
 
 def play(seed: int, monkeypatch: pytest.MonkeyPatch) -> Run:
     trace, world = Trace.of(seed), World()
-    monkeypatch.setattr(scheduler_module, "now_ns", lambda: world.now)
+    for module in (scheduler_module, instances):
+        monkeypatch.setattr(module, "now_ns", lambda: world.now)
     waiting = BatchQueue(trace.policy, trace.max_rows)
     run = Run(trace, world, Scheduler("m", waiting, ModelStatistics(), world.timer), waiting)
     is_plain = trace.policy is None or trace.policy.is_plain

@@ -21,8 +21,8 @@ from tutti.core.types import Call, InferRequest, InferResponse, Tensor
 from tutti.frontends.v2.api import Api
 from tutti.frontends.v2.metrics_page import Metrics
 from tutti.repository import config, folders
-from tutti.scheduling import scheduler
-from tutti.scheduling.scheduler import Answers
+from tutti.scheduling import instances, scheduler, thread_instance
+from tutti.scheduling.interface import Answers
 from tutti.serving import engine as engines
 from tutti.serving import local, model
 from tutti.serving.engine import Engine, Override
@@ -84,7 +84,9 @@ class Waits:
 
 @pytest.fixture(autouse=True)
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Gate]]:
-    for module, name in ((model, "HANG_S"), (scheduler, "HANG_S"), (scheduler, "_MOMENT_S"), (engines, "DRAIN_S")):
+    for module in (model, instances, thread_instance):
+        monkeypatch.setattr(module, "HANG_S", LIMIT_S)
+    for module, name in ((scheduler, "_MOMENT_S"), (thread_instance, "_MOMENT_S"), (engines, "DRAIN_S")):
         monkeypatch.setattr(module, name, LIMIT_S)
     monkeypatch.setattr(operations, "PATIENCE_S", LIMIT_S)
     monkeypatch.setattr(registry, "load", lambda folder, *_: [Waits(folder.config.name)])
@@ -157,7 +159,7 @@ def test_what_is_answered_before_its_execution_hangs_is_answered_once(repository
 def test_an_instance_that_ends_just_as_it_is_abandoned_is_closed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     unused: Any = None
     for _ in range(200):
-        instance = scheduler.ThreadInstance("good_0", Waits("good"), unused, unused)
+        instance = thread_instance.ThreadInstance("good_0", Waits("good"), unused, unused)
         monkeypatch.setattr(instance._thread, "join", lambda _: None)  # as if it had taken all the time
         instance.close()
     wait_until(lambda: len(Gate.closed) == 200)
@@ -166,7 +168,8 @@ def test_an_instance_that_ends_just_as_it_is_abandoned_is_closed_once(monkeypatc
 def test_an_unload_says_what_it_waits_for(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
     add(repository, "stuck")
     engine = serve(repository, "stuck")
-    monkeypatch.setattr(scheduler, "HANG_S", 60.0)  # it may be slow only
+    for module in (instances, thread_instance):
+        monkeypatch.setattr(module, "HANG_S", 60.0)  # it may be slow only
     gather = Gather(1)
     call = Call(ask("stuck"), gather)
     engine([call])

@@ -13,7 +13,7 @@ from tutti.core.dtypes import NUMPY
 from tutti.core.errors import Internal
 from tutti.core.types import InferRequest, InferResponse, Shape, Tensor
 from tutti.repository.config import ModelConfig
-from tutti.scheduling.scheduler import Answers, Backend
+from tutti.scheduling.interface import Answers, Backend
 
 
 class Checked(Wrapped):

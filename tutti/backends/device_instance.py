@@ -18,7 +18,9 @@ from tutti.devices.jobs import Made, Part, Times
 from tutti.devices.pipeline import Pipeline
 from tutti.observing.statistics import BatchTimes, ModelStatistics
 from tutti.scheduling.cost import Costs
-from tutti.scheduling.scheduler import Answers, Scheduler, as_infer_error, deliver
+from tutti.scheduling.delivery import as_infer_error, deliver
+from tutti.scheduling.interface import Answers
+from tutti.scheduling.scheduler import Scheduler
 
 _log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from tutti.core.types import Infer
 from tutti.repository import backend_records
 from tutti.repository.backend_records import BUILT_IN, BackendRecord
 from tutti.repository.folders import ModelFolder
-from tutti.scheduling.scheduler import Backend
+from tutti.scheduling.interface import Backend
 
 
 class BackendModule(Protocol):

@@ -13,7 +13,7 @@ from tutti.core.types import Call, Infer, InferRequest, InferResponse, Tensor
 from tutti.repository.backend_records import BackendRecord, lacks_tensors
 from tutti.repository.config import ModelConfig, TensorSpec
 from tutti.repository.folders import ModelFolder
-from tutti.scheduling.scheduler import Answers, Backend, Executed, undone
+from tutti.scheduling.interface import Answers, Backend, Executed, undone
 
 __all__ = [
     "Answers", "Array", "Backend", "BackendRecord", "Call", "ConfigError", "Executed", "Infer", "InferError",

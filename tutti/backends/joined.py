@@ -17,7 +17,7 @@ from tutti.devices.process_engines import engine_of
 from tutti.repository import ragged
 from tutti.repository.config import ModelConfig
 from tutti.scheduling.cost import Alternatives
-from tutti.scheduling.scheduler import Answers
+from tutti.scheduling.interface import Answers
 
 _log = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from tutti.devices.pipeline import Pipeline
 from tutti.devices.process_engines import engine_of
 from tutti.repository import ragged
 from tutti.repository.config import ModelConfig
-from tutti.scheduling.scheduler import Answers
+from tutti.scheduling.interface import Answers
 
 # Requests of no more than this are joined in ordinary memory first: a copy costs less than numpy's words about it.
 _SMALL_BYTES = 4096

@@ -27,7 +27,7 @@ from tutti.core.types import Infer
 from tutti.devices.nvml import nvml
 from tutti.repository.config import InstanceGroup, ModelConfig
 from tutti.repository.folders import ModelFolder
-from tutti.scheduling.scheduler import Backend, undone
+from tutti.scheduling.interface import Backend, undone
 
 _log = logging.getLogger(__name__)
 

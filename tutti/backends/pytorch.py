@@ -30,7 +30,7 @@ from tutti.devices.cuda import empty_caches, loading
 from tutti.devices.simulated import simulated_gpus
 from tutti.repository.config import InstanceGroup, ModelConfig
 from tutti.repository.folders import ModelFolder
-from tutti.scheduling.scheduler import Backend, undone
+from tutti.scheduling.interface import Backend, undone
 
 _log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from tutti.repository import backend_records
 from tutti.repository.backend_records import BUILT_IN, BackendRecord
 from tutti.repository.config import ModelConfig
 from tutti.repository.folders import ModelFolder
-from tutti.scheduling.scheduler import Backend, undone
+from tutti.scheduling.interface import Backend, undone
 
 
 def load(folder: ModelFolder, version: int, infer: Infer) -> list[Backend]:

@@ -8,7 +8,7 @@ from tutti.core import rows
 from tutti.core.errors import ConfigError
 from tutti.core.types import InferRequest, InferResponse, Tensor
 from tutti.repository.config import ModelConfig
-from tutti.scheduling.scheduler import Answers, Backend
+from tutti.scheduling.interface import Answers, Backend
 
 
 class Padded(Wrapped):

@@ -20,7 +20,7 @@ from tutti.core.types import Infer, OnDevice
 from tutti.devices.cuda import TORCH, loading
 from tutti.repository.config import ModelConfig
 from tutti.repository.folders import ModelFolder
-from tutti.scheduling.scheduler import Backend, undone
+from tutti.scheduling.interface import Backend, undone
 
 _MODULES = ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings")
 _ALIGNMENT = 256

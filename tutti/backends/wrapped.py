@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from tutti.core.errors import InferError
 from tutti.core.types import Call, InferRequest
-from tutti.scheduling.scheduler import Answers, Backend, Executed
+from tutti.scheduling.interface import Answers, Backend, Executed
 
 if TYPE_CHECKING:
     from tutti.backends.on_device import DeviceWork

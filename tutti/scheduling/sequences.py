@@ -19,7 +19,9 @@ from tutti.observing.statistics import ModelStatistics
 from tutti.repository.config import ModelConfig, SequenceControl, SequencePolicy, SequenceState
 from tutti.scheduling.batching import BatchLimit, BatchQueue, Cut, Decision
 from tutti.scheduling.cost import Costs
-from tutti.scheduling.scheduler import Scheduler, Timer, as_infer_error
+from tutti.scheduling.delivery import as_infer_error
+from tutti.scheduling.interface import Timer
+from tutti.scheduling.scheduler import Scheduler
 
 SequenceId = int | str
 

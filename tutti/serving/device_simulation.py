@@ -26,7 +26,8 @@ from tutti.observing.statistics import ModelStatistics
 from tutti.repository.policies import BatchingPolicy
 from tutti.scheduling.batching import BatchQueue
 from tutti.scheduling.captured_sizes import CapturedSizes
-from tutti.scheduling.scheduler import Answers, Scheduler
+from tutti.scheduling.interface import Answers
+from tutti.scheduling.scheduler import Scheduler
 
 _SECOND = 1_000_000_000
 _SIMULATION = threading.Lock()

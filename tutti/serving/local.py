@@ -25,9 +25,12 @@ from tutti.repository.folders import ModelFolder
 from tutti.repository.policies import NO_LIMIT
 from tutti.scheduling.batching import BatchQueue
 from tutti.scheduling.cost import Costs
+from tutti.scheduling.interface import Backend, Instance, Timer, Turn, undone
+from tutti.scheduling.ordering import InOrder
 from tutti.scheduling.rate_limit_threads import RateLimits
-from tutti.scheduling.scheduler import Backend, InOrder, Instance, Scheduler, ThreadInstance, Timer, Turn, undone
+from tutti.scheduling.scheduler import Scheduler
 from tutti.scheduling.sequences import SequenceBatcher, zeros
+from tutti.scheduling.thread_instance import ThreadInstance
 from tutti.serving import warmup
 from tutti.serving.engine import CONTROL_TIMEOUT_S, Engine
 from tutti.serving.model import Model, Served

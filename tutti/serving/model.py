@@ -13,7 +13,7 @@ from tutti.observing import explanations
 from tutti.observing.explanations import OWN, Explained, Facts
 from tutti.observing.statistics import ModelStatistics
 from tutti.repository.config import ModelConfig, TensorSpec
-from tutti.scheduling.scheduler import HANG_S
+from tutti.scheduling.interface import HANG_S
 
 _MAX_SIGNATURES = 4096
 # A year: more is no deadline.

@@ -10,7 +10,7 @@ from tutti.core.errors import ConfigError, InferError
 from tutti.core.types import Call, InferRequest, InferResponse, Tensor
 from tutti.repository.config import Warmup, WarmupInput
 from tutti.repository.folders import ModelFolder
-from tutti.scheduling.scheduler import Backend
+from tutti.scheduling.interface import Backend
 from tutti.serving.model import check_request
 
 _SEED = 0

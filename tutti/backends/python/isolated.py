@@ -24,7 +24,7 @@ from tutti.core.errors import ConfigError, Internal, Unavailable
 from tutti.core.types import Answer, Call, Infer, InferResponse, settle
 from tutti.repository.config import InstanceGroup, ModelConfig
 from tutti.repository.folders import ModelFolder
-from tutti.scheduling.scheduler import Executed
+from tutti.scheduling.interface import Executed
 
 _log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from tutti.devices import device_turns
 from tutti.devices.nvml import gpu_count
 from tutti.repository.config import InstanceGroup, ModelConfig
 from tutti.repository.folders import ModelFolder
-from tutti.scheduling.scheduler import Backend
+from tutti.scheduling.interface import Backend
 
 # Instances of one model that start at once.
 _MOST_STARTING = 8

@@ -39,7 +39,7 @@ from tutti.devices.nvml import gpu_count
 from tutti.repository import config
 from tutti.repository.config import InstanceGroup, ModelConfig
 from tutti.repository.folders import ModelFolder
-from tutti.scheduling.scheduler import Executed
+from tutti.scheduling.interface import Executed
 
 _log = logging.getLogger(__name__)
 
