@@ -252,7 +252,7 @@ class GrpcFront:
             self._refuse(call_id, MODEL_INFER, failure, payload, _peer(timeout, details))
             return None
         self._door.begin(call, details and details[0], left_ns)
-        self._open[call_id] = call, _peer(timeout, details)
+        self._open[call_id] = call, timeout if type(timeout) is str else _peer(timeout, details)
         if api.requests.is_on:
             self._sizes[call_id] = len(payload)
         if len(payload) >= COUNTED_BYTES:
