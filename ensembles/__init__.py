@@ -7,8 +7,8 @@ from tutti.ensembles.folder_plans import planned
 from tutti.ensembles.graph import with_staying
 from tutti.ensembles.placed import executor_of
 from tutti.observing.statistics import ModelStatistics
-from tutti.repository.config import ModelConfig, as_decoupled
 from tutti.repository.folders import ModelFolder
+from tutti.repository.model_config import ModelConfig, as_decoupled
 from tutti.serving.model import Model
 
 

@@ -31,7 +31,7 @@ from tutti.ensembles.graph import GraphError
 from tutti.ensembles.places import MistakeAt, Place, here
 from tutti.repository import config
 from tutti.repository import folders as repository
-from tutti.repository.config import ModelConfig
+from tutti.repository.model_config import ModelConfig
 
 __all__ = ["Expression", "Graph", "Step", "Tensor"]
 

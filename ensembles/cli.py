@@ -15,7 +15,7 @@ from tutti.core.errors import ConfigError, reason
 from tutti.ensembles import folder_plans, graph, picture, show
 from tutti.ensembles.source import graph_of
 from tutti.repository import folders, unserved
-from tutti.repository.config import ModelConfig
+from tutti.repository.model_config import ModelConfig
 
 _REPOSITORY = Path("model_repository")
 

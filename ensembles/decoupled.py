@@ -6,7 +6,7 @@ from dataclasses import replace
 from tutti.ensembles.extensions import Extensions
 from tutti.ensembles.graph import ConfigOf, Step, fail
 from tutti.ensembles.tensor_checks import GraphTensors
-from tutti.repository.config import EnsembleStep
+from tutti.repository.model_config import EnsembleStep
 
 # The decoupled step of whose answers a tensor is made; None for tensors of the request.
 _Sources = Mapping[str, int | None]

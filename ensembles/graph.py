@@ -9,7 +9,7 @@ from tutti.core.errors import ConfigError
 from tutti.core.types import Shape
 from tutti.ensembles.axes import Axis
 from tutti.ensembles.conditions import Condition
-from tutti.repository.config import ModelConfig
+from tutti.repository.model_config import ModelConfig
 
 ConfigOf = Callable[[str, str], ModelConfig]
 """(model name, version) -> its configuration. Raises a TuttiError when there is none."""

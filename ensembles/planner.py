@@ -24,7 +24,7 @@ from tutti.ensembles.graph import (
 )  # fmt: skip
 from tutti.ensembles.spelling import near
 from tutti.ensembles.tensor_checks import GraphTensors
-from tutti.repository.config import ModelConfig
+from tutti.repository.model_config import ModelConfig
 
 
 def plan(config: ModelConfig, config_of: ConfigOf) -> Plan:

@@ -5,7 +5,7 @@ from tutti.ensembles.axes import Axis, shapes_fit
 from tutti.ensembles.extensions import Extensions
 from tutti.ensembles.graph import ConfigOf, Each, fail
 from tutti.ensembles.spelling import near
-from tutti.repository.config import EnsembleStep, ModelConfig, TensorSpec
+from tutti.repository.model_config import EnsembleStep, ModelConfig, TensorSpec
 
 _BY_STEP = ("when", "each", "gather", "optional")
 _WHOLE = ("INT8", "INT16", "INT32", "INT64", "UINT8", "UINT16", "UINT32", "UINT64")

@@ -24,7 +24,7 @@ from tutti.export.graphs import Arrays, Check, Graph, Limits, Product, Trial
 from tutti.export.layout import Entry, step_file
 from tutti.export.sound import AUDIO_FILE, as_wav, decoder_step, in_int16, read
 from tutti.export.sources import Source
-from tutti.repository.config import TensorSpec
+from tutti.repository.model_config import TensorSpec
 
 MAX_BATCH_SIZE = 16
 _WAVEFORM = ("wav2vec2", "wavlm", "hubert", "unispeech", "unispeech-sat", "wav2vec2-conformer")

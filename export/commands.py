@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tutti.repository import config
-from tutti.repository.config import ModelConfig
+from tutti.repository.model_config import ModelConfig
 
 # Where `tutti serve` listens.
 URL = "http://127.0.0.1:8000"

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tutti.export.layout import Entry, Link, step_file
-from tutti.repository.config import TensorSpec
+from tutti.repository.model_config import TensorSpec
 
 MAX_BATCH_SIZE = 32
 

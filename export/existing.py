@@ -9,7 +9,7 @@ from pathlib import Path
 from tutti.core.errors import ConfigError
 from tutti.export.draft import Draft, Field, Shape
 from tutti.repository import config
-from tutti.repository.config import TensorSpec
+from tutti.repository.model_config import TensorSpec
 
 
 def differences(path: Path, draft: Draft) -> list[str]:

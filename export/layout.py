@@ -22,7 +22,7 @@ from tutti.core import dtypes
 from tutti.core.types import Shape
 from tutti.export.errors import ExportError
 from tutti.repository import config
-from tutti.repository.config import TensorSpec
+from tutti.repository.model_config import TensorSpec
 
 STEPS = Path(__file__).parent / "steps"
 # With a sum of what follows, by which an edited one is known.

@@ -19,7 +19,7 @@ import torch
 from tutti.core import dtypes
 from tutti.export.errors import ExportError
 from tutti.export.graphs import Arrays
-from tutti.repository.config import TensorSpec
+from tutti.repository.model_config import TensorSpec
 
 OPSET = 20
 BATCH = "batch"

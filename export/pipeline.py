@@ -23,7 +23,7 @@ from tutti.export.profiling import Measured, measure, recommend
 from tutti.export.sources import Source
 from tutti.export.variants import Builder, Result
 from tutti.repository import config, length_limits, value_bounds
-from tutti.repository.config import TensorSpec
+from tutti.repository.model_config import TensorSpec
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from tutti.export import layout
 from tutti.export.graphs import Arrays, Check
 from tutti.export.narrow import Wide
 from tutti.export.sources import Source
-from tutti.repository.config import TensorSpec
+from tutti.repository.model_config import TensorSpec
 
 MAX_BATCH_SIZE = 32
 SEED = 0

@@ -18,7 +18,7 @@ from tutti.export.graphs import Arrays, Graph, Product
 from tutti.export.narrow import Wide
 from tutti.export.sound import AUDIO_FILE, decoder_step, in_int16, read
 from tutti.export.sources import Source
-from tutti.repository.config import TensorSpec
+from tutti.repository.model_config import TensorSpec
 
 SAMPLE_RATE = 16_000
 FRAME = 512

@@ -19,7 +19,7 @@ from tutti.export.errors import ExportError
 from tutti.export.graphs import Arrays, Graph, with_arguments
 from tutti.export.layout import Entry, step_file
 from tutti.export.narrow import Wide
-from tutti.repository.config import TensorSpec
+from tutti.repository.model_config import TensorSpec
 
 MAX_BATCH_SIZE = 32
 AUDIO_FILE = TensorSpec("AUDIO_FILE", "BYTES", (1,))

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from tutti.export import checkpoint
 from tutti.export.graphs import Arrays, Check
 from tutti.export.sentences import Pooling
-from tutti.repository.config import TensorSpec
+from tutti.repository.model_config import TensorSpec
 
 MAX_BATCH_SIZE = 32
 TEXT = TensorSpec("TEXT", "BYTES", (1,))

@@ -14,7 +14,7 @@ from tutti.export.graphs import Arrays, Check, Graph
 from tutti.export.labelled import Labelled
 from tutti.export.text_encoder import MAX_BATCH_SIZE, TEXT, Encoder
 from tutti.export.variants import Result
-from tutti.repository.config import TensorSpec
+from tutti.repository.model_config import TensorSpec
 
 GATE_FEATURES = 16_384
 GATE_RISK = 0.2

@@ -8,7 +8,7 @@ from tutti.export.errors import ExportError
 from tutti.export.graphs import Check
 from tutti.export.sentences import Recipe
 from tutti.export.text_encoder import MAX_BATCH_SIZE, Encoder
-from tutti.repository.config import TensorSpec
+from tutti.repository.model_config import TensorSpec
 
 # A vocabulary may be filled up to a round size; more rows than that belong to another tokenizer.
 _SPARE_ROWS = 512

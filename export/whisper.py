@@ -22,7 +22,7 @@ from tutti.export.graphs import Arrays, Check, Graph, Product, with_arguments
 from tutti.export.sound import AUDIO_FILE, decoder_step, from_int16, in_int16, published, to_int16
 from tutti.export.variants import Result
 from tutti.repository import length_limits
-from tutti.repository.config import TensorSpec
+from tutti.repository.model_config import TensorSpec
 
 MAX_BATCH_SIZE = 16
 _CLIPS_CHECKED = 4

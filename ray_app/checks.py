@@ -11,7 +11,7 @@ from tutti.backends import completion
 from tutti.core.errors import ConfigError, reason
 from tutti.ray_app.options import Options
 from tutti.ray_app.placement import PoolSpec, home
-from tutti.repository.config import ModelConfig
+from tutti.repository.model_config import ModelConfig
 
 CONNECT_TIMEOUT_S = 5.0
 # What every head answers, and how long that may take.

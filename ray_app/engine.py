@@ -18,8 +18,8 @@ from tutti.ray_app.pools import Pool, has_model, reason
 from tutti.ray_app.router import Router
 from tutti.ray_app.sequences import Sequences
 from tutti.ray_app.streams import Streams
-from tutti.repository.config import ModelConfig, as_decoupled
 from tutti.repository.folders import ModelFolder
+from tutti.repository.model_config import ModelConfig, as_decoupled
 from tutti.scheduling.interface import Timer
 from tutti.scheduling.ordering import InOrder
 from tutti.serving import local

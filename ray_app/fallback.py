@@ -21,7 +21,8 @@ from tutti.ray_app.control import Control
 from tutti.ray_app.hops import Hop
 from tutti.ray_app.pools import Pool, has_model
 from tutti.ray_app.router import Router
-from tutti.repository.config import DEFAULT_MAX_QUEUED_ROWS, ModelConfig
+from tutti.repository.config_fields import DEFAULT_MAX_QUEUED_ROWS
+from tutti.repository.model_config import ModelConfig
 from tutti.repository.policies import BatchingPolicy
 from tutti.scheduling.batching import BatchQueue
 from tutti.scheduling.interface import Timer

@@ -34,7 +34,7 @@ from tutti.ray_app.pools import Pool
 from tutti.ray_app.router import Router
 from tutti.ray_app.watch import BEAT_S, MISSED, Watch
 from tutti.repository import unserved
-from tutti.repository.config import ModelConfig
+from tutti.repository.model_config import ModelConfig
 from tutti.serving import local
 
 _log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from tutti.backends import graph_buckets
 from tutti.core.dtypes import NUMPY
 from tutti.devices.simulated import Costs
-from tutti.repository.config import ModelConfig, TensorSpec
+from tutti.repository.model_config import ModelConfig, TensorSpec
 from tutti.serving.device_simulation import Workload, predict
 
 # A card on PCIe 5; threads that wait for it; a request's way through the server, as measured with 16 cores.

@@ -8,7 +8,7 @@ import numpy as np
 from tutti.core.dtypes import NUMPY
 from tutti.core.errors import DeviceLost, Internal, Unknown
 from tutti.core.types import Answer, InferRequest, InferResponse, Tensor
-from tutti.repository.config import ModelConfig
+from tutti.repository.model_config import ModelConfig
 
 # A replica that was idle for this long is asked for an inference.
 IDLE_S = 5.0

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from tutti.core import rows
 from tutti.core.errors import DeadlineExceeded, Unavailable
 from tutti.core.types import Answer, Call, InferRequest, InferResponse, Tensor
-from tutti.repository.config import ModelConfig
+from tutti.repository.model_config import ModelConfig
 
 
 def rows_at_most(config: ModelConfig) -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from tutti.core.errors import ConfigError, TuttiError
-from tutti.repository.config import ModelConfig
+from tutti.repository.model_config import ModelConfig
 
 # Requests wait this long when a pool has lost its last replica.
 PATIENCE_S = 30.0

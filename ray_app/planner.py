@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from tutti.core.errors import ConfigError
 from tutti.ray_app.placement import PoolSpec, home
-from tutti.repository.config import ModelConfig
+from tutti.repository.model_config import ModelConfig
 
 # A model takes twice the size of its files on a GPU: weights, and as much for results. Its parameter overrides this.
 WORKING_FACTOR = 2.0

@@ -21,6 +21,7 @@ from tutti.ray_app.scenario import Load, Scenario
 from tutti.ray_app.simulated_deployment import KEY, MODEL, Deployment
 from tutti.ray_app.simulation_result import Result
 from tutti.repository import config
+from tutti.repository.model_config import ModelConfig
 from tutti.serving import local
 
 Tell = Callable[[float], None]
@@ -47,7 +48,7 @@ class _Sink:
                 self.failed += 1
 
 
-def model_config(scenario: Scenario) -> config.ModelConfig:
+def model_config(scenario: Scenario) -> ModelConfig:
     """The configuration of the scenario's model, which the gateway's code goes by."""
     backend = "onnxruntime" if scenario.merges else "python"
     text = f"""

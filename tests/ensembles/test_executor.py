@@ -15,7 +15,7 @@ from tutti.core.types import Call, InferRequest, InferResponse, Tensor, settle
 from tutti.ensembles import graph, planner
 from tutti.ensembles.executor import EnsembleExecutor
 from tutti.observing.statistics import ModelStatistics
-from tutti.repository import config
+from tutti.repository import config, model_config
 
 assert ensembles.load
 
@@ -178,7 +178,9 @@ class Summer:
             settle(group)
 
 
-def random_ensemble(rng: random.Random) -> tuple[config.ModelConfig, dict[str, config.ModelConfig], dict[str, Summer]]:
+def random_ensemble(
+    rng: random.Random,
+) -> tuple[model_config.ModelConfig, dict[str, model_config.ModelConfig], dict[str, Summer]]:
     """Up to seven steps, each reading up to three earlier tensors, in shuffled order."""
     tensors, steps, models, summers = ["X"], [], {}, {}
     for index in range(rng.randint(1, 7)):

@@ -4,7 +4,7 @@ import pytest
 
 from tutti.core.errors import ConfigError, NotFound
 from tutti.ensembles import planner
-from tutti.repository import config
+from tutti.repository import config, model_config
 
 MODELS = {
     "double": config.parse(
@@ -41,7 +41,7 @@ MODELS = {
 }
 
 
-def config_of(name: str, version: str) -> config.ModelConfig:
+def config_of(name: str, version: str) -> model_config.ModelConfig:
     if name not in MODELS:
         raise NotFound(f"unknown model '{name}'")
     return MODELS[name]
@@ -53,7 +53,7 @@ def step(model: str, inputs: dict[str, str], outputs: dict[str, str]) -> str:
     return f'step {{ model_name: "{model}" model_version: -1 {" ".join(maps)} }}'
 
 
-def ensemble(*steps: str, output: str = "Y", kind: str = "TYPE_FP32", dims: str = "4") -> config.ModelConfig:
+def ensemble(*steps: str, output: str = "Y", kind: str = "TYPE_FP32", dims: str = "4") -> model_config.ModelConfig:
     return config.parse(
         f"""
         platform: "ensemble" max_batch_size: 8

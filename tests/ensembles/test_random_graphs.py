@@ -20,7 +20,7 @@ from tutti.ensembles import graph, planner
 from tutti.ensembles.executor import EnsembleExecutor
 from tutti.ensembles.placed import PlacedExecutor, executor_of_segment
 from tutti.observing.statistics import ModelStatistics
-from tutti.repository import config
+from tutti.repository import config, model_config
 
 GRAPHS = 2_000
 SHARDS = 20
@@ -105,7 +105,7 @@ class Graph:
     """A drawn graph: its configuration, and what the oracle needs to know of it."""
 
     text: str
-    configs: dict[str, config.ModelConfig]
+    configs: dict[str, model_config.ModelConfig]
     models: dict[str, Model]
     outputs: list[str]
     # The oracle's own notes: (model, inputs, optional ones, output map, when, each, gather), defaults, exit.
@@ -181,7 +181,7 @@ def _compare(score: str, sign: str, limit: float) -> Callable[[Row], bool]:
 def _assembled(
     rng: random.Random,
     steps: list[dict[str, Any]],
-    configs: dict[str, config.ModelConfig],
+    configs: dict[str, model_config.ModelConfig],
     models: dict[str, Model],
     parameters: dict[str, str],
     defaults: dict[str, float],

@@ -11,12 +11,12 @@ from tutti.ensembles import graph, planner
 from tutti.ensembles.placed import PlacedExecutor, executor_of_segment
 from tutti.ensembles.segments import Cut, cut
 from tutti.observing.statistics import ModelStatistics
-from tutti.repository import config
+from tutti.repository import config, model_config
 
 SPEC = "data_type: TYPE_FP32 dims: 2"
 
 
-def model(name: str) -> config.ModelConfig:
+def model(name: str) -> model_config.ModelConfig:
     backend = "python" if name.startswith("py") else "onnxruntime"
     return config.parse(
         f'backend: "{backend}" max_batch_size: 8 dynamic_batching {{}} input {{ name: "x" {SPEC} }} '

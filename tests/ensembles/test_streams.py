@@ -16,7 +16,7 @@ from tutti.ensembles import graph, planner
 from tutti.ensembles.streams import StreamExecutor
 from tutti.observing.statistics import ModelStatistics
 from tutti.repository import config
-from tutti.repository.config import ModelConfig
+from tutti.repository.model_config import ModelConfig
 
 ONE = "data_type: TYPE_INT32 dims: 1"
 MODELS = {

@@ -44,7 +44,7 @@ from tutti.export.graphs import Check, Graph, Product
 from tutti.export.parity import Comparer
 from tutti.export.variants import Builder
 from tutti.repository import config
-from tutti.repository.config import TensorSpec
+from tutti.repository.model_config import TensorSpec
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore")

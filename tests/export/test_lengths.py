@@ -23,7 +23,7 @@ from tutti.export import onnx as to_onnx
 from tutti.export.graphs import Claim, Graph
 from tutti.export.variants import Builder, Result
 from tutti.repository import config
-from tutti.repository.config import TensorSpec
+from tutti.repository.model_config import TensorSpec
 from tutti.serving.engine import Engine
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -27,7 +27,7 @@ from tutti.core.errors import (
 from tutti.core.types import InferResponse
 from tutti.ray_app.health import IDLE_S, Prober, Pulse, request_for
 from tutti.repository import config
-from tutti.repository.config import ModelConfig
+from tutti.repository.model_config import ModelConfig
 
 
 def test_what_is_inside_and_does_not_end_is_stuck() -> None:

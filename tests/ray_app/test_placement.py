@@ -7,7 +7,7 @@ from tutti.ray_app import environment
 from tutti.ray_app.options import Options, PoolOptions
 from tutti.ray_app.placement import Home, PoolSpec, home, models_for, plan_pools
 from tutti.repository import config
-from tutti.repository.config import ModelConfig
+from tutti.repository.model_config import ModelConfig
 
 TENSORS = 'input { name: "x" data_type: TYPE_FP32 dims: 4 } output { name: "y" data_type: TYPE_FP32 dims: 4 }'
 DEFAULT = plan_pools(2, None, 1)

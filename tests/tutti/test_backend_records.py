@@ -12,7 +12,7 @@ from tests.models import Repository
 from tests.serving import engine_over
 from tutti.app import doctor
 from tutti.core.errors import ConfigError
-from tutti.repository import backend_records, config
+from tutti.repository import backend_records, config, model_config
 from tutti.repository.backend_records import BUILT_IN, BackendRecord
 
 TENSORS = 'input { name: "x" data_type: TYPE_FP32 dims: 4 } output { name: "y" data_type: TYPE_FP32 dims: 4 }'
@@ -22,7 +22,7 @@ RECORD = BackendRecord("added", "added_backend", {fields})
 """
 
 
-def parse(backend: str) -> config.ModelConfig:
+def parse(backend: str) -> model_config.ModelConfig:
     return config.parse(f'backend: "{backend}" max_batch_size: 8 dynamic_batching {{}} {TENSORS}', "m")
 
 

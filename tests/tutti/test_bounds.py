@@ -16,7 +16,7 @@ from tutti.backends.joined import JoinedBackend
 from tutti.core.dtypes import NUMPY, Array
 from tutti.core.errors import ConfigError, InvalidArgument
 from tutti.core.types import Answer, Call, InferRequest, InferResponse, Tensor
-from tutti.repository import config
+from tutti.repository import config, model_config
 from tutti.repository.value_bounds import Bounds, Range
 
 INTEGERS = [name for name in NUMPY if name.startswith(("INT", "UINT"))]
@@ -254,7 +254,7 @@ def test_a_mask_that_is_filled_in_must_be_in_range(pair: list[int], is_fine: boo
 class Recording(JoinedBackend):
     """As on a device, whose turns it counts: keeps what it was asked to execute."""
 
-    def __init__(self, model: config.ModelConfig) -> None:
+    def __init__(self, model: model_config.ModelConfig) -> None:
         super().__init__(model, "1")
         self.feeds: list[Array] = []
         self._engine = self._pipeline = self  # type: ignore[assignment]

@@ -9,7 +9,7 @@ import pytest
 from tests.models import Repository
 from tutti.backends import completion
 from tutti.core.errors import ConfigError
-from tutti.repository import config, folders
+from tutti.repository import config, folders, model_config
 
 TENSORS = """
     input { name: "x" data_type: TYPE_FP32 dims: [ -1, 3 ] }
@@ -26,7 +26,7 @@ ENSEMBLE = (
 )
 
 
-def parse(text: str) -> config.ModelConfig:
+def parse(text: str) -> model_config.ModelConfig:
     return config.parse(text, "m")
 
 
@@ -44,13 +44,13 @@ def test_a_full_configuration() -> None:
         """
     )
     assert model.name == "m"
-    assert model.inputs[0] == config.TensorSpec("x", "FP32", (-1, 3))
+    assert model.inputs[0] == model_config.TensorSpec("x", "FP32", (-1, 3))
     assert model.outputs[0].datatype == "BYTES"
     assert model.batching is not None
     assert model.batching.preferred_batch_sizes == (4, 8)
     assert model.batching.max_queue_delay_ns == 250_000
     assert model.max_queued_rows == 7
-    assert model.instance_groups == (config.InstanceGroup("cpu", 2),)
+    assert model.instance_groups == (model_config.InstanceGroup("cpu", 2),)
     assert model.version_policy.select([1, 2, 3, 4]) == [2, 3, 4]
     assert model.parameters["a"] == "b"
     assert model.wire_shape(model.inputs[0]) == (-1, -1, 3)
@@ -201,8 +201,8 @@ def test_an_onnx_model_needs_no_configuration(repository: Repository) -> None:
     assert repository_names(repository.root) == ["bare"]
     model = completion.open_model(repository.root, "bare").config
     assert (model.backend, model.max_batch_size, model.batching is not None) == ("onnxruntime", 4, True)
-    assert model.inputs == (config.TensorSpec("ids", "INT64", (-1,)),)
-    assert model.outputs == (config.TensorSpec("y", "FP32", (-1,)),)
+    assert model.inputs == (model_config.TensorSpec("ids", "INT64", (-1,)),)
+    assert model.outputs == (model_config.TensorSpec("y", "FP32", (-1,)),)
 
 
 @pytest.mark.parametrize(("given", "batch", "dims"), [("max_batch_size: 16", 16, (4,)), ("", 4, (4,))])

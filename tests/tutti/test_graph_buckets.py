@@ -6,7 +6,7 @@ import pytest
 
 from tutti.backends.graph_buckets import Bucket, are_all_filled_up, are_wanted, plan
 from tutti.core.errors import ConfigError
-from tutti.repository import config
+from tutti.repository import config, model_config
 
 FIXED = """backend: "pytorch" max_batch_size: {most}
 input [ {{ name: "x" data_type: TYPE_FP32 dims: [ 3, 4 ] }}, {{ name: "y" data_type: TYPE_FP32 dims: [ 1 ] }} ]
@@ -18,11 +18,11 @@ output { name: "z" data_type: TYPE_FP32 dims: [ 3 ] }
 optimization { cuda { graphs: true } } """
 
 
-def parsed(text: str) -> config.ModelConfig:
+def parsed(text: str) -> model_config.ModelConfig:
     return config.parse(text, "m")
 
 
-def fixed(most: int = 8, graphs: str = "", more: str = "") -> config.ModelConfig:
+def fixed(most: int = 8, graphs: str = "", more: str = "") -> model_config.ModelConfig:
     return parsed(FIXED.format(most=most, graphs=graphs, more=more))
 
 
@@ -30,7 +30,7 @@ def parameter(name: str, text: str) -> str:
     return f'parameters {{ key: "{name}" value {{ string_value: "{text}" }} }}'
 
 
-def intervals(made: config.ModelConfig) -> list[tuple[int, int]]:
+def intervals(made: model_config.ModelConfig) -> list[tuple[int, int]]:
     return [(bucket.least, bucket.rows) for bucket in plan(made).buckets]
 
 
@@ -58,7 +58,7 @@ def spec(rows: int, x: str = "dim: [ 3, 4 ]", lower: str = "") -> str:
         (fixed(0, "graph_spec { }"), [(0, 0)]),
     ],
 )  # fmt: skip
-def test_batch_sizes(made: config.ModelConfig, expected: list[tuple[int, int]]) -> None:
+def test_batch_sizes(made: model_config.ModelConfig, expected: list[tuple[int, int]]) -> None:
     assert intervals(made) == expected
     assert all(bucket.shapes == {"x": (3, 4), "y": (1,)} for bucket in plan(made).buckets)
 
@@ -157,7 +157,7 @@ def test_smaller_shapes_than_specified_have_no_graph_but_fewer_rows_have() -> No
         (fixed(8, more=parameter("tutti.graphs.max_count", "0")), "expected a number of at least 1, got '0'"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_refused_by_its_path(made: config.ModelConfig, why: str) -> None:
+def test_what_cannot_be_is_refused_by_its_path(made: model_config.ModelConfig, why: str) -> None:
     with pytest.raises(ConfigError, match=why):
         plan(made)
 

@@ -11,7 +11,7 @@ from tutti.frontends.http import codec as http_codec
 from tutti.frontends.http.codec import HeaderCache
 from tutti.frontends.v2 import json_values
 from tutti.frontends.v2.json_request import BINARY_REPLY, JSON_REPLY, ReplyFormat
-from tutti.repository import config
+from tutti.repository import config, model_config
 
 
 def body(header: dict, binary: bytes = b"") -> tuple[bytes, int]:
@@ -208,7 +208,7 @@ def test_responses_as_json_binary_and_mixed() -> None:
     assert encoded.endswith(b"hi")
 
 
-def raw_config(dims: str, kind: str = "TYPE_FP32", batch: int = 4) -> config.ModelConfig:
+def raw_config(dims: str, kind: str = "TYPE_FP32", batch: int = 4) -> model_config.ModelConfig:
     return config.parse(
         f'backend: "b" max_batch_size: {batch} input {{ name: "x" data_type: {kind} dims: {dims} }}'
         ' output { name: "y" data_type: TYPE_FP32 dims: 1 }',

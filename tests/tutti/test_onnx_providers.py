@@ -12,7 +12,7 @@ from tutti.backends import onnx_providers, onnxruntime
 from tutti.core.errors import ConfigError, InvalidArgument
 from tutti.core.types import InferRequest, InferResponse, Tensor
 from tutti.repository import config
-from tutti.repository.config import ModelConfig
+from tutti.repository.model_config import ModelConfig
 
 CPU = "CPUExecutionProvider"
 DEFAULTS = {"device_id": "1", "cudnn_conv_algo_search": "HEURISTIC", "arena_extend_strategy": "kSameAsRequested"}

@@ -17,7 +17,7 @@ from tutti.devices import dlpack, process_engines, tensors
 from tutti.devices import health as devices_health
 from tutti.devices.health import DeviceHealth
 from tutti.devices.tensors import DeviceTensor
-from tutti.repository.config import InstanceGroup
+from tutti.repository.model_config import InstanceGroup
 from tutti.serving.engine import Engine
 
 CONFIG = """

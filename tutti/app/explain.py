@@ -27,7 +27,7 @@ from tutti.observing import trace_reading
 from tutti.observing.explanations import PARAMETER
 from tutti.observing.waterfall import waterfall
 from tutti.repository import folders, unserved
-from tutti.repository.config import ModelConfig
+from tutti.repository.model_config import ModelConfig
 from tutti.serving import local
 
 # A model that takes longer is rare, and a server that hangs is not: whoever waits can say so.

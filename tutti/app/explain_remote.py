@@ -21,7 +21,7 @@ from tutti.core.types import Tensor
 from tutti.frontends.v2 import json_values
 from tutti.observing.explanations import PARAMETER
 from tutti.repository import config
-from tutti.repository.config import ModelConfig
+from tutti.repository.model_config import ModelConfig
 
 _LENGTH_HEADER = "Inference-Header-Content-Length"
 # The library gives up so much later than who waits, who says why.

@@ -17,7 +17,7 @@ from tutti.core import files
 from tutti.core.dtypes import NUMPY, Array
 from tutti.core.errors import ConfigError, reason
 from tutti.core.types import Tensor
-from tutti.repository.config import TensorSpec
+from tutti.repository.model_config import TensorSpec
 from tutti.repository.unserved import near
 
 _MOST_NAMES = 20

@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from tutti.repository.config import ModelConfig, TensorSpec
+from tutti.repository.model_config import ModelConfig, TensorSpec
 from tutti.serving.model import Model
 
 _COLUMNS = ("model", "version", "backend", "instances", "batch", "loaded in")

@@ -14,7 +14,7 @@ from tutti.backends import compiler
 from tutti.backends.compile_options import PARAMETER
 from tutti.core.errors import ConfigError
 from tutti.devices.cuda import loading
-from tutti.repository.config import ModelConfig
+from tutti.repository.model_config import ModelConfig
 
 _log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from tutti.backends.wrapped import Wrapped
 from tutti.core.dtypes import NUMPY
 from tutti.core.errors import Internal
 from tutti.core.types import InferRequest, InferResponse, Shape, Tensor
-from tutti.repository.config import ModelConfig
+from tutti.repository.model_config import ModelConfig
 from tutti.scheduling.interface import Answers, Backend
 
 

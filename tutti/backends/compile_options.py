@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tutti.backends.compiler import AOT, JIT, MODES
 from tutti.core.errors import ConfigError
-from tutti.repository.config import ModelConfig
+from tutti.repository.model_config import ModelConfig
 
 PARAMETER = "tutti.compile"
 _TIMEOUT_S = 1800.0

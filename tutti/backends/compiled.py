@@ -36,7 +36,7 @@ from tutti.backends.artefacts import CacheError
 from tutti.backends.compile_options import Compilation
 from tutti.backends.compiler import AOT, JIT, KEPT, LARGEST, PACKAGE, Job, Uncompilable
 from tutti.devices.cuda import loading
-from tutti.repository.config import ModelConfig
+from tutti.repository.model_config import ModelConfig
 
 _log = logging.getLogger(__name__)
 

@@ -23,8 +23,8 @@ from tutti.devices.interface import Device, DeviceArray, Stream
 from tutti.devices.pipeline import Pipeline
 from tutti.devices.simulated import simulated_gpus
 from tutti.devices.threads import run_and_wait
-from tutti.repository.config import ModelConfig
 from tutti.repository.folders import ModelFolder
+from tutti.repository.model_config import ModelConfig
 from tutti.scheduling.captured_sizes import CapturedSizes
 
 _log = logging.getLogger(__name__)

@@ -25,8 +25,8 @@ from tutti.core.types import Shape
 from tutti.devices.interface import Device, DeviceArray
 from tutti.devices.process_engines import engine_of
 from tutti.repository import config
-from tutti.repository.config import ModelConfig, TensorSpec
 from tutti.repository.folders import ModelFolder
+from tutti.repository.model_config import ModelConfig, TensorSpec
 
 if TYPE_CHECKING:
     from tutti.backends.cuda_graphs import GraphedProgram

@@ -3,7 +3,7 @@
 import math
 
 from tutti.core.errors import ConfigError
-from tutti.repository.config import ModelConfig
+from tutti.repository.model_config import ModelConfig
 
 HANG_PARAMETER = "tutti.hang_timeout_s"
 TURN_PARAMETER = "tutti.device_turn"

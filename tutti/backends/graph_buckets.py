@@ -20,7 +20,7 @@ from typing import Any
 
 from tutti.core.errors import ConfigError
 from tutti.core.types import Shape
-from tutti.repository.config import ModelConfig, TensorSpec
+from tutti.repository.model_config import ModelConfig, TensorSpec
 
 BATCH_SIZES = "tutti.graphs.batch_sizes"
 MAX_COUNT = "tutti.graphs.max_count"

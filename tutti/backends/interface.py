@@ -11,8 +11,8 @@ from tutti.core.dtypes import Array
 from tutti.core.errors import ConfigError, InferError, Internal, InvalidArgument, OutOfMemory
 from tutti.core.types import Call, Infer, InferRequest, InferResponse, Tensor
 from tutti.repository.backend_records import BackendRecord, lacks_tensors
-from tutti.repository.config import ModelConfig, TensorSpec
 from tutti.repository.folders import ModelFolder
+from tutti.repository.model_config import ModelConfig, TensorSpec
 from tutti.scheduling.interface import Answers, Backend, Executed, undone
 
 __all__ = [

@@ -15,7 +15,7 @@ from tutti.devices.engine import DeviceEngine
 from tutti.devices.pipeline import Pipeline
 from tutti.devices.process_engines import engine_of
 from tutti.repository import ragged
-from tutti.repository.config import ModelConfig
+from tutti.repository.model_config import ModelConfig
 from tutti.scheduling.cost import Alternatives
 from tutti.scheduling.interface import Answers
 

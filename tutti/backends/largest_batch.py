@@ -12,7 +12,7 @@ from typing import Any
 
 from tutti.backends import compiler
 from tutti.backends.compiler import JIT, Job, Uncompilable
-from tutti.repository.config import ModelConfig
+from tutti.repository.model_config import ModelConfig
 
 _log = logging.getLogger(__name__)
 

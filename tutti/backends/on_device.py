@@ -22,7 +22,7 @@ from tutti.devices.jobs import Made, Part, Resident, Times
 from tutti.devices.pipeline import Pipeline
 from tutti.devices.process_engines import engine_of
 from tutti.repository import ragged
-from tutti.repository.config import ModelConfig
+from tutti.repository.model_config import ModelConfig
 from tutti.scheduling.interface import Answers
 
 # Requests of no more than this are joined in ordinary memory first: a copy costs less than numpy's words about it.

@@ -12,7 +12,7 @@ from tritonclient.grpc import model_config_pb2 as pb
 from tutti.core.dtypes import to_config
 from tutti.core.errors import ConfigError
 from tutti.core.types import Shape
-from tutti.repository.config import ModelConfig, TensorSpec
+from tutti.repository.model_config import ModelConfig, TensorSpec
 
 _COMPLETED_BATCH_SIZE = 4
 _ORT_TYPES = {

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from tutti.core.errors import ConfigError
-from tutti.repository.config import ModelConfig
+from tutti.repository.model_config import ModelConfig
 
 _WHERE = "optimization.execution_accelerators"
 CUDA, TENSORRT, CPU = "CUDAExecutionProvider", "TensorrtExecutionProvider", "CPUExecutionProvider"

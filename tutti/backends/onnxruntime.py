@@ -25,8 +25,8 @@ from tutti.core.dtypes import NUMPY, Array
 from tutti.core.errors import ConfigError, InvalidArgument, OutOfMemory
 from tutti.core.types import Infer
 from tutti.devices.nvml import nvml
-from tutti.repository.config import InstanceGroup, ModelConfig
 from tutti.repository.folders import ModelFolder
+from tutti.repository.model_config import InstanceGroup, ModelConfig
 from tutti.scheduling.interface import Backend, undone
 
 _log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Sequence
 
 from tutti.core.errors import ConfigError
-from tutti.repository.config import ModelConfig
+from tutti.repository.model_config import ModelConfig
 
 _log = logging.getLogger(__name__)
 

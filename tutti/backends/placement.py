@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from tutti.core.errors import ConfigError
 from tutti.devices.nvml import gpu_count
-from tutti.repository.config import InstanceGroup, ModelConfig
+from tutti.repository.model_config import InstanceGroup, ModelConfig
 
 
 def instances(

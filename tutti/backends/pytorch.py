@@ -28,8 +28,8 @@ from tutti.core.errors import ConfigError
 from tutti.core.types import Infer, OnDevice
 from tutti.devices.cuda import empty_caches, loading
 from tutti.devices.simulated import simulated_gpus
-from tutti.repository.config import InstanceGroup, ModelConfig
 from tutti.repository.folders import ModelFolder
+from tutti.repository.model_config import InstanceGroup, ModelConfig
 from tutti.scheduling.interface import Backend, undone
 
 _log = logging.getLogger(__name__)

@@ -15,8 +15,8 @@ from tutti.core.errors import ConfigError
 from tutti.core.types import Infer
 from tutti.repository import backend_records
 from tutti.repository.backend_records import BUILT_IN, BackendRecord
-from tutti.repository.config import ModelConfig
 from tutti.repository.folders import ModelFolder
+from tutti.repository.model_config import ModelConfig
 from tutti.scheduling.interface import Backend, undone
 
 

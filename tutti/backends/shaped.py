@@ -7,7 +7,7 @@ from tutti.backends.wrapped import Wrapped
 from tutti.core import rows
 from tutti.core.errors import ConfigError
 from tutti.core.types import InferRequest, InferResponse, Tensor
-from tutti.repository.config import ModelConfig
+from tutti.repository.model_config import ModelConfig
 from tutti.scheduling.interface import Answers, Backend
 
 

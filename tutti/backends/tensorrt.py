@@ -18,8 +18,8 @@ from tutti.backends.on_device import DeviceBackend, Program
 from tutti.core.errors import ConfigError, InvalidArgument
 from tutti.core.types import Infer, OnDevice
 from tutti.devices.cuda import TORCH, loading
-from tutti.repository.config import ModelConfig
 from tutti.repository.folders import ModelFolder
+from tutti.repository.model_config import ModelConfig
 from tutti.scheduling.interface import Backend, undone
 
 _MODULES = ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings")

@@ -10,7 +10,7 @@ import torch
 from tutti.backends.compiled import Kept
 from tutti.core.errors import ConfigError, Internal
 from tutti.devices.cuda import TORCH
-from tutti.repository.config import ModelConfig
+from tutti.repository.model_config import ModelConfig
 
 _INDEX = re.compile(r".*__(\d+)")
 

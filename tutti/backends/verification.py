@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from tutti.repository.config import ModelConfig
+from tutti.repository.model_config import ModelConfig
 
 Forward = Callable[..., Any]
 Fill = tuple[int, int] | None

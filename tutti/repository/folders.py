@@ -17,7 +17,7 @@ from tutti.core import files, paths
 from tutti.core.errors import ConfigError, TuttiError, reason
 from tutti.repository import config
 from tutti.repository.backend_records import BUILT_IN
-from tutti.repository.config import ModelConfig
+from tutti.repository.model_config import ModelConfig
 
 # The files of models that need no config.pbtxt: their backends complete one.
 SELF_EXPLANATORY = tuple(record.filenames[0] for record in BUILT_IN.values() if record.completes is not None)

@@ -16,7 +16,7 @@ from tutti.core import dtypes
 from tutti.core.errors import Cancelled, DeadlineExceeded, InferError, InvalidArgument, Unavailable
 from tutti.core.types import RAW_TYPES, Call, InferRequest, InferResponse, Tensor, now_ns, settle, settle_all
 from tutti.observing.statistics import ModelStatistics
-from tutti.repository.config import ModelConfig, SequenceControl, SequencePolicy, SequenceState
+from tutti.repository.model_config import ModelConfig, SequenceControl, SequencePolicy, SequenceState
 from tutti.scheduling.batching import BatchLimit, BatchQueue, Cut, Decision
 from tutti.scheduling.cost import Costs
 from tutti.scheduling.delivery import as_infer_error

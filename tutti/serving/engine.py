@@ -21,8 +21,8 @@ from tutti.core.types import Call, ModelControl, settle_all
 from tutti.devices.health import DeviceHealth, health
 from tutti.observing.statistics import ModelStatistics
 from tutti.repository import folders as repository
-from tutti.repository.config import ModelConfig
 from tutti.repository.folders import ModelFolder
+from tutti.repository.model_config import ModelConfig
 from tutti.serving.model import Model, Served
 
 _log = logging.getLogger(__name__)

@@ -20,8 +20,8 @@ from tutti.core.types import Call, Infer, Tensor, now_ns, settle
 from tutti.devices import health
 from tutti.devices.health import DeviceHealth
 from tutti.observing.statistics import ModelStatistics
-from tutti.repository.config import ModelConfig, SequenceState
 from tutti.repository.folders import ModelFolder
+from tutti.repository.model_config import ModelConfig, SequenceState
 from tutti.repository.policies import NO_LIMIT
 from tutti.scheduling.batching import BatchQueue
 from tutti.scheduling.cost import Costs

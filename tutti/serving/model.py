@@ -12,7 +12,7 @@ from tutti.core.types import Call, Infer, InferRequest, Shape, Tensor, now_ns, s
 from tutti.observing import explanations
 from tutti.observing.explanations import OWN, Explained, Facts
 from tutti.observing.statistics import ModelStatistics
-from tutti.repository.config import ModelConfig, TensorSpec
+from tutti.repository.model_config import ModelConfig, TensorSpec
 from tutti.scheduling.interface import HANG_S
 
 _MAX_SIGNATURES = 4096

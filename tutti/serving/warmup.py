@@ -8,8 +8,8 @@ import numpy as np
 from tutti.core import dtypes
 from tutti.core.errors import ConfigError, InferError
 from tutti.core.types import Call, InferRequest, InferResponse, Tensor
-from tutti.repository.config import Warmup, WarmupInput
 from tutti.repository.folders import ModelFolder
+from tutti.repository.model_config import Warmup, WarmupInput
 from tutti.scheduling.interface import Backend
 from tutti.serving.model import check_request
 

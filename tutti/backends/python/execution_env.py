@@ -17,7 +17,7 @@ from typing import Any
 from tutti.backends.python.interpreter import Command
 from tutti.core import temporary_folders
 from tutti.core.errors import ConfigError
-from tutti.repository.config import ModelConfig
+from tutti.repository.model_config import ModelConfig
 
 PARAMETER = "EXECUTION_ENV_PATH"
 _MODEL_FOLDER = "$$TRITON_MODEL_DIRECTORY"

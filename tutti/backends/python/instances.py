@@ -10,7 +10,7 @@ from tutti.core.errors import ConfigError
 from tutti.devices.device_turns import TurnTaker
 from tutti.devices.nvml import gpu_count
 from tutti.devices.process_engines import engine_of
-from tutti.repository.config import InstanceGroup, ModelConfig
+from tutti.repository.model_config import InstanceGroup, ModelConfig
 
 _log = logging.getLogger(__name__)
 

@@ -22,8 +22,8 @@ from tutti.backends.python.isolated_completion import completed
 from tutti.backends.python.isolated_process import Ended, Hangs, ModelProcess
 from tutti.core.errors import ConfigError, Internal, Unavailable
 from tutti.core.types import Answer, Call, Infer, InferResponse, settle
-from tutti.repository.config import InstanceGroup, ModelConfig
 from tutti.repository.folders import ModelFolder
+from tutti.repository.model_config import InstanceGroup, ModelConfig
 from tutti.scheduling.interface import Executed
 
 _log = logging.getLogger(__name__)

@@ -17,8 +17,8 @@ from tutti.core.errors import ConfigError
 from tutti.core.types import Infer, control_of
 from tutti.devices import device_turns
 from tutti.devices.nvml import gpu_count
-from tutti.repository.config import InstanceGroup, ModelConfig
 from tutti.repository.folders import ModelFolder
+from tutti.repository.model_config import InstanceGroup, ModelConfig
 from tutti.scheduling.interface import Backend
 
 # Instances of one model that start at once.

@@ -37,8 +37,8 @@ from tutti.devices.device_turns import TurnTaker
 from tutti.devices.errors import is_out_of_memory, is_unclear, sticky
 from tutti.devices.nvml import gpu_count
 from tutti.repository import config
-from tutti.repository.config import InstanceGroup, ModelConfig
 from tutti.repository.folders import ModelFolder
+from tutti.repository.model_config import InstanceGroup, ModelConfig
 from tutti.scheduling.interface import Executed
 
 _log = logging.getLogger(__name__)

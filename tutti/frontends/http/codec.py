@@ -21,7 +21,7 @@ from tutti.frontends.v2 import json_request
 from tutti.frontends.v2.json_request import ReplyFormat
 from tutti.frontends.v2.json_values import is_not_finite, texts
 from tutti.frontends.v2.rules import NO_REGIONS, Regions, invalid
-from tutti.repository.config import ModelConfig, TensorSpec
+from tutti.repository.model_config import ModelConfig, TensorSpec
 
 
 @dataclass(frozen=True, slots=True, eq=False)

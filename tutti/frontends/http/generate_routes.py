@@ -19,7 +19,7 @@ from tutti.frontends.http import answer_headers, compression
 from tutti.frontends.http.status import DIALECT
 from tutti.frontends.v2 import generate
 from tutti.frontends.v2.api import Api
-from tutti.repository.config import ModelConfig
+from tutti.repository.model_config import ModelConfig
 
 _LONG_BODY_BYTES = 256 * 1024
 _ONE_ANSWER = (

@@ -23,7 +23,8 @@ from tutti.observing.logs import Logs
 from tutti.observing.request_log import RequestLog
 from tutti.observing.statistics import Duration
 from tutti.observing.tracing import Tracer
-from tutti.repository.config import ModelConfig, as_json
+from tutti.repository.config import as_json
+from tutti.repository.model_config import ModelConfig
 from tutti.serving.engine import Engine, Override
 from tutti.serving.model import Model
 

@@ -13,7 +13,7 @@ import orjson
 from tutti.core.errors import InvalidArgument
 from tutti.core.types import InferRequest, InferResponse, Parameters, Shape, Tensor
 from tutti.frontends.v2 import json_values, rules
-from tutti.repository.config import ModelConfig, TensorSpec
+from tutti.repository.model_config import ModelConfig, TensorSpec
 
 
 def decode(config: ModelConfig, version: str, body: bytes) -> InferRequest:
