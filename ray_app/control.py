@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from tutti.core.errors import Internal
 from tutti.ensembles.graph import Plan
-from tutti.serving.engine import Override
+from tutti.serving.interface import Override
 
 # Unless --control-timeout-secs says otherwise.
 TIMEOUT_S = 120.0

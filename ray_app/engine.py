@@ -23,7 +23,8 @@ from tutti.repository.model_config import ModelConfig, as_decoupled
 from tutti.scheduling.interface import Timer
 from tutti.scheduling.ordering import InOrder
 from tutti.serving import local
-from tutti.serving.engine import CONTROL_TIMEOUT_S, Engine, Override
+from tutti.serving.engine import CONTROL_TIMEOUT_S, Engine
+from tutti.serving.interface import Override
 from tutti.serving.model import Served
 from tutti.serving.response_cache import Cached, ResponseCache
 

@@ -9,7 +9,7 @@ import threading
 from typing import Any, Protocol
 
 from tutti.ray_app.control import Change, Desired
-from tutti.serving.engine import Override
+from tutti.serving.interface import Override
 
 
 class Store(Protocol):

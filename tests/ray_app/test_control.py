@@ -15,7 +15,7 @@ from tests.ray_app.conftest import Application
 from tests.ray_app.test_cluster import replicas
 from tests.serving import wait_until
 from tutti.ray_app.control import Change, Desired
-from tutti.serving.engine import Override
+from tutti.serving.interface import Override
 
 X = np.array([[1, 2, 3, 4]], np.float32)
 

@@ -24,7 +24,7 @@ from tutti.loadtest.process import free_ports, stop
 from tutti.ray_app.journal import Journal
 from tutti.ray_app.options import Options
 from tutti.ray_app.watch import group
-from tutti.serving.engine import Override
+from tutti.serving.interface import Override
 
 ON_RAY = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(280)]
 

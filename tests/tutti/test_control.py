@@ -14,7 +14,8 @@ from tutti import ensembles
 from tutti.core.errors import InferError, Internal, NotFound, Unavailable
 from tutti.core.types import InferRequest, InferResponse, Tensor
 from tutti.serving import local
-from tutti.serving.engine import Engine, Override
+from tutti.serving.engine import Engine
+from tutti.serving.interface import Override
 
 
 def controllable(root: Path, names: list[str] | None = None) -> Engine:
@@ -274,7 +275,7 @@ def test_what_was_unloaded_is_freed_without_the_garbage_collector(repository: Re
     gc.disable()
     try:
         for name in ("add_one", "plain"):
-            backend = weakref.ref(engine.model(name)._served.infer._instances[0]._backend)  # type: ignore[attr-defined]
+            backend = weakref.ref(engine.model(name)._served.infer._instances.all[0]._backend)  # type: ignore[attr-defined]
             assert backend() is not None
             engine.load(name)
             assert backend() is None

@@ -25,7 +25,8 @@ from tutti.scheduling import instances, scheduler, thread_instance
 from tutti.scheduling.interface import Answers
 from tutti.serving import engine as engines
 from tutti.serving import local, model
-from tutti.serving.engine import Engine, Override
+from tutti.serving.engine import Engine
+from tutti.serving.interface import Override
 
 CONFIG = 'backend: "python" max_batch_size: 0 input { name: "x" data_type: TYPE_FP32 dims: 1 } output { name: "y" '
 CONFIG += "data_type: TYPE_FP32 dims: 1 }"

@@ -7,11 +7,9 @@ what an ensemble is.
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 from tutti.backends import completion
 from tutti.core.errors import ConfigError, Internal, InvalidArgument, NotFound, TuttiError, Unavailable, reason
@@ -23,50 +21,25 @@ from tutti.observing.statistics import ModelStatistics
 from tutti.repository import folders as repository
 from tutti.repository.folders import ModelFolder
 from tutti.repository.model_config import ModelConfig
-from tutti.serving.model import Model, Served
+from tutti.serving.control_by_models import ControlByModels
+from tutti.serving.interface import IndexEntry, Loader, Override, Propagate
+from tutti.serving.loading_order import in_order_of_use
+from tutti.serving.model import Model, end
+from tutti.serving.retries import Retries
 
 _log = logging.getLogger(__name__)
 
 # Whoever asks for a load, or an unload, is answered after this; slow loads go on.
 CONTROL_TIMEOUT_S = 120.0
 # How long what is inside a model may take before whoever waits for its end is told so.
-Ending = tuple[Model, Work[None]]
-"""A model that is served no longer, and its end, which is under way."""
-
 DRAIN_S = 30.0
 _POLL_DRAIN_S = 5.0
-_MOST_POLLS = 16
 # A look at the repository that takes longer does not have others begin beside it.
 _LOOK_S = 1.0
 LOADING, UNLOADING = "loading", "unloading"
 
-Loader = Callable[[ModelFolder, int, ModelStatistics], Served]
-"""Makes one version of a model executable. May block. Raises ConfigError with the reason if it cannot."""
-
-
-@dataclass(frozen=True, slots=True)
-class Override:
-    """What a client's load gives in place of the repository's: a configuration in JSON, and a version's files.
-
-    `files` are "VERSION/FILE" -> content; with them nothing but the name is taken from the repository.
-    """
-
-    config: str | None = None
-    files: Mapping[str, bytes] = field(default_factory=dict)
-
-
-Propagate = Callable[[str, Override | None, ModelConfig | None], None]
-"""Tells the processes behind this one of a load, before it is done here; of an unload with None. Raises TuttiError."""
-
-
-@dataclass(frozen=True, slots=True)
-class IndexEntry:
-    """One line of the repository index. `version` "" when no version could be told; `state` "" for never loaded."""
-
-    name: str
-    version: str
-    state: Literal["READY", "UNAVAILABLE", "LOADING", "UNLOADING", ""]
-    reason: str = ""
+Ending = tuple[Model, Work[None]]
+"""A model that is served no longer, and its end, which is under way."""
 
 
 class Engine:
@@ -86,7 +59,7 @@ class Engine:
 
         Models may ask for them, too, unless `no_control_by_models` says why not.
         """
-        self.control: ModelControl = _ControlByModels(self, no_control_by_models)
+        self.control: ModelControl = ControlByModels(self, no_control_by_models)
         self._devices = devices
         self._root = root
         self._propagate = propagate
@@ -103,7 +76,7 @@ class Engine:
         self._telling = threading.Lock()
         # Models that are served no longer, and what ends them.
         self._drains: dict[Model, Work[None]] = {}
-        self._tries: dict[str, _Tries] = {}
+        self._tries: dict[str, Retries] = {}
         self._unloaded: dict[str, tuple[str, ...]] = {}
         self._loader = loader
         self._models: dict[str, dict[str, Model]] = {}
@@ -147,7 +120,7 @@ class Engine:
             finally:
                 ended[name].set()
 
-        ordered = [*(folder for folder in folders if not folder.config.is_ensemble), *_in_order_of_use(ensembles)]
+        ordered = [*(folder for folder in folders if not folder.config.is_ensemble), *in_order_of_use(ensembles)]
         ranks = [folder.config.name for folder in ordered]
         later = {name: ranks[index:] for index, name in enumerate(ranks)}  # of a cycle: not waited for
         works = [(f"model '{folder.config.name}' has been loading", partial(load, folder)) for folder in ordered]
@@ -231,7 +204,7 @@ class Engine:
             self._await(self._follow_folder(name, is_there), _POLL_DRAIN_S)
         except Exception as error:
             _log.error("%s", error)
-            self._tries.setdefault(name, _Tries()).failed()
+            self._tries.setdefault(name, Retries()).failed()
             if name not in self._models and is_there:
                 self._failures[name, ""] = reason(error)
         else:
@@ -239,7 +212,7 @@ class Engine:
         if is_there:
             self._seen[name] = seen
             if repository.fingerprint(self._root, name) != seen:  # it was not whole yet
-                self._tries.setdefault(name, _Tries()).wait = 0
+                self._tries.setdefault(name, Retries()).wait = 0
         elif name not in self._tries:
             self._seen.pop(name, None)
 
@@ -288,7 +261,7 @@ class Engine:
                 made[str(version)] = self._make(folder, version)
         except BaseException as error:
             for model in made.values():
-                _end(model)
+                end(model)
             if scratch is not None:
                 scratch.cleanup()
             if not isinstance(error, TuttiError):
@@ -321,7 +294,7 @@ class Engine:
         with self._lock:
             for model in models:
                 what = f"model '{model.config.name}' version {model.version} has been draining"
-                work = self._drains.get(model) or Work(what, partial(_end, model))
+                work = self._drains.get(model) or Work(what, partial(end, model))
                 self._drains[model] = work
                 endings.append((model, work))
         return endings
@@ -570,73 +543,3 @@ class Engine:
     def _record_failure(self, name: str, version: str, error: TuttiError) -> None:
         _log.error("failed to load model '%s' version '%s': %s", name, version, error)
         self._failures[name, version] = str(error)
-
-
-class _ControlByModels:
-    """Control of models by python models, which may be inside what they unload: nothing is waited for to drain."""
-
-    def __init__(self, engine: Engine, refusal: str) -> None:
-        self._engine = engine
-        self._refusal = refusal
-
-    def load(self, name: str, config: str | None, files: Mapping[str, bytes]) -> None:
-        self._check()
-        self._engine.load(name, Override(config, files), drain_s=0)
-
-    def unload(self, name: str, with_dependents: bool) -> None:
-        self._check()
-        self._engine.unload(name, with_dependents, drain_s=0)
-
-    def is_ready(self, name: str, version: str) -> bool:
-        try:
-            model = self._engine.model(name, version)
-        except NotFound:
-            return False
-        return model.is_ready() and not model.is_stuck()
-
-    def _check(self) -> None:
-        if self._refusal:
-            raise Unavailable(self._refusal)
-
-
-def _end(model: Model) -> None:
-    try:
-        model.close()
-    except Exception:
-        _log.exception("model '%s' version %d could not be ended", model.config.name, model.version)
-    _log.info("unloaded model '%s' version %d", model.config.name, model.version)
-
-
-class _Tries:
-    """When a poll is to try again what failed: after one poll, two, four, and so on."""
-
-    def __init__(self) -> None:
-        self.wait = 0
-        self._next = 1
-
-    def failed(self) -> None:
-        self.wait = self._next - 1
-        self._next = min(2 * self._next, _MOST_POLLS)
-
-    def is_due(self) -> bool:
-        self.wait -= 1
-        return self.wait < 0
-
-
-def _in_order_of_use(ensembles: list[ModelFolder]) -> list[ModelFolder]:
-    """Ensembles after the ensembles they use; one that takes part in a cycle comes where it stands."""
-    by_name = {folder.config.name: folder for folder in ensembles}
-    ordered: dict[str, ModelFolder] = {}
-
-    def visit(folder: ModelFolder, path: tuple[str, ...]) -> None:
-        name = folder.config.name
-        if name in ordered or name in path:
-            return
-        for step in folder.config.steps:
-            if step.model_name in by_name:
-                visit(by_name[step.model_name], (*path, name))
-        ordered[name] = folder
-
-    for folder in ensembles:
-        visit(folder, ())
-    return list(ordered.values())

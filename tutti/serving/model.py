@@ -3,6 +3,7 @@
 What executes is any `Infer`: a scheduler over local instances, an ensemble's executor, or a pool of replicas.
 """
 
+import logging
 import threading
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from tutti.observing.explanations import OWN, Explained, Facts
 from tutti.observing.statistics import ModelStatistics
 from tutti.repository.model_config import ModelConfig, TensorSpec
 from tutti.scheduling.interface import HANG_S
+
+_log = logging.getLogger(__name__)
 
 _MAX_SIGNATURES = 4096
 # A year: more is no deadline.
@@ -290,3 +293,12 @@ def _rows(config: ModelConfig, inputs: Mapping[str, Tensor]) -> int:
         advice = ": send it in several requests, or raise max_batch_size in config.pbtxt" if rows else ""
         raise InvalidArgument(f"inference request batch-size {limit}, and at least 1, got {rows}{advice}")
     return rows
+
+
+def end(model: Model) -> None:
+    """Close it, whatever that raises, and say that it is gone."""
+    try:
+        model.close()
+    except Exception:
+        _log.exception("model '%s' version %d could not be ended", model.config.name, model.version)
+    _log.info("unloaded model '%s' version %d", model.config.name, model.version)

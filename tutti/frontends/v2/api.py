@@ -25,7 +25,8 @@ from tutti.observing.statistics import Duration
 from tutti.observing.tracing import Tracer
 from tutti.repository.config import as_json
 from tutti.repository.model_config import ModelConfig
-from tutti.serving.engine import Engine, Override
+from tutti.serving.engine import Engine
+from tutti.serving.interface import Override
 from tutti.serving.model import Model
 
 _EXTENSIONS = [
