@@ -83,7 +83,7 @@ class Lines:
 
     def is_busy(self) -> bool:
         served: Any = self.engine.model("mates")._served.infer
-        return not served._free
+        return not served._instances.free
 
     def open_gate(self) -> None:
         os.close(os.open(self.gate, os.O_WRONLY))

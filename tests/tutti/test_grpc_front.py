@@ -113,7 +113,7 @@ def test_control_methods(server: Running) -> None:
 def test_a_cancelled_call_is_not_executed(server: Running) -> None:
     waiting: Any = server.engine.model("slow")._served.infer
     running = server.stub.ModelInfer.future(request(0.5, 1, "slow", "s"), timeout=20)
-    wait_until(lambda: not waiting._free)
+    wait_until(lambda: not waiting._instances.free)
     queued = [server.stub.ModelInfer.future(request(5.0, 1, "slow", "s"), timeout=20) for _ in range(3)]
     wait_until(lambda: waiting.queued_rows() == 3)
     for future in queued:

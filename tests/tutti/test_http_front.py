@@ -272,7 +272,7 @@ def test_a_client_that_leaves_cancels_its_queued_calls(server: Running) -> None:
     with server.connect() as first:
         first.sendall(infer_request("slow", 0.5))
         slow = server.engine.model("slow")
-        wait_until(lambda: not slow._served.infer._free)  # type: ignore[attr-defined]
+        wait_until(lambda: not slow._served.infer._instances.free)  # type: ignore[attr-defined]
         with server.connect() as second:
             second.sendall(b"".join(infer_request("slow", 5.0) for _ in range(3)))
             wait_until(lambda: slow._served.infer.queued_rows() == 3)  # type: ignore[attr-defined]
@@ -708,7 +708,7 @@ def test_a_client_that_left_before_its_answer_is_noted_so(server: Running) -> No
     log, slow = noted_by(server), server.engine.model("slow")
     with server.connect() as first, server.connect() as second:
         first.sendall(infer_request("slow", 0.2, request_id="first"))
-        wait_until(lambda: not slow._served.infer._free)  # type: ignore[attr-defined]
+        wait_until(lambda: not slow._served.infer._instances.free)  # type: ignore[attr-defined]
         second.sendall(infer_request("slow", 0.0, request_id="second"))
         wait_until(lambda: slow._served.infer.queued_rows() == 1)  # type: ignore[attr-defined]
         break_off(second)
@@ -775,7 +775,7 @@ def test_what_a_server_that_stops_refuses_is_noted_once(server: Running, monkeyp
     monkeypatch.setattr(server.front, "settle", seen)
     with server.connect() as connection:
         connection.sendall(infer_request("slow", 0.2))
-        wait_until(lambda: not slow._served.infer._free)  # type: ignore[attr-defined]
+        wait_until(lambda: not slow._served.infer._instances.free)  # type: ignore[attr-defined]
         stopping = server.front.stop(0.0, 0.0, Unavailable("the server stops"))
         asyncio.run_coroutine_threadsafe(stopping, server.loop).result(20)
         assert read_response(connection, bytearray())[0] == 503
