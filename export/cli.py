@@ -13,29 +13,15 @@ from tutti.console.progress import Work
 from tutti.core import extras
 from tutti.core.errors import TuttiError
 from tutti.core.temporary_folders import Folder
-from tutti.export import refusals
+from tutti.export import families, refusals
 from tutti.export.names import VARIANTS
 
 if TYPE_CHECKING:
-    from tutti.export.graphs import Product
     from tutti.export.pipeline import Options, Outcome
-    from tutti.export.sources import Source
 
 _log = logging.getLogger(__name__)
 
 _SOURCE = "hub id, local folder or file, package:NAME/PATH, or config:TYPE[,key=value] (random weights)"
-_AUDIO_EXAMPLES = (
-    "tutti export audio openai/whisper-tiny --name speech --language en",
-    "tutti export audio ./my-wav2vec2 --samples ./recordings --variants fp16",
-)
-_TEXT_EXAMPLES = (
-    "tutti export text sentence-transformers/all-MiniLM-L6-v2 --name minilm",
-    "tutti export text ./my-bert --labelled labels.tsv --profile --latency-goal-ms 20",
-)
-_VISION_EXAMPLES = (
-    "tutti export vision microsoft/resnet-18 --name pets",
-    "tutti export vision openai/clip-vit-base-patch32 --labels cat,dog --dry-run",
-)
 _BACKENDS = {"onnx": "onnxruntime", "tensorrt": "tensorrt", "torch": "pytorch"}
 
 
@@ -109,124 +95,80 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=Help,
     )
     kinds = parser.add_subparsers(dest="kind", required=True)
-    for kind, text, name, lines in (
-        ("audio", "Whisper, AST, wav2vec 2.0, WavLM, CLAP, Silero VAD", "speech", _AUDIO_EXAMPLES),
-        ("text", "embeddings and classifiers of BERT's kind, with their tokenizers", "text", _TEXT_EXAMPLES),
-        ("vision", "image classifiers, image embeddings and zero-shot classification", "image", _VISION_EXAMPLES),
-    ):
+    for family in families.registered().values():
         command = kinds.add_parser(
-            kind, help=text, description=f"Export {text}.", epilog=examples(*lines), formatter_class=Help,
-            usage=f"tutti export {kind} SOURCE [flags]    (tutti export {kind} --help lists them)",
+            family.name, help=family.covers, description=f"Export {family.covers}.", epilog=examples(*family.examples),
+            usage=f"tutti export {family.name} SOURCE [flags]    (tutti export {family.name} --help lists them)",
+            formatter_class=Help,
         )  # fmt: skip
-        command.add_argument("source", metavar="SOURCE", help=_SOURCE)
-        command.add_argument(
-            "--name", default=name, metavar="NAME", help="prefix of the published models (default: %(default)s)"
-        )
-        command.add_argument(
-            "--repository", type=Path, default=Path("model_repository"), metavar="FOLDER",
-            help="where to publish; made where there is none (default: %(default)s)",
-        )  # fmt: skip
-        command.add_argument(
-            "--version", type=whole(1, 10**17), default=1, metavar="N", help="of the models (default: %(default)s)"
-        )
-        command.add_argument(
-            "--ensemble", metavar="NAME", help="name of the ensemble over all of it (default: NAME_ensemble; '': none)"
-        )
-        command.add_argument(
-            "--variants", type=lambda text: text.split(","), default=["fp32"], metavar="VARIANT[,VARIANT]",
-            help="fp32,fp16,int8,torch,torch-fp16,torch-bf16,tensorrt: what is built, each verified (default: fp32)",
-        )  # fmt: skip
-        command.add_argument(
-            "--format", choices=_BACKENDS, default="onnx", help="what is served (default: %(default)s)"
-        )
-        command.add_argument(
-            "--cpu",
-            choices=("fp32", "int8"),
-            default="fp32",
-            help="variant served on processors (default: %(default)s)",
-        )
-        command.add_argument(
-            "--gpu", choices=("fp32", "fp16", "bf16"),
-            help="precision served on GPUs; bf16 with --format torch (default: fp16 if built, else bf16)",
-        )  # fmt: skip
-        command.add_argument(
-            "--compute-capability",
-            default="",
-            metavar="SM",
-            help="build the plan for this GPU, as SM89 (default: this one)",
-        )
-        command.add_argument(
-            "--samples", type=Path, metavar="PATH",
-            help="your own data to verify on: a text file, or a folder of files (default: made up)",
-        )  # fmt: skip
-        command.add_argument(
-            "--profile", action="store_true", help="measure latencies, and configure by them (default: not)"
-        )
-        command.add_argument(
-            "--latency-goal-ms", type=positive, default=50.0, metavar="MS", help="for --profile (default: %(default)g)"
-        )
-        command.add_argument(
-            "--report", type=Path, metavar="FILE", help="the page about it (default: NAME.export.html)"
-        )
-        command.add_argument("--dry-run", action="store_true", help="show what would be done (default: do it)")
-        command.add_argument(
-            "--force", action="store_true",
-            help="do it also where nothing has changed since the last time (default: not)",
-        )  # fmt: skip
-        if kind == "text":
-            command.add_argument(
-                "--task", choices=("auto", "embedding", "classification", "ranking", "token-classification"),
-                default="auto", help="ranking: of pairs of texts (default: what the checkpoint's architecture says)",
-            )  # fmt: skip
-            command.add_argument(
-                "--prompt", metavar="NAME", help="of the checkpoint's, by name; '' for none (default: its own)"
-            )
-            command.add_argument(
-                "--labelled", type=Path, metavar="FILE",
-                help="tab-separated label, split, text: train a classifier (default: none)",
-            )  # fmt: skip
-        if kind == "audio":
-            command.add_argument(
-                "--language", default="", metavar="CODE", help="Whisper: of the speech (default: told by the model)"
-            )
-            command.add_argument(
-                "--task", choices=("transcribe", "translate"), default="transcribe",
-                help="Whisper: translate writes English (default: %(default)s)",
-            )  # fmt: skip
-            command.add_argument(
-                "--input-type", choices=("fp32", "int16"), default="fp32",
-                help="how samples come: int16 is half of the bytes (default: %(default)s)",
-            )  # fmt: skip
-        if kind == "vision":
-            command.add_argument(
-                "--task", choices=("auto", "classification", "embedding"), default="auto",
-                help="what is served of it (default: what the checkpoint's architecture says)",
-            )  # fmt: skip
-            command.add_argument(
-                "--input-type", choices=("uint8", "fp32"), default="uint8",
-                help="how PIXELS come: as bytes, or normalised as the processor does it (default: %(default)s)",
-            )  # fmt: skip
-            command.add_argument(
-                "--input-layout", choices=("chw", "hwc"), default="chw",
-                help="hwc: colours last, as pictures are decoded (default: %(default)s)",
-            )  # fmt: skip
-            command.add_argument(
-                "--labels", metavar="NAME[,NAME]", help="zero-shot classes, of CLIP and SigLIP (default: none)"
-            )
-            command.add_argument(
-                "--template", default="a photo of a {}.", metavar="TEXT",
-                help="the text for a zero-shot class (default: %(default)s)",
-            )  # fmt: skip
-            command.add_argument(
-                "--train", choices=("digits",), help="train here, in under a minute (default: as the checkpoint is)"
-            )
-            command.add_argument(
-                "--image-size",
-                type=whole(1, 8192),
-                metavar="PIXELS",
-                help="height and width (default: the checkpoint's)",
-            )
+        _add_places(command, family.default_name)
+        _add_variants(command)
+        _add_trials(command)
+        family.add_arguments(command)
     return parser
+
+
+def _add_places(command: argparse.ArgumentParser, name: str) -> None:
+    """Of what, where to, and under which names."""
+    command.add_argument("source", metavar="SOURCE", help=_SOURCE)
+    command.add_argument(
+        "--name", default=name, metavar="NAME", help="prefix of the published models (default: %(default)s)"
+    )
+    command.add_argument(
+        "--repository", type=Path, default=Path("model_repository"), metavar="FOLDER",
+        help="where to publish; made where there is none (default: %(default)s)",
+    )  # fmt: skip
+    command.add_argument(
+        "--version", type=whole(1, 10**17), default=1, metavar="N", help="of the models (default: %(default)s)"
+    )
+    command.add_argument(
+        "--ensemble", metavar="NAME", help="name of the ensemble over all of it (default: NAME_ensemble; '': none)"
+    )
+
+
+def _add_variants(command: argparse.ArgumentParser) -> None:
+    """What is built of it, and for what."""
+    command.add_argument(
+        "--variants", type=lambda text: text.split(","), default=["fp32"], metavar="VARIANT[,VARIANT]",
+        help="fp32,fp16,int8,torch,torch-fp16,torch-bf16,tensorrt: what is built, each verified (default: fp32)",
+    )  # fmt: skip
+    command.add_argument("--format", choices=_BACKENDS, default="onnx", help="what is served (default: %(default)s)")
+    command.add_argument(
+        "--cpu",
+        choices=("fp32", "int8"),
+        default="fp32",
+        help="variant served on processors (default: %(default)s)",
+    )
+    command.add_argument(
+        "--gpu", choices=("fp32", "fp16", "bf16"),
+        help="precision served on GPUs; bf16 with --format torch (default: fp16 if built, else bf16)",
+    )  # fmt: skip
+    command.add_argument(
+        "--compute-capability",
+        default="",
+        metavar="SM",
+        help="build the plan for this GPU, as SM89 (default: this one)",
+    )
+
+
+def _add_trials(command: argparse.ArgumentParser) -> None:
+    """What it is tried on, and what is told of that."""
+    command.add_argument(
+        "--samples", type=Path, metavar="PATH",
+        help="your own data to verify on: a text file, or a folder of files (default: made up)",
+    )  # fmt: skip
+    command.add_argument(
+        "--profile", action="store_true", help="measure latencies, and configure by them (default: not)"
+    )
+    command.add_argument(
+        "--latency-goal-ms", type=positive, default=50.0, metavar="MS", help="for --profile (default: %(default)g)"
+    )
+    command.add_argument("--report", type=Path, metavar="FILE", help="the page about it (default: NAME.export.html)")
+    command.add_argument("--dry-run", action="store_true", help="show what would be done (default: do it)")
+    command.add_argument(
+        "--force", action="store_true",
+        help="do it also where nothing has changed since the last time (default: not)",
+    )  # fmt: skip
 
 
 def _export(options: argparse.Namespace, work: Path) -> int:
@@ -269,7 +211,8 @@ def _made(options: argparse.Namespace, work: Path, label: str, progress: Work) -
     if known:
         unchanged = f"nothing has changed: {', '.join(known)} in {options.repository} (--force does it again)"
         return [f"{label}: {unchanged}", *commands.following(options.repository, known)]
-    product = _product(options, source, work, progress)
+    ensemble = f"{options.name}_ensemble" if options.ensemble is None else options.ensemble
+    product = families.registered()[options.kind].build(options, source, ensemble, work, progress)
     if options.dry_run:
         return [f"{label}: {source.provenance}", *pipeline.plan_lines(product, own, options.repository)]
     return pipeline.run(product, source, options.name, options.repository, own, work, key, progress)
@@ -304,40 +247,6 @@ def _gpu(options: argparse.Namespace, variants: Sequence[str]) -> str:
     named = {"fp32": "torch", "fp16": "torch-fp16", "bf16": "torch-bf16"}
     narrow = [one for one in ("torch-fp16", "torch-bf16") if one in variants]
     return named[options.gpu] if options.gpu else (narrow or ["torch"])[0]
-
-
-def _product(options: argparse.Namespace, source: "Source", work: Path, progress: Work) -> "Product":
-    ensemble = f"{options.name}_ensemble" if options.ensemble is None else options.ensemble
-    if options.kind == "audio":
-        from tutti.export import audio
-
-        progress.say(f"read {options.source}")
-        return audio.product(
-            source, options.name, ensemble, work, options.language, options.task, options.samples,
-            options.input_type.upper(),
-        )  # fmt: skip
-    if options.kind == "text":
-        from tutti.export import text
-
-        progress.say(f"read {options.source}")
-        return text.product(
-            source,
-            options.name,
-            ensemble,
-            work,
-            options.task,
-            options.labelled,
-            options.samples,
-            options.prompt,
-            progress.say,
-        )
-    from tutti.export import pixels, vision
-
-    progress.say(f"read {options.source}" + (f", and train it on {options.train}" if options.train else ""))
-    return vision.product(
-        source, options.name, ensemble, work, options.task, options.labels, options.template, options.train,
-        options.image_size, options.samples, pixels.Form(options.input_type, options.input_layout),
-    )  # fmt: skip
 
 
 def _report(outcome: "Outcome", options: argparse.Namespace) -> Path:

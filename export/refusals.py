@@ -9,7 +9,7 @@ from pathlib import Path
 from tutti.console.arguments import plain, shown
 from tutti.core import file_kinds, paths
 from tutti.core.errors import TuttiError
-from tutti.export import labelled
+from tutti.export import families, labelled
 from tutti.export.names import VARIANTS
 from tutti.repository import folders
 
@@ -30,8 +30,7 @@ def _all(options: argparse.Namespace) -> Iterator[str]:
     yield _names(options)
     yield _folders(options)
     yield _data(options)
-    if options.kind == "vision":
-        yield _labels(options)
+    yield from families.registered()[options.kind].mistakes(options)
     yield _source(options.source)
 
 
@@ -45,10 +44,6 @@ def _variants(options: argparse.Namespace) -> str:
         return f"--compute-capability: expected one as SM89, got {shown(options.compute_capability)}"
     if options.gpu == "bf16" and options.format != "torch":
         return f"--gpu bf16 needs --format torch, got --format {options.format}: its processors compute no bfloat16"
-    if options.kind == "audio" and options.input_type == "int16" and "tensorrt" in (*options.variants, options.format):
-        return "--input-type int16: TensorRT has no whole numbers of 16 bits: expected fp32 for plans"
-    if options.kind == "vision" and (options.input_type, options.input_layout) == ("fp32", "hwc"):
-        return "--input-layout hwc needs --input-type uint8: processors make FP32 pictures with the colours first"
     return ""
 
 
@@ -77,27 +72,16 @@ def _data(options: argparse.Namespace) -> str:
     """What it is to be tried on, or trained with."""
     samples: Path | None = options.samples
     if samples is not None:
-        what, is_it = ("a text file", samples.is_file()) if options.kind == "text" else ("a folder", samples.is_dir())
-        if not is_it:
-            return f"--samples {shown(samples)}: expected {what}{paths.meant(samples)}"
+        takes_texts = families.registered()[options.kind].takes_texts
+        if not (samples.is_file() if takes_texts else samples.is_dir()):
+            expected = "a text file" if takes_texts else "a folder"
+            return f"--samples {shown(samples)}: expected {expected}{paths.meant(samples)}"
     if getattr(options, "labelled", None) is not None:
         try:
             labelled.read(options.labelled)
         except TuttiError as error:
             return str(error)
     return ""
-
-
-def _labels(options: argparse.Namespace) -> str:
-    if options.labels is not None:
-        labels = [label.strip() for label in options.labels.split(",")]
-        if len(labels) < 2 or not all(labels) or len(set(labels)) < len(labels):
-            return f"--labels: expected two or more, each of its own, separated by commas, got {shown(options.labels)}"
-    try:
-        is_fine = options.template.format("LABEL") != options.template.format("OTHER")
-    except (IndexError, KeyError, ValueError, AttributeError):
-        is_fine = False
-    return "" if is_fine else f"--template: expected a text with {{}} for the label, got {shown(options.template)}"
 
 
 def _source(text: str) -> str:
