@@ -7,7 +7,9 @@
     sum        = product { ( "+" | "-" ) product }
     product    = factor { ( "*" | "/" ) factor }
     factor     = "-" factor | number | 'text' | "true" | "false" | "(" condition ")" | "given" "(" name ")"
-               | name | name "[" index "]" | ( "max" | "min" | "mean" | "sum" | "argmax" | "count" ) "(" name ")"
+               | name | name "[" index "]" | function "(" name ")"
+
+The functions are those of functions.py: max, min, mean, sum, argmax, count.
 
 A condition holds or not for each row. A name alone stands for the one element that its tensor has in a row; functions
 take all elements of a row, `count` says how many there are. A name that is not a plain word stands in double quotes.
@@ -25,12 +27,12 @@ import numpy as np
 
 from tutti.core.dtypes import Array
 from tutti.core.types import Shape
+from tutti.ensembles.functions import FUNCTIONS, Function
 from tutti.ensembles.spelling import near
 
 MAX_LENGTH = 1000
 MAX_DEPTH = 20
-FUNCTIONS = ("max", "min", "mean", "sum", "argmax", "count")
-_WORDS = {"and", "or", "not", "true", "false", "given", *FUNCTIONS}
+_WORDS = frozenset(["and", "or", "not", "true", "false", "given"])
 _NAME = r"[A-Za-z_][A-Za-z0-9_.]*"
 _TOKEN = re.compile(
     r"\s*(?:(?P<quoted>\"[^\"]*\")|(?P<number>\d+(?:\.\d*)?(?:[eE][+-]?\d+)?|\.\d+(?:[eE][+-]?\d+)?)|(?P<text>'[^']*')"
@@ -101,11 +103,16 @@ def kind_of(text: str, specs: Specs) -> Kind:
 
 def quoted(name: str) -> str:
     """A tensor's name as a condition has it. Raises ConditionError for one that none can have."""
-    if re.fullmatch(_NAME, name) and name not in _WORDS:
+    if re.fullmatch(_NAME, name) and not _is_word(name):
         return name
     if '"' in name:
         raise ConditionError(f"a condition cannot name a tensor with a double quote, got {name!r}")
     return f'"{name}"'
+
+
+def _is_word(name: str) -> bool:
+    """Whether it is the language's own, and no tensor's name."""
+    return name in _WORDS or name in FUNCTIONS
 
 
 def _parsed(text: str, specs: Specs) -> "tuple[Kind, _Evaluate, list[str]]":
@@ -236,14 +243,14 @@ class _Parser:
             self._expect("(")
             name = self._name()
             self._expect(")")
-            return self._given(name) if token == "given" else self._function(token, name)
-        if token in _WORDS:
+            return self._given(name) if token == "given" else self._function(FUNCTIONS[token], name)
+        if _is_word(token):
             raise self.error(f"expected a value after {token!r}")
         return self._element(token)
 
     def _name(self) -> str:
         name, kind = self.token, self._kind
-        if name is None or kind not in ("name", "quoted") or (kind == "name" and name in _WORDS):
+        if name is None or kind not in ("name", "quoted") or (kind == "name" and _is_word(name)):
             raise self.error("expected a tensor's name")
         self._advance()
         return name[1:-1] if kind == "quoted" else name
@@ -265,11 +272,10 @@ class _Parser:
 
         return "truth", given
 
-    def _function(self, function: str, name: str) -> tuple[Kind, _Evaluate]:
+    def _function(self, function: Function, name: str) -> tuple[Kind, _Evaluate]:
         kind, _ = self._spec(name)
-        if kind == "text" and function != "count":
-            raise ConditionError(f"{function}({name}): expected numbers, the tensor has text")
-        calculate = _FUNCTIONS[function]
+        if kind == "text" and not function.takes_text:
+            raise ConditionError(f"{function.name}({name}): expected numbers, the tensor has text")
 
         def calculated(columns: Columns, rows: int) -> _Values:
             column = columns[name]
@@ -277,9 +283,9 @@ class _Parser:
                 return 0.0, False
             flat = column.array.reshape(rows, -1)
             valid = True if column.valid is None else column.valid
-            if function in ("count", "sum"):
-                return (flat.shape[1] if function == "count" else calculate(flat)), valid
-            return (calculate(flat), valid) if flat.shape[1] else (0.0, False)
+            if flat.shape[1]:
+                return function.calculate(flat), valid
+            return (0.0, False) if function.of_nothing is None else (function.of_nothing, valid)
 
         return "number", calculated
 
@@ -345,8 +351,3 @@ _COMPARE: dict[str | None, Any] = {
     "==": lambda a, b: np.equal(a, b), "!=": lambda a, b: np.not_equal(a, b),
 }  # fmt: skip
 _CALCULATE: dict[str, Any] = {"+": np.add, "-": np.subtract, "*": np.multiply, "/": np.divide}
-_FUNCTIONS: dict[str, Any] = {
-    "max": lambda x: x.max(axis=1), "min": lambda x: x.min(axis=1), "argmax": lambda x: x.argmax(axis=1),
-    "mean": lambda x: x.mean(axis=1, dtype=np.float64), "sum": lambda x: x.sum(axis=1, dtype=np.float64),
-    "count": lambda x: x.shape[1],
-}  # fmt: skip

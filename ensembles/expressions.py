@@ -9,6 +9,7 @@ import numpy as np
 from tutti.core.errors import ConfigError
 from tutti.ensembles import conditions
 from tutti.ensembles.conditions import ConditionError, Kind
+from tutti.ensembles.functions import FUNCTIONS
 
 Value = bool | int | float | str
 _BINDS = "; in Python & | ~ bind closer than comparisons: (a > 1) & (b > 2)"
@@ -215,6 +216,12 @@ class Tensor(Expression):
     def count(self) -> Expression:
         """How many elements it has in a row."""
         return self._call("count")
+
+    def of(self, function: str) -> Expression:
+        """A function of functions.py that has no method here, by its name, of all elements that it has in a row."""
+        if function not in FUNCTIONS:
+            raise ConfigError(f"{self!r}: no function {function!r}, there are {', '.join(FUNCTIONS)}")
+        return self._call(function)
 
     def _call(self, function: str) -> Expression:
         return _checked([f"{function}(", self, ")"])
