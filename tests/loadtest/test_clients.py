@@ -17,7 +17,8 @@ import uvloop
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 
-from tutti.loadtest.clients import CLIENTS, TIMED_OUT, UNREACHABLE
+from tutti.loadtest.client import TIMED_OUT, UNREACHABLE
+from tutti.loadtest.clients import CLIENTS
 from tutti.loadtest.payloads import Message
 from tutti.loadtest.process import free_ports
 from tutti.loadtest.scenario import Target
