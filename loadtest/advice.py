@@ -23,8 +23,10 @@ def said(reason: str) -> str:
     return " ".join(str(text).split())
 
 
-def stopped_because(what: str, reason: str) -> str:
-    """Why a run was ended whose first requests have all failed with `what`, and what to do."""
-    own = said(reason)
-    advice = next((text for kinds, text in _ADVICE if what.startswith(kinds)), "correct payloads (docs/loadtest.md)")
-    return f"the first requests have all failed alike, and the run was ended: {what}{': ' * bool(own)}{own}; {advice}"
+def stopped_because(error: str, reason: str) -> str:
+    """Why a run was ended whose first requests have all failed with `error`, and what to do."""
+    told = said(reason)
+    advice = next((text for kinds, text in _ADVICE if error.startswith(kinds)), "correct payloads (docs/loadtest.md)")
+    return (
+        f"the first requests have all failed alike, and the run was ended: {error}{': ' * bool(told)}{told}; {advice}"
+    )

@@ -37,8 +37,8 @@ class Schedule:
 
     def shard(self, number: int, of: int) -> "Schedule":
         """What worker `number` of `of` sends."""
-        own = slice(number, None, of)
-        return Schedule(self.due_s[own], self.payloads[own], self.stages[own], self.seconds)
+        part = slice(number, None, of)
+        return Schedule(self.due_s[part], self.payloads[part], self.stages[part], self.seconds)
 
 
 def rate_at(stage: Stage, part: Floats) -> Floats:
@@ -114,7 +114,7 @@ def _of_stages(
     stages = [(number, stage) for number, stage in enumerate(scenario.stages)]
     if trace is not None:
         speed = scenario.arrivals.speed
-        stages = [(0, Stage(seconds=one.seconds / speed, rate=one.rate * speed)) for one in trace]
+        stages = [(0, Stage(seconds=stretch.seconds / speed, rate=stretch.rate * speed)) for stretch in trace]
     elif (warm := _warm_up(scenario)) is not None:
         stages.insert(0, (-1, warm))
     _check_size(sum(expected(stage) for _, stage in stages), sum(stage.seconds for _, stage in stages))
@@ -176,7 +176,7 @@ def _from_csv(path: Path) -> Floats | list[Stage]:
 
 def _heading(row: Sequence[str]) -> list[str] | None:
     """Names of columns, where the first line is none of numbers."""
-    return None if _is_number(row[0]) else [one.strip().lower() for one in row]
+    return None if _is_number(row[0]) else [name.strip().lower() for name in row]
 
 
 def _columns(path: Path, heading: list[str] | None, first: Sequence[str]) -> list[int]:
@@ -185,17 +185,17 @@ def _columns(path: Path, heading: list[str] | None, first: Sequence[str]) -> lis
         if len(first) > 2:
             raise ScenarioError(f"{path}:1: {_KINDS}; got {len(first)} columns without a heading")
         return list(range(len(first)))
-    second = next((heading.index(one) for one in ("scheduled_s", "second") if one in heading), None)
+    second = next((heading.index(name) for name in ("scheduled_s", "second") if name in heading), None)
     if second is None:
         raise ScenarioError(f"{path}:1: {_KINDS}; got {', '.join(first)[:60]!r}")
     return [second, heading.index("rate")] if "rate" in heading else [second]
 
 
 def _numbers(path: Path, number: int, row: Sequence[str], columns: Sequence[int]) -> tuple[int, list[float]]:
-    if len(row) > max(columns) and all(_is_number(row[one]) for one in columns):
-        return number, [float(row[one]) for one in columns]
-    what = "SECOND,RATE" if len(columns) == 2 else "a second"
-    raise ScenarioError(f"{path}:{number}: expected {what}, got {','.join(row)[:60]!r}")
+    if len(row) > max(columns) and all(_is_number(row[column]) for column in columns):
+        return number, [float(row[column]) for column in columns]
+    expected = "SECOND,RATE" if len(columns) == 2 else "a second"
+    raise ScenarioError(f"{path}:{number}: expected {expected}, got {','.join(row)[:60]!r}")
 
 
 def _is_number(text: str) -> bool:
@@ -207,14 +207,14 @@ def _is_number(text: str) -> bool:
 
 def _stretches(path: Path, rows: Sequence[tuple[int, Sequence[float]]]) -> list[Stage]:
     """From each line's second to the next line's; the last line's rate is that of no time."""
-    made: list[Stage] = []
+    stages: list[Stage] = []
     for (_, (second, rate)), (number, (until, _)) in itertools.pairwise(rows):
         if until <= second or rate < 0:
             raise ScenarioError(f"{path}:{number}: expected rising seconds, and rates of 0 or more")
-        made.append(Stage(seconds=until - second, rate=rate))
-    if not made:
+        stages.append(Stage(seconds=until - second, rate=rate))
+    if not stages:
         raise ScenarioError(f"{path}: expected two lines of SECOND,RATE or more")
-    return made
+    return stages
 
 
 def _from_parquet(path: Path) -> Floats:
@@ -224,7 +224,7 @@ def _from_parquet(path: Path) -> Floats:
         table: Any = pyarrow.parquet.read_table(path)
     except Exception as error:
         raise ScenarioError(f"{path}: no Parquet: {str(error).splitlines()[0]}") from None
-    name = next((one for one in ("scheduled_s", "second") if one in table.column_names), None)
+    name = next((name for name in ("scheduled_s", "second") if name in table.column_names), None)
     if name is None:
         raise ScenarioError(f"{path}: expected a column scheduled_s or second, got {', '.join(table.column_names)}")
     if str(table[name].type) not in ("double", "float", "int64", "int32"):
@@ -236,5 +236,5 @@ def _from_zero(path: Path, seconds: Floats) -> Floats:
     if not len(seconds) or not np.isfinite(seconds).all():
         raise ScenarioError(f"{path}: expected seconds of arrivals, got none")
     ordered = np.sort(seconds.astype(np.float64))
-    made: Floats = ordered - ordered[0]
-    return made
+    seconds_from_zero: Floats = ordered - ordered[0]
+    return seconds_from_zero

@@ -56,11 +56,11 @@ class Job:
 class Shard:
     """The requests of one worker. Times are seconds of time.perf_counter() from the start."""
 
-    def __init__(self, scenario: Scenario, own: Schedule, sent: Sequence[Message]) -> None:
+    def __init__(self, scenario: Scenario, schedule: Schedule, sent: Sequence[Message]) -> None:
         self.scenario = scenario
-        self.own = own
-        count = len(own)
-        self._due_s: list[float] = own.due_s.tolist()
+        self.schedule = schedule
+        count = len(schedule)
+        self._due_s: list[float] = schedule.due_s.tolist()
         self.sent = np.full(count, np.nan)
         self.done = np.full(count, np.nan)
         self.errors: Counter[str] = Counter()
@@ -109,7 +109,7 @@ class Shard:
             await self._client.close()
 
     async def _send_all(self, alarm: Alarm) -> None:
-        due, payloads, start = self._due_s, self.own.payloads.tolist(), self._start
+        due, payloads, start = self._due_s, self.schedule.payloads.tolist(), self._start
         number, count, send, clock = 0, len(due), self._client.send, time.perf_counter
         while number < count:
             if clock() - start < due[number]:
@@ -127,25 +127,25 @@ class Shard:
             self.sent[number] = time.perf_counter() - self._start
             self._in_flight += 1
 
-    def _answered(self, number: int, at_s: float, what: str, reason: str) -> None:
+    def _answered(self, number: int, at_s: float, error: str, reason: str) -> None:
         done_s = at_s - self._start
         self.done[number] = done_s
         self._in_flight -= 1
         self._recent_s.append(done_s - self._due_s[number])
-        if what:
-            self.errors[what] += 1
-            self.error_of[number] = what
-            self.reasons.setdefault(what, reason)
+        if error:
+            self.errors[error] += 1
+            self.error_of[number] = error
+            self.reasons.setdefault(error, reason)
             if number < _FIRST:
-                self._note_first_error(what)
+                self._note_first_error(error)
         self._left -= 1
         if not self._left:
             self._ended.set()
 
-    def _note_first_error(self, what: str) -> None:
-        self._first_errors[what] += 1
-        if self._first_errors[what] == _FIRST < len(self.own) and self._sending is not None:
-            self.stopped = what
+    def _note_first_error(self, error: str) -> None:
+        self._first_errors[error] += 1
+        if self._first_errors[error] == _FIRST < len(self.schedule) and self._sending is not None:
+            self.stopped = error
             self._sending.cancel()
             self._ended.set()
 
@@ -166,7 +166,7 @@ class Shard:
                 "new": len(took),
                 "errors": dict(self.errors - last_errors),
                 "in_flight": self._in_flight,
-                "ms": [round(one * 1e3, 3) for one in sorted(took)[:: max(1, len(took) // 200)]],
+                "ms": [round(value * 1e3, 3) for value in sorted(took)[:: max(1, len(took) // 200)]],
             }
             try:
                 print(json.dumps({"progress": progress, "cpu": share}), flush=True)
@@ -176,21 +176,21 @@ class Shard:
 
     def result(self) -> dict[str, Any]:
         """Counts and histograms by stage; what warmed up is left out."""
-        latency_ns = (self.done - self.own.due_s) * 1e9
-        late = self.sent - self.own.due_s > self.scenario.slo.late_s
-        has_error = np.zeros(len(self.own), bool)
+        latency_ns = (self.done - self.schedule.due_s) * 1e9
+        late = self.sent - self.schedule.due_s > self.scenario.slo.late_s
+        has_error = np.zeros(len(self.schedule), bool)
         has_error[list(self.error_of)] = True
         is_done, goal_ms = np.isfinite(self.done), self.scenario.slo.p99_ms
         # A run that was ended tells of what was answered, while warming up as well; the rest is nobody's fault.
-        counts = is_done if self.stopped else np.ones(len(self.own), bool)
-        stages = np.maximum(self.own.stages, 0) if self.stopped else self.own.stages
-        found: dict[str, Any] = {}
+        counts = is_done if self.stopped else np.ones(len(self.schedule), bool)
+        stages = np.maximum(self.schedule.stages, 0) if self.stopped else self.schedule.stages
+        by_stage: dict[str, Any] = {}
         for stage in sorted(set(stages.tolist()) - {-1}):
             mine = (stages == stage) & counts
             good = mine & is_done & ~has_error
             histogram = Histogram()
             histogram.add(np.maximum(0, latency_ns[good]).astype(np.int64))
-            found[str(stage)] = {
+            by_stage[str(stage)] = {
                 "requests": int(mine.sum()),
                 "errors": int((mine & is_done & has_error).sum()),
                 # What has no answer at all was slow, and wrong, and lost.
@@ -201,37 +201,37 @@ class Shard:
                 "histogram": histogram.as_json(),
             }
         return {
-            "stages": found,
-            "errors": dict(Counter(what for number, what in self.error_of.items() if stages[number] >= 0)),
+            "stages": by_stage,
+            "errors": dict(Counter(error for number, error in self.error_of.items() if stages[number] >= 0)),
             "reasons": self.reasons,
             "stopped": self.stopped,
             "waited": self._client.waited,
             "cpu": max(self.cpu, default=0.0),
-            "cpu_by_time": [round(one, 3) for one in self.cpu],
-            "lateness_ms": _quantiles(self.sent - self.own.due_s),
+            "cpu_by_time": [round(value, 3) for value in self.cpu],
+            "lateness_ms": _quantiles(self.sent - self.schedule.due_s),
             "began_at": self._start_at,
             "seconds": self._seconds(),
         }
 
     def _seconds(self) -> list[dict[str, Any]]:
         """A line for each second: sent, answered, errors, and the latency of what was due then."""
-        last = int(max(float(np.nanmax(self.done, initial=0.0)), 0.0 if self.stopped else self.own.seconds)) + 1
+        last = int(max(float(np.nanmax(self.done, initial=0.0)), 0.0 if self.stopped else self.schedule.seconds)) + 1
         rows: list[dict[str, Any]] = []
-        took_ms = (self.done - self.own.due_s) * 1e3
-        due = self.own.due_s.astype(int)
-        errors = np.zeros(len(self.own), bool)
+        took_ms = (self.done - self.schedule.due_s) * 1e3
+        due = self.schedule.due_s.astype(int)
+        errors = np.zeros(len(self.schedule), bool)
         errors[list(self.error_of)] = True
         answered = np.bincount(self.done[np.isfinite(self.done)].clip(0).astype(int), minlength=last + 1)
         order = np.argsort(due, kind="stable")
         bounds = np.searchsorted(due[order], np.arange(last + 1))
         for second in range(last):
-            own = order[bounds[second] : bounds[second + 1]]
-            good = own[np.isfinite(took_ms[own]) & ~errors[own]]
+            requests = order[bounds[second] : bounds[second + 1]]
+            good = requests[np.isfinite(took_ms[requests]) & ~errors[requests]]
             histogram = Histogram()
             histogram.add((took_ms[good] * 1e6).clip(0).astype(np.int64))
             rows.append(
-                {"second": second, "due": len(own), "answered": int(answered[second]), "errors": int(errors[own].sum()),
-                 "histogram": histogram.as_json()}
+                {"second": second, "due": len(requests), "answered": int(answered[second]),
+                 "errors": int(errors[requests].sum()), "histogram": histogram.as_json()}
             )  # fmt: skip
         return rows
 
@@ -240,10 +240,10 @@ class Shard:
         import pyarrow
         import pyarrow.parquet
 
-        errors = [self.error_of.get(number, "") for number in range(len(self.own))]
+        errors = [self.error_of.get(number, "") for number in range(len(self.schedule))]
         columns = {
-            "scheduled_s": self.own.due_s, "sent_s": self.sent, "done_s": self.done, "stage": self.own.stages,
-            "payload": self.own.payloads, "error": errors, "worker": np.full(len(self.own), shard, np.int16),
+            "scheduled_s": self.schedule.due_s, "sent_s": self.sent, "done_s": self.done, "stage": self.schedule.stages,
+            "payload": self.schedule.payloads, "error": errors, "worker": np.full(len(self.schedule), shard, np.int16),
         }  # fmt: skip
         pyarrow.parquet.write_table(pyarrow.table(columns), path)
 
@@ -258,23 +258,23 @@ def _quantiles(seconds: Any) -> dict[str, float]:
 def prepare(scenario: Scenario, region: Region | None = None) -> tuple[Schedule, list[Message]]:
     """The whole schedule, and all messages."""
     address = scenario.target.urls[0]
-    made, weights = messages(
+    sent, weights = messages(
         scenario, lambda model, version: metadata(scenario.target, address, model, version, _METADATA_S), region
     )
-    return schedule(scenario, weights), made
+    return schedule(scenario, weights), sent
 
 
 def run(job: Job) -> dict[str, Any]:
     """Send the shard and return what came of it."""
     region = Region(job.scenario.target) if job.scenario.target.shared_memory else None
-    everything, made = prepare(job.scenario, region)
+    everything, sent = prepare(job.scenario, region)
     if region is not None:
         region.register()
-    shard = Shard(job.scenario, everything.shard(job.shard, job.shards), made)
+    shard = Shard(job.scenario, everything.shard(job.shard, job.shards), sent)
 
     def begin() -> float:
         """All begin when the slowest is ready."""
-        print(json.dumps({"ready": len(shard.own)}), flush=True)
+        print(json.dumps({"ready": len(shard.schedule)}), flush=True)
         return float(sys.stdin.readline())
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -286,22 +286,22 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def main() -> int:
-    given = json.loads(Path(sys.argv[1]).read_text())
-    given["scenario"]["target"]["headers"] = json.loads(sys.stdin.readline())
-    scenario = Scenario(**given["scenario"])
+    document = json.loads(Path(sys.argv[1]).read_text())
+    document["scenario"]["target"]["headers"] = json.loads(sys.stdin.readline())
+    scenario = Scenario(**document["scenario"])
     # A descriptor for each connection.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard if hard != resource.RLIM_INFINITY else max(soft, 65_536), hard))
-    job = Job(scenario, given["shard"], given["shards"], Path(given["raw"]))
+    job = Job(scenario, document["shard"], document["shards"], Path(document["raw"]))
     try:
-        found = run(job)
+        result = run(job)
     except (ScenarioError, RunError) as error:
         print(json.dumps({"failed": str(error)}), flush=True)
         return 1
     except Exception as error:
         print(json.dumps({"failed": f"{type(error).__name__}: {error}"}), flush=True)
         return 1
-    print(json.dumps({"result": found}), flush=True)
+    print(json.dumps({"result": result}), flush=True)
     return 0
 
 

@@ -41,14 +41,14 @@ class CallPool:
 
     def __init__(self, target: Target, messages: Sequence[Message], done: Done, timeout_s: float) -> None:
         self._done = done
-        self._bodies = [one.body for one in messages]
+        self._bodies = [message.body for message in messages]
         self._timeout_s = timeout_s
         self._hosts = [split(url) for url in target.urls]
-        own = [(key.lower().encode(), value.encode()) for key, value in target.headers.items()]
+        more = [(key.lower().encode(), value.encode()) for key, value in target.headers.items()]
         self._headers = [
             [(b":method", b"POST"), (b":scheme", b"http"), (b":path", SERVICE + self.METHOD),
              (b":authority", f"{host}:{port}".encode()), (b"te", b"trailers"), (b"content-type", b"application/grpc"),
-             *self._more_headers(), *own]
+             *self._more_headers(), *more]
             for host, port in self._hosts
         ]  # fmt: skip
         self._pools: list[list[http2.Connection]] = [[] for _ in self._hosts]
@@ -68,10 +68,10 @@ class CallPool:
     def _opened(self, connection: http2.Connection) -> None:
         """It may be used now."""
 
-    def _received(self, key: Any, data: bytes, at: float) -> None:
+    def _received(self, key: Any, data: bytes, done_s: float) -> None:
         """Of an answer's messages."""
 
-    def _ended(self, key: Any, status: str, message: str, at: float) -> None:
+    def _ended(self, key: Any, status: str, message: str, done_s: float) -> None:
         raise NotImplementedError
 
     def _load(self, connection: http2.Connection) -> int:
@@ -146,7 +146,7 @@ class CallPool:
 
     def _pick(self, address: int) -> http2.Connection | None:
         pool = self._pools[address]
-        best = min((one for one in pool if one.has_room), key=self._load, default=None)
+        best = min((connection for connection in pool if connection.has_room), key=self._load, default=None)
         if best is not None and best.in_flight >= self.CROWDED:
             self._grow(address)
         return best
@@ -156,7 +156,7 @@ class CallPool:
         return sum(map(len, self._pools)) + len(self._opening) >= self._most
 
     def _grow(self, address: int) -> None:
-        self._pools[address] = [one for one in self._pools[address] if one.is_open]
+        self._pools[address] = [connection for connection in self._pools[address] if connection.is_open]
         if address not in self._opening and not self._is_full:
             self._opening[address] = asyncio.get_running_loop().create_task(self._grow_by_one(address))
 
@@ -181,9 +181,9 @@ class CallPool:
         if waiting:
             self._grow(address)
 
-    def _finish(self, number: int, at: float, what: str, reason: str) -> None:
+    def _finish(self, number: int, done_s: float, error: str, reason: str) -> None:
         if self._calls.pop(number, None) is not None:
-            self._done(number, at, what, reason)
+            self._done(number, done_s, error, reason)
 
     def expire(self, now_s: float) -> None:
         while self._calls:
@@ -197,7 +197,7 @@ class CallPool:
     async def close(self) -> None:
         for task in self._opening.values():
             task.cancel()
-        for connection in (one for pool in self._pools for one in pool):
+        for connection in (connection for pool in self._pools for connection in pool):
             connection.close()
 
 

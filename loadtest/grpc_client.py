@@ -32,15 +32,15 @@ class GrpcClient(CallPool):
         connection.put(stream, self._framed[payload], True)
         return stream, connection.take()
 
-    def _ended(self, number: int, status: str, message: str, at: float) -> None:
+    def _ended(self, number: int, status: str, message: str, done_s: float) -> None:
         call = self._calls.get(number)
         if call is None or call.connection is None:
             return  # it was given up, or only prepared
-        if status == http2.UNPROCESSED and at < call.deadline_s:
+        if status == http2.UNPROCESSED and done_s < call.deadline_s:
             self._place(call)
         else:
-            what = {"OK": "", "DEADLINE_EXCEEDED": TIMED_OUT, http2.UNPROCESSED: http2.UNAVAILABLE}.get(status, status)
-            self._finish(number, at, what, message)
+            error = {"OK": "", "DEADLINE_EXCEEDED": TIMED_OUT, http2.UNPROCESSED: http2.UNAVAILABLE}.get(status, status)
+            self._finish(number, done_s, error, message)
         self._send_waiting(number % len(self._hosts))
 
     def _forget(self, connection: http2.Connection, call: Call) -> None:

@@ -45,15 +45,16 @@ class StreamClient(CallPool):
 
     def _put(self, connection: http2.Connection, number: int, payload: int) -> tuple[int, bytes]:
         stream = self._streams[connection]
-        own = pb.ModelInferRequest(id=str(number)).SerializeToString()  # fields of a message may follow each other
-        connection.put(stream.number, framed(self._bodies[payload] + own), False)
+        # Fields of a message may follow each other: the id comes after a body that is ready.
+        request_id = pb.ModelInferRequest(id=str(number)).SerializeToString()
+        connection.put(stream.number, framed(self._bodies[payload] + request_id), False)
         return stream.number, connection.take()
 
     def _go(self, call: Call, connection: http2.Connection, stream: int, data: bytes) -> None:
         self._streams[connection].open.add(call.number)
         super()._go(call, connection, stream, data)
 
-    def _received(self, stream: _Stream, data: bytes, at: float) -> None:
+    def _received(self, stream: _Stream, data: bytes, done_s: float) -> None:
         stream.buffer += data
         while len(stream.buffer) >= 5:
             end = 5 + int.from_bytes(stream.buffer[1:5], "big")
@@ -63,13 +64,13 @@ class StreamClient(CallPool):
             del stream.buffer[:end]
             number = int(answer.infer_response.id or -1)
             stream.open.discard(number)
-            self._finish(number, at, answer.error_message, "")
+            self._finish(number, done_s, answer.error_message, "")
 
-    def _ended(self, stream: _Stream, status: str, message: str, at: float) -> None:
+    def _ended(self, stream: _Stream, status: str, message: str, done_s: float) -> None:
         del self._streams[stream.connection]
         stream.connection.close()
         for number in stream.open:
-            self._finish(number, at, f"the stream broke: {status}", message)
+            self._finish(number, done_s, f"the stream broke: {status}", message)
 
     def _forget(self, connection: http2.Connection, call: Call) -> None:
         if connection in self._streams:

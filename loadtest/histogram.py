@@ -69,11 +69,11 @@ class Histogram:
         return {str(index): int(self.counts[index]) for index in np.flatnonzero(self.counts)}
 
     @classmethod
-    def of_json(cls, given: Mapping[str, int]) -> "Histogram":
-        made = cls()
-        for index, count in given.items():
-            made.counts[int(index)] = count
-        return made
+    def of_json(cls, counts: Mapping[str, int]) -> "Histogram":
+        histogram = cls()
+        for index, count in counts.items():
+            histogram.counts[int(index)] = count
+        return histogram
 
 
 def _middle(index: int) -> float:

@@ -125,8 +125,8 @@ class Connection:
 
     def fits(self, size: int, stream: int = 0) -> bool:
         """Whether so many bytes could be sent at once, on a stream or (0) a new one."""
-        own = self._calls[stream].window if stream else self._initial_window
-        return size <= min(self._window, own)
+        window = self._calls[stream].window if stream else self._initial_window
+        return size <= min(self._window, window)
 
     def put(self, stream: int, data: bytes, ends: bool) -> None:
         """Send on a call, as far as the server's windows allow; the rest follows."""
@@ -176,7 +176,7 @@ class Connection:
         self.is_open = False
         self._wire.close()
 
-    def _received(self, data: bytes, at: float) -> None:
+    def _received(self, data: bytes, now_s: float) -> None:
         if self._tail:
             data = self._tail + data
         position, size = 0, len(data)
@@ -190,7 +190,7 @@ class Connection:
                 if start + length > size:
                     break
                 position = start + length
-                self._take_in(kind, flags, stream & _WINDOW, data[start:position], at)
+                self._take_in(kind, flags, stream & _WINDOW, data[start:position], now_s)
         except (_ProtocolError, hpack.HPACKError, struct.error, IndexError) as error:
             self._wire.close()
             self._lost(f"it does not keep to HTTP/2: {error}")
@@ -200,18 +200,18 @@ class Connection:
         if not self.is_open and not self._calls:
             self._wire.close()
 
-    def _take_in(self, kind: int, flags: int, stream: int, data: bytes, at: float) -> None:
+    def _take_in(self, kind: int, flags: int, stream: int, data: bytes, now_s: float) -> None:
         if (kind == _CONTINUATION) != (self._unfinished is not None):
             raise _ProtocolError("headers that are not continued")
         if kind == _DATA:
-            self._take_data(flags, stream, data, at)
+            self._take_data(flags, stream, data, now_s)
         elif kind == _HEADERS:
             block = _unpadded(flags, data)[5 if flags & _PRIORITY else 0 :]
-            self._take_headers(flags, stream, block, at)
+            self._take_headers(flags, stream, block, now_s)
         elif kind == _CONTINUATION:
             assert self._unfinished is not None
             stream, first, block = self._unfinished
-            self._take_headers(first | flags & _END_HEADERS, stream, block + data, at)
+            self._take_headers(first | flags & _END_HEADERS, stream, block + data, now_s)
         elif kind == _WINDOW_UPDATE:
             self._widen(stream, int.from_bytes(data, "big") & _WINDOW)
         elif kind == _SETTINGS and not flags & _ACK:
@@ -224,17 +224,17 @@ class Connection:
             if call is not None:
                 call.is_said = True  # it is closed for us, too
             self._end(
-                stream, UNPROCESSED if code == _REFUSED else UNAVAILABLE, f"the server reset it (code {code})", at
+                stream, UNPROCESSED if code == _REFUSED else UNAVAILABLE, f"the server reset it (code {code})", now_s
             )
         elif kind == _GOAWAY:
             self.is_open = False
             last = int.from_bytes(data[:4], "big") & _WINDOW
-            for one in [one for one in self._calls if one > last]:
-                self._end(one, UNPROCESSED, "the server takes no more calls", at)
+            for stream_id in [stream_id for stream_id in self._calls if stream_id > last]:
+                self._end(stream_id, UNPROCESSED, "the server takes no more calls", now_s)
         elif kind == _PUSH_PROMISE:
             raise _ProtocolError("a push, which it was told not to make")
 
-    def _take_data(self, flags: int, stream: int, data: bytes, at: float) -> None:
+    def _take_data(self, flags: int, stream: int, data: bytes, now_s: float) -> None:
         self._taken += len(data)
         if self._taken >= _GIVE_BACK:
             self._out.append(_window_update(0, self._taken))
@@ -248,11 +248,11 @@ class Connection:
             call.taken = 0
         if data := _unpadded(flags, data):
             call.has_data = True
-            self._on_data(call.key, data, at)
+            self._on_data(call.key, data, now_s)
         if flags & _END_STREAM:
-            self._end_by_status(stream, call, at)
+            self._end_by_status(stream, call, now_s)
 
-    def _take_headers(self, flags: int, stream: int, block: bytes, at: float) -> None:
+    def _take_headers(self, flags: int, stream: int, block: bytes, now_s: float) -> None:
         self._unfinished = None
         if not flags & _END_HEADERS:
             self._unfinished = (stream, flags, block)
@@ -269,7 +269,7 @@ class Connection:
             elif name == b":status" and value != b"200":
                 call.status = f"HTTP {value.decode('latin-1')}"
         if flags & _END_STREAM:
-            self._end_by_status(stream, call, at)
+            self._end_by_status(stream, call, now_s)
 
     def _decoded(self, block: bytes) -> Headers:
         """What is known, as long as blocks have nothing but references (bytes from 128 on), which change no table."""
@@ -311,23 +311,23 @@ class Connection:
             for number, call in list(self._calls.items()):
                 if call.unsent:
                     self._push(number, call)
-        elif (one := self._calls.get(stream)) is not None:
-            one.window += by
-            self._push(stream, one)
+        elif (stream_call := self._calls.get(stream)) is not None:
+            stream_call.window += by
+            self._push(stream, stream_call)
 
-    def _end_by_status(self, stream: int, call: _Call, at: float) -> None:
+    def _end_by_status(self, stream: int, call: _Call, now_s: float) -> None:
         if call.status == OK and not call.has_data:
-            self._end(stream, "INTERNAL", "the server said OK and sent no message", at)
+            self._end(stream, "INTERNAL", "the server said OK and sent no message", now_s)
         else:
-            self._end(stream, call.status or "UNKNOWN", call.message, at)
+            self._end(stream, call.status or "UNKNOWN", call.message, now_s)
 
-    def _end(self, stream: int, status: str, message: str, at: float) -> None:
+    def _end(self, stream: int, status: str, message: str, now_s: float) -> None:
         call = self._calls.pop(stream, None)
         if call is None:
             return
         if not call.is_said:
             self._out.append(_frame(_RST_STREAM, 0, stream, _CANCEL.to_bytes(4, "big")))
-        self._on_end(call.key, status, message, at)
+        self._on_end(call.key, status, message, now_s)
 
     def _lost(self, why: str) -> None:
         self.is_open = False

@@ -42,14 +42,14 @@ class _Connection:
         self._reason = b""
         self.wire.write(data)
 
-    def _received(self, data: bytes, at: float) -> None:
+    def _received(self, data: bytes, done_s: float) -> None:
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, AttributeError) as error:
-            self.end(at, f"it sent what is no answer: {error}")
+            self.end(done_s, f"it sent what is no answer: {error}")
             return
         if self._is_answered:
-            self._answer(at)
+            self._answer(done_s)
 
     def on_header(self, name: bytes, _: bytes) -> None:
         if name.lower() in (b"content-length", b"transfer-encoding"):
@@ -65,9 +65,9 @@ class _Connection:
     def on_message_complete(self) -> None:
         self._is_answered, self._keeps = True, self._parser.should_keep_alive()
 
-    def _answer(self, at: float) -> None:
+    def _answer(self, done_s: float) -> None:
         status = self._parser.get_status_code()
-        self.end(at, "" if status == 200 else f"HTTP {status}", self._keeps)
+        self.end(done_s, "" if status == 200 else f"HTTP {status}", self._keeps)
 
     def _lost(self, why: str) -> None:
         if self.number >= 0 and not why and self._has_headers and not self._is_delimited:
@@ -75,10 +75,10 @@ class _Connection:
         else:
             self.end(time.perf_counter(), f"the connection broke: {why or 'it was closed'}")
 
-    def end(self, at: float, what: str, keeps: bool = False) -> None:
+    def end(self, done_s: float, error: str, keeps: bool = False) -> None:
         number, self.number = self.number, -1
         if number >= 0:
-            self.pool.done(number, at, what, self._reason[:_REASON].decode(errors="replace"))
+            self.pool.done(number, done_s, error, self._reason[:_REASON].decode(errors="replace"))
         if keeps and self.wire.is_open:
             self.pool.free(self)
         else:
@@ -95,7 +95,7 @@ class HttpClient:
         self._timeout_s = timeout_s
         self._hosts = [split(url) for url in target.urls]
         self._data = [
-            [one.head + f"Host: {host}:{port}\r\n\r\n".encode() + one.body for one in messages]
+            [message.head + f"Host: {host}:{port}\r\n\r\n".encode() + message.body for message in messages]
             for host, port in self._hosts
         ]
         self._free: list[deque[_Connection]] = [deque() for _ in self._hosts]
@@ -108,8 +108,8 @@ class HttpClient:
         self.sent: Callable[[int], None] = lambda _: None
 
     async def start(self) -> None:
-        made = [self._connect(number % len(self._hosts)) for number in range(min(AHEAD, self._target.connections))]
-        for connection in await asyncio.gather(*made):
+        opening = [self._connect(number % len(self._hosts)) for number in range(min(AHEAD, self._target.connections))]
+        for connection in await asyncio.gather(*opening):
             self._free[connection.address].append(connection)
 
     def prepare(self, number: int, payload: int) -> None:

@@ -74,8 +74,8 @@ class Engine:
             if line.startswith("{"):
                 yield json.loads(line)
 
-    def begin(self, at: float) -> None:
-        self._tell(repr(at))
+    def begin(self, start_at: float) -> None:
+        self._tell(repr(start_at))
 
     def _tell(self, line: str) -> None:
         self.process.stdin.write(f"{line}\n")
@@ -88,9 +88,9 @@ class Engine:
         sample = progress["ms"] or [0.0]
         for number in range(progress["new"]):
             stats.log_request(protocol, self._name, sample[number % len(sample)], 0)
-        for what, count in progress["errors"].items():
+        for error, count in progress["errors"].items():
             for _ in range(count):
-                stats.log_error(protocol, self._name, what)
+                stats.log_error(protocol, self._name, error)
 
 
 def _raw_folder(options: Any) -> Path:
@@ -103,8 +103,8 @@ def _raw_folder(options: Any) -> Path:
 
 def _scenario(environment: Environment) -> dict[str, Any]:
     options: Any = environment.parsed_options
-    given: dict[str, Any] = json.loads(Path(options.scenario).read_text())
-    return given
+    document: dict[str, Any] = json.loads(Path(options.scenario).read_text())
+    return document
 
 
 def follow(engine: Engine, ready: Any, ended: Any) -> None:
@@ -220,7 +220,7 @@ def finish(environment: Environment, results: list[Any]) -> None:
         temporary.write_text(json.dumps({"workers": results}))
         temporary.replace(path)
     finally:  # also where the disk is full
-        environment.process_exit_code = 1 if any("failed" in one for one in results) else 0
+        environment.process_exit_code = 1 if any("failed" in result for result in results) else 0
         gevent.spawn(_quit, environment)
 
 

@@ -51,9 +51,9 @@ def head(title: str) -> str:
 
 def table(names: Sequence[str], rows: Sequence[Sequence[str | Cell]]) -> str:
     """Beside a telephone's edge each row is a list, with the names of the columns before its cells."""
-    cells = [[one if isinstance(one, Cell) else Cell(one, "") for one in row] for row in rows]
+    cells = [[cell if isinstance(cell, Cell) else Cell(cell, "") for cell in row] for row in rows]
     kinds = [cell.kind if cell.kind == "text" else "" for cell in cells[0]] if cells else [""] * len(names)
-    shown_names = "".join(f"<th class='{kind}'>{escape(one)}</th>" for one, kind in zip(names, kinds, strict=True))
+    shown_names = "".join(f"<th class='{kind}'>{escape(name)}</th>" for name, kind in zip(names, kinds, strict=True))
     shown = "".join(
         "<tr>"
         + "".join(

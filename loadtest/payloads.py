@@ -73,7 +73,7 @@ class Payloads:
         dims = tensor.shape[1:] if is_batched else tensor.shape
         shape = (*((rows,) if is_batched else ()), *(size if n == -1 else n for n in dims))
         if tensor.datatype == "BYTES":
-            source = self._images if tensor.name == "IMAGE" else [one.encode() for one in self._texts]
+            source = self._images if tensor.name == "IMAGE" else [text.encode() for text in self._texts]
             array = np.empty(shape, dtype=object)
             for index in np.ndindex(*shape):
                 array[index] = self._random.choice(source)
@@ -130,43 +130,43 @@ def messages(
 
     Raises ScenarioError for files that are not there.
     """
-    made: list[Message] = []
+    drawn_messages: list[Message] = []
     weights: list[float] = []
     for number, payload in enumerate(scenario.payloads):
         infos = list(metadata_of(payload.model, payload.version))
-        unknown = sorted({*payload.sizes, *payload.files, *payload.inputs} - {one.name for one in infos})
+        unknown = sorted({*payload.sizes, *payload.files, *payload.inputs} - {info.name for info in infos})
         if unknown:
-            known = [one.name for one in infos]
-            what = f"and no '{unknown[0]}'{near(unknown[0], known)}"
-            raise ScenarioError(f"payloads.{number}: model '{payload.model}' has the inputs {', '.join(known)}, {what}")
-        infos = [one for one in infos if not payload.inputs or one.name in payload.inputs]
+            known = [info.name for info in infos]
+            but = f"and no '{unknown[0]}'{near(unknown[0], known)}"
+            raise ScenarioError(f"payloads.{number}: model '{payload.model}' has the inputs {', '.join(known)}, {but}")
+        infos = [info for info in infos if not payload.inputs or info.name in payload.inputs]
         source = Payloads(scenario.seed * 1000 + number)
         files = {
             name: itertools.cycle(_files(scenario.folder, name, pattern)) for name, pattern in payload.files.items()
         }
-        own = []
+        of_payload = []
         for _ in range(payload.count):
             drawn = source.draw(infos, payload.rows, payload.sizes)
             for info in infos:
                 if info.name in files:
                     drawn[info.name] = _of_file(info, next(files[info.name]), payload.rows)
-            own.append(_message(scenario, payload, infos, drawn, region))
-        made += own
-        weights += [payload.weight / len(own)] * len(own)
-    return made, weights
+            of_payload.append(_message(scenario, payload, infos, drawn, region))
+        drawn_messages += of_payload
+        weights += [payload.weight / len(of_payload)] * len(of_payload)
+    return drawn_messages, weights
 
 
 def _files(folder: Path, name: str, pattern: str) -> list[Any]:
     """Texts, samples or bytes."""
-    found: list[Any] = []
-    for path in sorted(Path(one) for one in glob.glob(str(folder / pattern))):
+    samples: list[Any] = []
+    for path in sorted(Path(path) for path in glob.glob(str(folder / pattern))):
         if path.suffix == ".txt":
-            found += [line.encode() for line in _text(path).splitlines() if line.strip()]
+            samples += [line.encode() for line in _text(path).splitlines() if line.strip()]
         else:
-            found.append(path)
-    if not found:
+            samples.append(path)
+    if not samples:
         raise ScenarioError(f"payloads: files.{name}: nothing matches '{pattern}' in {folder}")
-    return found
+    return samples
 
 
 def _text(path: Path) -> str:
@@ -176,15 +176,15 @@ def _text(path: Path) -> str:
         raise ScenarioError(f"{path}: byte {error.start} is no UTF-8: expected a text in each line") from None
 
 
-def _of_file(info: TensorInfo, one: Any, rows: int) -> Array:
-    if isinstance(one, Path) and one.suffix == ".wav" and info.datatype.startswith("FP"):
-        return np.repeat(read_wav(one)[np.newaxis].astype(triton_to_np_dtype(info.datatype)), rows, axis=0)
+def _of_file(info: TensorInfo, sample: Any, rows: int) -> Array:
+    if isinstance(sample, Path) and sample.suffix == ".wav" and info.datatype.startswith("FP"):
+        return np.repeat(read_wav(sample)[np.newaxis].astype(triton_to_np_dtype(info.datatype)), rows, axis=0)
     if info.datatype != "BYTES":
-        source = one.name if isinstance(one, Path) else "a line of .txt"
+        source = sample.name if isinstance(sample, Path) else "a line of .txt"
         raise ScenarioError(
             f"payloads: files.{info.name}: expected .wav for FP32 or FP16, got {source} for {info.datatype}"
         )
-    data = one.read_bytes() if isinstance(one, Path) else one
+    data = sample.read_bytes() if isinstance(sample, Path) else sample
     shape = (rows, *(1 for _ in info.shape[1:]))
     array = np.empty(shape, dtype=object)
     array[...] = data
@@ -243,11 +243,11 @@ def _http(
             tensor.set_shared_memory(region.name, len(raw), region.place(raw))
         inputs.append(tensor)
     outputs = [httpclient.InferRequestedOutput(name) for name in payload.outputs] or None
-    own: dict[str, Any] = {name: value for name, value in payload.parameters.items() if name in _OF_TRITON}
+    options: dict[str, Any] = {name: value for name, value in payload.parameters.items() if name in _OF_TRITON}
     others = {name: value for name, value in payload.parameters.items() if name not in _OF_TRITON}
     try:
         body, length = httpclient.InferenceServerClient.generate_request_body(
-            inputs, outputs=outputs, parameters=others or None, **own
+            inputs, outputs=outputs, parameters=others or None, **options
         )
     except InferenceServerException as error:
         raise ScenarioError(f"payloads: model '{payload.model}': {error.message()}") from None

@@ -29,20 +29,20 @@ class Source:
 
 def page(result: Result, source: Source | str = Source()) -> str:
     """Of a run."""
-    judgement, own = result.judgement, result.scenario
+    judgement, scenario = result.judgement, result.scenario
     body = [
         _figures(result),
         _stages(result.stages),
         f"<div class=charts>{''.join(_charts(result))}</div>",
         _errors(result.errors, result.reasons),
     ]
-    return _page(own.name, judgement.verdict, judgement.reasons, body, _source(source), own.seed)
+    return _page(scenario.name, judgement.verdict, judgement.reasons, body, _source(source), scenario.seed)
 
 
-def refusal(own: Scenario, reasons: Sequence[str], source: Source | str = Source()) -> str:
+def refusal(scenario: Scenario, reasons: Sequence[str], source: Source | str = Source()) -> str:
     """Of a run that could not be made."""
-    body = [f"<p>Nothing was measured. The target was {_target(own)}.</p>"]
-    return _page(own.name, Verdict.INVALID, reasons, body, _source(source), own.seed)
+    body = [f"<p>Nothing was measured. The target was {_target(scenario)}.</p>"]
+    return _page(scenario.name, Verdict.INVALID, reasons, body, _source(source), scenario.seed)
 
 
 def unusable(name: str, why: str, source: Source | str = Source()) -> str:
@@ -51,12 +51,12 @@ def unusable(name: str, why: str, source: Source | str = Source()) -> str:
 
 
 def saturation(
-    own: Scenario, verdict: Verdict, reasons: Sequence[str], bounds: Bounds, probes: Sequence[Result],
+    scenario: Scenario, verdict: Verdict, reasons: Sequence[str], bounds: Bounds, probes: Sequence[Result],
     source: Source | str = Source(),
 ) -> str:  # fmt: skip
     """Of the search for the highest rate; `probes` are the runs it has made, in their order."""
     rated = sorted((probe.stages[0].rate, probe) for probe in probes if probe.stages)
-    goal = None if own.slo.p99_ms is None else (f"goal: p99 {plain(own.slo.p99_ms)} ms", own.slo.p99_ms)
+    goal = None if scenario.slo.p99_ms is None else (f"goal: p99 {plain(scenario.slo.p99_ms)} ms", scenario.slo.p99_ms)
     latencies = {
         name: [(rate, quantiles_ms(probe.histogram)[name]) for rate, probe in rated if probe.histogram.total]
         for name in ("p50", "p99")
@@ -68,26 +68,27 @@ def saturation(
     ]
     head = ["rate /s", "verdict", "seconds", "requests", "errors", "p50 ms", "p99 ms", "why"]
     body = [
-        f"<p>{len(probes)} probes of {_target(own)}.</p>",
+        f"<p>{len(probes)} probes of {_target(scenario)}.</p>",
         f"<div class=charts>{''.join(charts)}</div>",
         table(head, [_probe(probe) for probe in probes]) if probes else "",
         _errors(*_all_errors(probes)),
     ]
-    return _page(f"{own.name}: saturation", verdict, reasons, body, _source(source), own.seed)
+    return _page(f"{scenario.name}: saturation", verdict, reasons, body, _source(source), scenario.seed)
 
 
 def comparison(
-    own: Scenario, verdict: Verdict, reasons: Sequence[str], medians: Sequence[Sequence[float]],
-    found: Difference | None, result: Result | None, source: Source | str = Source(),
+    scenario: Scenario, verdict: Verdict, reasons: Sequence[str], medians: Sequence[Sequence[float]],
+    difference: Difference | None, result: Result | None, source: Source | str = Source(),
 ) -> str:  # fmt: skip
     """Of two servers asked in turns: the medians of each, by round."""
-    body = [f"<p>A and B are {_target(own)}.</p>"]
+    body = [f"<p>A and B are {_target(scenario)}.</p>"]
     rounds = list(zip(*medians, strict=True))
     lines: dict[str, Points] = {
-        name: [(number + 1.0, one[index]) for number, one in enumerate(rounds)] for index, name in enumerate("AB")
+        name: [(number + 1.0, medians_of_round[index]) for number, medians_of_round in enumerate(rounds)]
+        for index, name in enumerate("AB")
     }
     body.append(f"<div class=charts>{chart('Median of each round', lines, 'round', 'ms', _integer, dots=True)}</div>")
-    ratios = found.rounds if found is not None else [math.nan] * len(rounds)
+    ratios = difference.rounds if difference is not None else [math.nan] * len(rounds)
     if rounds:
         rows = [
             [str(number + 1), plain(a), plain(b), plain(ratio)]
@@ -96,13 +97,13 @@ def comparison(
         body.append(table(["round", "A ms", "B ms", "B / A"], rows))
     if result is not None:
         body += [_figures(result), _errors(result.errors, result.reasons)]
-    return _page(f"{own.name}: comparison", verdict, reasons, body, _source(source), own.seed)
+    return _page(f"{scenario.name}: comparison", verdict, reasons, body, _source(source), scenario.seed)
 
 
 def _page(
     name: str, verdict: Verdict, reasons: Sequence[str], body: Iterable[str], source: Source, seed: int | None
 ) -> str:  # fmt: skip
-    listed = "".join(f"<li>{escape(one)}</li>" for one in reasons)
+    listed = "".join(f"<li>{escape(reason)}</li>" for reason in reasons)
     of_seed = f"seed {seed}" if seed is not None else ""
     return (
         f"{head(f'{name}: {verdict.name}')}<h1>{escape(name)}</h1>"
@@ -115,8 +116,8 @@ def _source(source: Source | str) -> Source:
     return Source(source) if isinstance(source, str) else source
 
 
-def _target(own: Scenario) -> str:
-    return f"<code>{escape(', '.join(own.target.urls))}</code> over {own.target.protocol}"
+def _target(scenario: Scenario) -> str:
+    return f"<code>{escape(', '.join(scenario.target.urls))}</code> over {scenario.target.protocol}"
 
 
 def _figures(result: Result) -> str:
@@ -139,17 +140,19 @@ def _figures(result: Result) -> str:
 
 
 def _stages(stages: Sequence[StageSeen]) -> str:
-    figures = list(quantiles_ms(next((one.histogram for one in stages if one.histogram.total), stages[0].histogram)))
+    figures = list(
+        quantiles_ms(next((stage.histogram for stage in stages if stage.histogram.total), stages[0].histogram))
+    )
     head = ["stage", "s", "requests /s", "requests", "errors", *(f"{name} ms" for name in figures)]
     return table(head, [_stage(stage, figures) for stage in stages])
 
 
 def _stage(stage: StageSeen, figures: Iterable[str]) -> list[str | Cell]:
-    own = quantiles_ms(stage.histogram)
+    figures_ms = quantiles_ms(stage.histogram)
     errors = stage.errors + stage.lost
     return [
         escape(stage.name), f"{stage.seconds:.0f}", plain(stage.rate), f"{stage.requests:,}", _count(errors),
-        *(plain(own[name]) if name in own else "-" for name in figures),
+        *(plain(figures_ms[name]) if name in figures_ms else "-" for name in figures),
     ]  # fmt: skip
 
 
@@ -171,8 +174,8 @@ def _errors(errors: Counter[str], reasons: dict[str, str]) -> str:
     if not errors:
         return ""
     rows: list[list[str | Cell]] = [
-        [escape(what), f"{count:,}", Cell(escape(said(reasons.get(what, ""))) or "-", "text")]
-        for what, count in errors.most_common(20)
+        [escape(error), f"{count:,}", Cell(escape(said(reasons.get(error, ""))) or "-", "text")]
+        for error, count in errors.most_common(20)
     ]
     return "<h2>Errors</h2>" + table(["what", "times", "as one of them says"], rows)
 
@@ -191,7 +194,9 @@ def _charts(result: Result) -> list[str]:
     charts = []
     by_rate = sorted((stage.rate, quantiles_ms(stage.histogram)) for stage in result.stages if stage.histogram.total)
     if len(by_rate) > 1:
-        lines: dict[str, Points] = {name: [(rate, own[name]) for rate, own in by_rate] for name in ("p50", "p99")}
+        lines: dict[str, Points] = {
+            name: [(rate, figures[name]) for rate, figures in by_rate] for name in ("p50", "p99")
+        }
         title = "Latency against throughput"
         charts.append(chart(title, lines, "requests /s", "ms", y_log=True, dots=True, goal=goal))
     curves = {stage.name: _percentiles(stage.histogram) for stage in result.stages if stage.histogram.total}
@@ -244,14 +249,14 @@ def _of_one(line: Any) -> list[str]:
 def _by_model(rows: Sequence[dict[str, Any]], start: float) -> list[str]:
     """Several models, or the steps of an ensemble: those in which most of the time goes."""
     busiest = _busiest(rows)
-    shown, what = busiest[:_MOST_LINES], "models and steps"
+    shown, scope = busiest[:_MOST_LINES], "models and steps"
     if len(busiest) > _MOST_LINES:
-        what = f"the {_MOST_LINES} slowest of {len(busiest)} models and steps"
-    made = []
+        scope = f"the {_MOST_LINES} slowest of {len(busiest)} models and steps"
+    charts = []
     for title, name, unit in (
-        (f"Queue: {what}", "queue_ms", "ms"),
-        (f"Compute: {what}", "compute_ms", "ms"),
-        (f"Rows in a batch: {what}", "batch", "rows"),
+        (f"Queue: {scope}", "queue_ms", "ms"),
+        (f"Compute: {scope}", "compute_ms", "ms"),
+        (f"Rows in a batch: {scope}", "batch", "rows"),
     ):
         lines: dict[str, Points] = {
             model: [
@@ -261,8 +266,8 @@ def _by_model(rows: Sequence[dict[str, Any]], start: float) -> list[str]:
             ]
             for model in shown
         }
-        made.append(chart(title, lines, "s", unit))
-    return made
+        charts.append(chart(title, lines, "s", unit))
+    return charts
 
 
 def _busiest(rows: Sequence[dict[str, Any]]) -> list[str]:

@@ -43,17 +43,17 @@ def parse(pages: Sequence[str], models: Collection[str], at_s: float) -> Sample:
     pools: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for page in pages:
         for name, labels, value in _LINE.findall(page):
-            own = dict(_LABEL.findall(labels))
-            if name in _SUMMED and own.get("model") in models:
-                counts[own["model"]][name] += float(value)
+            label_of = dict(_LABEL.findall(labels))
+            if name in _SUMMED and label_of.get("model") in models:
+                counts[label_of["model"]][name] += float(value)
             elif name in _BY_POOL:
-                known = pools[own.get("pool", "")]
+                known = pools[label_of.get("pool", "")]
                 is_gauge = name == "tutti_pool_replicas"
                 known[name] = max(known[name], float(value)) if is_gauge else known[name] + float(value)
     return Sample(
         at_s,
-        {model: dict(found) for model, found in counts.items()},
-        {pool: dict(found) for pool, found in pools.items()},
+        {model: dict(values) for model, values in counts.items()},
+        {pool: dict(values) for pool, values in pools.items()},
     )
 
 
@@ -68,17 +68,17 @@ def between(before: Sample, after: Sample, asked: Collection[str], parts: Collec
     """
     row: Row = {"at_s": after.at_s}
     seconds = max(1e-9, after.at_s - before.at_s)
-    more = {model: _more(before.counts.get(model, {}), found) for model, found in after.counts.items()}
+    more = {model: _more(before.counts.get(model, {}), counts) for model, counts in after.counts.items()}
     row["success_per_s"] = (
         sum(more[model]["nv_inference_request_success"] for model in asked if model in more) / seconds
     )
     working = {model: more[model] for model in parts if model in more}
-    row |= _means({name: sum(found[name] for found in working.values()) for name in _SUMMED})
-    row["models"] = {model: means for model, found in working.items() if (means := _means(found))}
-    replicas = {pool: found.get("tutti_pool_replicas", 0.0) for pool, found in after.pools.items()}
+    row |= _means({name: sum(counts[name] for counts in working.values()) for name in _SUMMED})
+    row["models"] = {model: means for model, counts in working.items() if (means := _means(counts))}
+    replicas = {pool: counts.get("tutti_pool_replicas", 0.0) for pool, counts in after.pools.items()}
     if replicas:
         row["replicas"] = replicas
-        row["wanted"] = {pool: found.get("tutti_pool_wanted_replicas", 0.0) for pool, found in after.pools.items()}
+        row["wanted"] = {pool: counts.get("tutti_pool_wanted_replicas", 0.0) for pool, counts in after.pools.items()}
         requests = _pools(after, "tutti_pool_requests_total") - _pools(before, "tutti_pool_requests_total")
         helped = _pools(after, "tutti_fallback_requests_total") - _pools(before, "tutti_fallback_requests_total")
         row["fallback"] = helped / requests if requests > 0 else 0.0
@@ -91,18 +91,18 @@ def _more(before: dict[str, float], after: dict[str, float]) -> dict[str, float]
 
 def _means(more: dict[str, float]) -> dict[str, float]:
     """Of counters that have grown by so much."""
-    found: dict[str, float] = {}
+    counts: dict[str, float] = {}
     succeeded, executed = more["nv_inference_request_success"], more["nv_inference_exec_count"]
     if executed > 0:
-        found["batch"] = more["nv_inference_count"] / executed
+        counts["batch"] = more["nv_inference_count"] / executed
     if succeeded > 0:
-        found["queue_ms"] = more["nv_inference_queue_duration_us"] / succeeded / 1e3
-        found["compute_ms"] = more["nv_inference_compute_infer_duration_us"] / succeeded / 1e3
-    return found
+        counts["queue_ms"] = more["nv_inference_queue_duration_us"] / succeeded / 1e3
+        counts["compute_ms"] = more["nv_inference_compute_infer_duration_us"] / succeeded / 1e3
+    return counts
 
 
 def _pools(sample: Sample, name: str) -> float:
-    return sum(found.get(name, 0.0) for found in sample.pools.values())
+    return sum(counts.get(name, 0.0) for counts in sample.pools.values())
 
 
 class Sampler:

@@ -150,18 +150,18 @@ class Scenario(_Strict):
 
 def load(path: Path, changes: dict[str, Any] | None = None) -> Scenario:
     """Read a scenario; `changes` replace fields. Raises ScenarioError naming the field that is wrong."""
-    given = _read(path)
+    document = _read(path)
     try:
-        return Scenario(**{"name": path.stem, "folder": path.resolve().parent, **_merged(given, changes or {})})
+        return Scenario(**{"name": path.stem, "folder": path.resolve().parent, **_merged(document, changes or {})})
     except ValidationError as error:
-        what = [_told(one["loc"], one["type"], one["msg"]) for one in error.errors()]
-        more = f"; and {len(what) - 3} more" if len(what) > 3 else ""
-        raise ScenarioError(f"{path}: {'; '.join(what[:3])}{more}") from None
+        problems = [_told(wrong["loc"], wrong["type"], wrong["msg"]) for wrong in error.errors()]
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ScenarioError(f"{path}: {'; '.join(problems[:3])}{more}") from None
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+        document = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ScenarioError(f"{path}: {error.strerror}: expected a scenario in YAML") from None
     except UnicodeDecodeError as error:
@@ -172,10 +172,10 @@ def _read(path: Path) -> dict[str, Any]:
         raise ScenarioError(f"{path}{where}: no YAML: {error.problem or error.context}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ScenarioError(f"{path}: no YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
-        what = "an empty file" if given is None else type(given).__name__
-        raise ScenarioError(f"{path}: expected a mapping with payloads and stages (docs/loadtest.md), got {what}")
-    return given
+    if not isinstance(document, dict) or not all(isinstance(key, str) for key in document):
+        got = "an empty file" if document is None else type(document).__name__
+        raise ScenarioError(f"{path}: expected a mapping with payloads and stages (docs/loadtest.md), got {got}")
+    return document
 
 
 # The model that each field of a scenario holds.
@@ -190,19 +190,19 @@ def _told(where: Sequence[int | str], kind: str, message: str) -> str:
     if kind != "extra_forbidden":
         return f"{field}: {message.removeprefix('Value error, ')}"
     name = str(where[-1])
-    own = _SECTIONS.get(str(where[0]), Scenario) if len(where) > 1 else Scenario
-    homes = [section for section, model in _SECTIONS.items() if name in model.model_fields and model is not own]
+    owner = _SECTIONS.get(str(where[0]), Scenario) if len(where) > 1 else Scenario
+    homes = [section for section, model in _SECTIONS.items() if name in model.model_fields and model is not owner]
     if homes and len(where) <= 3:
         return f"{field}: no such field here: it belongs into {' or '.join(homes)}"
-    known = Sizes.model_fields if len(where) > 3 else own.model_fields
+    known = Sizes.model_fields if len(where) > 3 else owner.model_fields
     return f"{field}: no such field{names.near(name, known) or ': expected one of ' + ', '.join(known)}"
 
 
-def _merged(given: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    found = dict(given)
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
     for key, value in changes.items():
-        if isinstance(value, dict) and isinstance(found.get(key), dict):
-            found[key] = _merged(found[key], value)
+        if isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = _merged(merged[key], value)
         else:
-            found[key] = value
-    return found
+            merged[key] = value
+    return merged

@@ -28,16 +28,16 @@ _START = "start a server there, as by `tutti serve model_repository`, or name an
 def check(scenario: Scenario) -> dict[tuple[str, str], list[TensorInfo]]:
     """The inputs of each (model, version), once every address has told them. Raises RunError for one that does not."""
     asked = dict.fromkeys((payload.model, payload.version) for payload in scenario.payloads)
-    found: dict[tuple[str, str], list[TensorInfo]] = {}
+    inputs_of: dict[tuple[str, str], list[TensorInfo]] = {}
     for address in scenario.target.urls:
         _reach(address, _START)
         for model, version in asked:
             told = _metadata(scenario.target, address, model, version, _PATIENCE_S)
-            found[model, version] = _inputs(told, address, model)
+            inputs_of[model, version] = _inputs(told, address, model)
             _check_outputs(scenario, told, model)
     for address in scenario.target.metrics:
         _check_metrics(address, scenario.target.headers)
-    return found
+    return inputs_of
 
 
 def metadata(target: Target, address: str, model: str, version: str, patience_s: float) -> list[TensorInfo]:
@@ -56,13 +56,13 @@ def _metadata(target: Target, address: str, model: str, version: str, patience_s
 
 def _inputs(told: Mapping[str, Any], address: str, model: str) -> list[TensorInfo]:
     try:
-        return [TensorInfo.of({"shape": [], **one}) for one in told.get("inputs", [])]
+        return [TensorInfo.of({"shape": [], **tensor}) for tensor in told.get("inputs", [])]
     except (KeyError, TypeError, ValueError, AttributeError):
         raise RunError(f"{address}: what it tells of model '{model}' is no metadata: is it a server?") from None
 
 
 def _check_outputs(scenario: Scenario, told: Mapping[str, Any], model: str) -> None:
-    known = [str(one.get("name")) for one in told.get("outputs", []) if isinstance(one, dict)]
+    known = [str(tensor.get("name")) for tensor in told.get("outputs", []) if isinstance(tensor, dict)]
     for number, payload in enumerate(scenario.payloads):
         for name in payload.outputs:
             if payload.model == model and name not in known:
@@ -74,7 +74,7 @@ def _check_outputs(scenario: Scenario, told: Mapping[str, Any], model: str) -> N
 
 def parts(scenario: Scenario) -> list[str]:
     """The models that do the work: those asked, ensembles replaced by their steps, whatever these are."""
-    found: dict[str, None] = {}
+    working: dict[str, None] = {}
     ensembles: set[str] = set()
     left = [payload.model for payload in scenario.payloads]
     while left:
@@ -84,8 +84,8 @@ def parts(scenario: Scenario) -> list[str]:
             ensembles.add(model)
             left += steps
         elif model not in ensembles:
-            found[model] = None
-    return list(found)
+            working[model] = None
+    return list(working)
 
 
 def _steps(scenario: Scenario, model: str) -> list[str]:
@@ -159,7 +159,7 @@ def _of(said: Any) -> str:
 
 
 def _unknown(address: str, model: str, reason: str, index: Sequence[Mapping[str, Any]]) -> str:
-    known = [str(one.get("name")) for one in index]
+    known = [str(entry.get("name")) for entry in index]
     if model in known or not known:
         return f"model '{model}' at {address}: {reason}"
     hint = names.near(model, known) or f": --model NAME asks one of {', '.join(known[:_MOST_NAMES])}"

@@ -32,20 +32,20 @@ async def connect(host: str, port: int) -> socket.socket:
     """To the first of the host's addresses that answers. Raises OSError."""
     loop = asyncio.get_running_loop()
     known = _known.pop((host, port), None)
-    found = [known] if known is not None else await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    addresses = [known] if known is not None else await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     failed = OSError(f"{host} has no address")
-    for family, kind, proto, name, address in found:
-        one = socket.socket(family, kind, proto)
+    for family, kind, proto, name, address in addresses:
+        connection = socket.socket(family, kind, proto)
         try:
-            one.setblocking(False)
-            one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            await loop.sock_connect(one, address)
+            connection.setblocking(False)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            await loop.sock_connect(connection, address)
         except OSError as error:
-            one.close()
+            connection.close()
             failed = error
         else:
             _known[host, port] = (family, kind, proto, name, address)
-            return one
+            return connection
     raise failed
 
 
