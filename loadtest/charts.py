@@ -3,8 +3,9 @@
 A figure is as wide as a telephone, so that it can be read there; wider windows have several beside each other.
 """
 
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -89,45 +90,59 @@ def chart(
 
     With `x_label`, marks of x are at whole numbers and labelled by it. Nothing, where there is no point.
     """
-    known = {name: [point for point in own if math.isfinite(point[1])] for name, own in lines.items()}
-    ys = [y for own in known.values() for _, y in own]
-    xs = [x for own in known.values() for x, _ in own]
+    known = {name: [point for point in points if math.isfinite(point[1])] for name, points in lines.items()}
+    ys = [y for points in known.values() for _, y in points]
+    xs = [x for points in known.values() for x, _ in points]
     if not ys:
         return ""
     x_axis = _whole(min(xs), max(xs)) if x_label is not None else _inside(min(xs), max(xs))
     y_axis = _vertical([*ys, *([goal[1]] if goal is not None else [])], y_log)
-
     left = _left(y_axis)
-
-    def at(x: float, y: float) -> tuple[float, float]:
-        return left + (_RIGHT - left) * x_axis.part(x), _BOTTOM - (_BOTTOM - _TOP) * y_axis.part(y)
-
+    colours = _colours(known)
     drawn = [*_rows(y_axis, left), *_columns(x_axis, left, x_label or plain)]
-    legend: list[tuple[str, str, bool]] = []
+    legend = [(colours[name], name, False) for name in known]
     if goal is not None:
-        height = at(x_axis.low, goal[1])[1]
-        drawn.append(
-            f"<line class=goal x1={left:.1f} x2={_RIGHT} y1={height:.1f} y2={height:.1f} stroke={_GOAL} "
-            "stroke-width=1.5 stroke-dasharray='6 4' />"
-        )
-    colours = iter(_COLOURS * (1 + len(known)))
-    for name, own in known.items():
-        colour = RED if name.startswith("error") else next(colours)
-        drawn += _line([at(x, y) for x, y in own], colour, dots or len(own) == 1)
-        legend.append((colour, name, False))
-    if goal is not None:
+        drawn.append(_goal_line(_y(y_axis, goal[1]), left))
         legend.append((_GOAL, goal[0], True))
+    for name, points in known.items():
+        places = [(_x(x_axis, x, left), _y(y_axis, y)) for x, y in points]
+        drawn += _line(places, colours[name], dots or len(points) == 1)
     drawn.append(f"<text x={(left + _RIGHT) / 2:.0f} y=232 text-anchor=middle>{escape(x_name)}</text>")
     drawn.append(f"<text x=4 y=12>{escape(y_name)}</text>")
+    return _figure(title, _legend(legend), drawn)
+
+
+def _figure(title: str, legend: str, drawn: Sequence[str]) -> str:
     return (
-        f"<figure><figcaption>{escape(title)}</figcaption>{_legend(legend)}"
+        f"<figure><figcaption>{escape(title)}</figcaption>{legend}"
         f"<svg viewBox='0 0 {_WIDTH} {_HEIGHT}' font-size=12 role=img aria-label='{escape(title)}'>"
         f"{''.join(drawn)}</svg></figure>"
     )
 
 
+def _colours(names: Iterable[str]) -> dict[str, str]:
+    """Red for errors, and for them alone; the others take turns."""
+    others = itertools.cycle(_COLOURS)
+    return {name: RED if name.startswith("error") else next(others) for name in names}
+
+
+def _x(axis: Axis, value: float, left: float) -> float:
+    return left + (_RIGHT - left) * axis.part(value)
+
+
+def _y(axis: Axis, value: float) -> float:
+    return _BOTTOM - (_BOTTOM - _TOP) * axis.part(value)
+
+
+def _goal_line(height: float, left: float) -> str:
+    return (
+        f"<line class=goal x1={left:.1f} x2={_RIGHT} y1={height:.1f} y2={height:.1f} stroke={_GOAL} "
+        "stroke-width=1.5 stroke-dasharray='6 4' />"
+    )
+
+
 def _whole(low: float, high: float) -> Axis:
-    return Axis(low, max(high, low + 1), [float(one) for one in range(math.ceil(low), math.floor(high) + 1)])
+    return Axis(low, max(high, low + 1), [float(number) for number in range(math.ceil(low), math.floor(high) + 1)])
 
 
 def _inside(low: float, high: float) -> Axis:
@@ -153,7 +168,7 @@ def _left(axis: Axis) -> float:
 def _rows(axis: Axis, left: float) -> list[str]:
     drawn = []
     for mark in axis.marks:
-        height = _BOTTOM - (_BOTTOM - _TOP) * axis.part(mark)
+        height = _y(axis, mark)
         drawn.append(f"<line x1={left:.1f} x2={_RIGHT} y1={height:.1f} y2={height:.1f} stroke=#e3e8ee />")
         drawn.append(f"<text class=y x={left - 6:.1f} y={height + 4:.1f} text-anchor=end>{plain(mark)}</text>")
     return drawn
@@ -162,7 +177,7 @@ def _rows(axis: Axis, left: float) -> list[str]:
 def _columns(axis: Axis, left: float, label: Callable[[float], str]) -> list[str]:
     drawn = []
     for mark in axis.marks:
-        x = left + (_RIGHT - left) * axis.part(mark)
+        x = _x(axis, mark, left)
         drawn.append(f"<text class=x x={x:.1f} y=214 text-anchor=middle>{label(mark)}</text>")
     return drawn
 

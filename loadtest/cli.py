@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tutti.core import extras
 from tutti.frontends import api_keys
@@ -57,17 +58,17 @@ def run(options: argparse.Namespace) -> int:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The options, with Locust's own as `locust`; where they make no sense, a command's own usage, and the end."""
-    given = list(arguments)
-    own, locust = given, []
-    if "--" in given:
-        own, locust = given[: given.index("--")], given[given.index("--") + 1 :]
+    words = list(arguments)
+    ours, locust = words, []
+    if "--" in words:
+        ours, locust = words[: words.index("--")], words[words.index("--") + 1 :]
     parser, commands = make_parser()
-    first = next((one for one in own if not one.startswith("-")), None)
-    if first is None and not {"-h", "--help"} & set(own):
-        parser.error(f"{' '.join([*own, ''])}expected a command: one of {', '.join(commands)}")
+    first = next((word for word in ours if not word.startswith("-")), None)
+    if first is None and not {"-h", "--help"} & set(ours):
+        parser.error(f"{' '.join([*ours, ''])}expected a command: one of {', '.join(commands)}")
     if first is not None and first not in commands:
         parser.error(f"no such command: '{first}'{_near_command(first, commands)}")
-    options, rest = parser.parse_known_args(own)
+    options, rest = parser.parse_known_args(ours)
     command = commands[options.command]
     if rest:
         command.error(f"unrecognized arguments: {' '.join(rest)}{_near_flag(command, rest)}")
@@ -78,19 +79,19 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         options.scenario = "steady" if options.model or options.is_of_runs else None
     if options.command != "worker" and options.scenario is None:
         command.error(f"expected a scenario: a file in YAML, or one of these, which come along:\n{names.listing()}")
-    options.given, options.locust = given, locust
+    options.given, options.locust = words, locust
     return options
 
 
-def _near_command(given: str, commands: Iterable[str]) -> str:
-    if given in names.packaged() or given.endswith((".yaml", ".yml")):
-        return f"; did you mean 'run {given}'?"
-    return names.near(given, commands) or f": expected one of {', '.join(commands)}"
+def _near_command(word: str, commands: Iterable[str]) -> str:
+    if word in names.packaged() or word.endswith((".yaml", ".yml")):
+        return f"; did you mean 'run {word}'?"
+    return names.near(word, commands) or f": expected one of {', '.join(commands)}"
 
 
 def _near_flag(command: argparse.ArgumentParser, rest: Sequence[str]) -> str:
     known = [flag for flag in command._option_string_actions if flag.startswith("--")]
-    flags = [one.partition("=")[0] for one in rest if one.startswith("--")]
+    flags = [word.partition("=")[0] for word in rest if word.startswith("--")]
     return next((hint for flag in flags if (hint := names.near(flag, known))), "")
 
 
@@ -103,57 +104,88 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
+    adders = {
+        "run": _add_run, "saturate": _add_saturate, "compare": _add_compare, "replay": _add_replay,
+        "worker": _add_worker,
+    }  # fmt: skip
+    return parser, {name: add(commands) for name, add in adders.items()}
 
-    def add(name: str, text: str) -> argparse.ArgumentParser:
-        return commands.add_parser(
-            name,
-            help=text,
-            description=f"{text[0].upper()}{text[1:]}.",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            epilog=f"scenarios that come along:\n{names.listing()}\n\n{_EXITS}\n\n{_examples(name)}",
-        )
 
-    run = add("run", "run a scenario, and judge it by its goal")
-    saturate = add("saturate", "find the highest rate that meets the goal, as bounds")
-    saturate.add_argument(
+def _add_command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
+    """A command that takes a scenario; what it takes beside it is added to what this returns."""
+    command: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=text,
+        description=f"{text[0].upper()}{text[1:]}.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"scenarios that come along:\n{names.listing()}\n\n{_EXITS}\n\n{_examples(name)}",
+    )
+    return command
+
+
+def _add_run(commands: Any) -> argparse.ArgumentParser:
+    command = _add_command(commands, "run", "run a scenario, and judge it by its goal")
+    _add_common(command)
+    command.add_argument(
+        "--rate", type=_rate, metavar="N", help="requests a second (default: as the scenario's stages have it)"
+    )
+    command.add_argument(
+        "--seconds", type=_positive, metavar="SECONDS", help="of that rate (default: of the scenario's first stage)"
+    )
+    _add_web(command)
+    return command
+
+
+def _add_saturate(commands: Any) -> argparse.ArgumentParser:
+    command = _add_command(commands, "saturate", "find the highest rate that meets the goal, as bounds")
+    command.add_argument(
         "--start", type=_rate, default=10.0, metavar="RATE", help="requests a second to begin with (default: 10)"
     )
-    saturate.add_argument(
+    command.add_argument(
         "--seconds", type=_positive, default=10.0, metavar="SECONDS", help="of each probe (default: 10)"
     )
-    saturate.add_argument(
+    command.add_argument(
         "--within",
         type=_share,
         default=0.03,
         metavar="SHARE",
         help="until the bounds are this close, of 1 (default: 0.03)",
     )
-    compare = add("compare", "tell whether server B differs from server A, asked in turns; or run B from run A")
-    compare.add_argument("a", metavar="A", type=_side, help="HOST:PORT of one server, or the --output of a run")
-    compare.add_argument("b", metavar="B", type=_side, help="HOST:PORT of the other, or the --output of a later run")
-    compare.add_argument(
+    _add_common(command)
+    return command
+
+
+def _add_compare(commands: Any) -> argparse.ArgumentParser:
+    text = "tell whether server B differs from server A, asked in turns; or run B from run A"
+    command = _add_command(commands, "compare", text)
+    command.add_argument("a", metavar="A", type=_side, help="HOST:PORT of one server, or the --output of a run")
+    command.add_argument("b", metavar="B", type=_side, help="HOST:PORT of the other, or the --output of a later run")
+    command.add_argument(
         "--rounds", type=_rounds, default=10, metavar="N", help="that are compared, 3 or more (default: 10)"
     )
-    compare.add_argument("--seconds", type=_positive, default=2.0, metavar="SECONDS", help="of each (default: 2)")
-    compare.add_argument(
+    command.add_argument("--seconds", type=_positive, default=2.0, metavar="SECONDS", help="of each (default: 2)")
+    command.add_argument(
         "--rate", type=_rate, metavar="N", help="requests a second to each server (default: the scenario's first)"
     )
-    replay = add("replay", "send the arrivals of a trace: CSV, or an earlier run's Parquet")
-    replay.add_argument("trace", metavar="TRACE", help="arrivals, or seconds and the rates from then on")
-    replay.add_argument("--speed", type=_positive, default=1.0, metavar="TIMES", help="times as fast (default: 1)")
-    for command in (run, saturate, compare, replay):
-        _add_common(command)
-    run.add_argument(
-        "--rate", type=_rate, metavar="N", help="requests a second (default: as the scenario's stages have it)"
-    )
-    run.add_argument(
-        "--seconds", type=_positive, metavar="SECONDS", help="of that rate (default: of the scenario's first stage)"
-    )
-    for command in (run, replay):
-        command.add_argument(
-            "--web", action="store_true", help="with Locust's web page, on port 8089 (default: without)"
-        )
-    worker = commands.add_parser(
+    _add_common(command)
+    return command
+
+
+def _add_replay(commands: Any) -> argparse.ArgumentParser:
+    command = _add_command(commands, "replay", "send the arrivals of a trace: CSV, or an earlier run's Parquet")
+    command.add_argument("trace", metavar="TRACE", help="arrivals, or seconds and the rates from then on")
+    command.add_argument("--speed", type=_positive, default=1.0, metavar="TIMES", help="times as fast (default: 1)")
+    _add_common(command)
+    _add_web(command)
+    return command
+
+
+def _add_web(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--web", action="store_true", help="with Locust's web page, on port 8089 (default: without)")
+
+
+def _add_worker(commands: Any) -> argparse.ArgumentParser:
+    worker: argparse.ArgumentParser = commands.add_parser(
         "worker",
         help="send a share of a run whose master is on another machine",
         description="Send a share of a run whose master is on another machine.",
@@ -163,7 +195,7 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
     worker.add_argument("--master-host", required=True, metavar="HOST", help="the machine of the run (required)")
     worker.add_argument("--master-port", type=_port, default=5557, metavar="PORT", help="of the run (default: 5557)")
     worker.add_argument("--raw", type=Path, metavar="FOLDER", help="for raw requests (default: a temporary one)")
-    return parser, {"run": run, "saturate": saturate, "compare": compare, "replay": replay, "worker": worker}
+    return worker
 
 
 def _add_common(command: argparse.ArgumentParser) -> None:
@@ -199,11 +231,11 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _number(text: str, what: str) -> float:
+def _number(text: str, expected: str) -> float:
     # Python takes digits of other scripts, underscores and spaces, too.
     value = float(text) if re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?", text) else math.nan
     if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"expected {what}, got {text[:80]!r}")
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text[:80]!r}")
     return value
 
 
@@ -229,11 +261,11 @@ def _share(text: str) -> float:
 
 
 def _whole(text: str, low: int, high: int | None = None) -> int:
-    what = f"a whole number from {low}" + (f" to {high}" if high is not None else " on")
+    expected = f"a whole number from {low}" + (f" to {high}" if high is not None else " on")
     if not (text.isascii() and text.isdecimal() and len(text) < 12):
-        raise argparse.ArgumentTypeError(f"expected {what}, got {text[:80]!r}")
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text[:80]!r}")
     if int(text) < low or (high is not None and int(text) > high):
-        raise argparse.ArgumentTypeError(f"expected {what}, got {text[:80]!r}")
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text[:80]!r}")
     return int(text)
 
 
