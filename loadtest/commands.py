@@ -23,7 +23,7 @@ from typing import Any
 from tutti.console.progress import Progress, amount, clock
 from tutti.core.errors import ConfigError
 from tutti.frontends import api_keys
-from tutti.loadtest import names, report, runner, scenario, search, server
+from tutti.loadtest import names, report, runner, search, server
 from tutti.loadtest.advice import said
 from tutti.loadtest.arrivals import length_s
 from tutti.loadtest.comparison import Comparison, of_runs
@@ -32,6 +32,7 @@ from tutti.loadtest.payloads import messages
 from tutti.loadtest.process import stop
 from tutti.loadtest.runner import Result
 from tutti.loadtest.scenario import Scenario, Stage
+from tutti.loadtest.scenario import load as load_scenario
 from tutti.loadtest.search import PROBE_REQUESTS
 from tutti.loadtest.slo import Verdict
 
@@ -78,24 +79,24 @@ def _load(options: argparse.Namespace, **changes: Any) -> Scenario:
         changes |= {"payloads": [{"model": options.model}], "name": options.model}
     if options.p99_ms is not None:
         changes["slo"] = {"p99_ms": options.p99_ms}
-    given = scenario.load(names.scenario(options.scenario), {**changes, **({"target": target} if target else {})})
-    given = _with_key(given, options.api_key_file)
-    length_s(given)  # a trace that is none
+    scenario = load_scenario(names.scenario(options.scenario), {**changes, **({"target": target} if target else {})})
+    scenario = _with_key(scenario, options.api_key_file)
+    length_s(scenario)  # a trace that is none
     if options.output is not None:
         _make_folder(options.output)
-    return given
+    return scenario
 
 
-def _with_key(given: Scenario, path: Path | None) -> Scenario:
+def _with_key(scenario: Scenario, path: Path | None) -> Scenario:
     """The key of a file stands for the one that the scenario shows. Raises ScenarioError."""
     if path is None:
-        return given
+        return scenario
     try:
         shows = api_keys.headers(path)
     except ConfigError as error:
         raise ScenarioError(str(error)) from None
-    others = {name: value for name, value in given.target.headers.items() if name.lower() not in _KEY_HEADERS}
-    return given.model_copy(update={"target": given.target.model_copy(update={"headers": others | shows})})
+    others = {name: value for name, value in scenario.target.headers.items() if name.lower() not in _KEY_HEADERS}
+    return scenario.model_copy(update={"target": scenario.target.model_copy(update={"headers": others | shows})})
 
 
 def _leave_unusable(options: argparse.Namespace, why: str) -> None:
@@ -120,30 +121,30 @@ def _make_folder(path: Path) -> None:
         raise ScenarioError(f"--output {path}: Permission denied: expected a folder to write to")
 
 
-def _check(given: Scenario, options: argparse.Namespace) -> None:
+def _check(scenario: Scenario, options: argparse.Namespace) -> None:
     """What can be known before: that servers, models and files are there. Raises RunError or ScenarioError."""
     if "--master" in options.locust:
         return  # the workers ask, from where they are
-    inputs = server.check(given)
-    fewer = [payload.model_copy(update={"count": 1}) for payload in given.payloads]
-    messages(given.model_copy(update={"payloads": fewer}), lambda model, version: inputs[model, version])
+    inputs = server.check(scenario)
+    fewer = [payload.model_copy(update={"count": 1}) for payload in scenario.payloads]
+    messages(scenario.model_copy(update={"payloads": fewer}), lambda model, version: inputs[model, version])
 
 
 def _run(options: argparse.Namespace) -> int:
-    given = _load(options)
+    scenario = _load(options)
     if options.rate is not None or options.seconds is not None:
-        given = _at_one_rate(given, options)
-    return _judge(given, options)
+        scenario = _at_one_rate(scenario, options)
+    return _judge(scenario, options)
 
 
-def _at_one_rate(given: Scenario, options: argparse.Namespace) -> Scenario:
+def _at_one_rate(scenario: Scenario, options: argparse.Namespace) -> Scenario:
     """That of the flags, and of the first stage what they leave out. Raises ScenarioError for a trace without both."""
-    if not given.stages and None in (options.rate, options.seconds):
+    if not scenario.stages and None in (options.rate, options.seconds):
         raise ScenarioError("expected both --rate and --seconds: the scenario has a trace, and no stages")
-    first = given.stages[0] if given.stages else Stage(seconds=options.seconds, rate=options.rate)
+    first = scenario.stages[0] if scenario.stages else Stage(seconds=options.seconds, rate=options.rate)
     stage = Stage(seconds=options.seconds or first.seconds, rate=options.rate or first.rate)
-    arrivals = given.arrivals.model_copy(update={"trace": None})
-    changed = given.model_copy(update={"stages": [stage], "arrivals": arrivals})
+    arrivals = scenario.arrivals.model_copy(update={"trace": None})
+    changed = scenario.model_copy(update={"stages": [stage], "arrivals": arrivals})
     length_s(changed)  # too many requests
     return changed
 
@@ -154,16 +155,16 @@ def _replay(options: argparse.Namespace) -> int:
     return _judge(_load(options, arrivals=arrivals, stages=[]), options)
 
 
-def _judge(given: Scenario, options: argparse.Namespace) -> int:
+def _judge(scenario: Scenario, options: argparse.Namespace) -> int:
     """Run it, and say what came of it."""
     progress = Progress()
     try:
-        _check(given, options)
+        _check(scenario, options)
         web = _web(options) if options.web else []
-        result = runner.run(given, options.output, options.processes, [*options.locust, *web], _shown(progress))
+        result = runner.run(scenario, options.output, options.processes, [*options.locust, *web], _shown(progress))
     except RunError as error:
         said_so = {"verdict": Verdict.INVALID.name, "reasons": [str(error)]}
-        _leave(options, _JSON[options.command], said_so, report.refusal(given, [str(error)], _source(options)))
+        _leave(options, _JSON[options.command], said_so, report.refusal(scenario, [str(error)], _source(options)))
         raise
     finally:
         progress.clear()
@@ -174,9 +175,9 @@ def _judge(given: Scenario, options: argparse.Namespace) -> int:
 
 def _web(options: argparse.Namespace) -> list[str]:
     """Locust's flags for its page. Raises RunError when its port is taken."""
-    given = [part for one in options.locust for part in one.split("=", 1)]
-    host = given[given.index("--web-host") + 1] if "--web-host" in given[:-1] else "127.0.0.1"
-    port = given[given.index("--web-port") + 1] if "--web-port" in given[:-1] else "8089"
+    words = [part for word in options.locust for part in word.split("=", 1)]
+    host = words[words.index("--web-host") + 1] if "--web-host" in words[:-1] else "127.0.0.1"
+    port = words[words.index("--web-port") + 1] if "--web-port" in words[:-1] else "8089"
     try:
         with socket.create_server((host if host != "*" else "", int(port))):
             pass
@@ -209,8 +210,8 @@ def _tell(result: Result) -> None:
     after = f" after {warmup_s:g} s of warm-up, which do not count" if warmup_s else ""
     goodput = f"goodput {seen.good / max(seen.seconds, 1e-9):,.1f} /s"
     print(f"{seen.requests:,} requests{after}: {seen.errors:,} errors, {goodput}")
-    for what, count in result.errors.most_common(5):
-        print(f"  {count:,} times {': '.join(filter(None, (what, said(result.reasons.get(what, '')))))}")
+    for error, count in result.errors.most_common(5):
+        print(f"  {count:,} times {': '.join(filter(None, (error, said(result.reasons.get(error, '')))))}")
     if figures:
         print(
             "latency from when requests were due: " + ", ".join(f"{name} {ms:.2f} ms" for name, ms in figures.items())
@@ -243,7 +244,7 @@ def _written_at(path: Path) -> str:
 class _Search:
     """Probes of one search, told as they come."""
 
-    given: Scenario
+    scenario: Scenario
     options: argparse.Namespace
     progress: Progress = dataclasses.field(default_factory=Progress)
     seen: list[Result] = dataclasses.field(default_factory=list)
@@ -255,13 +256,15 @@ class _Search:
     def probe(self, rate: float, times: float) -> Verdict:
         """Long enough to be certain of a hundredth; what is rarer would take too long at each rate."""
         stages = [Stage(seconds=times * self._seconds(rate), rate=rate)]
-        slo = self.given.slo
+        slo = self.scenario.slo
         goal = slo.model_copy(update={"min_goodput": 0.0, "error_rate": max(0.01, slo.error_rate)})
-        one = self.given.model_copy(update={"stages": stages, "slo": goal, "seed": self.given.seed + len(self.seen)})
+        probed = self.scenario.model_copy(
+            update={"stages": stages, "slo": goal, "seed": self.scenario.seed + len(self.seen)}
+        )
         before = f"probe {len(self.seen) + 1} at {rate:,.1f} /s: "
         shown = _shown(self.progress, before, lambda: self._more_s(rate))
         try:
-            result = runner.run(one, None, self.options.processes, self.options.locust, shown)
+            result = runner.run(probed, None, self.options.processes, self.options.locust, shown)
         except RunError as error:
             self.broken = f"the probe at {rate:,.1f} /s could not be made: {error}"
             return Verdict.INVALID
@@ -290,18 +293,20 @@ class _Search:
         left = search.probes_left(self.low, self.high, self.options.within)
         return None if left is None else max(0, left - 1) * (self._seconds(rate) + _AROUND_S)
 
-    def reasons(self, found: search.Bounds) -> list[str]:
+    def reasons(self, bounds: search.Bounds) -> list[str]:
         """What was found, and why no more."""
-        is_bounded = found.high != float("inf")
-        high = f"{found.high:,.1f}" if is_bounded else "a rate that could not be generated"
-        what = [
-            f"meets the goal up to {found.low:,.1f} /s, and no longer at {high} /s".replace("generated /s", "generated")
+        is_bounded = bounds.high != float("inf")
+        high = f"{bounds.high:,.1f}" if is_bounded else "a rate that could not be generated"
+        sentence = [
+            f"meets the goal up to {bounds.low:,.1f} /s, and no longer at {high} /s".replace(
+                "generated /s", "generated"
+            )
         ]
         if self.broken:
-            return [self.broken, *(what if found.low else [])]
+            return [self.broken, *(sentence if bounds.low else [])]
         if not is_bounded and self.seen:
-            return [*self.seen[-1].judgement.reasons, *(what if found.low else [])]
-        return what
+            return [*self.seen[-1].judgement.reasons, *(sentence if bounds.low else [])]
+        return sentence
 
 
 def _say(verdict: Verdict, reasons: Sequence[str]) -> None:
@@ -311,24 +316,24 @@ def _say(verdict: Verdict, reasons: Sequence[str]) -> None:
 
 
 def _saturate(options: argparse.Namespace) -> int:
-    given = _load(options)
-    if given.slo.p99_ms is None:
+    scenario = _load(options)
+    if scenario.slo.p99_ms is None:
         raise ScenarioError("saturate: expected slo.p99_ms: without a goal there is no highest rate that meets it")
-    one = _Search(given, options)
+    probes = _Search(scenario, options)
     try:
-        _check(given, options)
-        found = search.saturate(one.probe, options.start, options.within)
+        _check(scenario, options)
+        bounds = search.saturate(probes.probe, options.start, options.within)
     except RunError as error:
-        found, one.broken = search.Bounds(0.0, float("inf"), []), str(error)
-    verdict = Verdict.PASS if found.low else Verdict.FAIL
-    if one.broken or found.high == float("inf"):
+        bounds, probes.broken = search.Bounds(0.0, float("inf"), []), str(error)
+    verdict = Verdict.PASS if bounds.low else Verdict.FAIL
+    if probes.broken or bounds.high == float("inf"):
         verdict = Verdict.INVALID
-    reasons = one.reasons(found)
+    reasons = probes.reasons(bounds)
     _say(verdict, reasons)
-    probes = [{"rate": rate, "verdict": verdict.name} for rate, verdict in found.probes]
-    high = found.high if found.high != float("inf") else None
-    told = {"verdict": verdict.name, "reasons": reasons, "low": found.low, "high": high, "probes": probes}
-    page = report.saturation(given, verdict, reasons, found, one.seen, _source(options))
+    listed = [{"rate": rate, "verdict": verdict.name} for rate, verdict in bounds.probes]
+    high = bounds.high if bounds.high != float("inf") else None
+    told = {"verdict": verdict.name, "reasons": reasons, "low": bounds.low, "high": high, "probes": listed}
+    page = report.saturation(scenario, verdict, reasons, bounds, probes.seen, _source(options))
     _leave(options, _JSON[options.command], told, page)
     return int(verdict)
 
@@ -336,13 +341,13 @@ def _saturate(options: argparse.Namespace) -> int:
 def _compare(options: argparse.Namespace) -> int:
     if options.is_of_runs:
         return _compare_runs(options)
-    given = _load(options)
-    rate = options.rate or (given.stages[0].rate if given.stages else 0.0)
+    scenario = _load(options)
+    rate = options.rate or (scenario.stages[0].rate if scenario.stages else 0.0)
     if not rate:
         raise ScenarioError("compare: expected --rate, or a first stage with a rate: of each server")
-    target = given.target.model_copy(update={"urls": [options.a, options.b]})
+    target = scenario.target.model_copy(update={"urls": [options.a, options.b]})
     stages = [Stage(seconds=options.rounds * options.seconds, rate=2 * rate)]
-    both = given.model_copy(update={"target": target, "stages": stages})
+    both = scenario.model_copy(update={"target": target, "stages": stages})
     comparison, progress = Comparison(both, options.seconds, options.rounds), Progress()
     with tempfile.TemporaryDirectory(prefix="tutti-loadtest-") as folder:
         try:

@@ -71,10 +71,10 @@ class Result:
     @property
     def histogram(self) -> Histogram:
         """Of all stages."""
-        found = Histogram()
+        merged = Histogram()
         for stage in self.stages:
-            found.merge(stage.histogram)
-        return found
+            merged.merge(stage.histogram)
+        return merged
 
     @property
     def seen(self) -> Seen:
@@ -123,8 +123,8 @@ def quantiles_ms(histogram: Histogram) -> dict[str, float]:
     if not histogram.total:
         return {}
     shares = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "p99.9": 0.999}
-    found = {name: histogram.quantile_ns(share) / 1e6 for name, share in shares.items()}
-    return {**found, "max": histogram.max_ns() / 1e6, "mean": histogram.mean_ns() / 1e6}
+    quantiles = {name: histogram.quantile_ns(share) / 1e6 for name, share in shares.items()}
+    return {**quantiles, "max": histogram.max_ns() / 1e6, "mean": histogram.mean_ns() / 1e6}
 
 
 def run(
@@ -139,41 +139,48 @@ def run(
     `progress` is told, a few times a second, how far the run is and how many seconds are left.
     """
     if folder is None:
-        with tempfile.TemporaryDirectory(prefix="tutti-loadtest-") as own:
-            return run(scenario, Path(own), processes, locust, progress)
+        with tempfile.TemporaryDirectory(prefix="tutti-loadtest-") as temporary:
+            return run(scenario, Path(temporary), processes, locust, progress)
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    result, log = folder / "result.json", folder / "locust.log"
-    told = folder / "progress.json"
+    result_file, told = folder / "result.json", folder / "progress.json"
     here = scenario.model_copy(update={"folder": scenario.folder.resolve()})
     (folder / "scenario.json").write_text(json.dumps(here.as_json()))
-    for left in (result, told):  # of an earlier run into that folder
+    for left in (result_file, told):  # of an earlier run into that folder
         left.unlink(missing_ok=True)
     command = [sys.executable, "-P", "-m", "locust", "-f", str(LOCUSTFILE), "--scenario", _GIVEN]
-    command += ["--result", str(result), "--only-summary", *_workers(processes), *_page(locust), *_from_here(locust)]
+    command += ["--result", str(result_file), "--only-summary"]
+    command += [*_workers(processes), *_page(locust), *_from_here(locust)]
     asked = {payload.model for payload in scenario.payloads}
     parts = server.parts(scenario) if scenario.target.metrics else []
     length = length_s(scenario)
+    log = folder / "locust.log"
     with log.open("wb") as file, Sampler(scenario.target, asked, parts) as sampler:
         status = _follow(command, here, file, lambda: _tell(told, length, progress))
-    if not result.is_file():
+    workers = _reports(result_file, status, log)
+    result = gather(scenario, workers)
+    # Charts of the server and of its clients have one zero: when the first request could be due.
+    result.server = [row for row in sampler.rows if row["at_s"] >= result.began_at]
+    # Not those that an earlier run with more workers has left.
+    raw_files = (folder / f"requests.{number}.parquet" for number in range(len(workers)))
+    result.raw = [path for path in raw_files if path.is_file()]
+    return result
+
+
+def _reports(path: Path, status: int, log: Path) -> list[dict[str, Any]]:
+    """What each worker reports in Locust's result. Raises RunError when there is none, or a worker failed."""
+    if not path.is_file():
         raise RunError(f"Locust ended with status {status} and left no result: {_last(log)}")
-    workers = json.loads(result.read_text())["workers"]
-    failed = sorted({one["failed"] for one in workers if "failed" in one})
+    workers = json.loads(path.read_text())["workers"]
+    failed = sorted({worker["failed"] for worker in workers if "failed" in worker})
     if failed:
         raise RunError("; ".join(failed))
-    made = gather(scenario, [one["result"] for one in workers])
-    # Charts of the server and of its clients have one zero: when the first request could be due.
-    made.server = [row for row in sampler.rows if row["at_s"] >= made.began_at]
-    # Not those that an earlier run with more workers has left.
-    own_files = (folder / f"requests.{number}.parquet" for number in range(len(workers)))
-    made.raw = [path for path in own_files if path.is_file()]
-    return made
+    return [worker["result"] for worker in workers]
 
 
 def _workers(processes: int) -> list[str]:
-    own = ["-u", str(processes), "-r", str(processes), "--stop-timeout", "1"]
-    return [*own, "--processes", str(processes)] if processes > 1 else own
+    flags = ["-u", str(processes), "-r", str(processes), "--stop-timeout", "1"]
+    return [*flags, "--processes", str(processes)] if processes > 1 else flags
 
 
 def _page(locust: Sequence[str]) -> list[str]:
@@ -184,14 +191,14 @@ def _page(locust: Sequence[str]) -> list[str]:
 
 def _from_here(locust: Sequence[str]) -> list[str]:
     """Locust's options with their files' paths made absolute."""
-    made: list[str] = []
-    for one in locust:
-        name, equals, value = one.partition("=")
+    words: list[str] = []
+    for word in locust:
+        name, equals, value = word.partition("=")
         if equals and name in _FILES:
-            made.append(f"{name}={Path(value).resolve()}")
+            words.append(f"{name}={Path(value).resolve()}")
         else:
-            made.append(str(Path(one).resolve()) if made and made[-1] in _FILES else one)
-    return made
+            words.append(str(Path(word).resolve()) if words and words[-1] in _FILES else word)
+    return words
 
 
 def _follow(command: Sequence[str], scenario: Scenario, log: IO[bytes], look: Callable[[], None]) -> int:
@@ -199,9 +206,9 @@ def _follow(command: Sequence[str], scenario: Scenario, log: IO[bytes], look: Ca
 
     It runs in a folder that has the scenario, keys included, and nothing else: nobody else reads that, and it goes.
     """
-    with tempfile.TemporaryDirectory(prefix="tutti-loadtest-") as own:
-        (Path(own) / _GIVEN).write_text(scenario.model_dump_json())
-        process = subprocess.Popen(command, cwd=own, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    with tempfile.TemporaryDirectory(prefix="tutti-loadtest-") as folder:
+        (Path(folder) / _GIVEN).write_text(scenario.model_dump_json())
+        process = subprocess.Popen(command, cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         try:
             while True:
                 try:
@@ -231,51 +238,64 @@ def _tell(path: Path, length: float, progress: Tell) -> None:
 def _last(log: Path) -> str:
     """What Locust said last of an error, or at all."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    found = next((line for line in reversed(lines) if "rror" in line), lines[-1] if lines else "it said nothing")
-    return found.removeprefix("__main__.py: error: ")
+    line = next((line for line in reversed(lines) if "rror" in line), lines[-1] if lines else "it said nothing")
+    return line.removeprefix("__main__.py: error: ")
 
 
 def gather(scenario: Scenario, workers: Sequence[Mapping[str, Any]]) -> Result:
     """What the workers saw, added up."""
-    made = Result(scenario)
+    result = Result(scenario)
     stages: Sequence[Stage | None] = scenario.stages or [None]
-    for number, stage in enumerate(stages):
-        last = max((len(one["seconds"]) for one in workers), default=0)
-        seconds = stage.seconds if stage is not None else last
-        if any(one.get("stopped") for one in workers):
-            seconds = min(seconds, last)
-        name = (stage.name if stage is not None else "trace") or f"stage {number + 1}"
-        seen = StageSeen(name, float(seconds), 0.0)
-        for one in workers:
-            found = one["stages"].get(str(number))
-            if found is None:
-                continue
-            for key in ("requests", "errors", "lost", "late", "unsent", "slow"):
-                setattr(seen, key, getattr(seen, key) + found[key])
-            seen.histogram.merge(Histogram.of_json(found["histogram"]))
-        seen.rate = seen.requests / seconds if seconds else 0.0
-        made.stages.append(seen)
-    for one in workers:
-        made.errors.update(one["errors"])
-        made.reasons.update(one["reasons"])
-        made.waited += one.get("waited", 0)
-        if one.get("stopped"):
-            made.stopped = stopped_because(one["stopped"], one["reasons"].get(one["stopped"], ""))
-        made.began_at = min(made.began_at or one["began_at"], one["began_at"])
-        made.cpu = max(made.cpu, one["cpu"])
-        for name, value in one["lateness_ms"].items():
-            made.lateness_ms[name] = max(made.lateness_ms.get(name, 0.0), value)
-    length = max((len(one["seconds"]) for one in workers), default=0)
-    for second in range(length):
-        rows = [one["seconds"][second] for one in workers if second < len(one["seconds"])]
-        histogram = Histogram()
-        for row in rows:
-            histogram.merge(Histogram.of_json(row["histogram"]))
-        made.seconds.append(
-            {"second": second, **{key: sum(row[key] for row in rows) for key in ("due", "answered", "errors")},
-             "p50_ms": histogram.quantile_ns(0.5) / 1e6, "p99_ms": histogram.quantile_ns(0.99) / 1e6}
-        )  # fmt: skip
-    return made
+    result.stages = [_stage(number, stage, workers) for number, stage in enumerate(stages)]
+    for worker in workers:
+        result.errors.update(worker["errors"])
+        result.reasons.update(worker["reasons"])
+        result.waited += worker.get("waited", 0)
+        if worker.get("stopped"):
+            reason = worker["reasons"].get(worker["stopped"], "")
+            result.stopped = stopped_because(worker["stopped"], reason)
+        result.began_at = min(result.began_at or worker["began_at"], worker["began_at"])
+        result.cpu = max(result.cpu, worker["cpu"])
+        for name, value in worker["lateness_ms"].items():
+            result.lateness_ms[name] = max(result.lateness_ms.get(name, 0.0), value)
+    result.seconds = [_second(second, workers) for second in range(_length(workers))]
+    return result
+
+
+def _stage(number: int, stage: Stage | None, workers: Sequence[Mapping[str, Any]]) -> StageSeen:
+    """What the workers saw of one stage; of a trace, where there is none."""
+    last = _length(workers)
+    seconds = stage.seconds if stage is not None else last
+    if any(worker.get("stopped") for worker in workers):
+        seconds = min(seconds, last)
+    name = (stage.name if stage is not None else "trace") or f"stage {number + 1}"
+    seen = StageSeen(name, float(seconds), 0.0)
+    for worker in workers:
+        counts = worker["stages"].get(str(number))
+        if counts is None:
+            continue
+        for key in ("requests", "errors", "lost", "late", "unsent", "slow"):
+            setattr(seen, key, getattr(seen, key) + counts[key])
+        seen.histogram.merge(Histogram.of_json(counts["histogram"]))
+    seen.rate = seen.requests / seconds if seconds else 0.0
+    return seen
+
+
+def _length(workers: Sequence[Mapping[str, Any]]) -> int:
+    """Seconds of the worker that took longest."""
+    return max((len(worker["seconds"]) for worker in workers), default=0)
+
+
+def _second(second: int, workers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One second of the run, over the workers that were still at it."""
+    rows = [worker["seconds"][second] for worker in workers if second < len(worker["seconds"])]
+    histogram = Histogram()
+    for row in rows:
+        histogram.merge(Histogram.of_json(row["histogram"]))
+    return {
+        "second": second, **{key: sum(row[key] for row in rows) for key in ("due", "answered", "errors")},
+        "p50_ms": histogram.quantile_ns(0.5) / 1e6, "p99_ms": histogram.quantile_ns(0.99) / 1e6,
+    }  # fmt: skip
 
 
 def medians_by_address(
@@ -291,14 +311,16 @@ def medians_by_address(
     for path in raw:
         table: Any = pyarrow.parquet.read_table(path, columns=["scheduled_s", "done_s", "error"])
         due, done = table["scheduled_s"].to_numpy(), table["done_s"].to_numpy()
-        is_good = np.array([not one for one in table["error"].to_pylist()], bool) & np.isfinite(done)
+        is_good = np.array([not error for error in table["error"].to_pylist()], bool) & np.isfinite(done)
         number = np.floor((due - start_s) / seconds).astype(int)
         for address in range(addresses):
-            own = np.zeros(len(due), bool)
-            own[address::addresses] = True
+            of_address = np.zeros(len(due), bool)
+            of_address[address::addresses] = True
             for index in range(rounds):
-                took[address][index].append((done - due)[own & is_good & (number == index)])
-    return [
-        [float(np.median(found)) * 1e3 if len(found := np.concatenate(parts)) else float("nan") for parts in one]
-        for one in took
-    ]
+                took[address][index].append((done - due)[of_address & is_good & (number == index)])
+    return [[_median_ms(parts) for parts in rounds_of_address] for rounds_of_address in took]
+
+
+def _median_ms(parts: Sequence[Any]) -> float:
+    seconds = np.concatenate(parts)
+    return float(np.median(seconds)) * 1e3 if len(seconds) else float("nan")
