@@ -1,9 +1,9 @@
 """What calls of the builder are given: names, numbers, sizes and values; what does not fit is refused in words.
 
-All raise ConfigError; `what` is what is spoken of.
+All raise ConfigError; `subject` is what is spoken of.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tutti.backends import completion
@@ -40,23 +40,32 @@ def _may_be_ensemble(root: Path, name: str) -> bool:
         return True
 
 
-def whole(what: str, number: object, least: int) -> int:
+def whole(subject: str, number: object, least: int) -> int:
     """A whole number, of at least so much."""
     if isinstance(number, bool) or not isinstance(number, int) or number < least:
-        raise ConfigError(f"{what}: expected a whole number, {least} or more, got {number!r:.100}")
+        raise ConfigError(f"{subject}: expected a whole number, {least} or more, got {number!r:.100}")
     return number
 
 
-def dims(what: str, dims: object) -> tuple[int, ...]:
+def dims(subject: str, dims: object) -> tuple[int, ...]:
     """Sizes of at least 1, or -1 for any."""
     is_list = isinstance(dims, Sequence) and not isinstance(dims, str)
     sizes = list(dims) if isinstance(dims, Sequence) else []
     if not is_list or not all(isinstance(size, int) and (size > 0 or size == -1) for size in sizes):
-        raise ConfigError(f"{what}: expected dims as a list of sizes of at least 1, or -1 for any, got {dims!r:.100}")
+        raise ConfigError(
+            f"{subject}: expected dims as a list of sizes of at least 1, or -1 for any, got {dims!r:.100}"
+        )
     return tuple(sizes)
 
 
-def check_value(what: str, value: object) -> None:
+def check_value(subject: str, value: object) -> None:
     """For a default, as config.pbtxt can have one."""
     if not isinstance(value, bool | int | float | str):
-        raise ConfigError(f"{what}: expected a number, text, True or False, got {value!r:.100}")
+        raise ConfigError(f"{subject}: expected a number, text, True or False, got {value!r:.100}")
+
+
+def check_mappings(subject: str, options: Mapping[str, object]) -> None:
+    """For options that are given by name, or not at all."""
+    for option, value in options.items():
+        if value is not None and not isinstance(value, Mapping):
+            raise ConfigError(f"{subject}: {option}: expected them by name, as {{'NAME': ...}}, got {value!r:.100}")
