@@ -19,7 +19,7 @@ from tutti.ensembles.graph import GraphError
 from tutti.ensembles.places import MistakeAt, Place
 from tutti.ensembles.steps import Step
 from tutti.repository import config
-from tutti.repository.config import ModelConfig
+from tutti.repository.model_config import ModelConfig
 
 
 @dataclass

@@ -11,7 +11,7 @@ from tutti.core.errors import ConfigError
 from tutti.ensembles import arguments, extensions, spelling
 from tutti.ensembles.expressions import Expression, Tensor, Value
 from tutti.ensembles.places import Place
-from tutti.repository.config import ModelConfig
+from tutti.repository.model_config import ModelConfig
 
 
 class Owner(Protocol):
