@@ -61,13 +61,18 @@ def make_parser() -> argparse.ArgumentParser:
         command = commands.add_parser(
             name, help=text, description=description, epilog=examples(*lines), formatter_class=Help
         )
-        one = "the ensemble (default: all)" if name == "check" else "the ensemble"
-        command.add_argument("name", nargs="?" if name == "check" else None, help=one)
+        which = "the ensemble (default: all)" if name == "check" else "the ensemble"
+        command.add_argument("name", nargs="?" if name == "check" else None, help=which)
         _add_repository(command)
         if name == "draw":
             command.add_argument("--output", type=Path, metavar="FILE", help="where to write it (default: NAME.svg)")
     text = "run one request here, and show when each step ran, for how many rows, or why not: tutti explain"
     explain.add_to(commands, "tutti ensemble explain", text)
+    _add_build(commands)
+    return parser
+
+
+def _add_build(commands: Any) -> None:
     build = commands.add_parser(
         "build",
         help="write config.pbtxt from a graph written in Python",
@@ -80,7 +85,6 @@ def make_parser() -> argparse.ArgumentParser:
     build.add_argument(
         "--check", action="store_true", help="fail if config.pbtxt is not what would be written (default: write it)"
     )
-    return parser
 
 
 def _add_repository(command: argparse.ArgumentParser) -> None:

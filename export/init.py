@@ -85,6 +85,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--version", type=whole(1, 10**17), default=1, metavar="N", help="of the model (default: %(default)s)"
     )
+    _add_serving(parser)
+    return parser
+
+
+def _add_serving(parser: argparse.ArgumentParser) -> None:
+    """How it is to be served, and what may be written over."""
     parser.add_argument(
         "--max-batch-size",
         type=whole(0),
@@ -110,7 +116,6 @@ def make_parser() -> argparse.ArgumentParser:
         help="write over a version that is there; its configuration stays where it fits, or is put beside (default: "
         "refuse to)",
     )
-    return parser
 
 
 def _init(options: argparse.Namespace) -> int:

@@ -29,7 +29,7 @@ _EXAMPLES = {
     "saturate": ("tutti loadtest saturate steady --start 100",),
     "compare": (
         "tutti loadtest compare 127.0.0.1:8000 127.0.0.1:9000 steady --rounds 20",
-        "tutti loadtest compare monday tuesday  # of two runs with --output",
+        "tutti loadtest compare ./monday ./tuesday  # of two runs with --output",
     ),
     "replay": ("tutti loadtest replay trace.csv steady --speed 2",),
     "worker": ("tutti loadtest worker --master-host 10.0.0.1",),

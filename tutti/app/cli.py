@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from tutti import __version__
-from tutti.app import commands, serve_options
+from tutti.app import commands, serve_flags, serve_options
 from tutti.app.commands import COMMANDS, need
 from tutti.app.restarts import UNUSABLE
 from tutti.console.arguments import Terse, plain, shown
@@ -77,7 +77,7 @@ def front_ends(options: argparse.Namespace, has_gpu: bool, cores: int) -> int:
     count: int | None = options.front_end_processes
     if count is None:
         is_own = options.supervise or (has_gpu and not options.ray and not _lone(options))
-        return max(1, min(serve_options.MAX_FRONT_ENDS, cores // 4)) if is_own else 0
+        return max(1, min(serve_flags.MAX_FRONT_ENDS, cores // 4)) if is_own else 0
     return count if count > 1 or options.supervise else 0
 
 

@@ -78,23 +78,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="the folder of models (default: %(default)s)",
     )
-    parser.add_argument(
-        "--url", metavar="HOST:PORT", help="ask the server there (default: load the model here, and ask that)"
-    )
-    parser.add_argument(
-        "--header",
-        action="append",
-        default=[],
-        metavar="'NAME: VALUE'",
-        help="with --url, a header, as of an API key (default: none)",
-    )
-    api_keys.add_to(parser)
-    parser.add_argument(
-        "--timeout",
-        type=positive,
-        metavar="SECONDS",
-        help=f"with --url, for each answer (default: {_TIMEOUT_S:g})",
-    )
+    _add_server(parser)
     parser.add_argument("--json", action="store_true", help="as the protocol's parameter has it (default: as text)")
     parser.add_argument(
         "--repeat",
@@ -117,6 +101,27 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         default=3,
         metavar="N",
         help="how many traces are shown (default: %(default)s)",
+    )
+
+
+def _add_server(parser: argparse.ArgumentParser) -> None:
+    """Flags for a server that runs."""
+    parser.add_argument(
+        "--url", metavar="HOST:PORT", help="ask the server there (default: load the model here, and ask that)"
+    )
+    parser.add_argument(
+        "--header",
+        action="append",
+        default=[],
+        metavar="'NAME: VALUE'",
+        help="with --url, a header, as of an API key (default: none)",
+    )
+    api_keys.add_to(parser)
+    parser.add_argument(
+        "--timeout",
+        type=positive,
+        metavar="SECONDS",
+        help=f"with --url, for each answer (default: {_TIMEOUT_S:g})",
     )
 
 
