@@ -7,8 +7,9 @@ import pytest
 
 from tutti.core.types import Call, InferRequest
 from tutti.repository.policies import BatchingPolicy
-from tutti.scheduling.batching import BatchLimit, BatchQueue, Decision, Returns
+from tutti.scheduling.batching import BatchLimit, BatchQueue, Decision
 from tutti.scheduling.cost import Costs, LatencyModel
+from tutti.scheduling.returns import Returns
 
 MS = 1_000_000
 

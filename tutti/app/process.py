@@ -20,7 +20,7 @@ import uvloop
 
 from tutti import ensembles
 from tutti.app import front_end_setup, overview, restarts
-from tutti.app.front_end_server import Server
+from tutti.app.front_end_server import Addresses, Server
 from tutti.app.process_end import Ending, held_by, now
 from tutti.app.reports import Supervised, end_with
 from tutti.console.progress import Pace, Repeats, amount, clock
@@ -73,29 +73,39 @@ async def _serve(options: argparse.Namespace, logs: Logs, supervised: Supervised
             addresses.check_free()
     except OSError as error:
         return _cannot_listen(error)
-    loop = asyncio.get_running_loop()
-    stop, lost = asyncio.Event(), asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, ending.ask, stop)
-    threads = Pool(_THREADS, "server")
+    run = _Run(options, supervised, ending)
+    run.end_watch = await run.in_thread(watch_xid, _told)  # NVML takes a while to begin
+    engine = _engine(options)
+    server = _server(engine, options, logs, addresses)
+    if supervised is not None:
+        supervised.report(task=str(server.write_task(supervised.folder.parent)))
+        logs.listen(partial(_tell_logs, supervised, logs))
+        _tell_logs(supervised, logs)
+    await run.load(engine, server)
+    if options.check or (engine.failures() and options.exit_on_error):
+        ending.begin()
+        await run.in_thread(_hint, options)
+        status = _verdict(engine, options)
+        await run.in_thread(engine.close)
+        await run.in_thread(run.end_watch)
+        return status
+    try:
+        await run.serve(engine, server, addresses)
+    except OSError as error:
+        return _cannot_listen(error)
+    finally:
+        await run.end(engine, server)
+    if left := engine.unfinished():
+        now(1, f"this process ends, though not all has: {'; '.join(left)}")
+    return 0
 
-    def in_thread(do: Callable[..., T], *given: object) -> "asyncio.Future[T]":
-        return loop.run_in_executor(threads, do, *given)
 
-    def failed(device: str, reason: str) -> None:
-        if supervised is not None:
-            supervised.report(failed=f"device {device} has failed: {reason}")
-        with contextlib.suppress(RuntimeError):  # the loop has ended: so does the process
-            loop.call_soon_threadsafe(lost.set)
-
-    health.listen(failed)
-    end_watch = await in_thread(watch_xid, _told)  # NVML takes a while to begin
-    is_explicit = options.model_control_mode == "explicit"
+def _engine(options: argparse.Namespace) -> Engine:
     engine = local.make_engine(
         options.model_repository,
-        local.loop_timer(loop),
+        local.loop_timer(asyncio.get_running_loop()),
         ensembles.load,
-        is_controllable=is_explicit,
+        is_controllable=options.model_control_mode == "explicit",
         cache_bytes=front_end_setup.cache_size(options.cache_config),
         limits=RateLimits(parse_supply(options.rate_limit_resource))
         if options.rate_limit == "execution_count"
@@ -104,65 +114,88 @@ async def _serve(options: argparse.Namespace, logs: Logs, supervised: Supervised
     )
     engine.is_strict = options.strict_readiness
     engine.loads_at_once = options.model_load_thread_count or engine.loads_at_once
+    return engine
+
+
+def _server(engine: Engine, options: argparse.Namespace, logs: Logs, addresses: Addresses) -> Server:
     gpus = GpuMetrics(interval_s=(options.metrics_interval_ms or 1e3 * INTERVAL_S) / 1e3)
     collect, sample = (gpus.collect, gpus.sample) if options.allow_gpu_metrics is not False else (None, None)
-    server = Server(
-        front_end_setup.make_api(engine, options, logs), addresses, collect, sample, options.allow_cpu_metrics
-    )
-    if supervised is not None:
-        supervised.report(task=str(server.write_task(supervised.folder.parent)))
-        logs.listen(partial(_tell_logs, supervised, logs))
-        _tell_logs(supervised, logs)
-    names = (options.load_model or []) if is_explicit and "*" not in (options.load_model or []) else None
-    if options.model_control_mode == "poll":
-        await in_thread(engine.remember)
-    # A model that hangs as it is loaded must not keep the others from being served, unless all must be.
-    patience_s = None if options.exit_on_error else engine.control_timeout_s
-    loading = in_thread(engine.load_all, names, patience_s)
-    telling = asyncio.create_task(_tell_progress(engine))
-    if await _first(_either(loading, stop), lost):
-        await _leave(server)
-    telling.cancel()
-    if stop.is_set() and not loading.done():
-        _log.info("stopping, though models are still being loaded")
-        now(0)
-    if options.check or (engine.failures() and options.exit_on_error):
-        ending.begin()
-        await in_thread(_hint, options)
-        status = _verdict(engine, options)
-        await in_thread(engine.close)
-        await in_thread(end_watch)
-        return status
-    poller: asyncio.Task[None] | None = None
-    try:
+    api = front_end_setup.make_api(engine, options, logs)
+    return Server(api, addresses, collect, sample, options.allow_cpu_metrics)
+
+
+class _Run:
+    """One life of the process: what ends it, and what may hang, which does so in threads of their own."""
+
+    def __init__(self, options: argparse.Namespace, supervised: Supervised | None, ending: Ending) -> None:
+        self._options = options
+        self._supervised = supervised
+        self._ending = ending
+        self._loop = asyncio.get_running_loop()
+        self._stop, self._lost = asyncio.Event(), asyncio.Event()
+        self._threads = Pool(_THREADS, "server")
+        self._poller: asyncio.Task[None] | None = None
+        self.end_watch: Callable[[], None] = lambda: None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._loop.add_signal_handler(number, ending.ask, self._stop)
+        health.listen(self._failed)
+
+    def in_thread(self, do: Callable[..., T], *arguments: object) -> "asyncio.Future[T]":
+        """What it returns, once it has."""
+        return self._loop.run_in_executor(self._threads, do, *arguments)
+
+    def _failed(self, device: str, reason: str) -> None:
+        if self._supervised is not None:
+            self._supervised.report(failed=f"device {device} has failed: {reason}")
+        with contextlib.suppress(RuntimeError):  # the loop has ended: so does the process
+            self._loop.call_soon_threadsafe(self._lost.set)
+
+    async def load(self, engine: Engine, server: Server) -> None:
+        """All that was asked for, telling how far it is. Ends the process where that is stopped, or a device fails."""
+        options = self._options
+        is_explicit = options.model_control_mode == "explicit"
+        names = (options.load_model or []) if is_explicit and "*" not in (options.load_model or []) else None
+        if options.model_control_mode == "poll":
+            await self.in_thread(engine.remember)
+        # A model that hangs as it is loaded must not keep the others from being served, unless all must be.
+        patience_s = None if options.exit_on_error else engine.control_timeout_s
+        loading = self.in_thread(engine.load_all, names, patience_s)
+        telling = asyncio.create_task(_tell_progress(engine))
+        if await _first(_either(loading, self._stop), self._lost):
+            await _leave(server)
+        telling.cancel()
+        if self._stop.is_set() and not loading.done():
+            _log.info("stopping, though models are still being loaded")
+            now(0)
+
+    async def serve(self, engine: Engine, server: Server, addresses: Addresses) -> None:
+        """Until it is to stop, or a device fails. Raises OSError where it cannot listen."""
+        options = self._options
         taken = await server.start()
         garbage.settle()
         _show(engine)
-        in_thread(_hint, options)  # a look at a slow disk, for which nobody waits
+        self.in_thread(_hint, options)  # a look at a slow disk, for which nobody waits
         _log.info("ready: %d models from %s", len(engine.models()), options.model_repository)
         command = overview.example(engine.models(), replace(taken, http_tls=addresses.http_tls).url)
         if command:
             _log.info("try: %s", command)
-        if supervised is not None:
-            supervised.report(ready=True)
+        if self._supervised is not None:
+            self._supervised.report(ready=True)
         if options.model_control_mode == "poll":
-            poller = asyncio.create_task(local.poll_forever(engine, options.repository_poll_secs))
-        if await _first(stop.wait(), lost):
+            self._poller = asyncio.create_task(local.poll_forever(engine, options.repository_poll_secs))
+        if await _first(self._stop.wait(), self._lost):
             await _leave(server)
         _log.info("stopping: open requests may end")
-    except OSError as error:
-        return _cannot_listen(error)
-    finally:
-        ending.begin()  # it may not have been asked to stop
-        if poller is not None:
-            poller.cancel()
+
+    async def end(self, engine: Engine, server: Server) -> None:
+        """Let open requests end, then all else."""
+        self._ending.begin()  # it may not have been asked to stop
+        if self._poller is not None:
+            self._poller.cancel()
         await server.stop()
-        if await _first(in_thread(engine.close), lost):
+        if await _first(self.in_thread(engine.close), self._lost):
             await _leave(server)
-        await in_thread(end_watch)
-    if left := engine.unfinished():
-        now(1, f"this process ends, though not all has: {'; '.join(left)}")
-    return 0
+        await self.in_thread(self.end_watch)
 
 
 def _tell_logs(supervised: Supervised, logs: Logs) -> None:
@@ -245,11 +278,11 @@ async def _first(work: Awaitable[object], lost: asyncio.Event) -> bool:
 
 async def _leave(server: Server) -> None:
     """Let callers have their answers, and end at once: threads that wait for a failed device never end."""
-    what = "; ".join(f"device {device} has failed: {reason}" for device, reason in health.failures().items())
-    _log.error("this process ends, since %s", what)
+    causes = "; ".join(f"device {device} has failed: {reason}" for device, reason in health.failures().items())
+    _log.error("this process ends, since %s", causes)
     try:
         async with asyncio.timeout(2 * LEAVE_S):
-            await server.leave(DeviceLost(f"{what}; the engine's process is started anew, try again later"), LEAVE_S)
+            await server.leave(DeviceLost(f"{causes}; the engine's process is started anew, try again later"), LEAVE_S)
     except Exception:
         _log.exception("callers could not be answered to the last")
     finally:

@@ -13,11 +13,12 @@ from collections.abc import Callable, Sequence
 from tutti.core.errors import Cancelled, DeadlineExceeded, InferError, Unavailable
 from tutti.core.types import Call, Spent, now_ns, settle, settle_all
 from tutti.observing.statistics import ModelStatistics
-from tutti.scheduling.batching import Decision, Returns
+from tutti.scheduling.batching import Decision
 from tutti.scheduling.cost import LatencyModel
 from tutti.scheduling.forecast import Forecast, too_late
 from tutti.scheduling.instances import Instances
 from tutti.scheduling.interface import Instance, Timer, Waiting
+from tutti.scheduling.returns import Returns
 
 _log = logging.getLogger(__name__)
 
