@@ -39,9 +39,12 @@ def changed_inputs(axes: Sequence[Axis], inputs: dict[str, Tensor]) -> dict[str,
 def changed_outputs(axes: Sequence[Axis], outputs: Sequence[Tensor | None]) -> list[Tensor | None]:
     """A step's outputs by the model's names, as the graph goes on with them."""
     by_name = {axis.name: axis for axis in axes}
-    return [by_name[one.name].changed(one) if one is not None and one.name in by_name else one for one in outputs]
+    return [
+        by_name[tensor.name].changed(tensor) if tensor is not None and tensor.name in by_name else tensor
+        for tensor in outputs
+    ]
 
 
-def shapes_fit(expected: Shape, given: Shape) -> bool:
+def shapes_fit(expected: Shape, other: Shape) -> bool:
     """Whether some tensor can have both shapes: -1 is any size."""
-    return len(expected) == len(given) and all(a == b or -1 in (a, b) for a, b in zip(expected, given, strict=True))
+    return len(expected) == len(other) and all(a == b or -1 in (a, b) for a, b in zip(expected, other, strict=True))

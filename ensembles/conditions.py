@@ -266,11 +266,11 @@ class _Parser:
     def _given(self, name: str) -> tuple[Kind, _Evaluate]:
         self._spec(name)
 
-        def given(columns: Columns, rows: int) -> _Values:
+        def is_given(columns: Columns, rows: int) -> _Values:
             column = columns[name]
             return (False if column is None else True if column.valid is None else column.valid), True
 
-        return "truth", given
+        return "truth", is_given
 
     def _function(self, function: Function, name: str) -> tuple[Kind, _Evaluate]:
         kind, _ = self._spec(name)

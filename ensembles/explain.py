@@ -99,13 +99,13 @@ class Explanation:
     def ended(self, entry: dict[str, Any], at_ns: int, times: Sequence[Facts], shed: int) -> None:
         """The step's requests are back; the longest of each stage counts."""
         entry["end_us"] = self._us(at_ns)
-        stages = [one.stages() for one in times]
-        for name in dict.fromkeys(name for own in stages for name in own):
-            entry[name] = max(own.get(name, 0.0) for own in stages)
-        entry["batch_rows"] = max((one.notes.get("batch_rows", 0) for one in times), default=0)
-        slowest = max(times, key=lambda one: sum(one.stages().values()), default=None)
+        stages = [facts.stages() for facts in times]
+        for name in dict.fromkeys(name for stage in stages for name in stage):
+            entry[name] = max(stage.get(name, 0.0) for stage in stages)
+        entry["batch_rows"] = max((facts.notes.get("batch_rows", 0) for facts in times), default=0)
+        slowest = max(times, key=lambda facts: sum(facts.stages().values()), default=None)
         if slowest is not None:
-            entry.update({what: slowest.notes[what] for what in _TOLD if what in slowest.notes})
+            entry.update({note: slowest.notes[note] for note in _TOLD if note in slowest.notes})
         if shed:
             entry["shed_requests"] = shed
 

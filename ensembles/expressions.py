@@ -15,11 +15,11 @@ Value = bool | int | float | str
 _BINDS = "; in Python & | ~ bind closer than comparisons: (a > 1) & (b > 2)"
 
 
-def _refused(what: str, instead: str) -> Any:
+def _refused(subject: str, instead: str) -> Any:
     """A method of what Python offers and conditions do not have."""
 
     def refuse(self: "Expression", *_: object, **__: object) -> Any:
-        raise ConfigError(f"{self!r}: {what} is not known before a request comes; expected {instead}")
+        raise ConfigError(f"{self!r}: {subject} is not known before a request comes; expected {instead}")
 
     return refuse
 
@@ -166,9 +166,9 @@ Operand = Expression | Value
 
 
 def _checked(parts: "Sequence[str | Tensor]") -> Expression:
-    made = Expression(parts)
-    made.kind()
-    return made
+    expression = Expression(parts)
+    expression.kind()
+    return expression
 
 
 class Tensor(Expression):

@@ -69,7 +69,7 @@ def parse(parameters: Mapping[str, str]) -> Extensions:
         elif kind in by_kind and tensor:
             by_kind[kind][tensor] = text
         else:
-            known = ", ".join(f"tutti.{one}.TENSOR" for one in by_kind)
+            known = ", ".join(f"tutti.{kind}.TENSOR" for kind in by_kind)
             why = f"is not known, there are {known}, tutti.exit and tutti.deadline_ms{_meant(key, by_kind)}"
             raise ExtensionError(f"parameters.{key}: {why}")
     for tensor, how in by_kind["gather"].items():

@@ -24,18 +24,18 @@ class Field:
     inside: list["Field"] = field(default_factory=list)
 
     def all(self, name: str) -> Iterator["Field"]:
-        return (one for one in self.inside if one.name == name)
+        return (entry for entry in self.inside if entry.name == name)
 
     def first(self, name: str) -> str:
         """The value of its first field of that name; "" where it has none."""
-        return next((one.value for one in self.all(name)), "")
+        return next((entry.value for entry in self.all(name)), "")
 
 
 def line_of(text: str, path: str) -> int:
     """The line, from 1 on, of what `path` speaks of, as "step 3 'gate' input_map 'x'"; 0 where that is not found."""
     whole = read(text)
-    found = next(_found(whole, path), None)
-    return found.line if found else 0
+    match = next(_found(whole, path), None)
+    return match.line if match else 0
 
 
 def _found(whole: Field, path: str) -> Iterator[Field]:
@@ -43,18 +43,18 @@ def _found(whole: Field, path: str) -> Iterator[Field]:
     steps = [step for graph in whole.all("ensemble_scheduling") for step in graph.all("step")]
     if path.startswith("parameters."):
         key = path.removeprefix("parameters.")
-        yield from (one for one in whole.all("parameters") if one.first("key") == key)
+        yield from (entry for entry in whole.all("parameters") if entry.first("key") == key)
     if match := _STEP.match(path):
         step = steps[int(match[1])] if int(match[1]) < len(steps) else whole
         kind, name = match["kind"] or "", match["name"]
-        yield from (one for one in step.all(kind) if name is not None and one.first("key") == name)
-        keys = {f"{kind}.{one.first('value')}" for one in step.all("output_map")}
-        yield from (one for one in whole.all("parameters") if one.first("key") in keys)
+        yield from (entry for entry in step.all(kind) if name is not None and entry.first("key") == name)
+        keys = {f"{kind}.{entry.first('value')}" for entry in step.all("output_map")}
+        yield from (entry for entry in whole.all("parameters") if entry.first("key") in keys)
         yield step
     if match := _NAMED.match(path):
         kind, name = match.groups()
         named = steps if kind == "step" else whole.all(kind)
-        yield from (one for one in named if one.first("model_name" if kind == "step" else "name") == name)
+        yield from (entry for entry in named if entry.first("model_name" if kind == "step" else "name") == name)
     if path.startswith("ensemble_scheduling"):
         yield from whole.all("ensemble_scheduling")
 
@@ -62,9 +62,9 @@ def _found(whole: Field, path: str) -> Iterator[Field]:
 def read(text: str) -> Field:
     """The fields of a file that parses, in a field without a name."""
     whole = Field("", 0)
-    reader, line, at = _Reader(whole), 1, 0
+    reader, line, position = _Reader(whole), 1, 0
     for match in _TOKEN.finditer(text):
-        line, at = line + text.count("\n", at, match.start()), match.start()
+        line, position = line + text.count("\n", position, match.start()), match.start()
         reader.take(match, line)
     return whole
 

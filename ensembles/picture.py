@@ -174,13 +174,15 @@ def _made(plan: Plan, name: str) -> tuple[str, str, str]:
 
 def _lanes(entries: Sequence[_Entry]) -> dict[str, int]:
     """A lane for each tensor that is read, counted from the boxes: near ones for short ways, none for two at once."""
-    made = {name: row for row, entry in enumerate(entries) for name in entry.names("made")}
-    last = {name: row for row, entry in enumerate(entries) for name in entry.names("read") if name in made}
-    ways = sorted(((row - made[name], made[name], row, name) for name, row in last.items()), key=lambda way: way[:3])
+    made_at = {name: row for row, entry in enumerate(entries) for name in entry.names("made")}
+    last = {name: row for row, entry in enumerate(entries) for name in entry.names("read") if name in made_at}
+    ways = sorted(
+        ((row - made_at[name], made_at[name], row, name) for name, row in last.items()), key=lambda way: way[:3]
+    )
     taken: list[list[tuple[int, int]]] = []
     lanes = {}
     for _, first, end, name in ways:
-        is_free = (all(end < a or b < first for a, b in own) for own in taken)
+        is_free = (all(end < a or b < first for a, b in ways_in_lane) for ways_in_lane in taken)
         lane = next((number for number, free in enumerate(is_free) if free), len(taken))
         if lane == len(taken):
             taken.append([])
@@ -207,14 +209,16 @@ def _box(entry: _Entry, x: float, y: float, width: float) -> Box:
 
 
 def _edges(plan: Plan, boxes: Sequence[Box], lanes: Mapping[str, float], left: float) -> list[Edge]:
-    made = {name: y for box in boxes for (side, name), y in box.ports.items() if side == "made"}
-    colours = {name: _LANES[number % len(_LANES)] for number, name in enumerate(name for name in made if name in lanes)}
+    heights = {name: y for box in boxes for (side, name), y in box.ports.items() if side == "made"}
+    colours = {
+        name: _LANES[number % len(_LANES)] for number, name in enumerate(name for name in heights if name in lanes)
+    }
     return [
         Edge(
             name,
             f"{name} {type_of(plan, name)}",
             colours[name],
-            [(left, made[name]), (lanes[name], made[name]), (lanes[name], y), (left, y)],
+            [(left, heights[name]), (lanes[name], heights[name]), (lanes[name], y), (left, y)],
         )
         for box in boxes
         for (side, name), y in box.ports.items()
@@ -227,9 +231,9 @@ def _wrapped(text: str, kind: str, width: float) -> list[str]:
     lines: list[str] = []
     rest = re.sub(r"\[[^]]*\]", lambda dims: dims[0].replace(" ", "\u00a0"), text)
     while (most := _fitting(rest, kind, width - (_PADDING if lines else 0))) < len(rest):
-        at = next((n for n in range(most, most // 2, -1) if _is_break(rest[n - 1 : n + 1])), most)
-        lines.append(rest[:at].rstrip(" "))
-        rest = rest[at:].lstrip(" ")
+        end = next((n for n in range(most, most // 2, -1) if _is_break(rest[n - 1 : n + 1])), most)
+        lines.append(rest[:end].rstrip(" "))
+        rest = rest[end:].lstrip(" ")
     return [line.replace("\u00a0", " ") for line in (*lines, rest)]
 
 

@@ -32,14 +32,14 @@ class PlacedExecutor:
         place_of: Callable[[Step], Hashable],
         serve: ServeSegment,
     ) -> None:
-        made = cut(plan, place_of)
+        cut_plan = cut(plan, place_of)
         self._plan = plan
         self._infer = infer
-        stands = {step.model_name: step for step in made.plan.steps if step.is_segment}
+        stands = {step.model_name: step for step in cut_plan.plan.steps if step.is_segment}
         self._segments = {
-            name: serve(stands[name], segment, made.places[name]) for name, segment in made.segments.items()
+            name: serve(stands[name], segment, cut_plan.places[name]) for name, segment in cut_plan.segments.items()
         }
-        self._cut = executor_of(made.plan, version, self._dispatch, statistics)
+        self._cut = executor_of(cut_plan.plan, version, self._dispatch, statistics)
         # For requests that ask for some outputs only: a segment would execute what they do not need.
         self._uncut = executor_of(plan, version, infer, statistics)
         self._everything = plan.steps_for(())

@@ -135,16 +135,16 @@ def _types(tensors: GraphTensors, order: Sequence[Step]) -> dict[str, TensorType
     types: dict[str, TensorType] = {}
     for spec in config.inputs:
         default = defaults.get(spec.name)
-        made: Made = "by request" if spec.is_optional and default is None else "always"
-        types[spec.name] = TensorType(spec.datatype, tensors.dims(spec.name), default, made)
+        presence: Made = "by request" if spec.is_optional and default is None else "always"
+        types[spec.name] = TensorType(spec.datatype, tensors.dims(spec.name), default, presence)
     for step in order:
         of_step = _made(step, types)
         gathers = step.gathers or ("",) * len(step.outputs)
         for (_, name), gather in zip(step.outputs, gathers, strict=True):
-            made = "by row" if gather in ("max", "min", "mean") else of_step
-            made = made if defaults.get(name) is None else "always"
+            presence = "by row" if gather in ("max", "min", "mean") else of_step
+            presence = presence if defaults.get(name) is None else "always"
             types[name] = TensorType(
-                tensors.datatypes[name], tensors.dims(name), defaults.get(name), made, name in extra.items
+                tensors.datatypes[name], tensors.dims(name), defaults.get(name), presence, name in extra.items
             )
     for spec in config.outputs:
         if types[spec.name].made == "by row" and config.is_batched:

@@ -28,25 +28,25 @@ def cut(plan: Plan, place_of: Callable[[Step], Hashable]) -> Cut:
     What no output needs is left out.
     """
     plan = plan.part(plan.steps_for(()), plan.outputs)
-    own = {step.index: _rows_of(plan, step) for step in plan.steps}
+    rows_of = {step.index: _rows_of(plan, step) for step in plan.steps}
     keys: dict[int, Hashable] = {}
     for step in plan.steps:
         place = place_of(step)
-        keys[step.index] = step.index if place is None or not _may_join(plan, step) else (place, own[step.index])
-    made: list[Step] = []
+        keys[step.index] = step.index if place is None or not _may_join(plan, step) else (place, rows_of[step.index])
+    steps: list[Step] = []
     segments: dict[str, Plan] = {}
     places: dict[str, Hashable] = {}
     for indices in _groups(plan, keys):
         members = [plan.steps[index] for index in indices]
         joined = _joined(plan, members) if len(members) > 1 else None
         if joined is None:
-            made += members
+            steps += members
             continue
         step, segment = joined
-        made.append(step)
+        steps.append(step)
         segments[step.model_name] = segment
         places[step.model_name] = place_of(members[0])
-    return Cut(_renumbered(plan, made), segments, places)
+    return Cut(_renumbered(plan, steps), segments, places)
 
 
 def _may_join(plan: Plan, step: Step) -> bool:
@@ -56,25 +56,25 @@ def _may_join(plan: Plan, step: Step) -> bool:
 
 def _rows_of(plan: Plan, step: Step) -> frozenset[Hashable]:
     """What decides for which rows a step runs: steps of which this is equal run for the same rows."""
-    found: set[Hashable] = set()
+    conditions: set[Hashable] = set()
     if step.when is not None:
-        found.add(("when", step.when.text))
+        conditions.add(("when", step.when.text))
     if step.unless is not None:
-        found.add("exit")
+        conditions.add("exit")
     for name in step.required:
         if plan.tensors[name].made == "always":
             continue
         if name not in plan.producer:
-            found.add(("given", name))
+            conditions.add(("given", name))
             continue
         before = plan.steps[plan.producer[name]]
-        found |= _rows_of(plan, before)
+        conditions |= _rows_of(plan, before)
         if before.is_optional or before.each is not None:
-            found.add(("made", name))
+            conditions.add(("made", name))
     names = [name for _, name in step.inputs]
     if names and all(plan.tensors[name].made != "always" and name not in step.required for name in names):
-        found.add(("some of", *sorted(names)))  # with none of its inputs it does not run
-    return frozenset(found)
+        conditions.add(("some of", *sorted(names)))  # with none of its inputs it does not run
+    return frozenset(conditions)
 
 
 def _groups(plan: Plan, keys: Mapping[int, Hashable]) -> list[list[int]]:
@@ -84,7 +84,7 @@ def _groups(plan: Plan, keys: Mapping[int, Hashable]) -> list[list[int]]:
     def depth_of(index: int) -> int:
         if index not in depth:
             before = plan.steps[index].needs
-            depth[index] = max((depth_of(one) + (keys[one] != keys[index]) for one in before), default=0)
+            depth[index] = max((depth_of(need) + (keys[need] != keys[index]) for need in before), default=0)
         return depth[index]
 
     root = {step.index: step.index for step in plan.steps}
@@ -128,12 +128,13 @@ def _joined(plan: Plan, members: list[Step]) -> tuple[Step, Plan] | None:
     part = plain.part(indices, outputs)
     required = _unique(name for step in members for name in step.required if name not in inside)
     step = Step(
-        0, f"{plan.name}/{'+'.join(one.model_name for one in members)}/{_digest(part)}", "",
+        0, f"{plan.name}/{'+'.join(member.model_name for member in members)}/{_digest(part)}", "",
         tuple((name, name) for name in inputs), tuple((name, name) for name in outputs), frozenset(), required,
-        max(one.max_rows for one in members), all(one.is_merged for one in members), when, members[0].unless,
+        max(member.max_rows for member in members), all(member.is_merged for member in members), when,
+        members[0].unless,
         is_segment=True,
         dispensable=frozenset(
-            name for one in members for model_name, name in one.outputs if model_name in one.dispensable
+            name for member in members for model_name, name in member.outputs if model_name in member.dispensable
         ),
     )  # fmt: skip
     return step, part
@@ -145,7 +146,7 @@ def _renumbered(plan: Plan, steps: list[Step]) -> Plan:
         replace(step, index=index, needs=frozenset(producer[name] for name in step.read if name in producer))
         for index, step in enumerate(steps)
     ]
-    names = {name for step in numbered for name in (*step.read, *(made for _, made in step.outputs))}
+    names = {name for step in numbered for name in (*step.read, *(output for _, output in step.outputs))}
     tensors = {name: tensor for name, tensor in plan.tensors.items() if name in names or name not in plan.producer}
     return replace(plan, steps=tuple(numbered), producer=producer, tensors=tensors).part(
         range(len(numbered)), plan.outputs

@@ -40,24 +40,24 @@ def table(plan: Plan) -> str:
 
 def notes(plan: Plan, step: Step) -> list[str]:
     """What a step does besides running for every row."""
-    found = []
+    notes = []
     if step.when is not None:
-        found.append(f"when {step.when.text}")
+        notes.append(f"when {step.when.text}")
     if step.unless is not None:
-        found.append(f"unless decided: {step.unless.text}")
+        notes.append(f"unless decided: {step.unless.text}")
     if step.each is not None:
         count = f" ({step.each.count} a row)" if step.each.count else ""
         gathers = zip(step.outputs, step.gathers, strict=True)
         hows = ", ".join(f"{how} of {name}" for name, how in sorted((name, how) for (_, name), how in gathers))
-        found.append(f"for each of {', '.join(step.each.items)}{count}: {hows}")
+        notes.append(f"for each of {', '.join(step.each.items)}{count}: {hows}")
     if step.is_decoupled:
-        found.append("each of its answers goes on by itself")
+        notes.append("each of its answers goes on by itself")
     if step.is_optional:
-        found.append("left out where time is short")
+        notes.append("left out where time is short")
     for name in made_by(step):
         if plan.tensors[name].default is not None:
-            found.append(f"{name} else {value_of(plan.tensors[name].default)}")
-    return found
+            notes.append(f"{name} else {value_of(plan.tensors[name].default)}")
+    return notes
 
 
 def made_by(step: Step) -> list[str]:

@@ -39,25 +39,25 @@ def as_error(error: Exception) -> InferError:
     return error if isinstance(error, InferError) else Internal(f"{type(error).__name__}: {error}")
 
 
-def output_fault(step: Step, given: Sequence[Tensor | None], rows: int) -> InferError | None:
+def output_fault(step: Step, outputs: Sequence[Tensor | None], rows: int) -> InferError | None:
     """Why the graph cannot go on with a step's outputs, which are those it wants."""
     if step.axes_out and rows != 1 and any(axis.is_added for axis in step.axes_out):
         return Internal(f"the model has no batch, and gives one row: the request has {rows}")
-    for tensor in given if step.max_rows else ():
+    for tensor in outputs if step.max_rows else ():
         if tensor is None:
             continue
         if not tensor.shape or tensor.shape[0] != rows:
-            what = f"expected {rows} rows, the model's answer has shape {list(tensor.shape)}"
-            return Internal(f"output '{tensor.name}': {what}")
+            fault = f"expected {rows} rows, the model's answer has shape {list(tensor.shape)}"
+            return Internal(f"output '{tensor.name}': {fault}")
     return None
 
 
 def wanted_outputs(step: Step, answer: InferResponse) -> Sequence[Tensor | None] | InferError:
     """A step's outputs in its order, None for those that the answer may lack, and does; or why they cannot be had."""
-    given = answer.outputs
-    if tuple([tensor.name for tensor in given]) == step.wanted:
-        return given
-    by_name = {tensor.name: tensor for tensor in given}
+    outputs = answer.outputs
+    if tuple([tensor.name for tensor in outputs]) == step.wanted:
+        return outputs
+    by_name = {tensor.name: tensor for tensor in outputs}
     missing = [name for name in step.wanted if name not in by_name and name not in step.dispensable]
     if missing:
         return Internal(f"output '{missing[0]}': the model's answer lacks it")
@@ -84,7 +84,7 @@ class _Program:
             [later for later in plan.steps if later.index in needed and step.index in later.needs]
             for step in plan.steps
         ]
-        readers = {name: [one for one in all_ if one in needed] for name, all_ in plan.readers.items()}
+        readers = {name: [index for index in all_ if index in needed] for name, all_ in plan.readers.items()}
         kept = set(self.asked)
         # After a step, the tensors that nobody else reads; and those of which the last of several readers drops them.
         self.drops = [
@@ -168,7 +168,7 @@ class SoloExecutor:
 
     def _submit(self, ready: _Ready) -> None:
         if len(ready) > 1:  # what has threads of its own first: it executes while others do so in this one
-            ready = sorted(ready, key=lambda one: one[1].is_merged)
+            ready = sorted(ready, key=lambda pair: pair[1].is_merged)
         for solo, step in ready:
             call = solo.call
             if call.is_cancelled or (call.deadline_ns and call.deadline_ns <= now_ns()):
@@ -220,18 +220,18 @@ class SoloExecutor:
             assert answer is not None
             self._fail(solo, step, answer)
             return
-        given = wanted_outputs(step, answer)
-        fault = given if isinstance(given, InferError) else output_fault(step, given, solo.call.rows)
-        if isinstance(given, InferError) or fault is not None:
+        outputs = wanted_outputs(step, answer)
+        fault = outputs if isinstance(outputs, InferError) else output_fault(step, outputs, solo.call.rows)
+        if isinstance(outputs, InferError) or fault is not None:
             assert fault is not None
             self._fail(solo, step, fault)
             return
         if step.axes_out:
-            given = changed_outputs(step.axes_out, given)
+            outputs = changed_outputs(step.axes_out, outputs)
         program, tensors = solo.program, solo.tensors
-        if not solo.is_odd and [tensor and tensor.datatype for tensor in given] != self._datatypes[step.index]:
+        if not solo.is_odd and [tensor and tensor.datatype for tensor in outputs] != self._datatypes[step.index]:
             solo.is_odd = True
-        for (_, name), tensor in zip(step.outputs, given, strict=True):
+        for (_, name), tensor in zip(step.outputs, outputs, strict=True):
             if tensor is not None:
                 tensors[name] = Tensor(name, tensor.datatype, tensor.shape, tensor.data)
         for name in program.drops[step.index]:
@@ -240,8 +240,8 @@ class SoloExecutor:
             self._release(solo, step)
         solo.left -= 1
         if not solo.left:
-            made = [tensors[name] for name in program.asked if name in tensors]
-            solo.call.answer = InferResponse(self._plan.name, self._version, made)
+            answered = [tensors[name] for name in program.asked if name in tensors]
+            solo.call.answer = InferResponse(self._plan.name, self._version, answered)
             solo.is_over = True
             return
         for later in program.followers[step.index]:

@@ -25,16 +25,16 @@ def graph_of(file: Path, root: Path) -> Graph:
     if not callable(build):
         raise ConfigError(f"{file}: {_EXPECTED}, {'there is none' if build is None else f'got {build!r:.40}'}")
     try:
-        made = build(root)
+        graph = build(root)
     except BaseException as error:
         raise _wrong(file, error) from None
-    if not isinstance(made, Graph):
-        raise ConfigError(f"{file}: build returned {made!r:.40}: expected a Graph")
+    if not isinstance(graph, Graph):
+        raise ConfigError(f"{file}: build returned {graph!r:.40}: expected a Graph")
     try:
-        made.config()
+        graph.config()
     except BaseException as error:
         raise _wrong(file, error) from None
-    return made
+    return graph
 
 
 def _module(file: Path) -> Any:

@@ -43,18 +43,18 @@ def stages(plan: Plan) -> Stage:
 
 def _stage(plan: Plan, wanted: Sequence[str], then: Stage | None, step: Step | None = None) -> Stage:
     """The stage that makes `wanted` and ends with `step`, with those before it."""
-    own: set[int] = set()
+    indices: set[int] = set()
     before: Step | None = None
     waiting = [plan.producer[name] for name in wanted if name in plan.producer]
     while waiting:
         index = waiting.pop()
         if plan.steps[index].is_decoupled:
             before = plan.steps[index]
-        elif index not in own:
-            own.add(index)
+        elif index not in indices:
+            indices.add(index)
             waiting.extend(plan.steps[index].needs)
-    made = [name for name in dict.fromkeys(wanted) if plan.producer.get(name) in own]
-    stage = Stage(plan.part(own, made) if own else None, step, then)
+    made_here = [name for name in dict.fromkeys(wanted) if plan.producer.get(name) in indices]
+    stage = Stage(plan.part(indices, made_here) if indices else None, step, then)
     return stage if before is None else _stage(plan, before.read, stage, before)
 
 
@@ -172,8 +172,10 @@ class _Run(Sink):
         step, outer = stage.step, self.outer.request
         if step is None:
             names = [name for name in self._plan.outputs if not outer.outputs or name in outer.outputs]
-            made = [Tensor(name, t.datatype, t.shape, t.data) for name in names if (t := tensors.get(name)) is not None]
-            self._put(place, InferResponse(self._plan.name, self._executor.version, made, parameters), is_end=True)
+            outputs = [
+                Tensor(name, t.datatype, t.shape, t.data) for name in names if (t := tensors.get(name)) is not None
+            ]
+            self._put(place, InferResponse(self._plan.name, self._executor.version, outputs, parameters), is_end=True)
             return
         inputs = {}
         for model_name, name in step.inputs:
@@ -217,32 +219,32 @@ class _Run(Sink):
         assert step is not None
         assert then is not None
         try:
-            given = changed_outputs(step.axes_out, response.outputs) if step.axes_out else response.outputs
+            outputs = changed_outputs(step.axes_out, response.outputs) if step.axes_out else response.outputs
         except Exception as error:
             self._put(place, self._told(step, as_error(error)), is_end=False)
             return
-        by_name = {tensor.name: tensor for tensor in given if tensor is not None}
-        own = _Place()
-        if not self._enter(step, place, own):
+        by_name = {tensor.name: tensor for tensor in outputs if tensor is not None}
+        place_of_answer = _Place()
+        if not self._enter(step, place, place_of_answer):
             return
         tensors = {name: by_name[model_name] for model_name, name in step.outputs if model_name in by_name}
         missing = [name for name in step.wanted if name not in by_name and name not in step.dispensable]
         if missing:
-            what = Internal(f"output '{missing[0]}': the model's answer lacks it")
-            self._put(own, self._told(step, what), is_end=True)
+            lacking = Internal(f"output '{missing[0]}': the model's answer lacks it")
+            self._put(place_of_answer, self._told(step, lacking), is_end=True)
             return
         for name, tensor in tensors.items():
             tensors[name] = Tensor(name, tensor.datatype, tensor.shape, tensor.data)
-        self._begin(then, tensors, own)
+        self._begin(then, tensors, place_of_answer)
 
-    def _enter(self, step: Step, place: _Place, own: _Place) -> bool:
+    def _enter(self, step: Step, place: _Place, place_of_answer: _Place) -> bool:
         with self._changed:
             # Counted by request of the step: answers leave in order, and those of one must not wait for another's.
             while step.max_inflight and len(place.waiting) >= step.max_inflight and not self._is_done():
                 self._changed.wait(_LOOK_EVERY_S)
             if self._is_done():
                 return False
-            place.waiting.append(own)
+            place.waiting.append(place_of_answer)
         return True
 
     def _is_done(self) -> bool:

@@ -140,7 +140,7 @@ class Segments:
         self._control = control
         self._router = router
         self._timer = timer
-        self._made: dict[str, Fallback] = {}
+        self._ways: dict[str, Fallback] = {}
 
     def serve(self, step: graph.Step, segment: graph.Plan, pools: Any) -> Infer:
         """A way to the segment of a step; `pools` are the names of those that execute it."""
@@ -158,14 +158,14 @@ class Segments:
             )  # fmt: skip
 
         self._control.load_segment(name, segment, pools)
-        self._made[name] = way = Fallback(self._config, self._router.of(pools), hop)
+        self._ways[name] = way = Fallback(self._config, self._router.of(pools), hop)
         return Arriving(way, segment.is_batched)
 
     def are_ready(self) -> bool:
-        return all(has_model(name, way.pools) for name, way in self._made.items())
+        return all(has_model(name, way.pools) for name, way in self._ways.items())
 
     def close(self) -> None:
-        for way in self._made.values():
+        for way in self._ways.values():
             way.close()
 
 
