@@ -36,7 +36,7 @@ def check_name(name: object, root: Path) -> None:
 def _may_be_ensemble(root: Path, name: str) -> bool:
     try:
         return completion.open_model(root, name).config.is_ensemble
-    except ConfigError:  # it may have been one, and is mended now
+    except ConfigError:  # it may be an ensemble whose mistake is being corrected
         return True
 
 

@@ -28,7 +28,7 @@ from tutti.scheduling.cost import Costs
 _log = logging.getLogger(__name__)
 
 SHED_PARAMETER = "tutti_shed"
-# How long a frame goes on before one looks again whether its callers still wait.
+# A frame checks at most this often whether its callers still wait.
 _LOOK_EVERY_NS = 500_000
 
 
@@ -84,7 +84,7 @@ class EnsembleExecutor:
                     piece.frame.times.add(piece.step.model_name, call.times, call.arrived_ns)
                 try:
                     self._take_back(piece, call.answer, outcome)
-                except Exception as error:  # as outputs that do not fit together
+                except Exception as error:  # for example outputs that do not fit together
                     self._end_all(piece.frame, piece.step, error, outcome)
         self._go_on(outcome)
 
@@ -137,13 +137,13 @@ class EnsembleExecutor:
             with frame.lock:
                 try:
                     begun = self._prepare(frame, step, outcome)
-                except Exception as error:  # as text that is none
+                except Exception as error:  # for example a BYTES tensor that is not well formed
                     self._end_all(frame, step, error, outcome)
             if begun and step.index in calls:
                 calls[step.index] += begun
             elif begun:
                 calls[step.index] = begun
-        # What has threads of its own first: it executes while others do so in this one.
+        # Steps whose models have threads of their own go first: they execute while this thread executes the others.
         order = calls if len(calls) <= 1 else sorted(calls, key=lambda index: self._plan.steps[index].is_merged)
         for index in order:
             self._infer(calls[index])
@@ -264,7 +264,7 @@ class EnsembleExecutor:
         elif len(group.calls) == 1 or is_refusal:
             for index in group.calls:
                 self._end(frame, index, step, error, outcome)
-        elif group in run.groups:  # one of them may be to blame: the others are not to pay for it
+        elif group in run.groups:  # one call may be to blame: each is sent again alone, so that the others succeed
             run.groups.remove(group)
             now = now_ns()
             for index in group.calls:
@@ -331,7 +331,7 @@ class EnsembleExecutor:
 
     def _end(self, frame: RunningFrame, index: int, step: Step, error: InferError, outcome: Outcome) -> None:
         if not frame.is_over[index]:
-            if not step.is_segment:  # which has said so itself
+            if not step.is_segment:  # the errors of a segment name the ensemble already
                 error = in_ensemble(self._plan.name, step, error)
             frame.end(index, error)
             run = frame.runs.get(step.index)

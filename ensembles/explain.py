@@ -11,7 +11,7 @@ import orjson
 from tutti.core.types import Call, InferResponse, Spent, Times, now_ns
 from tutti.observing.explanations import AT_REPLICA, PARAMETER, Explained, Facts, told_in, us
 
-# What a step's model notes that is of use to people; of several requests, as the slowest had it.
+# Notes of a step's model that are shown to people; those of the slowest request, where there are several.
 _TOLD = (
     "batch_requests", "instance", "device", "pool", "replica", "cache", "waiting_requests", "busy_instances",
     "instances", "steps", AT_REPLICA,
@@ -28,7 +28,7 @@ class StepsTimes:
 
     def __init__(self) -> None:
         self._each: list[tuple[str, Times, int]] = []
-        # What was told last, and of how many it was made: all requests of a frame ask for the same.
+        # The last answer, and how many steps it covered: all requests of a frame ask for the same one.
         self._known: tuple[int, Spent] = _NOTHING
 
     def add(self, step: str, times: Times, arrived_ns: int) -> None:
@@ -38,7 +38,7 @@ class StepsTimes:
     def spent(self, arrived_ns: int) -> Spent:
         """Where the time of a request to the graph went. What ran beside each other is added up."""
         count, known = self._known
-        if count != len(self._each):  # both at once: steps may be added, and others ask, meanwhile
+        if count != len(self._each):  # set both at once: other threads add steps and ask meanwhile
             count = len(self._each)
             known = self._sum(count)
             self._known = count, known

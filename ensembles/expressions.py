@@ -35,7 +35,7 @@ class Expression:
     Raises ConfigError where an operation does not fit what it takes.
     """
 
-    # numpy's numbers leave comparisons with an expression to it.
+    # Makes numpy's numbers leave the comparison with an expression to the expression.
     __array_ufunc__ = None
 
     def __init__(self, parts: "Sequence[str | Tensor]") -> None:

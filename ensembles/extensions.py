@@ -65,7 +65,7 @@ def parse(parameters: Mapping[str, str]) -> Extensions:
                 raise ExtensionError(f"parameters.{key}: expected a whole number of milliseconds, got '{text}'")
             deadline_ns = int(text) * 1_000_000
         elif key in ("tutti.fallback", "tutti.max_dims"):
-            continue  # where it may run, and what it takes: not how
+            continue  # about where it may run and what it takes: read elsewhere
         elif kind in by_kind and tensor:
             by_kind[kind][tensor] = text
         else:

@@ -27,7 +27,7 @@ class Frame(CallRows):
         self.everyone = tuple(range(len(calls)))
         self.open = len(calls)
         self.is_over = [False] * len(calls)
-        # Rows of calls that are over.
+        # A mask of the rows whose calls are over.
         self.gone: Array | None = None
         self._decided: Array | None = None
         self.columns: dict[str, Column] = {}

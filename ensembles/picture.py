@@ -17,20 +17,20 @@ from tutti.ensembles.show import made_by, notes, read_by, type_of, value_of, wav
 WIDTH = 392
 _MARGIN, _PADDING, _LINE, _GAP = 8, 8, 17, 12
 _SIZE = 12
-# Between the last lane and the boxes: for a corner and an arrow.
+# Room between the last lane and the boxes, for a corner and an arrow.
 _BESIDE = 16
-# Of lanes: where there are few, and where there are many; then the picture gets wider.
+# The width of a lane: where there are few, and where there are many. With many the picture gets wider.
 _PITCH, _LEAST_PITCH = 9, 3
 _LEAST_BOX = 190
 # Sheets behind a step that runs for each item.
 _SHEETS = (6, 3)
-# Of letters, as parts of the size of the type: no usual font without serifs is wider.
+# Widths of letters as parts of the font size: no common sans-serif font is wider.
 _NARROW, _PLAIN, _CAPITAL, _BROAD = 0.42, 0.66, 0.79, 1.04
 _BOLD = 1.12
 
 # Fill and stroke of boxes.
 _BOXES = {"input": ("#e8f1fb", "#3b74b4"), "step": ("#ffffff", "#59636e")}
-# Of text.
+# Colours of text.
 _INK = {"title": "#1c2733", "read": "#4a5560", "note": "#7a5200", "made": "#4a5560", "output": "#1d6b33"}
 _LANES = ("#2364aa", "#b06c00", "#2e7d32", "#6a4c93", "#00798c", "#a3453a", "#6d7b00", "#8d4f7e")
 
@@ -83,7 +83,7 @@ class Picture:
     height: float
     boxes: Sequence[Box]
     edges: Sequence[Edge]
-    # Beside boxes: which waves they are in.
+    # Text beside the boxes: their waves.
     headings: Sequence[Text]
 
 

@@ -40,7 +40,7 @@ class PlacedExecutor:
             name: serve(stands[name], segment, cut_plan.places[name]) for name, segment in cut_plan.segments.items()
         }
         self._cut = executor_of(cut_plan.plan, version, self._dispatch, statistics)
-        # For requests that ask for some outputs only: a segment would execute what they do not need.
+        # Takes requests that ask for some outputs only: a segment would also execute steps that they do not need.
         self._uncut = executor_of(plan, version, infer, statistics)
         self._everything = plan.steps_for(())
 

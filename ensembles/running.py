@@ -37,7 +37,7 @@ class StepRun:
     def __init__(self, groups: list[Group], mask: Array | None) -> None:
         self.groups = groups
         self.mask = mask
-        # Calls that have not come back.
+        # How many calls have not come back.
         self.left = 0
         self.shed = 0
         self.entry: dict[str, Any] | None = None
@@ -58,10 +58,10 @@ class RunningFrame(Frame):
         self.runs: dict[int, StepRun] = {}
         self.has_deadlines = max([call.deadline_ns for call in calls]) > 0
         self.looked_ns = 0
-        # Of each call the models that were left out.
+        # For each call, the models that were left out.
         self.shed: dict[int, list[str]] = {}
         self.explanation: Explanation | None = None
-        # Of the steps that have been executed.
+        # What is known of the steps that have been executed.
         self.times = StepsTimes()
 
 

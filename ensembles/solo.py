@@ -86,7 +86,7 @@ class _Program:
         ]
         readers = {name: [index for index in all_ if index in needed] for name, all_ in plan.readers.items()}
         kept = set(self.asked)
-        # After a step, the tensors that nobody else reads; and those of which the last of several readers drops them.
+        # Tensors that are dropped after a step, its only reader; and those that the last of several readers drops.
         self.drops = [
             [name for name in step.read if name not in kept and len(readers[name]) == 1] for step in plan.steps
         ]
@@ -107,7 +107,7 @@ class _Solo:
         self.shared = program.shared.copy() if program.shared else None
         self.left = program.count
         self.is_over = False
-        # A step has given other outputs, or other datatypes, than it is configured to.
+        # Whether a step's outputs had other names or datatypes than its configuration says.
         self.is_odd = False
         self.lock = threading.Lock()
 
@@ -130,7 +130,7 @@ class SoloExecutor:
             plan.tensors[name].made == "always" for step in plan.steps for name in step.read
         )
         self._datatypes = [[plan.tensors[name].datatype for _, name in step.outputs] for step in plan.steps]
-        # Of each step, part of its requests' signatures.
+        # For each step, a part of its requests' signatures.
         self._marks = [object() for _ in plan.steps]
 
     def takes(self, call: Call) -> bool:
@@ -157,7 +157,7 @@ class SoloExecutor:
                         solo.times.add(step.model_name, call.times, call.arrived_ns)
                     try:
                         self._take_back(solo, step, call.answer, ready)
-                    except Exception as error:  # as what is on a device that has failed
+                    except Exception as error:  # for example a tensor on a device that has failed
                         self._fail(solo, step, as_error(error))
                     if solo.is_over:
                         ended.append(solo.call)
@@ -167,7 +167,7 @@ class SoloExecutor:
             self._end(ended)
 
     def _submit(self, ready: _Ready) -> None:
-        if len(ready) > 1:  # what has threads of its own first: it executes while others do so in this one
+        if len(ready) > 1:  # models with threads first: they execute while this thread executes the others
             ready = sorted(ready, key=lambda pair: pair[1].is_merged)
         for solo, step in ready:
             call = solo.call
@@ -258,7 +258,7 @@ class SoloExecutor:
                     solo.tensors.pop(name, None)
 
     def _fail(self, solo: _Solo, step: Step, error: InferError) -> None:
-        if not step.is_segment:  # which has said so itself
+        if not step.is_segment:  # the errors of a segment name the ensemble already
             error = in_ensemble(self._plan.name, step, error)
         solo.call.answer = error
         solo.is_over = True

@@ -44,7 +44,7 @@ def _module(file: Path) -> Any:
         raise ConfigError(f"{file}: expected a Python file, got {got}{f'; did you mean {meant!r}?' if meant else ''}")
     module = types.ModuleType(f"tutti_graph_{file.stem}")
     module.__file__ = str(file.absolute())
-    try:  # it leaves no compiled file beside it, as an import would
+    try:  # unlike an import this leaves no compiled file beside it
         exec(compile(files.read_bytes(file, files.MAX_TEXT_BYTES), file.absolute(), "exec"), vars(module))
     except BaseException as error:
         raise _wrong(file, error) from None

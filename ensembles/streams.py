@@ -161,7 +161,7 @@ class _Run(Sink):
         outer = self.outer.request
         inputs = {name: tensors[name] for name in part.tensors if name in tensors}
         asked = () if stage.step is not None else tuple(name for name in outer.outputs if name in part.outputs)
-        if not asked and stage.step is None and outer.outputs:  # none of what it makes
+        if not asked and stage.step is None and outer.outputs:  # no output of the last stage is asked for
             self._go_on(stage, tensors, place, {})
             return
         request = InferRequest(part.name, inputs, "", outer.id, asked, outer.parameters)
@@ -185,10 +185,10 @@ class _Run(Sink):
         if step.axes_in:
             try:
                 inputs = changed_inputs(step.axes_in, inputs)
-            except Exception as error:  # as what is on a device that has failed
+            except Exception as error:  # for example a tensor on a device that has failed
                 self._put(place, self._told(step, as_error(error)), is_end=True)
                 return
-        if any(name not in tensors for name in step.required):  # of an optional input, which is not there
+        if any(name not in tensors for name in step.required):  # a missing optional input: the step does not run
             self._put(place, None, is_end=True)
             return
         request = InferRequest(step.model_name, inputs, step.version, outer.id, step.wanted, outer.parameters)
@@ -239,7 +239,7 @@ class _Run(Sink):
 
     def _enter(self, step: Step, place: _Place, place_of_answer: _Place) -> bool:
         with self._changed:
-            # Counted by request of the step: answers leave in order, and those of one must not wait for another's.
+            # Counted for each request of the step: answers leave in order, and one request must not wait for another.
             while step.max_inflight and len(place.waiting) >= step.max_inflight and not self._is_done():
                 self._changed.wait(_LOOK_EVERY_S)
             if self._is_done():

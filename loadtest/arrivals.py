@@ -18,7 +18,7 @@ from tutti.loadtest.errors import ScenarioError
 from tutti.loadtest.scenario import Arrivals, Scenario, Stage
 
 Floats = npt.NDArray[np.float64]
-# What is more, or longer, is taken for a slip: of a rate, or of a trace in milliseconds.
+# A run with more requests, or a longer one, is refused as a slip: a mistyped rate, or a trace in milliseconds.
 MOST_REQUESTS = 20_000_000
 LONGEST_S = 31 * 86_400.0
 
@@ -81,7 +81,7 @@ def of_stage(stage: Stage, how: Arrivals, rng: np.random.Generator) -> Floats:
 
 
 def schedule(scenario: Scenario, payloads: Sequence[float]) -> Schedule:
-    """The whole run; `payloads` are weights of what may be sent. Raises ScenarioError for a trace that is none."""
+    """The whole run; `payloads` are weights of what may be sent. Raises ScenarioError for an unreadable trace."""
     rng = np.random.default_rng(scenario.seed)
     trace = None if scenario.arrivals.trace is None else read_trace(scenario.folder / scenario.arrivals.trace)
     if isinstance(trace, np.ndarray):
@@ -175,12 +175,12 @@ def _from_csv(path: Path) -> Floats | list[Stage]:
 
 
 def _heading(row: Sequence[str]) -> list[str] | None:
-    """Names of columns, where the first line is none of numbers."""
+    """The columns' names; None where the first line has numbers already."""
     return None if _is_number(row[0]) else [name.strip().lower() for name in row]
 
 
 def _columns(path: Path, heading: list[str] | None, first: Sequence[str]) -> list[int]:
-    """Where the second is, and the rate, if there is one."""
+    """The index of the column of seconds, and that of the rates, if there is one."""
     if heading is None:
         if len(first) > 2:
             raise ScenarioError(f"{path}:1: {_KINDS}; got {len(first)} columns without a heading")
@@ -206,7 +206,7 @@ def _is_number(text: str) -> bool:
 
 
 def _stretches(path: Path, rows: Sequence[tuple[int, Sequence[float]]]) -> list[Stage]:
-    """From each line's second to the next line's; the last line's rate is that of no time."""
+    """From each line's second to the next line's; the last line only ends the one before it."""
     stages: list[Stage] = []
     for (_, (second, rate)), (number, (until, _)) in itertools.pairwise(rows):
         if until <= second or rate < 0:

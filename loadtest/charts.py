@@ -17,11 +17,11 @@ _GOAL = "#3c4650"
 _COLOURS = ("#2364aa", "#b06c00", "#2e7d32", "#6a4c93", "#00798c", "#8d6e63")
 _WIDTH, _HEIGHT = 400, 240
 _RIGHT, _TOP, _BOTTOM = 372, 22, 196
-# Of the widest usual type, a digit.
+# The width of a digit in the widest usual typeface.
 _DIGIT = 7.7
-# So many marks on an axis, about.
+# About how many marks an axis has.
 _MARKS = 6
-# From this ratio on, an axis that may be logarithmic is.
+# An axis that may be logarithmic becomes so where its highest value is this many times its lowest.
 _WIDE = 5.0
 
 

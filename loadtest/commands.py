@@ -36,11 +36,11 @@ from tutti.loadtest.scenario import load as load_scenario
 from tutti.loadtest.search import PROBE_REQUESTS
 from tutti.loadtest.slo import Verdict
 
-# Of a probe, beside its seconds: the generator's start and end.
+# Seconds that a probe takes beside its load: the generator starts and ends.
 _AROUND_S = 3.0
-# Each shows a key: a server looks at one of them only.
+# Headers that carry a key. A server looks at one of them only, so a new key replaces both.
 _KEY_HEADERS = ("authorization", "x-api-key")
-# What machines read of each command.
+# The file with each command's result as JSON.
 _JSON = {"run": "report.json", "replay": "report.json", "saturate": "saturate.json", "compare": "compare.json"}
 
 
@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
         "run": _run, "saturate": _saturate, "compare": _compare, "replay": _replay, "worker": _worker,
     }  # fmt: skip
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a name that the terminal cannot show ends no run
+        if hasattr(stream, "reconfigure"):  # letters that the terminal cannot show must not end a run
             stream.reconfigure(errors="backslashreplace")
     try:
         return commands[options.command](options)
@@ -81,14 +81,14 @@ def _load(options: argparse.Namespace, **changes: Any) -> Scenario:
         changes["slo"] = {"p99_ms": options.p99_ms}
     scenario = load_scenario(names.scenario(options.scenario), {**changes, **({"target": target} if target else {})})
     scenario = _with_key(scenario, options.api_key_file)
-    length_s(scenario)  # a trace that is none
+    length_s(scenario)  # refuses a trace that cannot be read
     if options.output is not None:
         _make_folder(options.output)
     return scenario
 
 
 def _with_key(scenario: Scenario, path: Path | None) -> Scenario:
-    """The key of a file stands for the one that the scenario shows. Raises ScenarioError."""
+    """The scenario with the file's key in place of its own. Raises ScenarioError."""
     if path is None:
         return scenario
     try:
@@ -100,7 +100,7 @@ def _with_key(scenario: Scenario, path: Path | None) -> Scenario:
 
 
 def _leave_unusable(options: argparse.Namespace, why: str) -> None:
-    """Of what cannot be run a page as well, where the folder can be written to."""
+    """Write a page that says why nothing was run, where the folder can be written to."""
     output = getattr(options, "output", None)
     if output is None:
         return
@@ -138,14 +138,14 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _at_one_rate(scenario: Scenario, options: argparse.Namespace) -> Scenario:
-    """That of the flags, and of the first stage what they leave out. Raises ScenarioError for a trace without both."""
+    """The scenario at the flags' rate and seconds, or its first stage's. Raises ScenarioError: a trace needs both."""
     if not scenario.stages and None in (options.rate, options.seconds):
         raise ScenarioError("expected both --rate and --seconds: the scenario has a trace, and no stages")
     first = scenario.stages[0] if scenario.stages else Stage(seconds=options.seconds, rate=options.rate)
     stage = Stage(seconds=options.seconds or first.seconds, rate=options.rate or first.rate)
     arrivals = scenario.arrivals.model_copy(update={"trace": None})
     changed = scenario.model_copy(update={"stages": [stage], "arrivals": arrivals})
-    length_s(changed)  # too many requests
+    length_s(changed)  # refuses too many requests
     return changed
 
 
@@ -196,7 +196,7 @@ def _shown(progress: Progress, before: str = "", more_s: Callable[[], float | No
         if not left_s and not more:
             progress.show(f"{before}{text}, and the last are waited for")
             return
-        # Of one run the schedule tells what is left; of a search, what its other probes may take.
+        # For one run the schedule tells how much is left; a search adds what its other probes may take.
         all_of_it = f"{amount(left_s + more)} left" if more else f"{clock(left_s)} left"
         after = all_of_it if more is not None else f"{clock(left_s)} left of this one"
         progress.show(f"{before}{text}, {after}")
@@ -242,7 +242,7 @@ def _written_at(path: Path) -> str:
 
 @dataclasses.dataclass(slots=True)
 class _Search:
-    """Probes of one search, told as they come."""
+    """The probes of one search, each printed when it is over."""
 
     scenario: Scenario
     options: argparse.Namespace
@@ -254,7 +254,7 @@ class _Search:
     broken: str = ""
 
     def probe(self, rate: float, times: float) -> Verdict:
-        """Long enough to be certain of a hundredth; what is rarer would take too long at each rate."""
+        """Run at one rate, long enough to be certain of errors of 1%: rarer ones would take too long at each rate."""
         stages = [Stage(seconds=times * self._seconds(rate), rate=rate)]
         slo = self.scenario.slo
         goal = slo.model_copy(update={"min_goodput": 0.0, "error_rate": max(0.01, slo.error_rate)})
@@ -310,7 +310,7 @@ class _Search:
 
 
 def _say(verdict: Verdict, reasons: Sequence[str]) -> None:
-    """The verdict, and why; of what says nothing where errors go."""
+    """Print the verdict and its reasons: an INVALID one to stderr, since it says nothing of the server."""
     stream = sys.stderr if verdict is Verdict.INVALID else sys.stdout
     print("\n".join([verdict.name, *(f"  {reason}" for reason in reasons)]), file=stream)
 
@@ -368,7 +368,7 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _compare_runs(options: argparse.Namespace) -> int:
-    """Two runs that are over, by what they have left. Raises RunError where that is not enough."""
+    """Compare two finished runs by the files they left. Raises RunError where these are not enough."""
     if options.output is not None:
         raise ScenarioError("--output: of runs that are over nothing is written: the figures are printed")
     comparison = of_runs(options.a, options.b)

@@ -13,7 +13,7 @@ from tutti.loadtest.runner import Result, medians_by_address
 from tutti.loadtest.scenario import Scenario
 from tutti.loadtest.slo import Verdict
 
-# Parts that a run is cut into: each has a median.
+# How many parts a finished run is cut into; each part has a median.
 _PARTS = 10
 
 
@@ -100,7 +100,7 @@ def _why(error: Exception) -> str:
 
 
 def _decision(difference: search.Difference) -> str:
-    """No more than what was shown: a wide interval hides differences within it."""
+    """What was shown, and no more: a wide interval hides differences within it."""
     if difference.is_different:
         return "different"
     return f"no difference shown, between {difference.low - 1:+.1%} and {difference.high - 1:+.1%}"

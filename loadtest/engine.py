@@ -35,11 +35,11 @@ from tutti.loadtest.shared import Region
 from tutti.loadtest.timers import Alarm
 
 _PROGRESS_S = 0.5
-# So many that are due together are sent before answers are looked at again.
+# Of requests that are due together, this many are sent before answers are looked at again.
 _BURST = 32
-# When so many at the beginning have all failed alike, the others would, too.
+# When this many at the beginning have all failed alike, the run is ended: the others would fail, too.
 _FIRST = 20
-# For a model's inputs, which all workers ask for at once.
+# Seconds to wait for a model's metadata: all workers ask for it at once.
 _METADATA_S = 10.0
 
 
@@ -154,7 +154,7 @@ class Shard:
         last_cpu, last_s, last_errors = time.process_time(), time.perf_counter(), Counter[str]()
         while True:
             await asyncio.sleep(_PROGRESS_S)
-            # Being awake for punctuality is no work that could not be left.
+            # Time spent awake only to be punctual is not load: a busy generator could do without it.
             now, cpu = time.perf_counter(), time.process_time() - alarm.awake_s
             self._client.expire(now)
             share = max(0.0, cpu - last_cpu) / max(1e-9, now - last_s)
@@ -181,7 +181,7 @@ class Shard:
         has_error = np.zeros(len(self.schedule), bool)
         has_error[list(self.error_of)] = True
         is_done, goal_ms = np.isfinite(self.done), self.scenario.slo.p99_ms
-        # A run that was ended tells of what was answered, while warming up as well; the rest is nobody's fault.
+        # A run that was ended early counts what was answered, warm-up included: the rest tells nothing.
         counts = is_done if self.stopped else np.ones(len(self.schedule), bool)
         stages = np.maximum(self.schedule.stages, 0) if self.stopped else self.schedule.stages
         by_stage: dict[str, Any] = {}
@@ -193,7 +193,7 @@ class Shard:
             by_stage[str(stage)] = {
                 "requests": int(mine.sum()),
                 "errors": int((mine & is_done & has_error).sum()),
-                # What has no answer at all was slow, and wrong, and lost.
+                # They never got an answer: the goal counts them as errors.
                 "lost": int((mine & ~is_done).sum()),
                 "late": int((mine & late).sum()),
                 "unsent": int((mine & np.isnan(self.sent)).sum()),
@@ -289,7 +289,7 @@ def main() -> int:
     document = json.loads(Path(sys.argv[1]).read_text())
     document["scenario"]["target"]["headers"] = json.loads(sys.stdin.readline())
     scenario = Scenario(**document["scenario"])
-    # A descriptor for each connection.
+    # Each connection takes a file descriptor, and the soft limit is low.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard if hard != resource.RLIM_INFINITY else max(soft, 65_536), hard))
     job = Job(scenario, document["shard"], document["shards"], Path(document["raw"]))

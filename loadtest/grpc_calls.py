@@ -23,7 +23,7 @@ SERVICE = b"/inference.GRPCInferenceService/"
 
 @dataclass(slots=True, eq=False)
 class Call:
-    """A request that has no answer yet; where it is, once it was sent."""
+    """A request that has no answer yet. `connection` and `stream` say where it was sent; None and 0 before."""
 
     number: int
     payload: int
@@ -36,7 +36,7 @@ class CallPool:
     """Calls over connections that are opened as they are needed; the addresses take turns, request by request."""
 
     METHOD = b""
-    # Where each connection to an address has so many calls, another is opened.
+    # Another connection is opened when each one to an address has this many calls.
     CROWDED = 64
 
     def __init__(self, target: Target, messages: Sequence[Message], done: Done, timeout_s: float) -> None:
@@ -54,7 +54,7 @@ class CallPool:
         self._pools: list[list[http2.Connection]] = [[] for _ in self._hosts]
         self._most = target.connections
         self._opening: dict[int, asyncio.Task[None]] = {}
-        # All, the oldest first; those of them that no connection has room for, by address.
+        # All calls without an answer, the oldest first; and those that wait for room on a connection, by address.
         self._calls: dict[int, Call] = {}
         self._waiting: list[deque[Call]] = [deque() for _ in self._hosts]
         # (connection, stream, bytes) of the request that is sent next.
@@ -66,16 +66,16 @@ class CallPool:
         return []
 
     def _opened(self, connection: http2.Connection) -> None:
-        """It may be used now."""
+        """A new connection may be used from now on."""
 
     def _received(self, key: Any, data: bytes, done_s: float) -> None:
-        """Of an answer's messages."""
+        """A part of an answer's messages has come."""
 
     def _ended(self, key: Any, status: str, message: str, done_s: float) -> None:
         raise NotImplementedError
 
     def _load(self, connection: http2.Connection) -> int:
-        """Requests that it has."""
+        """How many requests are in flight on it."""
         raise NotImplementedError
 
     def _fits(self, connection: http2.Connection, payload: int) -> bool:
@@ -111,7 +111,7 @@ class CallPool:
         if self._ready is not None:
             return
         address = number % len(self._hosts)
-        # Bytes of a connection go out in the order in which they were made: nobody may come between.
+        # A connection's bytes go out in the order in which they were made (HPACK has state): no call may go before.
         connection = None if self._waiting[address] else self._pick(address)
         if connection is not None and self._fits(connection, payload):
             self._ready = (connection, *self._put(connection, number, payload))

@@ -35,7 +35,7 @@ class GrpcClient(CallPool):
     def _ended(self, number: int, status: str, message: str, done_s: float) -> None:
         call = self._calls.get(number)
         if call is None or call.connection is None:
-            return  # it was given up, or only prepared
+            return  # the request has timed out, or was prepared and never sent
         if status == http2.UNPROCESSED and done_s < call.deadline_s:
             self._place(call)
         else:

@@ -10,7 +10,7 @@ from tutti.loadtest.grpc_calls import Call, CallPool, framed
 from tutti.loadtest.payloads import Message
 from tutti.loadtest.scenario import Target
 
-# Of a request's prefix and id, at most.
+# Bytes of a request's gRPC prefix and id, at most.
 _ID_SIZE = 32
 
 

@@ -71,7 +71,7 @@ class _Connection:
 
     def _lost(self, why: str) -> None:
         if self.number >= 0 and not why and self._has_headers and not self._is_delimited:
-            self._answer(time.perf_counter())  # one that ends with its connection
+            self._answer(time.perf_counter())  # a body without a length ends with its connection
         else:
             self.end(time.perf_counter(), f"the connection broke: {why or 'it was closed'}")
 
@@ -87,7 +87,7 @@ class _Connection:
 
 
 class HttpClient:
-    """As many connections as requests are in flight, up to a most; what is over waits, and is counted as sent late."""
+    """As many connections as requests in flight, up to a limit; a request beyond it waits, and counts as sent late."""
 
     def __init__(self, target: Target, messages: Sequence[Message], done: Done, timeout_s: float) -> None:
         self.done = done

@@ -15,7 +15,7 @@ from tutti.loadtest.scenario import Scenario
 from tutti.loadtest.search import Bounds, Difference
 from tutti.loadtest.slo import Verdict
 
-# Lines in one figure.
+# At most this many lines in one figure.
 _MOST_LINES = 5
 
 
@@ -28,7 +28,7 @@ class Source:
 
 
 def page(result: Result, source: Source | str = Source()) -> str:
-    """Of a run."""
+    """The page of a run."""
     judgement, scenario = result.judgement, result.scenario
     body = [
         _figures(result),
@@ -40,13 +40,13 @@ def page(result: Result, source: Source | str = Source()) -> str:
 
 
 def refusal(scenario: Scenario, reasons: Sequence[str], source: Source | str = Source()) -> str:
-    """Of a run that could not be made."""
+    """The page of a run that could not be made."""
     body = [f"<p>Nothing was measured. The target was {_target(scenario)}.</p>"]
     return _page(scenario.name, Verdict.INVALID, reasons, body, _source(source), scenario.seed)
 
 
 def unusable(name: str, why: str, source: Source | str = Source()) -> str:
-    """Of a scenario that says nothing that could be run."""
+    """The page of a scenario that cannot be run as it is written."""
     return _page(name, Verdict.INVALID, [why], ["<p>Nothing was measured.</p>"], _source(source), None)
 
 
@@ -279,7 +279,7 @@ def _busiest(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _percentiles(histogram: Any) -> Points:
-    """x is how many nines: no more than so many requests can tell."""
+    """x counts nines of the percentile; the curve ends where the requests are too few to tell more."""
     least = 1 / max(histogram.total, 2)
     return [(-math.log10(1 - share), ms) for share, ms in histogram.points(120) if 1 - share >= 0.99 * least]
 

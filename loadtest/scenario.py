@@ -17,7 +17,7 @@ Address = Annotated[str, AfterValidator(address)]
 
 
 def _of_one_line(header: str) -> str:
-    """What is said does not show it: it may be a key."""
+    """An error does not show the value: it may be a key."""
     if not (header.isascii() and header.isprintable()):
         raise ValueError("expected ASCII characters that can be seen")
     return header
@@ -26,7 +26,7 @@ def _of_one_line(header: str) -> str:
 Header = Annotated[str, AfterValidator(_of_one_line)]
 # What stands for the value of a header in reports.
 NOT_SHOWN = "(not shown)"
-# Of numbers that are taken for a slip when they are higher.
+# Numbers above these are refused as a slip.
 MOST_ROWS, MOST_SIZE = 1_000_000, 1 << 30
 
 

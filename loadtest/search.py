@@ -9,9 +9,9 @@ from tutti.loadtest.slo import Verdict
 Probe = Callable[[float, float], Verdict]
 """(rate, how many times as long as usual) -> what came of a run at that rate."""
 
-# Of a probe, at least: to be certain of a share of 1%.
+# A probe has at least this many requests: enough to be certain of a share of 1%.
 PROBE_REQUESTS = 600
-# An open probe is run again for so many times as long, before it counts as missed.
+# A probe that stays OPEN is run again for this many times as long, before it counts as missed.
 _LONGER = 3.0
 
 

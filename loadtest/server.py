@@ -18,9 +18,9 @@ from tutti.loadtest.errors import RunError
 from tutti.loadtest.payloads import TensorInfo
 from tutti.loadtest.scenario import Scenario, Target
 
-# Whoever does not answer such questions in this time would not be worth a load.
+# Seconds to wait for metadata: a server that is slower with it cannot be load-tested.
 _PATIENCE_S = 4.0
-# So many models are told of a server that lacks the one asked for.
+# At most this many of a server's models are listed in an error.
 _MOST_NAMES = 30
 _START = "start a server there, as by `tutti serve model_repository`, or name another with --url HOST:PORT"
 

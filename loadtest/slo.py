@@ -14,7 +14,7 @@ from tutti.loadtest.scenario import Goal
 Z95 = 1.959964
 MOST_LATE = 0.01
 MOST_CPU = 0.95
-# How many times as long a run may be to tell what it left open.
+# Lengths to advise for a run that left the goal open, as multiples of its own: the first that would decide.
 _TIMES = (1.25, 1.5, 2, 3, 5, 10, 20, 50)
 _RELIEF = "raise --processes, send from another machine or a quieter one, or ask for a lower rate"
 
@@ -51,7 +51,7 @@ class Seen:
     late: int = 0
     unsent: int = 0
     cpu: float = 0.0
-    # Of the late: those that waited for one of the client's connections.
+    # How many of the late ones waited for one of the client's connections.
     waited: int = 0
 
     @property
