@@ -79,7 +79,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         options.scenario = "steady" if options.model or options.is_of_runs else None
     if options.command != "worker" and options.scenario is None:
         command.error(f"expected a scenario: a file in YAML, or one of these, which come along:\n{names.listing()}")
-    options.given, options.locust = words, locust
+    options.words, options.locust = words, locust
     return options
 
 

@@ -222,7 +222,7 @@ def _tell(result: Result) -> None:
 
 def _source(options: argparse.Namespace) -> report.Source:
     hardware = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores."
-    return report.Source(shlex.join(["tutti", "loadtest", *options.given]), hardware)
+    return report.Source(shlex.join(["tutti", "loadtest", *options.words]), hardware)
 
 
 def _leave(options: argparse.Namespace, name: str, told: dict[str, Any], page: str) -> None:

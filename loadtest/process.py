@@ -16,17 +16,17 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
-# A cluster on a busy machine takes more than one try.
+# Long, since a cluster on a busy machine may need more than one try.
 START_TIMEOUT_S = 200.0
 STOP_TIMEOUT_S = 60.0
 _LOG_TAIL = 20_000
-# Ports that this process has asked for: servers that start at the same time do not listen on theirs yet.
+# Ports that were given out: a server that is just starting does not listen on its own yet.
 _given: deque[int] = deque(maxlen=500)
 _lock = threading.Lock()
 
 
 def free_ports(count: int) -> list[int]:
-    """Different ports that nobody listens on now, nor will who has asked for some shortly before.
+    """Different ports that are free now and were not given out shortly before by this process.
 
     Neither the system nor Ray gives out ports of this range: a cluster takes dozens before our servers take theirs.
     """

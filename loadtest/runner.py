@@ -24,10 +24,10 @@ from tutti.loadtest.scenario import Scenario, Stage
 from tutti.loadtest.slo import Judgement, Seen, judge
 
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")
-# Locust's options that name files: from where the person stands, while Locust runs in an empty folder of its own.
+# Locust's options that name files. Their paths are made absolute, since Locust runs in an empty folder of its own.
 _FILES = ("--csv", "--html", "--json-file", "--logfile", "--config")
 _LOOK_S = 0.25
-# The scenario in that folder.
+# The scenario's name in that folder.
 _GIVEN = "scenario.json"
 Tell = Callable[[str, float], None]
 """(how far a run is, the seconds that are left of it) -> nothing."""
@@ -159,9 +159,9 @@ def run(
         status = _follow(command, here, file, lambda: _tell(told, length, progress))
     workers = _reports(result_file, status, log)
     result = gather(scenario, workers)
-    # Charts of the server and of its clients have one zero: when the first request could be due.
+    # Rows from before the first request could be due are dropped: that time is zero in all charts.
     result.server = [row for row in sampler.rows if row["at_s"] >= result.began_at]
-    # Not those that an earlier run with more workers has left.
+    # Files of workers that this run has not are left of an earlier run.
     raw_files = (folder / f"requests.{number}.parquet" for number in range(len(workers)))
     result.raw = [path for path in raw_files if path.is_file()]
     return result

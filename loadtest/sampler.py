@@ -14,7 +14,7 @@ from tutti.loadtest.scenario import Target
 
 _LINE = re.compile(r"^([a-z_]+)(?:\{(.*)\})? ([0-9.eE+-]+|NaN)$", re.MULTILINE)
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
-# Without a proxy, as the clients go.
+# Pages are read without a proxy, as the clients send.
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 _SUMMED = (
     "nv_inference_request_success", "nv_inference_request_failure", "nv_inference_count", "nv_inference_exec_count",
@@ -90,15 +90,15 @@ def _more(before: dict[str, float], after: dict[str, float]) -> dict[str, float]
 
 
 def _means(more: dict[str, float]) -> dict[str, float]:
-    """Of counters that have grown by so much."""
-    counts: dict[str, float] = {}
+    """The means of a second, from what counters have grown by in it."""
+    means: dict[str, float] = {}
     succeeded, executed = more["nv_inference_request_success"], more["nv_inference_exec_count"]
     if executed > 0:
-        counts["batch"] = more["nv_inference_count"] / executed
+        means["batch"] = more["nv_inference_count"] / executed
     if succeeded > 0:
-        counts["queue_ms"] = more["nv_inference_queue_duration_us"] / succeeded / 1e3
-        counts["compute_ms"] = more["nv_inference_compute_infer_duration_us"] / succeeded / 1e3
-    return counts
+        means["queue_ms"] = more["nv_inference_queue_duration_us"] / succeeded / 1e3
+        means["compute_ms"] = more["nv_inference_compute_infer_duration_us"] / succeeded / 1e3
+    return means
 
 
 def _pools(sample: Sample, name: str) -> float:
@@ -136,7 +136,7 @@ class Sampler:
                     with _OPENER.open(asks, timeout=5) as page:
                         pages.append(page.read().decode())
                 except (OSError, http.client.HTTPException, UnicodeDecodeError):
-                    continue  # a server that is gone for a while is what some tests are about
+                    continue  # some tests are about a server that is gone for a while
             if pages:
                 sample = parse(pages, {*self._asked, *self._parts}, time.time())
                 if last is not None:

@@ -35,7 +35,7 @@ class _Strict(BaseModel):
 
 
 class Target(_Strict):
-    """Where to. Several addresses take turns; `metrics` is the server's page, for the time line."""
+    """Where requests go. Several addresses take turns; `metrics` is the server's page, for the time line."""
 
     protocol: Protocol = "http"
     urls: list[Address] = Field(default=["127.0.0.1:8000"], min_length=1)
@@ -81,7 +81,7 @@ class Payload(_Strict):
 
 
 class Stage(_Strict):
-    """A time of arrivals: at `rate` a second, to `to` in a ramp, or up to it and back in a day."""
+    """A stretch of the run: a constant `rate` a second, a ramp from it to `to`, or (diurnal) up to `to` and back."""
 
     kind: Literal["constant", "ramp", "diurnal"] = "constant"
     name: str = ""
@@ -91,10 +91,10 @@ class Stage(_Strict):
 
 
 class Arrivals(_Strict):
-    """How they come: evenly, at random (Poisson), in bursts (gamma, by the gaps' coefficient of variation), by a file.
+    """How requests arrive: evenly, at random (Poisson), in bursts (gamma, `cv` of the gaps), or as a file says.
 
     `trace` is CSV or Parquet with a column `second` (or `scheduled_s`) of arrivals, or CSV of seconds and the rates
-    from then on; sped up by `speed`. It stands for the stages.
+    from then on; sped up by `speed`. It replaces the stages.
     """
 
     process: Literal["constant", "poisson", "gamma"] = "poisson"
@@ -104,9 +104,10 @@ class Arrivals(_Strict):
 
 
 class Goal(_Strict):
-    """A share of 1% takes about 400 requests to be certain of, one of 0.1% ten times as many.
+    """What a run must show. To be certain of an error rate of 1% takes about 400 requests, of 0.1% ten times as many.
 
-    `min_goodput` is of requests a second that are answered without an error and, given `p99_ms`, within it."""
+    `min_goodput` counts requests a second that are answered without an error and, where `p99_ms` is set, within it.
+    """
 
     p99_ms: float | None = Field(default=None, gt=0)
     error_rate: float = Field(default=0.01, ge=0, le=1)
@@ -114,15 +115,15 @@ class Goal(_Strict):
 
     @property
     def late_s(self) -> float:
-        """A request that is sent later than this after it was due was not sent when it was due.
+        """A request that is sent more than this after it was due counts as late.
 
-        A tenth of the goal, since a wait that counts as latency anyway decides nothing while it is small beside it.
+        It is a tenth of the goal: lateness counts as latency anyway, and decides nothing while it is small beside that.
         """
         return max(0.010, (self.p99_ms or 0.0) / 1e4)
 
 
 class Scenario(_Strict):
-    """All of it. The first `warmup_s` of the stages' first rate come before, and do not count."""
+    """A whole load test. `warmup_s` seconds at the first stage's rate come before the stages, and do not count."""
 
     name: str = "load test"
     target: Target = Target()

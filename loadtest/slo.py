@@ -38,7 +38,7 @@ class Judgement:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """Of the requests that count: how many, errors, those without one that were slower than the goal.
+    """What was seen of the requests that count; `slow` had no error, but took longer than the goal.
 
     `late` were sent too late by the generator, `unsent` not at all; `cpu` is the most that a generator was busy, as a
     share of a core, over half a second.
@@ -102,7 +102,7 @@ def _share(name: str, count: int, of: int, most: float, seen: Seen) -> tuple[Ver
 
 
 def _longer(count: int, of: int, most: float, seconds: float) -> str:
-    """What would tell, if the share stays as it is."""
+    """How many requests would decide, if the share stays as it is."""
     times = next((times for times in _TIMES if _is_decided(count * times, of * times, most)), None)
     if times is None or not of:
         return "it is at the limit, and a longer run may leave it open, too: ask for a little less, or a little more"

@@ -18,13 +18,13 @@ from typing import Any
 _SO_TIMESTAMPNS_NEW = 64
 _STAMP = struct.Struct("qq")
 _ANCILLARY = 64
-# An older stamp is taken for a clock that was set meanwhile.
+# A stamp that is older than this is ignored: the clock was set meanwhile.
 _MOST_AGE_S = 10.0
-# All wires of a process read one after the other.
+# One buffer for all wires of a process: they read one after the other.
 _buffer = memoryview(bytearray(1 << 18))
 
 
-# The address of each host that answered last: names are looked up in another thread, which takes its time.
+# The address of each host that answered last. It is kept since a lookup runs in another thread, which takes time.
 _known: dict[tuple[str, int], Any] = {}
 
 
@@ -65,7 +65,7 @@ class Wire:
         self._unsent = bytearray()
         self.is_open = True
         if sys.platform == "linux":
-            with contextlib.suppress(OSError):  # an older kernel: the time of reading it is
+            with contextlib.suppress(OSError):  # an older kernel has no stamps: the time of reading is taken
                 connected.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS_NEW, 1)
         self._loop.add_reader(connected, self._read)
 
@@ -92,7 +92,7 @@ class Wire:
         except (BlockingIOError, InterruptedError):
             return 0
         except OSError:
-            return len(data)  # reading will tell what broke
+            return len(data)  # the read that follows tells what broke
 
     def _read(self) -> None:
         try:
