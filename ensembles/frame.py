@@ -41,7 +41,7 @@ class Frame(CallRows):
                 self.columns[name] = self.defaults(name, spec)
 
     def end(self, index: int, answer: Answer) -> None:
-        """A call is over before its last step."""
+        """Answer a call before its last step. Steps take none of its rows from then on."""
         if self.is_over[index]:
             return
         self.is_over[index] = True

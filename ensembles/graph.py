@@ -164,7 +164,7 @@ class Plan:
 
 
 def with_staying(plan: Plan, device_of: Callable[[Step], str]) -> Plan:
-    """The plan whose steps leave on a device what only plain steps on the same device read.
+    """The plan, told which outputs may stay on a device: those that only plain steps on the same device read.
 
     `device_of` a step is "cpu" where its model takes its inputs, or makes its outputs, in host memory.
     """
@@ -187,7 +187,7 @@ def _stays(plan: Plan, devices: Sequence[str], step: Step, name: str) -> bool:
 
 
 def with_dispensable(steps: list[Step]) -> list[Step]:
-    """The steps, told which of their outputs no step requires."""
+    """The steps, with the outputs that no step requires marked as dispensable."""
     required = {name for step in steps for name in (*step.required, *step.decides)}
     return [
         replace(step, dispensable=frozenset(model_name for model_name, name in step.outputs if name not in required))
@@ -202,5 +202,5 @@ def readers(steps: Iterable[Step]) -> dict[str, tuple[int, ...]]:
 
 
 def fail(config: ModelConfig, path: str, why: str) -> GraphError:
-    """What is to be raised of an ensemble, at a path of its configuration."""
+    """The error to raise about an ensemble, at a path of its configuration."""
     return GraphError(f"ensemble '{config.name}': {path}: {why}", path)

@@ -40,7 +40,7 @@ class Group:
 
 
 def everything(frame: Frame, step: Step) -> Group | None:
-    """All rows as one request, for a plain step; None where that may not be, or needs a closer look."""
+    """All rows as one request, for a plain step; None where they may have to be split: `groups` looks closer."""
     if frame.gone is not None or not (step.is_merged or len(frame.calls) == 1):
         return None
     if step.max_rows and frame.rows > step.max_rows:
@@ -56,7 +56,7 @@ def everything(frame: Frame, step: Step) -> Group | None:
 
 
 def groups(frame: Frame, step: Step, mask: Array | None) -> list[Group]:
-    """What of the chosen rows reaches the step's model as which requests."""
+    """The chosen rows, split into the requests in which they reach the step's model."""
     result: list[Group] = []
     for chosen, names in _kinds(frame, step, mask):
         if (chosen is None or chosen.any()) and (names or _runs_on_nothing(frame, step)):
@@ -107,7 +107,7 @@ def _runs_on_nothing(frame: Frame, step: Step) -> bool:
 
 
 def _cut(frame: Frame, group: Group, size: int) -> Iterator[Group]:
-    """A group in stretches that the model takes; their outputs need not have one shape."""
+    """A group cut into stretches of at most the model's batch; their outputs need not have one shape."""
     places = group.places_in(frame)
     for start in range(0, group.rows, size):
         part = places[start : start + size]

@@ -78,7 +78,7 @@ def _scattered(frame: Frame, step: Step, groups: Sequence[Group], position: int,
 
 
 def _in_one_piece(frame: Frame, arrays: _Arrays, name: str, spec: TensorType, valid: Array | None) -> Column:
-    """Outputs of one shape, at their places among the rows of all calls."""
+    """Outputs of one shape, written to their places among the rows of all calls."""
     pieces, places = [array for _, array in arrays], [group.places_in(frame) for group, _ in arrays]
     values = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
     rows = places[0] if len(places) == 1 else np.concatenate(places)
@@ -168,7 +168,7 @@ def _concatenated(of_rows: Sequence[Array | None], chosen: Array, gather: str, s
 
 
 def _reduced(of_rows: Sequence[Array | None], chosen: Array, gather: str, spec: TensorType) -> Array:
-    """What the items' outputs of each row, [items, ...] or None, come to: [rows, ...]."""
+    """The items' outputs of each row, [items, ...] or None, reduced to one: [rows, ...]."""
     arrays = [array for array in of_rows if array is not None]
     values = full((len(of_rows), *_item_shape(arrays, spec.dims)), spec)
     for row, array in enumerate(of_rows):

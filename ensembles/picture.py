@@ -46,7 +46,7 @@ class Text:
 
     @property
     def width(self) -> float:
-        """At most, in the usual fonts."""
+        """An upper bound of its width in the usual fonts."""
         return _text_width(self.text, self.kind)
 
 
@@ -89,7 +89,7 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """What a box is to say: (kind, text, tensor). The first is its title."""
+    """The lines of a box: (kind, text, tensor). The first is its title."""
 
     kind: str
     lines: Sequence[tuple[str, str, str]]

@@ -60,7 +60,7 @@ class PlacedExecutor:
 
 
 class Arriving:
-    """An `Infer` that notes a segment's calls as a model does: no model has checked them."""
+    """An `Infer` that notes when a segment's calls came, and their rows. A model does so as it checks its calls."""
 
     def __init__(self, infer: Infer, is_batched: bool) -> None:
         self._infer = infer

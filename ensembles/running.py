@@ -14,7 +14,7 @@ from tutti.observing.explanations import Facts
 
 
 class Piece:
-    """What of a group reaches the model as one request: the `number`th stretch of its rows. A step call's token."""
+    """The token of a step's call: it carries the `number`th stretch of a group's rows."""
 
     __slots__ = ("frame", "group", "number", "rows", "started_ns", "step")
 
@@ -69,7 +69,7 @@ Ready = list[tuple[RunningFrame, Step]]
 
 
 class Outcome:
-    """What comes of steps that are over: steps that are ready, calls to be sent again alone, calls that have ended."""
+    """What follows from steps that are over: steps that are ready, calls to send again alone, calls that have ended."""
 
     __slots__ = ("again", "ended", "ready")
 

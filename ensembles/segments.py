@@ -55,7 +55,7 @@ def _may_join(plan: Plan, step: Step) -> bool:
 
 
 def _rows_of(plan: Plan, step: Step) -> frozenset[Hashable]:
-    """What decides for which rows a step runs: steps of which this is equal run for the same rows."""
+    """What decides for which rows a step runs. Two steps for which it is equal run for the same rows."""
     conditions: set[Hashable] = set()
     if step.when is not None:
         conditions.add(("when", step.when.text))
@@ -78,7 +78,7 @@ def _rows_of(plan: Plan, step: Step) -> frozenset[Hashable]:
 
 
 def _groups(plan: Plan, keys: Mapping[int, Hashable]) -> list[list[int]]:
-    """Steps of equal keys that are connected, such that no way from one to another leads through other steps."""
+    """Connected steps of equal keys. No path between two of a group leaves the group: it must run as one."""
     depth: dict[int, int] = {}
 
     def depth_of(index: int) -> int:
@@ -106,11 +106,11 @@ def _groups(plan: Plan, keys: Mapping[int, Hashable]) -> list[list[int]]:
 
 
 def _joined(plan: Plan, members: list[Step]) -> tuple[Step, Plan] | None:
-    """The step that stands for some, and its graph; None where they cannot be one."""
+    """The step that stands for several, and the graph of these; None where they cannot be joined."""
     indices = {step.index for step in members}
     inside = {name for step in members for _, name in step.outputs}
     inputs = _unique(name for step in members for _, name in step.inputs if name not in inside)
-    if not inputs:  # nothing would say for how many rows
+    if not inputs:  # nothing would tell how many rows there are
         return None
     outputs = [
         name
@@ -158,7 +158,7 @@ def _unique(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def _digest(plan: Plan) -> str:
-    """Equal for equal graphs only."""
+    """A hash of a graph: two graphs have the same one only if they are equal."""
     told = [
         (
             step.model_name,

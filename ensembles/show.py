@@ -4,7 +4,7 @@ from tutti.ensembles.graph import Plan, Step
 
 
 def waves(plan: Plan) -> list[list[Step]]:
-    """Steps by how many must end one after the other before them."""
+    """The steps in waves: a step's wave is the length of the longest chain of steps before it."""
     depth: dict[int, int] = {}
     left = list(plan.steps)
     while left:

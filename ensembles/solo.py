@@ -20,7 +20,7 @@ _here = threading.local()
 
 
 def in_turn(submit: Callable[[Any], None], ready: Any) -> None:
-    """Call `submit` with what is ready, or leave that to the call of it that this thread is in."""
+    """Call `submit` with what is ready; inside such a call of this thread, that one does it afterwards."""
     waiting: deque[tuple[Callable[[Any], None], Any]] | None = getattr(_here, "waiting", None)
     if waiting is not None:
         waiting.append((submit, ready))
@@ -35,12 +35,12 @@ def in_turn(submit: Callable[[Any], None], ready: Any) -> None:
 
 
 def as_error(error: Exception) -> InferError:
-    """What a request is told of what has been raised while its graph was gone through."""
+    """An exception from within a graph as the error that the request gets."""
     return error if isinstance(error, InferError) else Internal(f"{type(error).__name__}: {error}")
 
 
 def output_fault(step: Step, outputs: Sequence[Tensor | None], rows: int) -> InferError | None:
-    """Why the graph cannot go on with a step's outputs, which are those it wants."""
+    """Why the graph cannot go on with a step's outputs: wrong rows; None where it can."""
     if step.axes_out and rows != 1 and any(axis.is_added for axis in step.axes_out):
         return Internal(f"the model has no batch, and gives one row: the request has {rows}")
     for tensor in outputs if step.max_rows else ():
@@ -65,14 +65,14 @@ def wanted_outputs(step: Step, answer: InferResponse) -> Sequence[Tensor | None]
 
 
 def in_ensemble(name: str, step: Step, error: InferError) -> InferError:
-    """A step's error, told as its ensemble's. What begins as Triton's own sentence, with the model in it, stays so."""
+    """A step's error, naming ensemble and step. Triton's own sentences name the model already, and stay."""
     is_told = error.message.startswith("inference request ") and f"'{step.model_name}'" in error.message
     where = "" if is_told else f"step '{step.model_name}': "
     return type(error)(f"in ensemble '{name}', {where}{error.message}")
 
 
 class _Program:
-    """What of a plan the outputs that are asked for need."""
+    """The part of a plan that the outputs asked for need."""
 
     def __init__(self, plan: Plan, outputs: tuple[str, ...]) -> None:
         needed = plan.steps_for(outputs)

@@ -65,7 +65,7 @@ class StepCalls:
         return max(deadlines) if all(deadlines) else 0
 
     def _needed_ns(self, frame: RunningFrame, step: Step) -> int:
-        """What the longest way from a step's end to the frame's is expected to take."""
+        """How long the slowest chain of steps from here to the end of the graph is expected to take."""
         ways = [
             self._costs[later].of(None).tail_ns(frame.rows) + self._needed_ns(frame, self._plan.steps[later])
             for later in self._followers[step.index]

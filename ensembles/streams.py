@@ -89,7 +89,7 @@ class _Inner(Call):
 
     @is_cancelled.setter
     def is_cancelled(self, value: bool) -> None:
-        """It is the run that is cancelled."""
+        """Ignored: a call is cancelled with its run alone."""
 
 
 class StreamExecutor:

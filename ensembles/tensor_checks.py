@@ -47,7 +47,7 @@ class GraphTensors:
                 raise fail(self.config, f"parameters.tutti.{kind}.{tensor}", why)
 
     def path(self, index: int, part: str = "") -> str:
-        """What of the configuration a step, or a part of it, is called in errors."""
+        """The name of a step, or of a part of it, in errors."""
         return f"step {index} '{self.config.steps[index].model_name}'" + (f" {part}" if part else "")
 
     def _model(self, step: EnsembleStep) -> ModelConfig:
