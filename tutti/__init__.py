@@ -1,4 +1,4 @@
 """tutti: a high-throughput inference server for Triton model repositories."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 SERVER_NAME = "tutti"
