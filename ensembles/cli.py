@@ -146,10 +146,10 @@ def _draw(options: argparse.Namespace) -> int:
 
 
 def _build(options: argparse.Namespace) -> int:
-    made = graph_of(options.file, options.repository)
+    written = graph_of(options.file, options.repository)
     where = "" if options.repository == _REPOSITORY else f" --repository {shlex.quote(str(options.repository))}"
-    text = f"# Written by `tutti ensemble build {options.file.as_posix()}`.\n{made.config()}"
-    path = options.repository / made.name / "config.pbtxt"
+    text = f"# Written by `tutti ensemble build {options.file.as_posix()}`.\n{written.config()}"
+    path = options.repository / written.name / "config.pbtxt"
     if options.check:
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
             raise ConfigError(
@@ -159,7 +159,7 @@ def _build(options: argparse.Namespace) -> int:
     (path.parent / "1").mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
     print(path)
-    specs = completion.open_model(options.repository, made.name).config.inputs
+    specs = completion.open_model(options.repository, written.name).config.inputs
     inputs = " ".join(shlex.quote(f"{spec.name}=...") for spec in specs)
-    print(f"try it: tutti explain {made.name} {inputs}{where}", file=sys.stderr)
+    print(f"try it: tutti explain {written.name} {inputs}{where}", file=sys.stderr)
     return 0

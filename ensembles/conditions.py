@@ -146,14 +146,14 @@ class _Parser:
         if not self._text[self._next :].strip():
             self._at, self.token, self._kind = len(self._text), None, ""
             return
-        found = _TOKEN.match(self._text, self._next)
-        if found is None:
+        match = _TOKEN.match(self._text, self._next)
+        if match is None:
             rest = self._text[self._next :].lstrip()
-            at = len(self._text) - len(rest) + 1
-            raise ConditionError(f"unexpected {rest[0]!r} at character {at} of {self._text!r}")
-        self._kind = found.lastgroup or ""
-        self.token = found[self._kind]
-        self._at, self._next = found.start(self._kind), found.end()
+            position = len(self._text) - len(rest) + 1
+            raise ConditionError(f"unexpected {rest[0]!r} at character {position} of {self._text!r}")
+        self._kind = match.lastgroup or ""
+        self.token = match[self._kind]
+        self._at, self._next = match.start(self._kind), match.end()
 
     def _take(self, token: str) -> bool:
         if self.token != token or self._kind in ("text", "quoted"):

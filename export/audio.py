@@ -89,8 +89,8 @@ class AudioEncoder(torch.nn.Module):
 
     def forward(self, AUDIO: torch.Tensor) -> torch.Tensor:  # noqa: N803 - the tensor's name in the repository
         mel = self.mel(AUDIO).unsqueeze(1).to(self.model.dtype)
-        found = self.model.get_audio_features(input_features=mel)
-        return F.normalize(found if isinstance(found, torch.Tensor) else found.pooler_output, dim=-1)
+        features = self.model.get_audio_features(input_features=mel)
+        return F.normalize(features if isinstance(features, torch.Tensor) else features.pooler_output, dim=-1)
 
 
 def _ast_filters(extractor: Any) -> Any:
@@ -160,8 +160,8 @@ def _classifier(
     """NAME_classifier, from samples to scores; and the ensemble from a file's bytes to labels."""
     known, kind = ("audio-spectrogram-transformer", *_WAVEFORM), config.model_type
     if kind in ("whisper", "clap"):
-        what = f"'{source.given}': of {kind} a checkpoint is needed, a folder or a hub id"
-        raise ExportError(f"{what}; random weights, by config:TYPE, are made of {', '.join(known)}")
+        problem = f"'{source.given}': of {kind} a checkpoint is needed, a folder or a hub id"
+        raise ExportError(f"{problem}; random weights, by config:TYPE, are made of {', '.join(known)}")
     if kind not in known:
         covered = f"Whisper, CLAP, {', '.join(known)} and Silero's file"
         raise ExportError(f"'{source.given}' is a {kind}: `tutti export audio` covers {covered}")
@@ -238,9 +238,9 @@ def _transcript_step(name: str, tokenizer: Any, config: Any, work: Path) -> Entr
     }
     file = work / "vocabulary.json"
     file.write_text(json.dumps(told, ensure_ascii=False), encoding="utf-8")
-    given, made = TensorSpec("LOGITS", "FP32", (-1, size)), TensorSpec("TEXT", "BYTES", (1,))
+    logits, text = TensorSpec("LOGITS", "FP32", (-1, size)), TensorSpec("TEXT", "BYTES", (1,))
     files = {"model.py": step_file("transcript"), "vocabulary.json": file}
-    return Entry(f"{name}_transcript", "python", [given], [made], files, MAX_BATCH_SIZE)
+    return Entry(f"{name}_transcript", "python", [logits], [text], files, MAX_BATCH_SIZE)
 
 
 def _sounds(graph: Graph, rate: int, text_of: Callable[[Any], str] | None = None) -> list[Trial]:
@@ -249,16 +249,16 @@ def _sounds(graph: Graph, rate: int, text_of: Callable[[Any], str] | None = None
     assert reference is not None
 
     def original(samples: Any) -> Arrays:
-        found = reference({"AUDIO": samples.astype(np.float32)[np.newaxis] / 32768})
+        answer = reference({"AUDIO": samples.astype(np.float32)[np.newaxis] / 32768})
         if text_of is None:
-            return found
-        return {"TEXT": np.array([[text_of(found["LOGITS"]).encode()]], dtype=object)}
+            return answer
+        return {"TEXT": np.array([[text_of(answer["LOGITS"]).encode()]], dtype=object)}
 
-    made = []
-    for what, seconds in (("half a second", 0.5), ("two seconds", 2), ("twelve seconds", 12)):
+    trials = []
+    for length, seconds in (("half a second", 0.5), ("two seconds", 2), ("twelve seconds", 12)):
         samples = (_noise(1, int(seconds * rate), 7)[0].clip(-1, 1) * 32767).astype("<i2")
-        made.append(Trial(what, {AUDIO_FILE.name: as_wav(samples, rate)}, partial(original, samples)))
-    return made
+        trials.append(Trial(length, {AUDIO_FILE.name: as_wav(samples, rate)}, partial(original, samples)))
+    return trials
 
 
 def _embedding(source: Source, config: Any, name: str, ensemble: str, samples: Path | None, datatype: str) -> Product:
@@ -277,9 +277,9 @@ def _embedding(source: Source, config: Any, name: str, ensemble: str, samples: P
             list(case["AUDIO"]), sampling_rate=rate, return_tensors="pt", truncation="rand_trunc", padding="repeatpad"
         )
         with torch.inference_mode():
-            found = model.get_audio_features(input_features=features["input_features"])
-        found = found if isinstance(found, torch.Tensor) else found.pooler_output
-        return {"EMBEDDING": F.normalize(found, dim=-1).numpy()}
+            embedding = model.get_audio_features(input_features=features["input_features"])
+        embedding = embedding if isinstance(embedding, torch.Tensor) else embedding.pooler_output
+        return {"EMBEDDING": F.normalize(embedding, dim=-1).numpy()}
 
     module = AudioEncoder(model, extractor).eval()
     seen = checkpoint.check_weights(loaded, module, {"AUDIO": torch.from_numpy(_noise(1, size, 3))}, source)
@@ -321,7 +321,7 @@ def _with_ensemble(
     names = [f"{name}_decoder", graph.name, *(step.name for step in steps[1:])]
 
     def make(entries: Mapping[str, Entry]) -> Entry:
-        return chain(ensemble, AUDIO_FILE, [entries[one] for one in names])
+        return chain(ensemble, AUDIO_FILE, [entries[entry] for entry in names])
 
     return Product([graph], steps, make, source.provenance, checks, trials=trials)
 
@@ -337,20 +337,20 @@ def _noise(batch: int, samples: int, seed: int) -> np.ndarray[Any, Any]:
 
 def _cases(lengths: Sequence[int], samples: Path | None, rate: int) -> list[Arrays]:
     batches = (1, 2, 3, 1)
-    made: list[Arrays] = [
+    cases: list[Arrays] = [
         {"AUDIO": _noise(batch, length, seed)}
         for seed, (batch, length) in enumerate(zip(batches, lengths, strict=False))
     ]
-    return made + _own(samples, rate, 0)
+    return cases + _own(samples, rate, 0)
 
 
 def _own(samples: Path | None, rate: int, size: int) -> list[Arrays]:
     """The user's files, each a case; fitted to `size` samples as the decoder step does."""
-    found: list[Arrays] = []
+    cases: list[Arrays] = []
     for path in sorted(samples.iterdir()) if samples is not None else ():
         audio = read(path, rate)
         if size:
             audio = np.tile(audio, max(1, size // max(1, len(audio))))[:size]
             audio = np.pad(audio, (0, size - len(audio)))
-        found.append({"AUDIO": audio[np.newaxis]})
-    return found
+        cases.append({"AUDIO": audio[np.newaxis]})
+    return cases

@@ -64,12 +64,12 @@ def configuration(source: Source, kind: str) -> Any:
             config = AutoConfig.for_model(source.config_type, **dict(source.options))
         else:
             near = difflib.get_close_matches(source.config_type, CONFIG_MAPPING.keys(), 1)
-            what = f"; did you mean 'config:{near[0]}'?" if near else ", as config:bert"
-            raise ValueError(f"expected config:TYPE with a type that it knows{what}")
-    own = _kind_of(config.model_type)
-    if own not in ("", kind):
-        what = f"'{source.given}' is a {config.model_type}, which takes {_TAKES[own]}"
-        raise ExportError(f"{what}: tutti export {own} {source.given}")
+            hint = f"; did you mean 'config:{near[0]}'?" if near else ", as config:bert"
+            raise ValueError(f"expected config:TYPE with a type that it knows{hint}")
+    kind_of_config = _kind_of(config.model_type)
+    if kind_of_config not in ("", kind):
+        hint = f"'{source.given}' is a {config.model_type}, which takes {_TAKES[kind_of_config]}"
+        raise ExportError(f"{hint}: tutti export {kind_of_config} {source.given}")
     return config
 
 
@@ -83,8 +83,8 @@ def _kind_of(model_type: str) -> str:
         "text": {*known.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, *known.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES},
     }
     pairs = known.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES  # with an encoder for texts and one for images
-    found = [kind for kind, types in kinds.items() if model_type in types and model_type not in pairs]
-    return found[0] if len(found) == 1 else ""
+    candidates = [kind for kind, types in kinds.items() if model_type in types and model_type not in pairs]
+    return candidates[0] if len(candidates) == 1 else ""
 
 
 def architecture(config: Any) -> str:
@@ -128,9 +128,9 @@ def check_weights(
             f"{named(invented)}, and random numbers would stand there{hint and '; ' + hint}"
         )
     weights = [name for name, _ in loaded.model.named_parameters(remove_duplicate=False)]
-    own = [name for name in weights if name not in loaded.missing]
-    spare = [*(name for name in own if name not in needed), *loaded.unread]
-    used = len(own) + len(loaded.unread) - len(spare)
+    present = [name for name in weights if name not in loaded.missing]
+    spare = [*(name for name in present if name not in needed), *loaded.unread]
+    used = len(present) + len(loaded.unread) - len(spare)
     if source.location is None:
         return Check("weights", True, "random ones")
     told_spare = f"; not used: {named(spare)}" if spare else ""
@@ -140,30 +140,34 @@ def check_weights(
 def _needed(module: torch.nn.Module, model: Any, example: Mapping[str, torch.Tensor], source: Source) -> set[str]:
     """The names in `model` of the parameters that answers depend on, and of all buffers."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    before = {name: one.requires_grad for name, one in parameters.items()}
-    for one in parameters.values():
-        one.requires_grad_(True)
+    before = {name: parameter.requires_grad for name, parameter in parameters.items()}
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
     try:
         answers = _floats(module(**example))
         again = _floats(module(**example))
-        total = sum((one.sum() for one in answers), torch.zeros(()))
+        total = sum((answer.sum() for answer in answers), torch.zeros(()))
         gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
         kind = architecture(model.config) or model.config.model_type
         raise ExportError(f"'{source.given}', a {kind}, cannot be run as this family: {first_line(error)}") from None
     finally:
-        for name, one in parameters.items():
-            one.requires_grad_(before[name])
-    if any(not torch.equal(one, other) for one, other in zip(answers, again, strict=True)):
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(before[name])
+    if any(not torch.equal(answer, other) for answer, other in zip(answers, again, strict=True)):
         raise ExportError(f"'{source.given}' answers otherwise each time that it is asked: it draws at random")
-    used = {id(one) for one, gradient in zip(parameters.values(), gradients, strict=True) if gradient is not None}
+    used = {
+        id(parameter)
+        for parameter, gradient in zip(parameters.values(), gradients, strict=True)
+        if gradient is not None
+    }
     buffers = {name for name, _ in model.named_buffers() if not name.endswith(_COUNTERS)}
-    return {name for name, one in parameters.items() if id(one) in used} | buffers
+    return {name for name, parameter in parameters.items() if id(parameter) in used} | buffers
 
 
-def _floats(found: Any) -> list[torch.Tensor]:
-    found = (found,) if isinstance(found, torch.Tensor) else found
-    return [one for one in found if one.is_floating_point()]
+def _floats(answers: Any) -> list[torch.Tensor]:
+    answers = (answers,) if isinstance(answers, torch.Tensor) else answers
+    return [tensor for tensor in answers if tensor.is_floating_point()]
 
 
 def named(names: Sequence[str]) -> str:
@@ -182,10 +186,10 @@ def file(source: Source, name: str) -> Path | None:
     from transformers.utils import cached_file
 
     with told(source):
-        found = cached_file(
+        file = cached_file(
             source.location, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_gated_repo=False
         )
-    return Path(found) if found else None
+    return Path(file) if file else None
 
 
 def read_json(source: Source, name: str) -> Any:

@@ -177,18 +177,18 @@ def _export(options: argparse.Namespace, work: Path) -> int:
     label = f"{options.kind} '{options.name}'"
     try:
         with Work(label) as progress:
-            made = _made(options, work, label, progress)
+            outcome = _made(options, work, label, progress)
     except ParityError as error:
         from tutti.export import pipeline
 
-        found = pipeline.stopped(error)
-        if found is not None:
-            print(f"tutti export: report: {_report(found, options)}", file=sys.stderr)
+        stopped = pipeline.stopped(error)
+        if stopped is not None:
+            print(f"tutti export: report: {_report(stopped, options)}", file=sys.stderr)
         raise
-    if isinstance(made, list):
-        print("\n".join(made))
+    if isinstance(outcome, list):
+        print("\n".join(outcome))
     else:
-        _tell(made, label, options)
+        _tell(outcome, label, options)
     return 0
 
 
@@ -200,13 +200,13 @@ def _made(options: argparse.Namespace, work: Path, label: str, progress: Work) -
     source = sources.resolve(options.source)  # before seconds of imports
     from tutti.export import commands, manifest, pipeline
 
-    own = _options(options)
-    if "tensorrt" in own.variants:
+    settings = _options(options)
+    if "tensorrt" in settings.variants:
         from tutti.export import tensorrt
 
         tensorrt.load_library()  # fail before minutes of work
-    given = {name: value for name, value in vars(options).items() if name not in _NO_INPUTS}
-    key = manifest.key(source, given)
+    inputs = {name: value for name, value in vars(options).items() if name not in _NO_INPUTS}
+    key = manifest.key(source, inputs)
     known = [] if options.force or options.dry_run else manifest.unchanged(options.repository, key, options.version)
     if known:
         unchanged = f"nothing has changed: {', '.join(known)} in {options.repository} (--force does it again)"
@@ -214,8 +214,8 @@ def _made(options: argparse.Namespace, work: Path, label: str, progress: Work) -
     ensemble = f"{options.name}_ensemble" if options.ensemble is None else options.ensemble
     product = families.registered()[options.kind].build(options, source, ensemble, work, progress)
     if options.dry_run:
-        return [f"{label}: {source.provenance}", *pipeline.plan_lines(product, own, options.repository)]
-    return pipeline.run(product, source, options.name, options.repository, own, work, key, progress)
+        return [f"{label}: {source.provenance}", *pipeline.plan_lines(product, settings, options.repository)]
+    return pipeline.run(product, source, options.name, options.repository, settings, work, key, progress)
 
 
 # What changes nothing in what is made.
@@ -233,7 +233,7 @@ def _options(options: argparse.Namespace) -> "Options":
     gpu = _gpu(options, variants)
     if gpu not in variants:
         variants.insert(1, gpu)
-    ordered = tuple(one for one in VARIANTS if one in variants)
+    ordered = tuple(variant for variant in VARIANTS if variant in variants)
     return Options(
         ordered, _BACKENDS[options.format], options.cpu, gpu, options.compute_capability, options.version,
         options.profile, options.latency_goal_ms,
@@ -245,7 +245,7 @@ def _gpu(options: argparse.Namespace, variants: Sequence[str]) -> str:
     if options.format != "torch":
         return options.gpu or ("fp16" if "fp16" in variants else "fp32")
     named = {"fp32": "torch", "fp16": "torch-fp16", "bf16": "torch-bf16"}
-    narrow = [one for one in ("torch-fp16", "torch-bf16") if one in variants]
+    narrow = [variant for variant in ("torch-fp16", "torch-bf16") if variant in variants]
     return named[options.gpu] if options.gpu else (narrow or ["torch"])[0]
 
 
@@ -261,11 +261,12 @@ def _tell(outcome: "Outcome", label: str, options: argparse.Namespace) -> None:
     from tutti.export import commands
 
     for result in outcome.results:
-        for one in result.comparisons:
-            if one.cases:
-                print(f"{label}: {one.graph} {one.variant}: equal to {result.reference}: {one}")
+        for comparison in result.comparisons:
+            if comparison.cases:
+                print(f"{label}: {comparison.graph} {comparison.variant}: equal to {result.reference}: {comparison}")
             else:
-                print(f"{label}: {one.graph} {one.variant}: built, not executed here: {one.precision} ({one.note})")
+                built = f"built, not executed here: {comparison.precision} ({comparison.note})"
+                print(f"{label}: {comparison.graph} {comparison.variant}: {built}")
         for variant, why in result.left_out.items():
             print(f"{label}: {result.graph.name} {variant}: left out: {why}")
     for check in outcome.checks:

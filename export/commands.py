@@ -17,7 +17,7 @@ _FILES = {"AUDIO_FILE": "sound.wav", "IMAGE": "picture.png"}
 def following(repository: Path, models: Sequence[str]) -> list[str]:
     """Lines for a person: one serves the repository, one asks the ensemble of `models`, or else the last of them."""
     configs = [config.load(repository / name / "config.pbtxt") for name in models]
-    asked = next((one for one in configs if one.is_ensemble), configs[-1])
+    asked = next((config for config in configs if config.is_ensemble), configs[-1])
     return [f"serve it:  tutti serve {shlex.quote(str(repository))}", f"ask it:    {_ask(asked)}"]
 
 

@@ -14,50 +14,52 @@ def labels_step(name: str, labels: Sequence[str], work: Path) -> Entry:
     file = work / f"{name}.labels.txt"
     file.write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
     scores = TensorSpec("SCORES", "FP32", (len(labels),))
-    made = [TensorSpec("LABEL", "BYTES", (1,)), TensorSpec("SCORE", "FP32", (1,))]
+    specs = [TensorSpec("LABEL", "BYTES", (1,)), TensorSpec("SCORE", "FP32", (1,))]
     files = {"model.py": step_file("labels"), "labels.txt": file}
-    return Entry(f"{name}_labels", "python", [scores], made, files, MAX_BATCH_SIZE)
+    return Entry(f"{name}_labels", "python", [scores], specs, files, MAX_BATCH_SIZE)
 
 
 def entities_step(name: str, labels: Sequence[str], work: Path) -> Entry:
     """NAME_entities: a text, the class scores and places of its tokens -> its entities, and each token's label."""
     file = work / f"{name}.labels.txt"
     file.write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
-    given = [
+    inputs = [
         TensorSpec("TEXT", "BYTES", (1,)),
         TensorSpec("TOKEN_SCORES", "FP32", (-1, len(labels))),
         TensorSpec("OFFSETS", "INT64", (-1, 2)),
     ]
-    made = [
+    outputs = [
         TensorSpec("ENTITIES", "BYTES", (1,)),
         TensorSpec("TOKEN_LABELS", "BYTES", (-1,)),
         TensorSpec("TOKEN_OFFSETS", "INT64", (-1, 2)),
     ]
     files = {"model.py": step_file("entities"), "labels.txt": file}
-    return Entry(f"{name}_entities", "python", given, made, files, MAX_BATCH_SIZE)
+    return Entry(f"{name}_entities", "python", inputs, outputs, files, MAX_BATCH_SIZE)
 
 
-def chain(name: str, given: TensorSpec | Sequence[TensorSpec], steps: Sequence[Entry]) -> Entry:
+def chain(name: str, sources: TensorSpec | Sequence[TensorSpec], steps: Sequence[Entry]) -> Entry:
     """Steps of which each takes what those before it make: tensors of its inputs' names, or the last in order.
 
     Its outputs are the last step's, and the scores of those before it.
     """
-    inputs = [given] if isinstance(given, TensorSpec) else list(given)
-    before = {one.name: one.name for one in inputs}
+    inputs = [sources] if isinstance(sources, TensorSpec) else list(sources)
+    before = {spec.name: spec.name for spec in inputs}
     known = dict(before)
     links, outputs = [], []
     for number, step in enumerate(steps):
         names = [spec.name for spec in step.inputs]
         if set(names) <= set(before):
-            taken = {one: before[one] for one in names}
+            taken = {name: before[name] for name in names}
         elif set(names) <= set(known):
-            taken = {one: known[one] for one in names}
+            taken = {name: known[name] for name in names}
         else:
             taken = dict(zip(names, before.values(), strict=True))
         is_last = number == len(steps) - 1
         shown = [spec for spec in step.outputs if is_last or spec.name.endswith("SCORES")]
-        made = {spec.name: spec.name if spec in shown else f"{step.name}.{spec.name}" for spec in step.outputs}
+        names_of_outputs = {
+            spec.name: spec.name if spec in shown else f"{step.name}.{spec.name}" for spec in step.outputs
+        }
         outputs += shown
-        links.append(Link(step.name, taken, made))
-        before, known = made, {**known, **made}
+        links.append(Link(step.name, taken, names_of_outputs))
+        before, known = names_of_outputs, {**known, **names_of_outputs}
     return Entry(name, "", inputs, outputs, {}, MAX_BATCH_SIZE, links=links)

@@ -66,11 +66,11 @@ def _listed(value: Any) -> list[Any]:
     """Models of a list, which may be named, or of an array, or the one that it is."""
     if isinstance(value, np.ndarray):
         value = list(value.ravel())
-    found = []
-    for one in value if isinstance(value, list | tuple) else [value]:
-        parts = one if isinstance(one, tuple) else [one]
-        found += [part for part in parts if hasattr(part, "fit") or hasattr(part, "predict_proba")]
-    return [part for part in found if not isinstance(part, type)]
+    models = []
+    for entry in value if isinstance(value, list | tuple) else [value]:
+        parts = entry if isinstance(entry, tuple) else [entry]
+        models += [part for part in parts if hasattr(part, "fit") or hasattr(part, "predict_proba")]
+    return [part for part in models if not isinstance(part, type)]
 
 
 def vocabulary(model: Any) -> list[str]:

@@ -49,15 +49,15 @@ def with_arguments(module: "torch.nn.Module", names: Sequence[str]) -> "torch.nn
 
     import torch
 
-    def forward(self: Any, *given: "torch.Tensor", **more: "torch.Tensor") -> Any:
-        return self.inner(*given, *(more[name] for name in names[len(given) :]))
+    def forward(self: Any, *tensors: "torch.Tensor", **more: "torch.Tensor") -> Any:
+        return self.inner(*tensors, *(more[name] for name in names[len(tensors) :]))
 
     parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("self", *names)]
     forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     kind = type("WithArguments", (torch.nn.Module,), {"forward": forward})
-    made: torch.nn.Module = kind()
-    made.inner = module
-    return made.eval()
+    module_with_names: torch.nn.Module = kind()
+    module_with_names.inner = module
+    return module_with_names.eval()
 
 
 @dataclass(frozen=True, slots=True)

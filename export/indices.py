@@ -43,8 +43,8 @@ class Found:
         for name, (low, high) in self.bounds.items():
             for values in [case[name] for case in cases if np.size(case[name])]:
                 if np.min(values) < low or np.max(values) > high:
-                    given = f"{np.min(values)} to {np.max(values)}"
-                    return f"input '{name}': it indexes {low} to {high}, and was verified on {given}"
+                    span = f"{np.min(values)} to {np.max(values)}"
+                    return f"input '{name}': it indexes {low} to {high}, and was verified on {span}"
         return ""
 
     def __str__(self) -> str:
@@ -156,8 +156,11 @@ class _Graph:
                     uses.append(_Use(f"{node.op_type} '{node.name}'", self._size(node, trail), trail))
                     continue
                 after = list(self._after(node, position, trail))
-                is_read |= any(not trail.through and (one.through or one.tensor in self._outputs) for one in after)
-                waiting += [one for one in after if one not in seen]
+                is_read |= any(
+                    not trail.through and (trail_after.through or trail_after.tensor in self._outputs)
+                    for trail_after in after
+                )
+                waiting += [later for later in after if later not in seen]
                 seen.update(after)
         return uses, is_read
 

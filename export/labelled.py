@@ -31,8 +31,8 @@ def read(path: Path) -> Labelled:
     rows = csv.DictReader(io.StringIO(_text(path), newline=""), delimiter="\t", quoting=csv.QUOTE_NONE)
     try:
         if missing := [name for name in _COLUMNS if name not in (rows.fieldnames or ())]:
-            what = "tab-separated, a first line of label, split and text"
-            raise ExportError(f"{plain(path)}: expected {what}: there is no column '{missing[0]}'")
+            expected = "tab-separated, a first line of label, split and text"
+            raise ExportError(f"{plain(path)}: expected {expected}: there is no column '{missing[0]}'")
         for row in rows:
             if row["split"] not in texts or not row["label"] or not row["text"]:
                 got = plain({name: row[name] for name in _COLUMNS})

@@ -99,8 +99,8 @@ class Entry:
         for number, warmup in enumerate(self.warmups):
             self._add_warmup(proto.model_warmup.add(), number, warmup)
         # The steps that come with the export are known to be well-behaved: a process of their own would only cost time.
-        own = {"tutti.isolate": "no"} if self.backend == "python" else {}
-        for key, value in sorted({**own, **self.parameters}.items()):
+        parameters = {"tutti.isolate": "no"} if self.backend == "python" else {}
+        for key, value in sorted({**parameters, **self.parameters}.items()):
             proto.parameters[key].string_value = value
         body: str = text_format.MessageToString(proto)
         text = _HEADER.format(_sum(body)) + body
@@ -111,10 +111,10 @@ class Entry:
         proto.name = f"bucket_{number}"
         proto.batch_size = warmup.batch_size
         for spec in self.inputs:
-            given = proto.inputs[spec.name]
-            given.data_type = pb.DataType.Value(dtypes.to_config(spec.datatype))
-            given.dims.extend(warmup.shapes[spec.name])
-            given.zero_data = True
+            warmed = proto.inputs[spec.name]
+            warmed.data_type = pb.DataType.Value(dtypes.to_config(spec.datatype))
+            warmed.dims.extend(warmup.shapes[spec.name])
+            warmed.zero_data = True
 
 
 def _sum(text: str) -> str:
@@ -205,7 +205,7 @@ class Staging:
         """Move every model into the repository, in the order in which they were added."""
         self._repository.mkdir(parents=True, exist_ok=True)
         published = []
-        for folder in sorted(self.folder.iterdir(), key=lambda one: one.stat().st_ctime_ns):
+        for folder in sorted(self.folder.iterdir(), key=lambda version: version.stat().st_ctime_ns):
             _flush(folder)
             place = self._repository / folder.name
             _move(folder, place)
@@ -267,10 +267,10 @@ def _move(new: Path, place: Path) -> None:
     shutil.rmtree(old)
 
 
-def _exchange(one: Path, other: Path) -> bool:
+def _exchange(first: Path, other: Path) -> bool:
     """Whether the system has exchanged two folders: Linux can."""
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
-    return rename is not None and rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0
+    return rename is not None and rename(_HERE, os.fsencode(first), _HERE, os.fsencode(other), _EXCHANGE) == 0
 
 
 def _is_alive(pid: str) -> bool:

@@ -21,31 +21,31 @@ _LIBRARIES = (
 
 def libraries() -> dict[str, str]:
     """Versions of what an export is made with."""
-    found = {}
+    files = {}
     for name in _LIBRARIES:
         try:
-            found[name] = importlib.metadata.version(name)
+            files[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return files
 
 
 def key(source: Source, options: Mapping[str, Any]) -> str:
     """Of equal inputs: the source's content, the options, the libraries, and these scripts themselves."""
-    given = {
+    facts = {
         "source": source.content(),
         "options": {name: str(value) for name, value in sorted(options.items())},
         "libraries": libraries(),
         "scripts": _scripts(),
     }
-    return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _scripts() -> str:
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.rglob("*.py")):
-        found.update(path.read_bytes())
-    return found.hexdigest()
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def describe(
@@ -58,7 +58,7 @@ def describe(
     reference: str,
 ) -> str:
     """manifest.json of one model; `models` are all of the export."""
-    made = {
+    manifest = {
         "key": own_key,
         "models": list(models),
         "source": {"given": source.given, "revision": source.revision(), "content": source.content()},
@@ -66,28 +66,28 @@ def describe(
         "libraries": libraries(),
         "reference": reference,
         "files": {name: {"sha256": layout.sha256(path), "bytes": path.stat().st_size} for name, path in files.items()},
-        "variants": {one.variant: _variant(one) for one in built},
+        "variants": {variant.variant: _variant(variant) for variant in built},
     }
-    return json.dumps(made, indent=1) + "\n"
+    return json.dumps(manifest, indent=1) + "\n"
 
 
-def _variant(one: Built) -> dict[str, Any]:
-    found = asdict(one.comparison)
-    return {name: found[name] for name in found if name not in ("graph", "variant", "worst", "failures")}
+def _variant(built: Built) -> dict[str, Any]:
+    facts = asdict(built.comparison)
+    return {name: facts[name] for name in facts if name not in ("graph", "variant", "worst", "failures")}
 
 
 def unchanged(repository: Path, own_key: str, version: int) -> list[str]:
     """The models of an export with this key, if all of them are as it left them; none otherwise."""
     wanted: list[str] = []
-    found: set[str] = set()
+    names: set[str] = set()
     for path in repository.glob(f"*/{version}/{NAME}"):
-        made = json.loads(path.read_text())
-        if made.get("key") == own_key and all(
-            _is_as_told(path.parent / name, one) for name, one in made["files"].items()
+        manifest = json.loads(path.read_text())
+        if manifest.get("key") == own_key and all(
+            _is_as_told(path.parent / name, told) for name, told in manifest["files"].items()
         ):
-            wanted = made["models"]
-            found.add(path.parents[1].name)
-    return wanted if wanted and found.issuperset(wanted) else []
+            wanted = manifest["models"]
+            names.add(path.parents[1].name)
+    return wanted if wanted and names.issuperset(wanted) else []
 
 
 def _is_as_told(file: Path, told: Mapping[str, Any]) -> bool:

@@ -43,10 +43,10 @@ def narrowed(module: torch.nn.Module, datatype: torch.dtype) -> tuple[torch.nn.M
 
     Raises ExportError naming a parameter that gets larger than `datatype` can say.
     """
-    made = copy.deepcopy(module).eval()
-    wide = {id(inner) for part in made.modules() if isinstance(part, Wide) for inner in part.modules()}
+    narrowed = copy.deepcopy(module).eval()
+    wide = {id(inner) for part in narrowed.modules() if isinstance(part, Wide) for inner in part.modules()}
     known: dict[int, Any] = {}
-    for path, part in made.named_modules():
+    for path, part in narrowed.named_modules():
         if id(part) in wide:
             continue
         for name, parameter in part._parameters.items():
@@ -58,7 +58,7 @@ def narrowed(module: torch.nn.Module, datatype: torch.dtype) -> tuple[torch.nn.M
         for name, buffer in part._buffers.items():
             if buffer is not None and buffer.is_floating_point() and name not in _KEPT:
                 part._buffers[name] = known.setdefault(id(buffer), _saturated(buffer.detach(), datatype))
-    return made, sum(tensor.numel() for tensor in known.values())
+    return narrowed, sum(tensor.numel() for tensor in known.values())
 
 
 def _weight(parameter: torch.Tensor, name: str, datatype: torch.dtype) -> torch.Tensor:
@@ -89,11 +89,11 @@ class Narrow(torch.nn.Module):
         self._names = tuple(names)
         self._wide = wide
 
-    def forward(self, *given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         with _Bounded(self._datatype):
-            made = self.inner(**{name: self._entered(name, x) for name, x in zip(self._names, given, strict=True)})
-        made = (made,) if isinstance(made, torch.Tensor) else made
-        return tuple(x.to(torch.float32) if x.is_floating_point() else x for x in made)
+            answers = self.inner(**{name: self._entered(name, x) for name, x in zip(self._names, tensors, strict=True)})
+        answers = (answers,) if isinstance(answers, torch.Tensor) else answers
+        return tuple(x.to(torch.float32) if x.is_floating_point() else x for x in answers)
 
     def _entered(self, name: str, x: torch.Tensor) -> torch.Tensor:
         return _saturated(x, self._datatype) if x.is_floating_point() and name not in self._wide else x
@@ -127,8 +127,8 @@ class _Bounded(TorchFunctionMode):
         return -self._most / 2 if is_never else value
 
     def _is_mixed(self, values: Sequence[Any]) -> bool:
-        flat = [one for value in values for one in (value if isinstance(value, list | tuple) else [value])]
-        kinds = {one.dtype for one in flat if isinstance(one, torch.Tensor) and one.is_floating_point()}
+        flat = [part for value in values for part in (value if isinstance(value, list | tuple) else [value])]
+        kinds = {part.dtype for part in flat if isinstance(part, torch.Tensor) and part.is_floating_point()}
         return kinds == {self._datatype, torch.float32}
 
     def _met(self, value: Any) -> Any:
@@ -137,4 +137,4 @@ class _Bounded(TorchFunctionMode):
 
 
 def _each(change: Callable[[Any], Any], value: Any) -> Any:
-    return type(value)(change(one) for one in value) if type(value) in (list, tuple) else change(value)
+    return type(value)(change(part) for part in value) if type(value) in (list, tuple) else change(value)

@@ -67,7 +67,7 @@ def save(
 def _reason(error: BaseException) -> str:
     """The first line of what the exporter says, without colours, and of what made it say so."""
     cause = error.__cause__ or error
-    said = [re.sub(r"\x1b\[[0-9;]*m", "", str(one)).strip().splitlines() for one in (error, cause)]
+    said = [re.sub(r"\x1b\[[0-9;]*m", "", str(raised)).strip().splitlines() for raised in (error, cause)]
     return ": ".join(dict.fromkeys(lines[0] for lines in said if lines))[:400]
 
 
@@ -108,8 +108,8 @@ def session(path: Path | bytes) -> Any:
     options = ort.SessionOptions()
     options.log_severity_level = 3
     try:
-        given = path if isinstance(path, bytes) else str(path)
-        return ort.InferenceSession(given, options, providers=["CPUExecutionProvider"])
+        source = path if isinstance(path, bytes) else str(path)
+        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:
         name = "the graph" if isinstance(path, bytes) else path.name
         raise ExportError(f"onnxruntime cannot load {name}: {str(error)[:300]}") from None
@@ -147,9 +147,9 @@ def to_half(source: Path, target: Path, cases: Sequence[Arrays]) -> None:
     model = onnx.load(str(source))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of weights that are nearly zero
-        made = convert_float_to_float16(model, keep_io_types=True, node_block_list=_before_logarithms(model))
-    _take_out_round_trips(made)
-    onnx.save(made, str(target))
+        narrowed = convert_float_to_float16(model, keep_io_types=True, node_block_list=_before_logarithms(model))
+    _take_out_round_trips(narrowed)
+    onnx.save(narrowed, str(target))
 
 
 def _take_out_round_trips(model: Any) -> None:
@@ -178,13 +178,13 @@ def _before_logarithms(model: Any) -> list[str]:
     """Names of the nodes that lead to a logarithm: 16 bits do not tell small energies from none."""
     by_output = {name: node for node in model.graph.node for name in node.output}
     waiting = [node for node in model.graph.node if node.op_type == "Log"]
-    found: dict[str, Any] = {}
+    producers: dict[str, Any] = {}
     while waiting:
         node = waiting.pop()
-        if node.name not in found:
-            found[node.name] = node
+        if node.name not in producers:
+            producers[node.name] = node
             waiting += [by_output[name] for name in node.input if name in by_output]
-    return list(found)
+    return list(producers)
 
 
 def _overflow(source: Path, cases: Sequence[Arrays]) -> str:
@@ -199,8 +199,8 @@ def _overflow(source: Path, cases: Sequence[Arrays]) -> str:
         for value in model.graph.value_info
         if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT and value.name not in known
     ]
-    made = {name for node in model.graph.node for name in node.output}
-    model.graph.output.extend(value for value in floats if value.name in made)
+    produced = {name for node in model.graph.node for name in node.output}
+    model.graph.output.extend(value for value in floats if value.name in produced)
     loaded = session(model.SerializeToString())
     for case in cases:
         for name, array in run(loaded, case).items():
@@ -243,8 +243,8 @@ def to_int8(source: Path, target: Path, cases: Sequence[Arrays]) -> int:
     counts = _elements(onnx.load(str(target)))
     share = counts["INT8"] / max(1, counts["INT8"] + counts["FLOAT"])
     if share < _MIN_QUANTIZED_SHARE:
-        what = f"{share:.0%} of the weights are in matrix products"
-        raise NotWorthwhile(f"{what}: 8 bits would not be worth it")
+        reason = f"{share:.0%} of the weights are in matrix products"
+        raise NotWorthwhile(f"{reason}: 8 bits would not be worth it")
     return smoothed
 
 
@@ -270,14 +270,14 @@ def _smooth(model: Any, cases: Sequence[Arrays]) -> int:
         if noise[name] <= _MOST_NOISE:
             continue
         weight = onnx.numpy_helper.to_array(weights[node.input[1]])
-        x, w = (np.maximum(one, 1e-5) for one in (largest[name], np.abs(weight).max(1)))
+        x, w = (np.maximum(bound, 1e-5) for bound in (largest[name], np.abs(weight).max(1)))
         scale = (x**_SMOOTHING / w ** (1 - _SMOOTHING)).astype(np.float32)
-        own = [f"{node.name}.{part}" for part in ("weight", "scale", "smoothed")]
-        model.graph.initializer.append(onnx.numpy_helper.from_array(weight * scale[:, np.newaxis], own[0]))
-        model.graph.initializer.append(onnx.numpy_helper.from_array(1 / scale, own[1]))
-        before[node.name] = onnx.helper.make_node("Mul", [name, own[1]], [own[2]], name=f"{node.name}.smooth")
-        node.input[0], node.input[1] = own[2], own[0]
-    nodes = [one for node in model.graph.node for one in (before.get(node.name), node) if one is not None]
+        names = [f"{node.name}.{part}" for part in ("weight", "scale", "smoothed")]
+        model.graph.initializer.append(onnx.numpy_helper.from_array(weight * scale[:, np.newaxis], names[0]))
+        model.graph.initializer.append(onnx.numpy_helper.from_array(1 / scale, names[1]))
+        before[node.name] = onnx.helper.make_node("Mul", [name, names[1]], [names[2]], name=f"{node.name}.smooth")
+        node.input[0], node.input[1] = names[2], names[0]
+    nodes = [kept for node in model.graph.node for kept in (before.get(node.name), node) if kept is not None]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     used = {name for node in model.graph.node for name in node.input}
@@ -298,9 +298,9 @@ def _activations(model: Any, names: Sequence[str], cases: Sequence[Arrays]) -> t
     largest: dict[str, Any] = {}
     noise: dict[str, float] = dict.fromkeys(wanted, 0.0)
     for case in cases:
-        made = {**case, **run(loaded, case)}
+        values = {**case, **run(loaded, case)}
         for name in wanted:
-            x = made[name].astype(np.float64)
+            x = values[name].astype(np.float64)
             columns = np.abs(x).reshape(-1, x.shape[-1]).max(0, initial=0.0)
             largest[name] = np.maximum(largest.get(name, 0.0), columns)
             step = (max(0.0, x.max(initial=0.0)) - min(0.0, x.min(initial=0.0))) / 255

@@ -72,9 +72,9 @@ class Comparer:
         for name, right in expected.items():
             self._output(name, inputs, np.asarray(right), np.asarray(got[name]))
 
-    def failed(self, what: str) -> None:
+    def failed(self, reason: str) -> None:
         """It could not be executed, or is not what it should be."""
-        self._found.failures.append(what)
+        self._found.failures.append(reason)
 
     @property
     def is_well(self) -> bool:
@@ -125,29 +125,29 @@ class Comparer:
     ) -> None:
         if not off.size or not off.ndim or (self._found.worst is not None and off.max() <= self._found.worst.error):
             return
-        at = [int(index) for index in np.unravel_index(int(off.argmax()), off.shape)]
-        row = at[0]
-        around = slice(max(0, at[-1] - _ROWS_SHOWN // 2), at[-1] + _ROWS_SHOWN // 2)
-        index: Any = (*at[:-1], around)
+        place = [int(index) for index in np.unravel_index(int(off.argmax()), off.shape)]
+        row = place[0]
+        around = slice(max(0, place[-1] - _ROWS_SHOWN // 2), place[-1] + _ROWS_SHOWN // 2)
+        index: Any = (*place[:-1], around)
         shown = "; ".join(f"{key}[{row}]: {_short(array, int(row))}" for key, array in inputs.items())
-        expected, made = right[index].tolist(), got[index].tolist()
-        self._found.worst = Worst(name, shapes, float(off.max()), expected, made, shown)
+        expected, value = right[index].tolist(), got[index].tolist()
+        self._found.worst = Worst(name, shapes, float(off.max()), expected, value, shown)
 
     def result(self) -> Comparison:
-        found = self._found
+        comparison = self._found
         if self._errors:
             errors, relative = np.concatenate(self._errors), np.concatenate(self._relative)
             if errors.size:
-                found.max_abs, found.p99_abs = float(errors.max()), float(np.quantile(errors, 0.99))
-                found.max_rel, found.p99_rel = float(relative.max()), float(np.quantile(relative, 0.99))
+                comparison.max_abs, comparison.p99_abs = float(errors.max()), float(np.quantile(errors, 0.99))
+                comparison.max_rel, comparison.p99_rel = float(relative.max()), float(np.quantile(relative, 0.99))
         if self._decided:
-            found.rows, found.top1 = self._decided, self._right / self._decided
-            if found.top1 < found.limits.top1:
-                found.failures.append(
-                    f"output '{self._decision}': {found.top1:.1%} of {self._decided} decisions are PyTorch's, expected "
-                    f"at least {found.limits.top1:.1%}"
+            comparison.rows, comparison.top1 = self._decided, self._right / self._decided
+            if comparison.top1 < comparison.limits.top1:
+                comparison.failures.append(
+                    f"output '{self._decision}': {comparison.top1:.1%} of {self._decided} decisions are PyTorch's, "
+                    f"expected at least {comparison.limits.top1:.1%}"
                 )
-        return found
+        return comparison
 
 
 def _least_cosine(right: npt.NDArray[Any], got: npt.NDArray[Any]) -> float:

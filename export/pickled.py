@@ -29,20 +29,20 @@ def answers(model: Any, rows: Any) -> dict[str, Array]:
     from sklearn.base import is_regressor
 
     if not hasattr(model, "predict"):
-        found = {"variable": model.transform(rows)}
+        by_name = {"variable": model.transform(rows)}
     else:
-        found = {"variable" if is_regressor(model) else "label": model.predict(rows)}
+        by_name = {"variable" if is_regressor(model) else "label": model.predict(rows)}
     if hasattr(model, "predict_proba"):
-        found |= _each("probabilities", model.predict_proba(rows))
+        by_name |= _each("probabilities", model.predict_proba(rows))
     elif hasattr(model, "decision_function"):
-        found |= _each("scores", model.decision_function(rows))
-    return {name: _plain(answer) for name, answer in found.items()}
+        by_name |= _each("scores", model.decision_function(rows))
+    return {name: _plain(answer) for name, answer in by_name.items()}
 
 
 def _each(name: str, answer: Any) -> dict[str, Any]:
     """A model of several targets answers with a list."""
     if isinstance(answer, list):
-        return {f"{name}_{index}": one for index, one in enumerate(answer)}
+        return {f"{name}_{index}": part for index, part in enumerate(answer)}
     return {name: answer}
 
 
@@ -51,9 +51,9 @@ def _plain(answer: Any) -> Array:
     return array[:, np.newaxis] if array.ndim == 1 else array
 
 
-def outputs(own: Mapping[str, Array]) -> Iterator[Output]:
+def outputs(answers: Mapping[str, Array]) -> Iterator[Output]:
     kinds = {"f": "FP32", "i": "INT64", "u": "INT64", "b": "BOOL"}
-    for name, answer in own.items():
+    for name, answer in answers.items():
         yield name, kinds.get(answer.dtype.kind, "BYTES"), answer.shape[1:]
 
 

@@ -61,13 +61,13 @@ class Outcome:
 
     @property
     def failures(self) -> list[str]:
-        found = [
-            f"{one.graph} {one.variant}: {why}"
+        comparisons = [
+            f"{comparison.graph} {comparison.variant}: {why}"
             for result in self.results
-            for one in result.comparisons
-            for why in one.failures
+            for comparison in result.comparisons
+            for why in comparison.failures
         ]
-        return found + [f"{check.what}: {check.why}" for check in self.checks if not check.is_well]
+        return comparisons + [f"{check.what}: {check.why}" for check in self.checks if not check.is_well]
 
 
 def run(
@@ -105,12 +105,12 @@ def run(
         if not graph.host:
             entries[graph.name] = _entry(builder.result, options, outcome.measured.get(graph.name, []))
     progress.step("checks", total)
-    found = {result.graph.name: result for result in outcome.results}
-    outcome.checks += [check(found) for check in product.checks]
+    results = {result.graph.name: result for result in outcome.results}
+    outcome.checks += [check(results) for check in product.checks]
     _stop_if(outcome)
     for step in product.steps:
-        hosted = [one for one in outcome.results if one.graph.host == step.name]
-        files = {_hosted_name(one.graph): _file_of(one, options.cpu) for one in hosted}
+        hosted = [result for result in outcome.results if result.graph.host == step.name]
+        files = {_hosted_name(result.graph): _file_of(result, options.cpu) for result in hosted}
         entries[step.name] = replace(step, files={**step.files, **files})
     if product.ensemble is not None:
         ensemble = product.ensemble(entries)
@@ -135,7 +135,7 @@ def _serve(folder: Path, product: Product, outcome: Outcome, entries: Mapping[st
         return []
     variant = options.cpu if options.backend == "onnxruntime" else "torch"
     limits = [graph.limits_of(variant) for graph in product.graphs]
-    return [served.check(folder, names[0], product.trials, max(limits, key=lambda one: one.max_error))]
+    return [served.check(folder, names[0], product.trials, max(limits, key=lambda limit: limit.max_error))]
 
 
 def _stop_if(outcome: Outcome) -> None:
@@ -182,15 +182,15 @@ def _entry(result: Result, options: Options, measured: Sequence[Measured]) -> En
     most = graph.max_batch_size
     preferred: tuple[int, ...] = ()
     if measured:
-        found = recommend(measured, options.cpu if options.cpu in built else "fp32", options.goal_ms)
-        most, preferred = min(most, found.max_batch_size), found.preferred
-        parameters["tutti.latency_ms"] = found.latency
+        recommended = recommend(measured, options.cpu if options.cpu in built else "fp32", options.goal_ms)
+        most, preferred = min(most, recommended.max_batch_size), recommended.preferred
+        parameters["tutti.latency_ms"] = recommended.latency
     return Entry(
         graph.name,
         backend,
         inputs,
         outputs,
-        {FILES[one.variant]: one.path for one in built.values()},
+        {FILES[variant.variant]: variant.path for variant in built.values()},
         most,
         parameters,
         graph.labels,
@@ -210,7 +210,7 @@ def _spec(graph: Graph, name: str) -> TensorSpec:
 
 def _max_dims(result: Result, inputs: Sequence[TensorSpec], backend: str) -> dict[str, list[int]]:
     """The greatest size of each variable dimension, where there is one; a plan's are those that it was built for."""
-    found: dict[str, list[int]] = {}
+    counts: dict[str, list[int]] = {}
     for spec in inputs:
         limits = [result.most] * len(spec.dims)
         if backend == "tensorrt":
@@ -218,18 +218,18 @@ def _max_dims(result: Result, inputs: Sequence[TensorSpec], backend: str) -> dic
             limits = [size if result.most is None else min(size, result.most) for size in largest]
         sizes = [most for dim, most in zip(spec.dims, limits, strict=True) if dim == -1 and most is not None]
         if sizes:
-            found[spec.name] = sizes
-    return found
+            counts[spec.name] = sizes
+    return counts
 
 
 def _warmups(graph: Graph, inputs: Sequence[str]) -> list[layout.Warmup]:
     """One for each bucket of lengths: a single row of the smallest, the usual and the largest shape but one."""
     shapes: list[Mapping[str, Shape]] = []
     for number in (0, 1):
-        own = {name: tuple(graph.profile[name][number][1:]) for name in inputs}
-        if own not in shapes:
-            shapes.append(own)
-    return [layout.Warmup(1, own) for own in shapes]
+        shapes_of_inputs = {name: tuple(graph.profile[name][number][1:]) for name in inputs}
+        if shapes_of_inputs not in shapes:
+            shapes.append(shapes_of_inputs)
+    return [layout.Warmup(1, shape) for shape in shapes]
 
 
 def _stage(staging: Staging, entries: Mapping[str, Entry], outcome: Outcome, work: Path) -> None:
@@ -237,9 +237,9 @@ def _stage(staging: Staging, entries: Mapping[str, Entry], outcome: Outcome, wor
     results = {result.graph.name: result for result in outcome.results}
     for entry in entries.values():
         result = results.get(entry.name)
-        hosted = [one for one in outcome.results if one.graph.host == entry.name]
-        built = [one for each in ([result] if result else hosted) for one in each.built.values()]
-        told = ", ".join(sorted({one.reference for one in ([result] if result else hosted)}))
+        hosted = [other for other in outcome.results if other.graph.host == entry.name]
+        built = [variant for each in ([result] if result else hosted) for variant in each.built.values()]
+        told = ", ".join(sorted({other.reference for other in ([result] if result else hosted)}))
         text = manifest.describe(
             outcome.source, outcome.key, list(entries), built, entry.files, outcome.provenance, told
         )
@@ -250,7 +250,7 @@ def _stage(staging: Staging, entries: Mapping[str, Entry], outcome: Outcome, wor
 
 def _look_at(folder: Path, entries: Mapping[str, Entry], outcome: Outcome) -> list[Check]:
     """At what would be published: each file is the one that was verified, and labels stand where they should."""
-    found = []
+    checks = []
     for result in outcome.results:
         graph = result.graph
         place = folder / (graph.host or graph.name) / str(outcome.options.version)
@@ -260,26 +260,26 @@ def _look_at(folder: Path, entries: Mapping[str, Entry], outcome: Outcome) -> li
                 continue
             is_same = file.is_file() and layout.sha256(file) == built.sha256
             why = "as verified" if is_same else "it is not the file that was verified: truncated, or written since"
-            found.append(Check(f"{graph.name}/{file.name}", is_same, why))
+            checks.append(Check(f"{graph.name}/{file.name}", is_same, why))
         if graph.labels:
-            found.append(_labels(folder / graph.name, graph, result, outcome.options.version))
+            checks.append(_labels(folder / graph.name, graph, result, outcome.options.version))
     for name in entries:
         config.load(folder / name / "config.pbtxt")
-    return found
+    return checks
 
 
 def _labels(folder: Path, graph: Graph, result: Result, version: int) -> Check:
     """The names that the published labels give to the graph's decisions are those of the checkpoint."""
-    given = (folder / "labels.txt").read_text(encoding="utf-8").splitlines()
-    what = f"{graph.name}/labels.txt"
-    if given != list(graph.labels):
-        wrong = next((i for i, (a, b) in enumerate(zip(given, graph.labels, strict=False)) if a != b), len(given))
+    labels = (folder / "labels.txt").read_text(encoding="utf-8").splitlines()
+    subject = f"{graph.name}/labels.txt"
+    if labels != list(graph.labels):
+        wrong = next((i for i, (a, b) in enumerate(zip(labels, graph.labels, strict=False)) if a != b), len(labels))
         expected = graph.labels[wrong] if wrong < len(graph.labels) else "no more"
-        return Check(what, False, f"class {wrong} is '{expected}' in the checkpoint, and not so here")
+        return Check(subject, False, f"class {wrong} is '{expected}' in the checkpoint, and not so here")
     decided = [int(row) for case in result.expected for row in np.asarray(case[graph.decision]).argmax(-1).reshape(-1)]
-    if decided and max(decided) >= len(given):
-        return Check(what, False, f"the graph has a class {max(decided)}, and there are {len(given)} labels")
-    return Check(what, True, f"{len(given)} classes, {len(set(decided))} of them seen")
+    if decided and max(decided) >= len(labels):
+        return Check(subject, False, f"the graph has a class {max(decided)}, and there are {len(labels)} labels")
+    return Check(subject, True, f"{len(labels)} classes, {len(set(decided))} of them seen")
 
 
 def plan_lines(product: Product, options: Options, repository: Path) -> list[str]:
@@ -297,5 +297,5 @@ def plan_lines(product: Product, options: Options, repository: Path) -> list[str
 
 def stopped(error: ParityError) -> Outcome | None:
     """What was found before it was decided to publish nothing."""
-    found = error.args[1] if len(error.args) > 1 else None
-    return found if isinstance(found, Outcome) else None
+    outcome = error.args[1] if len(error.args) > 1 else None
+    return outcome if isinstance(outcome, Outcome) else None

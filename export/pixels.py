@@ -125,10 +125,10 @@ def cases(how: Preprocessing) -> list[Arrays]:
     """Random pictures, and a smooth one, as pictures are: noise excites few features."""
     rng = np.random.default_rng(SEED)
     size = (3, how.height, how.width)
-    made: list[Arrays] = [{"PIXELS": rng.integers(0, 256, size=(n, *size), dtype=np.uint8)} for n in (1, 2, 5, 16)]
+    cases: list[Arrays] = [{"PIXELS": rng.integers(0, 256, size=(n, *size), dtype=np.uint8)} for n in (1, 2, 5, 16)]
     ramps = np.linspace(0, 255, how.width)[np.newaxis] * np.linspace(0, 1, how.height)[:, np.newaxis]
-    made.append({"PIXELS": np.stack([np.stack([ramps, ramps[::-1], ramps[:, ::-1]])]).astype(np.uint8)})
-    return made
+    cases.append({"PIXELS": np.stack([np.stack([ramps, ramps[::-1], ramps[:, ::-1]])]).astype(np.uint8)})
+    return cases
 
 
 def check_processor(source: Source, how: Preprocessing) -> Check:
@@ -183,8 +183,8 @@ def processed(source: Source, data: bytes) -> torch.Tensor:
     from PIL import Image
 
     with Image.open(io.BytesIO(data)) as picture:
-        found: torch.Tensor = _processor(source)(picture.convert("RGB"), return_tensors="pt")["pixel_values"]
-    return found
+        pixels: torch.Tensor = _processor(source)(picture.convert("RGB"), return_tensors="pt")["pixel_values"]
+    return pixels
 
 
 def encoded(size: tuple[int, int]) -> bytes:

@@ -49,7 +49,7 @@ class Recommended:
 def measure(result: Result) -> list[Measured]:
     """Of the variants that ONNX Runtime executes here, on the processor."""
     graph = result.graph
-    found = []
+    measurements = []
     for variant in ("fp32", "fp16", "int8"):
         built = result.built.get(variant)
         if built is None or not built.comparison.is_well or variant == "fp16":
@@ -58,9 +58,9 @@ def measure(result: Result) -> list[Measured]:
         for case, length in _lengths(graph):
             rows = 1
             while rows <= graph.max_batch_size:
-                found.append(Measured(variant, "cpu", rows, length, _time_ms(loaded, _repeated(case, rows))))
+                measurements.append(Measured(variant, "cpu", rows, length, _time_ms(loaded, _repeated(case, rows))))
                 rows *= 2
-    return found
+    return measurements
 
 
 def _lengths(graph: Graph) -> list[tuple[Arrays, int]]:
@@ -96,15 +96,17 @@ def recommend(measured: Sequence[Measured], variant: str, goal_ms: float) -> Rec
     A request may find a batch under way and then go in the next one: two batches fit into the goal. Batches of longer
     rows take longer; to hold them to the goal too would leave nothing to batch of the others.
     """
-    own = [one for one in measured if one.variant == variant] or list(measured)
-    lengths = sorted({one.length for one in own})
+    of_variant = [measurement for measurement in measured if measurement.variant == variant] or list(measured)
+    lengths = sorted({measurement.length for measurement in of_variant})
     usual = lengths[len(lengths) // 2]
-    times = {one.rows: one.ms for one in own if one.length == usual}
+    times = {measurement.rows: measurement.ms for measurement in of_variant if measurement.length == usual}
     fitting = [rows for rows, ms in times.items() if 2 * ms <= goal_ms] or [min(times)]
     most = max(fitting)
     cheapest = min(times[rows] / rows for rows in fitting)
     preferred = tuple(sorted(rows for rows in fitting if rows > 1 and times[rows] / rows <= _NEAR * cheapest))
     latency = ",".join(f"{rows}:{ms:.3f}" for rows, ms in times.items())
-    longest_ms = max(one.ms for one in own if one.rows == most and one.length == lengths[-1])
+    longest_ms = max(
+        measurement.ms for measurement in of_variant if measurement.rows == most and measurement.length == lengths[-1]
+    )
     # Sessions use all cores; on a GPU two instances overlap copies with execution.
     return Recommended(most, preferred, latency, max(1, (os.cpu_count() or 1) // 2), 0, usual, longest_ms)

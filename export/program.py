@@ -54,14 +54,14 @@ def runnable(program: ExportedProgram) -> Any:
 
 def products(program: ExportedProgram) -> dict[torch.dtype, int]:
     """How many products of matrices and convolutions compute in which datatype."""
-    found: Counter[torch.dtype] = Counter()
+    dtypes: Counter[torch.dtype] = Counter()
     for node in program.graph.nodes:
         name = getattr(node.target, "__name__", "").partition(".")[0]
         value = node.meta.get("val")
         value = value[0] if isinstance(value, list | tuple) and value else value
         if node.op == "call_function" and name in _PRODUCTS and isinstance(value, torch.Tensor):
-            found[value.dtype] += 1
-    return dict(found)
+            dtypes[value.dtype] += 1
+    return dict(dtypes)
 
 
 def overflow(program: ExportedProgram, tensors: Sequence[torch.Tensor]) -> str:
@@ -83,12 +83,12 @@ class _Watch(torch.fx.Interpreter):
         self.found = ""
 
     def run_node(self, n: torch.fx.Node) -> Any:
-        made = super().run_node(n)
-        tensor = made[0] if isinstance(made, list | tuple) and made else made
+        value = super().run_node(n)
+        tensor = value[0] if isinstance(value, list | tuple) and value else value
         if not self.found and isinstance(tensor, torch.Tensor) and _is_beyond(tensor):
             most = torch.finfo(tensor.dtype).max
             self.found = f"what '{_place(n)}' makes gets larger than {most:.0f}, which is the most"
-        return made
+        return value
 
 
 def _is_beyond(tensor: torch.Tensor) -> bool:

@@ -93,14 +93,14 @@ def _source(text: str) -> str:
         return f"SOURCE: expected a hub id, a file or a folder, got {shown(text)}"
     if path.is_dir():
         for file in sorted(entry for entry in path.iterdir() if entry.suffix in _WEIGHTS):
-            if "LFS" in (what := file_kinds.of(file)):
-                return f"{plain(file)} is {what}"
+            if "LFS" in (content := file_kinds.of(file)):
+                return f"{plain(file)} is {content}"
         if (path / "config.json").is_file() and not any(file.suffix in _WEIGHTS for file in path.rglob("*")):
             return f"{shown(text)} has no weights: expected model.safetensors, or another of {', '.join(_WEIGHTS)}"
         return ""
     if path.is_file():
-        what = file_kinds.mistaken_for_model(path)
-        return f"{shown(text)} is {what}" if what and "safetensors" not in what else ""
+        content = file_kinds.mistaken_for_model(path)
+        return f"{shown(text)} is {content}" if content and "safetensors" not in content else ""
     if os.path.lexists(path):
         return f"{shown(text)}: {file_kinds.of(path)}"
     if not _HUB_ID.fullmatch(text) or path.suffix in _FILES or ".." in text:

@@ -27,7 +27,7 @@ def page(outcome: Outcome) -> str:
     failures, names = outcome.failures, ", ".join(path.name for path in outcome.published)
     verdict = (
         f"<p class='verdict FAIL'>Nothing was published: {len(failures)} problem{'s' * (len(failures) > 1)}</p><ul>"
-        + "".join(f"<li class=error>{escape(one)}</li>" for one in failures)
+        + "".join(f"<li class=error>{escape(failure)}</li>" for failure in failures)
         + "</ul>"
         if failures
         else f"<p class='verdict PASS'>Verified, and published</p><p>{escape(names)}</p>"
@@ -47,7 +47,11 @@ def page(outcome: Outcome) -> str:
         parts.append(_comparisons(result.comparisons))
         for variant, why in result.left_out.items():
             parts.append(f"<p>{variant} was left out: {escape(why)}</p>")
-        parts += [_worst(one) for one in result.comparisons if one.worst is not None and one.worst.error]
+        parts += [
+            _worst(comparison)
+            for comparison in result.comparisons
+            if comparison.worst is not None and comparison.worst.error
+        ]
         measured = outcome.measured.get(result.graph.name, [])
         if measured:
             parts.append(_profile(measured, outcome))
@@ -66,27 +70,37 @@ def _sign(is_well: bool) -> str:
     return "<span class=well>well</span>" if is_well else "<span class=error>wrong</span>"
 
 
-def _comparisons(found: Sequence[Comparison]) -> str:
+def _comparisons(comparisons: Sequence[Comparison]) -> str:
     names = ["variant", "result", *_FIGURES, "precision", "note"]
     rows: list[list[str | Cell]] = []
-    for one in found:
-        executed = one.cases and one.variant != "tensorrt"
-        figures = [f"{one.max_abs:.1e}", f"{one.p99_abs:.1e}", f"{one.max_rel:.1e}", f"{one.p99_rel:.1e}"]
-        figures += [f"{one.cosine:.6f}", f"{one.top1:.1%} of {one.rows}" if one.rows else "-"]
+    for comparison in comparisons:
+        executed = comparison.cases and comparison.variant != "tensorrt"
+        figures = [
+            f"{comparison.max_abs:.1e}",
+            f"{comparison.p99_abs:.1e}",
+            f"{comparison.max_rel:.1e}",
+            f"{comparison.p99_rel:.1e}",
+        ]
+        figures += [
+            f"{comparison.cosine:.6f}",
+            f"{comparison.top1:.1%} of {comparison.rows}" if comparison.rows else "-",
+        ]
         shown = figures if executed else ["not executed here", *["-"] * (len(_FIGURES) - 1)]
-        rows.append([one.variant, _sign(one.is_well), *shown, _text(one.precision), _text(one.note)])
+        rows.append(
+            [comparison.variant, _sign(comparison.is_well), *shown, _text(comparison.precision), _text(comparison.note)]
+        )
     return table(names, rows)
 
 
-def _worst(one: Comparison) -> str:
-    assert one.worst is not None
-    worst = one.worst
+def _worst(comparison: Comparison) -> str:
+    assert comparison.worst is not None
+    worst = comparison.worst
 
     def values(numbers: Sequence[float]) -> str:
         return ", ".join(f"{number:.6g}" for number in numbers)
 
     return (
-        f"<details><summary>{one.variant}: worst where output <code>{escape(worst.output)}</code> is off by "
+        f"<details><summary>{comparison.variant}: worst where output <code>{escape(worst.output)}</code> is off by "
         f"{worst.error:.2e}, on {escape(worst.shapes)}</summary><p>inputs: <code>{escape(worst.inputs)}</code></p>"
         + table(
             ["", "values around"],
@@ -98,8 +112,8 @@ def _worst(one: Comparison) -> str:
 
 def _profile(measured: Sequence[Measured], outcome: Outcome) -> str:
     options = outcome.options
-    served = options.cpu if any(one.variant == options.cpu for one in measured) else "fp32"
-    found = recommend(measured, served, options.goal_ms)
+    served = options.cpu if any(measurement.variant == options.cpu for measurement in measured) else "fp32"
+    recommended = recommend(measured, served, options.goal_ms)
     names = ["variant", "length", "rows", "ms", "rows/s"]
     rows = [
         [f"{m.variant} on {m.device}", str(m.length), str(m.rows), f"{m.ms:.2f}", f"{m.rows / m.ms * 1e3:,.0f}"]
@@ -107,10 +121,10 @@ def _profile(measured: Sequence[Measured], outcome: Outcome) -> str:
     ]
     return (
         f"<h3>Latency</h3><p>For a goal of {options.goal_ms:g} ms with {served}: <code>max_batch_size: "
-        f"{found.max_batch_size}</code>, preferred sizes {list(found.preferred)}, "
-        f"<code>max_queue_delay_microseconds: {found.queue_delay_us}</code> (a batch forms while the one before it is "
-        f"executed), {found.instances} instances. That is for rows of length {found.usual_length}; a batch of as many "
-        f"of the longest takes {found.longest_ms:.1f} ms.</p>"
+        f"{recommended.max_batch_size}</code>, preferred sizes {list(recommended.preferred)}, "
+        f"<code>max_queue_delay_microseconds: {recommended.queue_delay_us}</code> (a batch forms while the one before "
+        f"it is executed), {recommended.instances} instances. That is for rows of length "
+        f"{recommended.usual_length}; a batch of as many of the longest takes {recommended.longest_ms:.1f} ms.</p>"
         f"<div class=charts>{_curves(measured, options.goal_ms)}</div>"
         f"<details><summary>all figures</summary>{table(names, rows)}</details>"
     )
@@ -119,21 +133,21 @@ def _profile(measured: Sequence[Measured], outcome: Outcome) -> str:
 def _curves(measured: Sequence[Measured], goal_ms: float) -> str:
     """Milliseconds over rows, both logarithmic, a line for each variant and length; many in a figure a variant."""
     lines: dict[str, dict[str, Points]] = {}
-    for one in measured:
-        name = f"length {one.length}" if one.length > 1 else one.variant
-        own = lines.setdefault(one.variant, {})
-        own[name] = [*own.get(name, []), (math.log2(one.rows), one.ms)]
+    for measurement in measured:
+        name = f"length {measurement.length}" if measurement.length > 1 else measurement.variant
+        curve = lines.setdefault(measurement.variant, {})
+        curve[name] = [*curve.get(name, []), (math.log2(measurement.rows), measurement.ms)]
     if sum(map(len, lines.values())) <= _MOST_LINES:
         named = {
             name if name == variant else f"{variant}, {name}": points
-            for variant, own in lines.items()
-            for name, points in own.items()
+            for variant, curve in lines.items()
+            for name, points in curve.items()
         }
         lines = {"": named}
     return "".join(
         chart(
-            f"Latency by rows{f' of {variant}' if variant else ''}", own, "rows in a batch", "ms",
+            f"Latency by rows{f' of {variant}' if variant else ''}", points, "rows in a batch", "ms",
             x_label=lambda x: f"{2**x:,.0f}", y_log=True, dots=True, goal=(f"goal: {plain(goal_ms)} ms", goal_ms),
         )
-        for variant, own in lines.items()
+        for variant, points in lines.items()
     )  # fmt: skip

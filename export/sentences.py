@@ -48,8 +48,8 @@ class Pooling(torch.nn.Module):
 
     def forward(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         weights = mask.unsqueeze(-1).to(hidden.dtype)
-        found = [getattr(self, f"_{mode}")(hidden, weights) for mode in self._modes]
-        return found[0] if len(found) == 1 else torch.cat(found, dim=-1)
+        pooled = [getattr(self, f"_{mode}")(hidden, weights) for mode in self._modes]
+        return pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim=-1)
 
     def _cls(self, hidden: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         return hidden[:, 0]
@@ -114,11 +114,11 @@ def read(source: Source, prompt: str | None = None) -> Recipe:
     of = str(settings.get("model_type") or "SentenceTransformer")
     if of not in ("SentenceTransformer", "CrossEncoder"):
         raise ExportError(f"'{source.given}' is a {of}: covered are a SentenceTransformer's and a CrossEncoder's files")
-    kinds = [(str(one["type"]).rpartition(".")[2], str(one.get("path") or "")) for one in modules]
+    kinds = [(str(module["type"]).rpartition(".")[2], str(module.get("path") or "")) for module in modules]
     if of == "CrossEncoder" and [kind for kind, _ in kinds] == ["Transformer"]:
         inner, activation = _inner(source, kinds[0][1]), str(settings.get("activation_fn") or "")
-        found = Recipe(inner, prompt=text, prompts=prompts, **_lengths(inner))
-        return replace(found, is_cross_encoder=True, activation=activation)
+        recipe = Recipe(inner, prompt=text, prompts=prompts, **_lengths(inner))
+        return replace(recipe, is_cross_encoder=True, activation=activation)
     if [kind for kind, _ in kinds[:2]] != ["Transformer", "Pooling"]:
         raise ExportError(
             f"modules.json: expected a Transformer and a Pooling first, got {', '.join(kind for kind, _ in kinds)}"
@@ -157,9 +157,11 @@ def _modes(told: Mapping[str, Any], has_prompt: bool) -> list[str]:
     """Of a Pooling's config.json."""
     if has_prompt and told.get("include_prompt") is False:
         raise ExportError("its pooling leaves the prompt's tokens out: not covered; --prompt '' exports it without one")
-    given = told.get("pooling_mode")
-    found = [mode for key, mode in _OLD_MODES.items() if told.get(key)] if given is None else given
-    modes = [found] if isinstance(found, str) else list(found) or ["mean"]
+    mode_of_config = told.get("pooling_mode")
+    known_modes = (
+        [mode for key, mode in _OLD_MODES.items() if told.get(key)] if mode_of_config is None else mode_of_config
+    )
+    modes = [known_modes] if isinstance(known_modes, str) else list(known_modes) or ["mean"]
     unknown = [
         key for key, value in told.items() if key.startswith("pooling_mode_") and value and key not in _OLD_MODES
     ]
@@ -186,8 +188,8 @@ def _dense(source: Source, path: str) -> torch.nn.Module:
     told = checkpoint.read_json(source, f"{path}/config.json") or {}
     place = told.get("module_input_name") or "sentence_embedding"
     if place != "sentence_embedding" or told.get("use_residual"):
-        what = "a residual" if told.get("use_residual") else f"'{place}'"
-        raise ExportError(f"{path}/config.json: a Dense over sentence_embedding is covered, not one with {what}")
+        subject = "a residual" if told.get("use_residual") else f"'{place}'"
+        raise ExportError(f"{path}/config.json: a Dense over sentence_embedding is covered, not one with {subject}")
     activation = str(told.get("activation_function") or "torch.nn.modules.activation.Tanh").rpartition(".")[2]
     if activation not in _ACTIVATIONS:
         raise ExportError(f"{path}/config.json: expected one of {', '.join(_ACTIVATIONS)}, got {activation}")
@@ -199,9 +201,11 @@ def _filled(module: torch.nn.Module, source: Source, path: str, renamed: Mapping
     """With the weights of its folder, all of them and no others."""
     weights = _weights(checkpoint.file(source, f"{path}/model.safetensors"), source, path)
     for old, new in renamed.items():
-        weights = {name.replace(old, new, 1): one.float() for name, one in weights.items()}
+        weights = {name.replace(old, new, 1): weight.float() for name, weight in weights.items()}
     wanted = module.state_dict()
-    if {name: one.shape for name, one in weights.items()} != {name: one.shape for name, one in wanted.items()}:
+    if {name: weight.shape for name, weight in weights.items()} != {
+        name: tensor.shape for name, tensor in wanted.items()
+    }:
         raise ExportError(f"{path}: expected the weights {named(sorted(wanted))}, got {named(sorted(weights))}")
     module.load_state_dict(weights)
     return module.eval()

@@ -42,9 +42,9 @@ class Staged:
 
     def ask(self, model: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Its outputs by name. Raises ExportError where there is no answer."""
-        given = {name: Tensor(name, from_numpy(array.dtype), array.shape, array) for name, array in inputs.items()}
+        tensors = {name: Tensor(name, from_numpy(array.dtype), array.shape, array) for name, array in inputs.items()}
         asked = _Asked(threading.Event())
-        call = Call(InferRequest(model, given), asked)
+        call = Call(InferRequest(model, tensors), asked)
         self._engine([call])
         if not asked.is_settled.wait(_WAIT_S):
             raise ExportError(f"'{model}' gave no answer within {_WAIT_S} s")
@@ -91,25 +91,27 @@ def check(folder: Path, ensemble: str, trials: "Sequence[Trial]", limits: Limits
                 worst = max(worst, error)
     except ExportError as error:
         return Check("served", False, str(error))
-    what = ", ".join(trial.what for trial in trials)
-    return Check("served", True, f"'{ensemble}' answers as the checkpoint's own pipeline, but for {worst:.1e}: {what}")
+    subjects = ", ".join(trial.what for trial in trials)
+    return Check(
+        "served", True, f"'{ensemble}' answers as the checkpoint's own pipeline, but for {worst:.1e}: {subjects}"
+    )
 
 
 def _compare(expected: Mapping[str, Any], got: Mapping[str, Any], limits: Limits) -> tuple[str, float]:
     """(what is wrong, the greatest error as a share of the output's range)."""
     worst = 0.0
     for name, right in expected.items():
-        right, made = np.asarray(right), got.get(name)
-        if made is None or made.shape != right.shape:
-            shape = None if made is None else list(made.shape)
+        right, answer = np.asarray(right), got.get(name)
+        if answer is None or answer.shape != right.shape:
+            shape = None if answer is None else list(answer.shape)
             return f"output '{name}': expected {list(right.shape)}, got {shape}", worst
         if right.dtype.kind != "f":
             # In fewer bits a close decision may fall otherwise: its score is compared.
-            if limits.top1 == 1.0 and made.tolist() != right.tolist():
-                return f"output '{name}': expected {_short(right)}, got {_short(made)}", worst
+            if limits.top1 == 1.0 and answer.tolist() != right.tolist():
+                return f"output '{name}': expected {_short(right)}, got {_short(answer)}", worst
             continue
         scale = max(1.0, float(np.abs(right).max(initial=0.0)))
-        error = float(np.abs(right - made).max(initial=0.0)) / scale
+        error = float(np.abs(right - answer).max(initial=0.0)) / scale
         if not error <= limits.max_error:
             return f"output '{name}' differs by {error:.1e} of its range, tolerated are {limits.max_error:.0e}", worst
         worst = max(worst, error)

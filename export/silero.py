@@ -121,12 +121,12 @@ def load(source: Source) -> tuple[SpeechDetector, Any]:
         reference = torch.jit.load(str(source.path), map_location="cpu").eval()
     except RuntimeError as error:
         raise ExportError(f"'{source.location}' is no TorchScript file: {error}") from None
-    given = {name.removeprefix("_model."): tensor for name, tensor in reference.state_dict().items()}
-    missing = sorted(set(_WEIGHTS) - set(given))
+    weights = {name.removeprefix("_model."): tensor for name, tensor in reference.state_dict().items()}
+    missing = sorted(set(_WEIGHTS) - set(weights))
     if missing:
         raise ExportError(f"'{source.location}' is not Silero VAD: it lacks {missing[:3]}")
     detector = SpeechDetector()
-    detector.load_state_dict({ours: given[theirs] for theirs, ours in _WEIGHTS.items()})
+    detector.load_state_dict({ours: weights[theirs] for theirs, ours in _WEIGHTS.items()})
     return detector.eval(), reference
 
 
@@ -168,7 +168,7 @@ def product(source: Source, name: str, ensemble: str, samples: Path | None, data
         parameters={"intra_op_thread_count": "1"},
     )
     graphs = [vad, level_graph(name)]
-    graphs = [in_int16(one) for one in graphs] if datatype == "INT16" else graphs
+    graphs = [in_int16(graph) for graph in graphs] if datatype == "INT16" else graphs
     audio, probabilities = TensorSpec("AUDIO", datatype, (-1,)), TensorSpec("SPEECH_PROBS", "FP32", (-1,))
     segments = TensorSpec("SEGMENTS", "FP32", (-1, 2))
     clips = [TensorSpec("CLIPS", datatype, (-1, -1)), TensorSpec("SAMPLES", "INT32", (-1, 1))]
@@ -186,5 +186,5 @@ def product(source: Source, name: str, ensemble: str, samples: Path | None, data
     if ensemble:
         steps.append(decoder_step(name, SAMPLE_RATE, datatype=datatype))
         names = [f"{name}_decoder", vad.name, f"{name}_segments"]
-        make = lambda entries: chain(ensemble, AUDIO_FILE, [entries[one] for one in names])  # noqa: E731
+        make = lambda entries: chain(ensemble, AUDIO_FILE, [entries[entry] for entry in names])  # noqa: E731
     return Product(graphs, steps, make, source.provenance)

@@ -128,9 +128,9 @@ def read(path: Path, rate: int = 16_000) -> np.ndarray[Any, Any]:
     """[samples] FP32 of a file at `rate` Hz. Raises ExportError for one that is none."""
     decoder: Any = published("audio_decoder")
     try:
-        samples, own = decoder.read_wav(path.read_bytes())
+        samples, sample_rate = decoder.read_wav(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ExportError(f"--samples: {path}: {error}") from None
-    if own != rate:
-        raise ExportError(f"--samples: {path}: expected {rate} Hz, got {own} Hz")
+    if sample_rate != rate:
+        raise ExportError(f"--samples: {path}: expected {rate} Hz, got {sample_rate} Hz")
     return np.asarray(samples, dtype=np.float32)

@@ -55,13 +55,13 @@ class Source:
             return f"{self.config_type} {self.options}"
         if not self.is_local:
             return f"{self.location} {self.revision()}"
-        found = hashlib.sha256()
+        digest = hashlib.sha256()
         for path in sorted(self.path.rglob("*")) if self.path.is_dir() else [self.path]:
             if path.is_file():
-                found.update(str(path.relative_to(self.path)).encode())
+                digest.update(str(path.relative_to(self.path)).encode())
                 with path.open("rb") as file:
-                    found.update(hashlib.file_digest(file, "sha256").digest())
-        return found.hexdigest()
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
 
 
 def resolve(text: str) -> Source:

@@ -79,12 +79,12 @@ def _datatypes(trt: Any, network: Any) -> dict[str, int]:
     computing = {trt.LayerType.MATRIX_MULTIPLY, trt.LayerType.CONVOLUTION, trt.LayerType.EINSUM}
     if hasattr(trt.LayerType, "ATTENTION"):
         computing.add(trt.LayerType.ATTENTION)
-    found: Counter[str] = Counter()
+    layers: Counter[str] = Counter()
     for index in range(network.num_layers):
         layer = network.get_layer(index)
         if layer.type in computing:
-            found[str(layer.get_output(0).dtype).rpartition(".")[2]] += 1
-    return dict(found)
+            layers[str(layer.get_output(0).dtype).rpartition(".")[2]] += 1
+    return dict(layers)
 
 
 def _profile(builder: Any, network: Any, profile: Profile) -> Any:

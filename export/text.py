@@ -4,6 +4,7 @@ Which of these a checkpoint is, its architecture says (text_checkpoint.py); the 
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ def _cases(encoder: Encoder, samples: Sequence[str]) -> list[Arrays]:
         cases.append({name: case[name] for name in encoder.inputs})
     if encoder.tokenizer is not None:
         cases += [encoder.tokens(text_trials.SENTENCES), encoder.tokens(text_trials.SENTENCES[:1])]
-        cases += [encoder.tokens(samples[at : at + 32]) for at in range(0, len(samples), 32)]
+        cases += [encoder.tokens(samples[start : start + 32]) for start in range(0, len(samples), 32)]
     return cases
 
 
@@ -47,7 +48,9 @@ def _claim(encoder: Encoder) -> Claim | None:
     """Of how many tokens there may be, by rows without padding, which some models give no places of its own."""
     if encoder.places is None:
         return None
-    token = next(one for one in (2, 3) if one != getattr(encoder.module.model.config, "pad_token_id", None))
+    token = next(
+        candidate for candidate in (2, 3) if candidate != getattr(encoder.module.model.config, "pad_token_id", None)
+    )
     return Claim(
         encoder.places,
         lambda length: {
@@ -68,7 +71,7 @@ def graph(encoder: Encoder, name: str, samples: Sequence[str] = ()) -> Graph:
         encoder.module,
         example,
         (encoder.output,),
-        {one: {0: onnx.BATCH, 1: "length"} for one in example},
+        {tensor: {0: onnx.BATCH, 1: "length"} for tensor in example},
         _cases(encoder, samples),
         dict.fromkeys(example, shapes),
         max_batch_size=MAX_BATCH_SIZE,
@@ -85,6 +88,11 @@ def _samples(path: Path | None) -> list[str]:
     if not path.is_file():
         raise ExportError(f"--samples {path}: expected a file with a text on each line")
     return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def _known(check: Check, results: Mapping[str, Result]) -> Check:
+    """One that needs no result."""
+    return check
 
 
 def product(
@@ -105,7 +113,7 @@ def product(
     encoder = load(source, task, prompt)
     graphs = [graph(encoder, name, _samples(samples))]
     steps: list[layout.Entry] = []
-    checks: list[Callable[[Mapping[str, Result]], Check]] = [lambda _, one=one: one for one in encoder.checks]  # type: ignore[misc]
+    checks: list[Callable[[Mapping[str, Result]], Check]] = [partial(_known, check) for check in encoder.checks]
     accuracy = None
     if encoder.tokenizer is not None:
         steps.append(tokenizer_step(encoder, name, work))
@@ -133,8 +141,8 @@ def product(
         if labels:
             last = [(entities_step if encoder.kind == "tokens" else labels_step)(name, labels, work)]
         steps += last
-        names = [f"{name}_tokenizer", *(one.name for one in graphs), *(one.name for one in last)]
-        make = lambda entries: chain(ensemble, encoder.texts, [entries[one] for one in names])  # noqa: E731
+        names = [f"{name}_tokenizer", *(graph.name for graph in graphs), *(graph.name for graph in last)]
+        make = lambda entries: chain(ensemble, encoder.texts, [entries[entry] for entry in names])  # noqa: E731
     tell("ask the checkpoint itself" if make is not None and labelled is None else "prepare the graphs")
     asked = text_trials.trials(encoder, source) if make is not None and labelled is None else []
     return Product(graphs, steps, make, source.provenance, checks, accuracy, asked)

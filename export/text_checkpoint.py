@@ -63,7 +63,7 @@ def load(source: Source, task: str = "auto", prompt: str | None = None) -> Encod
     vocabulary = model.get_input_embeddings().num_embeddings
     encoder = Encoder(module, tokenizer, limit, vocabulary, places, labels, kind, prompt=recipe.prompt)
     encoder = replace(encoder, inputs=inputs_of(encoder))
-    example = {name: one.clamp(max=1) for name, one in example_of(encoder).items()}
+    example = {name: tensor.clamp(max=1) for name, tensor in example_of(encoder).items()}
     hint = "--task embedding publishes the embeddings of its encoder" if kind != "embedding" else ""
     seen = checkpoint.check_weights(loaded, module, example, source, hint)
     return replace(encoder, checks=(seen, *_told(recipe, kind)))
@@ -133,7 +133,7 @@ def _family(config: Any, kind: str) -> Any:
 
 def _limit(places: int | None, tokenizer: Any, most: int | None) -> int:
     """The most tokens of a text: the least of what the model, its tokenizer and sentence-transformers' files say."""
-    told = [one for one in (places, most) if one is not None]
+    told = [limit for limit in (places, most) if limit is not None]
     if tokenizer is not None and tokenizer.model_max_length < _NO_LENGTH:
         told.append(int(tokenizer.model_max_length))
     return min(told, default=_MOST_TOKENS)
@@ -144,8 +144,8 @@ def _told(recipe: Recipe, kind: str) -> list[Check]:
     if kind != "embedding" or not recipe.prompts:
         return []
     others = ", ".join(f"'{name}'" for name, text in recipe.prompts.items() if text != recipe.prompt)
-    own = f"{recipe.prompt!r} stands before each text" if recipe.prompt else "none is put before texts"
-    return [Check("prompt", True, own + (f"; --prompt takes another of its own: {others}" if others else ""))]
+    prompted = f"{recipe.prompt!r} stands before each text" if recipe.prompt else "none is put before texts"
+    return [Check("prompt", True, prompted + (f"; --prompt takes another of its own: {others}" if others else ""))]
 
 
 def _contrastive(source: Source, config: Any, tokenizer: Any, kind: str) -> Encoder:

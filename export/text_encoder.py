@@ -30,8 +30,8 @@ class SentenceEncoder(torch.nn.Module):
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor | None = None
     ) -> torch.Tensor:
-        found = self.model(**_given(input_ids, attention_mask, token_type_ids))
-        return self.stages(self.pooling(found.last_hidden_state, attention_mask))  # type: ignore[no-any-return]
+        answer = self.model(**_given(input_ids, attention_mask, token_type_ids))
+        return self.stages(self.pooling(answer.last_hidden_state, attention_mask))  # type: ignore[no-any-return]
 
 
 class Classifier(torch.nn.Module):
@@ -45,8 +45,8 @@ class Classifier(torch.nn.Module):
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor | None = None
     ) -> torch.Tensor:
-        found = self.model(**_given(input_ids, attention_mask, token_type_ids))
-        return checkpoint.scores(found.logits, self.function)
+        answer = self.model(**_given(input_ids, attention_mask, token_type_ids))
+        return checkpoint.scores(answer.logits, self.function)
 
 
 class ContrastiveText(torch.nn.Module):
@@ -57,13 +57,13 @@ class ContrastiveText(torch.nn.Module):
         self.model = model
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        given = {"input_ids": input_ids, "attention_mask": attention_mask}
+        arguments = {"input_ids": input_ids, "attention_mask": attention_mask}
         if hasattr(self.model, "get_text_features"):
-            found = self.model.get_text_features(**given)
-            found = found if isinstance(found, torch.Tensor) else found.pooler_output
+            embedding = self.model.get_text_features(**arguments)
+            embedding = embedding if isinstance(embedding, torch.Tensor) else embedding.pooler_output
         else:
-            found = self.model(**given).text_embeds
-        return F.normalize(found, dim=-1)
+            embedding = self.model(**arguments).text_embeds
+        return F.normalize(embedding, dim=-1)
 
 
 def _given(ids: torch.Tensor, mask: torch.Tensor, types: torch.Tensor | None) -> dict[str, torch.Tensor]:
@@ -109,18 +109,18 @@ class Encoder:
     def tokens(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Arrays:
         """As the tokenizer step makes them, but for the buckets. Of pairs, each with itself where none are given."""
         second = list(pairs or texts) if self.kind == "ranking" else None
-        found = self.tokenizer(
+        encoded = self.tokenizer(
             [self.prompt + text for text in texts], second, padding="max_length" if self.is_fixed else True,
             truncation=True, max_length=self.max_length, return_tensors="np", padding_side="right",
             return_attention_mask=True, return_token_type_ids="token_type_ids" in self.inputs,
         )  # fmt: skip
-        return {name: found[name].astype(np.int64) for name in self.inputs}
+        return {name: encoded[name].astype(np.int64) for name in self.inputs}
 
     def embed(self, texts: list[str], run: Callable[[Arrays], Any] | None = None) -> np.ndarray[Any, Any]:
         """[len(texts), width], in PyTorch or as `run` does it."""
         parts = []
-        for at in range(0, len(texts), 64):
-            tokens = self.tokens(texts[at : at + 64])
+        for start in range(0, len(texts), 64):
+            tokens = self.tokens(texts[start : start + 64])
             if run is not None:
                 parts.append(run(tokens))
                 continue

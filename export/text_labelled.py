@@ -69,7 +69,7 @@ def check_accuracy(
     """What each variant of the encoder costs the head, on the test split."""
 
     def check(results: Mapping[str, Result]) -> Check:
-        found: dict[str, float] = {}
+        scores: dict[str, float] = {}
         for variant, built in results[f"{name}_encoder"].built.items():
             if variant in ("torch", "tensorrt") or not built.comparison.is_well:
                 continue
@@ -77,9 +77,9 @@ def check_accuracy(
             embeddings = encoder.embed(labelled.texts["test"], partial(_embedding, loaded))
             with torch.inference_mode():
                 decided = head(torch.from_numpy(embeddings)).argmax(-1).numpy()
-            found[variant] = float((decided == np.array(labelled.targets["test"])).mean())
-        cost = found["fp32"] - min(found.values())
-        shown = ", ".join(f"{variant} {accuracy:.4f}" for variant, accuracy in found.items())
+            scores[variant] = float((decided == np.array(labelled.targets["test"])).mean())
+        cost = scores["fp32"] - min(scores.values())
+        shown = ", ".join(f"{variant} {accuracy:.4f}" for variant, accuracy in scores.items())
         return Check("accuracy of the classifier", cost <= _MAX_ACCURACY_COST, f"{shown}: costs at most {cost:.4f}")
 
     return check

@@ -35,12 +35,12 @@ def tokenizer_of(recipe: Recipe) -> Any:
     return tokenizer
 
 
-def _lower(own: Any) -> None:
+def _lower(tokenizer: Any) -> None:
     """Texts in small letters before all else, as sentence-transformers does for do_lower_case."""
     from tokenizers import normalizers
 
-    before = [own.normalizer] if own.normalizer is not None else []
-    own.normalizer = normalizers.Sequence([normalizers.Lowercase(), *before])
+    before = [tokenizer.normalizer] if tokenizer.normalizer is not None else []
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *before])
 
 
 def inputs_of(encoder: Encoder) -> tuple[str, ...]:
@@ -55,32 +55,34 @@ def inputs_of(encoder: Encoder) -> tuple[str, ...]:
 
 def check_tokenizer(encoder: Encoder, config: Any) -> Check:
     """Whether the tokenizer is the model's: its ids are rows of the embedding, special ones are those configured."""
-    what, tokenizer, rows = "tokenizer", encoder.tokenizer, encoder.vocabulary
+    subject, tokenizer, rows = "tokenizer", encoder.tokenizer, encoder.vocabulary
     highest = max(tokenizer.get_vocab().values(), default=-1) + 1
     if highest > rows:
-        return Check(what, False, f"it has ids up to {highest - 1}, the model has {rows} rows of embeddings")
+        return Check(subject, False, f"it has ids up to {highest - 1}, the model has {rows} rows of embeddings")
     if rows - highest > max(_SPARE_ROWS, rows // 50):
         return Check(
-            what, False, f"the model has {rows} rows of embeddings, the tokenizer {highest} ids: it is another's"
+            subject, False, f"the model has {rows} rows of embeddings, the tokenizer {highest} ids: it is another's"
         )
     for name in ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"):
         expected, got = getattr(config, name, None), getattr(tokenizer, name, None)
         if isinstance(expected, int) and got is not None and expected != got:
-            return Check(what, False, f"{name} is {expected} for the model, {got} for the tokenizer: it is another's")
-    return Check(what, True, f"{highest} ids for {rows} rows of embeddings")
+            return Check(
+                subject, False, f"{name} is {expected} for the model, {got} for the tokenizer: it is another's"
+            )
+    return Check(subject, True, f"{highest} ids for {rows} rows of embeddings")
 
 
 def check_step(encoder: Encoder, file: Path) -> Check:
     """Whether the file that the tokenizer step reads gives the ids that transformers gives."""
     from tokenizers import Tokenizer
 
-    own = Tokenizer.from_file(str(file))
-    own.no_padding()
-    own.enable_truncation(encoder.max_length, direction=encoder.tokenizer.truncation_side)
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(encoder.max_length, direction=encoder.tokenizer.truncation_side)
     texts = (*text_trials.SENTENCES, text_trials.SENTENCES[-1] * 100)  # one that is longer than any model takes
     for text in texts:
         expected = encoder.tokenizer(text, truncation=True, max_length=encoder.max_length)["input_ids"]
-        got = own.encode(text).ids
+        got = tokenizer.encode(text).ids
         if list(expected) != got:
             return Check("tokenizer step", False, f"{text[:40]!r}: expected ids {expected[:8]}, got {got[:8]}")
     return Check("tokenizer step", True, f"the ids of transformers on {len(texts)} texts")
@@ -90,10 +92,10 @@ def tokenizer_step(encoder: Encoder, name: str, work: Path) -> layout.Entry:
     """NAME_tokenizer."""
     file = work / "tokenizer.json"
     encoder.tokenizer.backend_tokenizer.save(str(file))
-    made = [TensorSpec(one, "INT64", (-1,)) for one in encoder.inputs]
-    made += [TensorSpec("OFFSETS", "INT64", (-1, 2))] if encoder.kind == "tokens" else []
+    specs = [TensorSpec(tensor, "INT64", (-1,)) for tensor in encoder.inputs]
+    specs += [TensorSpec("OFFSETS", "INT64", (-1, 2))] if encoder.kind == "tokens" else []
     files = {"model.py": layout.step_file("tokenizer"), "tokenizer.json": file}
     parameters = {"max_length": str(encoder.max_length), "pad_id": str(encoder.tokenizer.pad_token_id or 0)}
     parameters |= {"prompt": encoder.prompt} if encoder.prompt else {}
     parameters |= {"truncation_side": "left"} if encoder.tokenizer.truncation_side == "left" else {}
-    return layout.Entry(f"{name}_tokenizer", "python", list(encoder.texts), made, files, MAX_BATCH_SIZE, parameters)
+    return layout.Entry(f"{name}_tokenizer", "python", list(encoder.texts), specs, files, MAX_BATCH_SIZE, parameters)

@@ -31,17 +31,17 @@ def trials(encoder: "Encoder", source: Source) -> list[Trial]:
     """A short text, usual ones, and one that is longer than the model takes."""
     usual, second = SENTENCES[4], SENTENCES[0]
     tokens = max(1, len(encoder.tokenizer(usual)["input_ids"]))
-    given = {"a short text": SENTENCES[1], "a usual one": usual, "one that is not English": SENTENCES[3]}
+    texts = {"a short text": SENTENCES[1], "a usual one": usual, "one that is not English": SENTENCES[3]}
     if encoder.max_length <= lengths.LONGEST_PROVEN:
-        given["one longer than it takes"] = usual * (encoder.max_length // tokens + 2)
+        texts["one longer than it takes"] = usual * (encoder.max_length // tokens + 2)
     original = _original(encoder, source)
     read = _entities_of if encoder.kind == "tokens" else None
 
-    def trial(what: str, text: str) -> Trial:
+    def trial(subject: str, text: str) -> Trial:
         inputs = dict(zip((spec.name for spec in encoder.texts), (text.encode(), second.encode()), strict=False))
-        return Trial(what, inputs, lambda: original(text, second), read)
+        return Trial(subject, inputs, lambda: original(text, second), read)
 
-    return [trial(what, text) for what, text in given.items()]
+    return [trial(subject, text) for subject, text in texts.items()]
 
 
 def _original(encoder: "Encoder", source: Source) -> Original:
@@ -70,8 +70,8 @@ def _entities_of(got: Mapping[str, Any]) -> Arrays:
 
 
 def _spans(entities: Any) -> Arrays:
-    told = [f"{one['entity_group']} {int(one['start'])} {int(one['end'])}" for one in entities]
-    return {"ENTITIES": np.array(told, object), "scores": np.array([float(one["score"]) for one in entities])}
+    told = [f"{entity['entity_group']} {int(entity['start'])} {int(entity['end'])}" for entity in entities]
+    return {"ENTITIES": np.array(told, object), "scores": np.array([float(entity["score"]) for entity in entities])}
 
 
 def _scores(encoder: "Encoder", tokenizer: Any) -> Original:
@@ -83,9 +83,9 @@ def _scores(encoder: "Encoder", tokenizer: Any) -> Original:
     limits = {"truncation": True, "max_length": encoder.max_length}
 
     def answer(text: str, second: str) -> Arrays:
-        given = {"text": text} | ({"text_pair": second} if encoder.kind == "ranking" else {})
-        found = classify(given, top_k=None, function_to_apply=function, **limits)
-        scores = {one["label"]: one["score"] for one in found}
+        asked = {"text": text} | ({"text_pair": second} if encoder.kind == "ranking" else {})
+        labels = classify(asked, top_k=None, function_to_apply=function, **limits)
+        scores = {label["label"]: label["score"] for label in labels}
         row = np.array([[scores[label] for label in encoder.labels]], dtype=np.float32)
         return {"SCORES": row, "LABEL": np.array([[encoder.labels[int(row.argmax())].encode()]], dtype=object)}
 
@@ -102,8 +102,8 @@ def _embedding(encoder: "Encoder", source: Source) -> Original:
         return lambda text, _: {"EMBEDDING": np.asarray(theirs.encode([text], prompt=encoder.prompt), np.float32)}
 
     def answer(text: str, _: str) -> Arrays:
-        given = {name: torch.from_numpy(array) for name, array in encoder.tokens([text]).items()}
+        tensors = {name: torch.from_numpy(array) for name, array in encoder.tokens([text]).items()}
         with torch.inference_mode():
-            return {"EMBEDDING": encoder.module(**given).numpy()}
+            return {"EMBEDDING": encoder.module(**tensors).numpy()}
 
     return answer

@@ -33,14 +33,14 @@ def expression(vectorizer: Any) -> str | None:
 
 def drawn(words: Sequence[str], count: int, rng: np.random.Generator) -> list[str]:
     """Texts to ask with: odd ones, and those of the model's own words with others between them, in several cases."""
-    own = sorted({part for word in words for part in word.split()}) or ["some", "text"]
-    return [*_ODD[:count], *(_mixed(own, rng) for _ in range(count - len(_ODD)))]
+    known = sorted({part for word in words for part in word.split()}) or ["some", "text"]
+    return [*_ODD[:count], *(_mixed(known, rng) for _ in range(count - len(_ODD)))]
 
 
-def _mixed(own: Sequence[str], rng: np.random.Generator) -> str:
+def _mixed(known: Sequence[str], rng: np.random.Generator) -> str:
     text = ""
     for _ in range(int(rng.integers(1, 10))):
-        word = str(rng.choice(own if rng.random() < 0.7 else _SMALL))
+        word = str(rng.choice(known if rng.random() < 0.7 else _SMALL))
         case = rng.random()
         word = word.upper() if case < 0.1 else word.capitalize() if case < 0.2 else word
         text += (str(rng.choice(_JOINTS)) if text else "") + word

@@ -21,17 +21,17 @@ def unpickled(source: Path) -> Any:
             return joblib.load(source)
     except Exception as error:
         if isinstance(error, AttributeError) and "__main__" in str(error):
-            what = f"what it names was in the program that made it: {first_line(error)}"
+            problem = f"what it names was in the program that made it: {first_line(error)}"
             raise ExportError(
-                f"'{source.name}': {what}; define it in a module, and import that where it is fitted"
+                f"'{source.name}': {problem}; define it in a module, and import that where it is fitted"
             ) from None
         if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith(_LIBRARY + "."):
             raise
         if isinstance(error, ModuleNotFoundError | AttributeError) and _LIBRARY in str(error):
-            what = f"another version of scikit-learn than {_version(_LIBRARY)}, which is here, has made it"
-            raise ExportError(f"'{source.name}': {what}: {first_line(error)}") from None
-        what = f"joblib cannot load it ({type(error).__name__}: {first_line(error)})"
-        raise ExportError(f"'{source.name}': expected a pickle of scikit-learn's: {what}") from None
+            problem = f"another version of scikit-learn than {_version(_LIBRARY)}, which is here, has made it"
+            raise ExportError(f"'{source.name}': {problem}: {first_line(error)}") from None
+        problem = f"joblib cannot load it ({type(error).__name__}: {first_line(error)})"
+        raise ExportError(f"'{source.name}': expected a pickle of scikit-learn's: {problem}") from None
 
 
 @contextmanager

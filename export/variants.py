@@ -47,7 +47,7 @@ class Result:
 
     @property
     def comparisons(self) -> list[Comparison]:
-        return [one.comparison for one in self.built.values()]
+        return [built.comparison for built in self.built.values()]
 
 
 def in_float64(graph: Graph) -> tuple[Reference, str]:
@@ -63,20 +63,20 @@ def in_float64(graph: Graph) -> tuple[Reference, str]:
 
 
 def _run(module: Callable[..., Any], outputs: Sequence[str], case: Arrays, kind: torch.dtype) -> Arrays:
-    given = {name: torch.from_numpy(np.asarray(array)) for name, array in case.items()}
-    given = {name: tensor.to(kind) if tensor.is_floating_point() else tensor for name, tensor in given.items()}
+    tensors = {name: torch.from_numpy(np.asarray(array)) for name, array in case.items()}
+    tensors = {name: tensor.to(kind) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     with torch.inference_mode():
-        found = module(**given)
-    found = (found,) if isinstance(found, torch.Tensor) else found
-    return {name: tensor.numpy() for name, tensor in zip(outputs, found, strict=True)}
+        answer = module(**tensors)
+    answer = (answer,) if isinstance(answer, torch.Tensor) else answer
+    return {name: tensor.numpy() for name, tensor in zip(outputs, answer, strict=True)}
 
 
 def _called(module: Any, outputs: Sequence[str], tensors: Sequence[torch.Tensor]) -> Arrays:
     """As the server does it: tensors by position, in the datatypes that they come in."""
     with torch.inference_mode():
-        found = module(*tensors)
-    found = (found,) if isinstance(found, torch.Tensor) else found
-    return {name: tensor.numpy() for name, tensor in zip(outputs, found, strict=True)}
+        answer = module(*tensors)
+    answer = (answer,) if isinstance(answer, torch.Tensor) else answer
+    return {name: tensor.numpy() for name, tensor in zip(outputs, answer, strict=True)}
 
 
 class Builder:
@@ -107,10 +107,10 @@ class Builder:
             if variant == "fp32":
                 raise
             comparer.failed(str(error))
-        found = comparer.result()
-        found.precision, found.note = precision, note
+        comparison = comparer.result()
+        comparison.precision, comparison.note = precision, note
         checksum = layout.sha256(path) if path.is_file() else ""
-        self.result.built[variant] = Built(variant, path, checksum, found)
+        self.result.built[variant] = Built(variant, path, checksum, comparison)
 
     def _compare(self, comparer: Comparer, run: Any) -> None:
         for case, expected in zip(self._graph.cases, self.result.expected, strict=True):
@@ -132,21 +132,21 @@ class Builder:
         return loaded
 
     def _inspect(self, comparer: Comparer, path: Path, expected: str) -> str:
-        found, counts = onnx.precision(path)
-        if found != expected:
-            comparer.failed(f"expected a graph in {expected}, its weights are in {found}: {counts}")
+        precision, counts = onnx.precision(path)
+        if precision != expected:
+            comparer.failed(f"expected a graph in {expected}, its weights are in {precision}: {counts}")
         return ", ".join(f"{name} {size:,}" for name, size in sorted(counts.items(), key=lambda item: -item[1]))
 
     def _fp32(self, path: Path, comparer: Comparer) -> tuple[str, str]:
         graph = self._graph
         onnx.save(graph.module, path, graph.example, graph.outputs, graph.axes)
         loaded = self._compare_onnx(comparer, path)
-        found, proven = indices.find(path), lengths.prove(loaded, graph.lengths)
-        self.result.bounds, self.result.most = found.bounds, proven.most
-        for fault in (found.fault(graph.cases), proven.fault):
+        tables, proven = indices.find(path), lengths.prove(loaded, graph.lengths)
+        self.result.bounds, self.result.most = tables.bounds, proven.most
+        for fault in (tables.fault(graph.cases), proven.fault):
             if fault:
                 comparer.failed(fault)
-        notes = [f"opset {onnx.OPSET}", f"bounds: {found}" if found.bounds else "", proven.note, *found.unclear]
+        notes = [f"opset {onnx.OPSET}", f"bounds: {tables}" if tables.bounds else "", proven.note, *tables.unclear]
         return self._inspect(comparer, path, "fp32"), "; ".join(note for note in notes if note)
 
     def _fp16(self, path: Path, comparer: Comparer) -> tuple[str, str]:
@@ -195,9 +195,9 @@ class Builder:
         return [torch.from_numpy(np.asarray(case[name])) for name in self._graph.example]
 
     def _inspect_program(self, comparer: Comparer, saved: ExportedProgram, expected: torch.dtype) -> str:
-        found = program.products(saved)
-        shown = ", ".join(f"{count} products in {str(kind).removeprefix('torch.')}" for kind, count in found.items())
-        if found and max(found, key=lambda kind: found[kind]) != expected:
+        products = program.products(saved)
+        shown = ", ".join(f"{count} products in {str(kind).removeprefix('torch.')}" for kind, count in products.items())
+        if products and max(products, key=lambda kind: products[kind]) != expected:
             comparer.failed(f"expected a program in {expected}, it has {shown}")
         return shown or "no products of matrices"
 

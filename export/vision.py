@@ -56,8 +56,8 @@ class ImageEncoder(torch.nn.Module):
         self.normalize = Normalize(how)
 
     def forward(self, PIXELS: torch.Tensor) -> torch.Tensor:  # noqa: N803 - the tensor's name in the repository
-        found = self.model.get_image_features(pixel_values=self.normalize(PIXELS).to(self.model.dtype))
-        return F.normalize(found if isinstance(found, torch.Tensor) else found.pooler_output, dim=-1)
+        features = self.model.get_image_features(pixel_values=self.normalize(PIXELS).to(self.model.dtype))
+        return F.normalize(features if isinstance(features, torch.Tensor) else features.pooler_output, dim=-1)
 
 
 class Backbone(torch.nn.Module):
@@ -73,9 +73,9 @@ class Backbone(torch.nn.Module):
         self._is_pooled = is_pooled
 
     def forward(self, PIXELS: torch.Tensor) -> torch.Tensor:  # noqa: N803 - the tensor's name in the repository
-        found = self.model(pixel_values=self.normalize(PIXELS).to(self.model.dtype))
-        pooled = getattr(found, "pooler_output", None) if self._is_pooled else None
-        return found.last_hidden_state[:, 0] if pooled is None else pooled.flatten(1)
+        answer = self.model(pixel_values=self.normalize(PIXELS).to(self.model.dtype))
+        pooled = getattr(answer, "pooler_output", None) if self._is_pooled else None
+        return answer.last_hidden_state[:, 0] if pooled is None else pooled.flatten(1)
 
 
 class ZeroShot(torch.nn.Module):
@@ -218,8 +218,8 @@ def _shifted(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def _cases(how: Preprocessing, samples: Path | None) -> list[Arrays]:
-    own = [_opened(path, how) for path in sorted(samples.iterdir())] if samples is not None else []
-    return pixels.cases(how) + [{"PIXELS": np.stack(own[at : at + 16])} for at in range(0, len(own), 16)]
+    opened = [_opened(path, how) for path in sorted(samples.iterdir())] if samples is not None else []
+    return pixels.cases(how) + [{"PIXELS": np.stack(opened[start : start + 16])} for start in range(0, len(opened), 16)]
 
 
 def _opened(path: Path, how: Preprocessing) -> Any:
@@ -248,10 +248,10 @@ def text_embeddings(source: Source, model: Any, labels: Sequence[str], template:
         [template.format(label) for label in labels], return_tensors="pt", truncation=True, max_length=length,
         padding="max_length" if is_full else True,
     )  # fmt: skip
-    given = {"input_ids": tokens["input_ids"]} | ({} if is_full else {"attention_mask": tokens["attention_mask"]})
+    arguments = {"input_ids": tokens["input_ids"]} | ({} if is_full else {"attention_mask": tokens["attention_mask"]})
     with torch.inference_mode():
-        found = model.get_text_features(**given)
-    return F.normalize(found if isinstance(found, torch.Tensor) else found.pooler_output, dim=-1).clone()
+        features = model.get_text_features(**arguments)
+    return F.normalize(features if isinstance(features, torch.Tensor) else features.pooler_output, dim=-1).clone()
 
 
 def product(
@@ -284,7 +284,7 @@ def product(
                 raise ExportError(
                     f"'{source.given}' lacks {checkpoint.named(loaded.missing)}: --labels needs all of it"
                 )
-            classes = [one.strip() for one in labels.split(",") if one.strip()]
+            classes = [label.strip() for label in labels.split(",") if label.strip()]
             module = ZeroShot(encoder, text_embeddings(source, model, classes, template)).eval()
         elif labels:
             raise ExportError(f"--labels: zero-shot needs {', '.join(_CONTRASTIVE)}, got a {model.config.model_type}")
@@ -295,7 +295,7 @@ def product(
         accuracy = train_on_digits(classifier, (how.height, how.width)) if train == "digits" else None
         classifier.normalize = form.entrance(how)
         classes = list(map(str, range(10))) if train == "digits" else list(checkpoint.labels(model.config))
-    own = graph(module, how, name, classes, samples, form)
+    graph_of_model = graph(module, how, name, classes, samples, form)
     decoder = pixels.decoder_step(name, how, form)
     checks = [lambda _: seen]
     if source.location is not None and _has_processor(source):
@@ -305,10 +305,10 @@ def product(
     steps, make = [decoder], None
     if ensemble:
         steps += [labels_step(name, classes, work)] if classes else []
-        names = [decoder.name, own.name, *(step.name for step in steps[1:])]
-        make = lambda entries: chain(ensemble, IMAGE, [entries[one] for one in names])  # noqa: E731
+        names = [decoder.name, graph_of_model.name, *(step.name for step in steps[1:])]
+        make = lambda entries: chain(ensemble, IMAGE, [entries[entry] for entry in names])  # noqa: E731
     asked = _trials(whole, how, kind, source, form) if make is not None and not (labels or train or image_size) else []
-    return Product([own], steps, make, source.provenance, checks, accuracy, asked)
+    return Product([graph_of_model], steps, make, source.provenance, checks, accuracy, asked)
 
 
 def _trials(module: Any, how: Preprocessing, kind: str, source: Source, form: Form) -> list[Trial]:
@@ -319,19 +319,21 @@ def _trials(module: Any, how: Preprocessing, kind: str, source: Source, form: Fo
     output = "IMAGE_SCORES" if kind == "classification" else "EMBEDDING"
 
     def original(data: bytes) -> Arrays:
-        given = pixels.processed(source, data)
+        pixel_values = pixels.processed(source, data)
         with torch.inference_mode():
             if kind == "classification":
-                found = checkpoint.scores(model(pixel_values=given).logits, checkpoint.function_of(model.config))
+                scores = checkpoint.scores(
+                    model(pixel_values=pixel_values).logits, checkpoint.function_of(model.config)
+                )
             else:
                 entrance, module.normalize = module.normalize, torch.nn.Identity()
-                found = module(given)
+                scores = module(pixel_values)
                 module.normalize = entrance
-        return {output: found.numpy()}
+        return {output: scores.numpy()}
 
     sizes = (("a small picture", (40, 30)), ("a wide one", (320, 200)), ("a high one", (150, 400)))
-    pictures = [(what, pixels.encoded(size)) for what, size in sizes]
-    return [Trial(what, {"IMAGE": data}, partial(original, data)) for what, data in pictures]
+    pictures = [(subject, pixels.encoded(size)) for subject, size in sizes]
+    return [Trial(subject, {"IMAGE": data}, partial(original, data)) for subject, data in pictures]
 
 
 def _has_processor(source: Source) -> bool:

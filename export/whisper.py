@@ -51,10 +51,10 @@ class Encoder(torch.nn.Module):
         mel = self.mel(AUDIO)[:, :-1].transpose(1, 2)
         mel = torch.maximum(mel, mel.amax(dim=(1, 2), keepdim=True) - 8.0)
         hidden = self.encoder(((mel + 4.0) / 4.0).to(self.encoder.dtype)).last_hidden_state
-        made = []
+        keys = []
         for attention in self.cross:
-            made += [_heads(attention.k_proj(hidden), self._count), _heads(attention.v_proj(hidden), self._count)]
-        return tuple(made)
+            keys += [_heads(attention.k_proj(hidden), self._count), _heads(attention.v_proj(hidden), self._count)]
+        return tuple(keys)
 
 
 class Decoder(torch.nn.Module):
@@ -71,9 +71,9 @@ class Decoder(torch.nn.Module):
         self.past_names = names
         self.cross_names = [name.replace("past", "cross") for name in names]
 
-    def forward(self, ids: torch.Tensor, *given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(self, ids: torch.Tensor, *caches: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """`given` are the cache of `past_names`, then that of `cross_names`."""
-        past, cross = given[: len(self.past_names)], given[len(self.past_names) :]
+        past, cross = caches[: len(self.past_names)], caches[len(self.past_names) :]
         before, length = past[0].shape[2], ids.shape[1]
         positions = torch.arange(length) + before
         x = self.decoder.embed_tokens(ids) * getattr(self.decoder, "embed_scale", 1.0)
@@ -83,11 +83,11 @@ class Decoder(torch.nn.Module):
         cache = []
         for number, layer in enumerate(self.decoder.layers):
             hidden = layer.self_attn_layer_norm(x)
-            own = layer.self_attn
-            key = torch.cat([past[2 * number], _heads(own.k_proj(hidden), self._count)], dim=2)
-            value = torch.cat([past[2 * number + 1], _heads(own.v_proj(hidden), self._count)], dim=2)
+            attention = layer.self_attn
+            key = torch.cat([past[2 * number], _heads(attention.k_proj(hidden), self._count)], dim=2)
+            value = torch.cat([past[2 * number + 1], _heads(attention.v_proj(hidden), self._count)], dim=2)
             cache += [key, value]
-            x = x + self._attend(own, hidden, key, value, mask)
+            x = x + self._attend(attention, hidden, key, value, mask)
             hidden = layer.encoder_attn_layer_norm(x)
             x = x + self._attend(layer.encoder_attn, hidden, cross[2 * number], cross[2 * number + 1], None)
             x = x + layer.fc2(layer.activation_fn(layer.fc1(layer.final_layer_norm(x))))
@@ -166,8 +166,8 @@ def rules(speech: Speech, language: str, task: str) -> dict[str, Any]:
         "languages": languages,
         "end": int(end[0] if isinstance(end, list) else end),
         "pad": int(config.pad_token_id if config.pad_token_id is not None else model.pad_token_id),
-        "suppress": sorted(int(one) for one in config.suppress_tokens or []),
-        "suppress_first": sorted(int(one) for one in config.begin_suppress_tokens or []),
+        "suppress": sorted(int(token) for token in config.suppress_tokens or []),
+        "suppress_first": sorted(int(token) for token in config.begin_suppress_tokens or []),
         "max_length": most,
         "heads": int(model.decoder_attention_heads),
         "head_width": int(model.d_model // model.decoder_attention_heads),
@@ -178,12 +178,12 @@ def clips(samples: int, count: int, seed: int = 0) -> np.ndarray[Any, Any]:
     """[count, samples] FP32: seeded tones and noise whose loudness changes, as speech's does."""
     rng = np.random.default_rng(seed)
     time = np.arange(samples) / 16_000
-    made = []
+    cases = []
     for _ in range(count):
         tones = sum(np.sin(2 * np.pi * rng.uniform(80, 3000) * time) for _ in range(4)) / 8
         loudness = np.abs(np.sin(2 * np.pi * rng.uniform(0.2, 3) * time))
-        made.append((tones + rng.normal(size=samples) * 0.05) * loudness)
-    return np.stack(made).astype(np.float32)
+        cases.append((tones + rng.normal(size=samples) * 0.05) * loudness)
+    return np.stack(cases).astype(np.float32)
 
 
 def product(
@@ -251,27 +251,27 @@ def _decoder_graph(decoder: Decoder, name: str, speech: Speech, said: Mapping[st
     rng = np.random.default_rng(0)
 
     def case(rows: int, before: int, length: int) -> Arrays:
-        made: dict[str, Any] = {"ids": rng.integers(0, config.vocab_size, (rows, length))}
+        inputs: dict[str, Any] = {"ids": rng.integers(0, config.vocab_size, (rows, length))}
         for names, size in ((decoder.past_names, before), (decoder.cross_names, config.max_source_positions)):
-            made.update({one: rng.normal(size=(rows, heads, size, width)).astype(np.float32) for one in names})
-        return made
+            inputs.update({name: rng.normal(size=(rows, heads, size, width)).astype(np.float32) for name in names})
+        return inputs
 
     example = {key: torch.from_numpy(np.asarray(array)) for key, array in case(2, 3, 2).items()}
     axes: dict[str, dict[int, str]] = {"ids": {0: "batch", 1: "length"}}
-    axes |= {one: {0: "batch", 2: "before"} for one in decoder.past_names}
-    axes |= {one: {0: "batch"} for one in decoder.cross_names}
+    axes |= {past: {0: "batch", 2: "before"} for past in decoder.past_names}
+    axes |= {cross: {0: "batch"} for cross in decoder.cross_names}
     sizes = config.max_source_positions
     profile: dict[str, Any] = {"ids": ((1, 1), (4, 1), (MAX_BATCH_SIZE, 4))}
     last = said["max_length"]
-    for one in decoder.past_names:
-        profile[one] = ((1, heads, 0, width), (4, heads, last // 2, width), (MAX_BATCH_SIZE, heads, last, width))
-    for one in decoder.cross_names:
-        profile[one] = tuple((rows, heads, sizes, width) for rows in (1, 4, MAX_BATCH_SIZE))
+    for cross in decoder.past_names:
+        profile[cross] = ((1, heads, 0, width), (4, heads, last // 2, width), (MAX_BATCH_SIZE, heads, last, width))
+    for cross in decoder.cross_names:
+        profile[cross] = tuple((rows, heads, sizes, width) for rows in (1, 4, MAX_BATCH_SIZE))
     return Graph(
         f"{name}.decoder",
         with_arguments(decoder, list(example)),
         example,
-        ("logits", *(one.replace("past", "present") for one in decoder.past_names)),
+        ("logits", *(past.replace("past", "present") for past in decoder.past_names)),
         axes,
         [case(1, 0, 3), case(2, 0, 1), case(2, 5, 1), case(3, 20, 2), case(1, config.max_target_positions - 1, 1)],
         profile,
@@ -289,12 +289,12 @@ def generated(
     if getattr(speech.model.generation_config, "is_multilingual", False):
         more = {"task": task, "language": language or None}
     with torch.inference_mode():
-        found = speech.model.generate(
+        generated = speech.model.generate(
             features.input_features, num_beams=1, do_sample=False, return_timestamps=False, **more
         )
     prompt = len(said["prompt"])
     rows = []
-    for row in found.tolist():
+    for row in generated.tolist():
         if row[:1] == said["prompt"][:1]:  # some versions give the prompt back
             row = row[prompt:]
         rows.append(row[: row.index(said["end"])] if said["end"] in row else row)
@@ -306,15 +306,19 @@ def check_tokens(said: Mapping[str, Any], decoder: Result) -> Check:
 
     The published code gives it no others, and so need not look.
     """
-    what = f"{decoder.graph.name}: ids"
+    subject = f"{decoder.graph.name}: ids"
     if "ids" not in decoder.bounds:
-        return Check(what, False, "the graph does not say how many rows its table has")
+        return Check(subject, False, "the graph does not say how many rows its table has")
     _, high = decoder.bounds["ids"]
-    own = [*said["prompt"], *said["languages"], said["end"], said["pad"]]
+    special = [*said["prompt"], *said["languages"], said["end"], said["pad"]]
     answers = decoder.expected[0]["logits"].shape[-1]
-    if max(answers - 1, *own) > high or min(own) < 0:
-        return Check(what, False, f"expected 0 to {high}, decoding.json has {own}, and the decoder answers {answers}")
-    return Check(what, True, f"{answers} answers and {len(own)} tokens of decoding.json are among the {high + 1}")
+    if max(answers - 1, *special) > high or min(special) < 0:
+        return Check(
+            subject, False, f"expected 0 to {high}, decoding.json has {special}, and the decoder answers {answers}"
+        )
+    return Check(
+        subject, True, f"{answers} answers and {len(special)} tokens of decoding.json are among the {high + 1}"
+    )
 
 
 def _check_transcripts(
@@ -327,7 +331,7 @@ def _check_transcripts(
     datatype: str,
 ) -> Check:
     """The published code over the exported graphs gives transformers' tokens."""
-    what = f"{name}: tokens"
+    subject = f"{name}: tokens"
     folder = results[f"{name}.encoder"].built["fp32"].path.parent.parent / f"{name}.together"
     folder.mkdir(exist_ok=True)
     for part in ("encoder", "decoder"):
@@ -339,15 +343,17 @@ def _check_transcripts(
         audio = to_int16(audio)
     expected = generated(speech, audio if datatype == "FP32" else from_int16(audio), said, language, task)
     got = published("whisper").Greedy(folder, dict(said)).tokens(audio)
-    for number, (right, made) in enumerate(zip(expected, got, strict=True)):
-        if right != made:
-            at = next(
-                (i for i, (a, b) in enumerate(zip(right, made, strict=False)) if a != b), min(len(right), len(made))
+    for number, (right, tokens) in enumerate(zip(expected, got, strict=True)):
+        if right != tokens:
+            position = next(
+                (i for i, (a, b) in enumerate(zip(right, tokens, strict=False)) if a != b), min(len(right), len(tokens))
             )
             return Check(
-                what,
+                subject,
                 False,
-                f"clip {number} differs from transformers.generate at token {at}: expected "
-                f"{right[at : at + 5]}, got {made[at : at + 5]}",
+                f"clip {number} differs from transformers.generate at token {position}: expected "
+                f"{right[position : position + 5]}, got {tokens[position : position + 5]}",
             )
-    return Check(what, True, f"equal to transformers.generate on {len(audio)} clips, {sum(map(len, expected))} tokens")
+    return Check(
+        subject, True, f"equal to transformers.generate on {len(audio)} clips, {sum(map(len, expected))} tokens"
+    )

@@ -30,8 +30,8 @@ class Command:
         return status
 
     def parser(self) -> argparse.ArgumentParser:
-        made = importlib.import_module(self.module).make_parser()
-        parser: argparse.ArgumentParser = made[0] if isinstance(made, tuple) else made
+        built = importlib.import_module(self.module).make_parser()
+        parser: argparse.ArgumentParser = built[0] if isinstance(built, tuple) else built
         return parser
 
 
@@ -101,11 +101,11 @@ COMMANDS = {
 }
 
 
-def need(what: str, *libraries: str, extra: str) -> None:
+def need(purpose: str, *libraries: str, extra: str) -> None:
     """Raises ConfigError, with what to install, where a library is not there."""
     missing = [name for name in libraries if importlib.util.find_spec(name) is None]
     if missing:
-        raise ConfigError(f"{what} needs {' and '.join(missing)}: {extras.install(extra)}")
+        raise ConfigError(f"{purpose} needs {' and '.join(missing)}: {extras.install(extra)}")
 
 
 def overview() -> str:

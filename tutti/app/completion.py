@@ -70,9 +70,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 def places() -> Iterator[Place]:
     """All of the commands, those above first."""
-    own = tuple((name, _short(command.help)) for name, command in commands.COMMANDS.items())
+    words = tuple((name, _short(command.help)) for name, command in commands.COMMANDS.items())
     switches = Flag(("-h", "--help"), "show the commands", None), Flag(("--version",), "show the version", None)
-    yield Place("", own, switches, None)
+    yield Place("", words, switches, None)
     for name, command in commands.COMMANDS.items():
         yield from _places(name, command.parser())
 
@@ -81,7 +81,7 @@ def _places(path: str, parser: argparse.ArgumentParser) -> Iterator[Place]:
     flags, operands, below = [], [], {}
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
-            below = {one.dest: _short(str(one.help)) for one in action._choices_actions}
+            below = {choice.dest: _short(str(choice.help)) for choice in action._choices_actions}
             parsers = action.choices
         elif action.help == argparse.SUPPRESS:
             continue
@@ -91,7 +91,7 @@ def _places(path: str, parser: argparse.ArgumentParser) -> Iterator[Place]:
             flags.append(Flag(tuple(action.option_strings), _short(text), value))
         else:
             operands.append(_value(action))
-    operand = next((one for one in operands if one.choices or one.is_path), None)
+    operand = next((positional for positional in operands if positional.choices or positional.is_path), None)
     yield Place(path, tuple(below.items()), tuple(flags), operand)
     for name in below:
         yield from _places(f"{path} {name}", parsers[name])
@@ -129,10 +129,10 @@ def _cases(known: Sequence[Place]) -> Iterator[tuple[str, Value]]:
 
 def _grouped(known: Sequence[Place]) -> Iterator[tuple[list[str], Value]]:
     """The cases that await the same, together."""
-    found: dict[Value, list[str]] = {}
+    by_value: dict[Value, list[str]] = {}
     for case, value in _cases(known):
-        found.setdefault(value, []).append(case)
-    for value, cases in found.items():
+        by_value.setdefault(value, []).append(case)
+    for value, cases in by_value.items():
         yield cases, value
 
 
@@ -232,9 +232,9 @@ def zsh(known: Sequence[Place]) -> str:
     return _ZSH % {"walk": walk, "values": values, "places": "\n".join(rows)}
 
 
-def _described(what: str, words: Iterable[tuple[str, str]]) -> str:
+def _described(heading: str, words: Iterable[tuple[str, str]]) -> str:
     told = " ".join(f"'{name}:{text}'" for name, text in words)
-    return f"told=({told}); _describe {what} told"
+    return f"told=({told}); _describe {heading} told"
 
 
 def _added(value: Value) -> str:

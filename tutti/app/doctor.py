@@ -78,8 +78,8 @@ def _libraries() -> Iterator[Finding]:
     if extras.has_two_onnxruntimes():
         yield Finding("onnxruntime", "bad", extras.TWO_ONNXRUNTIMES)
     elif gpu_presence.has_gpu() and not extras.version("onnxruntime-gpu"):
-        what = "the wheel for processors: ONNX models do not execute on the GPU"
-        yield Finding("onnxruntime", "note", f"{what}: {extras.SWAP_ONNXRUNTIME}")
+        reason = "the wheel for processors: ONNX models do not execute on the GPU"
+        yield Finding("onnxruntime", "note", f"{reason}: {extras.SWAP_ONNXRUNTIME}")
     for extra, needed in extras.NEEDED.items():
         absent = extras.absent(extra)
         has = ", ".join(f"{name} {extras.version(name)}" for name in needed)

@@ -36,10 +36,10 @@ _MOST_S = 1e6
 _DESCRIPTION = "Ask a model, or an ensemble, one request, and show where its time went."
 
 
-def main(given: Sequence[str], prog: str = "tutti explain") -> int:
+def main(arguments: Sequence[str], prog: str = "tutti explain") -> int:
     """Run the command; returns its exit status. Raises ConfigError with what cannot be asked, or was refused."""
     parser = make_parser(prog)
-    options, rest = parser.parse_known_intermixed_args(given)  # inputs may stand behind a flag
+    options, rest = parser.parse_known_intermixed_args(arguments)  # inputs may stand behind a flag
     if rest:
         parser.unknown(rest)
     return run(options)
@@ -140,7 +140,7 @@ def _check(options: argparse.Namespace) -> None:
     """Raises ConfigError for what would be ignored."""
     if options.url == "":
         raise ConfigError("explain: --url: expected HOST:PORT, got ''")
-    for what, is_given, needs, has_it in (
+    for flag, is_given, needs, has_it in (
         ("--header", options.header, "goes with --url", options.url),
         (api_keys.FLAG, options.api_key_file, "goes with --url", options.url),
         ("--timeout", options.timeout, "goes with --url", options.url),
@@ -149,32 +149,32 @@ def _check(options: argparse.Namespace) -> None:
         ("INPUT=VALUE", options.inputs, "does not go with --traces", not options.traces),
     ):
         if is_given and not has_it:
-            raise ConfigError(f"explain: {what} {needs}")
+            raise ConfigError(f"explain: {flag} {needs}")
 
 
 def _show_traces(options: argparse.Namespace) -> int:
     path = options.traces
     try:
         text = files.read_text(path)
-        found = trace_reading.explained(text, options.name)
+        requests = trace_reading.explained(text, options.name)
     except OSError as error:
         hint = f"; did you mean {unserved.near(path)}?" if unserved.near(path) and not path.exists() else ""
         raise ConfigError(f"'{path}' cannot be read: {reason(error)}{hint}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"'{path}' is no trace file (see --trace-config): {error}") from None
-    shown = trace_reading.slowest(found, options.name, options.id, options.slowest)
+    shown = trace_reading.slowest(requests, options.name, options.id, options.slowest)
     if not shown:
-        raise ConfigError(f"'{path}' has no such request; {_what_it_has(found, text, options.name)}")
+        raise ConfigError(f"'{path}' has no such request; {_what_it_has(requests, text, options.name)}")
     print(json.dumps(shown) if options.json else "\n\n".join(map(waterfall, shown)))
     return 0
 
 
-def _what_it_has(found: Sequence[Mapping[str, Any]], text: str, name: str) -> str:
+def _what_it_has(requests: Sequence[Mapping[str, Any]], text: str, name: str) -> str:
     """Of a trace file in which nothing was found."""
     if why := trace_reading.left_out(text).get(name):
         return f"'{name}' is a step that was left out: {why}"
-    names = {one["model"] for one in found}
-    steps = {step for one in found for step in _steps_of(one)} - names
+    names = {request["model"] for request in requests}
+    steps = {step for asked in requests for step in _steps_of(asked)} - names
     also = f", with the steps {', '.join(sorted(steps))}" if steps else ""
     told = ", ".join(sorted(names)) or "none that has ended"
     return f"it has requests to {told}{also}{arguments.near(name, names | steps)}"
@@ -255,10 +255,10 @@ def _timer(delay_s: float, callback: Any) -> None:
 
 
 def _told_by_server(options: argparse.Namespace) -> str:
-    given = dict(map(_header, options.header))
-    shows = {name: value for name, value in api_keys.headers(options.api_key_file).items() if name not in given}
+    headers = dict(map(_header, options.header))
+    shows = {name: value for name, value in api_keys.headers(options.api_key_file).items() if name not in headers}
     timeout_s = _TIMEOUT_S if options.timeout is None else options.timeout
-    server = Server(options.url, given | shows, min(timeout_s, _MOST_S))
+    server = Server(options.url, headers | shows, min(timeout_s, _MOST_S))
     return server.explained(options.name, lambda model: _inputs(model, options.inputs), options.repeat)
 
 

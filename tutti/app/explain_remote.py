@@ -91,8 +91,8 @@ class Server:
         thread.start()
         thread.join(self._timeout_s)
         if not answers:
-            what = "it is busy, or that is no HTTP port of a server; --timeout SECONDS waits longer"
-            raise ConfigError(f"{url} has not answered within {self._timeout_s:g} s: {what}")
+            reasons = "it is busy, or that is no HTTP port of a server; --timeout SECONDS waits longer"
+            raise ConfigError(f"{url} has not answered within {self._timeout_s:g} s: {reasons}")
         if isinstance(answers[0], ConfigError):
             raise answers[0]
         return answers[0]

@@ -122,8 +122,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Let a parser know them. They are not listed by its help: docs/protocol.md has the table."""
     others = parser.add_argument_group()
     nothing: dict[str, Any] = {"dest": NOWHERE, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
-    for flag, own in ALIASES.items():
-        same = parser._option_string_actions[own]
+    for flag, alias in ALIASES.items():
+        same = parser._option_string_actions[alias]
         others.add_argument(flag, type=same.type or str, **{**nothing, "dest": same.dest})
     for flag, (dest, prefix) in REWRITTEN.items():
         action = "store" if dest == "cache_config" else "append"

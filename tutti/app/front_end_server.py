@@ -47,9 +47,12 @@ class Tls:
         """For HTTP. Raises ConfigError when a file cannot be used."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
-        own = f"--{self.protocol}"
-        certificate, key = f"{own}-server-cert {sayable(self.certificate)}", f"{own}-server-key {sayable(self.key)}"
-        root = f"{own}-root-cert {sayable(self.root_certificate)}"
+        prefix = f"--{self.protocol}"
+        certificate, key = (
+            f"{prefix}-server-cert {sayable(self.certificate)}",
+            f"{prefix}-server-key {sayable(self.key)}",
+        )
+        root = f"{prefix}-root-cert {sayable(self.root_certificate)}"
         _check_pem(certificate, self.certificate, "CERTIFICATE")
         _check_pem(key, self.key, "KEY")
         if self.root_certificate is not None:
@@ -75,14 +78,14 @@ class Tls:
         )
 
 
-def _check_pem(what: str, path: Path, kind: str) -> None:
+def _check_pem(flag: str, path: Path, kind: str) -> None:
     """Raises ConfigError for what is no file in PEM, which OpenSSL would not name, or would wait for."""
     try:
         text = files.read_utf8(path)
     except (OSError, ValueError, ConfigError) as error:  # ConfigError: it is no text
-        raise ConfigError(f"{what}: {reason(error)}") from None
+        raise ConfigError(f"{flag}: {reason(error)}") from None
     if f"{kind}-----" not in text:
-        raise ConfigError(f"{what}: expected a file in PEM, with -----BEGIN {kind}-----")
+        raise ConfigError(f"{flag}: expected a file in PEM, with -----BEGIN {kind}-----")
 
 
 def _ask_nobody() -> str:
@@ -136,9 +139,9 @@ class Addresses:
                 check_free(host, port, socket.AF_INET6 if ":" in host else socket.AF_INET, name)
 
 
-def _at(host: str, own: str, port: int | None) -> str:
+def _at(host: str, address: str, port: int | None) -> str:
     """A port as the log shows it beside the host: with the address where that is another."""
-    return f"{own}:{port}" if port is not None and own not in ("", host) else str(port)
+    return f"{address}:{port}" if port is not None and address not in ("", host) else str(port)
 
 
 class Server:

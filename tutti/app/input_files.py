@@ -42,25 +42,25 @@ def tensors(specs: Sequence[TensorSpec], is_batched: bool, texts: Sequence[str])
     Raises ConfigError for a name that is none, a value or file that does not fit, and an input that is missing.
     """
     by_name = {spec.name: spec for spec in specs}
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     notes: list[str] = []
     for text in texts:
         name, sign, value = text.partition("=")
         if not sign or name not in by_name:
             raise ConfigError(f"'{text[:60]}': expected INPUT=VALUE, with one of {usage(specs)}")
-        if name in found:
+        if name in tensors:
             raise ConfigError(f"input '{name}' is given twice")
         spec = by_name[name]
         array, note = _array(spec, value)
         if is_batched and array.ndim == len(spec.dims):
             array = array[np.newaxis]
-        found[name] = Tensor(name, spec.datatype, array.shape, array)
+        tensors[name] = Tensor(name, spec.datatype, array.shape, array)
         notes += [note] if note else []
-    lacking = [spec for spec in specs if spec.name not in found and not spec.is_optional]
+    lacking = [spec for spec in specs if spec.name not in tensors and not spec.is_optional]
     if lacking:
         names = ", ".join(f"'{spec.name}'" for spec in lacking)
         raise ConfigError(f"missing input {names}: expected {usage(lacking)}")
-    return found, notes
+    return tensors, notes
 
 
 def usage(specs: Sequence[TensorSpec]) -> str:
@@ -69,8 +69,8 @@ def usage(specs: Sequence[TensorSpec]) -> str:
 
 
 def _example(spec: TensorSpec) -> str:
-    what = f"{spec.datatype} {list(spec.dims)}" + (", optional" if spec.is_optional else "")
-    return f"TEXT or @FILE ({what})" if spec.datatype == "BYTES" else f"JSON or @FILE ({what})"
+    expected = f"{spec.datatype} {list(spec.dims)}" + (", optional" if spec.is_optional else "")
+    return f"TEXT or @FILE ({expected})" if spec.datatype == "BYTES" else f"JSON or @FILE ({expected})"
 
 
 def _array(spec: TensorSpec, value: str) -> tuple[Array, str]:
@@ -115,18 +115,18 @@ def _numbers(spec: TensorSpec, path: Path, data: bytes) -> tuple[Array, str]:
     try:
         return _of_json(spec, data.decode()), ""
     except (ValueError, TypeError, RecursionError) as error:
-        what = f"expected an .npy file, a .wav file or numbers in JSON: {error}"
-        raise ConfigError(f"input '{spec.name}': '{path}': {what}") from None
+        problem = f"expected an .npy file, a .wav file or numbers in JSON: {error}"
+        raise ConfigError(f"input '{spec.name}': '{path}': {problem}") from None
 
 
 def _of_npy(data: bytes) -> Array:
     try:
         array: Array = np.load(io.BytesIO(data), allow_pickle=False)
     except ValueError as error:
-        what = (
+        problem = (
             "it has Python objects, expected numbers" if b"'|O'" in data[:200] else f"it is cut off or damaged: {error}"
         )
-        raise ValueError(what) from None
+        raise ValueError(problem) from None
     return array
 
 

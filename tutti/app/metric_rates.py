@@ -179,12 +179,12 @@ def rates(before: Scrape, after: Scrape, lately_busy: Collection[str] = ()) -> R
     change = _Change(before, after, seconds)
     names = sorted({dict(labels)["model"] for labels in after.samples.get("nv_inference_request_success", ())})
     models = _with_roles([_model(change, name) for name in names], _steps_of(after), lately_busy)
-    own = Total.of(model for model in models if model.is_counted)
+    counted = Total.of(model for model in models if model.is_counted)
     return Rates(
         seconds,
-        own.requests,
-        own.failed,
-        own.refused,
+        counted.requests,
+        counted.failed,
+        counted.refused,
         tuple(sorted(models, key=_idleness)),
         tuple(_pools(change)),
         tuple(_devices(after)),
@@ -196,10 +196,10 @@ def rates(before: Scrape, after: Scrape, lately_busy: Collection[str] = ()) -> R
 
 def _steps_of(scrape: Scrape) -> Mapping[str, set[str]]:
     """The models below each ensemble."""
-    found: dict[str, set[str]] = defaultdict(set)
+    names: dict[str, set[str]] = defaultdict(set)
     for labels in map(dict, scrape.samples.get("tutti_ensemble_step", ())):
-        found[labels.get("model", "")].add(labels.get("step", ""))
-    return found
+        names[labels.get("model", "")].add(labels.get("step", ""))
+    return names
 
 
 def _with_roles(
@@ -233,22 +233,22 @@ class _Change:
         self.seconds = seconds
 
     def has(self, name: str, **labels: str) -> bool:
-        return any(_fits(found, labels) for found in self._after.get(name, ()))
+        return any(_fits(known, labels) for known in self._after.get(name, ()))
 
     def grown(self, name: str, **labels: str) -> float:
         old = self._before.get(name, {})
         return sum(
-            _growth(old.get(found), value)
-            for found, value in self._after.get(name, {}).items()
-            if _fits(found, labels) and math.isfinite(value)
+            _growth(old.get(known), value)
+            for known, value in self._after.get(name, {}).items()
+            if _fits(known, labels) and math.isfinite(value)
         )
 
     def a_second(self, name: str, **labels: str) -> float:
         return self.grown(name, **labels) / self.seconds
 
     def now(self, name: str, **labels: str) -> float | None:
-        found = [value for known, value in self._after.get(name, {}).items() if _fits(known, labels)]
-        return sum(found) if found else None
+        values = [value for known, value in self._after.get(name, {}).items() if _fits(known, labels)]
+        return sum(values) if values else None
 
     def least(self, name: str, **labels: str) -> float | None:
         return min((value for known, value in self._after.get(name, {}).items() if _fits(known, labels)), default=None)
@@ -259,8 +259,8 @@ class _Change:
         for labels, value in self._after.get(name, {}).items():
             if _fits(labels, {"model": model}):
                 grown[float(dict(labels)["le"])] += _growth(old.get(labels), value)
-        found = quantile_of(grown, quantile)
-        return None if found is None else 1e3 * found
+        seconds = quantile_of(grown, quantile)
+        return None if seconds is None else 1e3 * seconds
 
 
 def _fits(labels: Labels, wanted: Mapping[str, str]) -> bool:
@@ -341,10 +341,10 @@ def _devices(scrape: Scrape) -> Iterable[Device]:
         return {dict(labels).get("gpu_uuid", ""): value for labels, value in scrape.samples.get(name, {}).items()}
 
     utilization, used, total = (
-        of(f"nv_gpu_{what}") for what in ("utilization", "memory_used_bytes", "memory_total_bytes")
+        of(f"nv_gpu_{figure}") for figure in ("utilization", "memory_used_bytes", "memory_total_bytes")
     )
     for uuid in sorted({*utilization, *used}):
         yield Device(uuid, utilization.get(uuid), used.get(uuid), total.get(uuid))
-    cpu, used, total = (of(f"nv_cpu_{what}") for what in ("utilization", "memory_used_bytes", "memory_total_bytes"))
+    cpu, used, total = (of(f"nv_cpu_{figure}") for figure in ("utilization", "memory_used_bytes", "memory_total_bytes"))
     if cpu or used:
         yield Device("cpu", cpu.get(""), used.get(""), total.get(""))

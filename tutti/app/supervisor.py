@@ -148,9 +148,9 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         while not self._stop.is_set():
             self._starts += 1
-            own = folder / str(self._starts)
-            own.mkdir()
-            engine = self._engine = await EngineProcess.start(command, own)
+            home = folder / str(self._starts)
+            home.mkdir()
+            engine = self._engine = await EngineProcess.start(command, home)
             following = asyncio.create_task(self._follow(engine, addresses))
             await _first(engine.process.wait(), engine.is_given_up.wait(), self._stop.wait())
             if self._stop.is_set():
@@ -162,8 +162,8 @@ class Supervisor:
             if isinstance(then, End):
                 return then.status
             self._front_ends.close(then.reason)
-            what = f"the engine's process {engine.process.pid} has ended: {then.reason}"
-            _log.error("%s; it is started anew in %g s, for the %d. time", what, then.delay_s, then.count)
+            reason = f"the engine's process {engine.process.pid} has ended: {then.reason}"
+            _log.error("%s; it is started anew in %g s, for the %d. time", reason, then.delay_s, then.count)
             await _within(then.delay_s, self._stop.wait())
         return 0
 
@@ -205,7 +205,7 @@ class Supervisor:
 
 async def _first(*work: Any) -> None:
     """Until one of them is done; the others are not waited for."""
-    tasks = [asyncio.ensure_future(one) for one in work]
+    tasks = [asyncio.ensure_future(awaitable) for awaitable in work]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     finally:

@@ -100,8 +100,8 @@ def _beside(rates: Rates) -> list[str]:
         return ["requests of ensembles count again at their steps, which this page does not tell"]
     if all(model.is_counted for model in rates.models):
         return []
-    own = rates.at_steps
-    numbers = f"{rate(own.requests)}/s, {rate(own.failed)} failed, {rate(own.refused)} refused"
+    steps = rates.at_steps
+    numbers = f"{rate(steps.requests)}/s, {rate(steps.failed)} failed, {rate(steps.refused)} refused"
     return [f"+ {numbers} at steps: of ensembles, or sent directly"]
 
 
@@ -110,11 +110,11 @@ def _fitting(width: int, names: Sequence[str]) -> tuple[list[Column], int]:
     longest = max([len("model"), *map(len, names)])
     wanted = min(longest, _NAME_WIDTH)
     chosen: list[Column] = []
-    for column in sorted(COLUMNS, key=lambda one: one.rank):
-        used = sum(one.width for one in chosen) + column.width
+    for column in sorted(COLUMNS, key=lambda column: column.rank):
+        used = sum(shown.width for shown in chosen) + column.width
         if used + (wanted if column.rank else _LEAST_NAME_WIDTH) <= width:
             chosen.append(column)
-    room = width - sum(one.width for one in chosen)
+    room = width - sum(shown.width for shown in chosen)
     return [column for column in COLUMNS if column in chosen], max(1, min(longest, room))
 
 

@@ -27,17 +27,17 @@ class Terse(argparse.ArgumentParser):
     A number is finite and of ASCII digits, and no path is empty: that would be the folder where the person stands.
     """
 
-    def __init__(self, *given: Any, **named: Any) -> None:
-        super().__init__(*given, **named)
+    def __init__(self, *options: Any, **named: Any) -> None:
+        super().__init__(*options, **named)
         for kind, parse in ((int, integer), (float, number), (Path, path)):
             self.register("type", kind, parse)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        given = list(sys.argv[1:] if args is None else args)
-        for argument in given:
+        words = list(sys.argv[1:] if args is None else args)
+        for argument in words:
             if argument.startswith("--") and argument.endswith("=--"):  # argparse would have it be an empty list
                 self.error(f"argument {argument[:-3]}: expected a value, got '--'")
-        return super().parse_known_args(given, namespace)
+        return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
         super().error(plain(message, _MAX_MESSAGE))
@@ -54,8 +54,8 @@ class Terse(argparse.ArgumentParser):
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
             names = [str(choice) for choice in action.choices]
-            what = f"{shown(value)} is none of {', '.join(names)}{near(str(value), names)}"
-            raise argparse.ArgumentError(action, what)
+            problem = f"{shown(value)} is none of {', '.join(names)}{near(str(value), names)}"
+            raise argparse.ArgumentError(action, problem)
 
 
 class Parser(Terse):
@@ -73,8 +73,8 @@ class Parser(Terse):
 
 def near(name: str, known: Iterable[str], form: str = "'{}'") -> str:
     """A question to add to what is said of an unknown name: whether one of almost that name was meant; "" for none."""
-    found = difflib.get_close_matches(name[:MAX_SHOWN], list(known), 1)
-    return f" (did you mean {form.format(found[0])}?)" if found else ""
+    nearest = difflib.get_close_matches(name[:MAX_SHOWN], list(known), 1)
+    return f" (did you mean {form.format(nearest[0])}?)" if nearest else ""
 
 
 def plain(text: object, most: int = MAX_SHOWN) -> str:

@@ -101,9 +101,9 @@ class Work:
     Nothing is told of work that takes no two seconds. Use it in a `with`; the line is gone when that ends.
     """
 
-    def __init__(self, what: str, total: int = 0, out: TextIO | None = None, is_alike: bool = False) -> None:
+    def __init__(self, subject: str, total: int = 0, out: TextIO | None = None, is_alike: bool = False) -> None:
         """Of steps that are `is_alike` those that are done tell how long the others take; of others nobody knows."""
-        self._what, self._is_alike = what, is_alike
+        self._what, self._is_alike = subject, is_alike
         self._lines = Progress(out)
         self._start = self._began = time.monotonic()
         self._total, self._done, self._step, self._share = total, 0, "", 0.0
@@ -120,17 +120,17 @@ class Work:
         self._thread.join()
         self._lines.clear()
 
-    def step(self, what: str, total: int = 0) -> None:
+    def step(self, stage: str, total: int = 0) -> None:
         """The next step begins. `total` is how many there are, this one and those before it included, once known."""
         with self._lock:
             self._total = total or self._total
             self._done += bool(self._step)
-            self._step, self._share, self._began = what, 0.0, time.monotonic()
+            self._step, self._share, self._began = stage, 0.0, time.monotonic()
 
-    def say(self, what: str) -> None:
+    def say(self, stage: str) -> None:
         """What the step, or the work, is at."""
         with self._lock:
-            self._step = what
+            self._step = stage
 
     def at(self, share: float) -> None:
         """So much of the step is done, from 0 to 1."""
@@ -148,7 +148,7 @@ class Work:
                 self._lines.show(line, (self._step, self._done, f"{self._share:.0%}"))
 
 
-def told(what: str, step: str, done: int, total: int, share: float, passed_s: float, left: float | None) -> str:
+def told(subject: str, step: str, done: int, total: int, share: float, passed_s: float, left: float | None) -> str:
     """The line: `done` steps of `total` (0: nobody knows) in `passed_s`, `share` of one, and what is left, if known.
 
     What may be long is its end, which a narrow terminal cuts off.
@@ -159,7 +159,7 @@ def told(what: str, step: str, done: int, total: int, share: float, passed_s: fl
         parts.insert(0, f"{share:.0%}")
     if left is not None:
         parts.append(f"{amount(left)} left")
-    return f"{what}{count}, {', '.join(parts)}{f': {step}' if step else ''}"
+    return f"{subject}{count}, {', '.join(parts)}{f': {step}' if step else ''}"
 
 
 def left_s(done: int, total: int, share: float, passed_s: float, step_s: float, is_alike: bool) -> float | None:
@@ -170,9 +170,9 @@ def left_s(done: int, total: int, share: float, passed_s: float, step_s: float, 
     """
     is_last = done + 1 >= total
     if share >= _TELLING and (is_last or is_alike):
-        own = step_s * (1 - share) / share
+        rest = step_s * (1 - share) / share
         average = (passed_s - step_s + step_s / share) / (done + 1)
-        return own + average * max(0, total - done - 1)
+        return rest + average * max(0, total - done - 1)
     return rest_s(done, total, passed_s - step_s, step_s) if is_alike and not share else None
 
 
@@ -213,9 +213,9 @@ def cut(text: str, width: int) -> str:
     return text if len(text) <= width else text[: max(0, width - 1)] + "…"
 
 
-def run(what: str, command: Sequence[str]) -> int:
+def run(subject: str, command: Sequence[str]) -> int:
     """Run a command of somebody else, telling what it said last; all of it where it fails. Returns its status."""
-    with tempfile.TemporaryFile() as log, Work(what) as work:
+    with tempfile.TemporaryFile() as log, Work(subject) as work:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
         try:
             while True:
@@ -232,20 +232,20 @@ def run(what: str, command: Sequence[str]) -> int:
             log.seek(0)
             said = log.read().decode(errors="replace")
     if status:
-        print(f"{said.rstrip()}\n{what}: {_ending(status)}", file=sys.stderr)
+        print(f"{said.rstrip()}\n{subject}: {_ending(status)}", file=sys.stderr)
     return status if status >= 0 else 128 - status
 
 
 def main(arguments: Sequence[str]) -> int:
     """`run` for a shell: WHAT, and the command. Returns its status, or one of our own with a sentence."""
-    what, *command = arguments
+    subject, *command = arguments
     try:
-        return run(what, command)
+        return run(subject, command)
     except KeyboardInterrupt:
-        print(f"{what}: stopped by hand", file=sys.stderr)
+        print(f"{subject}: stopped by hand", file=sys.stderr)
         return 128 + signal.SIGINT
     except OSError as error:  # it cannot be started, or what it says cannot be kept
-        print(f"{what}: {error.filename or command[0]}: {error.strerror}", file=sys.stderr)
+        print(f"{subject}: {error.filename or command[0]}: {error.strerror}", file=sys.stderr)
         return 1
 
 

@@ -89,18 +89,18 @@ def decode_bytes(raw: bytes | memoryview, count: int) -> list[bytes]:
     """The inverse of encode_bytes. Raises InvalidArgument unless `raw` holds exactly `count` elements."""
     view = memoryview(raw)
     elements: list[bytes] = []
-    at, end = 0, len(view)
-    while at < end and len(elements) < count:
-        if at + 4 > end:
+    offset, end = 0, len(view)
+    while offset < end and len(elements) < count:
+        if offset + 4 > end:
             raise InvalidArgument("BYTES data ends inside a length prefix")
-        (length,) = _LENGTH.unpack_from(view, at)
-        at += 4
-        if at + length > end:
+        (length,) = _LENGTH.unpack_from(view, offset)
+        offset += 4
+        if offset + length > end:
             raise InvalidArgument(
-                f"BYTES element {len(elements)} announces {length} bytes, but only {end - at} are left"
+                f"BYTES element {len(elements)} announces {length} bytes, but only {end - offset} are left"
             )
-        elements.append(bytes(view[at : at + length]))
-        at += length
-    if len(elements) != count or at != end:
-        raise InvalidArgument(f"expected {count} BYTES elements, got {len(elements)} and {end - at} bytes over")
+        elements.append(bytes(view[offset : offset + length]))
+        offset += length
+    if len(elements) != count or offset != end:
+        raise InvalidArgument(f"expected {count} BYTES elements, got {len(elements)} and {end - offset} bytes over")
     return elements

@@ -102,11 +102,11 @@ def _is_checkout() -> bool:
 
 def _pip() -> str:
     """That of the environment that runs this, as a shell in the current folder finds it."""
-    own = Path(sys.executable).with_name("pip")
-    if not own.is_file():
+    pip = Path(sys.executable).with_name("pip")
+    if not pip.is_file():
         return f"{shlex.quote(_near(Path(sys.executable)))} -m pip"
-    is_first = shutil.which("pip") == str(own)
-    return "pip" if is_first else shlex.quote(_near(own))
+    is_first = shutil.which("pip") == str(pip)
+    return "pip" if is_first else shlex.quote(_near(pip))
 
 
 def _near(path: Path) -> str:

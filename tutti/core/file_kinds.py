@@ -56,19 +56,19 @@ def said(head: bytes) -> str:
         return f"{_POINTER} and not the file: 'git lfs pull' fetches it"
     if not head.strip(b"\0"):
         return "nothing but zeros, as a file is that was not written to the end"
-    for pattern, what in _PATTERNS:
+    for pattern, kind in _PATTERNS:
         if pattern.match(head):
-            return what
+            return kind
     return "a text" if _is_text(head) else ""
 
 
 def of(path: Path) -> str:
     """The same of a file; why it cannot be read, where it cannot."""
     try:
-        what = said(files.read_head(path, _ENOUGH_BYTES))
+        kind = said(files.read_head(path, _ENOUGH_BYTES))
     except OSError as error:
         return error.strerror or str(error)
-    return f"{what} that was cut off" if what == _ZIP and not zipfile.is_zipfile(path) else what
+    return f"{kind} that was cut off" if kind == _ZIP and not zipfile.is_zipfile(path) else kind
 
 
 def mistaken_for_model(path: Path) -> str:
@@ -77,14 +77,14 @@ def mistaken_for_model(path: Path) -> str:
     What is missing the backend tells itself; a program may be empty.
     """
     is_told = path.is_file() and (path.suffix != ".py" or path.stat().st_size > 0)
-    what = of(path) if is_told else ""
-    return "" if what in _MAY_BE_MODELS else what
+    kind = of(path) if is_told else ""
+    return "" if kind in _MAY_BE_MODELS else kind
 
 
 def unfetched(path: Path) -> str:
     """That a file of any kind was not fetched, to stand after its name; "" where it was, or is missing."""
-    what = of(path) if path.is_file() else ""
-    return f"is {what}" if what.startswith(_POINTER) else ""
+    kind = of(path) if path.is_file() else ""
+    return f"is {kind}" if kind.startswith(_POINTER) else ""
 
 
 def mistaken_for_program(path: Path) -> str:

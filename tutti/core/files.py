@@ -54,8 +54,8 @@ def read_utf8(path: Path) -> str:
         return content.decode("utf-8").removeprefix(_BYTE_ORDER_MARK)
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        what = f"line {line}, byte {error.start}: {content[error.start]:#04x} is no UTF-8"
-        raise OSError(errno.EILSEQ, what) from None
+        fault = f"line {line}, byte {error.start}: {content[error.start]:#04x} is no UTF-8"
+        raise OSError(errno.EILSEQ, fault) from None
 
 
 def to_text(content: bytes) -> str:

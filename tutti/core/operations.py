@@ -68,7 +68,7 @@ class Operations:
         self._running: dict[str, Work[Any]] = {}
         self._waiting: Counter[str] = Counter()
 
-    def run(self, name: str, what: str, do: Callable[[], T]) -> T:
+    def run(self, name: str, subject: str, do: Callable[[], T]) -> T:
         """Do something to a model, once what is being done to it has ended; raises what it raises.
 
         Raises Unavailable when it has not ended in time: it goes on then.
@@ -76,21 +76,21 @@ class Operations:
         until_s = time.monotonic() + self._timeout_s
         with self._condition:
             self._wait_for(name, until_s)
-            work = self._begin(name, what, do)
+            work = self._begin(name, subject, do)
         if not work.wait(max(0.0, until_s - time.monotonic())):
             raise Unavailable(f"{work}, and goes on: the repository index tells of its end{self._others(work)}")
         return work.result()
 
-    def run_to_end(self, name: str, what: str, do: Callable[[], T]) -> T:
+    def run_to_end(self, name: str, subject: str, do: Callable[[], T]) -> T:
         """The same, for whoever waits for as long as it takes."""
         with self._condition:
             self._condition.wait_for(lambda: name not in self._running)
-            work = self._begin(name, what, do)
+            work = self._begin(name, subject, do)
         work.wait(None)
         return work.result()
 
-    def _begin(self, name: str, what: str, do: Callable[[], T]) -> Work[T]:
-        work = self._running[name] = Work(f"model '{name}' has been {what}", lambda: self._leave(name, do))
+    def _begin(self, name: str, subject: str, do: Callable[[], T]) -> Work[T]:
+        work = self._running[name] = Work(f"model '{name}' has been {subject}", lambda: self._leave(name, do))
         return work
 
     def running(self) -> dict[str, str]:
@@ -120,9 +120,9 @@ class Operations:
                 self._running.pop(name, None)
                 self._condition.notify_all()
 
-    def _others(self, own: Work[Any]) -> str:
+    def _others(self, asked: Work[Any]) -> str:
         with self._condition:
-            others = [str(work) for work in self._running.values() if work is not own]
+            others = [str(work) for work in self._running.values() if work is not asked]
         return f" ({'; '.join(others[:8])})" if others else ""
 
 
@@ -143,16 +143,16 @@ def side_by_side(works: Sequence[tuple[str, Callable[[], object]]], at_once: int
         while not work.wait(_left_s(until_s)) and _left_s(until_s):
             pass
     unfinished = [str(work) for work in begun[:count] if not work.wait(0)]
-    return unfinished + [f"{what} for 0 s, since others are before it" for what, _ in works[count:]]
+    return unfinished + [f"{subject} for 0 s, since others are before it" for subject, _ in works[count:]]
 
 
 def _begin_all(works: Sequence[tuple[str, Callable[[], object]]], at_once: int, begun: list[Work[None]]) -> None:
-    for what, do in works:
+    for subject, do in works:
         while sum(_is_young(work) for work in begun) >= at_once:
             next((work for work in begun if _is_young(work)), begun[-1]).wait(0.05)
         while True:
             try:
-                begun.append(Work(what, partial(_logged, what, do)))
+                begun.append(Work(subject, partial(_logged, subject, do)))
                 break
             except RuntimeError:  # there are no more threads: when others have ended
                 time.sleep(0.05)
@@ -163,11 +163,11 @@ def _left_s(until_s: float) -> float:
     return max(0.0, min(PATIENCE_S, until_s - time.monotonic()))
 
 
-def _logged(what: str, do: Callable[[], object]) -> None:
+def _logged(subject: str, do: Callable[[], object]) -> None:
     try:
         do()
     except BaseException as error:
-        _log.error("%s: %s: %s", what, type(error).__name__, reason(error))
+        _log.error("%s: %s: %s", subject, type(error).__name__, reason(error))
 
 
 def _is_young(work: "Work[None]") -> bool:

@@ -34,7 +34,7 @@ class Scratch:
 def is_large(requests: Sequence[InferRequest]) -> bool:
     """Whether joining these requests, which are of about one size, takes copies that count."""
     data = [tensor.data for tensor in requests[0].inputs.values()]
-    size = sum([len(one) if isinstance(one, RAW_TYPES) else one.nbytes for one in data])
+    size = sum([len(part) if isinstance(part, RAW_TYPES) else part.nbytes for part in data])
     return size * len(requests) >= Scratch.MIN_BYTES
 
 
@@ -72,13 +72,13 @@ def _whole(tensors: Sequence[Tensor]) -> Array | None:
     base = tensors[0].data.base if isinstance(tensors[0].data, np.ndarray) else None
     if not isinstance(base, np.ndarray) or base.dtype != tensors[0].data.dtype:  # type: ignore[union-attr]
         return None
-    at = base.ctypes.data
+    address = base.ctypes.data
     for tensor in tensors:
         data = tensor.data
-        if not isinstance(data, np.ndarray) or data.base is not base or data.ctypes.data != at:
+        if not isinstance(data, np.ndarray) or data.base is not base or data.ctypes.data != address:
             return None
-        at += data.nbytes
-    is_all = at == base.ctypes.data + base.nbytes and base.shape[1:] == tensors[0].shape[1:]
+        address += data.nbytes
+    is_all = address == base.ctypes.data + base.nbytes and base.shape[1:] == tensors[0].shape[1:]
     return base if is_all else None
 
 
@@ -93,8 +93,8 @@ def values(tensor: Tensor) -> Array:
     dtype = dtypes.NUMPY[tensor.datatype]
     size = math.prod(tensor.shape) * dtype.itemsize
     if len(data) != size:
-        what = f"expected {size} bytes for {tensor.datatype}{list(tensor.shape)}, got {len(data)}"
-        raise InvalidArgument(f"input '{tensor.name}': {what}")
+        problem = f"expected {size} bytes for {tensor.datatype}{list(tensor.shape)}, got {len(data)}"
+        raise InvalidArgument(f"input '{tensor.name}': {problem}")
     return np.frombuffer(data, dtype).reshape(tensor.shape)
 
 
@@ -114,19 +114,19 @@ def split(tensor: Tensor, rows: Sequence[int]) -> list[Tensor]:
         return [tensor]
     name, datatype, tail = tensor.name, tensor.datatype, tensor.shape[1:]
     parts = []
-    at = 0
+    start = 0
     if datatype == "BYTES":
         array = tensor.array()
         for n in rows:
-            parts.append(Tensor(name, datatype, (n, *tail), array[at : at + n]))
-            at += n
+            parts.append(Tensor(name, datatype, (n, *tail), array[start : start + n]))
+            start += n
         return parts
     view = memoryview(tensor.raw())
     row_size = len(view) // max(1, tensor.shape[0])
     for n in rows:
         size = n * row_size
-        parts.append(Tensor(name, datatype, (n, *tail), view[at : at + size]))
-        at += size
+        parts.append(Tensor(name, datatype, (n, *tail), view[start : start + size]))
+        start += size
     return parts
 
 
@@ -140,28 +140,28 @@ def answers(
     sizes = [request.inputs[first_input].shape[0] for request in requests]
     if is_alike and all(tensor.datatype != "BYTES" for tensor in outputs):
         return parts(name, version, Columns(outputs), sizes)
-    made = []
+    answers = []
     splits = zip(*[split(output, sizes) for output in outputs], strict=True)
-    for request, own in zip(requests, splits, strict=True):
+    for request, tensors in zip(requests, splits, strict=True):
         asked = request.outputs
-        made.append(InferResponse(name, version, [part for part in own if not asked or part.name in asked]))
-    return made
+        answers.append(InferResponse(name, version, [part for part in tensors if not asked or part.name in asked]))
+    return answers
 
 
 def parts(name: str, version: str, columns: Columns, sizes: Sequence[int]) -> list[InferResponse]:
     """Responses of `sizes` rows each, one after the other."""
-    made = []
-    at = 0
+    parts = []
+    start = 0
     for size in sizes:
-        made.append(InferResponse.of_part(name, version, columns, at, at + size))
-        at += size
-    return made
+        parts.append(InferResponse.of_part(name, version, columns, start, start + size))
+        start += size
+    return parts
 
 
-def reshape(tensor: Tensor, given: Shape, wanted: Shape, is_batched: bool) -> Tensor:
+def reshape(tensor: Tensor, dims: Shape, wanted: Shape, is_batched: bool) -> Tensor:
     """The tensor, whose shape fits the dims `given`, with the dims `wanted`: variable ones correspond in order."""
     body = tensor.shape[is_batched:]
-    variable = iter([size for size, dim in zip(body, given, strict=True) if dim == -1])
+    variable = iter([size for size, dim in zip(body, dims, strict=True) if dim == -1])
     shape = (*tensor.shape[:is_batched], *(next(variable) if dim == -1 else dim for dim in wanted))
     data = tensor.data if isinstance(tensor.data, RAW_TYPES) else tensor.array().reshape(shape)
     return Tensor(tensor.name, tensor.datatype, shape, data)

@@ -34,10 +34,10 @@ def unpack_calls(message: BatchMessage, sink: Sink, now_ns: int) -> list[Call]:
     """The inverse, with answers for `sink`; tensors are views of the message."""
     model_name, version, heads, data = message
     view = memoryview(data)
-    at = 0
+    offset = 0
     calls = []
     for request_id, outputs, parameters, tensors, left_ns in heads:
-        unpacked, at = _unpack(tensors, view, at)
+        unpacked, offset = _unpack(tensors, view, offset)
         inputs = {tensor.name: tensor for tensor in unpacked}
         call = Call(InferRequest(model_name, inputs, version, request_id, outputs, parameters), sink)
         call.deadline_ns = now_ns + left_ns if left_ns else 0
@@ -62,14 +62,14 @@ def unpack_answers(message: AnswerMessage) -> list[Answer]:
     """The inverse; tensors are views of the message."""
     heads, data = message
     view = memoryview(data)
-    at = 0
+    offset = 0
     answers: list[Answer] = []
     for head in heads:
         if not isinstance(head, tuple):
             answers.append(head)
             continue
         model_name, version, parameters, tensors, is_null = head
-        outputs, at = _unpack(tensors, view, at)
+        outputs, offset = _unpack(tensors, view, offset)
         answers.append(InferResponse(model_name, version, outputs, parameters, is_null))
     return answers
 
@@ -83,9 +83,9 @@ def _pack(tensors: Any, parts: list[Raw]) -> tuple[_TensorHead, ...]:
     return tuple(heads)
 
 
-def _unpack(heads: Sequence[_TensorHead], view: memoryview, at: int) -> tuple[list[Tensor], int]:
+def _unpack(heads: Sequence[_TensorHead], view: memoryview, offset: int) -> tuple[list[Tensor], int]:
     tensors = []
     for name, datatype, shape, size in heads:
-        tensors.append(Tensor(name, datatype, shape, view[at : at + size]))
-        at += size
-    return tensors, at
+        tensors.append(Tensor(name, datatype, shape, view[offset : offset + size]))
+        offset += size
+    return tensors, offset

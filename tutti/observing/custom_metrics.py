@@ -82,8 +82,8 @@ class Family:
         Raises ValueError for a histogram without ascending buckets, and for anything else with some.
         """
         if (buckets is None) == (self.kind == HISTOGRAM):
-            what = "Missing required buckets" if buckets is None else "Unexpected buckets found"
-            raise ValueError(f"Failed to create metric. {what}: '{self.name}' is a {_KINDS[self.kind]}")
+            problem = "Missing required buckets" if buckets is None else "Unexpected buckets found"
+            raise ValueError(f"Failed to create metric. {problem}: '{self.name}' is a {_KINDS[self.kind]}")
         bounds = tuple(buckets or ())
         if any(upper <= lower for lower, upper in pairwise(bounds)):
             raise ValueError(f"Failed to create metric. Buckets of '{self.name}' do not ascend: {list(bounds)}")
@@ -103,12 +103,12 @@ class Family:
             for key, value in values.items():
                 histogram.add_metric(shown[key], value.cumulated(), value.total())
             return histogram
-        made = (CounterMetricFamily if self.kind == COUNTER else GaugeMetricFamily)(
+        metric = (CounterMetricFamily if self.kind == COUNTER else GaugeMetricFamily)(
             self.name, self.description, labels=names
         )
         for key, value in values.items():
-            made.add_metric(shown[key], value.total())
-        return made
+            metric.add_metric(shown[key], value.total())
+        return metric
 
 
 def keep_in(elsewhere: Callable[[str, str, int], Family]) -> None:
@@ -131,12 +131,16 @@ def family(name: str, description: str, kind: int) -> Family:
 def counters() -> list[str]:
     """The names of the counters, but for those that end as the metrics library would have them."""
     with _lock:
-        return [one.name for one in _families.values() if one.kind == COUNTER and not one.name.endswith("_total")]
+        return [
+            family.name
+            for family in _families.values()
+            if family.kind == COUNTER and not family.name.endswith("_total")
+        ]
 
 
 def collect() -> Iterator[Metric]:
     """Every family, for the metrics page."""
     with _lock:
         families = list(_families.values())
-    for one in families:
-        yield one.collect()
+    for family in families:
+        yield family.collect()

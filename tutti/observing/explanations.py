@@ -48,8 +48,8 @@ def is_asked(model: str, parameters: Mapping[str, Any], takes: Collection[str]) 
             raise InvalidArgument(f"model '{model}': request parameter '{name[:100]}': {_why_not(name, takes)}")
         flag = {"true": True, "false": False}.get(value, value) if isinstance(value, str) else value  # as headers say
         if not isinstance(flag, bool):
-            what = f"expected true or false, got {str(value)[:40]!r}"
-            raise InvalidArgument(f"model '{model}': request parameter '{name}': {what}")
+            expected = f"expected true or false, got {str(value)[:40]!r}"
+            raise InvalidArgument(f"model '{model}': request parameter '{name}': {expected}")
         asked = asked or (name == PARAMETER and flag)
     return asked
 
@@ -68,10 +68,10 @@ def told_in(answer: InferResponse) -> dict[str, Any] | None:
     """What an answer tells of how it came about; None where it does not: a model may set that parameter to anything."""
     told = answer.parameters.get(PARAMETER)
     try:
-        found = orjson.loads(told) if isinstance(told, str) else None
+        explanation = orjson.loads(told) if isinstance(told, str) else None
     except ValueError:
         return None
-    return found if isinstance(found, dict) else None
+    return explanation if isinstance(explanation, dict) else None
 
 
 def untold(error: InferError) -> InferError:
@@ -194,35 +194,35 @@ class Explained(Facts):
 
 def _padded(key: object, shapes: Mapping[str, Shape]) -> dict[str, list[list[int]]]:
     """Of each input that grew: its shape as it came, and that of its batch, both without the rows where it has any."""
-    found = {}
+    padded = {}
     for entry in key if isinstance(key, tuple) else ():
         name, body = entry if isinstance(entry, tuple) and len(entry) == 2 else ("", None)
-        given = shapes.get(name) if isinstance(name, str) else None
-        if given is None or not isinstance(body, tuple) or not body:
+        shape = shapes.get(name) if isinstance(name, str) else None
+        if shape is None or not isinstance(body, tuple) or not body:
             continue
-        own = given[-len(body) :]
-        if own != body:
-            found[name] = [list(own), list(body)]
-    return found
+        tail = shape[-len(body) :]
+        if tail != body:
+            padded[name] = [list(tail), list(body)]
+    return padded
 
 
-def in_words(found: Mapping[str, Any]) -> str:
+def in_words(explanation: Mapping[str, Any]) -> str:
     """An explanation of one model, or of a step, in a line."""
     stages = [
-        f"{found[key]:,.0f} us {what}"
-        for key, what in (
+        f"{explanation[key]:,.0f} us {words}"
+        for key, words in (
             ("queue_us", "in the queue"),
             ("input_us", "for inputs"),
             ("compute_us", "executing"),
             ("output_us", "for outputs"),
             ("other_us", "beside"),
         )
-        if found.get(key) and (key != "other_us" or "queue_us" in found)
+        if explanation.get(key) and (key != "other_us" or "queue_us" in explanation)
     ]
-    facts = [say(found) for is_known, say in _SAYINGS if is_known(found)]
-    steps = [_step(step) for step in found.get("steps", []) if "skipped" not in step]
+    facts = [say(explanation) for is_known, say in _SAYINGS if is_known(explanation)]
+    steps = [_step(step) for step in explanation.get("steps", []) if "skipped" not in step]
     spent = ", ".join(steps or stages) or "not executed"
-    return "; ".join([f"{found['total_us']:,.0f} us: {spent}", *facts])
+    return "; ".join([f"{explanation['total_us']:,.0f} us: {spent}", *facts])
 
 
 def _step(step: Mapping[str, Any]) -> str:
@@ -240,22 +240,22 @@ _SAYINGS: tuple[tuple[Callable[[Mapping[str, Any]], object], Callable[[Mapping[s
     (lambda f: "cache" in f, lambda f: f"response cache: {f['cache']}"),
     (lambda f: f.get("waiting_requests"), lambda f: f"{count(f['waiting_requests'], 'request')} waited before it"),
     (lambda f: f.get("busy_instances"), lambda f: f"{f['busy_instances']} of {f['instances']} instances were busy"),
-    (lambda f: "padded" in f, lambda f: "padded: " + ", ".join(_grown(*one) for one in f["padded"].items())),
+    (lambda f: "padded" in f, lambda f: "padded: " + ", ".join(_grown(*pair) for pair in f["padded"].items())),
 )
 
 
-def _requests(found: Mapping[str, Any]) -> str:
-    return f" of {found['batch_requests']} requests" if found.get("batch_requests", 1) > 1 else ""
+def _requests(facts: Mapping[str, Any]) -> str:
+    return f" of {facts['batch_requests']} requests" if facts.get("batch_requests", 1) > 1 else ""
 
 
 def _grown(name: str, shapes: Sequence[Any]) -> str:
-    own, body = shapes
-    return f"{name} from {own} to {body}"
+    asked, body = shapes
+    return f"{name} from {asked} to {body}"
 
 
-def count(number: int, what: str) -> str:
+def count(number: int, noun: str) -> str:
     """As "1 row", "2 rows"."""
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def us(ns: int) -> float:

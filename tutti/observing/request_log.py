@@ -142,7 +142,7 @@ class RequestLog:
     def _write(self, events: Sequence[Event]) -> None:
         if self._access is not None:
             self._access.write(self._made(events, lambda event: [line(event, self._logs.is_json)]))
-        self._log.write([one for one in self._made(events, self._said) if one])
+        self._log.write([said for said in self._made(events, self._said) if said])
 
     def _made(self, events: Sequence[Event], make: Callable[[Event], list[bytes]]) -> list[bytes]:
         """The lines of all events but those that cannot be made: these are counted."""
@@ -172,11 +172,11 @@ class RequestLog:
         now_s = time.monotonic()
         if lost == self._told or (now_s - self._told_s < _TELL_EVERY_S and not self._is_closing.is_set()):
             return
-        outputs = [one for one in (self._access, self._log) if one is not None and one.why]
+        outputs = [output for output in (self._access, self._log) if output is not None and output.why]
         why = outputs[0].why if outputs else self._why or "they came faster than they could be written"
-        what = f"{lost - self._told} lines of the request log were left out: {why}"
+        lost_lines = f"{lost - self._told} lines of the request log were left out: {why}"
         before = self._log.lost
-        self._log.write([self._logs.line(logging.WARNING, NAME, what, {})])
+        self._log.write([self._logs.line(logging.WARNING, NAME, lost_lines, {})])
         if self._log.lost == before:
             self._told, self._told_s = lost, now_s
         else:  # it cannot be told there either
@@ -250,11 +250,11 @@ class Output:
             os.close(file)
 
     def _put(self, file: int, data: bytes) -> None:
-        at = 0
-        while at < len(data):
+        offset = 0
+        while offset < len(data):
             try:
-                at += os.write(file, data[at:])
-                self._is_cut = at < len(data)
+                offset += os.write(file, data[offset:])
+                self._is_cut = offset < len(data)
             except BlockingIOError:  # another process may have made the stream so
                 select.select([], [file], [], 1.0)
 
@@ -269,11 +269,11 @@ class Output:
 
     def _has_moved(self) -> bool:
         try:
-            at = os.stat(self._path)
+            current = os.stat(self._path)
         except FileNotFoundError:
             return True
-        own = os.fstat(self._file)
-        return (at.st_dev, at.st_ino) != (own.st_dev, own.st_ino)
+        opened = os.fstat(self._file)
+        return (current.st_dev, current.st_ino) != (opened.st_dev, opened.st_ino)
 
     def _open(self) -> None:
         # A pipe without a reader is an error at once: opening it would wait for one.
@@ -292,11 +292,11 @@ def _piece(lines: Iterable[bytes], file: int) -> tuple[int, bytes]:
     pieces: list[bytes] = []
     size = 0
     limit = _PIPE_BYTES if stat.S_ISFIFO(os.fstat(file).st_mode) else 1 << 16
-    for one in lines:
-        if pieces and size + len(one) > limit:
+    for piece in lines:
+        if pieces and size + len(piece) > limit:
             break
-        pieces.append(one)
-        size += len(one)
+        pieces.append(piece)
+        size += len(piece)
     return len(pieces), b"".join(pieces)
 
 

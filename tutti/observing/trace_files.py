@@ -63,7 +63,7 @@ class JsonWriter:
 
     def write(self, record: Record) -> None:
         """Have a finished trace written, with its steps. Never blocks."""
-        size = sum([len(tensor["data"]) for one in record.all() for _, tensor in one.tensors])
+        size = sum([len(tensor["data"]) for trace in record.all() for _, tensor in trace.tensors])
         with self._changed:
             if self._waits_until_s > time.monotonic():
                 return
@@ -109,7 +109,7 @@ class JsonWriter:
 
     def _take(self, records: list[Record], is_flushing: bool) -> None:
         for record in records:
-            entries = [json.dumps(entry).encode() for one in record.all() for entry in entries_of(one)]
+            entries = [json.dumps(entry).encode() for trace in record.all() for entry in entries_of(trace)]
             self._texts += entries
             self._held += sum(map(len, entries))
             self._traces += 1
@@ -190,9 +190,9 @@ def _size(path: Path) -> int:
 
 def write_all(file: Any, data: bytes) -> None:
     """All of it, in pieces of a megabyte."""
-    at = 0
-    while at < len(data):
-        at += file.write(data[at : at + _PIECE_BYTES])
+    offset = 0
+    while offset < len(data):
+        offset += file.write(data[offset : offset + _PIECE_BYTES])
 
 
 def entries_of(record: Record) -> list[dict[str, Any]]:
@@ -209,5 +209,5 @@ def entries_of(record: Record) -> list[dict[str, Any]]:
     if record.error:
         head["error"] = record.error
     times = [{"name": name, "ns": ns} for name, ns in record.sorted()]
-    tensors = [{"id": record.id, "activity": what, "tensor": tensor} for what, tensor in record.tensors]
+    tensors = [{"id": record.id, "activity": activity, "tensor": tensor} for activity, tensor in record.tensors]
     return [{**head, **record.notes}, {"id": record.id, "timestamps": times}, *tensors]

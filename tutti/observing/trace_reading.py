@@ -50,27 +50,27 @@ def _requests(text: str) -> list[dict[str, Any]]:
 
 def _named(trace: Mapping[str, Any], step: str, within: Sequence[str]) -> list[dict[str, Any]]:
     """Explanations of the steps below a trace that are of a model, known by the ids of the request."""
-    found, path = [], [*within, trace["model_name"]]
+    steps, path = [], [*within, trace["model_name"]]
     known_as = {key: trace[key] for key in ("request_id", "answer_id") if key in trace}
     for below in trace["steps"]:
         inner = {**below, **known_as}
         if below["model_name"] == step:
-            found.append({**_of_request(inner), "within": path})
-        found += _named(inner, step, path)
-    return found
+            steps.append({**_of_request(inner), "within": path})
+        steps += _named(inner, step, path)
+    return steps
 
 
 def left_out(text: str) -> dict[str, str]:
     """Of the steps that requests went without: why, the last time."""
-    found, waiting = dict[str, str](), _requests(text)
+    names, waiting = dict[str, str](), _requests(text)
     while waiting:
         trace = waiting.pop()
         waiting += trace["steps"]
         for name in trace["times"]:
             if name.startswith(_SKIPPED):
                 model, _, why = name.removeprefix(_SKIPPED).partition(": ")
-                found[model] = why
-    return found
+                names[model] = why
+    return names
 
 
 def _entries(text: str) -> list[Any]:
@@ -85,19 +85,19 @@ def _entries(text: str) -> list[Any]:
 
 def _as_far_as_it_goes(text: str) -> list[Any]:
     """The objects of an array that has no end. Raises ValueError where it does not begin as one."""
-    decoder, found = json.JSONDecoder(), list[Any]()
+    decoder, values = json.JSONDecoder(), list[Any]()
     begin = text.lstrip()
     if not begin.startswith("["):
         raise ValueError("expected an array in JSON")
-    at = text.index("[") + 1
+    position = text.index("[") + 1
     while True:
-        while at < len(text) and text[at] in ", \r\n\t":
-            at += 1
+        while position < len(text) and text[position] in ", \r\n\t":
+            position += 1
         try:
-            value, at = decoder.raw_decode(text, at)
+            value, position = decoder.raw_decode(text, position)
         except ValueError:
-            return found
-        found.append(value)
+            return values
+        values.append(value)
 
 
 def _of_request(trace: Mapping[str, Any]) -> dict[str, Any]:
@@ -115,30 +115,30 @@ def _of_request(trace: Mapping[str, Any]) -> dict[str, Any]:
 
 def _steps(trace: Mapping[str, Any], start_ns: int) -> list[dict[str, Any]]:
     """Those within a trace, and those that were left out, in their order."""
-    found = []
+    steps = []
     for step in trace["steps"]:
         times = step["times"]
         told = {key: value for key, value in step.items() if key not in (*_NOT_NOTES, "times", "steps")}
         told |= {"start_us": us(times["REQUEST_START"] - start_ns), "end_us": us(times["REQUEST_END"] - start_ns)}
         inner = _steps(step, times["REQUEST_START"])
-        found.append({"step": step["model_name"], **told, **_stages(times), **({"steps": inner} if inner else {})})
+        steps.append({"step": step["model_name"], **told, **_stages(times), **({"steps": inner} if inner else {})})
     for name, ns in trace["times"].items():
         if name.startswith(_SKIPPED):
             model, _, why = name.removeprefix(_SKIPPED).partition(": ")
-            found.append({"step": model, "start_us": us(ns - start_ns), "skipped": why})
-    return sorted(found, key=lambda step: step["start_us"])
+            steps.append({"step": model, "start_us": us(ns - start_ns), "skipped": why})
+    return sorted(steps, key=lambda step: step["start_us"])
 
 
 def _stages(times: Mapping[str, int]) -> dict[str, float]:
     return {name: us(times[last] - times[first]) for name, first, last in STAGES if first in times and last in times}
 
 
-def slowest(found: Sequence[dict[str, Any]], model: str, request_id: str, count: int) -> list[dict[str, Any]]:
+def slowest(requests: Sequence[dict[str, Any]], model: str, request_id: str, count: int) -> list[dict[str, Any]]:
     """Of requests, those to a model and with an id, the request's or its answer's: so many, the slowest first."""
     kept = [
-        one
-        for one in found
-        if (not model or one["model"] == model)
-        and (not request_id or request_id in (one.get("request_id"), one.get("answer_id")))
+        request
+        for request in requests
+        if (not model or request["model"] == model)
+        and (not request_id or request_id in (request.get("request_id"), request.get("answer_id")))
     ]
-    return sorted(kept, key=lambda one: -one["total_us"])[: max(1, count)]
+    return sorted(kept, key=lambda request: -request["total_us"])[: max(1, count)]

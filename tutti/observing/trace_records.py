@@ -112,9 +112,9 @@ class Record:
             self.error = answer.message
             self.version = self._version_of(asked)
         if self.with_tensors:
-            made = answer.outputs if isinstance(answer, InferResponse) else []
+            outputs = answer.outputs if isinstance(answer, InferResponse) else []
             self.tensors = [("TENSOR_QUEUE_INPUT", shown(tensor)) for tensor in call.request.inputs.values()]
-            self.tensors += [("TENSOR_BACKEND_OUTPUT", shown(tensor)) for tensor in made]
+            self.tensors += [("TENSOR_BACKEND_OUTPUT", shown(tensor)) for tensor in outputs]
 
     def _was_elsewhere(self, explained: Mapping[str, Any]) -> None:
         """A replica has told where its time went. Its clock is another: its part lies in the middle of our wait."""
@@ -122,7 +122,7 @@ class Record:
         if "COMPUTE_START" not in times or "COMPUTE_END" not in times:
             return
         way_ns = times["COMPUTE_END"] - times["COMPUTE_START"] - round(1000 * explained["total_us"])
-        self.notes.update({what: explained[what] for what in ("instance", "device") if what in explained})
+        self.notes.update({fact: explained[fact] for fact in ("instance", "device") if fact in explained})
         self._add_steps(explained.get("steps", []), times["COMPUTE_START"] + max(0, way_ns) // 2)
 
     def _add_steps(self, steps: Sequence[Mapping[str, Any]], start_ns: int) -> None:
@@ -142,13 +142,13 @@ class Record:
             end_us = told.get("end_us")
             if end_us is not None:
                 step.record("REQUEST_END", max(at_ns, start_ns + round(1000 * end_us)))
-            step.notes = {what: told[what] for what in _OF_STEPS if what in told}
+            step.notes = {fact: told[fact] for fact in _OF_STEPS if fact in told}
             step._add_steps(told.get("steps", []), begin_ns)
             self.steps.append(step)
 
     def sorted(self) -> list[tuple[str, int]]:
         """Its timestamps in their order."""
-        return sorted(self.timestamps, key=lambda one: one[1])
+        return sorted(self.timestamps, key=lambda stamp: stamp[1])
 
     def all(self) -> Iterator["Record"]:
         """It, its steps, and theirs."""

@@ -40,7 +40,7 @@ class OpenTelemetryWriter:
     def write(self, record: Record) -> None:
         above = self._propagator.extract({"traceparent": record.context}) if record.context else None
         times = record.sorted()
-        of_front_end = [one for one in times if _is_of_front_end(one[0])]
+        of_front_end = [stamp for stamp in times if _is_of_front_end(stamp[0])]
         attributes = {"triton.request_id": record.request.id} if record.request.id else {}
         span = self._begun("InferRequest", above, times[0][1], attributes)
         self._told(span, of_front_end)
@@ -48,11 +48,11 @@ class OpenTelemetryWriter:
         self._end(span, times[-1][1], record.error)
 
     def _write_model(self, record: Record, above: Any) -> None:
-        times = [one for one in record.sorted() if not _is_of_front_end(one[0])]
-        own = [one for one in times if not one[0].startswith("COMPUTE_")]
-        computing = [one for one in times if one[0].startswith("COMPUTE_")]
+        times = [stamp for stamp in record.sorted() if not _is_of_front_end(stamp[0])]
+        outside = [stamp for stamp in times if not stamp[0].startswith("COMPUTE_")]
+        computing = [stamp for stamp in times if stamp[0].startswith("COMPUTE_")]
         span = self._begun(record.request.model_name, above, times[0][1], _attributes(record))
-        self._told(span, own)
+        self._told(span, outside)
         if computing:
             compute = self._begun("compute", self._within(span), computing[0][1], {})
             self._told(compute, computing)
@@ -101,5 +101,5 @@ def _attributes(record: Record) -> dict[str, Any]:
         "triton.trace_id": record.id,
         "triton.trace_parent_id": record.parent.id if record.parent is not None else 0,
         **request_id,
-        **{f"tutti.{what}": value for what, value in record.notes.items()},
+        **{f"tutti.{fact}": value for fact, value in record.notes.items()},
     }

@@ -15,12 +15,12 @@ _NAME = 24
 def waterfall(explained: Mapping[str, Any], width: int = 40) -> str:
     """The parameter's JSON, read, as a table."""
     total = max(explained["total_us"], 0.1)
-    what = explained.get("ensemble") or f"{explained['model']} version {explained['version']}"
+    title = explained.get("ensemble") or f"{explained['model']} version {explained['version']}"
     rows = f"{count(explained['rows'], 'row')} " if "rows" in explained else ""
     known_as = explained.get("request_id") or explained.get("answer_id")
     request = f"request '{known_as}' " if known_as else ""
     within = f"as a step of {' / '.join(explained['within'])}, " if "within" in explained else ""
-    head = f"{what}: {request}{within}{rows}in {total:,.0f} us"
+    head = f"{title}: {request}{within}{rows}in {total:,.0f} us"
     lines = _table(explained["steps"], total, width) if "steps" in explained else _stages(explained, total, width)
     if explained.get("steps_asked"):  # by a model of its own accord
         lines += _table(explained["steps_asked"], total, width)
@@ -73,7 +73,7 @@ def _where(step: Mapping[str, Any]) -> str:
     told += [f"cache {step['cache']}"] if "cache" in step else []
     told += [f"failed: {step['error'][:80]}"] if "error" in step else []
     told += [f"{step['waiting_requests']} waited before it"] if step.get("waiting_requests") else []
-    return "".join(f" {one}" for one in told if one)
+    return "".join(f" {part}" for part in told if part)
 
 
 def _bar(begin: float, took: float, total: float, width: int) -> str:

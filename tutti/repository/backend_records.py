@@ -158,8 +158,8 @@ def lacks_tensors(proto: Any, path: Path) -> bool:
 
 
 def _is_no_model(path: Path) -> str:
-    what = file_kinds.mistaken_for_model(path)
-    return f"is {what}" if what else ""
+    mistake = file_kinds.mistaken_for_model(path)
+    return f"is {mistake}" if mistake else ""
 
 
 def _is_no_program(path: Path) -> str:

@@ -38,35 +38,35 @@ _PLATFORMS = sorted([record.platform for record in BUILT_IN.values() if record.p
 def _ragged(proto: Any, record: BackendRecord | None) -> Ragged:
     ragged = frozenset(spec.name for spec in proto.input if spec.allow_ragged_batch)
     inputs, outputs = {spec.name for spec in proto.input}, {spec.name for spec in proto.output}
-    made, scattered = [], {}
-    for index, one in enumerate(proto.batch_input):
+    batch_inputs, scattered = [], {}
+    for index, field in enumerate(proto.batch_input):
         path = f"batch_input[{index}]"
-        if len(one.source_input) != 1 or one.source_input[0] not in inputs:
-            raise fail(proto.name, f"{path}.source_input", f"expected one input, got {list(one.source_input)}")
-        if not one.target_name:
+        if len(field.source_input) != 1 or field.source_input[0] not in inputs:
+            raise fail(proto.name, f"{path}.source_input", f"expected one input, got {list(field.source_input)}")
+        if not field.target_name:
             raise fail(proto.name, f"{path}.target_name", "expected at least one")
-        datatype = datatype_of(one.data_type)
+        datatype = datatype_of(field.data_type)
         if datatype not in ("INT32", "FP32"):
             raise fail(proto.name, f"{path}.data_type", f"expected TYPE_INT32 or TYPE_FP32, got {datatype or 'none'}")
-        kind = pb.BatchInput.Kind.Name(one.kind)
-        made.append(BatchInput(kind, tuple(one.target_name), datatype, one.source_input[0]))
-    for index, one in enumerate(proto.batch_output):
+        kind = pb.BatchInput.Kind.Name(field.kind)
+        batch_inputs.append(BatchInput(kind, tuple(field.target_name), datatype, field.source_input[0]))
+    for index, field in enumerate(proto.batch_output):
         path = f"batch_output[{index}]"
-        if len(one.source_input) != 1 or one.source_input[0] not in inputs:
-            raise fail(proto.name, f"{path}.source_input", f"expected one input, got {list(one.source_input)}")
-        for name in one.target_name:
+        if len(field.source_input) != 1 or field.source_input[0] not in inputs:
+            raise fail(proto.name, f"{path}.source_input", f"expected one input, got {list(field.source_input)}")
+        for name in field.target_name:
             if name not in outputs:
                 raise fail(proto.name, f"{path}.target_name", f"the model has no output '{name}'")
-            scattered[name] = one.source_input[0]
-    found = Ragged(ragged, tuple(made), scattered)
-    if found and not proto.max_batch_size:
+            scattered[name] = field.source_input[0]
+    result = Ragged(ragged, tuple(batch_inputs), scattered)
+    if result and not proto.max_batch_size:
         raise fail(proto.name, "input.allow_ragged_batch", "needs max_batch_size of at least 1")
     joins = record is None or record.joins_rows
-    if (made or scattered) and (not joins or proto.HasField("ensemble_scheduling")):
+    if (batch_inputs or scattered) and (not joins or proto.HasField("ensemble_scheduling")):
         raise fail(proto.name, "batch_input", "only backends that join a batch have batch inputs and outputs")
-    if found and proto.HasField("sequence_batching"):
+    if result and proto.HasField("sequence_batching"):
         raise fail(proto.name, "input.allow_ragged_batch", "is not supported with sequence_batching")
-    return found
+    return result
 
 
 def _padding(proto: Any, parameters: Mapping[str, str], specs: Any) -> Padding:
@@ -266,8 +266,8 @@ def _group(proto: Any, index: int, record: BackendRecord | None) -> InstanceGrou
     kind = pb.ModelInstanceGroup.Kind.Name(group.kind).removeprefix("KIND_").lower()
     is_models_choice = record is not None and record.chooses_devices
     if kind == "model" and (not is_models_choice or group.gpus):
-        what = "names no GPUs" if is_models_choice else "is supported for python models only"
-        raise fail(proto.name, f"instance_group[{index}].kind", f"KIND_MODEL {what}")
+        why = "names no GPUs" if is_models_choice else "is supported for python models only"
+        raise fail(proto.name, f"instance_group[{index}].kind", f"KIND_MODEL {why}")
     if group.count < 0:
         raise fail(proto.name, f"instance_group[{index}].count", f"expected 1 or more, got {group.count}")
     limit = _rate_limit(proto.name, f"instance_group[{index}].rate_limiter", group.rate_limiter)
@@ -281,7 +281,9 @@ def _rate_limit(model: str, path: str, proto: Any) -> RateLimit:
             raise fail(model, f"{path}.resources[{index}].name", f"expected names, each once, got {names}")
         if not resource.count:
             raise fail(model, f"{path}.resources[{index}].count", "expected 1 or more, got 0")
-    resources = tuple(Resource(one.name, one.count, getattr(one, "global")) for one in proto.resources)
+    resources = tuple(
+        Resource(resource.name, resource.count, getattr(resource, "global")) for resource in proto.resources
+    )
     return RateLimit(resources, proto.priority or 1)
 
 

@@ -53,8 +53,8 @@ class ModelFolder:
         try:
             lines = files.read_text(path).split("\n")
         except OSError as error:
-            what = f"output.label_filename: cannot read '{filename}': {reason(error)}"
-            raise ConfigError(f"model '{self.config.name}': {what}") from None
+            problem = f"output.label_filename: cannot read '{filename}': {reason(error)}"
+            raise ConfigError(f"model '{self.config.name}': {problem}") from None
         return tuple(lines if lines[-1] else lines[:-1])
 
     def read(self, subfolder: str, filename: str) -> bytes:
@@ -65,8 +65,8 @@ class ModelFolder:
         try:
             return files.read_bytes(path)
         except OSError as error:
-            what = f"cannot read '{subfolder}/{filename}': {reason(error)}"
-            raise ConfigError(f"model '{self.config.name}': {what}") from None
+            problem = f"cannot read '{subfolder}/{filename}': {reason(error)}"
+            raise ConfigError(f"model '{self.config.name}': {problem}") from None
 
     def _inside(self, filename: str) -> Path | None:
         """A file of the folder; None where there is none of that name, or it leads out of the folder."""
@@ -91,8 +91,8 @@ def check_known(root: Path, name: str) -> None:
     names = model_names(root)
     if name not in names:
         near = difflib.get_close_matches(name, names, 1)
-        what = f"did you mean {near[0]}?" if near else f"it has {', '.join(names[:_MOST_NAMED]) or 'none'}"
-        raise ConfigError(f"model '{name}': there is none of that name in '{root}'; {what}")
+        hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(names[:_MOST_NAMED]) or 'none'}"
+        raise ConfigError(f"model '{name}': there is none of that name in '{root}'; {hint}")
 
 
 def is_model(root: Path, name: str) -> bool:

@@ -75,8 +75,8 @@ def parse(
     if text is None:
         return ANY_SIZE
     by_name = {spec.name: spec for spec in inputs}
-    given = entries(text, '{"input_ids": [512]}', lambda why: _bad(model, why))
-    max_dims = MaxDims({name: _sizes(model, name, sizes, by_name) for name, sizes in given})
+    limits = entries(text, '{"input_ids": [512]}', lambda why: _bad(model, why))
+    max_dims = MaxDims({name: _sizes(model, name, sizes, by_name) for name, sizes in limits})
     for name, padded in padding.inputs.items():
         sizes = max_dims.sizes.get(name)
         most = sizes[padded.axis] if sizes is not None else None
@@ -86,23 +86,23 @@ def parse(
         for name, item in warmup.inputs.items():
             excess = max_dims.excess(name, item.dims)
             if excess is not None:
-                what = f"and model_warmup '{warmup.name}' has {list(item.dims)}"
-                raise _bad(model, f"input '{name}' takes at most {excess[1]} in dims[{excess[0]}], {what}")
+                warmed = f"and model_warmup '{warmup.name}' has {list(item.dims)}"
+                raise _bad(model, f"input '{name}' takes at most {excess[1]} in dims[{excess[0]}], {warmed}")
     return max_dims
 
 
-def _sizes(model: str, name: str, given: Any, inputs: Mapping[str, Spec]) -> tuple[int | None, ...]:
+def _sizes(model: str, name: str, value: Any, inputs: Mapping[str, Spec]) -> tuple[int | None, ...]:
     """The greatest size of each of an input's dims."""
     if name not in inputs:
         raise _bad(model, f"expected one of {sorted(inputs)}, got '{name}'")
     dims = inputs[name].dims
     count = dims.count(-1)
-    sizes = [given] if type(given) is int else given
+    sizes = [value] if type(value) is int else value
     if not isinstance(sizes, list) or any(type(size) is not int or size < 1 for size in sizes):
-        raise _bad(model, f"input '{name}': expected sizes of at least 1, got {given!r:.80}")
+        raise _bad(model, f"input '{name}': expected sizes of at least 1, got {value!r:.80}")
     if not count or len(sizes) != count:
-        what = f"it has {count} variable dimensions: {list(dims)}"
-        raise _bad(model, f"input '{name}': expected a size for each, and {what}, got {given!r:.80}")
+        problem = f"it has {count} variable dimensions: {list(dims)}"
+        raise _bad(model, f"input '{name}': expected a size for each, and {problem}, got {value!r:.80}")
     left = iter(sizes)
     return tuple(next(left) if dim == -1 else None for dim in dims)
 

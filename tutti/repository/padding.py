@@ -78,26 +78,26 @@ class Padding:
         """Give the requests of one batch padded inputs; returns each one's true lengths by input."""
         lengths: list[dict[str, int]] = [{} for _ in requests]
         for name, spec in self.inputs.items():
-            given = {i: r.inputs[name].shape for i, r in enumerate(requests) if name in r.inputs}
+            shapes = {i: r.inputs[name].shape for i, r in enumerate(requests) if name in r.inputs}
             self._pad_input(requests, spec, is_batched)
-            for index, shape in given.items():
+            for index, shape in shapes.items():
                 lengths[index][name] = shape[is_batched + spec.axis]
                 self._fill_in(requests[index], spec, shape, is_batched)
         return lengths
 
     def cut(self, outputs: Sequence[Tensor], lengths: Mapping[str, int], is_batched: bool) -> list[Tensor]:
         """The outputs without what padding has added to them."""
-        made = []
+        tensors = []
         for tensor in outputs:
             axis, source, divisor = self.outputs.get(tensor.name, (0, "", 1))
             size = -(-lengths.get(source, -1) // divisor)
             axis += is_batched
             if not source or source not in lengths or size >= tensor.shape[axis]:
-                made.append(tensor)
+                tensors.append(tensor)
                 continue
             array = tensor.array()[(slice(None),) * axis + (slice(size),)]
-            made.append(Tensor(tensor.name, tensor.datatype, array.shape, array))
-        return made
+            tensors.append(Tensor(tensor.name, tensor.datatype, array.shape, array))
+        return tensors
 
     def _pad_input(self, requests: Sequence[InferRequest], spec: PaddedInput, is_batched: bool) -> None:
         """All requests get stretches of one array, so that joining them is no copy.
@@ -111,14 +111,14 @@ class Padding:
             return
         rows = [tensor.shape[0] if is_batched else 1 for tensor in tensors]
         whole = np.full((sum(rows), *wanted[0]), spec.value, NUMPY[tensors[0].datatype])
-        at = 0
+        start = 0
         for request, tensor, n in zip(padded, tensors, rows, strict=True):
-            part = whole[at : at + n]
+            part = whole[start : start + n]
             body = tensor.shape[is_batched:]
             part[(slice(None), *(slice(size) for size in body))] = tensor.array().reshape(n, *body)
             array = part if is_batched else part[0]
             request.inputs[spec.name] = Tensor(spec.name, tensor.datatype, array.shape, array)
-            at += n
+            start += n
 
     def _fill_in(self, request: InferRequest, spec: PaddedInput, shape: Shape, is_batched: bool) -> None:
         """Give the request the lengths and the mask that it lacks."""
@@ -139,7 +139,7 @@ NO_PADDING = Padding()
 def parse(model: str, parameters: Mapping[str, str], inputs: Sequence[Spec], outputs: Sequence[Spec]) -> Padding:
     """A model's Padding from its parameters. Raises ConfigError naming the parameter."""
     by_name = {spec.name: spec for spec in inputs}
-    found: dict[str, PaddedInput] = {}
+    padded: dict[str, PaddedInput] = {}
     filled: dict[str, str] = {}
     for key, text in parameters.items():
         kind, _, name = key.removeprefix(_PREFIX).partition(".")
@@ -148,10 +148,10 @@ def parse(model: str, parameters: Mapping[str, str], inputs: Sequence[Spec], out
         if name not in by_name:
             raise _bad(model, key, f"the model has no input '{name}'")
         if kind == "buckets":
-            found[name] = _padded(model, key, text, by_name[name], parameters)
+            padded[name] = _padded(model, key, text, by_name[name], parameters)
         elif f"{_PREFIX}buckets.{name}" not in parameters:
             raise _bad(model, key, f"needs {_PREFIX}buckets.{name}")
-    for spec in list(found.values()):
+    for spec in list(padded.values()):
         for kind, other in (("lengths", spec.lengths), ("mask", spec.mask)):
             if not other:
                 continue
@@ -163,14 +163,14 @@ def parse(model: str, parameters: Mapping[str, str], inputs: Sequence[Spec], out
                 raise _bad(model, key, f"input '{other}' has dims {list(by_name[other].dims)}, not {list(wanted)}")
             filled[other] = by_name[other].datatype
         if spec.mask:  # one that a client sends is padded with the input
-            found[spec.mask] = PaddedInput(spec.mask, spec.axis, spec.buckets)
-    return Padding(found, _unpadded(model, parameters, found, outputs), filled)
+            padded[spec.mask] = PaddedInput(spec.mask, spec.axis, spec.buckets)
+    return Padding(padded, _unpadded(model, parameters, padded, outputs), filled)
 
 
 def _padded(model: str, key: str, text: str, spec: Spec, parameters: Mapping[str, str]) -> PaddedInput:
     if spec.datatype == "BYTES" or spec.dims.count(-1) != 1:
-        what = f"input '{spec.name}' is {spec.datatype} with dims {list(spec.dims)}"
-        raise _bad(model, key, f"{what}: expected numbers with one variable dimension")
+        problem = f"input '{spec.name}' is {spec.datatype} with dims {list(spec.dims)}"
+        raise _bad(model, key, f"{problem}: expected numbers with one variable dimension")
     sizes = [part.strip() for part in text.split(",")]
     if not all(size.isdecimal() and 0 < int(size) < 2**40 for size in sizes):
         raise _bad(model, key, f"expected sizes of at least 1, as '16000, 80000', got '{text}'")
@@ -188,7 +188,7 @@ def _unpadded(
     model: str, parameters: Mapping[str, str], inputs: Mapping[str, PaddedInput], outputs: Sequence[Spec]
 ) -> dict[str, tuple[int, str, int]]:
     by_name = {spec.name: spec for spec in outputs}
-    found = {}
+    buckets = {}
     prefix = f"{_PREFIX}unpad."
     for key, text in parameters.items():
         if not key.startswith(prefix):
@@ -199,8 +199,8 @@ def _unpadded(
             raise _bad(model, key, f"expected an output with one variable dimension, '{name}' is none")
         if source not in inputs or (divisor and (not divisor.isdecimal() or int(divisor) < 1)):
             raise _bad(model, key, f"expected INPUT or INPUT/N of a padded input, got '{text}'")
-        found[name] = (by_name[name].dims.index(-1), source, int(divisor or 1))
-    return found
+        buckets[name] = (by_name[name].dims.index(-1), source, int(divisor or 1))
+    return buckets
 
 
 def _bad(model: str, key: str, why: str) -> ConfigError:

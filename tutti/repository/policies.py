@@ -32,8 +32,8 @@ class QueuePolicy:
         """The call's timeout; its own `timeout` parameter (microseconds) can only shorten the policy's."""
         if not self.allows_override:
             return self.timeout_ns
-        own = call.request.parameters.get("timeout", 0)
-        own_ns = own * 1000 if isinstance(own, int) and own > 0 else 0
+        asked_us = call.request.parameters.get("timeout", 0)
+        own_ns = asked_us * 1000 if isinstance(asked_us, int) and asked_us > 0 else 0
         return min(own_ns, self.timeout_ns) if own_ns and self.timeout_ns else own_ns or self.timeout_ns
 
 

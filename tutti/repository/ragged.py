@@ -47,11 +47,11 @@ class Ragged:
 
     def made(self, requests: Sequence[InferRequest]) -> dict[str, Array]:
         """The batch inputs for one batch."""
-        found = {}
-        for one in self.batch_inputs:
-            array = _values(one, [request.inputs[one.source].shape for request in requests])
-            found.update(dict.fromkeys(one.names, array))
-        return found
+        arrays = {}
+        for spec in self.batch_inputs:
+            array = _values(spec, [request.inputs[spec.source].shape for request in requests])
+            arrays.update(dict.fromkeys(spec.names, array))
+        return arrays
 
     def parts(self, model: str, output: Tensor, requests: Sequence[InferRequest]) -> list[Tensor]:
         """A scattered output, one part for each request. Raises Internal when the model made too few elements."""
@@ -75,16 +75,16 @@ def flattened(requests: Sequence[InferRequest], name: str) -> Array:
     return np.concatenate([request.inputs[name].array().reshape(-1) for request in requests])
 
 
-def _values(one: BatchInput, shapes: Sequence[Shape]) -> Array:
+def _values(spec: BatchInput, shapes: Sequence[Shape]) -> Array:
     counts = [int(np.prod(shape)) for shape in shapes]
-    dtype = NUMPY[one.datatype]
-    if one.kind == "BATCH_ELEMENT_COUNT":
+    dtype = NUMPY[spec.datatype]
+    if spec.kind == "BATCH_ELEMENT_COUNT":
         return np.array(counts, dtype)
-    if one.kind == "BATCH_ACCUMULATED_ELEMENT_COUNT":
+    if spec.kind == "BATCH_ACCUMULATED_ELEMENT_COUNT":
         return np.cumsum(counts).astype(dtype)
-    if one.kind == "BATCH_ACCUMULATED_ELEMENT_COUNT_WITH_ZERO":
+    if spec.kind == "BATCH_ACCUMULATED_ELEMENT_COUNT_WITH_ZERO":
         return np.cumsum([0, *counts]).astype(dtype)
-    if one.kind == "BATCH_MAX_ELEMENT_COUNT_AS_SHAPE":
+    if spec.kind == "BATCH_MAX_ELEMENT_COUNT_AS_SHAPE":
         return np.zeros(max(counts), dtype)
     items = np.array([shape[1:] for shape in shapes for _ in range(shape[0])], dtype)
-    return items.reshape(-1) if one.kind == "BATCH_ITEM_SHAPE_FLATTEN" else items
+    return items.reshape(-1) if spec.kind == "BATCH_ITEM_SHAPE_FLATTEN" else items

@@ -57,8 +57,8 @@ def _reasons(path: Path) -> Iterator[str]:
     name, where = path.name, f"'{path.name}' is not served: "
     if not path.is_dir():
         if path.suffix in _FORMATS:
-            made = f", or let 'tutti init {path.parent} {path}' make it" if path.suffix in _OF_INIT else ""
-            yield f"{where}a model is a folder; put the file at {path.stem}/1/{_FORMATS[path.suffix][1]}{made}"
+            advice = f", or let 'tutti init {path.parent} {path}' make it" if path.suffix in _OF_INIT else ""
+            yield f"{where}a model is a folder; put the file at {path.stem}/1/{_FORMATS[path.suffix][1]}{advice}"
         return
     entries = _names(path)
     versions = folders.versions(path)
@@ -69,7 +69,7 @@ def _reasons(path: Path) -> Iterator[str]:
     near = difflib.get_close_matches(CONFIG, entries, 1, cutoff=0.7)
     if near:
         yield f"{where}it has '{near[0]}'; expected {CONFIG}"
-    if "config.json" in entries and any(one in entries for one in _CHECKPOINT):
+    if "config.json" in entries and any(name in entries for name in _CHECKPOINT):
         yield f"{where}it is a checkpoint; 'tutti export text {path} --repository {path.parent}' (or audio, vision)"
     for version in versions:
         for file in _names(path / str(version)):
@@ -78,7 +78,7 @@ def _reasons(path: Path) -> Iterator[str]:
         if Path(file).suffix in _FORMATS or file in _TELLING:
             target = file if file in _TELLING else _FORMATS[Path(file).suffix][1]
             yield f"{where}'{file}' belongs in a version's folder; put it at {name}/1/{target}"
-    if any(_is_model_folder(path / one) for one in entries):
+    if any(_is_model_folder(path / entry) for entry in entries):
         yield f"{where}it is a repository of its own: tutti serve {path}"
     if versions:
         yield f"{where}its folder {versions[-1]} has no model of a kind that is known; expected model.onnx, or {CONFIG}"
@@ -92,9 +92,11 @@ def _of_file(path: Path, where: str, version: int, file: str) -> Iterator[str]:
     if usual in _TELLING:
         yield f"{where}should be called {usual}, or be named by default_model_filename in {path.name}/{CONFIG}"
         return
-    own = path / str(version) / file
+    file_path = path / str(version) / file
     init = (
-        f"'tutti init {path.parent} {own} --name {path.name} --force' writes it, or " if own.suffix in _OF_INIT else ""
+        f"'tutti init {path.parent} {file_path} --name {path.name} --force' writes it, or "
+        if file_path.suffix in _OF_INIT
+        else ""
     )
     renamed = "" if file == usual else f' default_model_filename: "{file}"'
     yield (

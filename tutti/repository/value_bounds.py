@@ -79,10 +79,10 @@ UNBOUNDED = Bounds()
 
 
 def _refusal(name: str, limit: Range, array: Array) -> InvalidArgument:
-    at = np.unravel_index(int(np.argmax((array < limit.low) | (array > limit.high))), array.shape)
-    where = [int(index) for index in at]
+    place = np.unravel_index(int(np.argmax((array < limit.low) | (array > limit.high))), array.shape)
+    where = [int(index) for index in place]
     return InvalidArgument(
-        f"input '{name}': expected values from {limit.low} to {limit.high}, got {array[at].item()} at {where}"
+        f"input '{name}': expected values from {limit.low} to {limit.high}, got {array[place].item()} at {where}"
     )
 
 
@@ -100,8 +100,8 @@ def parse(
     if not is_checked:
         raise _bad(model, "only backends that join a batch look at it")
     by_name = {spec.name: spec for spec in inputs}
-    given = entries(text, '{"input_ids": [0, 30521]}', lambda why: _bad(model, why))
-    bounds = Bounds({name: _range(model, name, pair, by_name) for name, pair in given})
+    ranges = entries(text, '{"input_ids": [0, 30521]}', lambda why: _bad(model, why))
+    bounds = Bounds({name: _range(model, name, pair, by_name) for name, pair in ranges})
     for name, value in _filled_in(padding):
         limit = bounds.ranges.get(name)
         if limit is not None and not limit.low <= value <= limit.high:
@@ -112,15 +112,15 @@ def parse(
 def entries(text: str, example: str, bad: Callable[[str], ConfigError]) -> list[tuple[str, Any]]:
     """The pairs of a JSON object, of which each name is there once. Raises what `bad` makes of the reason."""
     try:
-        given = json.loads(text, object_pairs_hook=tuple)
+        pairs = json.loads(text, object_pairs_hook=tuple)
     except (ValueError, RecursionError) as error:
         raise bad(f"expected JSON, got {text[:80]!r}: {error}") from None
-    if not isinstance(given, tuple):
+    if not isinstance(pairs, tuple):
         raise bad(f"expected an object, as {example}, got {text[:80]!r}")
-    twice = [name for name, count in Counter(name for name, _ in given).items() if count > 1]
+    twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
     if twice:
         raise bad(f"'{twice[0]}' appears more than once")
-    return list(given)
+    return list(pairs)
 
 
 def _range(model: str, name: str, pair: Any, inputs: Mapping[str, Spec]) -> Range:

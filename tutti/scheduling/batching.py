@@ -116,7 +116,7 @@ class BatchQueue:
         if self._is_plain or self.policy is None:
             return self.rows
         level = self.policy.level_of(call)
-        return sum(rows for one, rows in self._level_rows.items() if one <= level)
+        return sum(rows for other, rows in self._level_rows.items() if other <= level)
 
     def batch_rows(self) -> int:
         """The most rows that one batch takes."""
@@ -259,8 +259,8 @@ class BatchQueue:
             return None
         # Calls of one key share a batch across priority levels, the more urgent ones first.
         lanes = [lane] if self._is_plain else self._lanes_of(lane.key)
-        head_ns = min(one.calls[0].arrived_ns for one in lanes)
-        waiting = sum(one.rows for one in lanes)
+        head_ns = min(other.calls[0].arrived_ns for other in lanes)
+        waiting = sum(other.rows for other in lanes)
         limit = self.policy.rows_to_take(waiting, now_ns - head_ns)
         if limit == 0 and may_wait:
             return head_ns + self.policy.max_queue_delay_ns

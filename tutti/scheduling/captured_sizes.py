@@ -41,7 +41,7 @@ class CapturedSizes:
         whole_ns = self._mean_ns(whole)
         if not whole or not whole_ns or whole in self._ns:
             return limit
-        rows, ns = max(self._fillings(fitting), key=lambda one: one[0] / one[1], default=(0, 0.0))
+        rows, ns = max(self._fillings(fitting), key=lambda filling: filling[0] / filling[1], default=(0, 0.0))
         if not rows:
             return limit
         if is_busy:

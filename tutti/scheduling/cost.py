@@ -62,7 +62,7 @@ class LatencyModel:
 
     def sizes(self) -> list[float]:
         """The mean rows of each size class that was seen."""
-        return [one.rows for one in self._classes.values()]
+        return [size_class.rows for size_class in self._classes.values()]
 
     def mean_ns(self, rows: int) -> int:
         """0 when nothing is known."""
@@ -87,7 +87,9 @@ class LatencyModel:
         exact = self._classes.get(rows.bit_length())
         if exact is not None and len(self._classes) == 1:
             return int(exact.tail() if is_tail else exact.ns)
-        points = [(one.rows, one.tail() if is_tail else one.ns) for one in self._classes.values()]
+        points = [
+            (size_class.rows, size_class.tail() if is_tail else size_class.ns) for size_class in self._classes.values()
+        ]
         if not points:
             return 0
         if rows <= points[0][0] or len(points) == 1:

@@ -17,17 +17,17 @@ Supply = Mapping[tuple[str, int | None], int]
 """How many there are of a resource, by name and device; with None on every device, and of a global one."""
 
 
-def parse_supply(given: Iterable[str]) -> dict[tuple[str, int | None], int]:
+def parse_supply(texts: Iterable[str]) -> dict[tuple[str, int | None], int]:
     """From "NAME:COUNT" or "NAME:COUNT:DEVICE", as `--rate-limit-resource` has them. Raises ConfigError.
 
     Of what is said twice the most counts.
     """
     supply: dict[tuple[str, int | None], int] = {}
-    for text in given:
+    for text in texts:
         name, *numbers = text.split(":")
         if not name or len(numbers) not in (1, 2) or not all(re.fullmatch("[0-9]{1,9}", n) for n in numbers):
-            what = "expected NAME:COUNT or NAME:COUNT:DEVICE"
-            raise ConfigError(f"--rate-limit-resource: {what}, got '{sayable(text)[:200]}'")
+            expected = "expected NAME:COUNT or NAME:COUNT:DEVICE"
+            raise ConfigError(f"--rate-limit-resource: {expected}, got '{sayable(text)[:200]}'")
         key = (name, int(numbers[1]) if len(numbers) == 2 else None)
         supply[key] = max(supply.get(key, 0), int(numbers[0]))
     return supply
@@ -147,7 +147,7 @@ class RateLimiter:
         self._hold(instance, 1)
 
     def _fits(self, instance: _Instance) -> bool:
-        return all(self._in_use.get(at, 0) + count <= self._supply[at] for at, count in instance.needs.items())
+        return all(self._in_use.get(place, 0) + count <= self._supply[place] for place, count in instance.needs.items())
 
     def _hold(self, instance: _Instance, sign: int) -> None:
         for place, count in instance.needs.items():
@@ -156,21 +156,21 @@ class RateLimiter:
     def _check(self, instance: _Instance) -> None:
         places = {place for each in self._instances.values() for place in each.needs} | set(instance.needs)
         for (name, device), count in instance.needs.items():
-            if any(other == name and (at == GLOBAL) != (device == GLOBAL) for other, at in places):
+            if any(other == name and (where == GLOBAL) != (device == GLOBAL) for other, where in places):
                 raise ConfigError(f"resource '{name}' is global for one instance and a device's for another")
-            given = self._given_of((name, device))
-            if given is not None and given < count:
+            supply = self._given_of((name, device))
+            if supply is not None and supply < count:
                 where = "" if device == GLOBAL else f" on device {device}"
-                what = f"an execution needs {count}{where}, and --rate-limit-resource gives {given}"
-                raise ConfigError(f"resource '{name}': {what}")
+                problem = f"an execution needs {count}{where}, and --rate-limit-resource gives {supply}"
+                raise ConfigError(f"resource '{name}': {problem}")
 
     def _given_of(self, place: Place) -> int | None:
         """What was said of a resource: of a global one whatever device was named, as in Triton."""
         name, device = place
         counts = [
             count
-            for (other, at), count in self._given.items()
-            if other == name and (device == GLOBAL or at is None or at == device)
+            for (other, where), count in self._given.items()
+            if other == name and (device == GLOBAL or where is None or where == device)
         ]
         return max(counts, default=None)
 
@@ -182,8 +182,8 @@ class RateLimiter:
                 needed[place] = max(needed.get(place, 0), count)
         self._supply = {}
         for place, count in needed.items():
-            given = self._given_of(place)
-            self._supply[place] = count if given is None else given
+            supply = self._given_of(place)
+            self._supply[place] = count if supply is None else supply
         for together in self._meeting():
             clock = _Clock(max(instance.clock.now for instance in together))
             for instance in together:

@@ -30,8 +30,10 @@ def sequence_id(request: InferRequest) -> SequenceId:
     """The request's correlation id. Raises InvalidArgument when it has none."""
     key = request.parameters.get("sequence_id", 0)
     if not key or isinstance(key, bool | float):
-        what = f"inference request to model '{request.model_name}' must specify a non-zero or non-empty correlation ID"
-        raise InvalidArgument(what)
+        problem = (
+            f"inference request to model '{request.model_name}' must specify a non-zero or non-empty correlation ID"
+        )
+        raise InvalidArgument(problem)
     return key
 
 
@@ -339,8 +341,8 @@ class SequenceBatcher:
 
     def _inner(self, sequence: _Sequence, outer: Call) -> Call:
         request = outer.request
-        given = request.parameters
-        is_start, is_end = bool(given.get("sequence_start")), bool(given.get("sequence_end"))
+        parameters = request.parameters
+        is_start, is_end = bool(parameters.get("sequence_start")), bool(parameters.get("sequence_end"))
         if is_start:
             sequence.states = dict(self._initial_states)
         inputs = {**request.inputs, **self._controls(sequence.id, start=is_start, end=is_end, ready=True)}
@@ -348,8 +350,8 @@ class SequenceBatcher:
         outputs = request.outputs
         if outputs:
             outputs = tuple(dict.fromkeys((*outputs, *(state.output_name for state in self._policy.states))))
-        made = InferRequest(request.model_name, inputs, request.model_version, request.id, outputs, given)
-        inner = Call(made, self, (outer, sequence, is_end), outer.emit)
+        inner_request = InferRequest(request.model_name, inputs, request.model_version, request.id, outputs, parameters)
+        inner = Call(inner_request, self, (outer, sequence, is_end), outer.emit)
         inner.deadline_ns = outer.deadline_ns
         inner.arrived_ns = outer.arrived_ns
         inner.trace = outer.trace
@@ -377,7 +379,9 @@ class SequenceBatcher:
             self._look_ns = 0
             for sequence in list(self._active.values()):
                 gone += self._expired(sequence, now)
-            waiting = [call.deadline_ns for one in self._active.values() for call in one.waiting if call.deadline_ns]
+            waiting = [
+                call.deadline_ns for sequence in self._active.values() for call in sequence.waiting if call.deadline_ns
+            ]
             if waiting:
                 self._look_ns = min(waiting)
                 self._timer((self._look_ns - now) / 1e9, self._expire)
@@ -415,10 +419,10 @@ class SequenceBatcher:
             return answer
         by_name = {tensor.name: tensor for tensor in answer.outputs}
         for state in self._policy.states:
-            made = by_name.get(state.output_name)
-            if made is not None:
-                data = bytes(made.data) if isinstance(made.data, RAW_TYPES) else made.array().copy()
-                sequence.states[state.input_name] = Tensor(state.input_name, made.datatype, made.shape, data)
+            output = by_name.get(state.output_name)
+            if output is not None:
+                data = bytes(output.data) if isinstance(output.data, RAW_TYPES) else output.array().copy()
+                sequence.states[state.input_name] = Tensor(state.input_name, output.datatype, output.shape, data)
         asked = outer.request.outputs
         shown = [spec.name for spec in self._config.outputs if not asked or spec.name in asked]
         outputs = [by_name[name] for name in shown if name in by_name]

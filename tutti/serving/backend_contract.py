@@ -86,8 +86,10 @@ class BackendContract(ContractModel):
         except ConfigError as error:  # this model's file does not tell
             raise unittest.SkipTest(str(error)) from None
         configured = completion.open_model(complete, NAME).config
-        for wanted, made in ((configured.inputs, completed.inputs), (configured.outputs, completed.outputs)):
-            assert {(spec.name, spec.datatype) for spec in wanted} == {(spec.name, spec.datatype) for spec in made}
+        for wanted, completed_specs in ((configured.inputs, completed.inputs), (configured.outputs, completed.outputs)):
+            assert {(spec.name, spec.datatype) for spec in wanted} == {
+                (spec.name, spec.datatype) for spec in completed_specs
+            }
 
     def test_a_missing_file_is_an_error_that_names_the_model(self, tmp_path: Path) -> None:
         root = self.folder(tmp_path)

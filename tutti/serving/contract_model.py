@@ -131,11 +131,11 @@ class ContractModel:
             datatype = datatypes[name].removeprefix("TYPE_").replace("STRING", "BYTES")
             assert tensor.datatype == datatype, f"output '{name}' is {tensor.datatype}, configured as {datatype}"
             assert tuple(tensor.shape) == right.shape, f"output '{name}' has shape {tensor.shape}, not {right.shape}"
-            made = tensor.array()
-            is_right = np.allclose(made, right, self.tolerance, self.tolerance) if made.dtype.kind in "fc" else (
-                made.tolist() == right.tolist()
+            array = tensor.array()
+            is_right = np.allclose(array, right, self.tolerance, self.tolerance) if array.dtype.kind in "fc" else (
+                array.tolist() == right.tolist()
             )  # fmt: skip
-            assert is_right, f"output '{name}': expected {right}, got {made}"
+            assert is_right, f"output '{name}': expected {right}, got {array}"
 
     def assert_names_model(self, answer: Answer | None) -> None:
         assert isinstance(answer, InferError), f"expected an error, got {answer!r}"

@@ -186,8 +186,8 @@ class Engine:
         except BaseException:  # none has begun
             self._polled.difference_update(due)
             raise
-        for what in unfinished:
-            _log.error("%s, and is not waited for", what)
+        for work in unfinished:
+            _log.error("%s, and is not waited for", work)
 
     def _poll_model(self, name: str, is_there: bool) -> None:
         try:
@@ -239,7 +239,7 @@ class Engine:
     def _load_anew(self, name: str, override: Override, above: tuple[str, ...], tells: bool = True) -> list[Ending]:
         """Load one model, and what it needs; returns what ends therefore."""
         closing: list[Ending] = []
-        made: dict[str, Model] = {}
+        models: dict[str, Model] = {}
         scratch: Folder | None = None
         stage = "failed to poll from model repository"  # Triton's words, as those of the next one
         try:
@@ -258,16 +258,16 @@ class Engine:
             if tells:
                 self._tell(name, override, folder.config)
             for version in folder.versions:
-                made[str(version)] = self._make(folder, version)
+                models[str(version)] = self._make(folder, version)
         except BaseException as error:
-            for model in made.values():
+            for model in models.values():
                 end(model)
             if scratch is not None:
                 scratch.cleanup()
             if not isinstance(error, TuttiError):
                 _log.debug("model '%s' cannot be loaded", name, exc_info=True)
             raise Internal(f"failed to load '{name}', {stage}: {reason(error)}") from None
-        closing += self._end_all(self._replace(name, made).values())
+        closing += self._end_all(self._replace(name, models).values())
         self._keep_scratch(name, scratch)
         self._forget_failures(name)
         return closing
@@ -293,8 +293,8 @@ class Engine:
         endings = []
         with self._lock:
             for model in models:
-                what = f"model '{model.config.name}' version {model.version} has been draining"
-                work = self._drains.get(model) or Work(what, partial(end, model))
+                subject = f"model '{model.config.name}' version {model.version} has been draining"
+                work = self._drains.get(model) or Work(subject, partial(end, model))
                 self._drains[model] = work
                 endings.append((model, work))
         return endings
@@ -309,8 +309,8 @@ class Engine:
         for model, work in list(self._drains.items()):
             if work.wait(0):
                 self._drains.pop(model, None)
-        for what in waiting:
-            _log.warning("%s", what)
+        for ending in waiting:
+            _log.warning("%s", ending)
         return waiting
 
     def _unload_alone(self, name: str, tells: bool = True) -> list[Ending]:
@@ -350,9 +350,9 @@ class Engine:
 
     def model(self, name: str, version: str = "") -> Model:
         """A served model; version "" is the newest. Raises NotFound, or InvalidArgument for what is no version."""
-        found = self._newest.get(name) if not version else self._models.get(name, {}).get(version)
-        if found is not None:
-            return found
+        model = self._newest.get(name) if not version else self._models.get(name, {}).get(version)
+        if model is not None:
+            return model
         if version and not (version.isdecimal() and version.isascii() and 0 < len(version) < 20 and int(version)):
             raise InvalidArgument(
                 f"failed to get model version from specified version string {version[:50]!r}: model '{name}': version "
@@ -418,8 +418,8 @@ class Engine:
         with self._lock:
             look = self._look
             if look is None or look.wait(0) or time.monotonic() - look.since_s < _LOOK_S:
-                what = f"the model repository '{self._root}' has been looked at"
-                look = self._look = Work(what, partial(repository.model_names, self._root))
+                subject = f"the model repository '{self._root}' has been looked at"
+                look = self._look = Work(subject, partial(repository.model_names, self._root))
         if not look.wait(self.control_timeout_s):
             raise Unavailable(f"{look}, and that goes on")
         return look.result()
@@ -491,14 +491,14 @@ class Engine:
         """Load what can be loaded of a folder; record why the rest cannot. Others may have loaded it meanwhile."""
         if self._models.get(folder.config.name) is not before:
             return
-        made = {}
+        models = {}
         for version in folder.versions:
             try:
-                made[str(version)] = self._make(folder, version)
+                models[str(version)] = self._make(folder, version)
             except TuttiError as error:
                 self._record_failure(folder.config.name, str(version), error)
-        if made:
-            self._end_all(self._replace(folder.config.name, made).values())
+        if models:
+            self._end_all(self._replace(folder.config.name, models).values())
 
     def _make(self, folder: ModelFolder, version: int) -> Model:
         statistics = ModelStatistics()
@@ -510,24 +510,24 @@ class Engine:
             raise
         except BaseException as error:  # of a library, that has read a file which is not whole, or has had enough
             _log.debug("model '%s' version %d cannot be loaded", folder.config.name, version, exc_info=True)
-            what = f"{type(error).__name__}: {reason(error)}"
-            raise ConfigError(f"model '{folder.config.name}' version {version}: {what}") from error
+            problem = f"{type(error).__name__}: {reason(error)}"
+            raise ConfigError(f"model '{folder.config.name}' version {version}: {problem}") from error
         load_s = time.monotonic() - start
         _log.info("loaded model '%s' version %d in %.2f s", folder.config.name, version, load_s)
         return Model(folder.config, version, labels, served, statistics, load_s)
 
-    def _replace(self, name: str, made: dict[str, Model]) -> dict[str, Model]:
+    def _replace(self, name: str, models: dict[str, Model]) -> dict[str, Model]:
         """Serve `made` under the name from now on; returns what is to end: what was served before.
 
         Once the engine is closed, `made` itself is.
         """
         with self._lock:
-            if made and self._is_closed:
-                return made
+            if models and self._is_closed:
+                return models
             old = self._models.get(name, {})
-            if made:  # at no moment is the name without a model
-                self._models[name] = made
-                self._newest[name] = made[max(made, key=int)]
+            if models:  # at no moment is the name without a model
+                self._models[name] = models
+                self._newest[name] = models[max(models, key=int)]
                 self._unloaded.pop(name, None)
             else:
                 del self._models[name], self._newest[name]

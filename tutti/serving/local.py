@@ -207,12 +207,12 @@ def _while_devices_work(
 
     What its instances hold is theirs to answer. A model on the processor is served as it is.
     """
-    own = sorted({device for backend, _ in loaded if (device := getattr(backend, "device", "cpu")) != "cpu"})
-    if not own:
+    gpus = sorted({device for backend, _ in loaded if (device := getattr(backend, "device", "cpu")) != "cpu"})
+    if not gpus:
         return served
 
     def reason() -> str:
-        why = next((f"device {device} has failed: {why}" for device in own if (why := devices.reason(device))), "")
+        why = next((f"device {device} has failed: {why}" for device in gpus if (why := devices.reason(device))), "")
         return f"model '{name}': {why}; its process is replaced" if why else ""
 
     def infer(calls: Sequence[Call]) -> None:
@@ -227,7 +227,7 @@ def _while_devices_work(
             refuse_waiting(DeviceLost(why))
 
     def failed(device: str, _: str) -> None:
-        if device in own:
+        if device in gpus:
             refuse_waiting(DeviceLost(reason()))
 
     end = devices.listen(failed)
@@ -272,8 +272,8 @@ def _load(
 def _check_unlimited(config: ModelConfig) -> None:
     for index, group in enumerate(config.instance_groups):
         if group.rate_limit != NO_LIMIT:
-            what = "needs a server with --rate-limit=execution_count, in one process"
-            raise ConfigError(f"model '{config.name}': instance_group[{index}].rate_limiter: {what}")
+            need = "needs a server with --rate-limit=execution_count, in one process"
+            raise ConfigError(f"model '{config.name}': instance_group[{index}].rate_limiter: {need}")
 
 
 def _turns(config: ModelConfig, loaded: Sequence[Backend], limits: RateLimits) -> list[Turn | None]:

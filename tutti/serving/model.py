@@ -209,9 +209,9 @@ def check_request(config: ModelConfig, output_names: frozenset[str], request: In
     inputs do not count. Raises InvalidArgument naming the model, the tensor, what was expected and what came.
     """
     specs = {spec.name: spec for spec in config.inputs}
-    given = request.inputs
-    _check_names(config, specs, given)
-    for name, tensor in given.items():
+    tensors = request.inputs
+    _check_names(config, specs, tensors)
+    for name, tensor in tensors.items():
         _check_tensor(config, specs[name], tensor)
     for name in request.outputs:
         if name not in output_names:
@@ -220,26 +220,28 @@ def check_request(config: ModelConfig, output_names: frozenset[str], request: In
                 f"unexpected inference output '{name}' for model '{config.name}'; expected {_names(outputs)}"
             )
     key_of, ragged = config.padding.key_of, config.ragged.inputs
-    return _rows(config, given), tuple(
-        (name, () if name in ragged else key_of(name, given[name].shape[config.is_batched :])) for name in sorted(given)
+    return _rows(config, tensors), tuple(
+        (name, () if name in ragged else key_of(name, tensors[name].shape[config.is_batched :]))
+        for name in sorted(tensors)
     )
 
 
 # Errors here begin in Triton's words, which programs written for it look for.
 
 
-def _check_names(config: ModelConfig, specs: Mapping[str, TensorSpec], given: Mapping[str, Tensor]) -> None:
+def _check_names(config: ModelConfig, specs: Mapping[str, TensorSpec], tensors: Mapping[str, Tensor]) -> None:
     required = [spec.name for spec in config.inputs if not spec.is_optional]
-    missing = [name for name in required if name not in given]
+    missing = [name for name in required if name not in tensors]
     least, most = len(required), len(specs)
-    if not least <= len(given) <= most or missing:
+    if not least <= len(tensors) <= most or missing:
         wanted = f"{most} inputs" if least == most else f"number of inputs between {least} and {most}"
         lacking = f", but missing required input(s) {_listed(missing)}. Please provide all required input(s)"
         raise InvalidArgument(
-            f"expected {wanted} but got {len(given)} inputs for model '{config.name}'. Got input(s) {_listed(given)}"
+            f"expected {wanted} but got {len(tensors)} inputs for model '{config.name}'. "
+            f"Got input(s) {_listed(tensors)}"
             f"{lacking if missing else ''}. Its inputs are {_names(specs)}"
         )
-    for name in given:
+    for name in tensors:
         if name not in specs:
             raise InvalidArgument(
                 f"unexpected inference input '{name}' for model '{config.name}'; expected {_names(specs)}"

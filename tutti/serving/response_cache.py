@@ -28,9 +28,9 @@ def key_of(request: InferRequest, load: object) -> bytes:
 
     `load` tells the model, as it was loaded, from all others.
     """
-    given = sorted((key, value) for key, value in request.parameters.items() if key not in _OF_QUEUES)
+    heeded = sorted((key, value) for key, value in request.parameters.items() if key not in _OF_QUEUES)
     digest = hashlib.blake2b(digest_size=20)
-    digest.update(repr((request.model_name, load, request.outputs, given)).encode("utf-8", "surrogatepass"))
+    digest.update(repr((request.model_name, load, request.outputs, heeded)).encode("utf-8", "surrogatepass"))
     for name in sorted(request.inputs):
         tensor = request.inputs[name]
         raw = tensor.raw()
@@ -106,18 +106,18 @@ class Cached:
         load = (self._load, self._changes())
         for call in calls:
             key = key_of(call.request, load)
-            found = self._cache.get(key)
-            if found is None:
+            answer = self._cache.get(key)
+            if answer is None:
                 call.sink = _Keep(self, call.sink, key)
                 misses.append(call)
             else:
-                outputs = [Tensor(t.name, t.datatype, t.shape, t.data) for t in found.outputs]
-                parameters = dict(found.parameters)
-                call.answer = InferResponse(found.model_name, found.model_version, outputs, parameters)
+                outputs = [Tensor(t.name, t.datatype, t.shape, t.data) for t in answer.outputs]
+                parameters = dict(answer.parameters)
+                call.answer = InferResponse(answer.model_name, answer.model_version, outputs, parameters)
                 call.times = _HIT
                 hits.append(call)
             if call.trace is not None:
-                call.trace.note("cache", "miss" if found is None else "hit")
+                call.trace.note("cache", "miss" if answer is None else "hit")
         self._statistics.record_cache(hits, misses, started_ns, now_ns())
         if misses:
             self._infer(misses)
