@@ -114,7 +114,7 @@ def misspelt_flags() -> Iterator[Case]:
     for command, parser in parsers.items():
         for choice in command:  # down to the parser of the last command
             groups = [group for group in parser._actions if isinstance(group.choices, dict)]
-            parser = next((group.choices[choice] for group in groups if choice in group.choices), parser)
+            parser = next((group.choices[choice] for group in groups if choice in group.choices), parser)  # type: ignore[index, operator]
         actions = [action for action in parser._actions if action.help != argparse.SUPPRESS]
         flags = [flag for action in actions for flag in action.option_strings if flag.startswith("--")]
         for flag in rng.sample(sorted(set(flags) - {"--help", "--engine-of"}), min(12, len(flags) - 2)):

@@ -782,7 +782,7 @@ def _settings() -> Iterator[Case]:
     )
     yield Case("http logging", (Http("GET", "/v2/logging"),))
     yield Case("grpc logging", (call(b"", method="LogSettings"),))
-    for changes in (
+    for changes in (  # type: ignore[assignment]
         {"log_info": False}, {"log_info": True}, {"log_verbose_level": 1}, {"log_verbose_level": 0}, {"log_warning": True},
         {"log_format": "ISO8601"}, {"log_format": "default"}, {"log_format": "x"}, {"log_file": "/tmp/x"}, {"log_info": "x"},
         {"log_verbose_level": -1},

@@ -321,7 +321,7 @@ def test_decompression_bombs_over_grpc(tmp_path: Path, server: str) -> None:
     (tmp_path / "keys").write_text("key\n")
     flags = ("--grpc-server", server, "--grpc-max-message-size", str(LIMIT))
     message = pb.ModelInferRequest(model_name="add_one", raw_input_contents=[bytes(400_000_000)])
-    flags += (
+    flags += (  # type: ignore[assignment]
         ("--grpc-restricted-protocol", "trace:a=b")
         if server == "grpcio"
         else ("--api-key-file", str(tmp_path / "keys"))

@@ -101,7 +101,7 @@ class Side:
             assert not body or json.loads(body)["error"] or "ready" in step.path
             return Outcome(response.status, None, said)
         coding = headers.get("content-encoding", "")
-        body = {"gzip": gzip.decompress, "deflate": zlib.decompress}.get(coding, bytes)(body)
+        body = {"gzip": gzip.decompress, "deflate": zlib.decompress}.get(coding, bytes)(body)  # type: ignore[operator]
         return Outcome(200, _http_content(step, headers, coding, body), said)
 
     def _grpc(self, step: Grpc) -> Outcome:
@@ -146,7 +146,7 @@ def _http_content(step: Http, headers: dict[str, str], coding: str, body: bytes)
         if (
             output.get("datatype") in ("FP32", "FP64") and "data" in output
         ):  # FP32 in as many digits as it takes, or more
-            kind = np.float32 if output["datatype"] == "FP32" else np.float64
+            kind = np.float32 if output["datatype"] == "FP32" else np.float64  # type: ignore[assignment]
             output["data"] = [repr(value) for value in np.array(output["data"], kind).tolist()]
     if path == "/v2":
         return sorted(content)

@@ -103,7 +103,7 @@ def test_what_fails_is_traced_with_its_version(graphs: Repository, tmp_path: Pat
     with tritonserver.running(graphs.root, tmp_path, *flags(theirs_at, "triton,log-frequency=1")) as served:
         fail(served.http)
         wait_until(lambda: all(file.exists() for file in files))
-    with serving(graphs.root, tmp_path / "log", *flags(ours_at)) as served:
+    with serving(graphs.root, tmp_path / "log", *flags(ours_at)) as served:  # type: ignore[assignment]
         fail(served.http)
 
     def versions(traces: list[dict[str, Any]]) -> list[Any]:

@@ -79,7 +79,7 @@ class Memory:
             self._contexts[device] = (context, self._call("cuStreamCreate", 1))
         context, stream = self._contexts[device]  # type: ignore[misc]
         self._call("cuCtxPushCurrent", context)
-        return stream
+        return stream  # type: ignore[has-type]
 
     def alloc(self, size: str, device: str) -> bytes:
         self._enter(int(device))

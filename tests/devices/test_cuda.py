@@ -81,7 +81,7 @@ class Stream(SimpleNamespace):
     def __init__(self, gpu: Gpu) -> None:
         super().__init__(gpu=gpu)
 
-    __hash__ = object.__hash__
+    __hash__ = object.__hash__  # type: ignore[assignment]
 
     def wait_event(self, event: "Event") -> None:
         assert event.reached_ns, "nothing was recorded"

@@ -210,7 +210,7 @@ class FakeCuda:
 
 def fake_library(name: str) -> tuple[Any, FakeCuda]:
     """tensors' own Library over a fake torch or cupy."""
-    library = tensors._MAKERS[name].__new__(tensors._MAKERS[name])  # type: ignore[arg-type]
+    library = tensors._MAKERS[name].__new__(tensors._MAKERS[name])  # type: ignore[arg-type, call-arg, type-var]
     cuda = FakeCuda()
     library._here = threading.local()
     setattr(library, f"_{name}", SimpleNamespace(cuda=cuda))

@@ -17,7 +17,7 @@ from tutti.ensembles.executor import EnsembleExecutor
 from tutti.observing.statistics import ModelStatistics
 from tutti.repository import config, model_config
 
-assert ensembles.load
+assert ensembles.load  # type: ignore[truthy-function]
 
 CHAIN = """
     platform: "ensemble" max_batch_size: 8
@@ -160,7 +160,7 @@ class Summer:
         total = np.sum(inputs, axis=0, dtype=np.float64).astype(np.float32)
         if np.abs(total).max() > LIMIT:
             raise InvalidArgument("too much")
-        return total * np.float32(self.factor)
+        return total * np.float32(self.factor)  # type: ignore[return-value]
 
     def __call__(self, calls: Sequence[Call]) -> None:
         threading.Thread(target=self._run, args=(list(calls),)).start()

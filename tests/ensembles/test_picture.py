@@ -44,7 +44,7 @@ def plan_of(rng: random.Random, steps: int, breadth: int, most_read: int) -> Pla
             )
         )  # fmt: skip
     readers = {name: tuple(step.index for step in made if name in step.read) for name in tensors}
-    outputs = tuple(name for name in producer if not readers[name] or rng.random() < 0.1)
+    outputs = tuple(name for name in producer if not readers[name] or rng.random() < 0.1)  # type: ignore[assignment]
     return Plan("g", tuple(made), outputs, producer, readers, tensors)
 
 

@@ -44,12 +44,12 @@ class Model:
         if np.abs(total).max(initial=0) > LIMIT:
             raise InvalidArgument("too much")
         if self.kind == "score":
-            return {"y": total.mean(axis=1, keepdims=True).astype(np.float32)}
+            return {"y": total.mean(axis=1, keepdims=True).astype(np.float32)}  # type: ignore[union-attr]
         if self.kind == "items":
-            n = np.abs(total[:, 0]).astype(np.int64) % 4
-            items = total[:, np.newaxis, :] + np.arange(max(n.max(initial=0), 1))[:, np.newaxis]
+            n = np.abs(total[:, 0]).astype(np.int64) % 4  # type: ignore[index]
+            items = total[:, np.newaxis, :] + np.arange(max(n.max(initial=0), 1))[:, np.newaxis]  # type: ignore[index]
             return {"y": items.astype(np.float32), "n": n[:, np.newaxis].astype(np.int32)}
-        return {"y": total.astype(np.float32)}
+        return {"y": total.astype(np.float32)}  # type: ignore[union-attr]
 
     def execute(self, request: InferRequest) -> InferResponse:
         inputs = {name: tensor.array() for name, tensor in request.inputs.items()}
@@ -146,13 +146,13 @@ def draw(rng: random.Random) -> Graph:
         if scores and rng.random() < 0.5:
             score, limit, sign = rng.choice(scores), rng.choice([-3.0, 0.0, 3.0]), rng.choice(["<", ">"])
             parameters[f"when.{out}"] = f"{score} {sign} {limit}"
-            step["when"] = _compare(score, sign, limit)
+            step["when"] = _compare(score, sign, limit)  # type: ignore[assignment]
         is_maybe = step["when"] is not None or any(read in maybe for read in reads if read not in optional)
         if each:
             parameters[f"each.{out}"] = each
             step["count"] = items[each]
             step["gather"] = rng.choice(["max", "min", "mean", "sum", "concat"])
-            parameters[f"gather.{out}"] = step["gather"]
+            parameters[f"gather.{out}"] = step["gather"]  # type: ignore[assignment]
             is_maybe = is_maybe or step["gather"] in ("max", "min", "mean")
         for tensor in made.values():
             if (is_maybe and rng.random() < 0.6) or rng.random() < 0.1:

@@ -172,7 +172,7 @@ def test_a_mistake_of_whatever_kind_is_told_with_the_file(root: Path, tmp_path: 
 def test_calculations_may_begin_with_a_number(root: Path) -> None:
     graph = Graph("g", root, 8)
     x = graph.input("a tensor", "FP32", [1])
-    made = graph.step("ten", x=x, when=(1 - x > -x * 2) & (np.float32(3) > 2 / x) & (np.int64(1) + x != 0))
+    made = graph.step("ten", x=x, when=(1 - x > -x * 2) & (np.float32(3) > 2 / x) & (np.int64(1) + x != 0))  # type: ignore[operator]
     graph.output("and", made["y"], default=0)
     graph.exit_when(True & (made["y"] > np.float64(2.5)))
     parameters = graph.proto().parameters

@@ -327,8 +327,8 @@ def test_minilm_is_what_sentence_transformers_makes_of_it(exported: Exported) ->
     theirs = sentence_transformers.SentenceTransformer(str(minilm()), device="cpu").encode(sentences)
     step = published_tokens(repository / "m_tokenizer" / "1" / "tokenizer.json")
     version = repository / "m_encoder" / "1"
-    for file, least in (("model.onnx", 0.9999), ("model.int8.onnx", 0.99)):
-        loaded = to_onnx.session(version / file)
+    for file, least in (("model.onnx", 0.9999), ("model.int8.onnx", 0.99)):  # type: ignore[assignment]
+        loaded = to_onnx.session(version / file)  # type: ignore[operator]
         ours = np.concatenate([to_onnx.run(loaded, step(text))["EMBEDDING"] for text in sentences])
         assert (ours * theirs).sum(1).min() >= least, file
     assert config.load(repository / "m_encoder" / "config.pbtxt").cpu_filename == "model.int8.onnx"

@@ -67,7 +67,7 @@ async def client(
     made = CLIENTS[protocol](
         Target(protocol=protocol, urls=[url], **target), [Message("m", body, head)], done, timeout_s
     )
-    made.sent = lambda number: seen.sent_s.setdefault(number, time.perf_counter())
+    made.sent = lambda number: seen.sent_s.setdefault(number, time.perf_counter())  # type: ignore[assignment]
     await made.start()
     try:
         yield made, seen

@@ -9,7 +9,7 @@ import triton_python_backend_utils as pb_utils
 
 
 class TritonPythonModel:
-    def initialize(self, args):
+    def initialize(self, args):  # type: ignore[no-untyped-def]
         config = json.loads(args["model_config"])
         folder = Path(args["model_repository"]) / args["model_version"]
         options = ort.SessionOptions()
@@ -20,7 +20,7 @@ class TritonPythonModel:
         self.inputs = [spec["name"] for spec in config["input"]]
         self.outputs = [spec["name"] for spec in config["output"]]
 
-    def execute(self, requests):
+    def execute(self, requests):  # type: ignore[no-untyped-def]
         """One run for the whole batch: the batcher joins only requests of equal shape."""
         arrays = [[pb_utils.get_input_tensor_by_name(r, name).as_numpy() for r in requests] for name in self.inputs]
         feed = {name: np.concatenate(parts) for name, parts in zip(self.inputs, arrays, strict=True)}

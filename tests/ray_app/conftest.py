@@ -56,7 +56,7 @@ def shared_application(tmp_path_factory: pytest.TempPathFactory) -> Iterator[App
     repository.add_onnx("kept")
     repository.add_onnx("dropped")
     flags = ("--ray", "--num-gpus", "0", "--cpu-replicas", "2", "--gateways", "2")
-    flags += ("--model-control-mode", "explicit", "--load-model", "kept", "--load-model", "dropped")
+    flags += ("--model-control-mode", "explicit", "--load-model", "kept", "--load-model", "dropped")  # type: ignore[assignment]
     with serving(repository.root, folder / "log", *flags) as served:
         yield Application(served, repository)
 

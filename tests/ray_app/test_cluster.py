@@ -195,7 +195,7 @@ def serve_run(sample_repository: Path, tmp_path_factory: pytest.TempPathFactory)
             shown = f"try: curl -s http://{addresses[0]}/v2/models/"
             wait_until(lambda: shown in log.read_text(), timeout_s=60)  # the gateway's, in the driver's log
             assert re.search(r"text_encoder +1 +onnxruntime +1 in cpu +1 on cpu ", log.read_text())
-            yield Served(*addresses, process)
+            yield Served(*addresses, process)  # type: ignore[call-arg]
             children = psutil.Process(process.pid).children(recursive=True)
         finally:
             stop(process, signal.SIGINT)

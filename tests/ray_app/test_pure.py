@@ -295,7 +295,7 @@ def read_in(*places: str) -> set[str]:
                 if isinstance(node, ast.Attribute):
                     found.add(node.attr)
                 elif isinstance(node, ast.JoinedStr) and isinstance(node.values[-1], ast.Constant):
-                    found |= {f"{protocol}{node.values[-1].value}" for protocol in ("http", "grpc")}
+                    found |= {f"{protocol}{node.values[-1].value}" for protocol in ("http", "grpc")}  # type: ignore[str-bytes-safe]
     return found
 
 

@@ -13,7 +13,7 @@ import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -26,9 +26,12 @@ from tutti.core.errors import ConfigError
 from tutti.core.types import InferRequest, InferResponse, Tensor
 from tutti.repository import config
 
-torch = pytest.importorskip("torch")
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = pytest.importorskip("torch")
 
-from tutti.backends import (  # noqa: E402
+from tutti.backends import (
     aot_packages,
     artefacts,
     compile_options,
@@ -39,9 +42,9 @@ from tutti.backends import (  # noqa: E402
     pytorch,
     verification,
 )
-from tutti.backends.compiler import AOT, JIT, Job, Uncompilable  # noqa: E402
-from tutti.backends.cuda_graphs import ModelGraphs  # noqa: E402
-from tutti.devices import cuda  # noqa: E402
+from tutti.backends.compiler import AOT, JIT, Job, Uncompilable
+from tutti.backends.cuda_graphs import ModelGraphs
+from tutti.devices import cuda
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 

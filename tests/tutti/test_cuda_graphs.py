@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -28,7 +28,10 @@ from tutti.repository.folders import ModelFolder
 from tutti.serving import local
 from tutti.serving.engine import Engine
 
-torch = pytest.importorskip("torch")
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = pytest.importorskip("torch")
 pytestmark = [
     pytest.mark.usefixtures("simulated_gpu"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),

@@ -3,6 +3,7 @@
 import json
 import threading
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -24,7 +25,10 @@ from tutti.core.errors import (
 from tutti.core.types import Call, InferRequest, InferResponse, Tensor, now_ns
 from tutti.devices import health, process_engines
 
-torch = pytest.importorskip("torch")
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = pytest.importorskip("torch")
 pytestmark = [
     pytest.mark.usefixtures("simulated_gpu"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),

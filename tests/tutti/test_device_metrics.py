@@ -2,6 +2,7 @@
 
 import logging
 import threading
+from typing import TYPE_CHECKING
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -15,7 +16,10 @@ from tutti.devices import health, process_engines
 from tutti.frontends.v2.metrics_page import Metrics
 from tutti.serving.engine import Engine
 
-torch = pytest.importorskip("torch")
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 # 100 vectors of 4 numbers with 32 bits.

@@ -342,8 +342,8 @@ def test_a_decoupled_model_holds_no_turn(repository: Repository, probe: Probe) -
 def test_a_model_beside_one_of_pytorch(repository: Repository, probe: Probe) -> None:
     torch = pytest.importorskip("torch")
 
-    class PlusOne(torch.nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
+    class PlusOne(torch.nn.Module):  # type: ignore[name-defined]
+        def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[name-defined]
             return x + 1
 
     config = CONFIG.format(kind="KIND_GPU", count=2, extra="dynamic_batching { }").replace("python", "pytorch")

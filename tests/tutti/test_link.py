@@ -430,7 +430,7 @@ def test_buddies_never_overlap_and_join_again() -> None:
             buddies.give(at)
             continue
         wanted = rng.choice([1, 64, 65, 500, 4096, 70_000])
-        at = buddies.take(wanted)
+        at = buddies.take(wanted)  # type: ignore[assignment]
         if at is None:
             stretch = max(smallest, 1 << (wanted - 1).bit_length())
             free = set(range(0, size, stretch)) if stretch <= size else set()

@@ -3,7 +3,7 @@
 import io
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -18,9 +18,12 @@ from tutti.devices import process_engines
 from tutti.repository import config
 from tutti.serving import local
 
-torch = pytest.importorskip("torch")
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = pytest.importorskip("torch")
 
-from tutti.backends import pytorch, torch_modules  # noqa: E402 - it needs PyTorch
+from tutti.backends import pytorch, torch_modules
 
 CONFIG = """
 {backend} max_batch_size: 8
@@ -84,7 +87,7 @@ def ask(root: Path, a: str, b: str, count: int = 3) -> list[InferResponse]:
         ("model.pt", scripted, Subtract, ("INPUT__0", "INPUT__1", "OUTPUT__0", "OUTPUT__1")),
     ],
 )
-def test_a_batch_runs_once_and_names_find_their_tensors(
+def test_a_batch_runs_once_and_names_find_their_tensors(  # type: ignore[no-untyped-def]
     repository: Repository, filename: str, save, module, names: tuple[str, ...]
 ) -> None:
     a, b, y, z = names

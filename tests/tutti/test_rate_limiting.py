@@ -115,7 +115,7 @@ def test_who_has_paused_is_not_owed_anything() -> None:
     turns = []
     executing = 0
     for _ in range(10):
-        (executing,) = made.end(executing, asks_again=True)
+        (executing,) = made.end(executing, asks_again=True)  # type: ignore[assignment]
         turns.append(executing)
     assert Counter(turns) == {0: 5, 1: 5}
 
@@ -151,7 +151,7 @@ def saturate(limits: list[RateLimit], executions: int, seed: int, devices: int =
     executing = [begun for key in range(len(limits)) for begun in made.ask(key)]
     counts: Counter[int] = Counter()
     for _ in range(executions):
-        key = executing.pop(rng.randrange(len(executing)))
+        key = executing.pop(rng.randrange(len(executing)))  # type: ignore[assignment]
         counts[key] += 1
         executing += made.end(key, asks_again=True)
     return counts
@@ -193,7 +193,7 @@ def test_a_busy_device_leaves_the_priorities_of_another_alone() -> None:
     counts: Counter[int] = Counter()
     for step in range(31 * 300):
         device = int(step % 31 == 30)
-        key = executing[device]
+        key = executing[device]  # type: ignore[assignment]
         counts[key] += 1
         (executing[device],) = made.end(key, asks_again=True)
     assert abs(counts[0] - 2 * counts[1]) <= 2 and abs(counts[2] - 2 * counts[3]) <= 2

@@ -38,7 +38,7 @@ def test_a_later_start_that_fails_is_tried_again() -> None:
 
 def test_one_that_fails_again_and_again_is_given_longer_and_longer() -> None:
     restarts = Restarts()
-    delays = [restarts.after(Ended(DEVICE_FAILED, LOST, 0.5)).delay_s for _ in range(7)]
+    delays = [restarts.after(Ended(DEVICE_FAILED, LOST, 0.5)).delay_s for _ in range(7)]  # type: ignore[union-attr]
     assert delays == [1, 2, 4, 8, 16, 30, 30]
     assert max(delays) == MAX_DELAY_S
     assert restarts.after(Ended(DEVICE_FAILED, LOST, STEADY_S)) == Again(LOST, 0, 8), "it has served well"
