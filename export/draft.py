@@ -88,7 +88,8 @@ class Draft:
         """Inputs of known values, else of zeros, and of the text "text"; free dims are of this size."""
         tensors = {}
         for spec in self.inputs:
-            shape = (rows, *spec.shape(size)) if self.max_batch_size else spec.shape(size)
+            dims = (1,) if spec.is_scalar else spec.shape(size)
+            shape = (rows, *dims) if self.max_batch_size else dims
             is_text = spec.datatype == "BYTES"
             value = self.known.get(spec.name, b"text" if is_text else 0)
             tensors[spec.name] = np.full(shape, value, object if is_text else NUMPY[spec.datatype])
@@ -107,7 +108,11 @@ class Draft:
         (folder / str(version)).mkdir(parents=True)
         shutil.copyfile(self.file, folder / str(version) / self.filename)
         for path in self.beside:
-            shutil.copyfile(path, folder / str(version) / path.name)
+            place = folder / str(version) / path.name
+            if path.is_dir():
+                shutil.copytree(path, place, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copyfile(path, place)
         (folder / "config.pbtxt").write_text(self.config(folder.name), encoding="utf-8")
 
     def config(self, name: str) -> str:

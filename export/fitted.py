@@ -15,9 +15,11 @@ from tutti.export import columns, estimators, maps, onnx_files, pickled, texts
 from tutti.export.agreement import compared, own_answers, quietly
 from tutti.export.draft import MAX_BATCH_SIZE, Draft, Field
 from tutti.export.errors import ExportError, first_line
-from tutti.export.unpickling import unpickled
+from tutti.export.unpickling import modules_beside, unpickled
 
 CHECKED_ROWS = 100
+# So many classes, or columns, are told by name.
+_MOST_CLASSES = 50
 
 
 def draft(source: Path, name: str, work: Path, in_python: bool) -> Draft:
@@ -33,13 +35,26 @@ def draft(source: Path, name: str, work: Path, in_python: bool) -> Draft:
     asked = Asked(model, tuple(named), width, rows)
     plain = partial(_in_python, source, work, asked)
     if in_python:
-        return plain("--python")
+        return _with_meanings(plain("--python"), asked)
     try:
-        return replace(_as_onnx(source, name, work, asked), otherwise=plain)
+        return _with_meanings(replace(_as_onnx(source, name, work, asked), otherwise=plain), asked)
     except ModuleNotFoundError as error:
         raise ExportError(_without(error)) from None
     except ExportError as error:
-        return plain(str(error))
+        return _with_meanings(plain(str(error)), asked)
+
+
+def _with_meanings(draft: Draft, asked: "Asked") -> Draft:
+    """The draft, saying what the columns of its numbers are of."""
+    notes = list(draft.notes)
+    classes = getattr(asked.model, "classes_", None)
+    shown = {output.name for output in draft.outputs} & {"probabilities", "scores"}
+    if isinstance(classes, np.ndarray) and classes.ndim == 1 and len(classes) <= _MOST_CLASSES and shown:
+        notes.append(f"{min(shown)}: one for each class, in the order {', '.join(map(str, classes.tolist()))}")
+    columns_of = getattr(asked.model, "feature_names_in_", None)
+    if columns_of is not None and not asked.named and len(columns_of) <= _MOST_CLASSES:
+        notes.append(f"X has the columns {', '.join(map(str, columns_of))}, in this order")
+    return replace(draft, notes=tuple(notes))
 
 
 def _without(error: ModuleNotFoundError) -> str:
@@ -133,7 +148,7 @@ def _in_python(source: Path, work: Path, asked: Asked, why: str) -> Draft:
         MAX_BATCH_SIZE,
         asked.origin(source),
         (f"{because}; Python serves the pickle itself (model.py), where scikit-learn is installed",),
-        (pickled.copied(source, work),),
+        (pickled.copied(source, work), *modules_beside(source)),
         asked.known,
         partial(compared, list(expected.values()), asked.rows, 0),
         pickled.parameters(asked.named, asked.is_text),

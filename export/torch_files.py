@@ -21,6 +21,7 @@ def exported(source: Path) -> Draft:
         program = torch.export.load(source)
     except Exception as error:
         raise ExportError(f"'{source.name}': PyTorch cannot load it: {first_line(error)}") from None
+    _check_calls(source, program.call_spec)
     values = {node.name: node.meta.get("val") for node in program.graph.nodes}
     signature = program.graph_signature
     inputs = [spec.arg.name for spec in signature.input_specs if spec.kind.name == "USER_INPUT"]
@@ -35,6 +36,28 @@ def exported(source: Path) -> Draft:
         [(key, values[name]) for key, name in zip(keys, outputs, strict=True)],
         program.range_constraints,
     )
+
+
+def _check_calls(source: Path, spec: Any) -> None:
+    """Inputs are passed by position, and outputs are tensors, alone, in a list or in a dict. Raises ExportError."""
+    named = _children(spec.in_spec)[1] if spec.in_spec is not None else None
+    if named is not None and named.num_leaves:
+        names = ", ".join(map(str, named.context))
+        raise ExportError(
+            f"'{source.name}' was exported with inputs by keyword ({names}): pass them by position, as in "
+            f"torch.export.export(module, (x, {names}))"
+        )
+    out = spec.out_spec
+    if out is not None and any(child.num_leaves != 1 or child.num_children for child in _children(out)):
+        raise ExportError(
+            f"'{source.name}': forward returns what holds more than tensors ({out}): expected a tensor, a tuple of "
+            "tensors, or one dict of them"
+        )
+
+
+def _children(spec: Any) -> Sequence[Any]:
+    """Of a specification of what is nested; older PyTorch has a field for them."""
+    return spec.children() if hasattr(spec, "children") else spec.children_specs  # type: ignore[no-any-return]
 
 
 def _keys(spec: Any, count: int) -> list[str]:

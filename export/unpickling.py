@@ -34,6 +34,18 @@ def unpickled(source: Path) -> Any:
         raise ExportError(f"'{source.name}': expected a pickle of scikit-learn's: {problem}") from None
 
 
+def modules_beside(source: Path) -> tuple[Path, ...]:
+    """Files and packages beside a pickle that it was loaded with: one's own, which have to go where it goes."""
+    folder = source.resolve().parent
+    places = set()
+    for module in list(sys.modules.values()):
+        file = Path(getattr(module, "__file__", None) or "/")
+        for place in (file, file.parent if file.name == "__init__.py" else file):
+            if place.parent == folder and file.suffix == ".py":
+                places.add(place)
+    return tuple(sorted(places))
+
+
 @contextmanager
 def _importable(folder: Path) -> Iterator[None]:
     """Modules beside the pickle are found, as where it was made."""

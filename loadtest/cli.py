@@ -75,6 +75,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if options.command == "compare" and isinstance(options.a, Path) != isinstance(options.b, Path):
         command.error(f"expected two servers or two folders of runs, got {options.a} and {options.b}")
     options.is_of_runs = options.command == "compare" and isinstance(options.a, Path)
+    if options.is_of_runs and options.output is not None:
+        command.error("--output: of runs that are over nothing is written: the figures are printed")
     if options.command != "worker" and options.scenario is None:
         options.scenario = "steady" if options.model or options.is_of_runs else None
     if options.command != "worker" and options.scenario is None:

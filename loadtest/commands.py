@@ -369,8 +369,6 @@ def _compare(options: argparse.Namespace) -> int:
 
 def _compare_runs(options: argparse.Namespace) -> int:
     """Compare two finished runs by the files they left. Raises RunError where these are not enough."""
-    if options.output is not None:
-        raise ScenarioError("--output: of runs that are over nothing is written: the figures are printed")
     comparison = of_runs(options.a, options.b)
     _tell_comparison(comparison)
     return int(comparison.verdict)

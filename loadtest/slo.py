@@ -16,7 +16,10 @@ MOST_LATE = 0.01
 MOST_CPU = 0.95
 # Lengths to advise for a run that left the goal open, as multiples of its own: the first that would decide.
 _TIMES = (1.25, 1.5, 2, 3, 5, 10, 20, 50)
-_RELIEF = "raise --processes, send from another machine or a quieter one, or ask for a lower rate"
+_RELIEF = "raise --processes, send from another machine, or ask for a lower rate"
+# A generator that used less than this of a core had time of its own, and did not get the processor.
+_IDLE = 0.5
+_ROOM = "others kept the processor from it: send from another machine, or when this one is quieter"
 
 
 class Verdict(IntEnum):
@@ -128,7 +131,7 @@ def _invalid(seen: Seen, goal: Goal) -> list[str]:
         cause = (
             f"{seen.waited:,} waited for a connection: raise target.connections"
             if seen.waited
-            else f"it had no time: {_RELIEF}"
+            else f"it had no time: {_RELIEF if seen.cpu >= _IDLE else _ROOM}"
         )
         reasons.append(f"{late}, and the generator was the bottleneck: {cause}")
     if seen.cpu > MOST_CPU and seen.late:

@@ -93,7 +93,8 @@ def load(fitted_with):
         package = f"scikit-learn=={fitted_with}" if missing in ("joblib", "sklearn") else missing
         install = f"{sys.executable} -m pip install '{package}'"
         raise RuntimeError(
-            f"model.pkl needs '{missing}', which is not installed where it is served: {install}"
+            f"model.pkl needs '{missing}', which is not installed where it is served: {install} (a module of your own "
+            f"goes beside it, as {HERE / missing}.py)"
         ) from None
     except AttributeError as error:
         what = f"it was fitted with scikit-learn {fitted_with}; another version may be installed in {sys.executable}"

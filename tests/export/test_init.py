@@ -342,6 +342,31 @@ def test_distances_are_not_called_probabilities(
         np.testing.assert_allclose(answer["scores"], model.decision_function(ROWS[:5]), atol=1e-4)
 
 
+def test_a_module_of_ones_own_goes_where_its_pickle_goes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "own_ratio.py").write_text("def ratio(rows):\n    return rows / 2\n")
+    fit = (
+        "import joblib, numpy, own_ratio; from sklearn.linear_model import Ridge\n"
+        "from sklearn.pipeline import make_pipeline; from sklearn.preprocessing import FunctionTransformer\n"
+        "x = numpy.random.default_rng(0).normal(size=(30, 2))\n"
+        "joblib.dump(make_pipeline(FunctionTransformer(own_ratio.ratio), Ridge()).fit(x, x[:, 0]), 'price.pkl')"
+    )
+    subprocess.run([sys.executable, "-c", fit], cwd=tmp_path, check=True, timeout=120)
+    assert cli.main(["init", str(tmp_path / "models"), str(tmp_path / "price.pkl")]) == 0, capsys.readouterr().err
+    assert {path.name for path in (tmp_path / "models" / "price" / "1").iterdir()} == {
+        "model.pkl", "model.py", "own_ratio.py"
+    }  # fmt: skip
+
+
+def test_what_columns_of_numbers_stand_for_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    frame = pyarrow.table({"length": ROWS[:, 0], "urgent": ROWS[:, 1]})
+    joblib.dump(LogisticRegression().fit(frame, np.where(THREE == "a", "leaves", "stays")), tmp_path / "m.pkl")
+    for flags in ([], ["--python", "--force"]):
+        assert init.main([str(tmp_path / "models"), str(tmp_path / "m.pkl"), *flags]) == 0
+        told = capsys.readouterr().out
+        assert "note: probabilities: one for each class, in the order leaves, stays" in told
+        assert "note: X has the columns length, urgent, in this order" in told
+
+
 def test_a_locale_that_is_not_here_is_told_with_how_to_install_it(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -451,6 +476,32 @@ def in_lower_case(path: Path, locale: str = "C.UTF-8") -> None:
     write(path, helper.make_graph([node], "g", [x], [y]))
 
 
+class Ranked(torch.nn.Module):
+    """Of a number for each row, without an axis of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = torch.nn.Embedding(10, 4)
+
+    def forward(self, item: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        return (self.table(item) * features).sum(dim=1)
+
+
+def ranked(path: Path) -> None:
+    batch = torch.export.Dim("batch", min=1, max=64)
+    example = (torch.ones(2, dtype=torch.int64), torch.ones(2, 4))
+    program = torch.export.export(Ranked().eval(), example, dynamic_shapes=({0: batch}, {0: batch}))
+    torch.export.save(program, path)
+
+
+def looked_up(path: Path) -> None:
+    ids = helper.make_tensor_value_info("ids", TensorProto.INT64, ["N"])
+    rows = helper.make_tensor_value_info("rows", TensorProto.FLOAT, ["N", 2])
+    table = onnx.numpy_helper.from_array(np.ones((5, 2), np.float32), "table")
+    node = helper.make_node("Gather", ["table", "ids"], ["rows"])
+    write(path, helper.make_graph([node], "g", [ids], [rows], [table]))
+
+
 # file, how it is made, more flags, what is said, the largest batch
 COVERED: dict[str, tuple[str, Any, list[str], str, int]] = {
     "scikit-learn": ("iris.pkl", iris, [], "its answers to 100 random rows are scikit-learn's", 8),
@@ -466,7 +517,9 @@ COVERED: dict[str, tuple[str, Any, list[str], str, int]] = {
     "torch.export, a dict": ("words.pt2", words, [], "output mean score  FP32  [1]", 4),
     "torch.export, many rows only": ("many.pt2", only_large_batches, [], "requests are not joined", 0),
     "torch.export, any size": ("any.pt2", of_any_size, [], "OUTPUT__0 [1, 1]; and with 3 rows", 8),
-    "texts": ("lower.onnx", in_lower_case, [], 'asked with the text "text", it answered', 0),
+    "torch.export, numbers alone": ("ranked.pt2", ranked, [], "OUTPUT__0 [1, 1]; and with 3 rows", 8),
+    "numbers alone": ("ids.onnx", looked_up, [], "rows [1, 2]; and with 3 rows", 8),
+    "texts": ("lower.onnx", in_lower_case, [], 'asked with the text "text", it answered', 8),
     "TorchScript": ("picture.pt", scripted, ["--input", "picture:FP32:3,16,16"], "OUTPUT__0 [1, 5]", 8),
     "odd names": ("odd.onnx", odd, [], "Ident ity:0 [1, 4]; and with 3 rows", 8),
     "no batch": ("odd.onnx", odd, ["--max-batch-size", "0"], "input  in/x:0  FP32  [-1, 4]", 0),
@@ -529,6 +582,19 @@ def weights(path: Path) -> None:
     torch.save(Convolution().state_dict(), path)
 
 
+class Scaled(torch.nn.Module):
+    def forward(self, x: torch.Tensor, scale: torch.Tensor) -> dict[str, Any]:
+        return {"y": x * scale, "within": {"x": x}}
+
+
+def by_keyword(path: Path) -> None:
+    torch.export.save(torch.export.export(Scaled(), (torch.ones(2, 3),), {"scale": torch.ones(2, 1)}), path)
+
+
+def nested(path: Path) -> None:
+    torch.export.save(torch.export.export(Scaled(), (torch.ones(2, 3), torch.ones(2, 1))), path)
+
+
 def nonsense(path: Path) -> None:
     path.write_bytes(b"nonsense")
 
@@ -546,6 +612,8 @@ REFUSED: dict[str, tuple[str, Any, list[str], str]] = {
     "weights alone": ("w.pt", weights, [], "'w.pt' holds weights without a program, as torch.save makes it"),
     "no graph": ("x.onnx", nonsense, [], "model 'x': onnxruntime cannot load x.onnx"),
     "no program": ("x.pt2", nonsense, [], "'x.pt2' is a text: expected what torch.export.save or"),
+    "inputs by keyword": ("k.pt2", by_keyword, [], "'k.pt2' was exported with inputs by keyword (scale): pass them by"),
+    "a dict in a dict": ("n.pt2", nested, [], "'n.pt2': forward returns what holds more than tensors"),
     "no pickle": ("x.pkl", nonsense, [], "'x.pkl': expected a pickle of scikit-learn's"),
     "another pickle": ("x.pkl", pickled_list, [], "'x.pkl' holds a list: expected a fitted model"),
     "another file": ("x.csv", nonsense, [], "'x.csv': expected a file that ends with one of .onnx, .pt2"),

@@ -21,7 +21,12 @@ MAX_NESTING = 100
 # So much of a value is told in an error.
 _SHOWN = 40
 # What an element is like, by the kind of its dtype: null and a number in quotes are none.
-_LIKE = {"b": " (true or false)", "i": " (as -3)", "u": " (as 3)", "f": " (as 1.5, or NaN without quotes)"}
+_LIKE = {
+    "b": " (true or false)",
+    "i": " (as -3)",
+    "u": " (as 3)",
+    "f": " (as 1.5, NaN without quotes, 1 and 0 for true and false)",
+}
 # The most that the JSON of one request may have.
 MAX_CONTAINERS = 2**20
 MAX_VALUES = 2**22
