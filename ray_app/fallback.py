@@ -2,7 +2,8 @@
 
 `tutti.fallback` in the configuration: "late", the default, has others help out when all of the first are busy and they
 would be done earlier; "missing" only when the first has no replica; "never" not at all. A request whose parameter
-`tutti_fallback` is false waits for the first.
+`tutti_fallback` is false waits for the first. Whether one that may help out does so now, by what executions take, is
+decided in scheduling/instances.py, where pools are ranks.
 """
 
 import threading

@@ -65,14 +65,14 @@ class Suspect:
 
         A replica that is silent may have reasons of its own, other than this call: it is not held against it so soon.
         """
-        if isinstance(loss, ReplicaSilent):
-            if (error := unwanted(self.call, now_ns)) is not None:
-                return error
-            self.tried.append(member)
-            if len(self.tried) <= 2 * MAX_SENDS:
-                return None
+        is_silent = isinstance(loss, ReplicaSilent)
+        if is_silent and (error := unwanted(self.call, now_ns)) is not None:
+            return error
+        self.tried.append(member)
+        if is_silent and len(self.tried) <= 2 * MAX_SENDS:
+            return None
         model = self.call.request.model_name
-        losses = f"{MAX_SENDS} replicas were lost while they held the request, at last {member.name}: {loss}"
+        losses = f"{len(self.tried)} replicas were lost while they held the request, at last {member.name}: {loss}"
         return Internal(f"model '{model}': {losses}")
 
 
